@@ -1,0 +1,73 @@
+# On a fresh machine with Python 3.11 or newer and pip, each target installs what it needs first. Run `make help`.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_BENCH ?= .venv-bench
+VENV_OLDEST ?= .venv-oldest
+WORKERS ?= 2
+PYTEST_FLAGS ?=
+OLDEST_TESTS ?= tests/test_canonical.py tests/test_cvxpy_layer.py
+SUDOKU_FLAGS ?= --board 2 --method lpgd --tau 1e4 --rho 0.1 --lr 0.1 --epochs 3 --batch-size 150 --seed 0
+SUDOKU_OUT ?= runs/sudoku4
+BENCH_OUT ?= runs/bench-cvxpylayers
+
+BIN := $(VENV)/bin
+# One BLAS thread in each test process: WORKERS processes then use WORKERS cores.
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST = $(ONE_THREAD) $(1)/bin/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+
+# $(call install,FOLDER,EXTRA,CONSTRAINTS): a virtual environment with the package and the versions in CONSTRAINTS.
+# torch comes first, by its exact version: pip takes that one build and never weighs others of several gigabytes.
+define install
+$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "make PYTHON=... names a Python of at least 3.11"'
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --quiet -c $(3) torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+$(1)/bin/python -m pip install --quiet -c $(3) -e '.[$(2)]'
+touch $@
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test lint format sudoku bench-cvxpylayers cvxpy-oldest build clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(VENV)/.installed ## Make the virtual environment for development (VENV, default .venv)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call install,$(VENV),dev,constraints.txt)
+
+$(VENV_BENCH)/.installed: pyproject.toml constraints.txt
+	$(call install,$(VENV_BENCH),bench,constraints.txt)
+
+$(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(call install,$(VENV_OLDEST),test,constraints-oldest.txt)
+
+test: $(VENV)/.installed ## Run the tests
+	$(call PYTEST,$(VENV))
+
+lint: $(VENV)/.installed ## Check style, types and which file imports which
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed ## Format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+sudoku: $(VENV)/.installed ## Train the 4x4 Sudoku example, with plots (SUDOKU_FLAGS, SUDOKU_OUT)
+	$(BIN)/python -m examples.sudoku.train $(SUDOKU_FLAGS) --out $(SUDOKU_OUT)
+
+bench-cvxpylayers: $(VENV_BENCH)/.installed ## Compare speed with cvxpylayers and diffcp (BENCH_OUT)
+	$(VENV_BENCH)/bin/python -m benchmarks.cvxpylayers --out $(BENCH_OUT)
+
+cvxpy-oldest: $(VENV_OLDEST)/.installed ## Run the tests that touch CVXPY on the oldest versions allowed
+	$(call PYTEST,$(VENV_OLDEST)) $(OLDEST_TESTS)
+
+build: $(VENV)/.installed ## Build the wheel and the source distribution in dist/
+	$(BIN)/python -m build
+
+clean: ## Remove virtual environments, builds and caches; results in runs/ stay
+	rm -rf .venv .venv-bench .venv-oldest build dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,387 @@
+"""Train the Sudoku model: ``python -m examples.sudoku.train --help``; what is written and why is in README.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from .data import DEFAULT_GIVENS, Boards, cached_boards, decode, load_boards, one_hot, split_boards
+from .model import CONSTRAINTS, METHODS, SudokuModel, board_error, board_loss, gradient_method, sudoku_layer
+
+__all__ = ["Run", "Trainer", "main", "parse_arguments", "render_boards"]
+
+# Defaults that depend on the order of the board.
+DEFAULTS: dict[int, dict[str, Any]] = {
+    order: {**values, "constraints": CONSTRAINTS[order], "givens": DEFAULT_GIVENS[order]}
+    for order, values in {
+        2: {"epochs": 3, "tests_per_epoch": 4, "batch_size": 150, "tau": 1e4, "rho": 0.1},
+        3: {"epochs": 10, "tests_per_epoch": 1, "batch_size": 50, "tau": 1e4, "rho": 0.1},
+    }.items()
+}
+# A run can be resumed only with the same values of these.
+IDENTITY = (
+    "board",
+    "method",
+    "solver",
+    "tau",
+    "rho",
+    "lr",
+    "batch_size",
+    "tests_per_epoch",
+    "constraints",
+    "train_size",
+    "test_size",
+    "data",
+    "data_seed",
+    "givens",
+)
+CHECKPOINT_SECONDS = 30.0
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with the defaults of the chosen board filled in."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.sudoku.train",
+        description="Learn the rules of Sudoku as the constraints of a linear program.",
+    )
+
+    def add(flag: str, text: str, **how: Any) -> None:
+        name = flag.removeprefix("--").replace("-", "_")
+        if name in DEFAULTS[2]:
+            shown = [" ".join(f"{value:g}" for value in np.ravel(DEFAULTS[order][name])) for order in (2, 3)]
+            text += f" (default: {shown[0]} for 4×4, {shown[1]} for 9×9)"
+        elif how.get("default") is not None:
+            text += " (default: %(default)s)"
+        parser.add_argument(flag, help=text, **how)
+
+    add("--board", "order of the board: 2 is 4×4, 3 is 9×9", type=int, choices=(2, 3), default=2)
+    add(
+        "--method",
+        "gradients: the average, lower or upper envelope of LPGD, or exact implicit differentiation",
+        choices=METHODS,
+        default="lpgd",
+    )
+    add("--solver", "solver, as lpgd.CvxpyLayer takes it", default="CLARABEL")
+    add("--tau", "perturbation strength of LPGD", type=float)
+    add("--rho", "strength of the proximal term", type=float)
+    add("--lr", "step size of Adam", type=float, default=0.1)
+    add("--epochs", "passes over the training boards", type=int)
+    add("--tests-per-epoch", "evaluations on the test boards in an epoch", type=int)
+    add("--batch-size", "boards in a step", type=int)
+    add("--constraints", "rows of A", type=int)
+    add("--train-size", "training boards", type=int, default=9000)
+    add("--test-size", "test boards", type=int, default=1000)
+    add("--data", ".npz file with puzzles and solutions; without it, boards are generated", type=Path)
+    add("--data-seed", "seed of the generated boards and of the split", type=int, default=0)
+    add("--givens", "given cells of a generated puzzle", type=int, nargs=2, metavar=("FEWEST", "MOST"))
+    add("--cache", "folder for generated boards", type=Path, default=Path("runs/sudoku/boards"))
+    add("--seed", "seed of the model and of the order of the boards", type=int, default=0)
+    add("--restarts", "number of runs, with seeds SEED, SEED + 1, ...", type=int, default=1)
+    add("--out", "folder of the runs (default: runs/sudoku/<side>x<side>-<method>)", type=Path)
+    add("--resume", "continue the run in --out, if there is one", action="store_true")
+    add("--overwrite", "start again where --out already holds a run", action="store_true")
+    options = parser.parse_args(arguments)
+
+    for name, value in DEFAULTS[options.board].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    options.givens = list(options.givens)
+    side = options.board**2
+    options.out = options.out or Path("runs/sudoku") / f"{side}x{side}-{options.method}"
+    for name in (
+        "tau",
+        "lr",
+        "epochs",
+        "tests_per_epoch",
+        "batch_size",
+        "constraints",
+        "train_size",
+        "test_size",
+        "restarts",
+    ):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be positive.")
+    if options.rho < 0:
+        parser.error(f"--rho is {options.rho}; it must not be negative.")
+    if options.resume and options.overwrite:
+        parser.error("--resume and --overwrite contradict each other.")
+    return options
+
+
+class Run:
+    """One run's folder: ``config.json``, ``metrics.jsonl`` (a line for each step and evaluation), ``checkpoint.pt``."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        self.checkpoint_path = folder / "checkpoint.pt"
+        self.metrics_path = folder / "metrics.jsonl"
+        config_path = folder / "config.json"
+        self.checkpoint: dict[str, Any] | None = None
+        if config_path.exists() and not overwrite:
+            if not resume:
+                raise SystemExit(f"{folder} holds a run: --resume continues it, --overwrite starts again.")
+            before = json.loads(config_path.read_text())
+            changed = [
+                f"--{name.replace('_', '-')} was {before[name]} and is {config[name]}"
+                for name in IDENTITY
+                if before[name] != config[name]
+            ]
+            if changed:
+                raise SystemExit(f"{folder} cannot be resumed with other settings ({'; '.join(changed)}).")
+            if self.checkpoint_path.exists():
+                self.checkpoint = torch.load(self.checkpoint_path)
+        folder.mkdir(parents=True, exist_ok=True)
+        config_path.write_text(json.dumps(config, indent=2) + "\n")
+        kept: list[str] = []
+        if self.checkpoint is None:
+            self.checkpoint_path.unlink(missing_ok=True)
+        else:
+            # What was written after the checkpoint belongs to steps that are done again.
+            kept = self.metrics_path.read_text().splitlines(keepends=True)[: self.checkpoint["metrics"]]
+        self.metrics_path.write_text("".join(kept))
+        self.lines = len(kept)
+
+    def write_metrics(self, **values: Any) -> None:
+        with self.metrics_path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        self.lines += 1
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint in one step, so that a crash leaves the old one or the new one."""
+        partial = self.checkpoint_path.with_suffix(".partial")
+        torch.save({**state, "metrics": self.lines}, partial)
+        os.replace(partial, self.checkpoint_path)
+
+
+class Trainer:
+    """Minimise the mean squared error to the solved boards by Adam, and measure.
+
+    The order of the boards in an epoch depends on (seed, epoch) only; together with the checkpoint (model, optimiser,
+    random state, clocks, position) a resumed run takes the very steps that an uninterrupted one takes.
+    """
+
+    def __init__(
+        self,
+        model: SudokuModel,
+        train: Boards,
+        test: Boards,
+        run: Run,
+        *,
+        lr: float,
+        batch_size: int,
+        tests_per_epoch: int,
+        seed: int,
+    ) -> None:
+        self.model, self.run = model, run
+        self.batch_size, self.tests_per_epoch, self.seed = batch_size, tests_per_epoch, seed
+        self.puzzles, self.solutions = one_hot(train.puzzles), one_hot(train.solutions)
+        self.test, self.test_puzzles, self.test_solutions = test, one_hot(test.puzzles), one_hot(test.solutions)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        self.steps_per_epoch = -(-len(train) // batch_size)
+        self.step = 0
+        self.clocks = {"seconds": 0.0, "forward_seconds": 0.0, "backward_seconds": 0.0}
+        if run.checkpoint is None:
+            torch.manual_seed(seed)
+        else:
+            self.load_state(run.checkpoint)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "clocks": dict(self.clocks),
+            "step": self.step,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        self.clocks = dict(state["clocks"])
+        self.step = state["step"]
+
+    def fit(self, epochs: int) -> bool:
+        """Train up to ``epochs`` epochs; False if Ctrl-C ended it early, after the step under way and a checkpoint."""
+        if self.run.checkpoint is None:
+            self._evaluate()
+            self.run.save(self.state())
+        saved = time.perf_counter()
+        total = epochs * self.steps_per_epoch
+        with _interruption() as interrupted, tqdm(total=total, initial=self.step, unit="batch") as bar:
+            while self.step < total:
+                self._train_step(bar)
+                if self._reached(self.tests_per_epoch):
+                    bar.write(self._evaluate())
+                if self._reached(1) or interrupted or time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                    self.run.save(self.state())
+                    saved = time.perf_counter()
+                if interrupted:
+                    return False
+        return True
+
+    def _reached(self, parts: int) -> bool:
+        """Whether the last step ended one of the equal ``parts`` of an epoch."""
+        return self.step * parts // self.steps_per_epoch > (self.step - 1) * parts // self.steps_per_epoch
+
+    def answers(self, puzzles: Tensor) -> Tensor:
+        """(B, n) one-hot puzzles to the (B, n) filled boards of the model, without gradients."""
+        batches = tqdm(puzzles.split(self.batch_size), desc="answering", unit="batch", leave=False, delay=2.0)
+        with torch.no_grad():
+            return torch.cat([self.model(batch) for batch in batches])
+
+    def _train_step(self, bar: tqdm[Any]) -> None:
+        started = time.perf_counter()
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        shuffled = np.random.default_rng((self.seed, epoch)).permutation(len(self.puzzles))
+        chosen = torch.from_numpy(shuffled[position * self.batch_size : (position + 1) * self.batch_size])
+        before_forward = time.perf_counter()
+        answers = self.model(self.puzzles[chosen])
+        after_forward = time.perf_counter()
+        loss = board_loss(answers, self.solutions[chosen])
+        self.optimizer.zero_grad()
+        before_backward = time.perf_counter()
+        loss.backward()
+        after_backward = time.perf_counter()
+        self.optimizer.step()
+        self.step += 1
+        self.clocks["forward_seconds"] += after_forward - before_forward
+        self.clocks["backward_seconds"] += after_backward - before_backward
+        broken = board_error(answers)
+        self.clocks["seconds"] += time.perf_counter() - started
+        self._record("train", float(loss), answers, self.solutions[chosen], broken)
+        bar.set_description(f"epoch {epoch + 1}", refresh=False)
+        bar.set_postfix(loss=f"{float(loss):.4f}", error=f"{broken.mean():.3f}", refresh=False)
+        bar.update()
+
+    def _evaluate(self) -> str:
+        started = time.perf_counter()
+        answers = self.answers(self.test_puzzles)
+        loss, broken = float(board_loss(answers, self.test_solutions)), board_error(answers)
+        self.clocks["seconds"] += time.perf_counter() - started
+        unsolved = self._record("test", loss, answers, self.test_solutions, broken)
+        return (
+            f"epoch {self.step / self.steps_per_epoch:g}: test loss {loss:.4g}, error {broken.mean():.4g} "
+            f"({broken.sum()} of {len(broken)} boards break a rule, {unsolved.sum()} differ from the solution)"
+        )
+
+    def _record(
+        self, split: str, loss: float, answers: Tensor, solutions: Tensor, broken: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        unsolved = (decode(answers) != decode(solutions)).any((1, 2))
+        self.run.write_metrics(
+            step=self.step,
+            epoch=self.step / self.steps_per_epoch,
+            split=split,
+            loss=loss,
+            error=float(broken.mean()),
+            unsolved=float(unsolved.mean()),
+            **{name: round(seconds, 4) for name, seconds in self.clocks.items()},
+        )
+        return unsolved
+
+
+@contextmanager
+def _interruption() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C makes true; a second one interrupts at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.write("Ctrl-C: finishing this batch and saving; once more stops at once.", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def render_boards(puzzle: NDArray[np.int8], answer: NDArray[np.int8], solution: NDArray[np.int8]) -> str:
+    """One (side, side) puzzle, the model's answer and the solution side by side; wrong cells are marked by ``*``."""
+    side = len(puzzle)
+    order = round(side**0.5)
+
+    def line(digits: NDArray[np.int8], wrong: NDArray[np.bool_] | None = None) -> str:
+        marks = [" "] * side if wrong is None else ["*" if cell else " " for cell in wrong]
+        cells = [(str(digit) if digit else ".") + mark for digit, mark in zip(digits, marks, strict=True)]
+        return "| ".join("".join(cells[start : start + order]) for start in range(0, side, order))
+
+    rows = [[line(puzzle[i]), line(answer[i], answer[i] != solution[i]), line(solution[i])] for i in range(side)]
+    width = len(rows[0][0])
+    rule = "+-".join(["--" * order] * order)
+    rows = [row for i, row in enumerate(rows) for row in ([[rule] * 3] if i and i % order == 0 else []) + [row]]
+    lines = ["   ".join(title.ljust(width) for title in ("puzzle", "answer", "solution"))]
+    return "\n".join(line.rstrip() for line in lines + ["   ".join(row) for row in rows])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 0, or 130 after Ctrl-C."""
+    options = parse_arguments(arguments)
+    try:
+        train, test = _boards(options)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{error}") from error
+    try:
+        finished = all(
+            _train(options, seed, train, test) for seed in range(options.seed, options.seed + options.restarts)
+        )
+    except KeyboardInterrupt:
+        finished = False
+    if not finished:
+        print("Stopped; the same command with --resume continues from the last checkpoint.")
+        return 130
+    from .plot import plot_runs
+
+    plot_runs([options.out], options.out / "curves.png")
+    print(f"Curves: {options.out / 'curves.png'}")
+    return 0
+
+
+def _boards(options: argparse.Namespace) -> tuple[Boards, Boards]:
+    sizes = options.train_size, options.test_size
+    if options.data is None:
+        boards = cached_boards(options.cache, options.board, sum(sizes), options.data_seed, tuple(options.givens))
+    else:
+        boards = load_boards(options.data, options.board)
+    return split_boards(boards, *sizes, options.data_seed)
+
+
+def _train(options: argparse.Namespace, seed: int, train: Boards, test: Boards) -> bool:
+    """One restart; False if Ctrl-C ended it."""
+    folder = options.out / f"seed-{seed}"
+    config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    run = Run(folder, {**config, "seed": seed}, options.resume, options.overwrite)
+    gradient = gradient_method(options.method, options.tau, options.rho)
+    layer = sudoku_layer(options.board, options.constraints, gradient, options.solver)
+    model = SudokuModel(options.board**6, options.constraints, layer, seed)
+    settings = {name: getattr(options, name) for name in ("lr", "batch_size", "tests_per_epoch")}
+    trainer = Trainer(model, train, test, run, **settings, seed=seed)
+
+    def show_board() -> None:
+        answer = decode(trainer.answers(trainer.test_puzzles[:1]))
+        print(f"{folder}: a test board after {trainer.step} batches")
+        print(render_boards(test.puzzles[0], answer[0], test.solutions[0]), flush=True)
+
+    show_board()
+    finished = trainer.fit(options.epochs)
+    show_board()
+    return finished
+
+
+if __name__ == "__main__":
+    sys.exit(main())

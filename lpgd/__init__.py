@@ -1,0 +1,36 @@
+"""Any optimization solver as a differentiable PyTorch layer, by Lagrangian Proximal Gradient Descent."""
+
+from lpgd.cones import Cones
+from lpgd.execution import SerialExecutor
+from lpgd.gradients import LPGD, BlackboxBackprop, Domke, ImplicitKKT
+from lpgd.layers.cvxpy import CvxpyLayer
+from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
+from lpgd.solution import Solution
+from lpgd.solvers import ECOS, SCS, Clarabel, available
+from lpgd.status import LpgdWarning, MissingPackageError, SolverError, Status
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ECOS",
+    "LPGD",
+    "SCS",
+    "BlackboxBackprop",
+    "Clarabel",
+    "ConicData",
+    "ConicPoint",
+    "ConicProblem",
+    "ConicStructure",
+    "Cones",
+    "CvxpyLayer",
+    "Domke",
+    "ImplicitKKT",
+    "LpgdWarning",
+    "MissingPackageError",
+    "SerialExecutor",
+    "Solution",
+    "SolverError",
+    "SparsityPattern",
+    "Status",
+    "available",
+]

@@ -1,0 +1,183 @@
+"""The one autograd Function: it solves forward, and hands cotangents and tangents to a gradient method.
+
+Everything here works on float64 data with one leading batch dimension; types, devices and batch shapes of the
+user are dealt with around it, by differentiable operations.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lpgd.gradients.base import GradientInfo, GradientMethod
+from lpgd.problems.conic import ConicData, ConicPoint, ConicProblem, ConicStructure
+from lpgd.solution import Solution
+from lpgd.solvers.base import Solver
+from lpgd.status import LpgdWarning, SolverError, Status, describe_failures
+
+__all__ = ["CallInfo", "OnError", "check_solution", "solve"]
+
+OnError = Literal["raise", "nan", "warn"]
+
+
+@dataclass(eq=False)
+class CallInfo:
+    """The record of one call of a layer.
+
+    Attributes:
+        solution: the forward solution: statuses, residuals, iterations, times.
+        gradients: one record for each backward (or forward-mode) pass through this call, in order.
+        backward_seconds: wall-clock time of those passes together.
+    """
+
+    solution: Solution | None = None
+    gradients: list[GradientInfo] = field(default_factory=list)
+    backward_seconds: float = 0.0
+
+    @property
+    def statuses(self) -> tuple[Status, ...]:
+        return self.solution.statuses if self.solution is not None else ()
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """How one call is solved and differentiated."""
+
+    structure: ConicStructure
+    batch_size: int
+    solver: Solver
+    gradient: GradientMethod
+    on_error: OnError
+    executor: Executor | None
+    states: Sequence[Any]
+    info: CallInfo
+
+
+def solve(
+    data: ConicData,
+    structure: ConicStructure,
+    batch_size: int,
+    *,
+    solver: Solver,
+    gradient: GradientMethod,
+    on_error: OnError = "raise",
+    executor: Executor | None = None,
+    states: Sequence[Any] = (),
+    info: CallInfo | None = None,
+) -> ConicPoint:
+    """Solve a batch of conic programs, differentiably in all their data.
+
+    Args:
+        data: float64 tensors; each shared (size,) or one row for each element (B, size).
+        structure: patterns and cones.
+        batch_size: B.
+        solver: solves it, and what the gradient method perturbs.
+        gradient: the gradient method of this call.
+        on_error: ``"raise"`` names every element without a solution; ``"nan"`` fills its rows and gives it a zero
+            gradient; ``"warn"`` warns and returns the solver's last iterate, or NaN, with a zero gradient.
+        executor: where the work runs; None is the library's threads.
+        states: warm-start states of a solution of such a batch (``Solution.states``).
+        info: filled with the record of this call.
+
+    Raises:
+        SolverError: with ``on_error="raise"``; it carries the statuses and the indices of the failed elements.
+    """
+    if on_error not in get_args(OnError):
+        raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
+    call = Call(structure, batch_size, solver, gradient, on_error, executor, states, info or CallInfo())
+    return ConicPoint(*_SolveFunction.apply(call, *data))
+
+
+class _SolveFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(call: Call, *data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        problem = ConicProblem(call.structure, ConicData(*(datum.detach() for datum in data)), call.batch_size)
+        solution = call.solver.solve(problem, call.states, call.executor)
+        check_solution(solution, call.on_error)
+        call.info.solution = solution
+        if call.on_error == "nan" and solution.failed:
+            filled = torch.where(solution.usable[:, None], 0.0, torch.nan)
+            return solution.x + filled, solution.y + filled, solution.z + filled
+        return solution.x, solution.y, solution.z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        call, *data = inputs
+        ctx.call, ctx.solution = call, call.info.solution
+        # Saved so that autograd notices data or outputs that were changed in place before the backward pass.
+        ctx.save_for_backward(*data, *output)
+        ctx.save_for_forward(*data, *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        _ = ctx.saved_tensors
+        call: Call = ctx.call
+        solution: Solution = ctx.solution
+        started = time.perf_counter()
+        # A loss of a NaN row hands back NaN: zeroed before any sum over shared data.
+        usable = solution.usable[:, None]
+        cotangent = ConicPoint(*(torch.where(usable, part, 0.0) for part in cotangents))
+        _check_cotangent(cotangent)
+        gradient, info = call.gradient.vjp(solution.problem, solution, cotangent, call.solver, call.executor)
+        call.info.gradients.append(info)
+        call.info.backward_seconds += time.perf_counter() - started
+        return (None, *(part if needed else None for part, needed in zip(gradient, ctx.needs_input_grad[1:], strict=True)))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        call: Call = ctx.call
+        solution: Solution = ctx.solution
+        started = time.perf_counter()
+        data = solution.problem.data
+        tangent = ConicData(
+            *(torch.zeros_like(own) if part is None else part for own, part in zip(data, tangents, strict=True))
+        )
+        change, info = call.gradient.jvp(solution.problem, solution, tangent, call.solver, call.executor)
+        call.info.gradients.append(info)
+        call.info.backward_seconds += time.perf_counter() - started
+        return change.x, change.y, change.z
+
+
+def check_solution(solution: Solution, on_error: OnError) -> None:
+    """Raise or warn about elements without a solution, and warn about inaccurate ones.
+
+    Raises:
+        SolverError: with ``on_error="raise"`` and an element without a solution.
+    """
+    statuses, failed = solution.statuses, solution.failed
+    if failed and on_error == "raise":
+        raise SolverError(
+            f"no solution for {describe_failures(statuses, failed)}. "
+            "on_error='nan' keeps the other elements and gives these a zero gradient.",
+            statuses,
+            failed,
+        )
+    if failed and on_error == "warn":
+        warnings.warn(
+            f"no solution for {describe_failures(statuses, failed)}. Their rows are the solver's last iterate or NaN, "
+            "with a zero gradient.",
+            LpgdWarning,
+            stacklevel=3,
+        )
+    inaccurate = [index for index, status in enumerate(statuses) if status is Status.INACCURATE]
+    if inaccurate:
+        warnings.warn(describe_failures(statuses, inaccurate), LpgdWarning, stacklevel=3)
+
+
+def _check_cotangent(cotangent: ConicPoint) -> None:
+    for name, part in zip(ConicPoint._fields, cotangent, strict=True):
+        bad = (~torch.isfinite(part).all(-1)).nonzero()[:, 0].tolist() if part.shape[-1] else []
+        if bad:
+            raise ValueError(
+                f"the loss gradient with respect to {name} is NaN or infinite for elements {bad[:10]}: "
+                "look at the loss (a logarithm or a square root at zero, or an overflow?)."
+            )

@@ -1,0 +1,134 @@
+"""The product cone K, its one fixed row order, and the vectorisation of symmetric matrices.
+
+A conic program constrains ``s = b - A x`` to a product of cones.  Everywhere in this library the rows
+of ``A`` are ordered as the fields of :class:`Cones` are:
+
+==================  ===========================  ==========================================================
+field               rows                         the cone
+==================  ===========================  ==========================================================
+zero                ``zero``                     ``{0}``
+nonnegative         ``nonnegative``              ``s >= 0``
+second_order        each ``d``                   ``(t, u)`` with ``|u|_2 <= t``, ``t`` first
+semidefinite        each ``k (k + 1) / 2``       ``svec(S)`` with ``S`` positive semidefinite of side ``k``
+exponential         3 each                       closure of ``{(u, v, w): v exp(u / v) <= w, v > 0}``
+dual_exponential    3 each                       the dual of that cone
+power               3 each                       ``u^a v^(1 - a) >= |w|, u, v >= 0``; ``-a``: its dual cone
+==================  ===========================  ==========================================================
+
+``svec`` stacks the lower triangle column by column, off-diagonal entries times ``sqrt(2)``, so that
+``<svec(X), svec(Y)> = tr(X Y)``.  It is the order of SCS; a backend that wants another one permutes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Cones", "smat", "svec", "svec_indices", "svec_size"]
+
+FloatArray = NDArray[np.float64]
+IndexArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Cones:
+    """Sizes of the cones whose product is K, in row order (see the module's table).
+
+    Args:
+        zero: number of equality rows.
+        nonnegative: number of inequality rows.
+        second_order: dimension of each second-order cone (at least 1).
+        semidefinite: side of each positive semidefinite matrix (at least 1).
+        exponential: number of exponential cones.
+        dual_exponential: number of dual exponential cones.
+        power: exponent of each power cone, ``0 < a < 1``; ``-a`` names the dual of that cone.
+
+    Raises:
+        ValueError: a size is negative or an exponent is outside (-1, 0) and (0, 1).
+    """
+
+    zero: int = 0
+    nonnegative: int = 0
+    second_order: tuple[int, ...] = ()
+    semidefinite: tuple[int, ...] = ()
+    exponential: int = 0
+    dual_exponential: int = 0
+    power: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("zero", "nonnegative", "exponential", "dual_exponential"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Cones.{name} is {getattr(self, name)}; a number of rows or cones cannot be negative.")
+        for name in ("second_order", "semidefinite"):
+            sizes = tuple(int(size) for size in getattr(self, name))
+            if any(size < 1 for size in sizes):
+                raise ValueError(f"Cones.{name} is {sizes}; every size must be at least 1.")
+            object.__setattr__(self, name, sizes)
+        exponents = tuple(float(exponent) for exponent in self.power)
+        if any(not 0.0 < abs(exponent) < 1.0 for exponent in exponents):
+            raise ValueError(f"Cones.power is {exponents}; every exponent must lie in (0, 1), or in (-1, 0) for a dual cone.")
+        object.__setattr__(self, "power", exponents)
+
+    @cached_property
+    def rows(self) -> int:
+        """The number of rows m of A."""
+        return self.sections["power"].stop
+
+    @cached_property
+    def sections(self) -> dict[str, slice]:
+        """The rows of each field, in order."""
+        sizes = {
+            "zero": self.zero,
+            "nonnegative": self.nonnegative,
+            "second_order": sum(self.second_order),
+            "semidefinite": sum(svec_size(side) for side in self.semidefinite),
+            "exponential": 3 * self.exponential,
+            "dual_exponential": 3 * self.dual_exponential,
+            "power": 3 * len(self.power),
+        }
+        sections: dict[str, slice] = {}
+        start = 0
+        for name, size in sizes.items():
+            sections[name] = slice(start, start + size)
+            start += size
+        return sections
+
+    @cached_property
+    def kinds(self) -> frozenset[str]:
+        """The names of the fields that are not empty: what a solver must support."""
+        names = {name for name, rows in self.sections.items() if rows.stop > rows.start}
+        if any(exponent < 0 for exponent in self.power):
+            names.add("dual_power")
+        if names >= {"power", "dual_power"} and all(exponent < 0 for exponent in self.power):
+            names.discard("power")
+        return frozenset(names)
+
+
+def svec_size(side: int) -> int:
+    """The length ``k (k + 1) / 2`` of ``svec`` of a ``k`` by ``k`` symmetric matrix."""
+    return side * (side + 1) // 2
+
+
+def svec_indices(side: int) -> tuple[IndexArray, IndexArray]:
+    """Rows and columns of the lower triangle, column by column: the order of ``svec``."""
+    columns, rows = np.triu_indices(side)
+    return rows.astype(np.int64), columns.astype(np.int64)
+
+
+def svec(matrices: FloatArray) -> FloatArray:
+    """``svec`` of symmetric matrices: (..., k, k) to (..., k (k + 1) / 2)."""
+    rows, columns = svec_indices(matrices.shape[-1])
+    return matrices[..., rows, columns] * np.where(rows == columns, 1.0, np.sqrt(2.0))
+
+
+def smat(vectors: FloatArray, side: int) -> FloatArray:
+    """The inverse of :func:`svec`: (..., k (k + 1) / 2) to symmetric (..., k, k)."""
+    rows, columns = svec_indices(side)
+    entries = vectors * np.where(rows == columns, 1.0, np.sqrt(0.5))
+    matrices = np.empty((*vectors.shape[:-1], side, side), dtype=vectors.dtype)
+    matrices[..., rows, columns] = entries
+    matrices[..., columns, rows] = entries
+    return matrices

@@ -1,0 +1,50 @@
+"""A batch of conic programs seen element by element, in NumPy: how element-wise solvers and KKT systems read the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lpgd.execution import split
+from lpgd.problems.conic import ConicProblem
+
+__all__ = ["ElementView"]
+
+
+class ElementView:
+    """A ConicProblem whose elements are read one at a time.
+
+    Args:
+        problem: the batch.
+
+    Attributes:
+        distinct: number of distinct (P, A) pairs; element i has the pair ``i mod distinct``.
+        valid: the elements whose data are finite.
+    """
+
+    def __init__(self, problem: ConicProblem) -> None:
+        self.problem = problem
+        self.size = problem.batch_size
+        self.data = {name: datum.detach().cpu().numpy() for name, datum in problem.data._asdict().items()}
+        self.data["P"] = problem.symmetric_P.detach().cpu().numpy()
+        self.distinct = max((self.data[name].shape[0] for name in ("P", "A") if self.data[name].ndim == 2), default=1)
+        finite = problem.finite().cpu().numpy()
+        self.valid = [index for index in range(self.size) if finite[index]]
+
+    def row(self, name: str, element: int) -> NDArray[np.float64]:
+        """One datum of one element; ``P`` is symmetrised."""
+        datum = self.data[name]
+        return datum if datum.ndim == 1 else datum[element % datum.shape[0]]
+
+    def groups(self, elements: Sequence[int], executor: Executor | None) -> list[list[int]]:
+        """The elements cut into chunks for tasks; those that share one of several matrices stay together."""
+        if self.distinct <= 1:
+            return [[elements[i] for i in chunk] for chunk in split(len(elements), executor)]
+        members: dict[int, list[int]] = {}
+        for element in elements:
+            members.setdefault(element % self.distinct, []).append(element)
+        lists = list(members.values())
+        return [[element for i in chunk for element in lists[i]] for chunk in split(len(lists), executor)]

@@ -1,0 +1,190 @@
+"""The one way batches are executed: tasks over a ``concurrent.futures.Executor``, and prepared work kept between them.
+
+Serial execution is an executor with one worker.  Tasks are plain functions of picklable arguments, so that
+threads, processes and cluster clients with the standard executor interface run the same code, and their
+results come back in the order of the tasks.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, TypeVar
+
+from threadpoolctl import ThreadpoolController
+
+__all__ = ["SerialExecutor", "WorkspaceCache", "bounded_blas", "run_tasks", "split", "worker_count"]
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class SerialExecutor(Executor):
+    """An executor that runs each call at once, in the calling thread."""
+
+    _max_workers = 1
+
+    def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
+        future: Future[Result] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:  # handed to the caller by Future.result, as every executor does
+            future.set_exception(error)
+        return future
+
+
+def core_count() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def default_executor() -> Executor:
+    """Threads, one for each core; made on first use and again in a forked child, whose threads are gone."""
+    return ThreadPoolExecutor(core_count(), thread_name_prefix="lpgd")
+
+
+def worker_count(executor: Executor | None) -> int:
+    """How many tasks an executor runs at once; the number of cores where it does not say."""
+    workers = getattr(executor if executor is not None else default_executor(), "_max_workers", None)
+    return workers if isinstance(workers, int) else core_count()
+
+
+def split(count: int, executor: Executor | None) -> list[range]:
+    """Cut ``count`` elements into contiguous chunks: several for each worker, so that uneven ones even out."""
+    workers = worker_count(executor)
+    chunks = 1 if workers == 1 else min(count, 4 * workers)
+    edges = [round(chunk * count / max(chunks, 1)) for chunk in range(chunks + 1)]
+    return [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False) if stop > start]
+
+
+def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], executor: Executor | None) -> list[Result]:
+    """``[function(task) for task in tasks]`` on an executor (None: threads), in order.
+
+    A single task runs in the calling thread.  An exception in a task is raised here.
+    """
+    if len(tasks) <= 1 or isinstance(executor, SerialExecutor):
+        return [function(task) for task in tasks]
+    futures = [(executor or default_executor()).submit(_bounded, function, task) for task in tasks]
+    return [future.result() for future in futures]
+
+
+def _bounded(function: Callable[[Task], Result], task: Task) -> Result:
+    with bounded_blas():
+        return function(task)
+
+
+class _BlasBound:
+    """BLAS threads are a setting of the process: held at one while any worker is at work, then restored."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.limiter: Any = None
+        self.controller: ThreadpoolController | None = None
+
+    def enter(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                if self.controller is None:
+                    self.controller = ThreadpoolController()
+                self.limiter = self.controller.limit(limits=1, user_api="blas")
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.limiter.restore_original_limits()
+
+
+_blas_bound = _BlasBound()
+
+
+@contextmanager
+def bounded_blas() -> Iterator[None]:
+    """One BLAS thread while inside, so that workers times BLAS threads stay within the cores."""
+    bound = _blas_bound
+    bound.enter()
+    try:
+        yield
+    finally:
+        bound.leave()
+
+
+class WorkspaceCache:
+    """Prepared solvers that no task is using, least recently used first out; one cache for each process.
+
+    A task takes a workspace out, so that none is ever used by two threads, and puts it back when done.
+
+    Args:
+        capacity: how much cost (bytes, roughly) of idle workspaces is kept.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.cost = 0
+        self.lock = threading.Lock()
+        self.idle: OrderedDict[int, tuple[Hashable, Hashable, Any, int]] = OrderedDict()
+        self.by_key: dict[Hashable, list[int]] = {}
+        self.by_family: dict[Hashable, OrderedDict[int, None]] = {}
+        self.tickets = 0
+
+    def take(self, key: Hashable) -> Any | None:
+        """A workspace put back under this key, or None."""
+        with self.lock:
+            tickets = self.by_key.get(key)
+            return self._remove(tickets[-1]) if tickets else None
+
+    def take_oldest(self, family: Hashable, keep: int) -> Any | None:
+        """The longest idle workspace of a family if more than ``keep`` of them are idle: one to give new data."""
+        with self.lock:
+            members = self.by_family.get(family, ())
+            return self._remove(next(iter(members))) if len(members) > keep else None
+
+    def put(self, key: Hashable, family: Hashable, workspace: Any, cost: int) -> None:
+        """Hand a workspace back for later tasks with the same key."""
+        with self.lock:
+            self.tickets += 1
+            self.idle[self.tickets] = (key, family, workspace, cost)
+            self.by_key.setdefault(key, []).append(self.tickets)
+            self.by_family.setdefault(family, OrderedDict())[self.tickets] = None
+            self.cost += cost
+            while self.cost > self.capacity and len(self.idle) > 1:
+                self._remove(next(iter(self.idle)))
+
+    def clear(self) -> None:
+        """Forget every idle workspace."""
+        with self.lock:
+            for ticket in list(self.idle):
+                self._remove(ticket)
+
+    def _remove(self, ticket: int) -> Any:
+        key, family, workspace, cost = self.idle.pop(ticket)
+        self.by_key[key].remove(ticket)
+        if not self.by_key[key]:
+            del self.by_key[key]
+        del self.by_family[family][ticket]
+        if not self.by_family[family]:
+            del self.by_family[family]
+        self.cost -= cost
+        return workspace
+
+
+workspaces = WorkspaceCache(capacity=2**29)
+
+
+def _reset_after_fork() -> None:
+    global _blas_bound
+    _blas_bound = _BlasBound()
+    workspaces.lock = threading.Lock()
+    default_executor.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_after_fork)

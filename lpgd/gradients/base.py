@@ -1,0 +1,129 @@
+"""The GradientMethod interface, and the record of what a call of one did."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lpgd.problems.base import Problem
+from lpgd.solution import Solution
+from lpgd.solvers.base import Solver
+
+__all__ = ["GradientInfo", "GradientMethod", "check_compatible"]
+
+
+@dataclass(eq=False)
+class GradientInfo:
+    """What one gradient computation did, element by element.
+
+    Attributes:
+        method: the method that was asked for.
+        used: for each element what its gradient comes from: ``"average"``, ``"lower"``, ``"upper"``,
+            ``"implicit"``, ``"implicit, regularised"`` (a singular system's minimum-norm answer),
+            ``"zero cotangent"``, or ``"no solution"`` (gradient zero).
+        fallbacks: elements whose gradient does not come from what the method asks for.
+        tau: (B,) step τ used, NaN where none was.
+        moved: (B,) whether a perturbed solution differs from the solution; None for methods without one.
+        tolerance: the solver tolerance of the perturbed solves, None where there were none.
+        iterations: (B,) solver iterations spent on perturbed solves, None where there were none.
+    """
+
+    method: GradientMethod
+    used: list[str]
+    fallbacks: list[int] = field(default_factory=list)
+    tau: Tensor | None = None
+    moved: Tensor | None = None
+    tolerance: float | None = None
+    iterations: Any = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many elements used what."""
+        return dict(Counter(self.used))
+
+
+@dataclass(frozen=True)
+class GradientMethod(ABC):
+    """How to get the action of a solution map's derivative.  Methods hold options only and are shared freely."""
+
+    needs: ClassVar[frozenset[str]]
+    """Capabilities that the problem must declare: ``can_tilt``, ``can_augment``, ``has_kkt``."""
+
+    @property
+    def required(self) -> frozenset[str]:
+        """What these options need of the problem."""
+        return self.needs
+
+    @abstractmethod
+    def vjp(
+        self,
+        problem: Problem,
+        solution: Solution,
+        cotangent: Any,
+        solver: Solver,
+        executor: Executor | None = None,
+    ) -> tuple[Any, GradientInfo]:
+        """The gradient of ``<cotangent, solution>`` with respect to the problem's data.
+
+        Args:
+            problem: B elements.
+            solution: the solver's answer to it; elements without a usable one get a zero gradient.
+            cotangent: dℓ/d(point), a named tuple of (B, ·) tensors.
+            solver: solves perturbed problems, where the method needs that.
+            executor: where the work runs.
+
+        Returns:
+            The gradient, of the type and shapes of the problem's data, and the record of how it came about.
+        """
+
+    @abstractmethod
+    def jvp(
+        self,
+        problem: Problem,
+        solution: Solution,
+        tangent: Any,
+        solver: Solver,
+        executor: Executor | None = None,
+    ) -> tuple[Any, GradientInfo]:
+        """The change of the solution along a tangent of the data: forward mode.
+
+        Args:
+            tangent: a named tuple of the type and shapes of the problem's data.
+
+        Returns:
+            The tangent of the point, (B, ·) each, and the record.
+        """
+
+
+_CAPABILITIES = {
+    "can_tilt": "a linear tilt of its objective",
+    "can_augment": "a quadratic term in its objective (rho > 0)",
+    "has_kkt": "optimality conditions that can be differentiated",
+}
+
+
+def check_compatible(method: GradientMethod, problem_class: type[Problem]) -> None:
+    """Refuse a method that needs what a class of problems has not, when a layer is built.
+
+    Raises:
+        TypeError: with what is missing.
+    """
+    missing = [text for name, text in _CAPABILITIES.items() if name in method.required and not getattr(problem_class, name)]
+    if missing:
+        raise TypeError(f"{method} needs {' and '.join(missing)}, which a {problem_class.__name__} does not have.")
+
+
+def relevant_elements(solution: Solution, vectors: Sequence[Tensor]) -> list[int]:
+    """Elements that have a solution and a nonzero row in one of ``vectors``."""
+    keep = solution.usable
+    nonzero = keep.new_zeros(keep.shape)
+    for vector in vectors:
+        if vector.shape[-1]:
+            nonzero = nonzero | vector.ne(0).any(-1)
+    return (keep & nonzero).nonzero()[:, 0].tolist()

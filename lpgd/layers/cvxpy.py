@@ -1,0 +1,312 @@
+"""CvxpyLayer: a parametrised CVXPY problem as a differentiable PyTorch layer."""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from typing import Any, get_args
+
+import cvxpy as cp
+import torch
+from torch import Tensor
+
+from lpgd.autograd import CallInfo, OnError, solve
+from lpgd.execution import SerialExecutor
+from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
+from lpgd.layers.canonical import canonicalise
+from lpgd.layers.inputs import batch_inputs
+from lpgd.layers.layout import AffineMap, ParameterLayout, VariableLayout
+from lpgd.layers.maps import SparseMap
+from lpgd.layers.options import StandardOptions
+from lpgd.problems.conic import ConicData, ConicPoint, ConicProblem, ConicStructure
+from lpgd.solution import Solution
+from lpgd.solvers import Solver, choose_solver
+
+__all__ = ["CvxpyLayer", "LayerOutput"]
+
+
+class LayerOutput(tuple[Tensor, ...]):
+    """The tensors a layer returns, as a plain tuple, with the record of the call beside them.
+
+    Attributes:
+        info: statuses and the solution of this call, and what each of its backward passes did.
+    """
+
+    info: CallInfo
+    batch_shape: tuple[int, ...]
+
+
+class CvxpyLayer(torch.nn.Module):
+    """The solution of a parametrised convex problem, as a differentiable function of its parameters.
+
+    Forward, the problem is solved for each element of the batch.  Backward, ``gradient`` says how: LPGD solves it
+    again, warm-started, on parameters perturbed by the incoming loss gradient; ImplicitKKT differentiates the
+    optimality conditions.
+
+    Args:
+        problem: a DPP problem: its data are affine in its parameters.  Every cone that CVXPY reduces to is taken;
+            quadratic objectives stay quadratic (``quad_form(x, P)`` with a parameter P too).
+        parameters: all of its parameters, in the order of the layer's inputs.
+        variables: what to return: variables of the problem, and ``constraint.dual_variables[i]``, in any mix.
+        solver: a solver, the name of one (``"CLARABEL"``, ``"SCS"``, ``"ECOS"``), or None to choose by capability.
+        gradient: a gradient method; None is ``ImplicitKKT()``, the exact gradient.
+        gp: the problem is a geometric program (DGP).
+        solver_args: options of the solver, by its own names or those of the field's standard layer (``eps``,
+            ``max_iters``, ``solve_method``, ``mode``, ...).
+        on_error: ``"raise"``: an element without a solution raises; ``"nan"``: its rows are NaN and its gradient
+            zero; ``"warn"``: its rows are the solver's last iterate, or NaN, with a warning and a zero gradient.
+        executor: a ``concurrent.futures.Executor`` for the elements of a batch; None is one thread for each core.
+        verbose: let the solver print.
+
+    Attributes:
+        gradient: the gradient method; it may be replaced between calls (schedules of τ and ρ).
+        solver: the solver; it may be replaced too.
+        structure: patterns and cones of the conic program that is solved.
+
+    Raises:
+        ValueError: parameters or variables do not belong to the problem, it is not DPP, or the solver cannot take it.
+        TypeError: an option is unknown, or the gradient method needs what the problem does not have.
+
+    A call's tensors broadcast over their leading batch dimensions.  Duals have CVXPY's signs and shapes.
+    """
+
+    def __init__(
+        self,
+        problem: cp.Problem,
+        parameters: Sequence[cp.Parameter],
+        variables: Sequence[cp.Variable],
+        solver: Solver | str | None = None,
+        gradient: GradientMethod | None = None,
+        gp: bool = False,
+        solver_args: Mapping[str, Any] | None = None,
+        on_error: OnError = "raise",
+        executor: Executor | None = None,
+        *,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__()
+        if on_error not in get_args(OnError):
+            raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
+        program = canonicalise(problem, parameters, variables, gp=gp)
+        standard = StandardOptions.parse(solver_args)
+        self.structure = ConicStructure(
+            program.quadratic, program.constraint, program.cones, program.lower_index, program.upper_index
+        )
+        options = {"verbose": True, **standard.options} if verbose else standard.options
+        self.solver = choose_solver(self.structure, solver if solver is not None else standard.solver, options)
+        self.gradient = gradient or standard.gradient or ImplicitKKT()
+        self.on_error: OnError = on_error
+        self.executor = executor if executor is not None else standard.executor
+        self.parameter_layouts = program.parameters
+        self.variable_layouts = program.variables
+        self._data_maps = [_DataMap(getattr(program, name)) for name in ConicData._fields]
+        self._readers = [_Reader(layout) for layout in program.variables]
+        self._last = threading.local()
+
+    @property
+    def gradient(self) -> GradientMethod:
+        """The gradient method of the calls to come."""
+        return self._gradient
+
+    @gradient.setter
+    def gradient(self, method: GradientMethod) -> None:
+        if not isinstance(method, GradientMethod):
+            raise TypeError(f"gradient is {method!r}; it must be a gradient method such as lpgd.LPGD(tau=0.1).")
+        check_compatible(method, ConicProblem)
+        self._gradient = method
+
+    def forward(
+        self,
+        *params: Tensor,
+        solver_args: Mapping[str, Any] | None = None,
+        warm_start: bool | LayerOutput | Solution = False,
+    ) -> LayerOutput:
+        """Solve the problem for these parameter values.
+
+        Args:
+            *params: one tensor for each parameter, (*batch, *parameter.shape); batch dimensions broadcast.
+            solver_args: options for this call, over those of the layer.
+            warm_start: start from a previous result of a batch of this size: an output or a Solution of this layer;
+                True takes this thread's last one if the batch shape is the same.  Solvers without warm start
+                ignore it.
+
+        Returns:
+            One tensor (*batch, *variable.shape) for each variable, in the inputs' type and on their device; a tuple,
+            whose ``info`` is the record of this call.
+
+        Raises:
+            SolverError: an element has no solution (``on_error="raise"``); it carries statuses and indices.
+            ValueError, TypeError: wrong number, shape, type or device of the tensors.
+        """
+        inputs = batch_inputs(self.parameter_layouts, params)
+        solver, executor, gradient = self._call_options(solver_args)
+        info = CallInfo()
+        point = solve(
+            self._data(inputs.tensors, inputs.batch_size),
+            self.structure,
+            inputs.batch_size,
+            solver=solver,
+            gradient=gradient,
+            on_error=self.on_error,
+            executor=executor,
+            states=self._states(warm_start, inputs.batch_shape, inputs.batch_size),
+            info=info,
+        )
+        self._remember(inputs.batch_shape, info.solution)
+        output = LayerOutput(inputs.restore(reader(point), reader.layout.shape) for reader in self._readers)
+        output.info, output.batch_shape = info, inputs.batch_shape
+        return output
+
+    def solve(
+        self,
+        *params: Tensor,
+        solver_args: Mapping[str, Any] | None = None,
+        warm_start: bool | LayerOutput | Solution = False,
+    ) -> Solution:
+        """The solver's whole answer, not differentiable: statuses, residuals, iterations, times, x, y, z and s.
+
+        Arguments are those of a call; leading batch dimensions are flattened to one.  Elements without a solution
+        do not raise: see ``Solution.statuses``.
+        """
+        inputs = batch_inputs(self.parameter_layouts, params)
+        solver, executor, _ = self._call_options(solver_args)
+        with torch.no_grad():
+            data = self._data(inputs.tensors, inputs.batch_size)
+        problem = ConicProblem(self.structure, data, inputs.batch_size)
+        states = self._states(warm_start, inputs.batch_shape, inputs.batch_size)
+        solution = solver.solve(problem, states, executor)
+        self._remember(inputs.batch_shape, solution)
+        return solution
+
+    def extra_repr(self) -> str:
+        structure = self.structure
+        return (
+            f"{structure.n} variables, {structure.m} rows, {structure.cones}, "
+            f"solver={self.solver.name}, gradient={self.gradient}"
+        )
+
+    def _call_options(self, solver_args: Mapping[str, Any] | None) -> tuple[Solver, Executor | None, GradientMethod]:
+        if not solver_args:
+            return self.solver, self.executor, self.gradient
+        standard = StandardOptions.parse(solver_args)
+        base = self.solver if standard.solver is None else standard.solver
+        solver = choose_solver(self.structure, base, standard.options)
+        return solver, standard.executor or self.executor, standard.gradient or self.gradient
+
+    def _data(self, tensors: Sequence[Tensor], batch_size: int) -> ConicData:
+        """Parameters to problem data; a datum that only shared parameters reach stays shared."""
+        columns = _Columns(self.parameter_layouts, tensors, batch_size)
+        return ConicData(*(data_map(columns) for data_map in self._data_maps))
+
+    def _states(
+        self, warm_start: bool | LayerOutput | Solution, batch_shape: tuple[int, ...], batch_size: int
+    ) -> Sequence[Any]:
+        if warm_start is False:
+            return ()
+        if warm_start is True:
+            shape, states = getattr(self._last, "states", (None, ()))
+            return states if shape == batch_shape else ()
+        previous = warm_start.info.solution if isinstance(warm_start, LayerOutput) else warm_start
+        if not isinstance(previous, Solution):
+            raise TypeError(f"warm_start is {type(warm_start).__name__}; it takes True, an output or a Solution.")
+        if previous.batch_size != batch_size or previous.problem.structure.digest != self.structure.digest:
+            raise ValueError(
+                f"warm_start is a result of {previous.batch_size} elements with {previous.problem.structure.n} variables; "
+                f"this call has {batch_size} elements with {self.structure.n} variables. It must come from this layer "
+                "and a batch of the same size."
+            )
+        return previous.states
+
+    def _remember(self, batch_shape: tuple[int, ...], solution: Solution | None) -> None:
+        if solution is not None and self.solver.capabilities.warm_start:
+            self._last.states = (batch_shape, solution.states)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Threads and their last results stay behind; a copy runs on the default executor unless it was serial."""
+        state = self.__dict__.copy()
+        del state["_last"]
+        if not isinstance(self.executor, SerialExecutor):
+            state["executor"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._last = threading.local()
+
+
+class _Columns:
+    """The parameter vector θ, in float64: shared by the batch as far as the parameters that are asked for are."""
+
+    def __init__(self, layouts: Sequence[ParameterLayout], tensors: Sequence[Tensor], batch_size: int) -> None:
+        self.batch_size = batch_size
+        width = max((layout.columns.stop for layout in layouts), default=0)
+        self.parts: dict[int, Tensor] = {}
+        for position, (layout, tensor) in enumerate(zip(layouts, tensors, strict=True)):
+            flat = tensor.reshape(*tensor.shape[: tensor.ndim - len(layout.shape)], -1).to(torch.float64)
+            values = flat.index_select(-1, torch.from_numpy(layout.take).to(flat.device))
+            self.parts[position] = torch.log(values) if layout.log else values
+        self.order = sorted(self.parts, key=lambda position: layouts[position].columns.start)
+        self.sizes = {position: layout.take.size for position, layout in enumerate(layouts)}
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self.width = width
+        self.cache: dict[bool, Tensor] = {}
+
+    def vector(self, positions: frozenset[int]) -> Tensor:
+        """(p,) or, if any of these parameters is batched, (B, p); other parameters' columns may be zero."""
+        batched = any(self.parts[position].ndim == 2 for position in positions)
+        if batched not in self.cache:
+            leading = (self.batch_size,) if batched else ()
+            parts = [
+                self.parts[position].expand(*leading, self.sizes[position])
+                if batched or self.parts[position].ndim == 1
+                else self.parts[position].new_zeros(self.sizes[position])
+                for position in self.order
+            ]
+            empty = torch.zeros(*leading, 0, dtype=torch.float64, device=self.device)
+            self.cache[batched] = torch.cat([*parts, empty], dim=-1)
+        return self.cache[batched]
+
+
+class _DataMap:
+    """One datum as an affine function of the parameter vector."""
+
+    def __init__(self, affine: AffineMap) -> None:
+        matrix = affine.matrix.tocsc().astype("float64")
+        self.reaching = affine.reaching
+        self.constant = torch.from_numpy(matrix[:, [-1]].toarray().ravel())
+        self.has_constant = bool(self.constant.ne(0).any())
+        self.linear = SparseMap(matrix[:, :-1])
+
+    def __call__(self, columns: _Columns) -> Tensor:
+        constant = self.constant.to(columns.device)
+        if not self.reaching:
+            return constant
+        value = self.linear(columns.vector(self.reaching))
+        return value + constant if self.has_constant else value
+
+
+class _Reader:
+    """One of the user's variables as a function of the solution."""
+
+    def __init__(self, layout: VariableLayout) -> None:
+        self.layout = layout
+        self.terms = {
+            name: SparseMap(getattr(layout, name))
+            for name in ("primal", "dual", "lower", "upper")
+            if getattr(layout, name) is not None
+        }
+
+    def __call__(self, point: ConicPoint) -> Tensor:
+        sources = types.SimpleNamespace(
+            primal=lambda: point.x,
+            dual=lambda: point.y,
+            lower=lambda: torch.relu(-point.z),
+            upper=lambda: torch.relu(point.z),
+        )
+        values = [term(getattr(sources, name)()) for name, term in self.terms.items() if not term.is_empty]
+        if not values:
+            values = [point.x.new_zeros(point.x.shape[0], next(iter(self.terms.values())).size)]
+        total = sum(values[1:], values[0])
+        return torch.exp(total) if self.layout.exp else total

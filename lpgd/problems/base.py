@@ -1,0 +1,61 @@
+"""What a gradient method may ask of a problem, whatever its class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["Problem"]
+
+
+class Problem(Protocol):
+    """A batch of saddle-point problems ``argmin_x max_y L(x, y; w)`` that can tell how it changes.
+
+    Points, cotangents and tangents of the solution are one named tuple of tensors (B, ·), whose first field
+    is the primal ``x``; data, and gradients and tangents of the data, are another one.
+    """
+
+    can_tilt: ClassVar[bool]
+    can_augment: ClassVar[bool]
+    has_kkt: ClassVar[bool]
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def tilt(self, step: Tensor, cotangent: Any) -> Self:
+        """``L + step <cotangent, point>``, for k copies of the batch where ``step`` has k B entries."""
+        ...
+
+    def augment(self, rho: float, center: Tensor) -> Self:
+        """``L + (ρ/2) |x - center|²``."""
+        ...
+
+    def tilt_unit(self, point: Any, cotangent: Any) -> Tensor:
+        """(B,) the step that makes a tilt as large as the terms it changes; infinite for a zero cotangent."""
+        ...
+
+    def gradient_difference(self, plus: Any, minus: Any, weight: Tensor) -> Any:
+        """``weight (∇_w L(plus) - ∇_w L(minus))``, summed over elements that share a datum."""
+        ...
+
+    def mixed_product(self, point: Any, tangent: Any) -> Any:
+        """``∇_z <∇_w L(point), tangent>``: the tilt of forward mode."""
+        ...
+
+    def select(self, elements: Sequence[int]) -> Self:
+        """The batch of these elements."""
+        ...
+
+    def scatter(self, elements: Sequence[int], data: Any) -> Any:
+        """A gradient of the data of ``select(elements)`` as one of this problem's, zero elsewhere."""
+        ...
+
+    def zero_gradient(self) -> Any:
+        """A gradient of the data that is zero."""
+        ...

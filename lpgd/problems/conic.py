@@ -1,0 +1,423 @@
+"""Conic programs with variable bounds, batched: data, Lagrangian, tilt and augmentation.
+
+The problem, for each element of the batch, and its Lagrangian ([LPGD] eq. 78, with P added):
+
+    minimise    ½ xᵀP x + qᵀx
+    subject to  A x + s = b,  s ∈ K,   lower ≤ x ≤ upper
+
+    L(x, y, z) = ½ xᵀP x + qᵀx + yᵀ(A x - b) + zᵀx - upperᵀ max(z, 0) + lowerᵀ max(-z, 0),   y ∈ K*
+
+``z`` is the signed multiplier of the bounds: positive where the upper bound is active, negative where
+the lower one is.  At a solution ``P x + q + Aᵀy + z = 0``.
+
+[LPGD] Paulus, Musil, Martius: Lagrangian Proximal Gradient Descent for Learning Convex Optimization
+Models (arXiv 2407.05920).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpgd.cones import Cones
+from lpgd.problems.sparsity import SparsityPattern
+
+__all__ = ["ConicData", "ConicPoint", "ConicProblem", "ConicStructure"]
+
+
+class ConicPoint(NamedTuple):
+    """Primal and dual variables of a batch of B conic programs; also a cotangent or a tangent of them."""
+
+    x: Tensor  # (B, n)
+    y: Tensor  # (B, m)
+    z: Tensor  # (B, n), zero where a variable has no bound
+
+    def select(self, elements: Tensor) -> ConicPoint:
+        """The rows of these elements."""
+        return ConicPoint(*(part[elements] for part in self))
+
+    def where(self, chosen: Tensor, other: ConicPoint) -> ConicPoint:
+        """This point for the elements ``chosen`` (B,), the other one elsewhere."""
+        return ConicPoint(*(torch.where(chosen[:, None], a, b) for a, b in zip(self, other, strict=True)))
+
+    def scaled(self, weight: Tensor) -> ConicPoint:
+        """Each element times its ``weight`` (B,)."""
+        return ConicPoint(*(weight[:, None] * part for part in self))
+
+    def minus(self, other: ConicPoint) -> ConicPoint:
+        """The difference of two points."""
+        return ConicPoint(*(a - b for a, b in zip(self, other, strict=True)))
+
+
+class ConicData(NamedTuple):
+    """The data of a batch of conic programs, or a gradient, cotangent or tangent of them.
+
+    Each tensor is a vector shared by the whole batch, or has one row for each element.
+    """
+
+    P: Tensor  # (nnz P,) values on the pattern, both triangles
+    q: Tensor  # (n,)
+    A: Tensor  # (nnz A,) values on the pattern
+    b: Tensor  # (m,)
+    lower: Tensor  # (number of lower bounds,); -inf is no bound
+    upper: Tensor  # (number of upper bounds,); +inf is no bound
+
+
+@dataclass(frozen=True, eq=False)
+class ConicStructure:
+    """What is fixed while the data change: patterns, cones, and which variables have bounds.
+
+    Args:
+        quadratic: pattern of P, (n, n), closed under transposition.
+        constraint: pattern of A, (m, n).
+        cones: the cones of the rows of A, in order.
+        lower_index: variables that have a lower bound, increasing; the data ``lower`` belong to these.
+        upper_index: the same for upper bounds.
+
+    Raises:
+        ValueError: the sizes do not fit, or the pattern of P is not symmetric.
+    """
+
+    quadratic: SparsityPattern
+    constraint: SparsityPattern
+    cones: Cones
+    lower_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    upper_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def __post_init__(self) -> None:
+        m, n = self.constraint.shape
+        if self.quadratic.shape != (n, n):
+            raise ValueError(f"P has shape {self.quadratic.shape}, but A has {n} columns.")
+        if self.cones.rows != m:
+            raise ValueError(f"the cones have {self.cones.rows} rows, but A has {m}.")
+        if np.any(self.quadratic.positions(self.quadratic.columns, self.quadratic.rows) < 0):
+            raise ValueError("the pattern of P must hold both triangles: (j, i) with every (i, j).")
+        for name in ("lower_index", "upper_index"):
+            index = np.ascontiguousarray(getattr(self, name), dtype=np.int64)
+            if index.size and (index.min() < 0 or index.max() >= n or np.any(np.diff(index) <= 0)):
+                raise ValueError(f"{name} must be increasing and lie in [0, {n}).")
+            object.__setattr__(self, name, index)
+
+    @property
+    def n(self) -> int:
+        """Number of variables."""
+        return self.constraint.shape[1]
+
+    @property
+    def m(self) -> int:
+        """Number of rows of A."""
+        return self.constraint.shape[0]
+
+    @property
+    def has_bounds(self) -> bool:
+        return self.lower_index.size + self.upper_index.size > 0
+
+    @property
+    def sizes(self) -> ConicSizes:
+        """The length of each datum."""
+        return ConicSizes(
+            self.quadratic.nnz, self.n, self.constraint.nnz, self.m, self.lower_index.size, self.upper_index.size
+        )
+
+    @cached_property
+    def digest(self) -> bytes:
+        """A fingerprint of the content, equal across processes."""
+        state = hashlib.blake2b(repr(self.cones).encode(), digest_size=16)
+        for part in (self.quadratic.digest, self.constraint.digest, self.lower_index.tobytes(), b"|"):
+            state.update(part)
+        state.update(self.upper_index.tobytes())
+        return state.digest()
+
+    @cached_property
+    def transpose_position(self) -> NDArray[np.int64]:
+        """For each entry (i, j) of P's pattern, where (j, i) stands."""
+        return self.quadratic.positions(self.quadratic.columns, self.quadratic.rows)
+
+    @cached_property
+    def with_diagonal(self) -> ConicStructure:
+        """The same structure with every diagonal entry of P in its pattern: room for an augmentation."""
+        diagonal = np.arange(self.n)
+        if np.all(self.quadratic.positions(diagonal, diagonal) >= 0):
+            return self
+        keys = np.union1d(self.quadratic.columns * self.n + self.quadratic.rows, diagonal * (self.n + 1))
+        columns, rows = np.divmod(keys, self.n)
+        return replace(self, quadratic=SparsityPattern((self.n, self.n), rows, columns))
+
+
+class ConicSizes(NamedTuple):
+    """The length of each field of :class:`ConicData`."""
+
+    P: int
+    q: int
+    A: int
+    b: int
+    lower: int
+    upper: int
+
+
+@dataclass(frozen=True, eq=False)
+class ConicProblem:
+    """A batch of conic programs of one structure (see the module's docstring for the mathematics).
+
+    Args:
+        structure: patterns and cones.
+        data: float64 tensors on one device.  A datum of shape ``(size,)`` is shared by the batch; one of
+            shape ``(R, size)`` has R rows with ``batch_size`` a multiple of R, and element ``i`` uses row
+            ``i mod R`` (so both perturbed problems of a backward pass share one copy of the matrices).
+        batch_size: number of elements B.
+
+    Raises:
+        ValueError: a datum has the wrong length, number of rows or type.
+    """
+
+    structure: ConicStructure
+    data: ConicData
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        for name, datum, size in zip(ConicData._fields, self.data, self.structure.sizes, strict=True):
+            if datum.dtype != torch.float64:
+                raise ValueError(f"{name} is {datum.dtype}; problems are held in float64.")
+            if datum.ndim not in (1, 2) or datum.shape[-1] != size:
+                raise ValueError(f"{name} has shape {tuple(datum.shape)}; expected ({size},) or (rows, {size}).")
+            if datum.ndim == 2 and (datum.shape[0] == 0) != (self.batch_size == 0):
+                raise ValueError(f"{name} has {datum.shape[0]} rows for a batch of {self.batch_size}.")
+            if datum.ndim == 2 and datum.shape[0] and self.batch_size % datum.shape[0]:
+                raise ValueError(f"{name} has {datum.shape[0]} rows, which do not divide the batch of {self.batch_size}.")
+
+    # -- capabilities: what a GradientMethod may ask of this class of problems --------------------------------
+
+    can_tilt: ClassVar[bool] = True
+    can_augment: ClassVar[bool] = True
+    has_kkt: ClassVar[bool] = True
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.q.device
+
+    @cached_property
+    def symmetric_P(self) -> Tensor:
+        """Values of ``½ (P + Pᵀ)`` on the pattern, with the leading shape of P: what every solver sees."""
+        return 0.5 * (self.data.P + self.data.P[..., torch.from_numpy(self.structure.transpose_position).to(self.device)])
+
+    # -- evaluation -------------------------------------------------------------------------------------------
+
+    def full_bounds(self) -> tuple[Tensor, Tensor]:
+        """``lower`` and ``upper`` for all variables, infinite where there is none: (n,) or (R, n) each."""
+        full = []
+        for values, index, nothing in (
+            (self.data.lower, self.structure.lower_index, -torch.inf),
+            (self.data.upper, self.structure.upper_index, torch.inf),
+        ):
+            bound = values.new_full((*values.shape[:-1], self.structure.n), nothing)
+            bound[..., torch.from_numpy(index).to(self.device)] = values
+            full.append(bound)
+        return full[0], full[1]
+
+    def slack(self, x: Tensor) -> Tensor:
+        """``s = b - A x``: (B, n) to (B, m)."""
+        return per_element(self.data.b, self.batch_size) - self.structure.constraint.matvec(self.data.A, x)
+
+    def quadratic_product(self, x: Tensor) -> Tensor:
+        """``½ (P + Pᵀ) x``: (B, n) to (B, n)."""
+        return self.structure.quadratic.matvec(self.symmetric_P, x)
+
+    def objective(self, x: Tensor) -> Tensor:
+        """``½ xᵀP x + qᵀx``: (B, n) to (B,)."""
+        return (x * (0.5 * self.quadratic_product(x) + per_element(self.data.q, self.batch_size))).sum(-1)
+
+    def lagrangian(self, point: ConicPoint) -> Tensor:
+        """``L(x, y, z)`` of the module's docstring: (B,).  Infinite bounds count as absent."""
+        lower, upper = (torch.nan_to_num(bound, posinf=0.0, neginf=0.0) for bound in self.full_bounds())
+        bound_terms = point.z * point.x - upper * point.z.clamp(min=0) + lower * (-point.z).clamp(min=0)
+        return self.objective(point.x) - (point.y * self.slack(point.x)).sum(-1) + bound_terms.sum(-1)
+
+    # -- the two changes an oracle must solve again after ------------------------------------------------------
+
+    def tilt(self, step: Tensor, cotangent: ConicPoint) -> ConicProblem:
+        """``L + step (<g_x, x> + <g_y, y> + <g_z, z>)``: only linear terms move ([LPGD] eqs. 79-82).
+
+        ``q + step g_x``, ``b - step g_y``, and both bounds of a variable by ``-step g_z``.
+
+        Args:
+            step: (k B,) signed step of each element: τ for the lower, -τ for the upper envelope.  With
+                k > 1 the new batch is k copies of this one, one after the other.
+            cotangent: (B, ·) each.
+        """
+        copies = step.shape[0] // self.batch_size if self.batch_size else 1
+
+        def moved(datum: Tensor, direction: Tensor, sign: float) -> Tensor:
+            if not torch.any(direction):
+                return datum
+            repeated = per_element(datum, self.batch_size).repeat(copies, 1)
+            return repeated + sign * step[:, None] * direction.repeat(copies, 1)
+
+        lower_index, upper_index = (
+            torch.from_numpy(index).to(self.device) for index in (self.structure.lower_index, self.structure.upper_index)
+        )
+        data = self.data._replace(
+            q=moved(self.data.q, cotangent.x, 1.0),
+            b=moved(self.data.b, cotangent.y, -1.0),
+            lower=moved(self.data.lower, cotangent.z[:, lower_index], -1.0),
+            upper=moved(self.data.upper, cotangent.z[:, upper_index], -1.0),
+        )
+        return replace(self, data=data, batch_size=step.shape[0])
+
+    def augment(self, rho: float, center: Tensor) -> ConicProblem:
+        """``L + (ρ/2) |x - center|²`` up to a constant: ``P + ρ I``, ``q - ρ center`` ([LPGD] eq. 28).
+
+        Args:
+            rho: ρ ≥ 0, not scaled by any step.
+            center: (B, n); its solution stays optimal if it is one of this problem.
+        """
+        if rho == 0.0:
+            return self
+        structure = self.structure.with_diagonal
+        diagonal = structure.quadratic.positions(np.arange(structure.n), np.arange(structure.n))
+        place = structure.quadratic.positions(self.structure.quadratic.rows, self.structure.quadratic.columns)
+        P = self.data.P.new_zeros(*self.data.P.shape[:-1], structure.quadratic.nnz)
+        P[..., torch.from_numpy(place).to(self.device)] = self.data.P
+        P[..., torch.from_numpy(diagonal).to(self.device)] += rho
+        q = per_element(self.data.q, self.batch_size) - rho * center
+        return ConicProblem(structure, self.data._replace(P=P, q=q), self.batch_size)
+
+    # -- derivatives of the Lagrangian ------------------------------------------------------------------------
+
+    def gradient_difference(self, plus: ConicPoint, minus: ConicPoint, weight: Tensor) -> ConicData:
+        """``weight (∇_w L(plus) - ∇_w L(minus))`` for all data w, summed over elements that share a datum.
+
+        ``dP = ½ Δ(x xᵀ)``, ``dq = Δx``, ``dA = Δ(y xᵀ)``, ``db = -Δy``, ``d upper = -Δ max(z, 0)``,
+        ``d lower = Δ max(-z, 0)``.  Products are differenced as ``Δy x̄ᵀ + ȳ Δxᵀ`` with mid-points, which
+        is exact and does not cancel.
+
+        Args:
+            plus, minus: points of B elements.
+            weight: (B,).
+
+        Returns:
+            The gradient, each field of the shape of the problem's own.
+        """
+        dx, dy = weight[:, None] * (plus.x - minus.x), weight[:, None] * (plus.y - minus.y)
+        x_mid, y_mid = 0.5 * (plus.x + minus.x), 0.5 * (plus.y + minus.y)
+        d_upper = weight[:, None] * (minus.z.clamp(min=0) - plus.z.clamp(min=0))
+        d_lower = weight[:, None] * ((-plus.z).clamp(min=0) - (-minus.z).clamp(min=0))
+        return self.bilinear_gradient(dx, dy, x_mid, y_mid, d_lower, d_upper)
+
+    def bilinear_gradient(
+        self, dx: Tensor, dy: Tensor, x: Tensor, y: Tensor, d_lower: Tensor, d_upper: Tensor
+    ) -> ConicData:
+        """``<∇²_{wz} L(x, y), (dx, dy)>``: the gradient of the Lagrangian's data along a change of the point.
+
+        ``dP = ½ (dx xᵀ + x dxᵀ)``, ``dq = dx``, ``dA = dy xᵀ + y dxᵀ``, ``db = -dy``; the bounds' parts are given.
+        Shapes: (B, n) or (B, m) each; the result has the shapes of the data, sums over shared ones included.
+        """
+        structure = self.structure
+        rows = {name: datum.shape[0] if datum.ndim == 2 else None for name, datum in self.data._asdict().items()}
+        P = self.data.P.new_zeros(self.data.P.shape)
+        if structure.quadratic.nnz:
+            outer = structure.quadratic.outer(dx, x, rows["P"])
+            P = 0.5 * (outer + outer[..., torch.from_numpy(structure.transpose_position).to(self.device)])
+        A = structure.constraint.outer(dy, x, rows["A"]) + structure.constraint.outer(y, dx, rows["A"])
+        lower_index, upper_index = (
+            torch.from_numpy(index).to(self.device) for index in (structure.lower_index, structure.upper_index)
+        )
+        return ConicData(
+            P=P,
+            q=_sum_rows(dx, rows["q"]),
+            A=A,
+            b=_sum_rows(-dy, rows["b"]),
+            lower=torch.where(torch.isfinite(self.data.lower), _sum_rows(d_lower[:, lower_index], rows["lower"]), 0.0),
+            upper=torch.where(torch.isfinite(self.data.upper), _sum_rows(d_upper[:, upper_index], rows["upper"]), 0.0),
+        )
+
+    def mixed_product(self, point: ConicPoint, tangent: ConicData) -> ConicPoint:
+        """``∇_z <∇_w L(point), dw>`` for a tangent dw of the data: the tilt of forward mode.
+
+        ``(dP x + dAᵀy + dq, dA x - db)`` with dP symmetrised, and for the bound multipliers ``-d upper``
+        where z > 0, ``-d lower`` elsewhere on bounded variables.
+        """
+        structure, size = self.structure, self.batch_size
+        dP = 0.5 * (tangent.P + tangent.P[..., torch.from_numpy(structure.transpose_position).to(self.device)])
+        x_part = structure.quadratic.matvec(dP, point.x) + structure.constraint.rmatvec(tangent.A, point.y)
+        y_part = structure.constraint.matvec(tangent.A, point.x) - per_element(tangent.b, size)
+        d_lower, d_upper = (point.x.new_zeros(size, structure.n) for _ in range(2))
+        d_lower[:, torch.from_numpy(structure.lower_index).to(self.device)] = per_element(tangent.lower, size)
+        d_upper[:, torch.from_numpy(structure.upper_index).to(self.device)] = per_element(tangent.upper, size)
+        z_part = torch.where(point.z > 0, -d_upper, -d_lower)
+        return ConicPoint(x_part + per_element(tangent.q, size), y_part, z_part)
+
+    # -- batches ----------------------------------------------------------------------------------------------
+
+    def select(self, elements: Sequence[int]) -> ConicProblem:
+        """The batch of these elements; shared data stay shared."""
+        index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
+        data = ConicData(*(datum if datum.ndim == 1 else datum[index % max(datum.shape[0], 1)] for datum in self.data))
+        return replace(self, data=data, batch_size=len(elements))
+
+    def scatter(self, elements: Sequence[int], data: ConicData) -> ConicData:
+        """A gradient of the data of ``select(elements)`` as one of this batch's: zero for the other elements."""
+        index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
+        full = self.zero_gradient()
+        return ConicData(
+            *(
+                part if own.ndim == 1 else own.index_add(0, index % max(own.shape[0], 1), part)
+                for own, part in zip(full, data, strict=True)
+            )
+        )
+
+    def zero_gradient(self) -> ConicData:
+        """A gradient of the data that is zero."""
+        return ConicData(*(torch.zeros_like(datum) for datum in self.data))
+
+    def tilt_unit(self, point: ConicPoint, cotangent: ConicPoint) -> Tensor:
+        """(B,) the step at which a tilt is as large as the terms that it changes, in the maximum norm.
+
+        ``max(|q|, |P x|, |Aᵀy|, |z|) / |g_x|`` and, for dual losses, ``max(|b|, |A x|) / |g_y|`` and
+        ``|x| / |g_z|``, the least of them; a numerator of 0 counts as 1.  Infinite where the cotangent is 0.
+        """
+        structure, size = self.structure, self.batch_size
+        q, b = per_element(self.data.q, size), per_element(self.data.b, size)
+        Px, Aty = self.quadratic_product(point.x), structure.constraint.rmatvec(self.data.A, point.y)
+        Ax = structure.constraint.matvec(self.data.A, point.x)
+        units = torch.full((size,), torch.inf, dtype=point.x.dtype, device=self.device)
+        for terms, direction in (
+            ((q, Px, Aty, point.z), cotangent.x),
+            ((b, Ax), cotangent.y),
+            ((point.x,), cotangent.z),
+        ):
+            if direction.shape[-1]:
+                size_of_terms = torch.stack([term.abs().amax(-1) for term in terms]).amax(0)
+                size_of_terms = torch.where(size_of_terms > 0, size_of_terms, 1.0)
+                units = torch.minimum(units, size_of_terms / direction.abs().amax(-1))
+        return units
+
+    def finite(self) -> Tensor:
+        """(B,) whether an element's data are finite; bounds may be infinite on their own side."""
+        valid = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
+        checks = {name: torch.isfinite(getattr(self.data, name)) for name in ("P", "q", "A", "b")}
+        checks["lower"] = self.data.lower < torch.inf
+        checks["upper"] = self.data.upper > -torch.inf
+        for check in checks.values():
+            valid &= per_element(check.all(-1, keepdim=True), self.batch_size)[:, 0]
+        return valid
+
+
+def per_element(datum: Tensor, batch_size: int) -> Tensor:
+    """One row for each element: (size,) or (R, size) to (B, size), without copying where R is 1 or B."""
+    if datum.ndim == 1:
+        return datum.expand(batch_size, -1)
+    return datum if datum.shape[0] == batch_size else datum.repeat(batch_size // max(datum.shape[0], 1), 1)
+
+
+def _sum_rows(terms: Tensor, rows: int | None) -> Tensor:
+    if rows is None:
+        return terms.sum(0)
+    return terms if rows == terms.shape[0] else terms.reshape(-1, rows, terms.shape[-1]).sum(0)

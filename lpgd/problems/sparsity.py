@@ -1,0 +1,180 @@
+"""A sparse matrix whose pattern is fixed and whose values are a tensor, batched or shared."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+__all__ = ["SparsityPattern"]
+
+
+@dataclass(frozen=True, eq=False)
+class SparsityPattern:
+    """Where the entries of an ``(r, c)`` matrix may be nonzero; its values come separately.
+
+    Entries are unique and sorted column by column, rows increasing within a column, so that
+    ``values`` of length ``nnz`` are the data of a compressed-sparse-column matrix as they stand.
+
+    Args:
+        shape: ``(r, c)``.
+        rows: (nnz,) row of each entry.
+        columns: (nnz,) column of each entry.
+    """
+
+    shape: tuple[int, int]
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        rows = np.ascontiguousarray(self.rows, dtype=np.int64)
+        columns = np.ascontiguousarray(self.columns, dtype=np.int64)
+        if rows.shape != columns.shape or rows.ndim != 1:
+            raise ValueError(f"rows {rows.shape} and columns {columns.shape} must be vectors of one length.")
+        if rows.size and (rows.min() < 0 or columns.min() < 0 or rows.max() >= self.shape[0] or columns.max() >= self.shape[1]):
+            raise ValueError(f"an entry lies outside a matrix of shape {self.shape}.")
+        if np.any(np.diff(columns * self.shape[0] + rows) <= 0):
+            raise ValueError("entries must be unique and sorted column by column; see SparsityPattern.from_matrix.")
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "columns", columns)
+
+    @classmethod
+    def from_matrix(cls, matrix: ArrayLike | sp.sparray | sp.spmatrix) -> SparsityPattern:
+        """The pattern of the stored entries of a SciPy matrix, or of the nonzeros of an array."""
+        stored = sp.coo_array(matrix)  # pyright: ignore[reportArgumentType]
+        order = np.unique(stored.col.astype(np.int64) * stored.shape[0] + stored.row)
+        columns, rows = np.divmod(order, max(stored.shape[0], 1))
+        return cls((int(stored.shape[0]), int(stored.shape[1])), rows, columns)
+
+    @classmethod
+    def dense(cls, rows: int, columns: int) -> SparsityPattern:
+        """Every entry."""
+        column, row = np.divmod(np.arange(rows * columns, dtype=np.int64), max(rows, 1))
+        return cls((rows, columns), row, column)
+
+    @classmethod
+    def empty(cls, rows: int, columns: int) -> SparsityPattern:
+        """No entry."""
+        nothing = np.zeros(0, dtype=np.int64)
+        return cls((rows, columns), nothing, nothing)
+
+    @property
+    def nnz(self) -> int:
+        return self.rows.size
+
+    @property
+    def is_dense(self) -> bool:
+        return self.nnz == self.shape[0] * self.shape[1]
+
+    @cached_property
+    def indptr(self) -> NDArray[np.int32]:
+        """Column pointers of the compressed-sparse-column form; ``rows`` are its indices."""
+        counts = np.bincount(self.columns, minlength=self.shape[1])
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+
+    @cached_property
+    def indices(self) -> NDArray[np.int32]:
+        return self.rows.astype(np.int32)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """A fingerprint of the content, equal across processes."""
+        state = hashlib.blake2b(repr(self.shape).encode(), digest_size=16)
+        state.update(self.rows.tobytes())
+        state.update(self.columns.tobytes())
+        return state.digest()
+
+    def positions(self, rows: ArrayLike, columns: ArrayLike) -> NDArray[np.int64]:
+        """Where the entries ``(rows, columns)`` stand in ``values``; -1 for one outside the pattern."""
+        keys = self.columns * self.shape[0] + self.rows
+        wanted = np.asarray(columns, dtype=np.int64) * self.shape[0] + np.asarray(rows, dtype=np.int64)
+        found = np.searchsorted(keys, wanted)
+        found = np.minimum(found, max(keys.size - 1, 0))
+        return np.where(keys[found] == wanted, found, -1) if keys.size else np.full(wanted.shape, -1, dtype=np.int64)
+
+    def csc(self, values: NDArray[np.float64]) -> sp.csc_array:
+        """The SciPy matrix with these ``values`` (nnz,), whose index arrays are copied: some solvers sort or free theirs."""
+        return sp.csc_array((values, self.indices.copy(), self.indptr.copy()), shape=self.shape)
+
+    def to_dense(self, values: Tensor) -> Tensor:
+        """(..., nnz) values to (..., r, c) matrices."""
+        leading = values.shape[:-1]
+        if self.is_dense:
+            return values.reshape(*leading, self.shape[1], self.shape[0]).mT
+        flat = values.new_zeros(*leading, self.shape[0] * self.shape[1])
+        flat[..., self._index("flat", values)] = values
+        return flat.reshape(*leading, *self.shape)
+
+    def gather(self, matrices: Tensor) -> Tensor:
+        """(..., r, c) matrices to their (..., nnz) values on the pattern."""
+        if self.is_dense:
+            return matrices.mT.reshape(*matrices.shape[:-2], self.nnz)
+        return matrices.reshape(*matrices.shape[:-2], -1)[..., self._index("flat", matrices)]
+
+    def matvec(self, values: Tensor, x: Tensor) -> Tensor:
+        """``M x`` for each element: values (nnz,) or (R, nnz), x (B, c), B a multiple of R, to (B, r)."""
+        return self._product(values, x, transpose=False)
+
+    def rmatvec(self, values: Tensor, y: Tensor) -> Tensor:
+        """``Mᵀ y`` for each element: values (nnz,) or (R, nnz), y (B, r), B a multiple of R, to (B, c)."""
+        return self._product(values, y, transpose=True)
+
+    def _product(self, values: Tensor, vectors: Tensor, transpose: bool) -> Tensor:
+        size = self.shape[1] if transpose else self.shape[0]
+        if self.nnz == 0 or vectors.shape[0] == 0:
+            return vectors.new_zeros(vectors.shape[0], size)
+        if values.ndim == 1:
+            if self.is_dense:
+                matrix = self.to_dense(values)
+                return vectors @ (matrix if transpose else matrix.mT)
+            if values.device.type == "cpu" and not (values.requires_grad or vectors.requires_grad):
+                matrix = sp.csc_array((values.numpy(), self.indices, self.indptr), shape=self.shape)
+                product = (matrix.T if transpose else matrix) @ vectors.numpy().T
+                return torch.from_numpy(np.ascontiguousarray(product.T))
+            values = values[None]
+        grouped = vectors.reshape(-1, values.shape[0], vectors.shape[-1])
+        if self.is_dense:
+            matrices = self.to_dense(values)
+            return torch.einsum("brc,kbr->kbc" if transpose else "brc,kbc->kbr", matrices, grouped).reshape(-1, size)
+        source, target = ("rows", "columns") if transpose else ("columns", "rows")
+        terms = values * grouped[..., self._index(source, values)]
+        product = vectors.new_zeros(*grouped.shape[:2], size).index_add(-1, self._index(target, values), terms)
+        return product.reshape(-1, size)
+
+    def outer(self, y: Tensor, x: Tensor, rows: int | None) -> Tensor:
+        """``Σ y xᵀ`` on the pattern: over all elements (``rows=None``) to (nnz,), or to (rows, nnz) over those that share a row.
+
+        Args:
+            y: (B, r).
+            x: (B, c).
+            rows: None, or R with B a multiple of R; element i belongs to row i mod R.
+        """
+        if rows is None:
+            if 4 * self.nnz >= self.shape[0] * self.shape[1]:
+                return self.gather(y.mT @ x)
+            return (y[:, self._index("rows", y)] * x[:, self._index("columns", x)]).sum(0)
+        y, x = y.reshape(-1, rows, y.shape[-1]), x.reshape(-1, rows, x.shape[-1])
+        if self.is_dense:
+            return self.gather(torch.einsum("kbr,kbc->brc", y, x))
+        return (y[..., self._index("rows", y)] * x[..., self._index("columns", x)]).sum(0)
+
+    def _index(self, name: str, like: Tensor) -> Tensor:
+        cache: dict[tuple[str, torch.device], Tensor] = self.__dict__.setdefault("_indices", {})
+        key = (name, like.device)
+        if key not in cache:
+            entries = self.rows * self.shape[1] + self.columns if name == "flat" else getattr(self, name)
+            cache[key] = torch.from_numpy(entries).to(like.device)
+        return cache[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shape": self.shape, "rows": self.rows, "columns": self.columns}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)

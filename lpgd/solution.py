@@ -1,0 +1,163 @@
+"""What a solver returns for a batch, and how it checks itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpgd.cones import Cones
+from lpgd.problems.conic import ConicPoint, ConicProblem, per_element
+from lpgd.projections import distance
+from lpgd.status import Status
+
+__all__ = ["Residuals", "Solution"]
+
+
+class Residuals(NamedTuple):
+    """Relative violations of the optimality conditions, (B,) each, computed from the problem alone.
+
+    ``primal``: distance of ``b - A x`` to K and of x to its bounds, over ``1 + max(|b|, |A x|)``.
+    ``dual``: ``|P x + q + Aᵀy + z|``, distance of y to K*, and multipliers of absent bounds, over
+    ``1 + max(|P x|, |q|, |Aᵀy|)``.  ``gap``: ``|xᵀP x + qᵀx + bᵀy + upperᵀz₊ - lowerᵀz₋|`` over
+    ``1 + max`` of its terms.  All in the maximum norm.
+    """
+
+    primal: Tensor
+    dual: Tensor
+    gap: Tensor
+
+    @property
+    def worst(self) -> Tensor:
+        return torch.stack(tuple(self)).amax(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Primal and dual solutions of a batch of B conic programs, with one status for each element.
+
+    Attributes:
+        problem: the batch that was solved.
+        x: (B, n) primal variables; NaN where there is no solution.
+        y: (B, m) multipliers of the rows of A, in K*.
+        z: (B, n) signed multipliers of the bounds: positive at an upper, negative at a lower bound.
+        slack: (B, m) the solver's own slack, in K; the slack as a function of x is :attr:`s`.
+        statuses: B statuses.
+        iterations: (B,) iterations of the solver.
+        setup_seconds, solve_seconds: (B,) time in set-up (0 where it was re-used) and in the solver.
+        states: B opaque warm-start states; None where the solver has none.
+    """
+
+    problem: ConicProblem
+    x: Tensor
+    y: Tensor
+    z: Tensor
+    slack: Tensor
+    statuses: tuple[Status, ...]
+    iterations: NDArray[np.int64]
+    setup_seconds: NDArray[np.float64]
+    solve_seconds: NDArray[np.float64]
+    states: tuple[Any, ...]
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.statuses)
+
+    @property
+    def point(self) -> ConicPoint:
+        return ConicPoint(self.x, self.y, self.z)
+
+    @cached_property
+    def s(self) -> Tensor:
+        """(B, m) slack ``b - A x``."""
+        return self.problem.slack(self.x)
+
+    @cached_property
+    def objective(self) -> Tensor:
+        """(B,) ``½ xᵀP x + qᵀx``, without any constant of a modelling language."""
+        return self.problem.objective(self.x)
+
+    @property
+    def failed(self) -> list[int]:
+        """Elements without a usable solution."""
+        return [index for index, status in enumerate(self.statuses) if not status.usable]
+
+    @property
+    def usable(self) -> Tensor:
+        """(B,) elements that have one."""
+        return torch.tensor([status.usable for status in self.statuses], dtype=torch.bool, device=self.x.device)
+
+    def parts(self, count: int) -> list[Solution]:
+        """Cut a batch of ``count`` equal parts, one after the other, into these parts; see :meth:`ConicProblem.tilt`."""
+        size = self.batch_size // count
+        return [self.select(range(part * size, (part + 1) * size)) for part in range(count)]
+
+    def select(self, elements: Sequence[int]) -> Solution:
+        """The solutions of these elements."""
+        chosen = list(elements)
+        return replace(
+            self,
+            problem=self.problem.select(chosen),
+            statuses=tuple(self.statuses[i] for i in chosen),
+            states=tuple(self.states[i] for i in chosen),
+            **{name: getattr(self, name)[chosen] for name in _ROWS},
+        )
+
+    @cached_property
+    def residuals(self) -> Residuals:
+        """How far the solution is from optimal, whatever the solver said; NaN where there is none."""
+        problem, structure = self.problem, self.problem.structure
+        q, b = (per_element(datum, self.batch_size) for datum in (problem.data.q, problem.data.b))
+        Px, Aty, Ax = problem.quadratic_product(self.x), structure.constraint.rmatvec(problem.data.A, self.y), b - self.s
+        primal = _distance(structure.cones, self.s, dual=False)
+        dual = torch.maximum(_norm(Px + q + Aty + self.z), _distance(structure.cones, self.y, dual=True))
+        bound_terms = torch.zeros_like(self.x)
+        if structure.has_bounds:
+            lower, upper = problem.full_bounds()
+            primal = torch.maximum(primal, _norm(torch.relu(torch.maximum(self.x - upper, lower - self.x))))
+            above, below = self.z.clamp(min=0), (-self.z).clamp(min=0)
+            has_upper, has_lower = torch.isfinite(upper), torch.isfinite(lower)
+            dual = torch.maximum(dual, _norm(torch.where(has_upper, 0.0, above) + torch.where(has_lower, 0.0, below)))
+            bound_terms = torch.where(has_upper, upper, 0.0) * above - torch.where(has_lower, lower, 0.0) * below
+        terms = [(self.x * Px).sum(-1), (q * self.x).sum(-1), (b * self.y).sum(-1), bound_terms.sum(-1)]
+        scale = torch.stack([term.abs() for term in terms]).amax(0)
+        return Residuals(
+            primal / (1 + torch.maximum(_norm(b), _norm(Ax))),
+            dual / (1 + torch.maximum(_norm(Px), torch.maximum(_norm(q), _norm(Aty)))),
+            sum(terms, torch.zeros_like(scale)).abs() / (1 + scale),
+        )
+
+    def merge(self, elements: Sequence[int], other: Solution) -> Solution:
+        """This solution with these elements taken from ``other``, in order."""
+        chosen = list(elements)
+        rows = {name: getattr(self, name).copy() if name in _NUMPY_ROWS else getattr(self, name).clone() for name in _ROWS}
+        for name, value in rows.items():
+            value[chosen] = getattr(other, name)
+        statuses, states = list(self.statuses), list(self.states)
+        for place, element in enumerate(chosen):
+            statuses[element], states[element] = other.statuses[place], other.states[place]
+        return replace(self, statuses=tuple(statuses), states=tuple(states), **rows)
+
+
+_NUMPY_ROWS = ("iterations", "setup_seconds", "solve_seconds")
+_ROWS = ("x", "y", "z", "slack", *_NUMPY_ROWS)
+
+
+def _distance(cones: Cones, points: Tensor, *, dual: bool) -> Tensor:
+    """Distance of each row to the cone; NaN for a row that is not finite, which no projection has to see."""
+    finite = torch.isfinite(points).all(-1)
+    distances = points.new_full(points.shape[:1], torch.nan)
+    rows = points[finite].cpu().numpy()
+    distances[finite] = torch.from_numpy(np.asarray(distance(cones, rows, dual=dual))).to(points.device)
+    return distances
+
+
+def _norm(vectors: Tensor) -> Tensor:
+    """Maximum norm of each row; 0 for empty rows."""
+    return vectors.abs().amax(-1) if vectors.shape[-1] else vectors.new_zeros(vectors.shape[:-1])

@@ -1,0 +1,21 @@
+"""Solvers: one interface, one file a backend."""
+
+from lpgd.solvers.base import Capabilities, ElementwiseSolver, Outcome, Prepared, Solver
+from lpgd.solvers.choose import SOLVERS, available, choose_solver
+from lpgd.solvers.clarabel import Clarabel
+from lpgd.solvers.ecos import ECOS
+from lpgd.solvers.scs import SCS
+
+__all__ = [
+    "ECOS",
+    "SCS",
+    "SOLVERS",
+    "Capabilities",
+    "Clarabel",
+    "ElementwiseSolver",
+    "Outcome",
+    "Prepared",
+    "Solver",
+    "available",
+    "choose_solver",
+]

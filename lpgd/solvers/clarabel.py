@@ -1,0 +1,147 @@
+"""Clarabel: an interior-point solver for every cone of this library but the dual exponential and dual power ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from lpgd.cones import Cones, svec_indices, svec_size
+from lpgd.reductions import RowForm, RowPoint
+from lpgd.solvers.base import Capabilities, ElementwiseSolver, Outcome, Prepared
+from lpgd.status import Status
+
+__all__ = ["Clarabel"]
+
+_STATUSES = {
+    "Solved": Status.SOLVED,
+    "AlmostSolved": Status.INACCURATE,
+    "PrimalInfeasible": Status.INFEASIBLE,
+    "AlmostPrimalInfeasible": Status.INFEASIBLE,
+    "DualInfeasible": Status.UNBOUNDED,
+    "AlmostDualInfeasible": Status.UNBOUNDED,
+    "MaxIterations": Status.ITERATION_LIMIT,
+    "MaxTime": Status.TIME_LIMIT,
+    "NumericalError": Status.NUMERICAL_ERROR,
+    "InsufficientProgress": Status.NUMERICAL_ERROR,
+    "CallbackTerminated": Status.NUMERICAL_ERROR,
+    "Unsolved": Status.NUMERICAL_ERROR,
+}
+
+
+@dataclass(frozen=True)
+class Clarabel(ElementwiseSolver):
+    """Clarabel (Goulart and Chen 2024), set up once for each pattern and updated in place.
+
+    An interior-point method has no warm start; on an optimal face it returns the face's analytic centre.
+
+    Args:
+        max_threads: threads of the linear solver of one element; the batch already runs over threads.
+        equilibrate: scale the data before solving.
+        regularization: static regularisation of the KKT factorisation.
+        direct_solve_method: the linear solver's name, as Clarabel has it.
+    """
+
+    max_iterations: int = 200
+    max_threads: int = 1
+    equilibrate: bool = True
+    regularization: float = 1e-8
+    direct_solve_method: str = "auto"
+
+    name: ClassVar[str] = "CLARABEL"
+    package: ClassVar[str] = "clarabel"
+    pip_name: ClassVar[str] = "clarabel"
+    finest_tolerance: ClassVar[float] = 1e-11
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        cones=frozenset({"zero", "nonnegative", "second_order", "semidefinite", "exponential", "power"}),
+        quadratic=True,
+        update_matrices=True,
+    )
+    aliases: ClassVar[dict[str, str]] = {
+        "eps": "tolerance",
+        "tol": "tolerance",
+        "tol_gap_abs": "tolerance",
+        "tol_gap_rel": "tolerance",
+        "tol_feas": "tolerance",
+        "max_iter": "max_iterations",
+        "max_iters": "max_iterations",
+        "time_limit_secs": "time_limit",
+        "equilibrate_enable": "equilibrate",
+        "static_regularization_constant": "regularization",
+    }
+
+    def prepare(self, form: RowForm) -> Prepared:
+        return _PreparedClarabel(self, form)
+
+
+class _PreparedClarabel(Prepared):
+    def __init__(self, options: Clarabel, form: RowForm) -> None:
+        clarabel = options.module()
+        settings = clarabel.DefaultSettings()
+        settings.verbose = options.verbose
+        settings.max_iter = options.max_iterations
+        if options.time_limit is not None:
+            settings.time_limit = options.time_limit
+        for criterion in ("tol_gap_abs", "tol_gap_rel", "tol_feas"):
+            setattr(settings, criterion, options.tolerance)
+        settings.max_threads = options.max_threads
+        settings.equilibrate_enable = options.equilibrate
+        settings.static_regularization_constant = options.regularization
+        settings.direct_solve_method = options.direct_solve_method
+        # Presolve and chordal decomposition rewrite the data, after which it cannot be updated (clarabel 0.11.1).
+        settings.presolve_enable = False
+        settings.chordal_decomposition_enable = False
+        self.rows = _clarabel_rows(form.cones)
+        self.own = np.argsort(self.rows)
+        self.permuted = not np.array_equal(self.rows, self.own)
+        n, m = form.n, form.pattern.shape[0]
+        self.solver = clarabel.DefaultSolver(
+            sp.triu(form.P, format="csc"), np.zeros(n), self._permute(form.A), np.zeros(m), _cones(clarabel, form.cones), settings
+        )
+
+    def _permute(self, A: sp.csc_array) -> sp.csc_array:
+        if not self.permuted:
+            return A
+        permuted = A[self.rows]
+        permuted.sort_indices()
+        return permuted
+
+    def update(self, form: RowForm) -> None:
+        self.solver.update(P=sp.triu(form.P, format="csc").data, A=self._permute(form.A).data)
+
+    def solve(self, q: NDArray[np.float64], b: NDArray[np.float64], state: Any) -> Outcome:
+        self.solver.update(q=q, b=b[self.rows] if self.permuted else b)
+        result = self.solver.solve()
+        y, s = np.asarray(result.z), np.asarray(result.s)
+        if self.permuted:
+            y, s = y[self.own], s[self.own]
+        status = _STATUSES.get(str(result.status), Status.NUMERICAL_ERROR)
+        return Outcome(status, RowPoint(np.asarray(result.x), y, s), result.iterations)
+
+
+def _clarabel_rows(cones: Cones) -> NDArray[np.int64]:
+    """For each of Clarabel's rows, ours: it stacks the upper triangle of a matrix by columns, we the lower one."""
+    rows = np.arange(cones.rows, dtype=np.int64)
+    start = cones.sections["semidefinite"].start
+    for side in cones.semidefinite:
+        size = svec_size(side)
+        lower_rows, lower_columns = svec_indices(side)
+        rows[start : start + size] = start + np.lexsort((lower_columns, lower_rows))
+        start += size
+    return rows
+
+
+def _cones(clarabel: Any, cones: Cones) -> list[Any]:
+    blocks = []
+    if cones.zero:
+        blocks.append(clarabel.ZeroConeT(cones.zero))
+    if cones.nonnegative:
+        blocks.append(clarabel.NonnegativeConeT(cones.nonnegative))
+    blocks += [clarabel.SecondOrderConeT(size) for size in cones.second_order]
+    blocks += [clarabel.PSDTriangleConeT(side) for side in cones.semidefinite]
+    blocks += [clarabel.ExponentialConeT()] * cones.exponential
+    blocks += [clarabel.PowerConeT(exponent) for exponent in cones.power]
+    return blocks

@@ -1,0 +1,113 @@
+"""ECOS: a small interior-point solver for linear, second-order and exponential cone programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from lpgd.reductions import ConeForm, RowForm, RowPoint
+from lpgd.solvers.base import Capabilities, ElementwiseSolver, Outcome, Prepared
+from lpgd.status import Status
+
+__all__ = ["ECOS"]
+
+# ECOS 2.0 (include/ecos.h).
+_STATUSES = {
+    0: Status.SOLVED,
+    1: Status.INFEASIBLE,
+    2: Status.UNBOUNDED,
+    10: Status.INACCURATE,
+    11: Status.INFEASIBLE,
+    12: Status.UNBOUNDED,
+    -1: Status.ITERATION_LIMIT,
+    -2: Status.NUMERICAL_ERROR,
+    -3: Status.NUMERICAL_ERROR,
+    -4: Status.NUMERICAL_ERROR,
+    -7: Status.NUMERICAL_ERROR,
+}
+
+
+@dataclass(frozen=True)
+class ECOS(ElementwiseSolver):
+    """ECOS (Domahidi, Chu and Boyd 2013).  It has no quadratic term and sets up anew for each solve.
+
+    ECOS has no time limit of its own: a ``time_limit`` is refused.
+    """
+
+    max_iterations: int = 100
+
+    name: ClassVar[str] = "ECOS"
+    package: ClassVar[str] = "ecos"
+    pip_name: ClassVar[str] = "ecos"
+    finest_tolerance: ClassVar[float] = 1e-11
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        cones=frozenset({"zero", "nonnegative", "second_order", "exponential"}), update_matrices=True
+    )
+    aliases: ClassVar[dict[str, str]] = {
+        "eps": "tolerance",
+        "abstol": "tolerance",
+        "reltol": "tolerance",
+        "feastol": "tolerance",
+        "max_iters": "max_iterations",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.time_limit is not None:
+            raise ValueError("ECOS cannot stop at a time limit; lower max_iterations, or use CLARABEL or SCS.")
+
+    def prepare(self, form: RowForm) -> Prepared:
+        return _PreparedECOS(self, form)
+
+
+class _PreparedECOS(Prepared):
+    def __init__(self, options: ECOS, form: RowForm) -> None:
+        self.options = options
+        self.update(form)
+
+    def update(self, form: RowForm) -> None:
+        self.form = ConeForm(form)
+        cones = self.form.cones
+        exponential = cones.sections["exponential"]
+        # ECOS has the exponential cone as (u, w, v) where ours is (u, v, w).
+        order = np.arange(exponential.start, exponential.stop).reshape(-1, 3)[:, [0, 2, 1]].ravel()
+        self.conic = np.r_[cones.zero : exponential.start, order]
+        self.dimensions = {"l": cones.nonnegative, "q": list(cones.second_order), "e": cones.exponential}
+        by_row = sp.csr_array(self.form.A)
+        # ECOS knows SciPy's matrices, not its arrays (ecos 2.0.14).
+        self.equality, self.inequality = (sp.csc_matrix(by_row[rows]) for rows in (slice(0, cones.zero), self.conic))
+        for matrix in (self.equality, self.inequality):
+            matrix.sort_indices()
+
+    def solve(self, q: NDArray[np.float64], b: NDArray[np.float64], state: Any) -> Outcome:
+        cost, right = self.form.vectors(q, b)
+        zero = self.form.cones.zero
+        keywords: dict[str, Any] = {}
+        if zero:
+            keywords = {"A": self.equality.copy(), "b": right[:zero].copy()}
+        options = self.options
+        # ECOS scales the arrays it is given in place (ecos 2.0.14): it gets copies.
+        result = options.module().solve(
+            cost.copy(),
+            self.inequality.copy() if self.conic.size else None,
+            right[self.conic] if self.conic.size else None,
+            self.dimensions,
+            verbose=options.verbose,
+            max_iters=options.max_iterations,
+            abstol=options.tolerance,
+            reltol=options.tolerance,
+            feastol=options.tolerance,
+            **keywords,
+        )
+        y, s = np.zeros(right.size), np.zeros(right.size)
+        if zero:
+            y[:zero] = result["y"]
+        if self.conic.size:
+            y[self.conic], s[self.conic] = result["z"], result["s"]
+        info = result["info"]
+        status = _STATUSES.get(info["exitFlag"], Status.NUMERICAL_ERROR)
+        return Outcome(status, self.form.invert(RowPoint(np.asarray(result["x"]), y, s)), info["iter"])

@@ -1,0 +1,143 @@
+"""SCS: a first-order solver for every cone of this library, warm-started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from lpgd.cones import Cones
+from lpgd.reductions import RowForm, RowPoint
+from lpgd.solvers.base import Capabilities, ElementwiseSolver, Outcome, Prepared
+from lpgd.status import Status
+
+__all__ = ["SCS"]
+
+# SCS 3 (include/glbopts.h); -5 is an interrupt, which its binding raises itself.
+_STATUSES = {
+    1: Status.SOLVED,
+    2: Status.INACCURATE,
+    -1: Status.UNBOUNDED,
+    -2: Status.INFEASIBLE,
+    -3: Status.NUMERICAL_ERROR,
+    -4: Status.NUMERICAL_ERROR,
+    -5: Status.NUMERICAL_ERROR,
+    -6: Status.UNBOUNDED,
+    -7: Status.INFEASIBLE,
+}
+
+
+@dataclass(frozen=True)
+class SCS(ElementwiseSolver):
+    """SCS (O'Donoghue 2021), one workspace for everything that shares its matrices, warm-started.
+
+    Args:
+        tolerance: both of SCS's criteria unless one is given below.
+        eps_abs, eps_rel: absolute and relative feasibility tolerance; None is ``tolerance``.
+        eps_infeas: tolerance of infeasibility certificates.
+        alpha, rho_x, scale, adaptive_scale, normalize, acceleration_lookback, acceleration_interval,
+        linear_solver: as SCS documents them.
+    """
+
+    max_iterations: int = 100_000
+    eps_abs: float | None = None
+    eps_rel: float | None = None
+    eps_infeas: float = 1e-7
+    alpha: float = 1.5
+    rho_x: float = 1e-6
+    scale: float = 0.1
+    adaptive_scale: bool = True
+    normalize: bool = True
+    acceleration_lookback: int = 10
+    acceleration_interval: int = 10
+    linear_solver: str = "auto"
+
+    name: ClassVar[str] = "SCS"
+    package: ClassVar[str] = "scs"
+    pip_name: ClassVar[str] = "scs"
+    finest_tolerance: ClassVar[float] = 1e-11
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        cones=frozenset(
+            {
+                "zero",
+                "nonnegative",
+                "second_order",
+                "semidefinite",
+                "exponential",
+                "dual_exponential",
+                "power",
+                "dual_power",
+            }
+        ),
+        quadratic=True,
+        warm_start=True,
+    )
+    aliases: ClassVar[dict[str, str]] = {
+        "eps": "tolerance",
+        "max_iters": "max_iterations",
+        "time_limit_secs": "time_limit",
+    }
+
+    def prepare(self, form: RowForm) -> Prepared:
+        return _PreparedSCS(self, form)
+
+
+class _PreparedSCS(Prepared):
+    def __init__(self, options: SCS, form: RowForm) -> None:
+        self.time_limited = options.time_limit is not None
+        self.rows = form.pattern.shape[0]
+        # SCS refuses a problem without rows; a row 0ᵀx + s = 0 in the nonnegative cone changes nothing.
+        cones, A = (form.cones, form.A) if self.rows else (Cones(nonnegative=1), sp.csc_array((1, form.n)))
+        data: dict[str, Any] = {"A": A, "b": np.zeros(A.shape[0]), "c": np.zeros(form.n)}
+        if np.any(form.P.data):
+            data["P"] = sp.triu(form.P, format="csc")
+        self.b_padding = np.zeros(0 if self.rows else 1)
+        self.solver = options.module().SCS(
+            data,
+            _cones(cones),
+            max_iters=options.max_iterations,
+            eps_abs=options.eps_abs if options.eps_abs is not None else options.tolerance,
+            eps_rel=options.eps_rel if options.eps_rel is not None else options.tolerance,
+            eps_infeas=options.eps_infeas,
+            time_limit_secs=options.time_limit or 0.0,
+            verbose=options.verbose,
+            alpha=options.alpha,
+            rho_x=options.rho_x,
+            scale=options.scale,
+            adaptive_scale=options.adaptive_scale,
+            normalize=options.normalize,
+            acceleration_lookback=options.acceleration_lookback,
+            acceleration_interval=options.acceleration_interval,
+            linear_solver=options.linear_solver,
+        )
+
+    def solve(self, q: NDArray[np.float64], b: NDArray[np.float64], state: Any) -> Outcome:
+        self.solver.update(b=np.concatenate([b, self.b_padding]), c=np.ascontiguousarray(q))
+        if state is None:
+            result = self.solver.solve(warm_start=False)
+        else:
+            x, y, s = state
+            result = self.solver.solve(warm_start=True, x=x.copy(), y=y.copy(), s=s.copy())
+        info = result["info"]
+        status = _STATUSES.get(info["status_val"], Status.NUMERICAL_ERROR)
+        if status is Status.INACCURATE:  # SCS calls every solve that reaches a limit inaccurate
+            status = Status.TIME_LIMIT if self.time_limited and "time" in info["status"] else Status.ITERATION_LIMIT
+        x, y, s = result["x"], result["y"], result["s"]
+        next_state = (x, y, s) if status is Status.SOLVED else None
+        return Outcome(status, RowPoint(x, y[: self.rows], s[: self.rows]), info["iter"], next_state)
+
+
+def _cones(cones: Cones) -> dict[str, Any]:
+    sizes: dict[str, Any] = {
+        "z": cones.zero,
+        "l": cones.nonnegative,
+        "q": list(cones.second_order),
+        "s": list(cones.semidefinite),
+        "ep": cones.exponential,
+        "ed": cones.dual_exponential,
+        "p": list(cones.power),
+    }
+    return {name: size for name, size in sizes.items() if size}

@@ -1,0 +1,86 @@
+"""What can come of a solve, with advice for each outcome, and the errors and warnings that report it."""
+
+from __future__ import annotations
+
+import enum
+from collections import defaultdict
+from collections.abc import Sequence
+
+__all__ = ["LpgdWarning", "MissingPackageError", "SolverError", "Status", "describe_failures"]
+
+
+class Status(enum.IntEnum):
+    """The outcome of the solve of one batch element; :attr:`advice` says what to do about it."""
+
+    SOLVED = 0
+    INACCURATE = 1
+    INFEASIBLE = 2
+    UNBOUNDED = 3
+    ITERATION_LIMIT = 4
+    TIME_LIMIT = 5
+    NUMERICAL_ERROR = 6
+    INVALID_DATA = 7
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is a solution to hand out: solved, or solved to a lower accuracy (which warns)."""
+        return self in (Status.SOLVED, Status.INACCURATE)
+
+    @property
+    def has_iterate(self) -> bool:
+        """Whether the solver's last iterate means something, however far it is from a solution."""
+        return self.usable or self in (Status.ITERATION_LIMIT, Status.TIME_LIMIT, Status.NUMERICAL_ERROR)
+
+    @property
+    def advice(self) -> str:
+        return _ADVICE[self]
+
+
+_ADVICE = {
+    Status.SOLVED: "solved to the requested tolerance",
+    Status.INACCURATE: "solved, but less accurately than requested: rescale the problem, raise the iteration limit, or use another solver",
+    Status.INFEASIBLE: "no point satisfies the constraints: check the parameters of these elements, or relax a constraint with a penalised slack",
+    Status.UNBOUNDED: "the objective decreases without limit: check the signs of the cost, or add bounds or a small quadratic term",
+    Status.ITERATION_LIMIT: "not converged within the iteration limit: raise it, loosen the tolerance, rescale the problem, or use another solver",
+    Status.TIME_LIMIT: "not converged within the time limit: raise it, or loosen the tolerance",
+    Status.NUMERICAL_ERROR: "the solver broke down numerically: rescale the problem, remove redundant constraints, or use another solver",
+    Status.INVALID_DATA: "the data hold NaN or infinity (only variable bounds may be infinite): look at what computes these parameters",
+}
+
+
+class LpgdWarning(UserWarning):
+    """Something was handled, but the caller should know: an inaccurate solution, a fallback, a zero gradient."""
+
+
+class MissingPackageError(ImportError):
+    """A solver's package is not installed; the message has the pip command."""
+
+
+class SolverError(RuntimeError):
+    """Elements of a batch have no solution.
+
+    Attributes:
+        statuses: the status of every element of the batch, in order.
+        indices: the positions of the elements that failed, in the flattened batch.
+    """
+
+    def __init__(self, message: str, statuses: Sequence[Status] = (), indices: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.statuses = tuple(statuses)
+        self.indices = tuple(indices)
+
+    def __reduce__(self) -> tuple[type[SolverError], tuple[str, tuple[Status, ...], tuple[int, ...]]]:
+        return type(self), (str(self), self.statuses, self.indices)
+
+
+def describe_failures(statuses: Sequence[Status], failed: Sequence[int]) -> str:
+    """One sentence for each status that occurs: which elements, and what to try."""
+    groups: dict[Status, list[int]] = defaultdict(list)
+    for index in failed:
+        groups[statuses[index]].append(index)
+    sentences = []
+    for status, indices in sorted(groups.items()):
+        shown = ", ".join(str(index) for index in indices[:10]) + (", …" if len(indices) > 10 else "")
+        noun = "element" if len(indices) == 1 else "elements"
+        sentences.append(f"{noun} {shown} of {len(statuses)}: {status.name} — {status.advice}")
+    return "; ".join(sentences)
