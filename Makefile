@@ -7,7 +7,7 @@ VENV_OLDEST ?= .venv-oldest
 WORKERS ?= 2
 PYTEST_FLAGS ?=
 OLDEST_TESTS ?= tests/test_canonical.py tests/test_cvxpy_layer.py
-SUDOKU_FLAGS ?= --board 2 --method lpgd --tau 1e4 --rho 0.1 --lr 0.1 --epochs 3 --batch-size 150 --seed 0
+SUDOKU_FLAGS ?= --board 2 --method lpgd --overwrite
 SUDOKU_OUT ?= runs/sudoku4
 BENCH_OUT ?= runs/bench-cvxpylayers
 

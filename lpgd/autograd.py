@@ -1,4 +1,4 @@
-"""The one autograd Function: it solves forward, and hands cotangents and tangents to a gradient method.
+"""The one way into autograd: a Function that solves, and one that hands cotangents and tangents to a gradient method.
 
 Everything here works on float64 data with one leading batch dimension; types, devices and batch shapes of the
 user are dealt with around it, by differentiable operations.
@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lpgd.gradients.base import GradientInfo, GradientMethod
 from lpgd.problems.conic import ConicData, ConicPoint, ConicProblem, ConicStructure
@@ -117,34 +116,55 @@ class _SolveFunction(torch.autograd.Function):
         ctx.save_for_forward(*data, *output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        _ = ctx.saved_tensors
-        call: Call = ctx.call
-        solution: Solution = ctx.solution
-        started = time.perf_counter()
-        # A loss of a NaN row hands back NaN: zeroed before any sum over shared data.
-        usable = solution.usable[:, None]
-        cotangent = ConicPoint(*(torch.where(usable, part, 0.0) for part in cotangents))
-        _check_cotangent(cotangent)
-        gradient, info = call.gradient.vjp(solution.problem, solution, cotangent, call.solver, call.executor)
-        call.info.gradients.append(info)
-        call.info.backward_seconds += time.perf_counter() - started
+        gradient = _DerivativeFunction.apply(ctx.call, ctx.solution, True, *cotangents, *ctx.saved_tensors)
         return (None, *(part if needed else None for part, needed in zip(gradient, ctx.needs_input_grad[1:], strict=True)))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        call: Call = ctx.call
-        solution: Solution = ctx.solution
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        data = ctx.saved_tensors[: len(tangents)]
+        known = (torch.zeros_like(own) if part is None else part for own, part in zip(data, tangents, strict=True))
+        return _DerivativeFunction.apply(ctx.call, ctx.solution, False, *known, *ctx.saved_tensors)
+
+
+class _DerivativeFunction(torch.autograd.Function):
+    """One reverse (or forward) pass: as a function of its own it is given plain tensors under torch.func as well,
+    and a derivative of this derivative, which there is none of, is refused instead of being zero.
+    """
+
+    @staticmethod
+    def forward(call: Call, solution: Solution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         started = time.perf_counter()
-        data = solution.problem.data
-        tangent = ConicData(
-            *(torch.zeros_like(own) if part is None else part for own, part in zip(data, tangents, strict=True))
-        )
-        change, info = call.gradient.jvp(solution.problem, solution, tangent, call.solver, call.executor)
+        if reverse:
+            # A loss of a NaN row hands back NaN: zeroed before any sum over shared data.
+            usable = solution.usable[:, None]
+            cotangent = ConicPoint(*(torch.where(usable, part, 0.0) for part in tensors[: len(ConicPoint._fields)]))
+            _check_cotangent(cotangent)
+            answer, info = call.gradient.vjp(solution.problem, solution, cotangent, call.solver, call.executor)
+        else:
+            tangent = ConicData(*tensors[: len(ConicData._fields)])
+            answer, info = call.gradient.jvp(solution.problem, solution, tangent, call.solver, call.executor)
         call.info.gradients.append(info)
         call.info.backward_seconds += time.perf_counter() - started
-        return change.x, change.y, change.z
+        return tuple(answer)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing to keep: see backward."""
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(_ONCE_DIFFERENTIABLE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        raise RuntimeError(_ONCE_DIFFERENTIABLE)
+
+
+_ONCE_DIFFERENTIABLE = (
+    "the gradient of an optimization layer cannot be differentiated again (second derivatives of solutions are not "
+    "computed): detach it, or take finite differences of it."
+)
 
 
 def check_solution(solution: Solution, on_error: OnError) -> None:

@@ -74,7 +74,8 @@ class SpectralDerivative:
         """``(T, e)`` with ``D = T^T T`` and ``e = 1 - d``, for the r eigenvalues that are not 0.
 
         Returns:
-            T: (r, m) the rows of ``diag(sqrt(d)) U^T`` with ``d > 1e-14``, in the order of d, so that ``T T^T = diag(d)``.
+            T: (r, m) the rows of ``diag(sqrt(d)) U^T`` with ``d > 1e-14``, in the order of d: ``T T^T`` is diagonal.
+                A block with one eigenvalue only has the identity for its basis here.
             e: (r,) ``1 - d`` of these rows.
         """
         count = self.eigenvalues.size
@@ -86,22 +87,29 @@ class SpectralDerivative:
             pointers = np.arange(kept.size + 1, dtype=np.int32)
             return sp.csr_array((scales, kept.astype(np.int32), pointers), shape=(kept.size, count)), 1.0 - values
 
-        position = np.cumsum(present) - 1
-        plain = present.copy()
+        # A block whose eigenvalues are all equal is a multiple of the identity: its rows need no basis.
+        mixed: list[tuple[IndexArray, FloatArray]] = []
+        lengths = np.ones(count, dtype=np.int64)
         for group in self.groups:
-            plain[group.rows] = False
-        columns = [np.flatnonzero(plain)]
-        rows = [position[plain]]
-        entries = [np.ones(columns[0].size)]
-        for group in self.groups:
-            block, row, column = np.nonzero((group.basis != 0.0) & present[group.rows][:, None, :])
-            rows.append(position[group.rows[block, column]])
-            columns.append(group.rows[block, row])
-            entries.append(group.basis[block, row, column])
-        row = np.concatenate(rows)
-        data = np.concatenate(entries) * scales[row]
-        factor = sp.coo_array((data, (row, np.concatenate(columns))), shape=(kept.size, count))
-        return sp.csr_array(factor), 1.0 - values
+            eigenvalues = self.eigenvalues[group.rows]
+            chosen = np.flatnonzero(eigenvalues.min(axis=1) < eigenvalues.max(axis=1))
+            rows = group.rows[chosen]
+            lengths[rows] = rows.shape[1]
+            mixed.append((rows, group.basis[chosen]))
+        pointers = np.concatenate([[0], np.cumsum(lengths[kept])])
+        starts = np.zeros(count, dtype=np.int64)
+        starts[kept] = pointers[:-1]
+        columns = np.empty(pointers[-1], dtype=np.int32)
+        entries = np.empty(pointers[-1])
+        columns[pointers[:-1]] = kept  # right for the rows without a basis; the others are written over
+        entries[pointers[:-1]] = scales
+        for rows, basis in mixed:
+            block, vector = np.nonzero(present[rows])
+            row = rows[block, vector]
+            target = starts[row][:, None] + np.arange(rows.shape[1])
+            columns[target] = rows[block]
+            entries[target] = basis[block, :, vector] * np.sqrt(self.eigenvalues[row])[:, None]
+        return sp.csr_array((entries, columns, pointers.astype(np.int32)), shape=(kept.size, count)), 1.0 - values
 
 
 def project(cones: Cones, points: FloatArray, *, dual: bool = False) -> FloatArray:
@@ -149,15 +157,18 @@ def projection_derivative(cones: Cones, point: FloatArray, *, dual: bool = False
     """
     point = _checked(cones, point)
     if point.ndim != 1:
-        raise ValueError(f"point has shape {point.shape}; the derivative is taken at one point, a vector of {cones.rows} rows.")
+        raise ValueError(
+            f"point has shape {point.shape}; the derivative is taken at one point, a vector of {cones.rows} rows."
+        )
     if not np.isfinite(point).all():
-        raise ValueError(f"the point is not finite in rows {np.flatnonzero(~np.isfinite(point)).tolist()}; no derivative there.")
+        rows = np.flatnonzero(~np.isfinite(point)).tolist()
+        raise ValueError(f"point is not finite in rows {rows}; drop failed solves before differentiating.")
     if dual:
         point = -point
     eigenvalues = np.zeros(point.size)
     nonnegative = cones.sections["nonnegative"]
     eigenvalues[nonnegative] = point[nonnegative] > 0
-    groups = []
+    groups: list[BlockGroup] = []
     for block in _blocks(cones):
         eigenvalues[block.rows], basis = block.spectrum(point[block.rows])
         groups.append(BlockGroup(block.rows, basis))
@@ -174,7 +185,9 @@ def distance(cones: Cones, points: FloatArray, *, dual: bool = False) -> FloatAr
 def _checked(cones: Cones, vectors: FloatArray) -> FloatArray:
     vectors = np.asarray(vectors, dtype=np.float64)
     if vectors.ndim == 0 or vectors.shape[-1] != cones.rows:
-        raise ValueError(f"an array of shape {vectors.shape} was given; its last dimension must be the {cones.rows} rows of {cones}.")
+        raise ValueError(
+            f"an array of shape {vectors.shape} was given; its last dimension must be the {cones.rows} rows of {cones}."
+        )
     return vectors
 
 
@@ -261,7 +274,7 @@ def _project_second_order(points: FloatArray) -> FloatArray:
 
 
 def _second_order_spectrum(points: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Outside K and its polar cone: 1 along ``(1, u/|u|)``, 0 along ``(1, -u/|u|)``, ``(1 + t/|u|) / 2`` across both."""
+    """Outside K and its polar cone: 1 along ``(1, u/|u|)``, 0 along ``(1, -u/|u|)``, else ``(1 + t/|u|) / 2``."""
     count, size = points.shape
     bound, vector = points[:, 0], points[:, 1:]
     length = np.linalg.norm(vector, axis=-1)
@@ -291,14 +304,13 @@ def _project_semidefinite(points: FloatArray, side: int) -> FloatArray:
     """Points (..., k (k + 1) / 2): eigenvalues below 0 become 0."""
     eigenvalues, vectors = np.linalg.eigh(smat(points, side))
     nearest = (vectors * np.maximum(eigenvalues, 0.0)[..., None, :]) @ np.swapaxes(vectors, -1, -2)
-    nearest = np.where(eigenvalues[..., :1] >= 0.0, points, svec(nearest))
-    return nearest
+    return np.where(eigenvalues[..., :1] >= 0.0, points, svec(nearest))
 
 
 def _semidefinite_spectrum(points: FloatArray, side: int) -> tuple[FloatArray, FloatArray]:
-    """In the basis ``svec(q_i q_j^T + q_j q_i^T)``, normalised, q the eigenvectors: ``l_i / (l_i - l_j)`` if ``l_i > 0 >= l_j``.
+    """``l_i / (l_i - l_j)`` if ``l_i > 0 >= l_j``, 1 if both are positive, 0 if neither is.
 
-    It is 1 if both eigenvalues of the pair are positive, and 0 if neither is.
+    l are the eigenvalues of the matrix, q its eigenvectors; the basis is ``svec(q_i q_j^T + q_j q_i^T)``, normalised.
     """
     values, vectors = np.linalg.eigh(smat(points, side))
     rows, columns = svec_indices(side)

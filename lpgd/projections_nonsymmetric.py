@@ -19,10 +19,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lpgd.cones import FloatArray
 
 __all__ = ["exponential_spectrum", "power_spectrum", "project_exponential", "project_power"]
+
+Masks = tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]
 
 NEGLIGIBLE = 1e-100
 """An entry below this share of its point's largest one is taken as 0: far below rounding."""
@@ -85,7 +88,7 @@ def exponential_spectrum(points: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 
 def project_power(points: FloatArray, exponents: FloatArray) -> FloatArray:
-    """Projection of (n, 3) points onto ``{(u, v, w): u^a v^(1 - a) >= |w|, u, v >= 0}``, ``a`` of shape (n,) in (0, 1)."""
+    """Projection of (n, 3) points onto ``{(u, v, w): u^a v^(1 - a) >= |w|, u, v >= 0}``, a of shape (n,)."""
     unit, _ = _normalised(points)
     inside, polar, face = _power_regions(unit, exponents)
     projected = np.where(inside[:, None], points, 0.0)
@@ -100,8 +103,8 @@ def project_power(points: FloatArray, exponents: FloatArray) -> FloatArray:
 def power_spectrum(points: FloatArray, exponents: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Eigenvalues (n, 3) and orthonormal eigenvectors (n, 3, 3), as columns, of the derivative at (n, 3) points.
 
-    With ``w = 0`` and ``u > 0 >= v`` the projection is ``(u, 0, 0)``, and near it ``w`` keeps the share
-    0 if ``a < 1/2``, 1 if ``a > 1/2``, ``u / (u + 2 |v|)`` if ``a = 1/2``; likewise with u and v, a and 1 - a exchanged.
+    With ``w = 0`` and ``u > 0 >= v`` the projection is ``(u, 0, 0)``, and near it ``w`` keeps the share 0 if
+    ``a < 1/2``, 1 if ``a > 1/2``, ``u / (u + 2 |v|)`` if ``a = 1/2``; likewise with u and v, a and 1 - a exchanged.
     """
     unit, _ = _normalised(points)
     inside, polar, _ = _power_regions(unit, exponents)
@@ -116,6 +119,11 @@ def power_spectrum(points: FloatArray, exponents: FloatArray) -> tuple[FloatArra
     curved = ~(interior | polar | flat)
     if curved.any():
         nearest, residual = _power_ray(unit[curved], exponents[curved])
+        # Within underflow of the polar cone, or of K, the point counts as one of it.
+        eigenvalues[curved] = np.where(np.any(residual, axis=-1, keepdims=True), 0.0, 1.0)
+        proper = np.any(nearest, axis=-1) & np.any(residual, axis=-1)
+        curved[curved] = proper
+        nearest, residual = nearest[proper], residual[proper]
         ray, ray_length = _normalised(nearest)
         outward, outward_length = _normalised(residual)
         basis[curved] = _frame(ray, outward)
@@ -146,7 +154,7 @@ def _frame(ray: FloatArray, outward: FloatArray) -> FloatArray:
     return np.stack([first, second, np.cross(first, second)], axis=-1)
 
 
-def _exponential_regions(unit: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _exponential_regions(unit: FloatArray) -> Masks:
     """Masks: in K; in the polar cone; neither, but nearest to the face ``{(u, 0, w): u <= 0 <= w}``."""
     u, v, w = unit.T
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -168,7 +176,7 @@ def _exponential_ray(unit: FloatArray) -> tuple[FloatArray, FloatArray, FloatArr
     u_positive, v_positive = u > 0, v > 0
     safe_u, safe_v = np.where(u == 0, 1.0, u), np.where(v == 0, 1.0, v)
     with np.errstate(divide="ignore", invalid="ignore"):
-        # height > 0 and normal > 0 bound the ratio; a span that is sure to hold the root replaces what is infinite or wide.
+        # height > 0 and normal > 0 bound the ratio; a span sure to hold the root replaces an infinite or wide bound.
         height_bound = np.where(u_positive, 1.0 - v / safe_u, -np.inf)
         normal_bound = np.where(v_positive, u / safe_v, np.inf)
         span_up = 2.0 + 2.0 * (np.log(u + above) - np.log(u))
@@ -212,12 +220,13 @@ def _exponential_equation(ratio: FloatArray, parameters: FloatArray) -> tuple[Fl
     return left - right, left_slope - right_slope
 
 
-def _power_regions(unit: FloatArray, exponents: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _power_regions(unit: FloatArray, exponents: FloatArray) -> Masks:
     """Masks: in K; in the polar cone; neither, but in the plane ``w = 0``."""
     u, v, w = unit.T
     size = np.abs(w)
     inside = (u >= 0) & (v >= 0) & (np.maximum(u, 0.0) ** exponents * np.maximum(v, 0.0) ** (1.0 - exponents) >= size)
-    dual_mean = (np.maximum(-u, 0.0) / exponents) ** exponents * (np.maximum(-v, 0.0) / (1.0 - exponents)) ** (1.0 - exponents)
+    rest = 1.0 - exponents
+    dual_mean = (np.maximum(-u, 0.0) / exponents) ** exponents * (np.maximum(-v, 0.0) / rest) ** rest
     polar = (u <= 0) & (v <= 0) & (dual_mean >= size)
     return inside, polar, ~inside & ~polar & (w == 0)
 
@@ -262,7 +271,9 @@ def _power_equation(logit: FloatArray, parameters: FloatArray) -> tuple[FloatArr
     return value, rest * (1.0 - moved) + share * moved
 
 
-def _positive_root(entry: FloatArray, weight: FloatArray, kept: FloatArray, lost: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _positive_root(
+    entry: FloatArray, weight: FloatArray, kept: FloatArray, lost: FloatArray
+) -> tuple[FloatArray, FloatArray]:
     """The positive root p of ``p (p - entry) = weight kept lost``, and ``p - entry``, without cancellation."""
     larger = 0.5 * (np.hypot(entry, 2.0 * np.sqrt(weight * kept) * np.sqrt(lost)) + np.abs(entry))
     smaller = weight * kept * (lost / np.where(larger > 0, larger, 1.0))
@@ -302,7 +313,7 @@ def _increasing_root(
             reach = np.where(above, points - lower, upper - points)
             inward = points + np.copysign(-reach * np.expm1(-np.abs(newton - points) / reach), newton - points)
             inward = np.clip(inward, lower + 2.0 * tolerance, upper - 2.0 * tolerance)
-            # Near a pole of the logarithm slopes are so large that a short step proves nothing: look a little beyond it.
+            # Near a pole slopes are so large that a short step proves nothing: look a little beyond it.
             short = (np.abs(newton - points) <= tolerance) & (size > ROUGH)
             newton = np.where(short, np.clip(points - np.copysign(2.0 * tolerance, values), lower, upper), newton)
         following = np.where((newton >= lower) & (newton <= upper), newton, inward)
@@ -322,6 +333,6 @@ def _increasing_root(
         active, points, step, width = active[open_], following[open_], step[open_], width[open_]
         lower, upper, parameters = lower[open_], upper[open_], parameters[:, open_]
     raise ArithmeticError(
-        f"the projection onto a nonsymmetric cone did not converge for {active.size} points in {MAXIMUM_ITERATIONS} steps; "
-        "please report the points."
+        f"the projection onto a nonsymmetric cone did not converge for {active.size} points in "
+        f"{MAXIMUM_ITERATIONS} steps; please report the points."
     )

@@ -275,7 +275,7 @@ def test_with_the_true_rules_the_model_solves_the_linear_program_and_the_boards(
         model.A.copy_(torch.from_numpy(matrix))
         model.logits.fill_(-np.log(3.0))  # z0 = 1/4: every sum is one
         puzzles = one_hot(boards.puzzles)
-        answers = model(puzzles)
+        (answers,) = model(puzzles)
     for puzzle, answer in zip(puzzles.numpy(), answers.numpy(), strict=True):
         reference = linprog(-puzzle, A_eq=matrix, b_eq=np.ones(len(matrix)), bounds=(0, 1))
         assert -puzzle @ answer == pytest.approx(reference.fun, abs=1e-6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import cvxpy as cp
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import lpgd
+from lpgd.layers.cvxpy import LayerOutput
 
 from .data import decode, obeys_rules
 
@@ -21,8 +21,6 @@ __all__ = ["CONSTRAINTS", "METHODS", "SudokuModel", "board_error", "board_loss",
 CONSTRAINTS = {2: 40, 3: 249}
 # How gradients are taken, by the name on the command line.
 METHODS = ("lpgd", "lower", "upper", "exact")
-
-Layer = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def gradient_method(method: str, tau: float, rho: float) -> Any:
@@ -56,16 +54,16 @@ class SudokuModel(nn.Module):
         seed: of A.
     """
 
-    def __init__(self, entries: int, constraints: int, layer: Layer, seed: int) -> None:
+    def __init__(self, entries: int, constraints: int, layer: nn.Module, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.A = nn.Parameter(torch.rand(constraints, entries, generator=generator, dtype=torch.float64))
         self.logits = nn.Parameter(torch.zeros(entries, dtype=torch.float64))
         self.layer = layer
 
-    def forward(self, puzzles: Tensor) -> Tensor:
-        """(B, n) one-hot puzzles to (B, n) filled boards; each cell's largest entry is its digit."""
-        return self.layer(self.A, self.A @ torch.sigmoid(self.logits), -puzzles)[0]
+    def forward(self, puzzles: Tensor) -> LayerOutput:
+        """(B, n) one-hot puzzles to the layer's output, one (B, n) tensor: a cell's largest entry is its digit."""
+        return self.layer(self.A, self.A @ torch.sigmoid(self.logits), -puzzles)
 
 
 def board_loss(answers: Tensor, solutions: Tensor) -> Tensor:

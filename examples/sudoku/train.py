@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+import lpgd
+
 from .data import DEFAULT_GIVENS, Boards, cached_boards, decode, load_boards, one_hot, split_boards
 from .model import CONSTRAINTS, METHODS, SudokuModel, board_error, board_loss, gradient_method, sudoku_layer
 
@@ -241,7 +243,7 @@ class Trainer:
         """(B, n) one-hot puzzles to the (B, n) filled boards of the model, without gradients."""
         batches = tqdm(puzzles.split(self.batch_size), desc="answering", unit="batch", leave=False, delay=2.0)
         with torch.no_grad():
-            return torch.cat([self.model(batch) for batch in batches])
+            return torch.cat([self.model(batch)[0] for batch in batches])
 
     def _train_step(self, bar: tqdm[Any]) -> None:
         started = time.perf_counter()
@@ -249,8 +251,9 @@ class Trainer:
         shuffled = np.random.default_rng((self.seed, epoch)).permutation(len(self.puzzles))
         chosen = torch.from_numpy(shuffled[position * self.batch_size : (position + 1) * self.batch_size])
         before_forward = time.perf_counter()
-        answers = self.model(self.puzzles[chosen])
+        output = self.model(self.puzzles[chosen])
         after_forward = time.perf_counter()
+        answers = output[0]
         loss = board_loss(answers, self.solutions[chosen])
         self.optimizer.zero_grad()
         before_backward = time.perf_counter()
@@ -262,15 +265,19 @@ class Trainer:
         self.clocks["backward_seconds"] += after_backward - before_backward
         broken = board_error(answers)
         self.clocks["seconds"] += time.perf_counter() - started
-        self._record("train", float(loss), answers, self.solutions[chosen], broken)
+        record = {
+            "inaccurate": sum(status is not lpgd.Status.SOLVED for status in output.info.statuses),
+            "fallbacks": sum(len(gradient.fallbacks) for gradient in output.info.gradients),
+        }
+        self._record("train", loss.item(), answers, self.solutions[chosen], broken, **record)
         bar.set_description(f"epoch {epoch + 1}", refresh=False)
-        bar.set_postfix(loss=f"{float(loss):.4f}", error=f"{broken.mean():.3f}", refresh=False)
+        bar.set_postfix(loss=f"{loss.item():.4f}", error=f"{broken.mean():.3f}", refresh=False)
         bar.update()
 
     def _evaluate(self) -> str:
         started = time.perf_counter()
         answers = self.answers(self.test_puzzles)
-        loss, broken = float(board_loss(answers, self.test_solutions)), board_error(answers)
+        loss, broken = board_loss(answers, self.test_solutions).item(), board_error(answers)
         self.clocks["seconds"] += time.perf_counter() - started
         unsolved = self._record("test", loss, answers, self.test_solutions, broken)
         return (
@@ -279,7 +286,7 @@ class Trainer:
         )
 
     def _record(
-        self, split: str, loss: float, answers: Tensor, solutions: Tensor, broken: NDArray[np.bool_]
+        self, split: str, loss: float, answers: Tensor, solutions: Tensor, broken: NDArray[np.bool_], **record: int
     ) -> NDArray[np.bool_]:
         unsolved = (decode(answers) != decode(solutions)).any((1, 2))
         self.run.write_metrics(
@@ -290,6 +297,7 @@ class Trainer:
             error=float(broken.mean()),
             unsolved=float(unsolved.mean()),
             **{name: round(seconds, 4) for name, seconds in self.clocks.items()},
+            **record,
         )
         return unsolved
 

@@ -117,8 +117,7 @@ class ImplicitKKT(GradientMethod):
         for elements in view.groups(active, executor):
             points = []
             for element in elements:
-                bounds = (bound if bound.ndim == 1 else bound[element % bound.shape[0]] for bound in (lower, upper))
-                points.append(_Point(*(rows[name][element] for name in arrays), *bounds))
+                points.append(_Point(*(rows[name][element] for name in arrays), lower[element], upper[element]))
             matrices = {e % view.distinct: (view.row("P", e), view.row("A", e)) for e in elements}
             tasks.append(_Task(problem.structure, self.rho, elements, matrices, view.distinct, points))
         results = run_tasks(_respond, tasks, executor)

@@ -38,7 +38,7 @@ Envelope = Literal["average", "lower", "upper"]
 
 _SIDES: dict[str, tuple[float, ...]] = {"average": (1.0, -1.0), "lower": (1.0,), "upper": (-1.0,)}
 
-ACCURACY = 1e-3
+ACCURACY = 1e-4
 """Perturbed solves are asked for this accuracy relative to the size of the perturbation."""
 
 
@@ -48,9 +48,9 @@ class LPGD(GradientMethod):
 
     Args:
         tau: the step τ > 0, which multiplies the cotangent as it arrives: a mean over a larger batch makes
-            smaller perturbations.  None chooses, for each element, the step that balances the solver's
-            tolerance ε against the curvature: ε^(1/3) for ``"average"`` and ε^(1/2) for the one-sided
-            envelopes, relative to the terms that the tilt changes, so that the result is close to the exact
+            smaller perturbations.  None chooses, for each element, ``√ε`` relative to the terms that the tilt
+            changes, ε the error of the solver's solutions: noise of the order of ε/τ and curvature of the order of τ (τ² for
+            ``"average"``) are then both small, few active sets change, and the result is close to the exact
             gradient where there is one.
         rho: ρ ≥ 0 of the augmented Lagrangian; not scaled by τ.
         envelope: ``"average"`` (two solves), ``"lower"`` or ``"upper"`` (one solve each).
@@ -236,8 +236,7 @@ class _Perturbed:
     def _steps(self, units: Tensor, solver: Solver) -> Tensor:
         if self.method.tau is not None:
             return torch.full_like(units, self.method.tau)
-        exponent = 1 / 3 if self.method.envelope == "average" else 1 / 2
-        return solver.tolerance**exponent * units
+        return (solver.error_factor * solver.tolerance) ** 0.5 * units
 
     def _record(
         self, active: Sequence[int], tau: Tensor, above: Tensor, below: Tensor, plus: Any, minus: Any, base: Any

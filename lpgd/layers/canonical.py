@@ -16,13 +16,17 @@ import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib.metadata import version
+from typing import Any, ClassVar
 
 import cvxpy as cp
 import cvxpy.settings as cvxpy_settings
 import numpy as np
 import scipy.sparse as sp
-from cvxpy.constraints import SOC, ExpCone, FiniteSet, PowCone3D, SvecPSD
+from cvxpy.constraints.exponential import ExpCone
+from cvxpy.constraints.power import PowCone3D
+from cvxpy.constraints.psd import SvecPSD
+from cvxpy.constraints.second_order import SOC
 from cvxpy.reductions.dgp2dcp.dgp2dcp import Dgp2Dcp
 from cvxpy.reductions.solution import Solution
 from cvxpy.reductions.solvers.conic_solvers.conic_solver import ConicSolver
@@ -32,6 +36,7 @@ from cvxpy.utilities.psd_utils import TriangleKind
 from numpy.typing import NDArray
 
 from lpgd.cones import Cones
+from lpgd.layers.checks import check_parameters, check_problem, check_variables
 from lpgd.layers.layout import AffineMap, CanonicalProgram, IndexArray, ParameterLayout, VariableLayout
 from lpgd.layers.tensors import AffineMatrix, Bounds
 
@@ -45,12 +50,15 @@ _STRUCTURES = ("symmetric", "PSD", "NSD", "diag", "sparsity")
 class _Target(ConicSolver):
     """What CVXPY is to reduce problems to: quadratic objectives, variable bounds and the cones of `lpgd.cones`."""
 
-    SUPPORTED_CONSTRAINTS = [*ConicSolver.SUPPORTED_CONSTRAINTS, SOC, SvecPSD, ExpCone, PowCone3D]
-    EXP_CONE_ORDER = [0, 1, 2]
+    SUPPORTED_CONSTRAINTS: ClassVar = [*ConicSolver.SUPPORTED_CONSTRAINTS, SOC, SvecPSD, ExpCone, PowCone3D]
+    EXP_CONE_ORDER: ClassVar = [0, 1, 2]
     PSD_TRIANGLE_KIND = TriangleKind.LOWER
     PSD_SQRT2_SCALING = True
-    BOUNDED_VARIABLES = True
     MIP_CAPABLE = False
+
+    def __init__(self, bounded: bool) -> None:
+        super().__init__()
+        self.BOUNDED_VARIABLES = bounded
 
     def name(self) -> str:
         return "LPGD"
@@ -99,22 +107,23 @@ def canonicalise(
         ValueError: the parameters are not exactly the problem's, a variable does not belong to it, or the problem
             is not DPP, has integer or complex variables, or no variables at all.
     """
-    _check_problem(problem, gp)
-    _check_parameters(problem, parameters)
-    owners = _check_variables(problem, variables)
+    check_problem(problem, gp)
+    check_parameters(problem, parameters)
+    owners = check_variables(problem, variables)
     reduced = _reduce(problem, gp)
     layouts, order = _parameter_layouts(parameters, reduced)
     boundaries = np.array([0, *(layout.columns.stop for layout in layouts)], dtype=np.int64)
 
     program = reduced.program
     dims = program.cone_dims
-    n, m = int(program.x.size), program.A.shape[0] // (int(program.x.size) + 1)
+    width, n = order.size, int(program.x.size)
+    m = program.A.shape[0] // (n + 1)
     rows = _columns(program.A, order)
-    A = AffineMatrix.from_tensor(rows, (m, n), scale=-1.0)
-    b = _rows(rows, m * n, m * (n + 1))
+    A = AffineMatrix.from_tensor(rows, (m, n), width, scale=-1.0)
+    b = _rows(rows, m * n, m * (n + 1), width)
     objective = _columns(program.q, order)
-    squares = sp.coo_array((n * n, order.size)) if program.P is None else _columns(program.P, order)
-    P = AffineMatrix.from_tensor(squares, (n, n))
+    squares = sp.coo_array((n * n, width)) if program.P is None else _columns(program.P, order)
+    P = AffineMatrix.from_tensor(squares, (n, n), width)
     bounds = Bounds.find(
         A,
         b,
@@ -140,12 +149,12 @@ def canonicalise(
         lower_index=bounds.lower_index,
         upper_index=bounds.upper_index,
         P=AffineMap(P_values, boundaries),
-        q=AffineMap(_rows(objective, 0, n), boundaries),
+        q=AffineMap(_rows(objective, 0, n, width), boundaries),
         A=AffineMap(A_values, boundaries),
         b=AffineMap(b[kept], boundaries),
         lower=AffineMap(bounds.lower, boundaries),
         upper=AffineMap(bounds.upper, boundaries),
-        offset=AffineMap(_rows(objective, n, n + 1), boundaries),
+        offset=AffineMap(_rows(objective, n, n + 1, width), boundaries),
         sign=-1.0 if isinstance(problem.objective, cp.Maximize) else 1.0,
         parameters=layouts,
         variables=tuple(_variable_layout(variable, owners, reduced, bounds, kept, m) for variable in variables),
@@ -157,11 +166,11 @@ def _columns(tensor: Any, order: IndexArray) -> sp.coo_array:
     return sp.coo_array(sp.csc_array(tensor)[:, order])
 
 
-def _rows(tensor: sp.coo_array, start: int, stop: int) -> sp.csr_array:
+def _rows(tensor: sp.coo_array, start: int, stop: int, width: int) -> sp.csr_array:
     """Consecutive rows of a tensor."""
     row, column = tensor.coords
     inside = (row >= start) & (row < stop)
-    return sp.csr_array((tensor.data[inside], (row[inside] - start, column[inside])), shape=(stop - start, tensor.shape[1]))
+    return sp.csr_array((tensor.data[inside], (row[inside] - start, column[inside])), shape=(stop - start, width))
 
 
 def _stated(tensor: Any, values: FloatArray | None, order: IndexArray) -> sp.csr_array | None:
@@ -172,91 +181,6 @@ def _stated(tensor: Any, values: FloatArray | None, order: IndexArray) -> sp.csr
         return None
     rows, column = np.arange(values.size), np.full(values.size, order.size - 1)
     return sp.csr_array((values, (rows, column)), shape=(values.size, order.size))
-
-
-# What the user hands in
-
-
-def _check_problem(problem: cp.Problem, gp: bool) -> None:
-    if not isinstance(problem, cp.Problem):
-        raise TypeError(f"problem is a {type(problem).__name__}; a cvxpy.Problem is needed.")
-    if not problem.variables():
-        raise ValueError("The problem has no variables: there is nothing to solve for.")
-    leaves = [*problem.variables(), *problem.parameters()]
-    constants = problem.constants()
-    complex_ones = [leaf.name() for leaf in leaves if leaf.is_complex()]
-    if complex_ones or any(constant.is_complex() for constant in constants):
-        what = f"{', '.join(complex_ones)} are complex" if complex_ones else "it has complex constants"
-        raise ValueError(f"The problem is not real ({what}); model real and imaginary parts as separate real variables.")
-    discrete = [v.name() for v in problem.variables() if v.attributes["boolean"] or v.attributes["integer"]]
-    if discrete or any(isinstance(constraint, FiniteSet) for constraint in problem.constraints):
-        what = ", ".join(discrete) or "the variables of a FiniteSet constraint"
-        raise ValueError(
-            f"Integer and boolean variables are not supported by CvxpyLayer yet ({what}); relax them, for example to "
-            "bounds=[0, 1]."
-        )
-    if gp:
-        if not problem.is_dgp():
-            raise ValueError(
-                "gp=True, but the problem is not a geometric program by CVXPY's rules (problem.is_dgp() is false): "
-                "mark variables and parameters pos=True, or leave gp out if the problem is convex as it stands."
-            )
-        if not problem.is_dpp("dgp"):
-            raise ValueError(
-                "The geometric program is not DPP (problem.is_dpp('dgp') is false): a parameter may be a coefficient or an "
-                "exponent, but not an exponent of another parameter. Introduce a new parameter for such a product."
-            )
-        return
-    if not problem.is_dcp():
-        hint = " It is a geometric program: pass gp=True." if problem.is_dgp() else ""
-        raise ValueError(
-            "The problem is not convex by CVXPY's rules (problem.is_dcp() is false); rewrite it with CVXPY's atoms." + hint
-        )
-    if not problem.is_dpp(quad_form_dpp="qp"):
-        raise ValueError(
-            "The problem is not DPP (problem.is_dpp() is false): every expression must be affine in the parameters, and no "
-            "two parameters may be multiplied. Introduce a parameter for a product, and write p * x, sum_squares(F @ x) "
-            "with F a square root of P, or quad_form(x, P) with Parameter(PSD=True) in the objective (not in a constraint)."
-        )
-
-
-def _check_parameters(problem: cp.Problem, parameters: Sequence[cp.Parameter]) -> None:
-    if not isinstance(parameters, list | tuple):
-        raise TypeError(f"parameters is a {type(parameters).__name__}; give a list or tuple of cvxpy.Parameter.")
-    for parameter in parameters:
-        if not isinstance(parameter, cp.Parameter):
-            raise TypeError(f"parameters holds a {type(parameter).__name__}; give cvxpy.Parameter objects.")
-    given = [parameter.id for parameter in parameters]
-    wanted = {parameter.id for parameter in problem.parameters()}
-    missing = [parameter.name() for parameter in problem.parameters() if parameter.id not in given]
-    extra = [parameter.name() for parameter in parameters if parameter.id not in wanted]
-    twice = sorted({parameter.name() for parameter in parameters if given.count(parameter.id) > 1})
-    faults = [("missing", missing), ("not in the problem", extra), ("given twice", twice)]
-    found = "; ".join(f"{what}: {', '.join(names)}" for what, names in faults if names)
-    if found:
-        raise ValueError(f"parameters must be exactly those of the problem, in any order ({found}).")
-
-
-def _check_variables(problem: cp.Problem, variables: Sequence[cp.Variable]) -> dict[int, tuple[Any, int]]:
-    """The constraint and position of each dual variable of the problem, by the variable's id."""
-    if not isinstance(variables, list | tuple):
-        raise TypeError(f"variables is a {type(variables).__name__}; give a list or tuple of cvxpy.Variable.")
-    owners = {
-        dual.id: (constraint, position)
-        for constraint in problem.constraints
-        for position, dual in enumerate(constraint.dual_variables)
-    }
-    known = {variable.id for variable in problem.variables()} | owners.keys()
-    for variable in variables:
-        if not isinstance(variable, cp.Variable):
-            hint = "; for its dual, give constraint.dual_variables[i]" if isinstance(variable, cp.Constraint) else ""
-            raise TypeError(f"variables holds a {type(variable).__name__}; give cvxpy.Variable objects{hint}.")
-        if variable.id not in known:
-            raise ValueError(
-                f"unknown variable {variable.name()}: it is neither a variable of the problem nor a dual variable of one of "
-                "problem.constraints."
-            )
-    return owners
 
 
 # CVXPY's reductions, forth and back
@@ -284,8 +208,8 @@ class _Reduced:
                 values = reduction.param_forward(values)
         return {key: _flat(value, "F") for key, value in values.items() if key in self.program.param_id_to_col}
 
-    def primal(self, variable: cp.Variable, x: FloatArray) -> FloatArray | None:
-        """The variable's value, row by row, that belongs to x, exponentials left out; None if it was reduced away."""
+    def primal(self, variable: cp.Variable, x: FloatArray) -> FloatArray:
+        """The variable's value, row by row, that belongs to x, exponentials left out."""
         values: dict[int, Any] = {
             reduced.id: x[start : start + reduced.size].reshape(reduced.shape, order="F")
             for reduced in self.program.variables
@@ -296,37 +220,42 @@ class _Reduced:
                 values |= {old: values[new] for old, (new,) in reduction.var_id_map.items() if new in values}
             else:
                 values = reduction.var_forward(values)
-        return _flat(values[variable.id], "C") if variable.id in values else None
+        if variable.id not in values:
+            raise ValueError(
+                f"unknown variable {variable.name()}: once the problem is reduced, no objective or constraint depends on "
+                "it; leave it out of variables."
+            )
+        return _flat(values[variable.id], "C")
 
-    def dual(self, constraint: Any, position: int, y: FloatArray) -> FloatArray | None:
-        """The value, row by row, of a constraint's dual variable that belongs to y; None if CVXPY has none for it."""
+    def dual(self, constraint: Any, position: int, y: FloatArray) -> FloatArray:
+        """The value, row by row, of a constraint's dual variable that belongs to y."""
         duals = get_dual_values(y, extract_dual_value, self.program.constraints)
         # Of an infeasible problem CVXPY maps the multipliers and asks for no primal values.
         solution = Solution(cvxpy_settings.INFEASIBLE, 0.0, {}, duals, {})
         for reduction, inverse in zip(reversed(self.reductions), reversed(self.inverses), strict=True):
             solution = reduction.invert(solution, inverse)
-        if constraint.id not in solution.dual_vars:
-            return None
         copy = constraint.copy()
-        copy.save_dual_value(solution.dual_vars[constraint.id])
+        if constraint.id in solution.dual_vars:
+            copy.save_dual_value(solution.dual_vars[constraint.id])
         value = copy.dual_variables[position].value
-        return None if value is None else _flat(value, "C")
+        if value is None:
+            raise ValueError(f"CVXPY recovers no dual variable of the constraint {constraint}; do not ask for it.")
+        return _flat(value, "C")
 
 
 def _reduce(problem: cp.Problem, gp: bool) -> _Reduced:
-    # CVXPY caches on the problem it reduces, so it gets one of its own.  Before 1.9.3 it reduces a square of a symmetric,
-    # diagonal or sparse variable wrongly, but not of an expression: minus minus the variable is one.
+    # CVXPY caches on the problem it reduces, so it gets one of its own.  Before 1.9.3 it reduces a square of a
+    # symmetric, diagonal or sparse variable wrongly, but not one of an expression such as -1 * -X.
     structured = [v for v in problem.variables() if any(_is_set(v.attributes[name]) for name in _STRUCTURES)]
-    expressions = {id(variable): -(-variable) for variable in structured}
+    expressions = {id(variable): -1.0 * (-variable) for variable in structured}
     objective = problem.objective.tree_copy(id_objects=expressions) if structured else problem.objective
-    fresh = cp.Problem(objective, problem.constraints)
-    target = _Target()
+    reducible: Any = cp.Problem(objective, problem.constraints)
     # Of such a variable CVXPY can keep only one bound for all entries; others must become rows.
-    target.BOUNDED_VARIABLES = all(np.ndim(bound) == 0 for v in structured for bound in v.attributes["bounds"] or ())
+    target = _Target(bounded=all(np.ndim(bound) == 0 for v in structured for bound in v.attributes["bounds"] or ()))
     with warnings.catch_warnings(), contextlib.nullcontext() if gp else scopes.quad_form_dpp_scope():
         # CVXPY's reductions read values of sparse variables in the way it warns its users about.
         warnings.filterwarnings("ignore", message=".*sparse CVXPY expression", category=RuntimeWarning)
-        data, chain, inverses = fresh.get_problem_data(solver=target, gp=gp, enforce_dpp=True, canon_backend="COO")
+        data, chain, inverses = reducible.get_problem_data(solver=target, gp=gp, enforce_dpp=True, canon_backend="COO")
     return _Reduced(data[cvxpy_settings.PARAM_PROB], chain.reductions[:-1], inverses[:-1])
 
 
@@ -345,8 +274,8 @@ def _selection(probe: Callable[[FloatArray], FloatArray], size: int) -> sp.csr_a
     check = np.random.default_rng(0).uniform(1.0, 2.0, size)
     if not np.allclose(matrix @ check, probe(check), rtol=1e-9, atol=0.0):
         raise RuntimeError(
-            f"CVXPY {cp.__version__} recovers a variable in a way this library does not know; use a version of CVXPY that "
-            "its pyproject.toml allows, or report this problem."
+            f"CVXPY {version('cvxpy')} recovers a variable in a way this library does not know; use a version of CVXPY "
+            "that its pyproject.toml allows, or report this problem."
         )
     return matrix
 
@@ -367,8 +296,8 @@ def _parameter_layouts(
         taken = reduced.parameter(parameter, entries)
         if len(taken) > 1:
             raise ValueError(
-                f"parameter {parameter.name()} is both a factor and an exponent of the geometric program; use two parameters "
-                "and give both the same tensor."
+                f"parameter {parameter.name()} is both a factor and an exponent of the geometric program; use two "
+                "parameters and give both the same tensor."
             )
         take = np.rint(np.concatenate([np.zeros(0), *taken.values()])).astype(np.int64)
         attributes = frozenset(name for name, value in parameter.attributes.items() if _is_set(value))
@@ -382,23 +311,26 @@ def _parameter_layouts(
 
 
 def _is_set(attribute: Any) -> bool:
-    return attribute is not None and attribute is not False and not (isinstance(attribute, list | tuple) and not attribute)
+    return (
+        attribute is not None and attribute is not False and not (isinstance(attribute, list | tuple) and not attribute)
+    )
 
 
 def _variable_layout(
-    variable: cp.Variable, owners: dict[int, tuple[Any, int]], reduced: _Reduced, bounds: Bounds, kept: IndexArray, m: int
+    variable: cp.Variable,
+    owners: dict[int, tuple[Any, int]],
+    reduced: _Reduced,
+    bounds: Bounds,
+    kept: IndexArray,
+    m: int,
 ) -> VariableLayout:
     n = int(reduced.program.x.size)
     name, shape = variable.name(), variable.shape
     if variable.id not in owners:
-        if variable.size and reduced.primal(variable, np.zeros(n)) is None:
-            raise ValueError(f"unknown variable {name}: it drops out of the problem, which does not determine it.")
-        primal = _selection(lambda x: _known(reduced.primal(variable, x)), n) if variable.size else sp.csr_array((0, n))
+        primal = _selection(lambda x: reduced.primal(variable, x), n) if variable.size else sp.csr_array((0, n))
         return VariableLayout(name, shape, primal=primal, exp=reduced.gp is not None)
     constraint, position = owners[variable.id]
-    if reduced.dual(constraint, position, np.zeros(m)) is None:
-        raise ValueError(f"CVXPY recovers no dual variable for the constraint {constraint}; leave {name} out of variables.")
-    rows = _selection(lambda y: _known(reduced.dual(constraint, position, y)), m)
+    rows = _selection(lambda y: reduced.dual(constraint, position, y), m)
     of_lower, of_upper = (sp.csr_array(rows @ multipliers) for multipliers in (bounds.from_lower, bounds.from_upper))
     return VariableLayout(
         name,
@@ -407,9 +339,3 @@ def _variable_layout(
         lower=of_lower if of_lower.nnz else None,
         upper=of_upper if of_upper.nnz else None,
     )
-
-
-def _known(value: FloatArray | None) -> FloatArray:
-    if value is None:
-        raise RuntimeError("CVXPY recovered a variable for one solution and not for another; report this problem.")
-    return value

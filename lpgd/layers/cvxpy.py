@@ -244,7 +244,11 @@ class _Columns:
         width = max((layout.columns.stop for layout in layouts), default=0)
         self.parts: dict[int, Tensor] = {}
         for position, (layout, tensor) in enumerate(zip(layouts, tensors, strict=True)):
-            flat = tensor.reshape(*tensor.shape[: tensor.ndim - len(layout.shape)], -1).to(torch.float64)
+            values = tensor.to(torch.float64)
+            if layout.symmetric:
+                # Of a symmetric matrix only one triangle is read: this spreads the gradient over both.
+                values = 0.5 * (values + values.mT)
+            flat = values.flatten(values.ndim - len(layout.shape)) if layout.shape else values.unsqueeze(-1)
             values = flat.index_select(-1, torch.from_numpy(layout.take).to(flat.device))
             self.parts[position] = torch.log(values) if layout.log else values
         self.order = sorted(self.parts, key=lambda position: layouts[position].columns.start)

@@ -42,7 +42,7 @@ class Inputs:
 
     def restore(self, value: Tensor, shape: tuple[int, ...]) -> Tensor:
         """(B, size) in float64 to (*batch, *shape) in the inputs' type, on their device."""
-        return value.to(device=self.device, dtype=self.dtype).reshape(*self.batch_shape, *shape)
+        return value.to(device=self.device, dtype=self.dtype).reshape((*self.batch_shape, *shape))
 
 
 def batch_inputs(expected: Sequence[_Expected], tensors: Sequence[Tensor]) -> Inputs:
@@ -64,6 +64,8 @@ def batch_inputs(expected: Sequence[_Expected], tensors: Sequence[Tensor]) -> In
             raise TypeError(
                 f"the value of parameter {parameter.name} is {tensor.dtype}; it must be float32 or float64 (tensor.double())."
             )
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"the value of parameter {parameter.name} is {tensor.layout}; pass a dense tensor (tensor.to_dense()).")
         leading = tensor.ndim - len(parameter.shape)
         if leading < 0 or tuple(tensor.shape[leading:]) != parameter.shape:
             wanted = "(*batch, " + ", ".join(str(size) for size in parameter.shape) + ")" if parameter.shape else "(*batch,)"
@@ -91,4 +93,4 @@ def _flatten(tensor: Tensor, shape: tuple[int, ...], batch_shape: tuple[int, ...
     own = tensor.shape[: tensor.ndim - len(shape)]
     if torch.Size(own).numel() == 1 and torch.Size(batch_shape).numel() != 0:
         return tensor.reshape(shape)
-    return tensor.expand(*batch_shape, *shape).reshape(-1, *shape)
+    return tensor.expand(*batch_shape, *shape).reshape(torch.Size(batch_shape).numel(), *shape)

@@ -34,11 +34,12 @@ class AffineMatrix:
     value: FloatArray
 
     @classmethod
-    def from_tensor(cls, tensor: sp.coo_array, shape: tuple[int, int], scale: float = 1.0) -> AffineMatrix:
-        """From ``scale`` times the map onto the matrix stacked column by column: the first r c rows of the tensor."""
+    def from_tensor(cls, tensor: sp.coo_array, shape: tuple[int, int], width: int, scale: float = 1.0) -> AffineMatrix:
+        """From ``scale`` times a map from ``(θ, 1)`` whose first r c rows are the matrix, column by column."""
         position, parameter = (index.astype(np.int64) for index in tensor.coords)
         inside = position < shape[0] * shape[1]
-        return cls._summed(shape, tensor.shape[1], position[inside], parameter[inside], scale * tensor.data[inside])
+        value = np.asarray(scale * tensor.data[inside], dtype=np.float64)
+        return cls._summed(shape, width, position[inside], parameter[inside], value)
 
     @classmethod
     def _summed(
@@ -46,7 +47,7 @@ class AffineMatrix:
     ) -> AffineMatrix:
         # Stacked matrices have r c rows, too many for the row pointers of a compressed matrix.
         unique, entry = np.unique(position * width + parameter, return_inverse=True)
-        total = np.bincount(entry, value, minlength=unique.size)
+        total = np.bincount(entry, value, minlength=unique.size).astype(np.float64)
         stored = np.flatnonzero(total)
         position, parameter = np.divmod(unique[stored], width)
         column, row = np.divmod(position, max(shape[0], 1))
@@ -106,8 +107,8 @@ class Bounds:
     ) -> Bounds:
         """Collect the bounds that are given as such, and those hidden in rows.
 
-        The first bound of a variable on a side wins.  Rows that repeat it exactly (a symmetric matrix is bounded twice by
-        one constraint) go with it and share its multiplier; rows that bound the variable differently stay rows.
+        The first bound of a variable on a side wins.  Rows that repeat it exactly (a symmetric matrix is bounded
+        twice by one constraint) go with it and share its multiplier; rows that bound it differently stay rows.
 
         Args:
             A: (m, n).

@@ -211,7 +211,7 @@ class ConicProblem:
     # -- evaluation -------------------------------------------------------------------------------------------
 
     def full_bounds(self) -> tuple[Tensor, Tensor]:
-        """``lower`` and ``upper`` for all variables, infinite where there is none: (n,) or (R, n) each."""
+        """``lower`` and ``upper`` for all variables of each element, infinite where there is none: (B, n) each."""
         full = []
         for values, index, nothing in (
             (self.data.lower, self.structure.lower_index, -torch.inf),
@@ -219,7 +219,7 @@ class ConicProblem:
         ):
             bound = values.new_full((*values.shape[:-1], self.structure.n), nothing)
             bound[..., torch.from_numpy(index).to(self.device)] = values
-            full.append(bound)
+            full.append(per_element(bound, self.batch_size))
         return full[0], full[1]
 
     def slack(self, x: Tensor) -> Tensor:

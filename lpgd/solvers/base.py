@@ -98,6 +98,8 @@ class Solver(ABC):
     """Other names of fields: those of the solver itself and of the field's standard layer."""
     finest_tolerance: ClassVar[float] = 1e-12
     """The smallest tolerance that the solver reaches in double precision on well-scaled problems."""
+    error_factor: ClassVar[float] = 1.0
+    """How many tolerances the error of a solution typically is: what a step between two solutions is chosen by."""
 
     def __post_init__(self) -> None:
         if not self.tolerance > 0:

@@ -96,7 +96,7 @@ class _PreparedClarabel(Prepared):
         settings.chordal_decomposition_enable = False
         self.rows = _clarabel_rows(form.cones)
         self.own = np.argsort(self.rows)
-        self.permuted = not np.array_equal(self.rows, self.own)
+        self.permuted = not np.array_equal(self.rows, np.arange(self.rows.size))
         n, m = form.n, form.pattern.shape[0]
         self.solver = clarabel.DefaultSolver(
             sp.triu(form.P, format="csc"), np.zeros(n), self._permute(form.A), np.zeros(m), _cones(clarabel, form.cones), settings

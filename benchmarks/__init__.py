@@ -1,0 +1,1 @@
+"""Comparisons with other libraries, outside the package and its tests."""
