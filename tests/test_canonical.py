@@ -206,6 +206,15 @@ def test_a_second_bound_on_one_side_stays_a_row() -> None:
     assert rows == [(-1.0, -5.0), (1.0, 12.0), (5.0, 1.0)]
 
 
+def test_infinite_bounds_are_data() -> None:
+    x = cp.Variable(2)
+    constraint = x <= np.array([np.inf, 1.0])
+    program = canonicalise(cp.Problem(cp.Maximize(x[1]), [constraint, x >= -1]), [], [constraint.dual_variables[0]])
+    assert program.cones == Cones()
+    np.testing.assert_array_equal(program.upper(np.zeros(0)), [np.inf, 1.0])
+    np.testing.assert_array_equal(program.variables[0].read(np.ones(2), np.zeros(0), np.array([0.0, 3.0])), [0.0, 3.0])
+
+
 def test_repeated_bounds_share_one_multiplier() -> None:
     rng = np.random.default_rng(0)
     X, C = cp.Variable((3, 3), symmetric=True), cp.Parameter((3, 3))

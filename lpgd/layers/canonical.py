@@ -222,8 +222,8 @@ class _Reduced:
                 values = reduction.var_forward(values)
         if variable.id not in values:
             raise ValueError(
-                f"unknown variable {variable.name()}: once the problem is reduced, no objective or constraint depends on "
-                "it; leave it out of variables."
+                f"unknown variable {variable.name()}: once the problem is reduced, no objective or constraint depends "
+                "on it; leave it out of variables."
             )
         return _flat(values[variable.id], "C")
 

@@ -38,12 +38,12 @@ class StandardOptions:
 
         Raises:
             ValueError: an unknown ``mode``.
-            TypeError: ``derivative_kwargs`` for a mode that takes none, or of an unknown name.
+            TypeError: ``derivative_kwargs`` without a mode, for one that takes none, or of an unknown name.
         """
         options = dict(solver_args or {})
         solver = options.pop("solve_method", None)
         mode = options.pop("mode", None)
-        derivative = dict(options.pop("derivative_kwargs", {}))
+        derivative = dict(options.pop("derivative_kwargs", None) or {})
         jobs = [options.pop(name, None) for name in ("n_jobs_forward", "n_jobs_backward")]
         gradient = _gradient(mode, derivative) if mode is not None or derivative else None
         return cls(solver, gradient, SerialExecutor() if 1 in jobs else None, options)
@@ -55,7 +55,7 @@ def _gradient(mode: str | None, derivative: dict[str, Any]) -> GradientMethod:
         if unknown:
             raise TypeError(f"derivative_kwargs has {', '.join(unknown)}; mode {mode!r} takes tau and rho.")
         return LPGD(derivative.get("tau"), derivative.get("rho", 0.0), _ENVELOPES[mode])  # pyright: ignore[reportArgumentType]
-    if mode in _EXACT_MODES:
+    if mode is None or mode in _EXACT_MODES:
         if derivative:
             raise TypeError(f"derivative_kwargs is for the modes {', '.join(_ENVELOPES)}, not for {mode!r}.")
         return ImplicitKKT()

@@ -116,7 +116,8 @@ class SparsityPattern:
         """(..., r, c) matrices to their (..., nnz) values on the pattern."""
         if self.is_dense:
             return matrices.mT.reshape(*matrices.shape[:-2], self.nnz)
-        return matrices.reshape(*matrices.shape[:-2], -1)[..., self._index("flat", matrices)]
+        flat = matrices.reshape(*matrices.shape[:-2], self.shape[0] * self.shape[1])
+        return flat[..., self._index("flat", matrices)]
 
     def matvec(self, values: Tensor, x: Tensor) -> Tensor:
         """``M x`` for each element: values (nnz,) or (R, nnz), x (B, c), B a multiple of R, to (B, r)."""

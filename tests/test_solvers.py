@@ -1,0 +1,295 @@
+"""Every solver against planted solutions; statuses, warm starts, re-use of workspaces, and failures one by one."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lpgd import ECOS, SCS, Clarabel, LpgdWarning, MissingPackageError, SerialExecutor, Solution, Status, available
+from lpgd.autograd import check_solution
+from lpgd.cones import Cones
+from lpgd.execution import workspaces
+from lpgd.problems import ConicData, ConicProblem, ConicStructure, SparsityPattern
+from lpgd.solvers import SOLVERS, Solver, choose_solver
+from lpgd.status import SolverError
+from tests.problem_table import CASES, REGULAR, Case, planted
+
+SOLVER_TABLE = [
+    # solver, error allowed in x, y and z: interior-point methods converge in the gap, whose root bounds the solution
+    (Clarabel(), 1e-4),
+    (SCS(), 1e-5),
+    (ECOS(), 1e-4),
+]
+BY_NAME = {solver.name: solver for solver, _ in SOLVER_TABLE}
+
+
+def supported(solver: Solver) -> list[Case]:
+    return [case for case in CASES if solver.unsupported(case.problem.structure) is None]
+
+
+PAIRS = [pytest.param(s, e, c, id=f"{s.name}-{c}") for s, e in SOLVER_TABLE for c in supported(s)]
+
+
+def box(q: list[list[float]], b: list[list[float]] | None = None) -> ConicProblem:
+    """``min qᵀx`` over ``0 <= x``, ``x_1 + x_2 = b``."""
+    structure = ConicStructure(SparsityPattern.empty(2, 2), SparsityPattern.dense(1, 2), Cones(zero=1), np.arange(2))
+    rows = torch.tensor(b if b is not None else [[1.0]] * len(q), dtype=torch.float64)
+    zero, nothing = torch.zeros(2, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+    data = ConicData(nothing, torch.tensor(q, dtype=torch.float64), torch.ones(2, dtype=torch.float64), rows, zero, nothing)
+    return ConicProblem(structure, data, len(q))
+
+
+def ray(q: list[float]) -> ConicProblem:
+    """``min q x`` over ``x >= 0``: unbounded where q < 0."""
+    structure = ConicStructure(SparsityPattern.empty(1, 1), SparsityPattern.empty(0, 1), Cones(), np.arange(1))
+    nothing = torch.zeros(0, dtype=torch.float64)
+    costs = torch.tensor(q, dtype=torch.float64)[:, None]
+    return ConicProblem(structure, ConicData(nothing, costs, nothing, nothing, torch.zeros(1).double(), nothing), len(q))
+
+
+@pytest.mark.parametrize(("solver", "error", "case"), PAIRS)
+def test_solutions_are_the_planted_ones(solver: Solver, error: float, case: Case) -> None:
+    solution = solver.solve(case.problem)
+    assert solution.statuses == (Status.SOLVED,) * case.problem.batch_size
+    assert solution.residuals.worst.max() < 1e-4
+    assert (solution.iterations >= 0).all()
+    assert (solution.solve_seconds > 0).all()
+    torch.testing.assert_close(solution.x, case.point.x, atol=error, rtol=error)
+    torch.testing.assert_close(solution.s, case.problem.slack(case.point.x), atol=10 * error, rtol=error)
+    if case.regular:  # elsewhere multipliers are not unique
+        torch.testing.assert_close(solution.y, case.point.y, atol=10 * error, rtol=error)
+        torch.testing.assert_close(solution.z, case.point.z, atol=10 * error, rtol=error)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_residuals_vanish_at_the_planted_point_and_only_there(case: Case) -> None:
+    size = case.problem.batch_size
+    nothing = np.zeros(size)
+    exact = Solution(
+        case.problem, *case.point, case.problem.slack(case.point.x), (Status.SOLVED,) * size, nothing.astype(int),
+        nothing, nothing, (None,) * size,
+    )  # fmt: skip
+    assert exact.residuals.worst.max() < 1e-12
+    for name in ("x", "y", "z"):
+        value = getattr(exact, name)
+        if value.shape[1]:
+            wrong = replace(exact, **{name: value + 0.1})
+            assert wrong.residuals.worst.min() > 1e-4, name
+
+
+@pytest.mark.parametrize(("solver", "error", "case"), PAIRS)
+def test_augmenting_at_the_solution_leaves_it_optimal(solver: Solver, error: float, case: Case) -> None:
+    # For ECOS this goes through the quadratic-to-cone reduction; the new quadratic needs room in P's pattern.
+    solution = solver.solve(case.problem.augment(0.7, case.point.x))
+    torch.testing.assert_close(solution.x, case.point.x, atol=10 * error, rtol=error)
+
+
+@pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
+def test_each_element_has_its_own_status(solver: Solver) -> None:
+    infeasible = box([[1.0, 2.0]] * 4, [[1.0], [-1.0], [2.0], [-3.0]])
+    solution = solver.solve(infeasible)
+    assert solution.statuses == (Status.SOLVED, Status.INFEASIBLE, Status.SOLVED, Status.INFEASIBLE)
+    torch.testing.assert_close(solution.x[[0, 2]], torch.tensor([[1.0, 0.0], [2.0, 0.0]]).double(), atol=1e-6, rtol=0)
+    assert solution.x[[1, 3]].isnan().all()
+    unbounded = solver.solve(ray([1.0, -1.0, 2.0]))
+    assert unbounded.statuses == (Status.SOLVED, Status.UNBOUNDED, Status.SOLVED)
+    assert unbounded.failed == [1]
+
+
+@pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
+def test_limits_are_statuses(solver: Solver) -> None:
+    case = next(case for case in CASES if case.name == "socp")
+    limited = replace(solver, max_iterations=2).solve(case.problem)
+    assert set(limited.statuses) == {Status.ITERATION_LIMIT}
+    assert limited.statuses[0].has_iterate
+    assert not limited.statuses[0].usable
+
+
+@pytest.mark.parametrize("solver", [Clarabel(), SCS()], ids=lambda solver: solver.name)
+def test_a_time_limit_reaches_the_solver(solver: Solver) -> None:
+    case = planted("large", Cones(zero=100, nonnegative=300), 300, seed=50, rank=0, lower=300, upper=300, active_bounds=50)
+    limited = replace(solver, time_limit=1e-4, tolerance=1e-12).solve(case.problem.select([0]))
+    assert limited.statuses == (Status.TIME_LIMIT,)
+
+
+def test_ecos_refuses_a_time_limit_it_cannot_keep() -> None:
+    with pytest.raises(ValueError, match="ECOS cannot stop at a time limit"):
+        ECOS(time_limit=1.0)
+
+
+@pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_invalid_data_never_reach_a_solver(solver: Solver, value: float) -> None:
+    for name in ("q", "b", "lower"):
+        problem = box([[1.0, 2.0]] * 3)
+        data = problem.data._replace(lower=torch.zeros(3, 2).double())
+        getattr(data, name)[1, 0] = value
+        solution = solver.solve(replace(problem, data=data))
+        assert solution.statuses == (Status.SOLVED, Status.INVALID_DATA, Status.SOLVED), name
+        torch.testing.assert_close(solution.x[2], torch.tensor([1.0, 0.0]).double(), atol=1e-6, rtol=0)
+    shared = box([[1.0, 2.0]] * 2)
+    shared.data.A[0] = value
+    assert solver.solve(shared).statuses == (Status.INVALID_DATA,) * 2
+
+
+@pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
+def test_infinite_bounds_are_no_bounds(solver: Solver) -> None:
+    # The same variable is bounded in one element and free in the next.
+    case = next(case for case in CASES if case.name == "bounds only")
+    data = case.problem.data._replace(lower=case.problem.data.lower.clone(), upper=case.problem.data.upper.clone())
+    data.lower[1], data.upper[1] = -torch.inf, torch.inf
+    solution = solver.solve(replace(case.problem, data=data))
+    assert solution.statuses == (Status.SOLVED,) * 3
+    P = case.problem.structure.quadratic.to_dense(case.problem.symmetric_P)[1]
+    free = torch.linalg.solve(P, -data.q[1])
+    torch.testing.assert_close(solution.x[1], free, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(solution.x[[0, 2]], case.point.x[[0, 2]], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
+def test_data_are_not_modified(solver: Solver) -> None:
+    for case in supported(solver):
+        before = [datum.clone() for datum in case.problem.data]
+        solver.solve(case.problem)
+        for old, new in zip(before, case.problem.data, strict=True):
+            assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
+@pytest.mark.parametrize("name", ["qp", "qp, batched matrices"])
+def test_executors_agree_in_order(solver: Solver, name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    serial = solver.solve(case.problem, executor=SerialExecutor())
+    with ThreadPoolExecutor(2) as threads:
+        threaded = solver.solve(case.problem, executor=threads)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
+        remote = solver.solve(case.problem, executor=processes)
+    for other in (threaded, remote, solver.solve(case.problem)):
+        assert other.statuses == serial.statuses
+        torch.testing.assert_close(other.x, serial.x, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
+def test_a_batch_of_none(solver: Solver) -> None:
+    case = next(case for case in CASES if case.name == "qp")
+    solution = solver.solve(case.problem.select([]))
+    assert solution.x.shape == (0, 8)
+    assert solution.statuses == ()
+    assert solution.residuals.worst.shape == (0,)
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, solver_class: type[Solver]) -> list[Any]:
+    made: list[Any] = []
+    original = solver_class.prepare
+
+    def prepare(self: Any, form: Any) -> Any:
+        made.append(form)
+        return original(self, form)
+
+    monkeypatch.setattr(solver_class, "prepare", prepare)
+    workspaces.clear()
+    return made
+
+
+def test_one_workspace_serves_everything_that_shares_its_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = counting(monkeypatch, SCS)
+    case = next(case for case in CASES if case.name == "qp")
+    solver, serial = SCS(), SerialExecutor()
+    for scale in (1.0, 1.1, 0.9):
+        data = case.problem.data._replace(q=scale * case.problem.data.q)
+        solver.solve(replace(case.problem, data=data), executor=serial)
+    assert len(made) == 1
+    solver.solve(case.problem.augment(0.5, case.point.x), executor=serial)
+    solver.solve(case.problem.augment(0.5, case.point.x + 1), executor=serial)
+    assert len(made) == 2  # SCS cannot take a new P: one more workspace for rho, re-used too
+
+
+def test_clarabel_takes_new_matrices_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = counting(monkeypatch, Clarabel)
+    for step in range(40):  # as in training: each step has new matrices
+        case = planted("step", Cones(zero=2, nonnegative=4, second_order=(3,), semidefinite=(2,)), 10, seed=100 + step)
+        solution = Clarabel().solve(case.problem, executor=SerialExecutor())
+        torch.testing.assert_close(solution.x, case.point.x, atol=1e-4, rtol=1e-4)
+    assert len(made) <= 8
+
+
+@pytest.mark.parametrize("solver", [SCS()], ids=lambda solver: solver.name)
+def test_warm_starts_save_iterations(solver: Solver) -> None:
+    for case in REGULAR:
+        if solver.unsupported(case.problem.structure) is None:
+            cold = solver.solve(case.problem)
+            warm = solver.solve(case.problem, cold.states)
+            assert warm.iterations.sum() <= cold.iterations.sum()
+            torch.testing.assert_close(warm.x, case.point.x, atol=1e-5, rtol=1e-5)
+    assert warm.iterations.sum() < cold.iterations.sum()
+
+
+def test_a_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = importlib.import_module
+
+    def missing(name: str, *args: Any) -> Any:
+        if name == "ecos":
+            raise ModuleNotFoundError(name)
+        return original(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    case = next(case for case in CASES if case.name == "socp")
+    with pytest.raises(MissingPackageError, match="pip install ecos"):
+        choose_solver(case.problem.structure, "ECOS")
+    with pytest.raises(MissingPackageError, match="pip install ecos"):
+        ECOS().solve(case.problem)
+    for solver in SOLVERS:
+        monkeypatch.setattr(solver, "is_installed", classmethod(lambda cls: False))
+    with pytest.raises(MissingPackageError, match="pip install clarabel or pip install scs or pip install ecos"):
+        choose_solver(case.problem.structure)
+
+
+def test_solvers_are_chosen_by_what_they_can_do() -> None:
+    structures = {case.name: case.problem.structure for case in CASES}
+    assert available() == ("CLARABEL", "SCS", "ECOS")
+    assert available(structures["sdp"]) == ("CLARABEL", "SCS")
+    assert available(structures["dual exponential"]) == ("SCS",)
+    assert choose_solver(structures["qp"]).name == "CLARABEL"
+    assert choose_solver(structures["dual power"]).name == "SCS"
+    assert choose_solver(structures["qp"], "scs", {"eps": 1e-3, "max_iters": 7}) == SCS(tolerance=1e-3, max_iterations=7)
+    with pytest.raises(ValueError, match=r"ECOS has no semidefinite cone; installed solvers .*: CLARABEL, SCS"):
+        choose_solver(structures["sdp"], "ECOS")
+    with pytest.raises(ValueError, match="'GUROBI' is not a solver of this library; the solvers are CLARABEL, SCS, ECOS"):
+        choose_solver(structures["qp"], "GUROBI")
+    with pytest.raises(TypeError, match=r"'epsilon' is not an option of SCS; its options are: acceleration_interval, .*eps"):
+        choose_solver(structures["qp"], "SCS", {"epsilon": 1e-3})
+
+
+@pytest.mark.parametrize("options", [{"tolerance": 0.0}, {"max_iterations": 0}, {"time_limit": -1.0}])
+def test_options_are_validated(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Clarabel(**options)
+
+
+def test_failures_are_reported_by_element_with_advice() -> None:
+    solution = Clarabel().solve(box([[1.0, 2.0]] * 3, [[1.0], [-1.0], [-2.0]]))
+    with pytest.raises(SolverError, match=r"elements 1, 2 of 3: INFEASIBLE — no point satisfies") as raised:
+        check_solution(solution, "raise")
+    assert raised.value.indices == (1, 2)
+    assert raised.value.statuses == solution.statuses
+    copy = pickle.loads(pickle.dumps(raised.value))
+    assert (copy.indices, copy.statuses, str(copy)) == ((1, 2), solution.statuses, str(raised.value))
+    with pytest.warns(LpgdWarning, match="INFEASIBLE"):
+        check_solution(solution, "warn")
+
+
+def test_a_solvers_word_is_checked() -> None:
+    # A tolerance so loose that "solved" means little: the residuals say so.
+    case = next(case for case in CASES if case.name == "qp")
+    solution = SCS(tolerance=0.3).solve(case.problem)
+    assert Status.INACCURATE in solution.statuses
+    with pytest.warns(LpgdWarning, match="less accurately than requested"):
+        check_solution(solution, "raise")
