@@ -121,7 +121,7 @@ class _SolveFunction(torch.autograd.Function):
         return (None, *(part if needed else None for part, needed in zip(gradient, ctx.needs_input_grad[1:], strict=True)))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         data = ctx.saved_tensors[: len(tangents)]
         known = (torch.zeros_like(own) if part is None else part for own, part in zip(data, tangents, strict=True))
         return _DerivativeFunction.apply(ctx.call, ctx.solution, False, *known, *ctx.saved_tensors)

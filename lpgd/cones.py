@@ -61,7 +61,9 @@ class Cones:
     def __post_init__(self) -> None:
         for name in ("zero", "nonnegative", "exponential", "dual_exponential"):
             if getattr(self, name) < 0:
-                raise ValueError(f"Cones.{name} is {getattr(self, name)}; a number of rows or cones cannot be negative.")
+                raise ValueError(
+                    f"Cones.{name} is {getattr(self, name)}; a number of rows or cones cannot be negative."
+                )
         for name in ("second_order", "semidefinite"):
             sizes = tuple(int(size) for size in getattr(self, name))
             if any(size < 1 for size in sizes):
@@ -69,7 +71,9 @@ class Cones:
             object.__setattr__(self, name, sizes)
         exponents = tuple(float(exponent) for exponent in self.power)
         if any(not 0.0 < abs(exponent) < 1.0 for exponent in exponents):
-            raise ValueError(f"Cones.power is {exponents}; every exponent must lie in (0, 1), or in (-1, 0) for a dual cone.")
+            raise ValueError(
+                f"Cones.power is {exponents}; every exponent must lie in (0, 1), or in (-1, 0) for a dual cone."
+            )
         object.__setattr__(self, "power", exponents)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""A batch of conic programs seen element by element, in NumPy: how element-wise solvers and KKT systems read the data."""
+"""A batch of conic programs seen element by element, in NumPy: how solvers and KKT systems read the data."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from threadpoolctl import ThreadpoolController
@@ -60,7 +61,7 @@ def split(count: int, executor: Executor | None) -> list[range]:
     workers = worker_count(executor)
     chunks = 1 if workers == 1 else min(count, 4 * workers)
     edges = [round(chunk * count / max(chunks, 1)) for chunk in range(chunks + 1)]
-    return [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False) if stop > start]
+    return [range(start, stop) for start, stop in pairwise(edges) if stop > start]
 
 
 def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], executor: Executor | None) -> list[Result]:

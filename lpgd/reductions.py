@@ -7,14 +7,13 @@ objective as a second-order cone.  Both work on one element, in NumPy.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from lpgd.cones import Cones
 from lpgd.problems.conic import ConicStructure
 from lpgd.problems.sparsity import SparsityPattern
 
@@ -86,7 +85,9 @@ class RowForm:
         else:
             self.cones = replace(structure.cones, nonnegative=structure.cones.nonnegative + bounds)
             own = structure.constraint
-            rows = np.concatenate([np.where(own.rows < self.split, own.rows, own.rows + bounds), np.arange(bounds) + self.split])
+            rows = np.concatenate(
+                [np.where(own.rows < self.split, own.rows, own.rows + bounds), np.arange(bounds) + self.split]
+            )
             columns = np.concatenate([own.columns, self.upper_index, self.lower_index])
             self._source = np.lexsort((rows, columns))
             self.pattern = SparsityPattern((structure.m + bounds, self.n), rows[self._source], columns[self._source])
@@ -138,12 +139,12 @@ class ConeForm:
         factor = _square_root(form.P.toarray())
         self.rows = factor.shape[0] + 2
         self.at = form.cones.sections["second_order"].start
-        block = sp.lil_array((self.rows, self.n + 1))
+        block: Any = sp.lil_array((self.rows, self.n + 1))
         block[0, self.n], block[self.rows - 1, self.n] = -1.0, -1.0
         block[1 : self.rows - 1, : self.n] = -np.sqrt(2.0) * factor
         self.offset = np.zeros(self.rows)
         self.offset[0], self.offset[-1] = 1.0, -1.0
-        own = sp.hstack([form.A, sp.csc_array((form.A.shape[0], 1))], format="csr")
+        own: Any = sp.hstack([form.A, sp.csc_array((form.cones.rows, 1))], format="csr")
         self.A = sp.csc_array(sp.vstack([own[: self.at], block.tocsr(), own[self.at :]]))
         self.cones = replace(form.cones, second_order=(self.rows, *form.cones.second_order))
 

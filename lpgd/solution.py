@@ -94,7 +94,7 @@ class Solution:
         return torch.tensor([status.usable for status in self.statuses], dtype=torch.bool, device=self.x.device)
 
     def parts(self, count: int) -> list[Solution]:
-        """Cut a batch of ``count`` equal parts, one after the other, into these parts; see :meth:`ConicProblem.tilt`."""
+        """The ``count`` equal parts that a batch consists of, one after the other (:meth:`ConicProblem.tilt`)."""
         size = self.batch_size // count
         return [self.select(range(part * size, (part + 1) * size)) for part in range(count)]
 
@@ -114,7 +114,11 @@ class Solution:
         """How far the solution is from optimal, whatever the solver said; NaN where there is none."""
         problem, structure = self.problem, self.problem.structure
         q, b = (per_element(datum, self.batch_size) for datum in (problem.data.q, problem.data.b))
-        Px, Aty, Ax = problem.quadratic_product(self.x), structure.constraint.rmatvec(problem.data.A, self.y), b - self.s
+        Px, Aty, Ax = (
+            problem.quadratic_product(self.x),
+            structure.constraint.rmatvec(problem.data.A, self.y),
+            b - self.s,
+        )
         primal = _distance(structure.cones, self.s, dual=False)
         dual = torch.maximum(_norm(Px + q + Aty + self.z), _distance(structure.cones, self.y, dual=True))
         bound_terms = torch.zeros_like(self.x)
@@ -136,7 +140,9 @@ class Solution:
     def merge(self, elements: Sequence[int], other: Solution) -> Solution:
         """This solution with these elements taken from ``other``, in order."""
         chosen = list(elements)
-        rows = {name: getattr(self, name).copy() if name in _NUMPY_ROWS else getattr(self, name).clone() for name in _ROWS}
+        rows = {
+            name: getattr(self, name).copy() if name in _NUMPY_ROWS else getattr(self, name).clone() for name in _ROWS
+        }
         for name, value in rows.items():
             value[chosen] = getattr(other, name)
         statuses, states = list(self.statuses), list(self.states)

@@ -38,13 +38,28 @@ class Status(enum.IntEnum):
 
 _ADVICE = {
     Status.SOLVED: "solved to the requested tolerance",
-    Status.INACCURATE: "solved, but less accurately than requested: rescale the problem, raise the iteration limit, or use another solver",
-    Status.INFEASIBLE: "no point satisfies the constraints: check the parameters of these elements, or relax a constraint with a penalised slack",
-    Status.UNBOUNDED: "the objective decreases without limit: check the signs of the cost, or add bounds or a small quadratic term",
-    Status.ITERATION_LIMIT: "not converged within the iteration limit: raise it, loosen the tolerance, rescale the problem, or use another solver",
+    Status.INACCURATE: (
+        "solved, but less accurately than requested: rescale the problem, raise the iteration limit, or use another "
+        "solver"
+    ),
+    Status.INFEASIBLE: (
+        "no point satisfies the constraints: check the parameters of these elements, or relax a constraint with a "
+        "penalised slack"
+    ),
+    Status.UNBOUNDED: (
+        "the objective decreases without limit: check the signs of the cost, or add bounds or a small quadratic term"
+    ),
+    Status.ITERATION_LIMIT: (
+        "not converged within the iteration limit: raise it, loosen the tolerance, rescale the problem, or use another "
+        "solver"
+    ),
     Status.TIME_LIMIT: "not converged within the time limit: raise it, or loosen the tolerance",
-    Status.NUMERICAL_ERROR: "the solver broke down numerically: rescale the problem, remove redundant constraints, or use another solver",
-    Status.INVALID_DATA: "the data hold NaN or infinity (only variable bounds may be infinite): look at what computes these parameters",
+    Status.NUMERICAL_ERROR: (
+        "the solver broke down numerically: rescale the problem, remove redundant constraints, or use another solver"
+    ),
+    Status.INVALID_DATA: (
+        "the data hold NaN or infinity (only variable bounds may be infinite): look at what computes these parameters"
+    ),
 }
 
 

@@ -14,7 +14,12 @@ import cvxpy as cp
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from canonical_cases import (
+from numpy.typing import NDArray
+
+from lpgd.cones import Cones, svec_indices
+from lpgd.layers.canonical import canonicalise
+from lpgd.layers.layout import CanonicalProgram
+from tests.canonical_cases import (
     CASES,
     Case,
     FloatArray,
@@ -24,11 +29,6 @@ from canonical_cases import (
     structured,
     two_sided,
 )
-from numpy.typing import NDArray
-
-from lpgd.cones import Cones, svec_indices
-from lpgd.layers.canonical import canonicalise
-from lpgd.layers.layout import CanonicalProgram
 
 
 def clarabel_settings() -> clarabel.DefaultSettings:

@@ -154,7 +154,9 @@ def test_average_is_the_mean_of_lower_and_upper(case: Case, rho: float) -> None:
         torch.testing.assert_close(average.q, mean.q, atol=1e-6, rtol=1e-6)
 
 
-def envelope_value(problem: ConicProblem, cotangent: ConicPoint, tau: float, rho: float, center: torch.Tensor) -> torch.Tensor:
+def envelope_value(
+    problem: ConicProblem, cotangent: ConicPoint, tau: float, rho: float, center: torch.Tensor
+) -> torch.Tensor:
     """``(L*(w + τ tilt) - L*(w)) / τ`` with the augmentation's constant: the lower envelope up to ``ℓ - <g, z*>``."""
     augmented = problem.augment(rho, center)
     values = []
@@ -221,7 +223,9 @@ def test_projection_onto_the_simplex_in_closed_form() -> None:
     structure = ConicStructure(eye, ones, Cones(zero=1), np.arange(n))
     p = torch.tensor([[0.9, 0.5, 0.15, -0.3, -1.0, 0.1]], dtype=torch.float64)
     one = torch.ones(1, dtype=torch.float64)
-    data = ConicData(torch.ones(n).double(), -p, torch.ones(n).double(), one, torch.zeros(n).double(), torch.zeros(0).double())
+    data = ConicData(
+        torch.ones(n).double(), -p, torch.ones(n).double(), one, torch.zeros(n).double(), torch.zeros(0).double()
+    )
     problem = ConicProblem(structure, data, 1)
     solver = Clarabel(tolerance=1e-10)
     solution = solver.solve(problem)
@@ -332,7 +336,9 @@ def test_a_side_without_solution_leaves_the_other_side() -> None:
     data = ConicData(empty, torch.ones(1).double(), empty, empty, torch.zeros(1).double(), empty)
     problem = ConicProblem(structure, data, 2)
     solution = Clarabel().solve(problem)
-    cotangent = ConicPoint(torch.tensor([[2.0], [0.5]]).double(), torch.zeros(2, 0).double(), torch.zeros(2, 1).double())
+    cotangent = ConicPoint(
+        torch.tensor([[2.0], [0.5]]).double(), torch.zeros(2, 0).double(), torch.zeros(2, 1).double()
+    )
     with pytest.warns(LpgdWarning, match=r"elements \[0\] has no solution on a side"):
         _, info = LPGD(1.0).vjp(problem, solution, cotangent, Clarabel())
     assert info.used == ["lower", "average"]

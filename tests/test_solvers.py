@@ -43,7 +43,9 @@ def box(q: list[list[float]], b: list[list[float]] | None = None) -> ConicProble
     structure = ConicStructure(SparsityPattern.empty(2, 2), SparsityPattern.dense(1, 2), Cones(zero=1), np.arange(2))
     rows = torch.tensor(b if b is not None else [[1.0]] * len(q), dtype=torch.float64)
     zero, nothing = torch.zeros(2, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
-    data = ConicData(nothing, torch.tensor(q, dtype=torch.float64), torch.ones(2, dtype=torch.float64), rows, zero, nothing)
+    data = ConicData(
+        nothing, torch.tensor(q, dtype=torch.float64), torch.ones(2, dtype=torch.float64), rows, zero, nothing
+    )
     return ConicProblem(structure, data, len(q))
 
 
@@ -52,7 +54,9 @@ def ray(q: list[float]) -> ConicProblem:
     structure = ConicStructure(SparsityPattern.empty(1, 1), SparsityPattern.empty(0, 1), Cones(), np.arange(1))
     nothing = torch.zeros(0, dtype=torch.float64)
     costs = torch.tensor(q, dtype=torch.float64)[:, None]
-    return ConicProblem(structure, ConicData(nothing, costs, nothing, nothing, torch.zeros(1).double(), nothing), len(q))
+    return ConicProblem(
+        structure, ConicData(nothing, costs, nothing, nothing, torch.zeros(1).double(), nothing), len(q)
+    )
 
 
 @pytest.mark.parametrize(("solver", "error", "case"), PAIRS)
@@ -115,7 +119,9 @@ def test_limits_are_statuses(solver: Solver) -> None:
 
 @pytest.mark.parametrize("solver", [Clarabel(), SCS()], ids=lambda solver: solver.name)
 def test_a_time_limit_reaches_the_solver(solver: Solver) -> None:
-    case = planted("large", Cones(zero=100, nonnegative=300), 300, seed=50, rank=0, lower=300, upper=300, active_bounds=50)
+    case = planted(
+        "large", Cones(zero=100, nonnegative=300), 300, seed=50, rank=0, lower=300, upper=300, active_bounds=50
+    )
     limited = replace(solver, time_limit=1e-4, tolerance=1e-12).solve(case.problem.select([0]))
     assert limited.statuses == (Status.TIME_LIMIT,)
 
@@ -259,12 +265,18 @@ def test_solvers_are_chosen_by_what_they_can_do() -> None:
     assert available(structures["dual exponential"]) == ("SCS",)
     assert choose_solver(structures["qp"]).name == "CLARABEL"
     assert choose_solver(structures["dual power"]).name == "SCS"
-    assert choose_solver(structures["qp"], "scs", {"eps": 1e-3, "max_iters": 7}) == SCS(tolerance=1e-3, max_iterations=7)
+    assert choose_solver(structures["qp"], "scs", {"eps": 1e-3, "max_iters": 7}) == SCS(
+        tolerance=1e-3, max_iterations=7
+    )
     with pytest.raises(ValueError, match=r"ECOS has no semidefinite cone; installed solvers .*: CLARABEL, SCS"):
         choose_solver(structures["sdp"], "ECOS")
-    with pytest.raises(ValueError, match="'GUROBI' is not a solver of this library; the solvers are CLARABEL, SCS, ECOS"):
+    with pytest.raises(
+        ValueError, match="'GUROBI' is not a solver of this library; the solvers are CLARABEL, SCS, ECOS"
+    ):
         choose_solver(structures["qp"], "GUROBI")
-    with pytest.raises(TypeError, match=r"'epsilon' is not an option of SCS; its options are: acceleration_interval, .*eps"):
+    with pytest.raises(
+        TypeError, match=r"'epsilon' is not an option of SCS; its options are: acceleration_interval, .*eps"
+    ):
         choose_solver(structures["qp"], "SCS", {"epsilon": 1e-3})
 
 

@@ -63,7 +63,7 @@ class GradientMethod(ABC):
     @abstractmethod
     def vjp(
         self,
-        problem: Problem,
+        problem: Any,
         solution: Solution,
         cotangent: Any,
         solver: Solver,
@@ -72,7 +72,7 @@ class GradientMethod(ABC):
         """The gradient of ``<cotangent, solution>`` with respect to the problem's data.
 
         Args:
-            problem: B elements.
+            problem: B elements of a :class:`~lpgd.problems.base.Problem` that has what the method needs.
             solution: the solver's answer to it; elements without a usable one get a zero gradient.
             cotangent: dℓ/d(point), a named tuple of (B, ·) tensors.
             solver: solves perturbed problems, where the method needs that.
@@ -85,7 +85,7 @@ class GradientMethod(ABC):
     @abstractmethod
     def jvp(
         self,
-        problem: Problem,
+        problem: Any,
         solution: Solution,
         tangent: Any,
         solver: Solver,
@@ -114,7 +114,9 @@ def check_compatible(method: GradientMethod, problem_class: type[Problem]) -> No
     Raises:
         TypeError: with what is missing.
     """
-    missing = [text for name, text in _CAPABILITIES.items() if name in method.required and not getattr(problem_class, name)]
+    missing = [
+        text for name, text in _CAPABILITIES.items() if name in method.required and not getattr(problem_class, name)
+    ]
     if missing:
         raise TypeError(f"{method} needs {' and '.join(missing)}, which a {problem_class.__name__} does not have.")
 

@@ -107,17 +107,15 @@ class ImplicitKKT(GradientMethod):
         info = GradientInfo(self, used)
         active = relevant_elements(solution, tilt)
         view = ElementView(problem)
-        arrays = {
-            "x": solution.x, "y": solution.y, "z": solution.z, "slack": solution.slack,
-            "g_x": tilt.x, "g_y": tilt.y, "g_z": tilt.z,
-        }  # fmt: skip
+        lower, upper = problem.full_bounds()
+        arrays = {**solution.point._asdict(), "slack": solution.slack, "lower": lower, "upper": upper}
+        arrays |= {f"g_{name}": part for name, part in tilt._asdict().items()}
         rows = {name: tensor.detach().cpu().numpy() for name, tensor in arrays.items()}
-        lower, upper = (bound.detach().cpu().numpy() for bound in problem.full_bounds())
         tasks = []
         for elements in view.groups(active, executor):
             points = []
             for element in elements:
-                points.append(_Point(*(rows[name][element] for name in arrays), lower[element], upper[element]))
+                points.append(_Point(**{name: values[element] for name, values in rows.items()}))
             matrices = {e % view.distinct: (view.row("P", e), view.row("A", e)) for e in elements}
             tasks.append(_Task(problem.structure, self.rho, elements, matrices, view.distinct, points))
         results = run_tasks(_respond, tasks, executor)
@@ -224,10 +222,12 @@ def _solve_element(matrices: _Matrices, point: _Point) -> tuple[FloatArray, Floa
 def _probe(size: int) -> FloatArray:
     """A fixed random direction: ``|K⁻¹ probe|`` bounds the norm of K⁻¹ from below, almost surely within √size."""
     direction = np.random.default_rng(size).standard_normal(size)
-    return direction / np.linalg.norm(direction)
+    return np.asarray(direction / np.linalg.norm(direction))
 
 
-def _solve_dense(P: FloatArray | None, rows: FloatArray, rest: FloatArray, right: FloatArray) -> tuple[FloatArray, bool]:
+def _solve_dense(
+    P: FloatArray | None, rows: FloatArray, rest: FloatArray, right: FloatArray
+) -> tuple[FloatArray, bool]:
     n, size = rows.shape[1], right.size
     if size == 0:
         return right, True
@@ -251,7 +251,7 @@ def _solve_dense(P: FloatArray | None, rows: FloatArray, rest: FloatArray, right
 
 
 def _minimum_norm(K: FloatArray, right: FloatArray) -> FloatArray:
-    return np.linalg.lstsq(K, right, rcond=RANK_CUTOFF)[0]
+    return np.asarray(np.linalg.lstsq(K, right, rcond=RANK_CUTOFF)[0])
 
 
 def _solve_sparse(P: Any, rows: Any, rest: FloatArray, right: FloatArray) -> tuple[FloatArray, bool]:
@@ -269,7 +269,7 @@ def _solve_sparse(P: Any, rows: Any, rest: FloatArray, right: FloatArray) -> tup
         return _least_squares(K, right), False
     solution = factor.solve(np.stack([scale * right, _probe(size)], axis=1))
     answer = solution[:, 0] + factor.solve(scale * right - scaled @ solution[:, 0])
-    condition = np.linalg.norm(solution[:, 1]) * np.abs(scaled).sum(1).max()
+    condition = np.linalg.norm(solution[:, 1]) * abs(scaled).sum(1).max()
     answer = scale * answer
     error = np.abs(K @ answer - right).max()
     if not (condition < SINGULAR and error <= RESIDUAL * np.abs(right).max(initial=1e-300)):
@@ -279,7 +279,8 @@ def _solve_sparse(P: Any, rows: Any, rest: FloatArray, right: FloatArray) -> tup
 
 def _least_squares(K: Any, right: FloatArray) -> FloatArray:
     """The minimum-norm least-squares solution of a sparse singular system, iteratively."""
-    answer, stop, *_ = spla.lsmr(K, right, atol=1e-12, btol=1e-12, conlim=1.0 / RANK_CUTOFF, maxiter=20 * right.size)
+    options = {"atol": 1e-12, "btol": 1e-12, "conlim": 1.0 / RANK_CUTOFF, "maxiter": 20 * right.size}
+    answer, stop, *_ = spla.lsmr(K, right, **options)
     if stop == 7:
         warnings.warn(
             f"the least-squares solve of a singular system of size {right.size} stopped at its iteration limit; "
@@ -295,15 +296,15 @@ def _equilibration(largest: FloatArray) -> FloatArray:
 
 
 def _warn_of_zero_gradient(problem: ConicProblem, cotangent: ConicPoint, change: ConicPoint) -> None:
-    """An LP at a vertex does not move with its cost: say so, once for each place that asks (Python's default filter)."""
+    """An LP at a vertex does not move with its cost: say so (Python's default filter shows it once)."""
     linear = not problem.structure.quadratic.nnz and problem.structure.cones.kinds <= {"zero", "nonnegative"}
     if not linear or problem.batch_size == 0:
         return
     size = cotangent.x.abs().amax()
     if size > 0 and not cotangent.y.any() and change.x.abs().amax() <= 1e-9 * size:
         warnings.warn(
-            "the exact gradient of this linear program with respect to its cost is zero: its solution is a vertex, which "
-            "does not move with small changes of the cost. LPGD with a finite tau gives one that teaches.",
+            "the exact gradient of this linear program with respect to its cost is zero: its solution is a vertex, "
+            "which does not move with small changes of the cost. LPGD with a finite tau gives one that teaches.",
             LpgdWarning,
             stacklevel=2,
         )

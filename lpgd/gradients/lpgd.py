@@ -27,10 +27,9 @@ from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit import ImplicitKKT
-from lpgd.problems.base import Problem
 from lpgd.solution import Solution
 from lpgd.solvers.base import Solver
-from lpgd.status import LpgdWarning, SolverError, describe_failures
+from lpgd.status import LpgdWarning, SolverError
 
 __all__ = ["LPGD", "BlackboxBackprop", "Domke"]
 
@@ -47,11 +46,11 @@ class LPGD(GradientMethod):
     """The gradient of a Lagrange-Moreau envelope of the loss, by solving the perturbed problem again.
 
     Args:
-        tau: the step τ > 0, which multiplies the cotangent as it arrives: a mean over a larger batch makes
-            smaller perturbations.  None chooses, for each element, ``√ε`` relative to the terms that the tilt
-            changes, ε the error of the solver's solutions: noise of the order of ε/τ and curvature of the order of τ (τ² for
-            ``"average"``) are then both small, few active sets change, and the result is close to the exact
-            gradient where there is one.
+        tau: the step τ > 0, which multiplies the cotangent as it arrives: a mean over a larger batch makes smaller
+            perturbations.  None chooses, for each element, ``√ε`` relative to the terms that the tilt changes, ε the
+            error of the solver's solutions: noise of the order of ε/τ and curvature of the order of τ (τ² for
+            ``"average"``) are then both small, few active sets change, and the result is close to the exact gradient
+            where there is one.
         rho: ρ ≥ 0 of the augmented Lagrangian; not scaled by τ.
         envelope: ``"average"`` (two solves), ``"lower"`` or ``"upper"`` (one solve each).
 
@@ -82,7 +81,7 @@ class LPGD(GradientMethod):
 
     def vjp(
         self,
-        problem: Problem,
+        problem: Any,
         solution: Solution,
         cotangent: Any,
         solver: Solver,
@@ -105,7 +104,7 @@ class LPGD(GradientMethod):
 
     def jvp(
         self,
-        problem: Problem,
+        problem: Any,
         solution: Solution,
         tangent: Any,
         solver: Solver,
@@ -175,7 +174,7 @@ class _Perturbed:
     def __init__(
         self,
         method: LPGD,
-        problem: Problem,
+        problem: Any,
         solution: Solution,
         cotangent: Any,
         solver: Solver,
@@ -183,7 +182,9 @@ class _Perturbed:
     ) -> None:
         self.method, self.whole, size = method, problem, problem.batch_size
         used = ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()]
-        self.info = GradientInfo(method, used, tau=torch.full((size,), torch.nan), moved=torch.zeros(size, dtype=torch.bool))
+        self.info = GradientInfo(
+            method, used, tau=torch.full((size,), torch.nan), moved=torch.zeros(size, dtype=torch.bool)
+        )
         active = relevant_elements(solution, cotangent)
         if len(active) < size:
             index = torch.as_tensor(active, dtype=torch.int64, device=problem.device)
@@ -289,7 +290,7 @@ class _Perturbed:
 
 
 def _tightened(solver: Solver, relative_step: float) -> Solver:
-    """The solver, with a tolerance that the difference of solutions can stand; by powers of ten, to re-use workspaces."""
+    """The solver, as tight as a difference of its solutions needs; by powers of ten, so that workspaces are shared."""
     wanted = ACCURACY * relative_step
     if wanted >= solver.tolerance:
         return solver

@@ -6,17 +6,16 @@ parameters to the problem's data.  Here they are split, put into the row order o
 rows that only bound a variable become bounds.
 
 The way back is taken from CVXPY as well: its reductions map solutions of the reduced problem to solutions of
-the user's, each entry a multiple of one entry of the reduced solution.  :func:`_selection` reads such a map off
-two probes and checks it on a random third.
+the user's, each entry a multiple of one entry of the reduced solution.  :func:`lpgd.layers.tensors.selection`
+reads such a map off two probes and checks it on a random third.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, ClassVar
 
 import cvxpy as cp
@@ -24,6 +23,7 @@ import cvxpy.settings as cvxpy_settings
 import numpy as np
 import scipy.sparse as sp
 from cvxpy.constraints.exponential import ExpCone
+from cvxpy.constraints.finite_set import FiniteSet
 from cvxpy.constraints.power import PowCone3D
 from cvxpy.constraints.psd import SvecPSD
 from cvxpy.constraints.second_order import SOC
@@ -36,9 +36,8 @@ from cvxpy.utilities.psd_utils import TriangleKind
 from numpy.typing import NDArray
 
 from lpgd.cones import Cones
-from lpgd.layers.checks import check_parameters, check_problem, check_variables
 from lpgd.layers.layout import AffineMap, CanonicalProgram, IndexArray, ParameterLayout, VariableLayout
-from lpgd.layers.tensors import AffineMatrix, Bounds
+from lpgd.layers.tensors import AffineMatrix, Bounds, bound_map, consecutive_rows, reordered, selection
 
 __all__ = ["canonicalise"]
 
@@ -107,9 +106,9 @@ def canonicalise(
         ValueError: the parameters are not exactly the problem's, a variable does not belong to it, or the problem
             is not DPP, has integer or complex variables, or no variables at all.
     """
-    check_problem(problem, gp)
-    check_parameters(problem, parameters)
-    owners = check_variables(problem, variables)
+    _check_problem(problem, gp)
+    _check_parameters(problem, parameters)
+    owners = _check_variables(problem, variables)
     reduced = _reduce(problem, gp)
     layouts, order = _parameter_layouts(parameters, reduced)
     boundaries = np.array([0, *(layout.columns.stop for layout in layouts)], dtype=np.int64)
@@ -118,18 +117,18 @@ def canonicalise(
     dims = program.cone_dims
     width, n = order.size, int(program.x.size)
     m = program.A.shape[0] // (n + 1)
-    rows = _columns(program.A, order)
+    rows = reordered(program.A, order)
     A = AffineMatrix.from_tensor(rows, (m, n), width, scale=-1.0)
-    b = _rows(rows, m * n, m * (n + 1), width)
-    objective = _columns(program.q, order)
-    squares = sp.coo_array((n * n, width)) if program.P is None else _columns(program.P, order)
+    b = consecutive_rows(rows, m * n, m * (n + 1), width)
+    objective = reordered(program.q, order)
+    squares = sp.coo_array((n * n, width)) if program.P is None else reordered(program.P, order)
     P = AffineMatrix.from_tensor(squares, (n, n), width)
     bounds = Bounds.find(
         A,
         b,
         slice(dims.zero, dims.zero + dims.nonneg),
-        _stated(program.lb_tensor, program.lower_bounds, order),
-        _stated(program.ub_tensor, program.upper_bounds, order),
+        bound_map(program.lb_tensor, program.lower_bounds, order),
+        bound_map(program.ub_tensor, program.upper_bounds, order),
     )
     kept = np.setdiff1d(np.arange(m), bounds.rows)
     constraint, A_values = A.select_rows(kept).compress()
@@ -149,38 +148,111 @@ def canonicalise(
         lower_index=bounds.lower_index,
         upper_index=bounds.upper_index,
         P=AffineMap(P_values, boundaries),
-        q=AffineMap(_rows(objective, 0, n, width), boundaries),
+        q=AffineMap(consecutive_rows(objective, 0, n, width), boundaries),
         A=AffineMap(A_values, boundaries),
         b=AffineMap(b[kept], boundaries),
         lower=AffineMap(bounds.lower, boundaries),
         upper=AffineMap(bounds.upper, boundaries),
-        offset=AffineMap(_rows(objective, n, n + 1, width), boundaries),
+        offset=AffineMap(consecutive_rows(objective, n, n + 1, width), boundaries),
         sign=-1.0 if isinstance(problem.objective, cp.Maximize) else 1.0,
         parameters=layouts,
         variables=tuple(_variable_layout(variable, owners, reduced, bounds, kept, m) for variable in variables),
     )
 
 
-def _columns(tensor: Any, order: IndexArray) -> sp.coo_array:
-    """A tensor of CVXPY's with its columns in our order."""
-    return sp.coo_array(sp.csc_array(tensor)[:, order])
+# What the user hands in
 
 
-def _rows(tensor: sp.coo_array, start: int, stop: int, width: int) -> sp.csr_array:
-    """Consecutive rows of a tensor."""
-    row, column = tensor.coords
-    inside = (row >= start) & (row < stop)
-    return sp.csr_array((tensor.data[inside], (row[inside] - start, column[inside])), shape=(stop - start, width))
+def _check_problem(problem: cp.Problem, gp: bool) -> None:
+    """Refuse what cannot be canonicalised: no variables, complex or discrete ones, not convex, not DPP."""
+    if not isinstance(problem, cp.Problem):
+        raise TypeError(f"problem is a {type(problem).__name__}; a cvxpy.Problem is needed.")
+    if not problem.variables():
+        raise ValueError("The problem has no variables: there is nothing to solve for.")
+    leaves = [*problem.variables(), *problem.parameters()]
+    constants = problem.constants()
+    complex_ones = [leaf.name() for leaf in leaves if leaf.is_complex()]
+    if complex_ones or any(constant.is_complex() for constant in constants):
+        what = f"{', '.join(complex_ones)} are complex" if complex_ones else "it has complex constants"
+        raise ValueError(
+            f"The problem is not real ({what}); model real and imaginary parts as separate real variables."
+        )
+    discrete = [v.name() for v in problem.variables() if v.attributes["boolean"] or v.attributes["integer"]]
+    if discrete or any(isinstance(constraint, FiniteSet) for constraint in problem.constraints):
+        what = ", ".join(discrete) or "the variables of a FiniteSet constraint"
+        raise ValueError(
+            f"Integer and boolean variables are not supported by CvxpyLayer yet ({what}); relax them, for example to "
+            "bounds=[0, 1]."
+        )
+    rules: Any = problem  # a decorator of CVXPY's hides the arguments of is_dpp
+    if gp:
+        if not problem.is_dgp():
+            raise ValueError(
+                "gp=True, but the problem is not a geometric program by CVXPY's rules (problem.is_dgp() is false): "
+                "mark variables and parameters pos=True, or leave gp out if the problem is convex as it stands."
+            )
+        if not rules.is_dpp("dgp"):
+            raise ValueError(
+                "The geometric program is not DPP (problem.is_dpp('dgp') is false): a parameter may be a coefficient "
+                "or an exponent, but not an exponent of another parameter. Introduce a parameter for such a product."
+            )
+        return
+    if not problem.is_dcp():
+        hint = " It is a geometric program: pass gp=True." if problem.is_dgp() else ""
+        raise ValueError(
+            "The problem is not convex by CVXPY's rules (problem.is_dcp() is false); rewrite it with CVXPY's atoms."
+            + hint
+        )
+    if not rules.is_dpp(quad_form_dpp="qp"):
+        raise ValueError(
+            "The problem is not DPP (problem.is_dpp() is false): every expression must be affine in the parameters, "
+            "and no two parameters may be multiplied. Introduce a parameter for a product; write sum_squares(F @ x) "
+            "with F a root of P, or quad_form(x, P) with Parameter(PSD=True) in the objective (not in a constraint)."
+        )
 
 
-def _stated(tensor: Any, values: FloatArray | None, order: IndexArray) -> sp.csr_array | None:
-    """The bounds of the variable that CVXPY hands over as such, as a map: (n, p + 1)."""
-    if tensor is not None:
-        return sp.csr_array(_columns(tensor, order))
-    if values is None:
-        return None
-    rows, column = np.arange(values.size), np.full(values.size, order.size - 1)
-    return sp.csr_array((values, (rows, column)), shape=(values.size, order.size))
+def _check_parameters(problem: cp.Problem, parameters: Sequence[cp.Parameter]) -> None:
+    """Refuse a list that is not exactly the problem's parameters, each once."""
+    if not isinstance(parameters, list | tuple):
+        raise TypeError(f"parameters is a {type(parameters).__name__}; give a list or tuple of cvxpy.Parameter.")
+    for parameter in parameters:
+        if not isinstance(parameter, cp.Parameter):
+            raise TypeError(f"parameters holds a {type(parameter).__name__}; give cvxpy.Parameter objects.")
+    given = [parameter.id for parameter in parameters]
+    wanted = {parameter.id for parameter in problem.parameters()}
+    missing = [parameter.name() for parameter in problem.parameters() if parameter.id not in given]
+    extra = [parameter.name() for parameter in parameters if parameter.id not in wanted]
+    twice = sorted({parameter.name() for parameter in parameters if given.count(parameter.id) > 1})
+    faults = [("missing", missing), ("not in the problem", extra), ("given twice", twice)]
+    found = "; ".join(f"{what}: {', '.join(names)}" for what, names in faults if names)
+    if found:
+        raise ValueError(f"parameters must be exactly those of the problem, in any order ({found}).")
+
+
+def _check_variables(problem: cp.Problem, variables: Sequence[cp.Variable]) -> dict[int, tuple[Any, int]]:
+    """Refuse what is neither a variable nor a dual variable of the problem.
+
+    Returns:
+        The constraint and position of each dual variable of the problem, by the variable's id.
+    """
+    if not isinstance(variables, list | tuple):
+        raise TypeError(f"variables is a {type(variables).__name__}; give a list or tuple of cvxpy.Variable.")
+    owners = {
+        dual.id: (constraint, position)
+        for constraint in problem.constraints
+        for position, dual in enumerate(constraint.dual_variables)
+    }
+    known = {variable.id for variable in problem.variables()} | owners.keys()
+    for variable in variables:
+        if not isinstance(variable, cp.Variable):
+            hint = "; for its dual, give constraint.dual_variables[i]" if isinstance(variable, cp.Constraint) else ""
+            raise TypeError(f"variables holds a {type(variable).__name__}; give cvxpy.Variable objects{hint}.")
+        if variable.id not in known:
+            raise ValueError(
+                f"unknown variable {variable.name()}: it is neither a variable of the problem nor a dual variable of "
+                "one of problem.constraints."
+            )
+    return owners
 
 
 # CVXPY's reductions, forth and back
@@ -264,22 +336,6 @@ def _flat(value: Any, order: Any) -> FloatArray:
     return np.asarray(dense, dtype=np.float64).flatten(order=order)
 
 
-def _selection(probe: Callable[[FloatArray], FloatArray], size: int) -> sp.csr_array:
-    """The matrix of a linear map, each of whose outputs is a multiple of one of its ``size`` inputs."""
-    scale = probe(np.ones(size))
-    rows = np.flatnonzero(scale)
-    columns = np.rint(probe(np.arange(1.0, size + 1.0))[rows] / scale[rows]).astype(np.int64) - 1
-    inside = (columns >= 0) & (columns < size)
-    matrix = sp.csr_array((scale[rows][inside], (rows[inside], columns[inside])), shape=(scale.size, size))
-    check = np.random.default_rng(0).uniform(1.0, 2.0, size)
-    if not np.allclose(matrix @ check, probe(check), rtol=1e-9, atol=0.0):
-        raise RuntimeError(
-            f"CVXPY {version('cvxpy')} recovers a variable in a way this library does not know; use a version of CVXPY "
-            "that its pyproject.toml allows, or report this problem."
-        )
-    return matrix
-
-
 # Parameters and variables
 
 
@@ -327,10 +383,10 @@ def _variable_layout(
     n = int(reduced.program.x.size)
     name, shape = variable.name(), variable.shape
     if variable.id not in owners:
-        primal = _selection(lambda x: reduced.primal(variable, x), n) if variable.size else sp.csr_array((0, n))
+        primal = selection(lambda x: reduced.primal(variable, x), n) if variable.size else sp.csr_array((0, n))
         return VariableLayout(name, shape, primal=primal, exp=reduced.gp is not None)
     constraint, position = owners[variable.id]
-    rows = _selection(lambda y: reduced.dual(constraint, position, y), m)
+    rows = selection(lambda y: reduced.dual(constraint, position, y), m)
     of_lower, of_upper = (sp.csr_array(rows @ multipliers) for multipliers in (bounds.from_lower, bounds.from_upper))
     return VariableLayout(
         name,

@@ -277,7 +277,7 @@ class _DataMap:
     """One datum as an affine function of the parameter vector."""
 
     def __init__(self, affine: AffineMap) -> None:
-        matrix = affine.matrix.tocsc().astype("float64")
+        matrix: Any = affine.matrix.tocsc().astype("float64")
         self.reaching = affine.reaching
         self.constant = torch.from_numpy(matrix[:, [-1]].toarray().ravel())
         self.has_constant = bool(self.constant.ne(0).any())

@@ -20,7 +20,7 @@ class SparseMap:
     """
 
     def __init__(self, matrix: Any) -> None:
-        entries = sp.csr_array(matrix).tocoo()
+        entries: Any = sp.csr_array(matrix).tocoo()
         self.size = int(entries.shape[0])
         rows, columns = (index.astype(np.int64) for index in entries.coords)
         self.is_empty = rows.size == 0

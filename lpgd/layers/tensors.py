@@ -1,8 +1,11 @@
-"""Matrices that are affine in parameters, by their entries, and the rows among them that only bound a variable."""
+"""Sparse maps from parameters to matrices, the rows that only bound a variable, and linear maps read off probes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -10,7 +13,7 @@ from numpy.typing import NDArray
 
 from lpgd.problems.sparsity import SparsityPattern
 
-__all__ = ["AffineMatrix", "Bounds"]
+__all__ = ["AffineMatrix", "Bounds", "bound_map", "consecutive_rows", "reordered", "selection"]
 
 IndexArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -154,3 +157,41 @@ def _one_side(
     share = np.bincount(group[used], minlength=index.size)[group[used]]
     back = sp.csr_array((scale[used] / share, (row[used], index[group[used]])), shape=(m, n))
     return index, bounds, row[used], back
+
+
+def reordered(tensor: Any, order: IndexArray) -> sp.coo_array:
+    """A tensor with its columns in this order."""
+    return sp.coo_array(sp.csc_array(tensor)[:, order])
+
+
+def consecutive_rows(tensor: sp.coo_array, start: int, stop: int, width: int) -> sp.csr_array:
+    """Consecutive rows of a tensor."""
+    row, column = tensor.coords
+    inside = (row >= start) & (row < stop)
+    return sp.csr_array((tensor.data[inside], (row[inside] - start, column[inside])), shape=(stop - start, width))
+
+
+def bound_map(tensor: Any, values: FloatArray | None, order: IndexArray) -> sp.csr_array | None:
+    """The map (n, p + 1) to bounds that are a tensor, or else constant values, or else absent."""
+    if tensor is not None:
+        return sp.csr_array(reordered(tensor, order))
+    if values is None:
+        return None
+    rows, column = np.arange(values.size), np.full(values.size, order.size - 1)
+    return sp.csr_array((values, (rows, column)), shape=(values.size, order.size))
+
+
+def selection(probe: Callable[[FloatArray], FloatArray], size: int) -> sp.csr_array:
+    """The matrix of a linear map, each of whose outputs is a multiple of one of its ``size`` inputs."""
+    scale = probe(np.ones(size))
+    rows = np.flatnonzero(scale)
+    columns = np.rint(probe(np.arange(1.0, size + 1.0))[rows] / scale[rows]).astype(np.int64) - 1
+    inside = (columns >= 0) & (columns < size)
+    matrix = sp.csr_array((scale[rows][inside], (rows[inside], columns[inside])), shape=(scale.size, size))
+    check = np.random.default_rng(0).uniform(1.0, 2.0, size)
+    if not np.allclose(matrix @ check, probe(check), rtol=1e-9, atol=0.0):
+        raise RuntimeError(
+            f"CVXPY {version('cvxpy')} recovers a variable in a way this library does not know; use a version of CVXPY "
+            "that its pyproject.toml allows, or report this problem."
+        )
+    return matrix

@@ -191,7 +191,9 @@ class ConicProblem:
             if datum.ndim == 2 and (datum.shape[0] == 0) != (self.batch_size == 0):
                 raise ValueError(f"{name} has {datum.shape[0]} rows for a batch of {self.batch_size}.")
             if datum.ndim == 2 and datum.shape[0] and self.batch_size % datum.shape[0]:
-                raise ValueError(f"{name} has {datum.shape[0]} rows, which do not divide the batch of {self.batch_size}.")
+                raise ValueError(
+                    f"{name} has {datum.shape[0]} rows, which do not divide the batch of {self.batch_size}."
+                )
 
     # -- capabilities: what a GradientMethod may ask of this class of problems --------------------------------
 
@@ -206,7 +208,9 @@ class ConicProblem:
     @cached_property
     def symmetric_P(self) -> Tensor:
         """Values of ``½ (P + Pᵀ)`` on the pattern, with the leading shape of P: what every solver sees."""
-        return 0.5 * (self.data.P + self.data.P[..., torch.from_numpy(self.structure.transpose_position).to(self.device)])
+        return 0.5 * (
+            self.data.P + self.data.P[..., torch.from_numpy(self.structure.transpose_position).to(self.device)]
+        )
 
     # -- evaluation -------------------------------------------------------------------------------------------
 
@@ -261,7 +265,8 @@ class ConicProblem:
             return repeated + sign * step[:, None] * direction.repeat(copies, 1)
 
         lower_index, upper_index = (
-            torch.from_numpy(index).to(self.device) for index in (self.structure.lower_index, self.structure.upper_index)
+            torch.from_numpy(index).to(self.device)
+            for index in (self.structure.lower_index, self.structure.upper_index)
         )
         data = self.data._replace(
             q=moved(self.data.q, cotangent.x, 1.0),

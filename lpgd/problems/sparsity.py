@@ -38,7 +38,9 @@ class SparsityPattern:
         columns = np.ascontiguousarray(self.columns, dtype=np.int64)
         if rows.shape != columns.shape or rows.ndim != 1:
             raise ValueError(f"rows {rows.shape} and columns {columns.shape} must be vectors of one length.")
-        if rows.size and (rows.min() < 0 or columns.min() < 0 or rows.max() >= self.shape[0] or columns.max() >= self.shape[1]):
+        if rows.size and (
+            rows.min() < 0 or columns.min() < 0 or rows.max() >= self.shape[0] or columns.max() >= self.shape[1]
+        ):
             raise ValueError(f"an entry lies outside a matrix of shape {self.shape}.")
         if np.any(np.diff(columns * self.shape[0] + rows) <= 0):
             raise ValueError("entries must be unique and sorted column by column; see SparsityPattern.from_matrix.")
@@ -48,7 +50,7 @@ class SparsityPattern:
     @classmethod
     def from_matrix(cls, matrix: ArrayLike | sp.sparray | sp.spmatrix) -> SparsityPattern:
         """The pattern of the stored entries of a SciPy matrix, or of the nonzeros of an array."""
-        stored = sp.coo_array(matrix)  # pyright: ignore[reportArgumentType]
+        stored: Any = sp.coo_array(matrix)  # pyright: ignore[reportArgumentType]
         order = np.unique(stored.col.astype(np.int64) * stored.shape[0] + stored.row)
         columns, rows = np.divmod(order, max(stored.shape[0], 1))
         return cls((int(stored.shape[0]), int(stored.shape[1])), rows, columns)
@@ -100,7 +102,7 @@ class SparsityPattern:
         return np.where(keys[found] == wanted, found, -1) if keys.size else np.full(wanted.shape, -1, dtype=np.int64)
 
     def csc(self, values: NDArray[np.float64]) -> sp.csc_array:
-        """The SciPy matrix with these ``values`` (nnz,), whose index arrays are copied: some solvers sort or free theirs."""
+        """The SciPy matrix with these ``values`` (nnz,); index arrays are copied, as some solvers sort theirs."""
         return sp.csc_array((values, self.indices.copy(), self.indptr.copy()), shape=self.shape)
 
     def to_dense(self, values: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ class SparsityPattern:
         return product.reshape(-1, size)
 
     def outer(self, y: Tensor, x: Tensor, rows: int | None) -> Tensor:
-        """``Σ y xᵀ`` on the pattern: over all elements (``rows=None``) to (nnz,), or to (rows, nnz) over those that share a row.
+        """``Σ y xᵀ`` on the pattern, over all elements to (nnz,), or over those that share a row to (rows, nnz).
 
         Args:
             y: (B, r).

@@ -110,9 +110,7 @@ class Solver(ABC):
             raise ValueError(f"time_limit is {self.time_limit}; it must be positive, or None for no limit.")
 
     @abstractmethod
-    def solve(
-        self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None
-    ) -> Solution:
+    def solve(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:
         """Solve every element of a batch.
 
         Args:
@@ -142,7 +140,9 @@ class Solver(ABC):
     def unsupported(cls, structure: ConicStructure) -> str | None:
         """Why this solver cannot take problems of this structure, or None."""
         missing = sorted(structure.cones.kinds - cls.capabilities.cones)
-        return f"{cls.name} has no {' and no '.join(kind.replace('_', '-') for kind in missing)} cone" if missing else None
+        return (
+            f"{cls.name} has no {' and no '.join(kind.replace('_', '-') for kind in missing)} cone" if missing else None
+        )
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
         """The same solver with some options changed; names are fields or :attr:`aliases`.
@@ -168,9 +168,7 @@ class ElementwiseSolver(Solver):
     def prepare(self, form: RowForm) -> Prepared:
         """Set up, scale and factorise whatever depends on the matrices only."""
 
-    def solve(
-        self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None
-    ) -> Solution:
+    def solve(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:
         self.module()
         reason = self.unsupported(problem.structure)
         if reason is not None:
@@ -180,7 +178,6 @@ class ElementwiseSolver(Solver):
         tasks = [_task(self, view, digests, elements, states) for elements in view.groups(view.valid, executor)]
         results = run_tasks(_solve_elements, tasks, executor)
         return _assemble(problem, tasks, results)
-
 
 
 class _Task(NamedTuple):
@@ -252,8 +249,19 @@ def _assemble(problem: ConicProblem, tasks: Sequence[_Task], results: Sequence[l
             iterations[element], setup[element], seconds[element] = raw.iterations, raw.setup_seconds, raw.solve_seconds
             if raw.status.has_iterate:
                 x[element], y[element], z[element], slack[element] = raw.x, raw.y, raw.z, raw.slack
-    tensors = (torch.from_numpy(array).to(problem.device) for array in (x, y, z, slack))
-    return _checked(Solution(problem, *tensors, tuple(statuses), iterations, setup, seconds, tuple(states)))
+    points = {name: torch.from_numpy(part).to(problem.device) for name, part in zip("xyz", (x, y, z), strict=True)}
+    return _checked(
+        Solution(
+            problem,
+            **points,
+            slack=torch.from_numpy(slack).to(problem.device),
+            statuses=tuple(statuses),
+            iterations=iterations,
+            setup_seconds=setup,
+            solve_seconds=seconds,
+            states=tuple(states),
+        )
+    )
 
 
 def _digest(*arrays: NDArray[Any]) -> bytes:

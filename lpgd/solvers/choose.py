@@ -49,10 +49,7 @@ def choose_solver(
         MissingPackageError: its package is not installed; the message has the pip command.
         TypeError: an option is unknown.
     """
-    if isinstance(solver, str):
-        chosen = None if solver.upper() in _DEFAULT_NAMES else _by_name(solver)
-    else:
-        chosen = solver
+    chosen = _by_name(solver) if isinstance(solver, str) else solver
     if chosen is None:
         fitting = [candidate for candidate in SOLVERS if candidate.unsupported(structure) is None]
         installed = [candidate for candidate in fitting if candidate.is_installed()]
@@ -71,7 +68,9 @@ def choose_solver(
     return chosen
 
 
-def _by_name(name: str) -> Solver:
+def _by_name(name: str) -> Solver | None:
+    if name.upper() in _DEFAULT_NAMES:
+        return None
     for solver in SOLVERS:
         if solver.name == name.upper():
             return solver()

@@ -99,7 +99,12 @@ class _PreparedClarabel(Prepared):
         self.permuted = not np.array_equal(self.rows, np.arange(self.rows.size))
         n, m = form.n, form.pattern.shape[0]
         self.solver = clarabel.DefaultSolver(
-            sp.triu(form.P, format="csc"), np.zeros(n), self._permute(form.A), np.zeros(m), _cones(clarabel, form.cones), settings
+            sp.triu(form.P, format="csc"),
+            np.zeros(n),
+            self._permute(form.A),
+            np.zeros(m),
+            _cones(clarabel, form.cones),
+            settings,
         )
 
     def _permute(self, A: sp.csc_array) -> sp.csc_array:

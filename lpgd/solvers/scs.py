@@ -91,7 +91,7 @@ class _PreparedSCS(Prepared):
         self.rows = form.pattern.shape[0]
         # SCS refuses a problem without rows; a row 0ᵀx + s = 0 in the nonnegative cone changes nothing.
         cones, A = (form.cones, form.A) if self.rows else (Cones(nonnegative=1), sp.csc_array((1, form.n)))
-        data: dict[str, Any] = {"A": A, "b": np.zeros(A.shape[0]), "c": np.zeros(form.n)}
+        data: dict[str, Any] = {"A": A, "b": np.zeros(max(self.rows, 1)), "c": np.zeros(form.n)}
         if np.any(form.P.data):
             data["P"] = sp.triu(form.P, format="csc")
         self.b_padding = np.zeros(0 if self.rows else 1)
