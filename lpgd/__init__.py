@@ -1,5 +1,7 @@
 """Any optimization solver as a differentiable PyTorch layer, by Lagrangian Proximal Gradient Descent."""
 
+from importlib.metadata import version
+
 from lpgd.cones import Cones
 from lpgd.execution import SerialExecutor
 from lpgd.gradients import LPGD, BlackboxBackprop, Domke, ImplicitKKT
@@ -9,7 +11,7 @@ from lpgd.solution import Solution
 from lpgd.solvers import ECOS, SCS, Clarabel, available
 from lpgd.status import LpgdWarning, MissingPackageError, SolverError, Status
 
-__version__ = "0.1.0"
+__version__ = version("lpgd")
 
 __all__ = [
     "ECOS",

@@ -91,6 +91,6 @@ def batch_inputs(expected: Sequence[_Expected], tensors: Sequence[Tensor]) -> In
 
 def _flatten(tensor: Tensor, shape: tuple[int, ...], batch_shape: tuple[int, ...]) -> Tensor:
     own = tensor.shape[: tensor.ndim - len(shape)]
-    if torch.Size(own).numel() == 1 and torch.Size(batch_shape).numel() != 0:
+    if torch.Size(own).numel() == 1:
         return tensor.reshape(shape)
     return tensor.expand(*batch_shape, *shape).reshape(torch.Size(batch_shape).numel(), *shape)
