@@ -1,7 +1,9 @@
-"""Against cvxpylayers with diffcp: ``python -m benchmarks.cvxpylayers --out DIR [--cases NAMES] [--repeats N] [--quick]``.
+"""Against cvxpylayers with diffcp.
+
+``python -m benchmarks.cvxpylayers --out DIR [--cases NAMES] [--repeats N] [--quick]``
 
 Both layers get the same problems, data, loss, solver and tolerances; they take turns within each repeat, after one
-warm-up each, and every repeat has new parameter values. The exit status is 1 if our solutions disagree.
+warm-up each, and every repeat has new parameter values. The exit status is 1 if ours fails or its solutions disagree.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ TOLERANCES: dict[str, dict[str, float]] = {
     "ECOS": {"abstol": 1e-8, "reltol": 1e-8, "feastol": 1e-8},
 }
 AGREEMENT = 1e-3
-"""A tolerance ε on the objective leaves about √ε in a solution: more than this, relative to its size, is disagreement."""
+"""An objective within ε leaves about √ε in a solution: more than this, relative to its size, is disagreement."""
 REFEREE = {"solver": cp.CLARABEL, "tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12}
 REFEREE_STEP = 1e-4
 REFEREE_DIRECTIONS = 3
@@ -85,7 +87,12 @@ def compare(
     runs: dict[str, Run] = {}
     for repeat in range(repeats + 1):  # the first one warms up
         last = repeat == repeats
-        runs["ours"] = run(ours, instance, first_seed + repeat)
+        try:
+            runs["ours"] = run(ours, instance, first_seed + repeat)
+        except lpgd.SolverError as error:
+            row.ours = Timing()
+            row.values["disagree"] = f"ours failed, seed {first_seed + repeat}: {error}"
+            return row
         if repeat:
             row.ours.add(runs["ours"].forward, runs["ours"].backward)
         if row.peer_error or (slow and not (last and not skip_slow)):
@@ -237,7 +244,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; 1 if our solutions disagree somewhere."""
+    """Run the command; 1 if ours fails or disagrees somewhere."""
     options = parse_arguments(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -113,7 +113,7 @@ def _portfolio(batch: int) -> Instance:
 
 
 def _logistic(batch: int) -> Instance:
-    """Ridge-regularised logistic regression in a ball; the parameters are the samples times their labels, and the radius."""
+    """Ridge-regularised logistic regression in a ball; the parameters are samples times labels, and the radius."""
     samples, features = 60, 10
     weights = cp.Variable(features)
     data, radius = cp.Parameter((samples, features)), cp.Parameter(nonneg=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import settings
+
+from lpgd.execution import workspaces
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # before matplotlib is imported: no test opens a window
 
@@ -12,3 +15,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # before matplotlib is imported: no 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True)
+def _no_workspace_is_left_over() -> None:
+    """A used SCS workspace keeps its scaling: results depend, within the tolerance, on what it solved before."""
+    workspaces.clear()

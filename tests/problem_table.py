@@ -116,7 +116,7 @@ def planted(
 
 
 CASES = [
-    planted("lp", Cones(zero=3, nonnegative=6), 8, seed=1, rank=0, lower=8, active_bounds=2, inactive_rows=3),
+    planted("lp", Cones(zero=3, nonnegative=6), 8, seed=1, rank=0, lower=8, upper=8, active_bounds=2, inactive_rows=3),
     planted(
         "lp, batched matrices", Cones(zero=2, nonnegative=5), 6, seed=41, rank=0, lower=6, upper=6, active_bounds=2,
         inactive_rows=3, batched=("A", "q", "b", "lower"),

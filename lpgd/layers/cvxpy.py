@@ -89,6 +89,8 @@ class CvxpyLayer(torch.nn.Module):
         super().__init__()
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
+        if executor is not None and not callable(getattr(executor, "submit", None)):
+            raise TypeError(f"executor is {executor!r}; it must be a concurrent.futures.Executor, or None for threads.")
         program = canonicalise(problem, parameters, variables, gp=gp)
         standard = StandardOptions.parse(solver_args)
         self.structure = ConicStructure(
@@ -154,7 +156,7 @@ class CvxpyLayer(torch.nn.Module):
             states=self._states(warm_start, inputs.batch_shape, inputs.batch_size),
             info=info,
         )
-        self._remember(inputs.batch_shape, info.solution)
+        self._remember(inputs.batch_shape, info.solution, solver)
         output = LayerOutput(inputs.restore(reader(point), reader.layout.shape) for reader in self._readers)
         output.info, output.batch_shape = info, inputs.batch_shape
         return output
@@ -177,7 +179,7 @@ class CvxpyLayer(torch.nn.Module):
         problem = ConicProblem(self.structure, data, inputs.batch_size)
         states = self._states(warm_start, inputs.batch_shape, inputs.batch_size)
         solution = solver.solve(problem, states, executor)
-        self._remember(inputs.batch_shape, solution)
+        self._remember(inputs.batch_shape, solution, solver)
         return solution
 
     def extra_repr(self) -> str:
@@ -219,8 +221,8 @@ class CvxpyLayer(torch.nn.Module):
             )
         return previous.states
 
-    def _remember(self, batch_shape: tuple[int, ...], solution: Solution | None) -> None:
-        if solution is not None and self.solver.capabilities.warm_start:
+    def _remember(self, batch_shape: tuple[int, ...], solution: Solution | None, solver: Solver) -> None:
+        if solution is not None and solver.capabilities.warm_start:
             self._last.states = (batch_shape, solution.states)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -250,7 +252,7 @@ class _Columns:
                 values = 0.5 * (values + values.mT)
             flat = values.flatten(values.ndim - len(layout.shape)) if layout.shape else values.unsqueeze(-1)
             values = flat.index_select(-1, torch.from_numpy(layout.take).to(flat.device))
-            self.parts[position] = torch.log(values) if layout.log else values
+            self.parts[position] = _log(values) if layout.log else values
         self.order = sorted(self.parts, key=lambda position: layouts[position].columns.start)
         self.sizes = {position: layout.take.size for position, layout in enumerate(layouts)}
         self.device = tensors[0].device if tensors else torch.device("cpu")
@@ -271,6 +273,12 @@ class _Columns:
             empty = torch.zeros(*leading, 0, dtype=torch.float64, device=self.device)
             self.cache[batched] = torch.cat([*parts, empty], dim=-1)
         return self.cache[batched]
+
+
+def _log(values: Tensor) -> Tensor:
+    """The logarithm, NaN with a zero derivative where there is none: a failed element's gradient is zero."""
+    positive = values > 0
+    return torch.where(positive, torch.log(torch.where(positive, values, 1.0)), torch.nan)
 
 
 class _DataMap:
