@@ -113,18 +113,35 @@ def compare(
 
 
 def default_row(case: Case, instance: Instance, repeats: int, first_seed: int, rows: Sequence[Row]) -> Row:
-    """Ours with nothing chosen, against the fastest exact mode of the peer among ``rows``."""
-    ours = lpgd.CvxpyLayer(instance.problem, instance.parameters, [instance.variable])
+    """Ours with nothing chosen, in turn with the fastest exact mode of the peer among ``rows``."""
+    problem = instance.problem, instance.parameters, [instance.variable]
+    ours = lpgd.CvxpyLayer(*problem)
     row = Row(case.name, case.title, f"default ({ours.solver.name})", "exact", Timing(), Timing())
-    result = run(ours, instance, first_seed)
-    for repeat in range(1, repeats + 1):
-        result = run(ours, instance, first_seed + repeat)
-        row.ours.add(result.forward, result.backward)
-    _describe_ours(row, result)
     measured = [other for other in rows if other.kind == "exact" and other.peer.count]
-    if measured:
-        best = min(measured, key=lambda other: other.peer.total)
-        row.peer, row.peer_mode = best.peer, best.mode
+    best = min(measured, key=lambda other: other.peer.total, default=None)
+    peer = None
+    if best is not None:
+        row.peer_mode = best.mode
+        if (best.solver, best.kind) in case.slow:
+            row.peer = best.peer
+        else:
+            peer = PeerLayer(*problem)
+    for seed in range(first_seed, first_seed + repeats + 1):
+        try:
+            result = run(ours, instance, seed)
+        except lpgd.SolverError as error:
+            row.ours = Timing()
+            row.values["disagree"] = f"ours failed, seed {seed}: {error}"
+            return row
+        other = None
+        if peer is not None and best is not None:
+            other = run(peer, instance, seed, solver_args={"solve_method": best.solver, **TOLERANCES[best.solver]})
+        if seed == first_seed:
+            continue
+        row.ours.add(result.forward, result.backward)
+        if other is not None:
+            row.peer.add(other.forward, other.backward)
+    _describe_ours(row, result)
     row.values |= _agreement(case, instance, first_seed + repeats, {"ours": result})
     if case.regular:
         row.values |= _referee(instance, first_seed + repeats, {"ours": result})

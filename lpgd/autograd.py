@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo, GradientMethod
-from lpgd.problems.conic import ConicData, ConicPoint, ConicProblem, ConicStructure
+from lpgd.problems.conic import ConicProblem
+from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solution import Solution
 from lpgd.solvers.base import Solver
 from lpgd.status import LpgdWarning, SolverError, Status, describe_failures
@@ -118,18 +119,24 @@ class _SolveFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         gradient = _DerivativeFunction.apply(ctx.call, ctx.solution, True, *cotangents, *ctx.saved_tensors)
-        return (None, *(part if needed else None for part, needed in zip(gradient, ctx.needs_input_grad[1:], strict=True)))
+        return (
+            None,
+            *(part if needed else None for part, needed in zip(gradient, ctx.needs_input_grad[1:], strict=True)),
+        )
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        data = ctx.saved_tensors[: len(tangents)]
-        known = (torch.zeros_like(own) if part is None else part for own, part in zip(data, tangents, strict=True))
+        _, *parts = tangents  # the first belongs to the call
+        data = ctx.saved_tensors[: len(parts)]
+        known = (torch.zeros_like(own) if part is None else part for own, part in zip(data, parts, strict=True))
         return _DerivativeFunction.apply(ctx.call, ctx.solution, False, *known, *ctx.saved_tensors)
 
 
 class _DerivativeFunction(torch.autograd.Function):
-    """One reverse (or forward) pass: as a function of its own it is given plain tensors under torch.func as well,
-    and a derivative of this derivative, which there is none of, is refused instead of being zero.
+    """One reverse or forward pass.
+
+    As a function of its own it is given plain tensors under torch.func as well, and a derivative of this derivative,
+    which there is none of, is refused instead of being zero.
     """
 
     @staticmethod

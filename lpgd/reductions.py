@@ -14,8 +14,8 @@ import scipy.linalg
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from lpgd.problems.conic import ConicStructure
 from lpgd.problems.sparsity import SparsityPattern
+from lpgd.problems.structure import ConicStructure
 
 __all__ = ["ConeForm", "Matrices", "RowForm", "RowPoint", "Vectors"]
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpgd.cones import Cones
-from lpgd.problems.conic import ConicPoint, ConicProblem, per_element
+from lpgd.problems.conic import ConicProblem, per_element
+from lpgd.problems.structure import ConicPoint
 from lpgd.projections import distance
 from lpgd.status import Status
 
@@ -137,22 +138,8 @@ class Solution:
             sum(terms, torch.zeros_like(scale)).abs() / (1 + scale),
         )
 
-    def merge(self, elements: Sequence[int], other: Solution) -> Solution:
-        """This solution with these elements taken from ``other``, in order."""
-        chosen = list(elements)
-        rows = {
-            name: getattr(self, name).copy() if name in _NUMPY_ROWS else getattr(self, name).clone() for name in _ROWS
-        }
-        for name, value in rows.items():
-            value[chosen] = getattr(other, name)
-        statuses, states = list(self.statuses), list(self.states)
-        for place, element in enumerate(chosen):
-            statuses[element], states[element] = other.statuses[place], other.states[place]
-        return replace(self, statuses=tuple(statuses), states=tuple(states), **rows)
 
-
-_NUMPY_ROWS = ("iterations", "setup_seconds", "solve_seconds")
-_ROWS = ("x", "y", "z", "slack", *_NUMPY_ROWS)
+_ROWS = ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds")
 
 
 def _distance(cones: Cones, points: Tensor, *, dual: bool) -> Tensor:

@@ -45,4 +45,10 @@ def program(n: int = 4, m: int = 1, **options: Any) -> lpgd.CvxpyLayer:
 def data(*batch: int, n: int = 4, m: int = 1, seed: int = 0) -> list[Tensor]:
     root = normal(*batch, n, n, seed=seed)
     P = root @ root.mT + torch.eye(n)
-    return [P, normal(*batch, n, seed=seed + 1), normal(*batch, m, n, seed=seed + 2), 0.3 * normal(*batch, m), P[..., 0].abs()]
+    return [
+        P,
+        normal(*batch, n, seed=seed + 1),
+        normal(*batch, m, n, seed=seed + 2),
+        0.3 * normal(*batch, m),
+        P[..., 0].abs(),
+    ]

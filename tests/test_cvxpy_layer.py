@@ -51,8 +51,11 @@ def layer_of(case: Case, **options: Any) -> lpgd.CvxpyLayer:
 # Every kind of problem
 
 
-@pytest.mark.parametrize("build", [build for build in CASES if build is not no_parameters], ids=lambda build: build.__name__)
-@pytest.mark.filterwarnings("ignore:.*are singular:lpgd.LpgdWarning")  # Clarabel's centres; the record is tested elsewhere
+DIFFERENTIABLE = [build for build in CASES if build is not no_parameters]
+
+
+@pytest.mark.parametrize("build", DIFFERENTIABLE, ids=lambda build: build.__name__)
+@pytest.mark.filterwarnings("ignore:.*are singular:lpgd.LpgdWarning")  # Clarabel's analytic centres
 def test_gradients_are_finite_differences(build: Callable[[], Case]) -> None:
     case = build()
     # SCS ends on the boundary of a cone, so that differences of its solutions are exact enough; Clarabel inside.
@@ -160,7 +163,9 @@ def test_projection_onto_a_box_with_its_bounds_as_duals() -> None:
 
 def test_projection_onto_the_semidefinite_cone() -> None:
     X, C = cp.Variable((4, 4), PSD=True), cp.Parameter((4, 4), symmetric=True)
-    layer = lpgd.CvxpyLayer(cp.Problem(cp.Minimize(cp.sum_squares(X - C))), [C], [X], solver="SCS", solver_args={"eps": 1e-11})
+    layer = lpgd.CvxpyLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(X - C))), [C], [X], solver="SCS", solver_args={"eps": 1e-11}
+    )
     point = normal(4, 4, seed=3)
     own, exact = leaf(point + point.T), leaf(point + point.T)
     values, vectors = torch.linalg.eigh(0.5 * (exact + exact.T))
@@ -192,7 +197,9 @@ def test_diagonal_and_sparse_variables_and_parameters() -> None:
 def test_a_geometric_program() -> None:
     # minimise a x + b / x² has x = (2 b / a)^(1/3).
     x, a, b = cp.Variable(pos=True), cp.Parameter(pos=True), cp.Parameter(pos=True)
-    layer = lpgd.CvxpyLayer(cp.Problem(cp.Minimize(a * x + b * x**-2)), [a, b], [x], gp=True, solver="SCS", solver_args=TIGHT)
+    layer = lpgd.CvxpyLayer(
+        cp.Problem(cp.Minimize(a * x + b * x**-2)), [a, b], [x], gp=True, solver="SCS", solver_args=TIGHT
+    )
     own, exact = ([leaf(torch.tensor([0.5, 3.0]).double()), leaf(torch.tensor(0.7).double())] for _ in range(2))
     expected = (2 * exact[1] / exact[0]) ** (1 / 3)
     (output,) = layer(*own)
@@ -218,7 +225,9 @@ def test_scalars_need_no_batch_dimension() -> None:
 
 def test_arrays_are_read_row_by_row() -> None:
     X, T = cp.Variable((2, 3, 4)), cp.Parameter((2, 3, 4))
-    layer = lpgd.CvxpyLayer(cp.Problem(cp.Minimize(cp.sum_squares(X - T)), [X[0, 1, 2] == 5]), [T], [X], solver_args=TIGHT)
+    layer = lpgd.CvxpyLayer(
+        cp.Problem(cp.Minimize(cp.sum_squares(X - T)), [X[0, 1, 2] == 5]), [T], [X], solver_args=TIGHT
+    )
     point = leaf(normal(2, 3, 4))
     (output,) = layer(point)
     expected, mask = point.detach().clone(), torch.ones(2, 3, 4).double()
@@ -310,7 +319,9 @@ def test_no_gradient_given_is_the_exact_gradient() -> None:
 # Forward mode and torch.func
 
 
-@pytest.mark.parametrize("gradient", [lpgd.ImplicitKKT(), lpgd.LPGD(tau=1e-4)], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize(
+    "gradient", [lpgd.ImplicitKKT(), lpgd.LPGD(tau=1e-4)], ids=lambda method: type(method).__name__
+)
 @pytest.mark.parametrize("build", [quadratic, geometric], ids=lambda build: build.__name__)
 def test_forward_mode_is_the_directional_derivative(build: Callable[[], Case], gradient: lpgd.LPGD) -> None:
     case = build()

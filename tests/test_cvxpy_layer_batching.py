@@ -75,7 +75,7 @@ def test_a_batch_is_its_elements_one_by_one(solver: str, method: lpgd.LPGD) -> N
 
 def test_batch_dimensions_of_shared_parameters_are_summed() -> None:
     layer = program()
-    P, q, A, b, u = data()
+    P, _, A, _, u = data()
     rows, columns = normal(3, 1, 4, seed=5), 0.3 * normal(1, 4, 1, seed=6)
     own = [leaf(datum) for datum in (P, rows, A, columns, u)]
     outputs = layer(*own)
@@ -88,7 +88,9 @@ def test_batch_dimensions_of_shared_parameters_are_summed() -> None:
             single = [leaf(datum) for datum in (P, rows[i, 0], A, columns[0, j], u)]
             alone = layer(*single)
             close(alone, [out[i, j] for out in outputs])
-            parts = torch.autograd.grad(sum((w[i, j] * out).sum() for w, out in zip(weights, alone, strict=True)), single)
+            parts = torch.autograd.grad(
+                sum((w[i, j] * out).sum() for w, out in zip(weights, alone, strict=True)), single
+            )
             for total, part, place in zip(expected, parts, (..., (i, 0), ..., (0, j), ...), strict=True):
                 total[place] += part
     close(gradients, expected)
@@ -96,7 +98,7 @@ def test_batch_dimensions_of_shared_parameters_are_summed() -> None:
 
 def test_what_the_batch_shares_stays_shared() -> None:
     layer = program()
-    P, q, A, b, u = data()
+    P, _, A, b, u = data()
     solution = layer.solve(P, normal(7, 4), A[None], b, u)
     dimensions = {name: datum.ndim for name, datum in solution.problem.data._asdict().items()}
     assert dimensions == {"P": 1, "q": 2, "A": 1, "b": 1, "lower": 1, "upper": 1}
@@ -140,7 +142,9 @@ def test_float32_comes_out_where_it_went_in() -> None:
     assert [tensor.grad.dtype for tensor in mixed if tensor.grad is not None] == [tensor.dtype for tensor in mixed]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is false: this needs a CUDA device")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch.cuda.is_available() is false: this needs a CUDA device"
+)
 def test_cuda_tensors_come_out_where_they_went_in() -> None:
     layer = program()
     tensors = [leaf(datum.to("cuda")) for datum in data(3)]

@@ -247,7 +247,7 @@ def test_warm_starts_survive_bounds_that_come_and_go() -> None:
 def test_warm_starts_that_do_not_fit_are_refused() -> None:
     layer, tensors = program(solver="SCS"), data(3)
     output = layer(*tensors)
-    with pytest.raises(ValueError, match="3 elements.*this call has 2 elements.*batch of the same size"):
+    with pytest.raises(ValueError, match=r"3 elements.*this call has 2 elements.*batch of the same size"):
         layer(*data(2), warm_start=output)
     with pytest.raises(ValueError, match="4 variables; this call has 3 elements with 5 variables"):
         program(n=5, solver="SCS")(*data(3, n=5), warm_start=output.info.solution)

@@ -37,6 +37,7 @@ from examples.sudoku.model import (
     gradient_method,
     sudoku_layer,
 )
+from lpgd.execution import workspaces
 
 
 @cache
@@ -304,6 +305,12 @@ def command(folder: Path, *more: str) -> list[str]:
     return [*sizes, "--tests-per-epoch", "2", "--cache", str(folder / "cache"), "--out", str(folder / "run"), *more]
 
 
+def start(arguments: list[str]) -> int:
+    """The command as a new process would run it: no prepared solver is left over from an earlier one."""
+    workspaces.clear()
+    return train.main(arguments)
+
+
 def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -319,7 +326,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    assert train.main(command(folder)) == 0
+    assert start(command(folder)) == 0
     return folder
 
 
@@ -339,11 +346,11 @@ def test_a_short_run_lowers_the_loss_and_writes_metrics_and_plots(whole_run: Pat
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(whole_run: Path, tmp_path: Path) -> None:
-    assert train.main(command(tmp_path, "--epochs", "1")) == 0
+    assert start(command(tmp_path, "--epochs", "1")) == 0
     metrics = tmp_path / "run" / "seed-0" / "metrics.jsonl"
     with metrics.open("a") as file:
         file.write('{"step": 4, "epoch": 1.3, "split": "train"}\n')  # written after the last checkpoint by a killed run
-    assert train.main(command(tmp_path, "--resume")) == 0
+    assert start(command(tmp_path, "--resume")) == 0
     assert untimed(tmp_path / "run" / "seed-0") == untimed(whole_run / "run" / "seed-0")
     resumed, whole = weights(tmp_path / "run" / "seed-0"), weights(whole_run / "run" / "seed-0")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
@@ -361,11 +368,11 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(
 
     monkeypatch.setattr(train.Trainer, "_train_step", interrupted_step)
     before = signal.getsignal(signal.SIGINT)
-    assert train.main(command(tmp_path)) == 130
+    assert start(command(tmp_path)) == 130
     assert signal.getsignal(signal.SIGINT) is before
     assert rows(tmp_path / "run" / "seed-0")[-1]["step"] == 2
     monkeypatch.undo()
-    assert train.main(command(tmp_path, "--resume")) == 0
+    assert start(command(tmp_path, "--resume")) == 0
     assert untimed(tmp_path / "run" / "seed-0") == untimed(whole_run / "run" / "seed-0")
     resumed, whole = weights(tmp_path / "run" / "seed-0"), weights(whole_run / "run" / "seed-0")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
@@ -374,16 +381,16 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(whole_run: Path) -> None:
     before = (whole_run / "run" / "seed-0" / "metrics.jsonl").read_bytes()
     with pytest.raises(SystemExit, match="holds a run: --resume continues it, --overwrite starts again"):
-        train.main(command(whole_run))
+        start(command(whole_run))
     with pytest.raises(SystemExit, match=r"--tau was 10000\.0 and is 5\.0"):
-        train.main(command(whole_run, "--resume", "--tau", "5"))
+        start(command(whole_run, "--resume", "--tau", "5"))
     assert (whole_run / "run" / "seed-0" / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("method", ["lower", "upper", "exact"])
 def test_every_method_trains(method: str, tmp_path: Path) -> None:
     arguments = command(tmp_path, "--method", method, "--epochs", "1", "--restarts", "2", "--train-size", "20")
-    assert train.main(arguments) == 0
+    assert start(arguments) == 0
     for seed in (0, 1):
         model = weights(tmp_path / "run" / f"seed-{seed}")
         start = SudokuModel(64, 40, lambda A, b, c: (c,), seed)

@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from lpgd.elements import ElementView
 from lpgd.execution import run_tasks
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
-from lpgd.problems.conic import ConicData, ConicPoint, ConicProblem, ConicStructure
+from lpgd.problems.conic import ConicProblem
+from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.projections import projection_derivative
 from lpgd.solution import Solution
 from lpgd.solvers.base import Solver

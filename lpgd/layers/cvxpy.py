@@ -20,7 +20,8 @@ from lpgd.layers.inputs import batch_inputs
 from lpgd.layers.layout import AffineMap, ParameterLayout, VariableLayout
 from lpgd.layers.maps import SparseMap
 from lpgd.layers.options import StandardOptions
-from lpgd.problems.conic import ConicData, ConicPoint, ConicProblem, ConicStructure
+from lpgd.problems.conic import ConicProblem
+from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solution import Solution
 from lpgd.solvers import Solver, choose_solver
 
@@ -215,9 +216,9 @@ class CvxpyLayer(torch.nn.Module):
             raise TypeError(f"warm_start is {type(warm_start).__name__}; it takes True, an output or a Solution.")
         if previous.batch_size != batch_size or previous.problem.structure.digest != self.structure.digest:
             raise ValueError(
-                f"warm_start is a result of {previous.batch_size} elements with {previous.problem.structure.n} variables; "
-                f"this call has {batch_size} elements with {self.structure.n} variables. It must come from this layer "
-                "and a batch of the same size."
+                f"warm_start is a result of {previous.batch_size} elements with {previous.problem.structure.n} "
+                f"variables; this call has {batch_size} elements with {self.structure.n} variables. It must come from "
+                "this layer and a batch of the same size."
             )
         return previous.states
 

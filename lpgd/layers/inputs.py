@@ -1,4 +1,4 @@
-"""What a layer is called with: tensors are checked, and their leading batch dimensions flattened to one and restored."""
+"""What a layer is called with: tensors are checked, their leading batch dimensions flattened to one and restored."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def batch_inputs(expected: Sequence[_Expected], tensors: Sequence[Tensor]) -> In
     """Check the tensors of a call against the parameters they stand for.
 
     Raises:
-        ValueError: a wrong number of tensors, a wrong shape, batch dimensions that do not broadcast, or several devices.
+        ValueError: a wrong number of tensors or shape, batch dimensions that do not broadcast, or several devices.
         TypeError: something is not a tensor of floating-point numbers.
     """
     if len(tensors) != len(expected):
@@ -59,17 +59,26 @@ def batch_inputs(expected: Sequence[_Expected], tensors: Sequence[Tensor]) -> In
     for parameter, tensor in zip(expected, tensors, strict=True):
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
-            raise TypeError(f"the value of parameter {parameter.name} is a {kind}; pass a torch tensor (torch.as_tensor).")
+            raise TypeError(
+                f"the value of parameter {parameter.name} is a {kind}; pass a torch tensor (torch.as_tensor)."
+            )
         if tensor.dtype not in (torch.float32, torch.float64):
             raise TypeError(
-                f"the value of parameter {parameter.name} is {tensor.dtype}; it must be float32 or float64 (tensor.double())."
+                f"the value of parameter {parameter.name} is {tensor.dtype}; it must be float32 or float64 "
+                "(tensor.double())."
             )
         if tensor.layout is not torch.strided:
-            raise TypeError(f"the value of parameter {parameter.name} is {tensor.layout}; pass a dense tensor (tensor.to_dense()).")
+            raise TypeError(
+                f"the value of parameter {parameter.name} is {tensor.layout}; pass a dense tensor (tensor.to_dense())."
+            )
         leading = tensor.ndim - len(parameter.shape)
         if leading < 0 or tuple(tensor.shape[leading:]) != parameter.shape:
-            wanted = "(*batch, " + ", ".join(str(size) for size in parameter.shape) + ")" if parameter.shape else "(*batch,)"
-            raise ValueError(f"the value of parameter {parameter.name} has shape {tuple(tensor.shape)}; expected {wanted}.")
+            wanted = (
+                "(*batch, " + ", ".join(str(size) for size in parameter.shape) + ")" if parameter.shape else "(*batch,)"
+            )
+            raise ValueError(
+                f"the value of parameter {parameter.name} has shape {tuple(tensor.shape)}; expected {wanted}."
+            )
         batch_shapes.append(tuple(tensor.shape[:leading]))
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:

@@ -1,6 +1,7 @@
 """Problems: their data, the gradient of their Lagrangian, and how they tilt and augment."""
 
-from lpgd.problems.conic import ConicData, ConicPoint, ConicProblem, ConicStructure
+from lpgd.problems.conic import ConicProblem
 from lpgd.problems.sparsity import SparsityPattern
+from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 
 __all__ = ["ConicData", "ConicPoint", "ConicProblem", "ConicStructure", "SparsityPattern"]

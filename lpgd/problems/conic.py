@@ -16,151 +16,18 @@ Models (arXiv 2407.05920).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from lpgd.cones import Cones
-from lpgd.problems.sparsity import SparsityPattern
+from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 
-__all__ = ["ConicData", "ConicPoint", "ConicProblem", "ConicStructure"]
-
-
-class ConicPoint(NamedTuple):
-    """Primal and dual variables of a batch of B conic programs; also a cotangent or a tangent of them."""
-
-    x: Tensor  # (B, n)
-    y: Tensor  # (B, m)
-    z: Tensor  # (B, n), zero where a variable has no bound
-
-    def select(self, elements: Tensor) -> ConicPoint:
-        """The rows of these elements."""
-        return ConicPoint(*(part[elements] for part in self))
-
-    def where(self, chosen: Tensor, other: ConicPoint) -> ConicPoint:
-        """This point for the elements ``chosen`` (B,), the other one elsewhere."""
-        return ConicPoint(*(torch.where(chosen[:, None], a, b) for a, b in zip(self, other, strict=True)))
-
-    def scaled(self, weight: Tensor) -> ConicPoint:
-        """Each element times its ``weight`` (B,)."""
-        return ConicPoint(*(weight[:, None] * part for part in self))
-
-    def minus(self, other: ConicPoint) -> ConicPoint:
-        """The difference of two points."""
-        return ConicPoint(*(a - b for a, b in zip(self, other, strict=True)))
-
-
-class ConicData(NamedTuple):
-    """The data of a batch of conic programs, or a gradient, cotangent or tangent of them.
-
-    Each tensor is a vector shared by the whole batch, or has one row for each element.
-    """
-
-    P: Tensor  # (nnz P,) values on the pattern, both triangles
-    q: Tensor  # (n,)
-    A: Tensor  # (nnz A,) values on the pattern
-    b: Tensor  # (m,)
-    lower: Tensor  # (number of lower bounds,); -inf is no bound
-    upper: Tensor  # (number of upper bounds,); +inf is no bound
-
-
-@dataclass(frozen=True, eq=False)
-class ConicStructure:
-    """What is fixed while the data change: patterns, cones, and which variables have bounds.
-
-    Args:
-        quadratic: pattern of P, (n, n), closed under transposition.
-        constraint: pattern of A, (m, n).
-        cones: the cones of the rows of A, in order.
-        lower_index: variables that have a lower bound, increasing; the data ``lower`` belong to these.
-        upper_index: the same for upper bounds.
-
-    Raises:
-        ValueError: the sizes do not fit, or the pattern of P is not symmetric.
-    """
-
-    quadratic: SparsityPattern
-    constraint: SparsityPattern
-    cones: Cones
-    lower_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    upper_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-
-    def __post_init__(self) -> None:
-        m, n = self.constraint.shape
-        if self.quadratic.shape != (n, n):
-            raise ValueError(f"P has shape {self.quadratic.shape}, but A has {n} columns.")
-        if self.cones.rows != m:
-            raise ValueError(f"the cones have {self.cones.rows} rows, but A has {m}.")
-        if np.any(self.quadratic.positions(self.quadratic.columns, self.quadratic.rows) < 0):
-            raise ValueError("the pattern of P must hold both triangles: (j, i) with every (i, j).")
-        for name in ("lower_index", "upper_index"):
-            index = np.ascontiguousarray(getattr(self, name), dtype=np.int64)
-            if index.size and (index.min() < 0 or index.max() >= n or np.any(np.diff(index) <= 0)):
-                raise ValueError(f"{name} must be increasing and lie in [0, {n}).")
-            object.__setattr__(self, name, index)
-
-    @property
-    def n(self) -> int:
-        """Number of variables."""
-        return self.constraint.shape[1]
-
-    @property
-    def m(self) -> int:
-        """Number of rows of A."""
-        return self.constraint.shape[0]
-
-    @property
-    def has_bounds(self) -> bool:
-        return self.lower_index.size + self.upper_index.size > 0
-
-    @property
-    def sizes(self) -> ConicSizes:
-        """The length of each datum."""
-        return ConicSizes(
-            self.quadratic.nnz, self.n, self.constraint.nnz, self.m, self.lower_index.size, self.upper_index.size
-        )
-
-    @cached_property
-    def digest(self) -> bytes:
-        """A fingerprint of the content, equal across processes."""
-        state = hashlib.blake2b(repr(self.cones).encode(), digest_size=16)
-        for part in (self.quadratic.digest, self.constraint.digest, self.lower_index.tobytes(), b"|"):
-            state.update(part)
-        state.update(self.upper_index.tobytes())
-        return state.digest()
-
-    @cached_property
-    def transpose_position(self) -> NDArray[np.int64]:
-        """For each entry (i, j) of P's pattern, where (j, i) stands."""
-        return self.quadratic.positions(self.quadratic.columns, self.quadratic.rows)
-
-    @cached_property
-    def with_diagonal(self) -> ConicStructure:
-        """The same structure with every diagonal entry of P in its pattern: room for an augmentation."""
-        diagonal = np.arange(self.n)
-        if np.all(self.quadratic.positions(diagonal, diagonal) >= 0):
-            return self
-        keys = np.union1d(self.quadratic.columns * self.n + self.quadratic.rows, diagonal * (self.n + 1))
-        columns, rows = np.divmod(keys, self.n)
-        return replace(self, quadratic=SparsityPattern((self.n, self.n), rows, columns))
-
-
-class ConicSizes(NamedTuple):
-    """The length of each field of :class:`ConicData`."""
-
-    P: int
-    q: int
-    A: int
-    b: int
-    lower: int
-    upper: int
+__all__ = ["ConicProblem", "per_element"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,21 +75,19 @@ class ConicProblem:
     @cached_property
     def symmetric_P(self) -> Tensor:
         """Values of ``½ (P + Pᵀ)`` on the pattern, with the leading shape of P: what every solver sees."""
-        return 0.5 * (
-            self.data.P + self.data.P[..., torch.from_numpy(self.structure.transpose_position).to(self.device)]
-        )
+        return 0.5 * (self.data.P + self.data.P[..., self.structure.index("transpose_position", self.device)])
 
     # -- evaluation -------------------------------------------------------------------------------------------
 
     def full_bounds(self) -> tuple[Tensor, Tensor]:
         """``lower`` and ``upper`` for all variables of each element, infinite where there is none: (B, n) each."""
         full = []
-        for values, index, nothing in (
-            (self.data.lower, self.structure.lower_index, -torch.inf),
-            (self.data.upper, self.structure.upper_index, torch.inf),
+        for values, name, nothing in (
+            (self.data.lower, "lower_index", -torch.inf),
+            (self.data.upper, "upper_index", torch.inf),
         ):
             bound = values.new_full((*values.shape[:-1], self.structure.n), nothing)
-            bound[..., torch.from_numpy(index).to(self.device)] = values
+            bound[..., self.structure.index(name, self.device)] = values
             full.append(per_element(bound, self.batch_size))
         return full[0], full[1]
 
@@ -264,10 +129,7 @@ class ConicProblem:
             repeated = per_element(datum, self.batch_size).repeat(copies, 1)
             return repeated + sign * step[:, None] * direction.repeat(copies, 1)
 
-        lower_index, upper_index = (
-            torch.from_numpy(index).to(self.device)
-            for index in (self.structure.lower_index, self.structure.upper_index)
-        )
+        lower_index, upper_index = (self.structure.index(name, self.device) for name in _BOUND_INDICES)
         data = self.data._replace(
             q=moved(self.data.q, cotangent.x, 1.0),
             b=moved(self.data.b, cotangent.y, -1.0),
@@ -329,11 +191,9 @@ class ConicProblem:
         P = self.data.P.new_zeros(self.data.P.shape)
         if structure.quadratic.nnz:
             outer = structure.quadratic.outer(dx, x, rows["P"])
-            P = 0.5 * (outer + outer[..., torch.from_numpy(structure.transpose_position).to(self.device)])
+            P = 0.5 * (outer + outer[..., structure.index("transpose_position", self.device)])
         A = structure.constraint.outer(dy, x, rows["A"]) + structure.constraint.outer(y, dx, rows["A"])
-        lower_index, upper_index = (
-            torch.from_numpy(index).to(self.device) for index in (structure.lower_index, structure.upper_index)
-        )
+        lower_index, upper_index = (structure.index(name, self.device) for name in _BOUND_INDICES)
         return ConicData(
             P=P,
             q=_sum_rows(dx, rows["q"]),
@@ -350,21 +210,29 @@ class ConicProblem:
         where z > 0, ``-d lower`` elsewhere on bounded variables.
         """
         structure, size = self.structure, self.batch_size
-        dP = 0.5 * (tangent.P + tangent.P[..., torch.from_numpy(structure.transpose_position).to(self.device)])
+        dP = 0.5 * (tangent.P + tangent.P[..., structure.index("transpose_position", self.device)])
         x_part = structure.quadratic.matvec(dP, point.x) + structure.constraint.rmatvec(tangent.A, point.y)
         y_part = structure.constraint.matvec(tangent.A, point.x) - per_element(tangent.b, size)
         d_lower, d_upper = (point.x.new_zeros(size, structure.n) for _ in range(2))
-        d_lower[:, torch.from_numpy(structure.lower_index).to(self.device)] = per_element(tangent.lower, size)
-        d_upper[:, torch.from_numpy(structure.upper_index).to(self.device)] = per_element(tangent.upper, size)
+        d_lower[:, structure.index("lower_index", self.device)] = per_element(tangent.lower, size)
+        d_upper[:, structure.index("upper_index", self.device)] = per_element(tangent.upper, size)
         z_part = torch.where(point.z > 0, -d_upper, -d_lower)
         return ConicPoint(x_part + per_element(tangent.q, size), y_part, z_part)
 
     # -- batches ----------------------------------------------------------------------------------------------
 
     def select(self, elements: Sequence[int]) -> ConicProblem:
-        """The batch of these elements; shared data stay shared."""
+        """The batch of these elements; shared data, and rows that are all wanted in order, are not copied."""
         index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
-        data = ConicData(*(datum if datum.ndim == 1 else datum[index % max(datum.shape[0], 1)] for datum in self.data))
+
+        def chosen(datum: Tensor) -> Tensor:
+            if datum.ndim == 1:
+                return datum
+            rows = index % max(datum.shape[0], 1)
+            whole = torch.arange(datum.shape[0], device=self.device)
+            return datum if torch.equal(rows, whole) else datum[rows]
+
+        data = ConicData(*(chosen(datum) for datum in self.data))
         return replace(self, data=data, batch_size=len(elements))
 
     def scatter(self, elements: Sequence[int], data: ConicData) -> ConicData:
@@ -413,6 +281,9 @@ class ConicProblem:
         for check in checks.values():
             valid &= per_element(check.all(-1, keepdim=True), self.batch_size)[:, 0]
         return valid
+
+
+_BOUND_INDICES = ("lower_index", "upper_index")
 
 
 def per_element(datum: Tensor, batch_size: int) -> Tensor:

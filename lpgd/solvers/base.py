@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from lpgd.elements import ElementView
 from lpgd.execution import run_tasks, workspaces
-from lpgd.problems.conic import ConicProblem, ConicStructure
+from lpgd.problems.conic import ConicProblem
+from lpgd.problems.structure import ConicStructure
 from lpgd.reductions import Matrices, RowForm, RowPoint, Vectors
 from lpgd.solution import Solution
 from lpgd.status import MissingPackageError, Status

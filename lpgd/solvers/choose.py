@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lpgd.problems.conic import ConicStructure
+from lpgd.problems.structure import ConicStructure
 from lpgd.solvers.base import Solver
 from lpgd.solvers.clarabel import Clarabel
 from lpgd.solvers.ecos import ECOS

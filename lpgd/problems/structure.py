@@ -1,0 +1,152 @@
+"""The parts of a conic program: what is fixed (structure), what varies (data), and what solves it (points)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpgd.cones import Cones
+from lpgd.problems.sparsity import SparsityPattern
+
+__all__ = ["ConicData", "ConicPoint", "ConicSizes", "ConicStructure"]
+
+
+class ConicPoint(NamedTuple):
+    """Primal and dual variables of a batch of B conic programs; also a cotangent or a tangent of them."""
+
+    x: Tensor  # (B, n)
+    y: Tensor  # (B, m)
+    z: Tensor  # (B, n), zero where a variable has no bound
+
+    def select(self, elements: Tensor) -> ConicPoint:
+        """The rows of these elements."""
+        return ConicPoint(*(part[elements] for part in self))
+
+    def where(self, chosen: Tensor, other: ConicPoint) -> ConicPoint:
+        """This point for the elements ``chosen`` (B,), the other one elsewhere."""
+        return ConicPoint(*(torch.where(chosen[:, None], a, b) for a, b in zip(self, other, strict=True)))
+
+    def scaled(self, weight: Tensor) -> ConicPoint:
+        """Each element times its ``weight`` (B,)."""
+        return ConicPoint(*(weight[:, None] * part for part in self))
+
+    def minus(self, other: ConicPoint) -> ConicPoint:
+        """The difference of two points."""
+        return ConicPoint(*(a - b for a, b in zip(self, other, strict=True)))
+
+
+class ConicData(NamedTuple):
+    """The data of a batch of conic programs, or a gradient, cotangent or tangent of them.
+
+    Each tensor is a vector shared by the whole batch, or has one row for each element.
+    """
+
+    P: Tensor  # (nnz P,) values on the pattern, both triangles
+    q: Tensor  # (n,)
+    A: Tensor  # (nnz A,) values on the pattern
+    b: Tensor  # (m,)
+    lower: Tensor  # (number of lower bounds,); -inf is no bound
+    upper: Tensor  # (number of upper bounds,); +inf is no bound
+
+
+@dataclass(frozen=True, eq=False)
+class ConicStructure:
+    """What is fixed while the data change: patterns, cones, and which variables have bounds.
+
+    Args:
+        quadratic: pattern of P, (n, n), closed under transposition.
+        constraint: pattern of A, (m, n).
+        cones: the cones of the rows of A, in order.
+        lower_index: variables that have a lower bound, increasing; the data ``lower`` belong to these.
+        upper_index: the same for upper bounds.
+
+    Raises:
+        ValueError: the sizes do not fit, or the pattern of P is not symmetric.
+    """
+
+    quadratic: SparsityPattern
+    constraint: SparsityPattern
+    cones: Cones
+    lower_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    upper_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def __post_init__(self) -> None:
+        m, n = self.constraint.shape
+        if self.quadratic.shape != (n, n):
+            raise ValueError(f"P has shape {self.quadratic.shape}, but A has {n} columns.")
+        if self.cones.rows != m:
+            raise ValueError(f"the cones have {self.cones.rows} rows, but A has {m}.")
+        if np.any(self.quadratic.positions(self.quadratic.columns, self.quadratic.rows) < 0):
+            raise ValueError("the pattern of P must hold both triangles: (j, i) with every (i, j).")
+        for name in ("lower_index", "upper_index"):
+            index = np.ascontiguousarray(getattr(self, name), dtype=np.int64)
+            if index.size and (index.min() < 0 or index.max() >= n or np.any(np.diff(index) <= 0)):
+                raise ValueError(f"{name} must be increasing and lie in [0, {n}).")
+            object.__setattr__(self, name, index)
+
+    @property
+    def n(self) -> int:
+        """Number of variables."""
+        return self.constraint.shape[1]
+
+    @property
+    def m(self) -> int:
+        """Number of rows of A."""
+        return self.constraint.shape[0]
+
+    @property
+    def has_bounds(self) -> bool:
+        return self.lower_index.size + self.upper_index.size > 0
+
+    @property
+    def sizes(self) -> ConicSizes:
+        """The length of each datum."""
+        return ConicSizes(
+            self.quadratic.nnz, self.n, self.constraint.nnz, self.m, self.lower_index.size, self.upper_index.size
+        )
+
+    @cached_property
+    def digest(self) -> bytes:
+        """A fingerprint of the content, equal across processes."""
+        state = hashlib.blake2b(repr(self.cones).encode(), digest_size=16)
+        for part in (self.quadratic.digest, self.constraint.digest, self.lower_index.tobytes(), b"|"):
+            state.update(part)
+        state.update(self.upper_index.tobytes())
+        return state.digest()
+
+    @cached_property
+    def transpose_position(self) -> NDArray[np.int64]:
+        """For each entry (i, j) of P's pattern, where (j, i) stands."""
+        return self.quadratic.positions(self.quadratic.columns, self.quadratic.rows)
+
+    def index(self, name: str, device: torch.device) -> Tensor:
+        """``lower_index``, ``upper_index`` or ``transpose_position`` as a tensor."""
+        return torch.from_numpy(getattr(self, name)).to(device)
+
+    @cached_property
+    def with_diagonal(self) -> ConicStructure:
+        """The same structure with every diagonal entry of P in its pattern: room for an augmentation."""
+        diagonal = np.arange(self.n)
+        if np.all(self.quadratic.positions(diagonal, diagonal) >= 0):
+            return self
+        keys = np.union1d(self.quadratic.columns * self.n + self.quadratic.rows, diagonal * (self.n + 1))
+        columns, rows = np.divmod(keys, self.n)
+        return replace(self, quadratic=SparsityPattern((self.n, self.n), rows, columns))
+
+
+class ConicSizes(NamedTuple):
+    """The length of each field of :class:`ConicData`."""
+
+    P: int
+    q: int
+    A: int
+    b: int
+    lower: int
+    upper: int

@@ -1,0 +1,368 @@
+"""What CvxpyLayer refuses, what it reports element by element, and the options it takes."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import cvxpy as cp
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import lpgd
+from lpgd.status import Status
+from tests.layer_cases import METHODS, TIGHT, close, data, leaf, normal, program, weighted
+
+# Construction and calls
+
+X = cp.Variable(3, name="x")
+C, U, UNUSED = cp.Parameter(3, name="cost"), cp.Parameter(name="limit"), cp.Parameter(name="unused")
+CONSTRAINTS = [cp.sum(X) == 1, X >= 0, X <= U]
+PROBLEM = cp.Problem(cp.Minimize(cp.sum_squares(X - C)), CONSTRAINTS)
+LAYER = lpgd.CvxpyLayer(PROBLEM, [C, U], [X], solver_args=TIGHT)
+
+
+def build(problem: Any = PROBLEM, parameters: Any = (C, U), variables: Any = (X,), **options: Any) -> lpgd.CvxpyLayer:
+    return lpgd.CvxpyLayer(problem, parameters, variables, **options)
+
+
+def minimise(objective: cp.Expression, *constraints: cp.Constraint) -> cp.Problem:
+    return cp.Problem(cp.Minimize(objective), list(constraints))
+
+
+CONSTRUCTION = {
+    "not a problem": (lambda: build(X), TypeError, "Variable; a cvxpy.Problem is needed"),
+    "parameter missing": (lambda: build(parameters=[C]), ValueError, "missing: limit"),
+    "parameter of nothing": (lambda: build(parameters=[C, U, UNUSED]), ValueError, "not in the problem: unused"),
+    "parameter twice": (lambda: build(parameters=[C, U, C]), ValueError, "given twice: cost"),
+    "parameters not listed": (lambda: build(parameters=C), TypeError, "list or tuple"),
+    "parameter of another kind": (lambda: build(parameters=[C, X]), TypeError, "Variable; give cvxpy.Parameter"),
+    "variable of nothing": (lambda: build(variables=[cp.Variable(name="far")]), ValueError, "unknown variable far"),
+    "dual of nothing": (lambda: build(variables=[(X >= 3).dual_variables[0]]), ValueError, "nor a dual variable"),
+    "constraint": (lambda: build(variables=[CONSTRAINTS[0]]), TypeError, r"dual_variables\[i\]"),
+    "variable by name": (lambda: build(variables=["x"]), TypeError, "str; give cvxpy.Variable"),
+    "not convex": (lambda: build(minimise(-cp.sum_squares(X)), [], [X]), ValueError, "not convex.*rewrite"),
+    "not DPP": (lambda: build(minimise(U * UNUSED * X[0]), [U, UNUSED], [X]), ValueError, "not DPP.*Introduce"),
+    "integer": (
+        lambda: build(minimise(cp.sum(cp.Variable(2, integer=True, name="k"))), [], []),
+        ValueError,
+        r"not supported.*yet \(k\); relax",
+    ),
+    "boolean": (
+        lambda: build(minimise(cp.sum(cp.Variable(2, boolean=True, name="k"))), [], []),
+        ValueError,
+        r"\(k\); relax them",
+    ),
+    "geometric": (lambda: build(gp=True), ValueError, "not a geometric program"),
+    "unknown solver": (lambda: build(solver="GUROBI"), ValueError, "GUROBI.*CLARABEL, SCS, ECOS"),
+    "solver of another kind": (lambda: build(solver=3), TypeError, "solver"),
+    "solver class": (lambda: build(solver=lpgd.SCS), TypeError, "solver"),
+    "solver without the cone": (
+        lambda: build(minimise(cp.lambda_max(cp.diag(X))), [], [X], solver="ECOS"),
+        ValueError,
+        "no semidefinite cone.*CLARABEL, SCS",
+    ),
+    "on_error": (lambda: build(on_error="ignore"), ValueError, "'ignore'.*raise, nan, warn"),
+    "gradient class": (lambda: build(gradient=lpgd.LPGD), TypeError, "gradient method such as"),
+    "gradient name": (lambda: build(gradient="lpgd"), TypeError, "gradient method such as"),
+    "executor": (lambda: build(executor=4), TypeError, "concurrent.futures.Executor"),
+    "unknown option": (lambda: build(solver_args={"epsilon": 1}), TypeError, "'epsilon'.*eps.*max_iters"),
+    "unknown mode": (lambda: build(solver_args={"mode": "sparse"}), ValueError, "'sparse'.*dense, lsqr, lsmr, lpgd"),
+    "kwargs for no mode": (
+        lambda: build(solver_args={"mode": "lsqr", "derivative_kwargs": {"tau": 1}}),
+        TypeError,
+        "derivative_kwargs is for the modes lpgd",
+    ),
+    "unknown derivative": (
+        lambda: build(solver_args={"mode": "lpgd", "derivative_kwargs": {"sigma": 1}}),
+        TypeError,
+        "sigma.*takes tau and rho",
+    ),
+    "tolerance": (lambda: build(solver_args={"eps": -1.0}), ValueError, "tolerance is -1.0; it must be positive"),
+    "iterations": (lambda: build(solver_args={"max_iters": 0}), ValueError, "at least 1"),
+}
+ONE, THREE = torch.tensor(1.0), torch.zeros(3)
+CALLS = {
+    "too few": (lambda: LAYER(THREE), ValueError, r"2 tensors \(cost \(3,\), limit \(\)\); it was called with 1"),
+    "too many": (lambda: LAYER(THREE, ONE, ONE), ValueError, "called with 3"),
+    "shape": (lambda: LAYER(torch.zeros(5, 2), ONE), ValueError, r"cost has shape \(5, 2\); expected \(\*batch, 3\)"),
+    "too flat": (lambda: LAYER(ONE, ONE), ValueError, r"cost has shape \(\); expected"),
+    "batches": (lambda: LAYER(torch.zeros(5, 3), torch.ones(4)), ValueError, r"broadcast: cost \(5,\), limit \(4,\)"),
+    "numpy": (lambda: LAYER(np.zeros(3), ONE), TypeError, "cost is a ndarray; pass a torch tensor"),
+    "float": (lambda: LAYER(THREE, 1.0), TypeError, "limit is a float; pass a torch tensor"),
+    "integers": (
+        lambda: LAYER(THREE, torch.tensor(1)),
+        TypeError,
+        "limit is torch.int64; it must be float32 or float64",
+    ),
+    "half": (lambda: LAYER(THREE.half(), ONE), TypeError, "cost is torch.float16"),
+    "complex": (lambda: LAYER(THREE.cfloat(), ONE), TypeError, "cost is torch.complex64"),
+    "sparse": (lambda: LAYER(THREE.to_sparse(), ONE), TypeError, "cost is torch.sparse_coo; pass a dense tensor"),
+    "devices": (lambda: LAYER(THREE.to("meta"), ONE), ValueError, "cost on meta, limit on cpu.*move them to one"),
+    "option": (lambda: LAYER(THREE, ONE, solver_args={"epsilon": 1}), TypeError, "'epsilon'.*its options are"),
+    "method": (lambda: LAYER(THREE, ONE, solver_args={"solve_method": "LP"}), ValueError, "'LP' is not a solver"),
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"), [*CONSTRUCTION.values(), *CALLS.values()], ids=[*CONSTRUCTION, *CALLS]
+)
+def test_errors_name_what_is_wrong(call: Callable[[], object], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=re.compile(message, re.DOTALL)):
+        call()
+
+
+def test_a_refused_gradient_method_leaves_the_old_one() -> None:
+    layer = build()
+    with pytest.raises(TypeError, match="gradient method"):
+        layer.gradient = "exact"  # pyright: ignore[reportAttributeAccessIssue]
+    assert layer.gradient == lpgd.ImplicitKKT()
+
+
+# Elements without a solution
+
+
+def failing(**options: Any) -> tuple[lpgd.CvxpyLayer, list[Tensor]]:
+    """Elements 1 and 3 of 5 are infeasible: their upper bounds lie below the lower ones."""
+    upper = torch.tensor([0.5, -3.0, 1.0, -4.0, 0.1]).double()[:, None].repeat(1, 4)
+    P, _, A, b, _ = data()
+    return program(**options), [P, normal(5, 4, seed=8), A, b, upper]
+
+
+def test_the_exception_names_elements_and_carries_statuses() -> None:
+    layer, tensors = failing()
+    with pytest.raises(lpgd.SolverError, match=r"elements 1, 3 of 5: INFEASIBLE — .*relax.*on_error='nan'") as caught:
+        layer(*tensors)
+    solved, infeasible = Status.SOLVED, Status.INFEASIBLE
+    assert caught.value.statuses == (solved, infeasible, solved, infeasible, solved)
+    assert caught.value.indices == (1, 3)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.statuses, again.indices) == (str(caught.value), caught.value.statuses, (1, 3))
+
+
+FAILURES = {
+    "infeasible": ([-1.0, -1.0, -1.0], 0.2, {}, Status.INFEASIBLE, "check the parameters of these elements"),
+    "unbounded": ([1.0, 1.0, 1.0], torch.inf, {}, Status.UNBOUNDED, "add bounds"),
+    "NaN": ([1.0, torch.nan, 1.0], 1.0, {}, Status.INVALID_DATA, "NaN or infinity"),
+    "infinite cost": ([1.0, torch.inf, 1.0], 1.0, {}, Status.INVALID_DATA, "NaN or infinity"),
+    "NaN bound": ([1.0, 1.0, 1.0], torch.nan, {}, Status.INVALID_DATA, "NaN or infinity"),
+    "iterations": ([1.0, 2.0, 3.0], 1.0, {"max_iters": 1}, Status.ITERATION_LIMIT, "raise it"),
+    "time": ([1.0, 2.0, 3.0], 1.0, {"time_limit": 1e-9}, Status.TIME_LIMIT, "raise it"),
+}
+
+
+@pytest.mark.parametrize("solver", ["CLARABEL", "SCS"])
+@pytest.mark.parametrize(("cost", "limit", "options", "status", "advice"), FAILURES.values(), ids=FAILURES)
+def test_every_failure_has_its_status(
+    solver: str, cost: list[float], limit: float, options: dict[str, Any], status: Status, advice: str
+) -> None:
+    if (solver, status) == ("SCS", Status.TIME_LIMIT):
+        options = {"time_limit": 1e-9, "eps": 1e-12}
+    x, c, u = cp.Variable(3), cp.Parameter(3), cp.Parameter()
+    problem = cp.Problem(cp.Maximize(c @ x - cp.norm(x)), [x <= u, cp.sum(x) >= 1])
+    layer = lpgd.CvxpyLayer(problem, [c, u], [x], solver=solver)
+    batch = torch.stack([torch.tensor([1.0, 2.0, 3.0]), torch.tensor(cost)]), torch.tensor([1.0, limit])
+    message = rf"1 of 2: {status.name} — .*{advice}" if not options else rf"0, 1 of 2: {status.name} — .*{advice}"
+    with pytest.raises(lpgd.SolverError, match=message) as caught:
+        layer(*batch, solver_args=options)
+    assert caught.value.statuses[1] is status
+    assert caught.value.statuses[0] is (status if options else Status.SOLVED)
+    solution = layer.solve(*batch, solver_args=options)
+    assert solution.statuses == caught.value.statuses
+
+
+@pytest.mark.parametrize("mode", ["nan", "warn"])
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_failed_elements_have_no_gradient_and_the_others_theirs(method: lpgd.LPGD, mode: Any) -> None:
+    layer, tensors = failing(gradient=method, on_error=mode)
+    shared, good = [leaf(tensor) for tensor in tensors], [0, 2, 4]
+    if mode == "warn":
+        with pytest.warns(lpgd.LpgdWarning, match=r"elements 1, 3 of 5: INFEASIBLE.*zero gradient"):
+            outputs = layer(*shared)
+    else:
+        outputs = layer(*shared)
+    assert outputs.info.statuses[1] is Status.INFEASIBLE
+    assert all(out[[1, 3]].isnan().all() for out in outputs)
+    # A square hands back NaN for the failed rows; they must reach neither shared nor other elements' parameters.
+    sum(((normal(*out.shape) * out).square().sum() for out in outputs), torch.zeros(())).backward()
+    assert [outputs.info.gradients[0].used[k] for k in (1, 3)] == ["no solution"] * 2
+
+    alone = [leaf(tensor[good] if tensor.shape[0] == 5 else tensor) for tensor in tensors]
+    rest = layer(*alone)
+    sum(((normal(*out.shape)[good] * part).square().sum() for out, part in zip(outputs, rest, strict=True))).backward()  # pyright: ignore
+    close([out[good] for out in outputs], rest, 1e-9)
+    for own, expected in zip(shared, alone, strict=True):
+        assert own.grad is not None
+        assert expected.grad is not None
+        batched = own.shape[0] == 5
+        close([own.grad[good] if batched else own.grad], [expected.grad], 1e-4)
+        if batched:
+            assert not own.grad[[1, 3]].any()
+
+
+def test_failed_elements_have_no_tangent_and_the_others_theirs() -> None:
+    layer, tensors = failing(on_error="nan")
+    tangents = tuple(normal(*tensor.shape, seed=3) for tensor in tensors)
+    _, changes = torch.func.jvp(lambda *a: layer(*a)[0], tuple(tensors), tangents)
+    good = [0, 2, 4]
+    chosen = [tuple(t[good] if t.shape[0] == 5 else t for t in part) for part in (tensors, tangents)]
+    _, expected = torch.func.jvp(lambda *a: layer(*a)[0], *chosen)
+    close([changes[good]], [expected], 1e-9)
+    assert not changes[[1, 3]].any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, -1.0, 0.0, torch.inf])
+def test_invalid_parameters_do_not_poison_what_computed_the_others(value: float) -> None:
+    x, a, b = cp.Variable(pos=True), cp.Parameter(pos=True), cp.Parameter(pos=True)
+    layer = lpgd.CvxpyLayer(
+        cp.Problem(cp.Minimize(a * x + b / x)), [a, b], [x], gp=True, on_error="nan", solver_args=TIGHT
+    )
+    own, shared = leaf(torch.tensor([1.0, value, 4.0]).double()), leaf(torch.tensor(2.0).double())
+    (output,) = layer(own, shared)
+    assert output.isnan().tolist() == [False, True, False]
+    output.square().sum().backward()  # x² = b / a
+    close([own.grad, shared.grad], [torch.tensor([-2.0, 0.0, -0.125]).double(), torch.tensor(1.25).double()], 1e-5)  # pyright: ignore
+
+
+def test_a_batch_without_any_solution_and_nan_that_is_shared() -> None:
+    layer, tensors = failing(on_error="nan")
+    for changed in (
+        [*tensors[:4], torch.full((4,), -3.0).double()],
+        [*tensors[:3], torch.tensor([torch.nan]), tensors[4]],
+    ):
+        own = [leaf(tensor) for tensor in changed]
+        outputs = layer(*own)
+        assert all(out.shape[0] == 5 and out.isnan().all() for out in outputs)
+        weighted(outputs).backward()
+        assert all(tensor.grad is not None and not tensor.grad.any() for tensor in own)
+
+
+def test_warn_returns_the_last_iterate() -> None:
+    layer = program(on_error="warn")
+    own = [leaf(tensor) for tensor in data(2)]
+    with pytest.warns(lpgd.LpgdWarning, match="elements 0, 1 of 2: ITERATION_LIMIT.*last iterate"):
+        outputs = layer(*own, solver_args={"max_iters": 3})
+    assert all(out.isfinite().all() for out in outputs)
+    weighted(outputs).backward()
+    assert all(tensor.grad is not None and not tensor.grad.any() for tensor in own)
+
+
+def test_infinite_bounds_are_data() -> None:
+    P, q, A, b, u = data(2)
+    u[0] = torch.inf
+    layer = program()
+    own = [leaf(tensor) for tensor in (P, q, A, b, u)]
+    outputs = layer(*own)
+    close([out[0] for out in outputs[:2]], [out[0] for out in layer(P, q, A, b, torch.full_like(u, 1e3))[:2]])
+    assert not outputs[2][0].any()
+    weighted(outputs).backward()
+    assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in own)
+    assert own[4].grad is not None
+    assert not own[4].grad[0].any()
+
+
+def test_a_loss_gradient_that_is_not_finite_is_refused() -> None:
+    tensors = [leaf(THREE.double()), leaf(ONE.double())]
+    (output,) = LAYER(torch.stack([tensors[0], torch.tensor([0.0, 0.0, 9.0]).double()]), tensors[1])
+    loss = (output - output.detach())[1].square().sum().sqrt() + output[0].sum()  # √0 has an infinite slope
+    with pytest.raises(ValueError, match=r"loss gradient with respect to x is NaN or infinite for elements \[1\]"):
+        loss.backward()
+
+
+# The whole answer, and options
+
+
+def test_solve_gives_the_whole_answer() -> None:
+    layer, tensors = failing()
+    solution = layer.solve(*tensors)
+    assert isinstance(solution, lpgd.Solution)
+    assert solution.failed == [1, 3]
+    good = [0, 2, 4]
+    worst = solution.residuals.worst
+    assert (worst[good] < 1e-8).all()
+    assert worst[[1, 3]].isnan().all()
+    assert (solution.iterations[good] > 0).all()
+    assert (solution.solve_seconds > 0).all()
+    assert (solution.setup_seconds >= 0).all()
+    with_error = program(on_error="nan")(*tensors)
+    assert with_error.info.solution is not None
+    assert with_error.info.statuses == solution.statuses
+    # Two leading dimensions become one; nothing is differentiable.
+    nested = layer.solve(tensors[0], normal(2, 3, 4), tensors[2], tensors[3], leaf(torch.ones(4)))
+    assert nested.batch_size == 6
+    assert not nested.x.requires_grad
+    P, q = tensors[0], normal(2, 3, 4).reshape(6, 4)
+    x = layer(P, q, tensors[2], tensors[3], torch.ones(4))[0]
+    close([nested.objective], [0.5 * torch.einsum("bi,ij,bj->b", x, P, x) + (q * x).sum(-1)])
+
+
+@pytest.mark.parametrize("name", ["CLARABEL", "clarabel", "Clarabel", "SCS", "scs", "ECOS", "ecos"])
+def test_solvers_go_by_their_names_in_any_case(name: str) -> None:
+    for layer in (build(solver=name), build(solver_args={"solve_method": name})):
+        assert layer.solver.name == name.upper()
+        close(layer(THREE, ONE), [torch.full((3,), 1 / 3)], 1e-4)
+    assert build(solver="DIFFCP").solver == build().solver
+
+
+def test_options_of_the_standard_layer() -> None:
+    layer = build(solver_args={"eps": 1e-6, "max_iters": 77, "mode": "lsqr", "n_jobs_forward": 1, "verbose": False})
+    assert (layer.solver.tolerance, layer.solver.max_iterations) == (1e-6, 77)
+    assert layer.gradient == lpgd.ImplicitKKT()
+    assert isinstance(layer.executor, lpgd.SerialExecutor)
+    for mode, envelope in (("lpgd", "average"), ("lpgd_right", "lower"), ("lpgd_left", "upper")):
+        options = {"mode": mode, "derivative_kwargs": {"tau": 0.2, "rho": 0.3}}
+        assert build(solver_args=options).gradient == lpgd.LPGD(0.2, 0.3, envelope)  # pyright: ignore[reportArgumentType]
+    assert build(solver=lpgd.SCS(alpha=1.2), solver_args={"eps": 1e-5}).solver == lpgd.SCS(alpha=1.2, tolerance=1e-5)
+    # What its documentation recommends for SCS, with which it solves unless told otherwise.
+    recommended = build(solver_args={"eps": 1e-8, "max_iters": 10000, "acceleration_lookback": 0})
+    close(recommended(THREE, ONE), [torch.full((3,), 1 / 3)])
+
+
+def test_options_of_a_call_hold_for_that_call() -> None:
+    layer, tensors = program(), [leaf(datum) for datum in data(2)]
+    before = layer.solver
+    loose = layer(*tensors, solver_args={"eps": 1e-4})
+    tight = layer(*tensors)
+    assert loose.info.solution is not None
+    assert tight.info.solution is not None
+    assert (loose.info.solution.iterations < tight.info.solution.iterations).all()
+    other = layer(*tensors, solver_args={"solve_method": "SCS", "mode": "lpgd", "derivative_kwargs": {"tau": 1e-3}})
+    weighted(other).backward()
+    assert other.info.gradients[0].method == lpgd.LPGD(1e-3)
+    assert layer.solver is before
+    assert layer.gradient == lpgd.ImplicitKKT()
+    with pytest.raises(lpgd.SolverError, match="ITERATION_LIMIT"):
+        layer(*tensors, solver_args={"max_iters": 1})
+
+
+def test_the_gradient_method_may_change_between_calls() -> None:
+    layer, tensors = program(), [leaf(datum) for datum in data(2)]
+    first = layer(*tensors)
+    layer.gradient = lpgd.LPGD(tau=0.5, rho=0.1)
+    second = layer(*tensors)
+    own = torch.autograd.grad(weighted(first), tensors)  # the method of its own call
+    weighted(second).backward()
+    close(own, torch.autograd.grad(weighted(program()(*tensors)), tensors), 0.0)
+    assert [out.info.gradients[0].method for out in (first, second)] == [lpgd.ImplicitKKT(), lpgd.LPGD(0.5, 0.1)]
+    assert second.info.gradients[0].counts == {"average": 2}
+    assert second.info.backward_seconds > 0
+
+
+def test_an_exact_gradient_of_zero_is_said() -> None:
+    x, c = cp.Variable(2), cp.Parameter(2)
+    problem = cp.Problem(cp.Minimize(c @ x), [x >= 0, x <= 1])
+    cost = leaf(torch.tensor([1.0, -2.0]))
+    with pytest.warns(lpgd.LpgdWarning, match=r"is zero.*vertex.*LPGD with a finite tau"):
+        lpgd.CvxpyLayer(problem, [c], [x])(cost)[0].sum().backward()
+    assert cost.grad is not None
+    assert not cost.grad.any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teaching = lpgd.CvxpyLayer(problem, [c], [x], gradient=lpgd.LPGD(tau=5.0))
+        (gradient,) = torch.autograd.grad(teaching(cost)[0].sum(), cost)
+    close([gradient], [torch.tensor([-0.1, -0.1])], 1e-4)  # the cost 1 ∓ 5, and -2 ± 5, moves each to its other bound
