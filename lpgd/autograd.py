@@ -119,6 +119,10 @@ class _SolveFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         gradient = _DerivativeFunction.apply(ctx.call, ctx.solution, True, *cotangents, *ctx.saved_tensors)
+        notices = ctx.call.info.gradients[-1].notices
+        for name, needed in zip(ConicData._fields, ctx.needs_input_grad[1:], strict=True):
+            if needed and name in notices:
+                warnings.warn(notices[name], LpgdWarning, stacklevel=2)
         return (
             None,
             *(part if needed else None for part, needed in zip(gradient, ctx.needs_input_grad[1:], strict=True)),

@@ -39,7 +39,7 @@ def program(n: int = 4, m: int = 1, **options: Any) -> lpgd.CvxpyLayer:
     constraints = [A @ x == b, x <= u, x >= -2]
     problem = cp.Problem(cp.Minimize(0.5 * cp.quad_form(x, P) + q @ x), constraints)
     duals = [constraint.dual_variables[0] for constraint in constraints[:2]]
-    return lpgd.CvxpyLayer(problem, [P, q, A, b, u], [x, *duals], solver_args=TIGHT, **options)
+    return lpgd.CvxpyLayer(problem, [P, q, A, b, u], [x, *duals], solver_args={"eps": 1e-9}, **options)
 
 
 def data(*batch: int, n: int = 4, m: int = 1, seed: int = 0) -> list[Tensor]:

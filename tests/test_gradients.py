@@ -390,8 +390,12 @@ def test_perturbed_solves_are_as_tight_as_their_difference_needs() -> None:
 def test_an_exact_gradient_of_zero_is_announced() -> None:
     case = next(case for case in CASES if case.name == "lp")
     cotangent = random_cotangent(case, duals=False)
-    with pytest.warns(LpgdWarning, match="is zero: its solution is a vertex"):
-        gradient, _ = ImplicitKKT().vjp(case.problem, planted_solution(case), cotangent, TIGHT)
+    gradient, info = ImplicitKKT().vjp(case.problem, planted_solution(case), cotangent, TIGHT)
+    assert "its solution is a vertex" in info.notices["q"]
+    assert not LPGD().vjp(case.problem, planted_solution(case), cotangent, TIGHT)[1].notices
+    quadratic = next(case for case in CASES if case.name == "qp")
+    cotangent_of_qp = random_cotangent(quadratic, duals=False)
+    assert not ImplicitKKT().vjp(quadratic.problem, planted_solution(quadratic), cotangent_of_qp, TIGHT)[1].notices
     assert gradient.q.abs().max() < 1e-12
     assert gradient.b.abs().max() > 0.1
 

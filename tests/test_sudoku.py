@@ -393,8 +393,8 @@ def test_every_method_trains(method: str, tmp_path: Path) -> None:
     assert start(arguments) == 0
     for seed in (0, 1):
         model = weights(tmp_path / "run" / f"seed-{seed}")
-        start = SudokuModel(64, 40, lambda A, b, c: (c,), seed)
-        assert not torch.equal(model["A"], start.A)
+        fresh = SudokuModel(64, 40, lambda A, b, c: (c,), seed)
+        assert not torch.equal(model["A"], fresh.A)
         assert torch.isfinite(model["A"]).all()
 
 

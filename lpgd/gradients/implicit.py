@@ -82,8 +82,8 @@ class ImplicitKKT(GradientMethod):
     ) -> tuple[ConicData, GradientInfo]:
         change, info = self.response(problem, solution, cotangent, executor)
         point = solution.point
-        if self.rho == 0.0:
-            _warn_of_zero_gradient(problem, cotangent, change)
+        if self.rho == 0.0 and _is_still(problem, cotangent, change):
+            info.notices["q"] = _ZERO_GRADIENT
         usable = solution.usable[:, None]
         x, y = (torch.where(usable, part, 0.0) for part in (point.x, point.y))
         d_upper = torch.where(point.z > 0, -change.z, 0.0)
@@ -252,7 +252,7 @@ def _solve_dense(
 
 
 def _minimum_norm(K: FloatArray, right: FloatArray) -> FloatArray:
-    return np.asarray(np.linalg.lstsq(K, right, rcond=RANK_CUTOFF)[0])
+    return np.asarray(np.linalg.lstsq(K, right, rcond=RANK_CUTOFF)[0], dtype=np.float64)
 
 
 def _solve_sparse(P: Any, rows: Any, rest: FloatArray, right: FloatArray) -> tuple[FloatArray, bool]:
@@ -296,16 +296,17 @@ def _equilibration(largest: FloatArray) -> FloatArray:
     return 1.0 / np.sqrt(np.where(largest > 0, largest, 1.0))
 
 
-def _warn_of_zero_gradient(problem: ConicProblem, cotangent: ConicPoint, change: ConicPoint) -> None:
-    """An LP at a vertex does not move with its cost: say so (Python's default filter shows it once)."""
-    linear = not problem.structure.quadratic.nnz and problem.structure.cones.kinds <= {"zero", "nonnegative"}
-    if not linear or problem.batch_size == 0:
-        return
+_ZERO_GRADIENT = (
+    "the exact gradient of this linear program with respect to its cost is zero: its solution is a vertex, which does "
+    "not move with small changes of the cost. LPGD with a finite tau gives a gradient that teaches."
+)
+
+
+def _is_still(problem: ConicProblem, cotangent: ConicPoint, change: ConicPoint) -> bool:
+    """Whether this is a linear program whose solution does not move with its cost, though the loss would like it to."""
+    if problem.structure.quadratic.nnz or problem.structure.cones.kinds - {"zero", "nonnegative"}:
+        return False
+    if problem.batch_size == 0 or cotangent.y.any():
+        return False
     size = cotangent.x.abs().amax()
-    if size > 0 and not cotangent.y.any() and change.x.abs().amax() <= 1e-9 * size:
-        warnings.warn(
-            "the exact gradient of this linear program with respect to its cost is zero: its solution is a vertex, "
-            "which does not move with small changes of the cost. LPGD with a finite tau gives one that teaches.",
-            LpgdWarning,
-            stacklevel=2,
-        )
+    return bool(size > 0 and change.x.abs().amax() <= 1e-9 * size)
