@@ -58,65 +58,98 @@ class RowPoint(NamedTuple):
     s: FloatArray
 
 
+_KEPT_PATTERNS = 64
+
+
+class _RowPattern:
+    """What a row form has of its structure and the choice of finite bounds alone."""
+
+    def __init__(
+        self, structure: ConicStructure, finite_lower: NDArray[np.bool_], finite_upper: NDArray[np.bool_]
+    ) -> None:
+        self.upper_index = structure.upper_index[finite_upper]
+        self.lower_index = structure.lower_index[finite_lower]
+        self.finite_lower, self.finite_upper = finite_lower, finite_upper
+        self.n, self.cones, self.pattern = structure.n, structure.cones, structure.constraint
+        self.split = structure.cones.sections["nonnegative"].stop
+        uppers, lowers = self.upper_index.size, self.lower_index.size
+        self.bound_rows = slice(self.split, self.split + uppers + lowers)
+        self.own_rows = np.r_[0 : self.split, self.bound_rows.stop : structure.m + uppers + lowers]
+        self.signs = np.concatenate([np.ones(uppers), -np.ones(lowers)])
+        self.source = None
+        if self.signs.size:
+            self.cones = replace(structure.cones, nonnegative=structure.cones.nonnegative + self.signs.size)
+            own = structure.constraint
+            rows = np.concatenate([self.own_rows[own.rows], np.arange(self.signs.size) + self.split])
+            columns = np.concatenate([own.columns, self.upper_index, self.lower_index])
+            self.source = np.lexsort((rows, columns))
+            shape = (structure.m + self.signs.size, self.n)
+            self.pattern = SparsityPattern(shape, rows[self.source], columns[self.source])
+        quadratic = structure.quadratic
+        self.quadratic = quadratic
+        self.upper_entries = np.flatnonzero(quadratic.rows <= quadratic.columns)
+        self.upper_pattern = SparsityPattern(
+            quadratic.shape, quadratic.rows[self.upper_entries], quadratic.columns[self.upper_entries]
+        )
+
+
 class RowForm:
     """``minimise ½ xᵀP x + qᵀx s.t. A x + s = b, s ∈ K`` with each finite bound a row of the nonnegative cone.
 
     The rows are ``x ≤ upper`` and then ``-x ≤ -lower``, right after the problem's own nonnegative rows.
 
     Attributes:
-        P: (n, n) symmetric, compressed by column.
+        n: number of variables.
         A: (m + bounds, n), compressed by column.
         cones: the cones of its rows.
+        P: (nnz P,) values on the structure's pattern.
     """
 
     def __init__(self, matrices: Matrices) -> None:
-        structure = matrices.structure
-        self.upper_index = structure.upper_index[matrices.finite_upper]
-        self.lower_index = structure.lower_index[matrices.finite_lower]
-        self.finite_lower, self.finite_upper = matrices.finite_lower, matrices.finite_upper
-        self.n = structure.n
-        self.split = structure.cones.sections["nonnegative"].stop
-        bounds = self.upper_index.size + self.lower_index.size
-        self.bound_rows = slice(self.split, self.split + bounds)
-        self.P = structure.quadratic.csc(matrices.P)
-        self.cones = structure.cones
-        if bounds == 0:
-            self.pattern, self._source = structure.constraint, None
-        else:
-            self.cones = replace(structure.cones, nonnegative=structure.cones.nonnegative + bounds)
-            own = structure.constraint
-            rows = np.concatenate(
-                [np.where(own.rows < self.split, own.rows, own.rows + bounds), np.arange(bounds) + self.split]
-            )
-            columns = np.concatenate([own.columns, self.upper_index, self.lower_index])
-            self._source = np.lexsort((rows, columns))
-            self.pattern = SparsityPattern((structure.m + bounds, self.n), rows[self._source], columns[self._source])
-        self.A = self.pattern.csc(self.row_values(matrices.A))
+        key = (matrices.finite_lower.tobytes(), matrices.finite_upper.tobytes())
+        patterns: dict[tuple[bytes, bytes], _RowPattern] = matrices.structure.row_patterns
+        if key not in patterns:
+            if len(patterns) >= _KEPT_PATTERNS:
+                patterns.clear()
+            patterns[key] = _RowPattern(matrices.structure, matrices.finite_lower, matrices.finite_upper)
+        self._pattern = pattern = patterns[key]
+        self.n, self.cones, self.P = pattern.n, pattern.cones, matrices.P
+        self.has_quadratic = bool(np.any(matrices.P))
+        values = matrices.A
+        if pattern.source is not None:
+            values = np.concatenate([values, pattern.signs])[pattern.source]
+        self.A: Any = pattern.pattern.csc(values)
 
-    def row_values(self, A: FloatArray) -> FloatArray:
-        """Values of A to the values of the row form's A."""
-        if self._source is None:
-            return A
-        signs = np.concatenate([np.ones(self.upper_index.size), -np.ones(self.lower_index.size)])
-        return np.concatenate([A, signs])[self._source]
+    def upper_P(self) -> sp.csc_array:
+        """The upper triangle of P, compressed by column."""
+        return self._pattern.upper_pattern.csc(self.P[self._pattern.upper_entries])
+
+    def full_P(self) -> sp.csc_array:
+        """P, compressed by column."""
+        return self._pattern.quadratic.csc(self.P)
+
+    @property
+    def bound_rows(self) -> slice:
+        """The rows that are bounds."""
+        return self._pattern.bound_rows
 
     def right_hand_side(self, vectors: Vectors) -> FloatArray:
         """``b`` of the row form."""
-        if self._source is None:
+        pattern = self._pattern
+        if pattern.source is None:
             return vectors.b
-        bounds = [vectors.upper[self.finite_upper], -vectors.lower[self.finite_lower]]
-        return np.concatenate([vectors.b[: self.split], *bounds, vectors.b[self.split :]])
+        bounds = [vectors.upper[pattern.finite_upper], -vectors.lower[pattern.finite_lower]]
+        return np.concatenate([vectors.b[: pattern.split], *bounds, vectors.b[pattern.split :]])
 
     def invert(self, point: RowPoint) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
         """``x, y, z, slack`` of the problem with bounds from a point of the row form."""
-        z = np.zeros(self.n)
-        if self._source is None:
+        pattern, z = self._pattern, np.zeros(self.n)
+        if pattern.source is None:
             return point.x, point.y, z, point.s
-        multipliers = point.y[self.bound_rows]
-        z[self.upper_index] += multipliers[: self.upper_index.size]
-        z[self.lower_index] -= multipliers[self.upper_index.size :]
-        own = np.r_[0 : self.split, self.bound_rows.stop : point.y.size]
-        return point.x, point.y[own], z, point.s[own]
+        multipliers, uppers = point.y[pattern.bound_rows], pattern.upper_index.size
+        z[pattern.upper_index] += multipliers[:uppers]
+        z[pattern.lower_index] -= multipliers[uppers:]
+        return point.x, point.y[pattern.own_rows], z, point.s[pattern.own_rows]
 
 
 class ConeForm:
@@ -132,20 +165,21 @@ class ConeForm:
     def __init__(self, form: RowForm) -> None:
         self.n = form.n
         self.cones, self.A = form.cones, form.A
-        self.quadratic = bool(np.any(form.P.data))
+        self.quadratic = form.has_quadratic
         self.rows = 0
         if not self.quadratic:
             return
-        factor = _square_root(form.P.toarray())
+        factor = _square_root(form.full_P())
         self.rows = factor.shape[0] + 2
         self.at = form.cones.sections["second_order"].start
-        block: Any = sp.lil_array((self.rows, self.n + 1))
-        block[0, self.n], block[self.rows - 1, self.n] = -1.0, -1.0
-        block[1 : self.rows - 1, : self.n] = -np.sqrt(2.0) * factor
+        ends = sp.coo_array(([-1.0, -1.0], ([0, self.rows - 1], [0, 0])), shape=(self.rows, 1))
+        edge = sp.csr_array((1, self.n))
+        block: Any = sp.hstack([sp.vstack([edge, -np.sqrt(2.0) * factor, edge]), ends], format="csr")
+        own: Any = sp.hstack([form.A, sp.csc_array((form.cones.rows, 1))], format="csr")
+        self.A: Any = sp.csc_array(sp.vstack([own[: self.at], block, own[self.at :]]))
+        self.A.sort_indices()
         self.offset = np.zeros(self.rows)
         self.offset[0], self.offset[-1] = 1.0, -1.0
-        own: Any = sp.hstack([form.A, sp.csc_array((form.cones.rows, 1))], format="csr")
-        self.A = sp.csc_array(sp.vstack([own[: self.at], block.tocsr(), own[self.at :]]))
         self.cones = replace(form.cones, second_order=(self.rows, *form.cones.second_order))
 
     def vectors(self, q: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -162,11 +196,16 @@ class ConeForm:
         return RowPoint(point.x[: self.n], point.y[own], point.s[own])
 
 
-def _square_root(P: FloatArray) -> FloatArray:
+def _square_root(P: Any) -> Any:
     """F with ``P = FᵀF``, as few rows as the rank of P."""
-    eigenvalues, vectors = scipy.linalg.eigh(P)
+    diagonal = P.diagonal()
+    if P.count_nonzero() == np.count_nonzero(diagonal):
+        eigenvalues, vectors = diagonal, sp.csr_array(sp.eye_array(P.shape[0]))
+    else:
+        eigenvalues, vectors = scipy.linalg.eigh(P.toarray())
+        vectors = sp.csr_array(vectors.T)
     scale = np.abs(eigenvalues).max(initial=0.0)
     if eigenvalues.min(initial=0.0) < -1e-10 * scale:
         raise ValueError(f"P has the eigenvalue {eigenvalues.min():.3g}: the objective is not convex.")
-    kept = eigenvalues > 1e-14 * scale
-    return np.sqrt(eigenvalues[kept])[:, None] * vectors[:, kept].T
+    kept = np.flatnonzero(eigenvalues > 1e-14 * scale)
+    return sp.csr_array(sp.diags_array(np.sqrt(eigenvalues[kept])) @ vectors[kept])

@@ -319,7 +319,7 @@ def test_no_gradient_given_is_the_exact_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    "gradient", [lpgd.ImplicitKKT(), lpgd.LPGD(tau=1e-4)], ids=lambda method: type(method).__name__
+    "gradient", [lpgd.ImplicitKKT(), lpgd.LPGD(tau=1e-3)], ids=lambda method: type(method).__name__
 )
 @pytest.mark.parametrize("build", [quadratic, geometric], ids=lambda build: build.__name__)
 def test_forward_mode_is_the_directional_derivative(build: Callable[[], Case], gradient: lpgd.LPGD) -> None:

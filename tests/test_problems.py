@@ -146,7 +146,7 @@ def test_row_form_has_the_same_solution(case: Case) -> None:
     rows = np.concatenate([y[:split], *(np.maximum(part, 0.0) for part in bounds), y[split:]])
     b = form.right_hand_side(vectors)
     slack = b - form.A @ x
-    np.testing.assert_allclose(form.P @ x + vectors.q + form.A.T @ rows, 0.0, atol=1e-12)
+    np.testing.assert_allclose(form.full_P() @ x + vectors.q + form.A.T @ rows, 0.0, atol=1e-12)
     assert abs(rows @ slack) < 1e-12
     assert (slack[form.bound_rows] >= -1e-12).all()
     back = form.invert(RowPoint(x, rows, slack))
@@ -160,7 +160,7 @@ def test_cone_form_has_the_same_solution(case: Case) -> None:
     rows = RowForm(matrices)
     form = ConeForm(rows)
     q, b = form.vectors(vectors.q, rows.right_hand_side(vectors))
-    t = 0.5 * x @ (rows.P @ x)
+    t = 0.5 * x @ (rows.full_P() @ x)
     slack = b - form.A @ np.append(x, t)
     cone = slack[form.at : form.at + form.rows]
     # The epigraph is tight: the point is on the boundary of its cone, whose multiplier is the reflected point.

@@ -32,7 +32,7 @@ class GradientInfo:
         moved: (B,) whether a perturbed solution differs from the solution; None for methods without one.
         tolerance: the solver tolerance of the perturbed solves, None where there were none.
         iterations: (B,) solver iterations spent on perturbed solves, None where there were none.
-        notices: for a datum's name, what a user who asks for its gradient should know; a layer warns of those asked for.
+        notices: for a datum's name, what a user who asks for its gradient should know; a layer warns of these.
     """
 
     method: GradientMethod

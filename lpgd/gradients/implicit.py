@@ -204,6 +204,13 @@ def _solve_element(matrices: _Matrices, point: _Point) -> tuple[FloatArray, Floa
     g_x = point.g_x + P @ dx if moved and has_quadratic else point.g_x
     g_y = point.g_y + A @ dx if moved else point.g_y
     rows = T @ A
+    # A free variable that nothing active involves, in an epigraph that is not tight, say, is not determined; nor need
+    # it be where no loss depends on it: it is left where it is.
+    involved = g_x[free] != 0
+    involved |= _has_entries(rows[:, free])
+    if has_quadratic:
+        involved |= _has_entries(P[:, free])
+    free = free[involved]
     right = -np.concatenate([g_x[free], T @ g_y])
     blocks = P[np.ix_(free, free)] if has_quadratic else None, rows[:, free], rest
     answer, exact = _solve_dense(*blocks, right) if matrices.dense else _solve_sparse(*blocks, right)
@@ -217,6 +224,11 @@ def _solve_element(matrices: _Matrices, point: _Point) -> tuple[FloatArray, Floa
             change = change + P @ dx
         dz[fixed] = -(point.g_x[fixed] + change[fixed])
     return dx, dy, dz, exact
+
+
+def _has_entries(matrix: Any) -> NDArray[np.bool_]:
+    """Which columns have a nonzero entry."""
+    return np.asarray(abs(matrix).sum(0) > 0).ravel()
 
 
 @cache
@@ -252,7 +264,10 @@ def _solve_dense(
 
 
 def _minimum_norm(K: FloatArray, right: FloatArray) -> FloatArray:
-    return np.asarray(np.linalg.lstsq(K, right, rcond=RANK_CUTOFF)[0], dtype=np.float64)
+    """The pseudo-inverse of a symmetric matrix, by its eigenvalues."""
+    eigenvalues, vectors = np.linalg.eigh(K)
+    kept = np.abs(eigenvalues) > RANK_CUTOFF * np.abs(eigenvalues).max(initial=0.0)
+    return vectors[:, kept] @ ((vectors[:, kept].T @ right) / eigenvalues[kept])
 
 
 def _solve_sparse(P: Any, rows: Any, rest: FloatArray, right: FloatArray) -> tuple[FloatArray, bool]:

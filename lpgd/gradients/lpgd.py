@@ -292,7 +292,7 @@ class _Perturbed:
 def _tightened(solver: Solver, relative_step: float) -> Solver:
     """The solver, as tight as a difference of its solutions needs; by powers of ten, so that workspaces are shared."""
     wanted = ACCURACY * relative_step
-    if wanted >= solver.tolerance:
+    if wanted >= 0.1 * solver.tolerance:  # not worth the set-up of new workspaces
         return solver
     wanted = 10.0 ** math.floor(math.log10(wanted)) if wanted > 0 else 0.0
     return replace(solver, tolerance=min(solver.tolerance, max(wanted, solver.finest_tolerance)))

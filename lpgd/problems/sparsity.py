@@ -133,16 +133,12 @@ class SparsityPattern:
         size = self.shape[1] if transpose else self.shape[0]
         if self.nnz == 0 or vectors.shape[0] == 0:
             return vectors.new_zeros(vectors.shape[0], size)
-        if values.ndim == 1:
-            if self.is_dense:
-                matrix = self.to_dense(values)
-                return vectors @ (matrix if transpose else matrix.mT)
-            if values.device.type == "cpu" and not (values.requires_grad or vectors.requires_grad):
-                matrix = sp.csc_array((values.numpy(), self.indices, self.indptr), shape=self.shape)
-                product = (matrix.T if transpose else matrix) @ vectors.numpy().T
-                return torch.from_numpy(np.ascontiguousarray(product.T))
-            values = values[None]
-        grouped = vectors.reshape(-1, values.shape[0], vectors.shape[-1])
+        if values.ndim == 1 and self.is_dense:
+            matrix = self.to_dense(values)
+            return vectors @ (matrix if transpose else matrix.mT)
+        if _is_plain(values, vectors):
+            return torch.from_numpy(self._numpy_product(values.numpy(), vectors.numpy(), transpose))
+        grouped = vectors.reshape(-1, 1 if values.ndim == 1 else values.shape[0], vectors.shape[-1])
         if self.is_dense:
             matrices = self.to_dense(values)
             return torch.einsum("brc,kbr->kbc" if transpose else "brc,kbc->kbr", matrices, grouped).reshape(-1, size)
@@ -150,6 +146,20 @@ class SparsityPattern:
         terms = values * grouped[..., self._index(source, values)]
         product = vectors.new_zeros(*grouped.shape[:2], size).index_add(-1, self._index(target, values), terms)
         return product.reshape(-1, size)
+
+    def _numpy_product(
+        self, values: NDArray[np.float64], vectors: NDArray[np.float64], transpose: bool
+    ) -> NDArray[np.float64]:
+        """Outside autograd: threads of a parallel gather and scatter cost more than these products."""
+        if values.ndim == 1:
+            matrix = sp.csc_array((values, self.indices, self.indptr), shape=self.shape)
+            return np.ascontiguousarray(((matrix.T if transpose else matrix) @ vectors.T).T)
+        source, target = (self.rows, self.columns) if transpose else (self.columns, self.rows)
+        size, count = self.shape[1] if transpose else self.shape[0], vectors.shape[0]
+        terms = vectors[:, source].reshape(-1, *values.shape) * values
+        place = (np.arange(count)[:, None] * size + target).ravel()
+        sums = np.bincount(place, weights=terms.ravel(), minlength=count * size)
+        return sums.astype(np.float64, copy=False).reshape(count, size)
 
     def outer(self, y: Tensor, x: Tensor, rows: int | None) -> Tensor:
         """``Σ y xᵀ`` on the pattern, over all elements to (nnz,), or over those that share a row to (rows, nnz).
@@ -159,11 +169,19 @@ class SparsityPattern:
             x: (B, c).
             rows: None, or R with B a multiple of R; element i belongs to row i mod R.
         """
+        plain = _is_plain(y, x)
         if rows is None:
             if 4 * self.nnz >= self.shape[0] * self.shape[1]:
                 return self.gather(y.mT @ x)
+            if plain:
+                terms = y.numpy()[:, self.rows]
+                return torch.from_numpy(np.einsum("be,be->e", terms, x.numpy()[:, self.columns]))
             return (y[:, self._index("rows", y)] * x[:, self._index("columns", x)]).sum(0)
         y, x = y.reshape(-1, rows, y.shape[-1]), x.reshape(-1, rows, x.shape[-1])
+        if plain:
+            terms = y.numpy()[..., self.rows]
+            terms *= x.numpy()[..., self.columns]
+            return torch.from_numpy(terms[0] if terms.shape[0] == 1 else terms.sum(0))
         if self.is_dense:
             return self.gather(torch.einsum("kbr,kbc->brc", y, x))
         return (y[..., self._index("rows", y)] * x[..., self._index("columns", x)]).sum(0)
@@ -181,3 +199,10 @@ class SparsityPattern:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether these are float64 on the CPU with nothing for autograd to record: NumPy will do."""
+    return all(
+        tensor.device.type == "cpu" and tensor.dtype == torch.float64 and not tensor.requires_grad for tensor in tensors
+    )

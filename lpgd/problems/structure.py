@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -91,6 +91,13 @@ class ConicStructure:
                 raise ValueError(f"{name} must be increasing and lie in [0, {n}).")
             object.__setattr__(self, name, index)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: what was worked out from them is worked out again where it is needed."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
     @property
     def n(self) -> int:
         """Number of variables."""
@@ -120,6 +127,11 @@ class ConicStructure:
             state.update(part)
         state.update(self.upper_index.tobytes())
         return state.digest()
+
+    @cached_property
+    def row_patterns(self) -> dict[Any, Any]:
+        """What reductions work out of this structure once; see :class:`lpgd.reductions.RowForm`."""
+        return {}
 
     @cached_property
     def transpose_position(self) -> NDArray[np.int64]:

@@ -333,5 +333,5 @@ def _workspace(
 def _hand_back(held: _Held | None) -> None:
     if held is not None:
         # Sparse factors take several times the memory of the matrix; an estimate is enough to bound the cache.
-        cost = 200 * (held.form.A.nnz + held.form.P.nnz) + 20_000
+        cost = 200 * (held.form.A.nnz + held.form.P.size) + 20_000
         workspaces.put(held.key, held.family, (held.form, held.prepared), cost)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from lpgd.cones import Cones, svec_indices, svec_size
@@ -42,14 +41,15 @@ class Clarabel(ElementwiseSolver):
         max_threads: threads of the linear solver of one element; the batch already runs over threads.
         equilibrate: scale the data before solving.
         regularization: static regularisation of the KKT factorisation.
-        direct_solve_method: the linear solver's name, as Clarabel has it.
+        direct_solve_method: the linear solver's name, as Clarabel has it.  Its own choice for large systems takes 1.4
+            to 1.7 times as long on the 9×9 Sudoku as ``"qdldl"`` (clarabel 0.11.1).
     """
 
     max_iterations: int = 200
     max_threads: int = 1
     equilibrate: bool = True
     regularization: float = 1e-8
-    direct_solve_method: str = "auto"
+    direct_solve_method: str = "qdldl"
 
     name: ClassVar[str] = "CLARABEL"
     package: ClassVar[str] = "clarabel"
@@ -97,9 +97,9 @@ class _PreparedClarabel(Prepared):
         self.rows = _clarabel_rows(form.cones)
         self.own = np.argsort(self.rows)
         self.permuted = not np.array_equal(self.rows, np.arange(self.rows.size))
-        n, m = form.n, form.pattern.shape[0]
+        n, m = form.n, form.A.shape[0]
         self.solver = clarabel.DefaultSolver(
-            sp.triu(form.P, format="csc"),
+            form.upper_P(),
             np.zeros(n),
             self._permute(form.A),
             np.zeros(m),
@@ -107,7 +107,7 @@ class _PreparedClarabel(Prepared):
             settings,
         )
 
-    def _permute(self, A: sp.csc_array) -> sp.csc_array:
+    def _permute(self, A: Any) -> Any:
         if not self.permuted:
             return A
         permuted = A[self.rows]
@@ -115,7 +115,7 @@ class _PreparedClarabel(Prepared):
         return permuted
 
     def update(self, form: RowForm) -> None:
-        self.solver.update(P=sp.triu(form.P, format="csc").data, A=self._permute(form.A).data)
+        self.solver.update(P=form.upper_P().data, A=self._permute(form.A).data)
 
     def solve(self, q: NDArray[np.float64], b: NDArray[np.float64], state: Any) -> Outcome:
         self.solver.update(q=q, b=b[self.rows] if self.permuted else b)

@@ -38,26 +38,26 @@ class SCS(ElementwiseSolver):
         tolerance: both of SCS's criteria unless one is given below.  A first-order method: each further digit costs
             about as much as the one before, on linear programs much more.
         eps_abs, eps_rel: absolute and relative feasibility tolerance; None is ``tolerance``.
-        eps_infeas: tolerance of infeasibility certificates.
-        alpha, rho_x, scale, adaptive_scale, normalize, acceleration_lookback, acceleration_interval: as SCS
-            documents them.
-        linear_solver: SCS's name of its linear solver.  Its own choice, MKL where there is one, takes 1.3 to 1.7 times
-            as long on the linear programs of the Sudoku example as the single-threaded ``"qdldl"`` (scs 3.3.1).
+        scale: of the dual residual at the start.
+        linear_solver: SCS's name of its linear solver.  Its own choice, MKL where there is one, takes 1.3 to 2 times as
+            long on our benchmarks as the single-threaded ``"qdldl"`` (scs 3.3.1).
+        eps_infeas, alpha, rho_x, adaptive_scale, normalize, acceleration_lookback, acceleration_interval: as SCS
+            documents them; None is SCS's own default.
     """
 
     tolerance: float = 1e-6
     max_iterations: int = 100_000
     eps_abs: float | None = None
     eps_rel: float | None = None
-    eps_infeas: float = 1e-7
-    alpha: float = 1.5
-    rho_x: float = 1e-6
     scale: float = 0.1
-    adaptive_scale: bool = True
-    normalize: bool = True
-    acceleration_lookback: int = 10
-    acceleration_interval: int = 10
     linear_solver: str = "qdldl"
+    eps_infeas: float | None = None
+    alpha: float | None = None
+    rho_x: float | None = None
+    adaptive_scale: bool | None = None
+    normalize: bool | None = None
+    acceleration_lookback: int | None = None
+    acceleration_interval: int | None = None
 
     name: ClassVar[str] = "SCS"
     package: ClassVar[str] = "scs"
@@ -91,34 +91,37 @@ class SCS(ElementwiseSolver):
 
 class _PreparedSCS(Prepared):
     def __init__(self, options: SCS, form: RowForm) -> None:
-        self.time_limited = options.time_limit is not None
-        self.rows = form.pattern.shape[0]
+        self.options = options
+        self.rows = form.A.shape[0]
         # SCS refuses a problem without rows; a row 0ᵀx + s = 0 in the nonnegative cone changes nothing.
-        cones, A = (form.cones, form.A) if self.rows else (Cones(nonnegative=1), sp.csc_array((1, form.n)))
-        data: dict[str, Any] = {"A": A, "b": np.zeros(max(self.rows, 1)), "c": np.zeros(form.n)}
-        if np.any(form.P.data):
-            data["P"] = sp.triu(form.P, format="csc")
+        self.cones, A = (form.cones, form.A) if self.rows else (Cones(nonnegative=1), sp.csc_array((1, form.n)))
+        self.data: dict[str, Any] = {"A": A, "b": np.zeros(max(self.rows, 1)), "c": np.zeros(form.n)}
+        if form.has_quadratic:
+            self.data["P"] = form.upper_P()
         self.b_padding = np.zeros(0 if self.rows else 1)
-        self.solver = options.module().SCS(
-            data,
-            _cones(cones),
+        self.solver, self.scale = self._set_up(), options.scale
+
+    def _set_up(self) -> Any:
+        options = self.options
+        own = {name: getattr(options, name) for name in _OWN_DEFAULTS if getattr(options, name) is not None}
+        return options.module().SCS(
+            self.data,
+            _cones(self.cones),
             max_iters=options.max_iterations,
             eps_abs=options.eps_abs if options.eps_abs is not None else options.tolerance,
             eps_rel=options.eps_rel if options.eps_rel is not None else options.tolerance,
-            eps_infeas=options.eps_infeas,
             time_limit_secs=options.time_limit or 0.0,
             verbose=options.verbose,
-            alpha=options.alpha,
-            rho_x=options.rho_x,
             scale=options.scale,
-            adaptive_scale=options.adaptive_scale,
-            normalize=options.normalize,
-            acceleration_lookback=options.acceleration_lookback,
-            acceleration_interval=options.acceleration_interval,
             linear_solver=options.linear_solver,
+            **own,
         )
 
     def solve(self, q: NDArray[np.float64], b: NDArray[np.float64], state: Any) -> Outcome:
+        if state is None and self.scale != self.options.scale:
+            # SCS keeps the scale it adapted to the last problem, also when it is told to start cold (scs 3.3.1): on
+            # the Sudoku example that takes three times the iterations of a new object, and some never converge.
+            self.solver = self._set_up()
         self.solver.update(b=np.concatenate([b, self.b_padding]), c=np.ascontiguousarray(q))
         if state is None:
             result = self.solver.solve(warm_start=False)
@@ -126,12 +129,24 @@ class _PreparedSCS(Prepared):
             x, y, s = state
             result = self.solver.solve(warm_start=True, x=x.copy(), y=y.copy(), s=s.copy())
         info = result["info"]
+        self.scale = info["scale"]
         status = _STATUSES.get(info["status_val"], Status.NUMERICAL_ERROR)
         if status is Status.INACCURATE:  # SCS calls every solve that reaches a limit inaccurate
-            status = Status.TIME_LIMIT if self.time_limited and "time" in info["status"] else Status.ITERATION_LIMIT
+            status = Status.TIME_LIMIT if "time_limit" in info["status"] else Status.ITERATION_LIMIT
         x, y, s = result["x"], result["y"], result["s"]
         next_state = (x, y, s) if status is Status.SOLVED else None
         return Outcome(status, RowPoint(x, y[: self.rows], s[: self.rows]), info["iter"], next_state)
+
+
+_OWN_DEFAULTS = (
+    "eps_infeas",
+    "alpha",
+    "rho_x",
+    "adaptive_scale",
+    "normalize",
+    "acceleration_lookback",
+    "acceleration_interval",
+)
 
 
 def _cones(cones: Cones) -> dict[str, Any]:
