@@ -163,24 +163,31 @@ class ConeForm:
     """
 
     def __init__(self, form: RowForm) -> None:
-        self.n = form.n
-        self.cones, self.A = form.cones, form.A
+        self.n, self.cones = form.n, form.cones
         self.quadratic = form.has_quadratic
         self.rows = 0
-        if not self.quadratic:
-            return
-        factor = _square_root(form.full_P())
-        self.rows = factor.shape[0] + 2
         self.at = form.cones.sections["second_order"].start
-        ends = sp.coo_array(([-1.0, -1.0], ([0, self.rows - 1], [0, 0])), shape=(self.rows, 1))
-        edge = sp.csr_array((1, self.n))
-        block: Any = sp.hstack([sp.vstack([edge, -np.sqrt(2.0) * factor, edge]), ends], format="csr")
-        own: Any = sp.hstack([form.A, sp.csc_array((form.cones.rows, 1))], format="csr")
-        self.A: Any = sp.csc_array(sp.vstack([own[: self.at], block, own[self.at :]]))
-        self.A.sort_indices()
-        self.offset = np.zeros(self.rows)
-        self.offset[0], self.offset[-1] = 1.0, -1.0
-        self.cones = replace(form.cones, second_order=(self.rows, *form.cones.second_order))
+        own = form.A.tocoo()
+        row, column, value = own.row, own.col, own.data
+        if self.quadratic:
+            factor = _square_root(form.full_P()).tocoo()
+            self.rows = factor.shape[0] + 2
+            last = self.at + self.rows - 1
+            row = np.concatenate(
+                [np.where(row < self.at, row, row + self.rows), [self.at, last], self.at + 1 + factor.row]
+            )
+            column = np.concatenate([column, [self.n, self.n], factor.col])
+            value = np.concatenate([value, [-1.0, -1.0], -np.sqrt(2.0) * factor.data])
+            self.offset = np.zeros(self.rows)
+            self.offset[0], self.offset[-1] = 1.0, -1.0
+            self.cones = replace(form.cones, second_order=(self.rows, *form.cones.second_order))
+        self.width = self.n + self.quadratic
+        self.row, self.column, self.value = row, column, value
+
+    @property
+    def A(self) -> sp.csc_array:
+        """The matrix, of which ``row``, ``column`` and ``value`` are the entries."""
+        return sp.csc_array((self.value, (self.row, self.column)), shape=(self.cones.rows, self.width))
 
     def vectors(self, q: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray]:
         """``q`` and ``b`` of the cone form."""
@@ -200,12 +207,14 @@ def _square_root(P: Any) -> Any:
     """F with ``P = FᵀF``, as few rows as the rank of P."""
     diagonal = P.diagonal()
     if P.count_nonzero() == np.count_nonzero(diagonal):
-        eigenvalues, vectors = diagonal, sp.csr_array(sp.eye_array(P.shape[0]))
+        eigenvalues, vectors = diagonal, None
     else:
         eigenvalues, vectors = scipy.linalg.eigh(P.toarray())
-        vectors = sp.csr_array(vectors.T)
     scale = np.abs(eigenvalues).max(initial=0.0)
     if eigenvalues.min(initial=0.0) < -1e-10 * scale:
         raise ValueError(f"P has the eigenvalue {eigenvalues.min():.3g}: the objective is not convex.")
     kept = np.flatnonzero(eigenvalues > 1e-14 * scale)
-    return sp.csr_array(sp.diags_array(np.sqrt(eigenvalues[kept])) @ vectors[kept])
+    roots = np.sqrt(eigenvalues[kept])
+    if vectors is None:
+        return sp.coo_array((roots, (np.arange(kept.size), kept)), shape=(kept.size, P.shape[0]))
+    return sp.coo_array(roots[:, None] * vectors[:, kept].T)

@@ -42,13 +42,11 @@ class Capabilities:
         cones: names of the cones it takes (``Cones.kinds``).
         quadratic: takes a quadratic objective itself; otherwise it gets the cone form.
         warm_start: a previous state makes a solve cheaper.
-        update_matrices: a prepared workspace can take new values of P and A on the same pattern.
     """
 
     cones: frozenset[str]
     quadratic: bool = False
     warm_start: bool = False
-    update_matrices: bool = False
 
 
 class Outcome(NamedTuple):
@@ -71,7 +69,7 @@ class Prepared(ABC):
         """
 
     def update(self, form: RowForm) -> None:
-        """Take new values of P and A on the same pattern; only where ``Capabilities.update_matrices``."""
+        """Take new values of P and A on the same pattern; only where the solver's ``updates_matrices`` is true."""
         raise TypeError(f"{type(self).__name__} declares no update of its matrices.")
 
 
@@ -164,6 +162,11 @@ class Solver(ABC):
 
 class ElementwiseSolver(Solver):
     """A solver of one element at a time, prepared once for all elements that share its matrices."""
+
+    @property
+    def updates_matrices(self) -> bool:
+        """Whether a workspace takes new matrices without leaving a trace of the old ones in its results."""
+        return False
 
     @abstractmethod
     def prepare(self, form: RowForm) -> Prepared:
@@ -320,7 +323,7 @@ def _workspace(
     if found is not None:
         return found
     form = RowForm(matrices)
-    if task.solver.capabilities.update_matrices:
+    if task.solver.updates_matrices:
         # Room for this batch's own matrices and those of one augmentation; beyond that the oldest are stale.
         stale = workspaces.take_oldest(family, keep=2 * task.distinct + 4)
         if stale is not None:

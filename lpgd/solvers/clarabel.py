@@ -33,9 +33,11 @@ _STATUSES = {
 
 @dataclass(frozen=True)
 class Clarabel(ElementwiseSolver):
-    """Clarabel (Goulart and Chen 2024), set up once for each pattern and updated in place.
+    """Clarabel (Goulart and Chen 2024), set up once for matrices and updated in place for all vectors that meet them.
 
-    An interior-point method has no warm start; on an optimal face it returns the face's analytic centre.
+    An interior-point method has no warm start; on an optimal face it returns the face's analytic centre.  Without
+    ``equilibrate``, new matrices of the same pattern are updated in place as well.  With it they are not: an update
+    keeps the scaling of the old matrices, and on an optimal face the solution depends on it (clarabel 0.11.1).
 
     Args:
         max_threads: threads of the linear solver of one element; the batch already runs over threads.
@@ -58,7 +60,6 @@ class Clarabel(ElementwiseSolver):
     capabilities: ClassVar[Capabilities] = Capabilities(
         cones=frozenset({"zero", "nonnegative", "second_order", "semidefinite", "exponential", "power"}),
         quadratic=True,
-        update_matrices=True,
     )
     aliases: ClassVar[dict[str, str]] = {
         "eps": "tolerance",
@@ -72,6 +73,10 @@ class Clarabel(ElementwiseSolver):
         "equilibrate_enable": "equilibrate",
         "static_regularization_constant": "regularization",
     }
+
+    @property
+    def updates_matrices(self) -> bool:
+        return not self.equilibrate
 
     def prepare(self, form: RowForm) -> Prepared:
         return _PreparedClarabel(self, form)

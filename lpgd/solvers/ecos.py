@@ -50,7 +50,7 @@ class ECOS(ElementwiseSolver):
     finest_tolerance: ClassVar[float] = 1e-9
     error_factor: ClassVar[float] = 100.0
     capabilities: ClassVar[Capabilities] = Capabilities(
-        cones=frozenset({"zero", "nonnegative", "second_order", "exponential"}), update_matrices=True
+        cones=frozenset({"zero", "nonnegative", "second_order", "exponential"})
     )
     aliases: ClassVar[dict[str, str]] = {
         "eps": "tolerance",
@@ -64,6 +64,10 @@ class ECOS(ElementwiseSolver):
         super().__post_init__()
         if self.time_limit is not None:
             raise ValueError("ECOS cannot stop at a time limit; lower max_iterations, or use CLARABEL or SCS.")
+
+    @property
+    def updates_matrices(self) -> bool:
+        return True
 
     def prepare(self, form: RowForm) -> Prepared:
         return _PreparedECOS(self, form)
@@ -82,11 +86,18 @@ class _PreparedECOS(Prepared):
         order = np.arange(exponential.start, exponential.stop).reshape(-1, 3)[:, [0, 2, 1]].ravel()
         self.conic = np.r_[cones.zero : exponential.start, order]
         self.dimensions = {"l": cones.nonnegative, "q": list(cones.second_order), "e": cones.exponential}
-        by_row = sp.csr_array(self.form.A)
+        place = np.empty(cones.rows, dtype=np.int64)
+        place[: cones.zero] = np.arange(cones.zero)
+        place[self.conic] = np.arange(self.conic.size)
+        first = self.form.row < cones.zero
         # ECOS knows SciPy's matrices, not its arrays (ecos 2.0.14).
-        self.equality, self.inequality = (sp.csc_matrix(by_row[rows]) for rows in (slice(0, cones.zero), self.conic))
-        for matrix in (self.equality, self.inequality):
-            matrix.sort_indices()
+        self.equality, self.inequality = (
+            sp.csc_matrix(
+                (self.form.value[chosen], (place[self.form.row[chosen]], self.form.column[chosen])),
+                shape=(rows, self.form.width),
+            )
+            for chosen, rows in ((first, cones.zero), (~first, self.conic.size))
+        )
 
     def solve(self, q: NDArray[np.float64], b: NDArray[np.float64], state: Any) -> Outcome:
         cost, right = self.form.vectors(q, b)
