@@ -100,6 +100,11 @@ class Cones:
             start += size
         return sections
 
+    @property
+    def is_polyhedral(self) -> bool:
+        """Whether there are no curved cones."""
+        return self.kinds <= {"zero", "nonnegative"}
+
     @cached_property
     def kinds(self) -> frozenset[str]:
         """The names of the fields that are not empty: what a solver must support."""

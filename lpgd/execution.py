@@ -17,7 +17,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import OpenBLASController, ThreadpoolController
 
 __all__ = ["SerialExecutor", "WorkspaceCache", "bounded_blas", "run_tasks", "split", "worker_count"]
 
@@ -80,6 +80,13 @@ def _bounded(function: Callable[[Task], Result], task: Task) -> Result:
         return function(task)
 
 
+def _take_control() -> None:
+    """Let this thread set OpenBLAS's threads: threadpoolctl 3.7 and later heed only the thread that set them first."""
+    release = getattr(OpenBLASController, "clear_controlling_thread", None)
+    if release is not None:
+        release(force=True)
+
+
 class _BlasBound:
     """BLAS threads are a setting of the process: held at one while any worker is at work, then restored."""
 
@@ -95,13 +102,16 @@ class _BlasBound:
             if self.inside == 1:
                 if self.controller is None:
                     self.controller = ThreadpoolController()
+                _take_control()
                 self.limiter = self.controller.limit(limits=1, user_api="blas")
 
     def leave(self) -> None:
         with self.lock:
             self.inside -= 1
             if self.inside == 0:
+                _take_control()
                 self.limiter.restore_original_limits()
+                _take_control()
 
 
 _blas_bound = _BlasBound()

@@ -196,8 +196,12 @@ class _Perturbed:
             return
 
         units = problem.tilt_unit(base, cotangent)
-        tau = self._steps(units, solver)
-        perturbed_solver = _tightened(solver, float((tau / units).min()))
+        if method.tau is None:
+            perturbed_solver = _refined(solver, problem)
+            tau = perturbed_solver.solution_error(problem) ** 0.5 * units
+        else:
+            tau = torch.full_like(units, method.tau)
+            perturbed_solver = _tightened(solver, float((tau / units).min()))
         augmented = problem.augment(method.rho, base.x) if method.rho else problem
         sides = _SIDES[method.envelope]
         if len(sides) == 1 and perturbed_solver != solver:
@@ -233,11 +237,6 @@ class _Perturbed:
     @property
     def is_whole(self) -> bool:
         return len(self.elements) == self.whole.batch_size
-
-    def _steps(self, units: Tensor, solver: Solver) -> Tensor:
-        if self.method.tau is not None:
-            return torch.full_like(units, self.method.tau)
-        return (solver.error_factor * solver.tolerance) ** 0.5 * units
 
     def _record(
         self, active: Sequence[int], tau: Tensor, above: Tensor, below: Tensor, plus: Any, minus: Any, base: Any
@@ -287,6 +286,13 @@ class _Perturbed:
             LpgdWarning,
             stacklevel=2,
         )
+
+
+def _refined(solver: Solver, problem: Any) -> Solver:
+    """The solver, two digits tighter where its solutions are much less accurate than its tolerance."""
+    if solver.solution_error(problem) <= 10 * solver.tolerance:
+        return solver
+    return replace(solver, tolerance=min(solver.tolerance, max(0.01 * solver.tolerance, solver.finest_tolerance)))
 
 
 def _tightened(solver: Solver, relative_step: float) -> Solver:

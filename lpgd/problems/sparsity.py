@@ -177,7 +177,8 @@ class SparsityPattern:
                 terms = y.numpy()[:, self.rows]
                 return torch.from_numpy(np.einsum("be,be->e", terms, x.numpy()[:, self.columns]))
             return (y[:, self._index("rows", y)] * x[:, self._index("columns", x)]).sum(0)
-        y, x = y.reshape(-1, rows, y.shape[-1]), x.reshape(-1, rows, x.shape[-1])
+        groups = y.shape[0] // max(rows, 1)
+        y, x = y.reshape(groups, rows, y.shape[-1]), x.reshape(groups, rows, x.shape[-1])
         if plain:
             terms = y.numpy()[..., self.rows]
             terms *= x.numpy()[..., self.columns]

@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self
@@ -97,8 +97,6 @@ class Solver(ABC):
     """Other names of fields: those of the solver itself and of the field's standard layer."""
     finest_tolerance: ClassVar[float] = 1e-12
     """The smallest tolerance that the solver reaches in double precision on well-scaled problems."""
-    error_factor: ClassVar[float] = 1.0
-    """How many tolerances the error of a solution typically is: what a step between two solutions is chosen by."""
 
     def __post_init__(self) -> None:
         if not self.tolerance > 0:
@@ -118,6 +116,10 @@ class Solver(ABC):
                 sequence is a cold start.
             executor: where the work runs; None is the library's threads.
         """
+
+    def solution_error(self, problem: ConicProblem) -> float:
+        """How far, relatively, its solutions of such a problem typically are from exact: what steps are chosen by."""
+        return self.tolerance
 
     @classmethod
     def is_installed(cls) -> bool:
@@ -142,6 +144,11 @@ class Solver(ABC):
         return (
             f"{cls.name} has no {' and no '.join(kind.replace('_', '-') for kind in missing)} cone" if missing else None
         )
+
+    @classmethod
+    def knows(cls, options: Iterable[str]) -> bool:
+        """Whether all of these are names of its options."""
+        return set(options) <= {field.name for field in fields(cls)} | set(cls.aliases)
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
         """The same solver with some options changed; names are fields or :attr:`aliases`.
@@ -181,7 +188,7 @@ class ElementwiseSolver(Solver):
         digests = [_digest(view.row("P", pair), view.row("A", pair)) for pair in range(view.distinct)]
         tasks = [_task(self, view, digests, elements, states) for elements in view.groups(view.valid, executor)]
         results = run_tasks(_solve_elements, tasks, executor)
-        return _assemble(problem, tasks, results)
+        return _checked(_assemble(problem, tasks, results), self.tolerance)
 
 
 class _Task(NamedTuple):
@@ -212,12 +219,12 @@ class _Raw(NamedTuple):
 
 
 RESIDUAL_CHECK = 1e-4
-"""A relative residual above this turns a solver's "solved" into INACCURATE."""
+"""A relative residual above this, and above ten tolerances, turns a solver's "solved" into INACCURATE."""
 
 
-def _checked(solution: Solution) -> Solution:
+def _checked(solution: Solution, tolerance: float) -> Solution:
     """A solver's word is not proof: the residuals of every solved element are computed from the problem."""
-    bad = (~(solution.residuals.worst <= RESIDUAL_CHECK)).cpu().numpy()
+    bad = (~(solution.residuals.worst <= max(RESIDUAL_CHECK, 10 * tolerance))).cpu().numpy()
     statuses = tuple(
         Status.INACCURATE if status is Status.SOLVED and bad[index] else status
         for index, status in enumerate(solution.statuses)
@@ -254,17 +261,15 @@ def _assemble(problem: ConicProblem, tasks: Sequence[_Task], results: Sequence[l
             if raw.status.has_iterate:
                 x[element], y[element], z[element], slack[element] = raw.x, raw.y, raw.z, raw.slack
     points = {name: torch.from_numpy(part).to(problem.device) for name, part in zip("xyz", (x, y, z), strict=True)}
-    return _checked(
-        Solution(
-            problem,
-            **points,
-            slack=torch.from_numpy(slack).to(problem.device),
-            statuses=tuple(statuses),
-            iterations=iterations,
-            setup_seconds=setup,
-            solve_seconds=seconds,
-            states=tuple(states),
-        )
+    return Solution(
+        problem,
+        **points,
+        slack=torch.from_numpy(slack).to(problem.device),
+        statuses=tuple(statuses),
+        iterations=iterations,
+        setup_seconds=setup,
+        solve_seconds=seconds,
+        states=tuple(states),
     )
 
 

@@ -50,6 +50,8 @@ def choose_solver(
         TypeError: an option is unknown.
     """
     chosen = _by_name(solver) if isinstance(solver, str) else solver
+    if chosen is not None and not isinstance(chosen, Solver):
+        raise TypeError(f"solver is {chosen!r}; it must be a solver such as lpgd.SCS(), the name of one, or None.")
     if chosen is None:
         fitting = [candidate for candidate in SOLVERS if candidate.unsupported(structure) is None]
         installed = [candidate for candidate in fitting if candidate.is_installed()]
@@ -58,7 +60,8 @@ def choose_solver(
         if not installed:
             commands = " or ".join(f"pip install {candidate.pip_name}" for candidate in fitting)
             raise MissingPackageError(f"no installed solver can solve this problem: {commands}")
-        chosen = installed[0]()
+        # Options of one solver only, such as those the standard layer documents for SCS, choose that solver.
+        chosen = next((candidate for candidate in installed if candidate.knows(options or {})), installed[0])()
     chosen = chosen.with_options(options or {})
     reason = chosen.unsupported(structure)
     if reason is not None:

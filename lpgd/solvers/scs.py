@@ -62,7 +62,7 @@ class SCS(ElementwiseSolver):
     name: ClassVar[str] = "SCS"
     package: ClassVar[str] = "scs"
     pip_name: ClassVar[str] = "scs"
-    finest_tolerance: ClassVar[float] = 1e-11
+    finest_tolerance: ClassVar[float] = 1e-9
     capabilities: ClassVar[Capabilities] = Capabilities(
         cones=frozenset(
             {
@@ -118,6 +118,8 @@ class _PreparedSCS(Prepared):
         )
 
     def solve(self, q: NDArray[np.float64], b: NDArray[np.float64], state: Any) -> Outcome:
+        if state is not None and state[1].size != b.size + self.b_padding.size:
+            state = None  # a bound has come or gone since, and a row with it
         if state is None and self.scale != self.options.scale:
             # SCS keeps the scale it adapted to the last problem, also when it is told to start cold (scs 3.3.1): on
             # the Sudoku example that takes three times the iterations of a new object, and some never converge.
