@@ -6,7 +6,6 @@ VENV_BENCH ?= .venv-bench
 VENV_OLDEST ?= .venv-oldest
 WORKERS ?= 2
 PYTEST_FLAGS ?=
-OLDEST_TESTS ?= tests/test_canonical.py tests/test_cvxpy_layer.py
 SUDOKU_FLAGS ?= --board 2 --method lpgd --overwrite
 SUDOKU_OUT ?= runs/sudoku4
 BENCH_OUT ?= runs/bench-cvxpylayers
@@ -27,7 +26,7 @@ touch $@
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format sudoku bench-cvxpylayers cvxpy-oldest build clean
+.PHONY: help venv test lint format sudoku bench-cvxpylayers test-oldest build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -62,8 +61,8 @@ sudoku: $(VENV)/.installed ## Train the 4x4 Sudoku example, with plots (SUDOKU_F
 bench-cvxpylayers: $(VENV_BENCH)/.installed ## Compare speed with cvxpylayers and diffcp (BENCH_OUT)
 	$(VENV_BENCH)/bin/python -m benchmarks.cvxpylayers --out $(BENCH_OUT)
 
-cvxpy-oldest: $(VENV_OLDEST)/.installed ## Run the tests that touch CVXPY on the oldest versions allowed
-	$(call PYTEST,$(VENV_OLDEST)) $(OLDEST_TESTS)
+test-oldest: $(VENV_OLDEST)/.installed ## Run the tests on the oldest versions of the dependencies
+	$(call PYTEST,$(VENV_OLDEST))
 
 build: $(VENV)/.installed ## Build the wheel and the source distribution in dist/
 	$(BIN)/python -m build
