@@ -7,7 +7,6 @@ user are dealt with around it, by differentiable operations.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solution import Solution
 from lpgd.solvers.base import Solver
-from lpgd.status import LpgdWarning, SolverError, Status, describe_failures
+from lpgd.status import SolverError, Status, describe_failures, warn
 
 __all__ = ["CallInfo", "OnError", "check_solution", "solve"]
 
@@ -122,7 +121,7 @@ class _SolveFunction(torch.autograd.Function):
         notices = ctx.call.info.gradients[-1].notices
         for name, needed in zip(ConicData._fields, ctx.needs_input_grad[1:], strict=True):
             if needed and name in notices:
-                warnings.warn(notices[name], LpgdWarning, stacklevel=2)
+                warn(notices[name])
         return (
             None,
             *(part if needed else None for part, needed in zip(gradient, ctx.needs_input_grad[1:], strict=True)),
@@ -193,15 +192,13 @@ def check_solution(solution: Solution, on_error: OnError) -> None:
             failed,
         )
     if failed and on_error == "warn":
-        warnings.warn(
+        warn(
             f"no solution for {describe_failures(statuses, failed)}. Their rows are the solver's last iterate or NaN, "
-            "with a zero gradient.",
-            LpgdWarning,
-            stacklevel=3,
+            "with a zero gradient."
         )
     inaccurate = [index for index, status in enumerate(statuses) if status is Status.INACCURATE]
     if inaccurate:
-        warnings.warn(describe_failures(statuses, inaccurate), LpgdWarning, stacklevel=3)
+        warn(describe_failures(statuses, inaccurate))
 
 
 def _check_cotangent(cotangent: ConicPoint) -> None:

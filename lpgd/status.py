@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 
-__all__ = ["LpgdWarning", "MissingPackageError", "SolverError", "Status", "describe_failures"]
+__all__ = ["LpgdWarning", "MissingPackageError", "SolverError", "Status", "describe_failures", "warn"]
 
 
 class Status(enum.IntEnum):
@@ -65,6 +67,14 @@ _ADVICE = {
 
 class LpgdWarning(UserWarning):
     """Something was handled, but the caller should know: an inaccurate solution, a fallback, a zero gradient."""
+
+
+def warn(message: str) -> None:
+    """Give an :class:`LpgdWarning` that points at the user's line: the nearest outside of this library and torch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("lpgd", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, LpgdWarning, stacklevel=level)
 
 
 class MissingPackageError(ImportError):

@@ -6,6 +6,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cvxpy as cp
@@ -85,6 +86,14 @@ CONSTRUCTION = {
     ),
     "tolerance": (lambda: build(solver_args={"eps": -1.0}), ValueError, "tolerance is -1.0; it must be positive"),
     "iterations": (lambda: build(solver_args={"max_iters": 0}), ValueError, "at least 1"),
+    "text for a number": (
+        lambda: build(solver_args={"eps": "1e-8"}),
+        TypeError,
+        "tolerance of CLARABEL is '1e-8'; it must be a number",
+    ),
+    "fraction of an iteration": (lambda: build(solver_args={"max_iters": 1.5}), TypeError, "must be a whole number"),
+    "number for a switch": (lambda: lpgd.Clarabel(equilibrate=1), TypeError, "must be True or False"),  # pyright: ignore[reportArgumentType]
+    "switch for a number": (lambda: lpgd.SCS(scale=True), TypeError, "scale of SCS is True; it must be a number"),
 }
 ONE, THREE = torch.tensor(1.0), torch.zeros(3)
 CALLS = {
@@ -115,6 +124,46 @@ CALLS = {
 def test_errors_name_what_is_wrong(call: Callable[[], object], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=re.compile(message, re.DOTALL)):
         call()
+
+
+DECLARED = {
+    "nonneg": (cp.Parameter(2, nonneg=True, name="w"), [[1.0, 0.0], [1.0, -0.1]], r"w of elements \[1\] is not nonneg"),
+    "neg": (cp.Parameter(2, neg=True, name="w"), [[1.0, -1.0], [-1.0, -0.1]], r"w of elements \[0\] is not neg"),
+    "PSD": (
+        cp.Parameter((2, 2), PSD=True, name="w"),
+        [[[1.0, 1.0], [1.0, 1.0]], [[1.0, 2.0], [2.0, 1.0]]],
+        r"w of elements \[1\] is not PSD",
+    ),
+    "NSD": (cp.Parameter((2, 2), NSD=True, name="w"), [[0.0, 1.0], [1.0, 0.0]], "w is not NSD"),
+}
+
+
+@pytest.mark.parametrize(("parameter", "value", "message"), DECLARED.values(), ids=DECLARED)
+def test_a_value_that_makes_the_problem_nonconvex_is_refused(
+    parameter: cp.Parameter, value: list[Any], message: str
+) -> None:
+    x = cp.Variable(2)
+    sign = 1.0 if parameter.is_nonneg() or parameter.is_psd() else -1.0
+    shape = sign * (cp.quad_form(x, parameter) if parameter.ndim == 2 else parameter @ cp.square(x))
+    layer = build(minimise(shape + cp.sum(x), x >= -1, x <= 1), [parameter], [x])
+    wrong = torch.tensor(value).double()
+    for call in (layer, layer.solve):
+        with pytest.raises(ValueError, match=message + ".*need not be convex"):
+            call(wrong)
+    right = sign * torch.eye(2).double() if parameter.ndim == 2 else sign * torch.ones(2).double()
+    (minimum,) = layer(right)
+    close([minimum], [torch.full((2,), -0.5).double()], 1e-6)  # minimises x² + x
+
+
+def test_warnings_point_at_the_users_line() -> None:
+    layer, tensors = failing(on_error="warn", gradient=lpgd.ImplicitKKT())
+    x, c = cp.Variable(2), cp.Parameter(2)
+    vertex = build(minimise(c @ x, x >= 0, x <= 1), [c], [x])
+    loss = vertex(leaf(torch.tensor([1.0, -1.0]).double()))[0].sum()
+    for act in (lambda: layer(*tensors), loss.backward):
+        with pytest.warns(lpgd.LpgdWarning) as caught:
+            act()
+        assert [Path(warning.filename).name for warning in caught] == [Path(__file__).name]
 
 
 def test_a_refused_gradient_method_leaves_the_old_one() -> None:

@@ -15,7 +15,6 @@ takes the tilt ``∇_z <∇_w L, dw>``: both are this one solve.
 
 from __future__ import annotations
 
-import warnings
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cache
@@ -35,7 +34,7 @@ from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.projections import projection_derivative
 from lpgd.solution import Solution
 from lpgd.solvers.base import Solver
-from lpgd.status import LpgdWarning
+from lpgd.status import warn
 
 __all__ = ["ImplicitKKT"]
 
@@ -131,12 +130,10 @@ class ImplicitKKT(GradientMethod):
                     regularised.append(element)
         info.fallbacks = sorted(regularised)
         if regularised:
-            warnings.warn(
+            warn(
                 f"{self}: the optimality conditions of elements {sorted(regularised)[:10]} are singular (degenerate or "
                 "non-unique solutions, or redundant equalities); their gradients are minimum-norm answers. "
-                "rho > 0, or LPGD with a finite tau, is well defined there.",
-                LpgdWarning,
-                stacklevel=2,
+                "rho > 0, or LPGD with a finite tau, is well defined there."
             )
         return change, info
 
@@ -298,11 +295,9 @@ def _least_squares(K: Any, right: FloatArray) -> FloatArray:
     options = {"atol": 1e-12, "btol": 1e-12, "conlim": 1.0 / RANK_CUTOFF, "maxiter": 20 * right.size}
     answer, stop, *_ = spla.lsmr(K, right, **options)
     if stop == 7:
-        warnings.warn(
+        warn(
             f"the least-squares solve of a singular system of size {right.size} stopped at its iteration limit; "
-            "the gradient of that element is approximate. rho > 0 makes the system better conditioned.",
-            LpgdWarning,
-            stacklevel=2,
+            "the gradient of that element is approximate. rho > 0 makes the system better conditioned."
         )
     return answer
 

@@ -16,7 +16,6 @@ As τ → 0 they agree with implicit differentiation, of the augmented problem w
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit import ImplicitKKT
 from lpgd.solution import Solution
 from lpgd.solvers.base import Solver
-from lpgd.status import LpgdWarning, SolverError
+from lpgd.status import SolverError, warn
 
 __all__ = ["LPGD", "BlackboxBackprop", "Domke"]
 
@@ -255,11 +254,9 @@ class _Perturbed:
                 self.info.fallbacks.append(element)
         one_sided = [element for element in self.info.fallbacks if self.info.used[element] != "none"]
         if one_sided:
-            warnings.warn(
+            warn(
                 f"{self.method}: the perturbed problem of elements {one_sided[:10]} has no solution on a side that was "
-                "asked for; their gradients come from the other side. A smaller tau may have both.",
-                LpgdWarning,
-                stacklevel=2,
+                "asked for; their gradients come from the other side. A smaller tau may have both."
             )
 
     def fallback(self) -> ImplicitKKT:
@@ -280,11 +277,9 @@ class _Perturbed:
         """Put on record, and warn, that the fallback was used."""
         for place, element in enumerate(self.unsolved):
             self.info.used[element] = info.used[place]
-        warnings.warn(
+        warn(
             f"{self.method}: no perturbed problem of elements {self.unsolved[:10]} has a solution (with a loss on dual "
-            f"variables, redundant equalities do that); their gradients come from {info.method}.",
-            LpgdWarning,
-            stacklevel=2,
+            f"variables, redundant equalities do that); their gradients come from {info.method}."
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from lpgd.autograd import CallInfo, OnError, solve
 from lpgd.execution import SerialExecutor
 from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
+from lpgd.layers.attributes import check_attributes
 from lpgd.layers.canonical import canonicalise
 from lpgd.layers.inputs import batch_inputs
 from lpgd.layers.layout import AffineMap, ParameterLayout, VariableLayout
@@ -141,7 +142,8 @@ class CvxpyLayer(torch.nn.Module):
 
         Raises:
             SolverError: an element has no solution (``on_error="raise"``); it carries statuses and indices.
-            ValueError, TypeError: wrong number, shape, type or device of the tensors.
+            ValueError, TypeError: wrong number, shape, type or device of the tensors, or a value without the sign or
+                definiteness that its parameter was declared with.
         """
         inputs = batch_inputs(self.parameter_layouts, params)
         solver, executor, gradient = self._call_options(solver_args)
@@ -200,6 +202,7 @@ class CvxpyLayer(torch.nn.Module):
 
     def _data(self, tensors: Sequence[Tensor], batch_size: int) -> ConicData:
         """Parameters to problem data; a datum that only shared parameters reach stays shared."""
+        check_attributes(self.parameter_layouts, tensors)
         columns = _Columns(self.parameter_layouts, tensors, batch_size)
         return ConicData(*(data_map(columns) for data_map in self._data_maps))
 

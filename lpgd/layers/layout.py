@@ -33,8 +33,8 @@ class ParameterLayout:
         shape: shape of the user's tensor.
         columns: its entries of θ; empty for a parameter that does not reach the problem's data.
         take: index of each of those entries in the tensor flattened row by row.  A symmetric, positive or
-            negative semidefinite parameter is read in its upper triangle, a diagonal one on its diagonal, a
-            sparse one on its pattern: the other entries are not looked at.
+            negative semidefinite parameter is read in the upper triangle of ``½ (t + tᵀ)``, so that its gradient is
+            symmetric; a diagonal one on its diagonal, a sparse one on its pattern: other entries are not looked at.
         log: geometric programs are affine in the logarithm of a parameter.
         attributes: names of the attributes CVXPY has for it (``"symmetric"``, ``"PSD"``, ``"diag"``, ``"pos"``, ...).
     """

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -99,6 +100,8 @@ class Solver(ABC):
     """The smallest tolerance that the solver reaches in double precision on well-scaled problems."""
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            _check_type(self, option.name, str(option.type))
         if not self.tolerance > 0:
             raise ValueError(f"tolerance is {self.tolerance}; it must be positive.")
         if self.max_iterations < 1:
@@ -165,6 +168,27 @@ class Solver(ABC):
                 raise TypeError(f"{key!r} is not an option of {self.name}; its options are: {names}.")
             changes[target] = value
         return replace(self, **changes) if changes else self
+
+
+_KINDS = {
+    "bool": (bool, "True or False"),
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "str": (str, "text"),
+}
+
+
+def _check_type(solver: Solver, name: str, annotation: str) -> None:
+    """Refuse an option of another type than its field's; 1e3 passes for a whole number."""
+    value, optional = getattr(solver, name), annotation.endswith(" | None")
+    annotation = annotation.removesuffix(" | None")
+    if annotation not in _KINDS or (value is None and optional):
+        return
+    kind, text = _KINDS[annotation]
+    if annotation == "int" and isinstance(value, float) and value.is_integer():
+        object.__setattr__(solver, name, int(value))
+    elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name} of {solver.name} is {value!r}; it must be {text}{' or None' if optional else ''}.")
 
 
 class ElementwiseSolver(Solver):
