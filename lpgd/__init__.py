@@ -8,12 +8,13 @@ from lpgd.gradients import LPGD, BlackboxBackprop, Domke, ImplicitKKT
 from lpgd.layers.cvxpy import CvxpyLayer
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solution import Solution
-from lpgd.solvers import ECOS, SCS, Clarabel, available
+from lpgd.solvers import DAQP, ECOS, SCS, Clarabel, HiGHS, available
 from lpgd.status import LpgdWarning, MissingPackageError, SolverError, Status
 
 __version__ = version("lpgd")
 
 __all__ = [
+    "DAQP",
     "ECOS",
     "LPGD",
     "SCS",
@@ -26,6 +27,7 @@ __all__ = [
     "ConicStructure",
     "CvxpyLayer",
     "Domke",
+    "HiGHS",
     "ImplicitKKT",
     "LpgdWarning",
     "MissingPackageError",

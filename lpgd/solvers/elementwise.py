@@ -132,9 +132,7 @@ class _Results(NamedTuple):
         y, slack = (np.full((count, structure.m), np.nan) for _ in range(2))
         statuses: list[Any] = [Status.INVALID_DATA] * count
         states: list[Any] = [None] * count
-        return cls(
-            statuses, x, y, z, slack, np.zeros(count, dtype=np.int64), np.zeros(count), np.zeros(count), states
-        )
+        return cls(statuses, x, y, z, slack, np.zeros(count, dtype=np.int64), np.zeros(count), np.zeros(count), states)
 
 
 RESIDUAL_CHECK = 1e-4
@@ -253,9 +251,7 @@ def _solve_run(
             getattr(results, name)[rows] = value
 
 
-def _workspace(
-    task: _Task, key: tuple[Any, ...], family: tuple[Any, ...], matrices: Matrices
-) -> tuple[Form, Prepared]:
+def _workspace(task: _Task, key: tuple[Any, ...], family: tuple[Any, ...], matrices: Matrices) -> tuple[Form, Prepared]:
     found = workspaces.take(key)
     if found is not None:
         return found
