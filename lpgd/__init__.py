@@ -8,7 +8,7 @@ from lpgd.gradients import LPGD, BlackboxBackprop, Domke, ImplicitKKT
 from lpgd.layers.cvxpy import CvxpyLayer
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solution import Solution
-from lpgd.solvers import DAQP, ECOS, SCS, Clarabel, HiGHS, available
+from lpgd.solvers import DAQP, ECOS, OSQP, PIQP, SCS, Clarabel, HiGHS, ProxQP, available
 from lpgd.status import LpgdWarning, MissingPackageError, SolverError, Status
 
 __version__ = version("lpgd")
@@ -17,6 +17,8 @@ __all__ = [
     "DAQP",
     "ECOS",
     "LPGD",
+    "OSQP",
+    "PIQP",
     "SCS",
     "BlackboxBackprop",
     "Clarabel",
@@ -31,6 +33,7 @@ __all__ = [
     "ImplicitKKT",
     "LpgdWarning",
     "MissingPackageError",
+    "ProxQP",
     "SerialExecutor",
     "Solution",
     "SolverError",

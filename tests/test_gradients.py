@@ -14,6 +14,8 @@ from lpgd import (
     DAQP,
     ECOS,
     LPGD,
+    OSQP,
+    PIQP,
     SCS,
     BlackboxBackprop,
     Clarabel,
@@ -21,6 +23,7 @@ from lpgd import (
     HiGHS,
     ImplicitKKT,
     LpgdWarning,
+    ProxQP,
     SerialExecutor,
 )
 from lpgd.cones import Cones
@@ -138,13 +141,22 @@ def test_limit_of_lpgd_equals_implicit(case: Case, rho: float) -> None:
 
 @pytest.mark.parametrize(
     ("solver", "error"),
-    [(Clarabel(), 2e-4), (SCS(), 2e-3), (ECOS(), 1e-3), (DAQP(), 1e-5), (HiGHS(), 1e-5)],
+    [
+        (Clarabel(), 2e-4),
+        (SCS(), 2e-3),
+        (ECOS(), 1e-3),
+        (DAQP(), 1e-5),
+        (HiGHS(), 1e-5),
+        (PIQP(), 1e-5),
+        (OSQP(), 1e-4),
+        (ProxQP(), 1e-4),
+    ],
     ids=lambda value: getattr(value, "name", None),
 )
 @pytest.mark.parametrize("case", REGULAR, ids=repr)
 def test_defaults_are_close_to_the_exact_gradient(case: Case, solver: Solver, error: float) -> None:
     if solver.unsupported(case.problem.structure):
-        with pytest.raises(ValueError, match="cone"):
+        with pytest.raises(ValueError, match=r"cone|not reliable on linear programs"):
             solver.solve(case.problem)
         return
     exact, _ = ImplicitKKT().vjp(case.problem, planted_solution(case), random_cotangent(case), TIGHT, SERIAL)

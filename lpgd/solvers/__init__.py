@@ -7,11 +7,16 @@ from lpgd.solvers.daqp import DAQP
 from lpgd.solvers.ecos import ECOS
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.highs import HiGHS
+from lpgd.solvers.osqp import OSQP
+from lpgd.solvers.piqp import PIQP
+from lpgd.solvers.proxqp import ProxQP
 from lpgd.solvers.scs import SCS
 
 __all__ = [
     "DAQP",
     "ECOS",
+    "OSQP",
+    "PIQP",
     "SCS",
     "SOLVERS",
     "Capabilities",
@@ -20,6 +25,7 @@ __all__ = [
     "HiGHS",
     "Outcome",
     "Prepared",
+    "ProxQP",
     "Solver",
     "available",
     "choose_solver",

@@ -229,9 +229,13 @@ def _solve_run(
         return
     vectors = form.vectors(part)
     one, points, kept = type(vectors), [], []
+    crossed = form.crossed(vectors)
     ended = clock()
     results.setup_seconds[places[0]] = ended - started
     for index, (place, row) in enumerate(zip(places, zip(*vectors, strict=True), strict=True)):
+        if crossed[index]:
+            results.statuses[place] = Status.INFEASIBLE
+            continue
         started = ended
         outcome = prepared.solve(one(*row), task.states[place])
         ended = clock()
