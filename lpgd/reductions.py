@@ -298,7 +298,7 @@ class IntervalForm(Form):
         return IntervalVectors(q, row_lower, row_upper, lower, upper)
 
     def crossed(self, vectors: IntervalVectors) -> NDArray[np.bool_]:
-        return (vectors.lower > vectors.upper).any(1)
+        return np.any(vectors.lower > vectors.upper, axis=1)
 
     def invert(self, point: IntervalPoint, vectors: IntervalVectors) -> Point:
         slack = np.zeros_like(point.y)

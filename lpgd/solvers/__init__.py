@@ -3,6 +3,7 @@
 from lpgd.solvers.base import Capabilities, Solver
 from lpgd.solvers.choose import SOLVERS, available, choose_solver
 from lpgd.solvers.clarabel import Clarabel
+from lpgd.solvers.custom import CustomSolver
 from lpgd.solvers.daqp import DAQP
 from lpgd.solvers.ecos import ECOS
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
@@ -21,6 +22,7 @@ __all__ = [
     "SOLVERS",
     "Capabilities",
     "Clarabel",
+    "CustomSolver",
     "ElementwiseSolver",
     "HiGHS",
     "Outcome",

@@ -241,7 +241,7 @@ def _solve_run(
         ended = clock()
         results.statuses[place], results.states[place] = outcome.status, outcome.state
         results.iterations[place], results.solve_seconds[place] = outcome.iterations, ended - started
-        if outcome.status.has_iterate:
+        if outcome.status.has_iterate and outcome.point is not None:
             kept.append(index)
             points.append(outcome.point)
     # Sparse factors take several times the memory of the matrix; an estimate is enough to bound the cache.

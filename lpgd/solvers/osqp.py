@@ -86,8 +86,9 @@ class _PreparedOSQP(Prepared):
         self.options, self.n, self.m = options, form.n, form.m
         # The bounds are rows, of the variables that have some.
         self.bounded = form.bounded
-        A = sp.vstack([form.A, sp.eye_array(form.n, format="csr")[self.bounded]], format="csc")
-        rows = A.shape[0]
+        rows = form.m + self.bounded.size
+        ones = np.ones(self.bounded.size), (np.arange(self.bounded.size), self.bounded)
+        A = sp.vstack([form.A, sp.csr_array(ones, shape=(self.bounded.size, form.n))])
         self.cold = _State(np.zeros(form.n), np.zeros(rows), options.rho)
         self.solver = osqp.OSQP()
         try:
