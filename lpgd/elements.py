@@ -39,12 +39,19 @@ class ElementView:
         datum = self.data[name]
         return datum if datum.ndim == 1 else datum[element % datum.shape[0]]
 
-    def groups(self, elements: Sequence[int], executor: Executor | None) -> list[list[int]]:
+    def rows(self, name: str, elements: Sequence[int]) -> NDArray[np.float64]:
+        """One datum of several elements, (k, size)."""
+        datum = self.data[name]
+        if datum.ndim == 1:
+            return np.broadcast_to(datum, (len(elements), datum.size))
+        return datum[np.asarray(elements, dtype=np.int64) % datum.shape[0]]
+
+    def groups(self, elements: Sequence[int], executor: Executor | None, per_worker: int = 4) -> list[list[int]]:
         """The elements cut into chunks for tasks; those that share one of several matrices stay together."""
         if self.distinct <= 1:
-            return [[elements[i] for i in chunk] for chunk in split(len(elements), executor)]
+            return [[elements[i] for i in chunk] for chunk in split(len(elements), executor, per_worker)]
         members: dict[int, list[int]] = {}
         for element in elements:
             members.setdefault(element % self.distinct, []).append(element)
         lists = list(members.values())
-        return [[element for i in chunk for element in lists[i]] for chunk in split(len(lists), executor)]
+        return [[element for i in chunk for element in lists[i]] for chunk in split(len(lists), executor, per_worker)]

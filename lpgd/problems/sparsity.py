@@ -105,6 +105,14 @@ class SparsityPattern:
         """The SciPy matrix with these ``values`` (nnz,); index arrays are copied, as some solvers sort theirs."""
         return sp.csc_array((values, self.indices.copy(), self.indptr.copy()), shape=self.shape)
 
+    def block_diagonal(self, values: NDArray[np.float64]) -> sp.csc_array:
+        """Several matrices of this pattern as the blocks of one: values (k, nnz) to (k r, k c)."""
+        copies = np.arange(len(values), dtype=np.int32)[:, None]
+        indices = (self.indices + copies * np.int32(self.shape[0])).ravel()
+        indptr = np.append((self.indptr[:-1] + copies * np.int32(self.nnz)).ravel(), np.int32(values.size))
+        shape = (len(values) * self.shape[0], len(values) * self.shape[1])
+        return sp.csc_array((values.ravel(), indices, indptr), shape=shape)
+
     def to_dense(self, values: Tensor) -> Tensor:
         """(..., nnz) values to (..., r, c) matrices."""
         leading = values.shape[:-1]
