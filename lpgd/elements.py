@@ -40,18 +40,24 @@ class ElementView:
         return datum if datum.ndim == 1 else datum[element % datum.shape[0]]
 
     def rows(self, name: str, elements: Sequence[int]) -> NDArray[np.float64]:
-        """One datum of several elements, (k, size)."""
+        """One datum of some elements, (k, ·), or (1, ·) where the batch shares it."""
         datum = self.data[name]
-        if datum.ndim == 1:
-            return np.broadcast_to(datum, (len(elements), datum.size))
-        return datum[np.asarray(elements, dtype=np.int64) % datum.shape[0]]
+        return datum[None] if datum.ndim == 1 else datum[np.asarray(elements, dtype=np.int64) % datum.shape[0]]
 
-    def groups(self, elements: Sequence[int], executor: Executor | None, per_worker: int = 4) -> list[list[int]]:
-        """The elements cut into chunks for tasks; those that share one of several matrices stay together."""
-        if self.distinct <= 1:
-            return [[elements[i] for i in chunk] for chunk in split(len(elements), executor, per_worker)]
+    def groups(
+        self, elements: Sequence[int], executor: Executor | None, copies_of: int | None = None, per_worker: int = 4
+    ) -> list[list[int]]:
+        """The elements cut into chunks for tasks; those that share one of several matrices stay together.
+
+        Args:
+            elements: increasing.
+            executor: where the tasks will run.
+            copies_of: the elements i, i + ``copies_of``, … stay together as well, one after the other.
+            per_worker: chunks for each of the executor's workers.
+        """
+        period = self.distinct if self.distinct > 1 else copies_of or self.size
         members: dict[int, list[int]] = {}
         for element in elements:
-            members.setdefault(element % self.distinct, []).append(element)
+            members.setdefault(element % period, []).append(element)
         lists = list(members.values())
         return [[element for i in chunk for element in lists[i]] for chunk in split(len(lists), executor, per_worker)]

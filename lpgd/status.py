@@ -8,7 +8,15 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 
-__all__ = ["LpgdWarning", "MissingPackageError", "SolverError", "Status", "describe_failures", "warn"]
+__all__ = [
+    "LpgdWarning",
+    "MissingPackageError",
+    "NotConvexError",
+    "SolverError",
+    "Status",
+    "describe_failures",
+    "warn",
+]
 
 
 class Status(enum.IntEnum):
@@ -22,6 +30,7 @@ class Status(enum.IntEnum):
     TIME_LIMIT = 5
     NUMERICAL_ERROR = 6
     INVALID_DATA = 7
+    NOT_CONVEX = 8
 
     @property
     def usable(self) -> bool:
@@ -62,6 +71,10 @@ _ADVICE = {
     Status.INVALID_DATA: (
         "the data hold NaN or infinity (only variable bounds may be infinite): look at what computes these parameters"
     ),
+    Status.NOT_CONVEX: (
+        "P has a negative eigenvalue, so the problem is not convex: build P as a product with its own transpose, or add "
+        "a multiple of the identity"
+    ),
 }
 
 
@@ -79,6 +92,10 @@ def warn(message: str) -> None:
 
 class MissingPackageError(ImportError):
     """A solver's package is not installed; the message has the pip command."""
+
+
+class NotConvexError(ValueError):
+    """The quadratic objective of one element is not convex; a solver reports it as :attr:`Status.NOT_CONVEX`."""
 
 
 class SolverError(RuntimeError):

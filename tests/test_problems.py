@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 
 from lpgd.cones import Cones, smat, svec, svec_indices
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
-from lpgd.reductions import ConeForm, Matrices, RowForm, RowPoint, Vectors
+from lpgd.reductions import (
+    ConeForm,
+    IntervalForm,
+    IntervalPoint,
+    IntervalVectors,
+    Matrices,
+    RowForm,
+    RowPoint,
+    Vectors,
+)
 from tests.problem_table import CASES, Case, planted
 
 
@@ -134,7 +143,7 @@ def element(case: Case, index: int) -> tuple[Matrices, Vectors, tuple[np.ndarray
     row = {name: datum.reshape(-1).numpy() for name, datum in problem.data._asdict().items()}
     P = problem.symmetric_P.reshape(-1).numpy()
     finite = np.isfinite(row["lower"]), np.isfinite(row["upper"])
-    vectors = Vectors(row["q"], row["b"], row["lower"], row["upper"])
+    vectors = Vectors(*(row[name][None] for name in Vectors._fields))
     return Matrices(case.problem.structure, P, row["A"], *finite), vectors, tuple(p[index].numpy() for p in case.point)
 
 
@@ -144,14 +153,37 @@ def test_row_form_has_the_same_solution(case: Case) -> None:
     form, structure = RowForm(matrices), case.problem.structure
     split, bounds = structure.cones.sections["nonnegative"].stop, [z[structure.upper_index], -z[structure.lower_index]]
     rows = np.concatenate([y[:split], *(np.maximum(part, 0.0) for part in bounds), y[split:]])
-    b = form.right_hand_side(vectors)
-    slack = b - form.A @ x
-    np.testing.assert_allclose(form.full_P() @ x + vectors.q + form.A.T @ rows, 0.0, atol=1e-12)
+    own = form.vectors(vectors)
+    slack = own.b[0] - form.A @ x
+    np.testing.assert_allclose(form.full_P() @ x + own.q[0] + form.A.T @ rows, 0.0, atol=1e-12)
     assert abs(rows @ slack) < 1e-12
     assert (slack[form.bound_rows] >= -1e-12).all()
-    back = form.invert(RowPoint(x, rows, slack))
+    back = form.invert(RowPoint(x[None], rows[None], slack[None]), own)
     for ours, theirs in zip(back, (x, y, z, case.problem.slack(case.point.x)[0].numpy()), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+        np.testing.assert_allclose(ours[0], theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.problem.structure.cones.is_polyhedral], ids=repr)
+def test_interval_form_has_the_same_solution(case: Case) -> None:
+    matrices, vectors, (x, y, z) = element(case, 0)
+    form, structure = IntervalForm(matrices), case.problem.structure
+    own = IntervalVectors(*(datum[0] for datum in form.vectors(vectors)))
+    np.testing.assert_allclose(form.full_P() @ x + own.q + form.A.T @ y + z, 0.0, atol=1e-12)
+    np.testing.assert_array_equal(form.dense_P(), form.full_P().toarray())
+    np.testing.assert_array_equal(form.dense_A(), form.A.toarray())
+    for multiplier, value, low, high in (
+        (y, form.A @ x, own.row_lower, own.row_upper),
+        (z, x, own.lower, own.upper),
+    ):
+        assert (value >= low - 1e-12).all()
+        assert (value <= high + 1e-12).all()
+        np.testing.assert_allclose(value[multiplier > 1e-9], high[multiplier > 1e-9], atol=1e-12)
+        np.testing.assert_allclose(value[multiplier < -1e-9], low[multiplier < -1e-9], atol=1e-12)
+    assert np.isfinite(own.lower).sum() == structure.lower_index.size
+    assert np.isfinite(own.upper).sum() == structure.upper_index.size
+    back = form.invert(IntervalPoint(x[None], y[None], z[None]), form.vectors(vectors))
+    for ours, theirs in zip(back, (x, y, z, case.problem.slack(case.point.x)[0].numpy()), strict=True):
+        np.testing.assert_allclose(ours[0], theirs, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.problem.structure.quadratic.nnz], ids=repr)
@@ -159,7 +191,7 @@ def test_cone_form_has_the_same_solution(case: Case) -> None:
     matrices, vectors, (x, y, z) = element(case, 1)
     rows = RowForm(matrices)
     form = ConeForm(rows)
-    q, b = form.vectors(vectors.q, rows.right_hand_side(vectors))
+    q, b = form.vectors(*(datum[0] for datum in rows.vectors(vectors)))
     t = 0.5 * x @ (rows.full_P() @ x)
     slack = b - form.A @ np.append(x, t)
     cone = slack[form.at : form.at + form.rows]

@@ -321,8 +321,8 @@ def test_a_solvers_word_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     made = type(Clarabel().prepare(RowForm(_matrices(case))))
     honest = made.solve
 
-    def lie(self: Any, q: Any, b: Any, state: Any) -> Any:
-        outcome = honest(self, q, b, state)
+    def lie(self: Any, vectors: Any, state: Any) -> Any:
+        outcome = honest(self, vectors, state)
         return outcome._replace(point=outcome.point._replace(x=outcome.point.x + 0.1))
 
     monkeypatch.setattr(made, "solve", lie)

@@ -93,7 +93,8 @@ class ImplicitKKT(GradientMethod):
         tasks = []
         for elements in view.groups(active, executor, per_worker=1):
             points = KKTPoints(**{name: values[elements] for name, values in rows.items()})
-            P, A = (view.rows(name, elements) for name in ("P", "A"))
+            matrices = (view.rows(name, elements) for name in ("P", "A"))
+            P, A = (np.broadcast_to(rows, (len(elements), rows.shape[1])) for rows in matrices)
             tasks.append(_Task(problem.structure, self.rho, elements, P, A, points))
         results = run_tasks(_respond, tasks, executor)
         change = ConicPoint(*(torch.zeros_like(part) for part in solution.point))

@@ -1,9 +1,10 @@
 """Solvers: one interface, one file a backend."""
 
-from lpgd.solvers.base import Capabilities, ElementwiseSolver, Outcome, Prepared, Solver
+from lpgd.solvers.base import Capabilities, Solver
 from lpgd.solvers.choose import SOLVERS, available, choose_solver
 from lpgd.solvers.clarabel import Clarabel
 from lpgd.solvers.ecos import ECOS
+from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.scs import SCS
 
 __all__ = [

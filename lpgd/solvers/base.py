@@ -1,38 +1,25 @@
-"""The Solver interface: solve a batch of conic programs, warm-started, one status for each element.
-
-A backend is one file: a frozen dataclass of options that declares what it can do (:class:`Capabilities`) and
-prepares one element's matrices (``prepare``), and a :class:`Prepared` that solves for any vectors.  Batches,
-threads, re-use of prepared workspaces, row order and reductions are done here, once.
-"""
+"""The Solver interface: solve a batch of conic programs, warm-started, one status for each element."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from lpgd.elements import ElementView
-from lpgd.execution import run_tasks, workspaces
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicStructure
-from lpgd.reductions import Matrices, RowForm, RowPoint, Vectors
 from lpgd.solution import Solution
-from lpgd.status import MissingPackageError, Status
+from lpgd.status import MissingPackageError
 
-__all__ = ["Capabilities", "ElementwiseSolver", "Outcome", "Prepared", "Solver"]
+__all__ = ["Capabilities", "Solver"]
 
-FloatArray = NDArray[np.float64]
+POLYHEDRAL = frozenset({"zero", "nonnegative"})
+"""The cones of linear and quadratic programs."""
 
 
 @dataclass(frozen=True)
@@ -43,35 +30,13 @@ class Capabilities:
         cones: names of the cones it takes (``Cones.kinds``).
         quadratic: takes a quadratic objective itself; otherwise it gets the cone form.
         warm_start: a previous state makes a solve cheaper.
+        releases_gil: lets other threads run while it solves; without, only processes make it faster.
     """
 
     cones: frozenset[str]
     quadratic: bool = False
     warm_start: bool = False
-
-
-class Outcome(NamedTuple):
-    """One element's result in row form; ``state`` is whatever the backend wants to be warm-started from."""
-
-    status: Status
-    point: RowPoint
-    iterations: int
-    state: Any = None
-
-
-class Prepared(ABC):
-    """A workspace for one element's matrices; never used by two threads at once."""
-
-    @abstractmethod
-    def solve(self, q: FloatArray, b: FloatArray, state: Any) -> Outcome:
-        """Solve for these vectors of the row form, from ``state`` (None: cold).
-
-        The result depends on the data and the state only, up to the solver's tolerance.
-        """
-
-    def update(self, form: RowForm) -> None:
-        """Take new values of P and A on the same pattern; only where the solver's ``updates_matrices`` is true."""
-        raise TypeError(f"{type(self).__name__} declares no update of its matrices.")
+    releases_gil: bool = True
 
 
 @dataclass(frozen=True)
@@ -189,181 +154,3 @@ def _check_type(solver: Solver, name: str, annotation: str) -> None:
         object.__setattr__(solver, name, int(value))
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{name} of {solver.name} is {value!r}; it must be {text}{' or None' if optional else ''}.")
-
-
-class ElementwiseSolver(Solver):
-    """A solver of one element at a time, prepared once for all elements that share its matrices."""
-
-    @property
-    def updates_matrices(self) -> bool:
-        """Whether a workspace takes new matrices without leaving a trace of the old ones in its results."""
-        return False
-
-    @abstractmethod
-    def prepare(self, form: RowForm) -> Prepared:
-        """Set up, scale and factorise whatever depends on the matrices only."""
-
-    def solve(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:
-        self.module()
-        reason = self.unsupported(problem.structure)
-        if reason is not None:
-            raise ValueError(f"{reason}; lpgd.available(structure) lists the solvers that can solve this problem.")
-        view = ElementView(problem)
-        digests = [_digest(view.row("P", pair), view.row("A", pair)) for pair in range(view.distinct)]
-        tasks = [_task(self, view, digests, elements, states) for elements in view.groups(view.valid, executor)]
-        results = run_tasks(_solve_elements, tasks, executor)
-        return _checked(_assemble(problem, tasks, results), self.tolerance)
-
-
-class _Task(NamedTuple):
-    """Elements to solve, as plain data that a process can be sent."""
-
-    solver: ElementwiseSolver
-    structure: ConicStructure
-    elements: list[int]
-    matrices: dict[int, tuple[FloatArray, FloatArray, bytes]]  # P, A and their digest, by pair
-    pairs: list[int]  # for each element, its pair
-    vectors: list[Vectors]
-    states: list[Any]
-    distinct: int  # distinct pairs in the whole batch
-
-
-class _Raw(NamedTuple):
-    """One element's result in the problem's own form."""
-
-    status: Status
-    x: FloatArray
-    y: FloatArray
-    z: FloatArray
-    slack: FloatArray
-    iterations: int
-    setup_seconds: float
-    solve_seconds: float
-    state: Any
-
-
-RESIDUAL_CHECK = 1e-4
-"""A relative residual above this, and above ten tolerances, turns a solver's "solved" into INACCURATE."""
-
-
-def _checked(solution: Solution, tolerance: float) -> Solution:
-    """A solver's word is not proof: the residuals of every solved element are computed from the problem."""
-    bad = (~(solution.residuals.worst <= max(RESIDUAL_CHECK, 10 * tolerance))).cpu().numpy()
-    statuses = tuple(
-        Status.INACCURATE if status is Status.SOLVED and bad[index] else status
-        for index, status in enumerate(solution.statuses)
-    )
-    return replace(solution, statuses=statuses) if statuses != solution.statuses else solution
-
-
-def _task(
-    solver: ElementwiseSolver, view: ElementView, digests: list[bytes], elements: list[int], states: Sequence[Any]
-) -> _Task:
-    pairs = [element % view.distinct for element in elements]
-    return _Task(
-        solver,
-        view.problem.structure,
-        elements,
-        {pair: (view.row("P", pair), view.row("A", pair), digests[pair]) for pair in set(pairs)},
-        pairs,
-        [Vectors(*(view.row(name, element) for name in Vectors._fields)) for element in elements],
-        [states[element % len(states)] if states else None for element in elements],
-        view.distinct,
-    )
-
-
-def _assemble(problem: ConicProblem, tasks: Sequence[_Task], results: Sequence[list[_Raw]]) -> Solution:
-    structure, size = problem.structure, problem.batch_size
-    x, z = (np.full((size, structure.n), np.nan) for _ in range(2))
-    y, slack = (np.full((size, structure.m), np.nan) for _ in range(2))
-    iterations, setup, seconds = np.zeros(size, dtype=np.int64), np.zeros(size), np.zeros(size)
-    statuses, states = [Status.INVALID_DATA] * size, [None] * size
-    for task, raws in zip(tasks, results, strict=True):
-        for element, raw in zip(task.elements, raws, strict=True):
-            statuses[element], states[element] = raw.status, raw.state
-            iterations[element], setup[element], seconds[element] = raw.iterations, raw.setup_seconds, raw.solve_seconds
-            if raw.status.has_iterate:
-                x[element], y[element], z[element], slack[element] = raw.x, raw.y, raw.z, raw.slack
-    points = {name: torch.from_numpy(part).to(problem.device) for name, part in zip("xyz", (x, y, z), strict=True)}
-    return Solution(
-        problem,
-        **points,
-        slack=torch.from_numpy(slack).to(problem.device),
-        statuses=tuple(statuses),
-        iterations=iterations,
-        setup_seconds=setup,
-        solve_seconds=seconds,
-        states=tuple(states),
-    )
-
-
-def _digest(*arrays: NDArray[Any]) -> bytes:
-    state = hashlib.blake2b(digest_size=16)
-    for array in arrays:
-        state.update(array.tobytes())
-        state.update(b"|")
-    return state.digest()
-
-
-class _Held(NamedTuple):
-    """A workspace in use, and what it goes back to the cache under."""
-
-    key: tuple[Any, ...]
-    family: tuple[Any, ...]
-    form: RowForm
-    prepared: Prepared
-
-
-def _solve_elements(task: _Task) -> list[_Raw]:
-    """Solve some elements, taking prepared workspaces from this process's cache and putting them back."""
-    results: dict[int, _Raw] = {}
-    held: _Held | None = None
-    try:
-        for place in sorted(range(len(task.elements)), key=lambda place: task.pairs[place]):
-            vectors = task.vectors[place]
-            P, A, digest = task.matrices[task.pairs[place]]
-            finite = np.isfinite(vectors.lower), np.isfinite(vectors.upper)
-            family = (task.solver, task.structure.digest, finite[0].tobytes(), finite[1].tobytes())
-            started = time.perf_counter()
-            if held is None or held.key != (*family, digest):
-                held = _hand_back(held)
-                key = (*family, digest)
-                held = _Held(key, family, *_workspace(task, key, family, Matrices(task.structure, P, A, *finite)))
-            prepared = time.perf_counter()
-            outcome = held.prepared.solve(vectors.q, held.form.right_hand_side(vectors), task.states[place])
-            solved = time.perf_counter()
-            results[place] = _Raw(
-                outcome.status,
-                *held.form.invert(outcome.point),
-                outcome.iterations,
-                prepared - started,
-                solved - prepared,
-                outcome.state,
-            )
-    finally:
-        _hand_back(held)
-    return [results[place] for place in range(len(task.elements))]
-
-
-def _workspace(
-    task: _Task, key: tuple[Any, ...], family: tuple[Any, ...], matrices: Matrices
-) -> tuple[RowForm, Prepared]:
-    found = workspaces.take(key)
-    if found is not None:
-        return found
-    form = RowForm(matrices)
-    if task.solver.updates_matrices:
-        # Room for this batch's own matrices and those of one augmentation; beyond that the oldest are stale.
-        stale = workspaces.take_oldest(family, keep=2 * task.distinct + 4)
-        if stale is not None:
-            prepared = stale[1]
-            prepared.update(form)
-            return form, prepared
-    return form, task.solver.prepare(form)
-
-
-def _hand_back(held: _Held | None) -> None:
-    if held is not None:
-        # Sparse factors take several times the memory of the matrix; an estimate is enough to bound the cache.
-        cost = 200 * (held.form.A.nnz + held.form.P.size) + 20_000
-        workspaces.put(held.key, held.family, (held.form, held.prepared), cost)

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from lpgd.cones import Cones, svec_indices, svec_size
 from lpgd.problems.conic import ConicProblem
-from lpgd.reductions import RowForm, RowPoint
-from lpgd.solvers.base import Capabilities, ElementwiseSolver, Outcome, Prepared
+from lpgd.reductions import RowForm, RowPoint, RowVectors
+from lpgd.solvers.base import Capabilities
+from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.status import Status
 
 __all__ = ["Clarabel"]
@@ -127,7 +128,8 @@ class _PreparedClarabel(Prepared):
     def update(self, form: RowForm) -> None:
         self.solver.update(P=form.upper_P().data, A=self._permute(form.A).data)
 
-    def solve(self, q: NDArray[np.float64], b: NDArray[np.float64], state: Any) -> Outcome:
+    def solve(self, vectors: RowVectors, state: Any) -> Outcome:
+        q, b = vectors
         self.solver.update(q=q, b=b[self.rows] if self.permuted else b)
         result = self.solver.solve()
         y, s = np.asarray(result.z), np.asarray(result.s)

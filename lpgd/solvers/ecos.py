@@ -10,8 +10,9 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from lpgd.problems.conic import ConicProblem
-from lpgd.reductions import ConeForm, RowForm, RowPoint
-from lpgd.solvers.base import Capabilities, ElementwiseSolver, Outcome, Prepared
+from lpgd.reductions import ConeForm, RowForm, RowPoint, RowVectors
+from lpgd.solvers.base import Capabilities
+from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.status import Status
 
 __all__ = ["ECOS"]
@@ -101,7 +102,8 @@ class _PreparedECOS(Prepared):
             for chosen, rows in ((first, cones.zero), (~first, self.conic.size))
         )
 
-    def solve(self, q: NDArray[np.float64], b: NDArray[np.float64], state: Any) -> Outcome:
+    def solve(self, vectors: RowVectors, state: Any) -> Outcome:
+        q, b = vectors
         cost, right = self.form.vectors(q, b)
         zero = self.form.cones.zero
         keywords: dict[str, Any] = {}

@@ -10,8 +10,9 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from lpgd.cones import Cones
-from lpgd.reductions import RowForm, RowPoint
-from lpgd.solvers.base import Capabilities, ElementwiseSolver, Outcome, Prepared
+from lpgd.reductions import RowForm, RowPoint, RowVectors
+from lpgd.solvers.base import Capabilities
+from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.status import Status
 
 __all__ = ["SCS"]
@@ -117,7 +118,8 @@ class _PreparedSCS(Prepared):
             **own,
         )
 
-    def solve(self, q: NDArray[np.float64], b: NDArray[np.float64], state: Any) -> Outcome:
+    def solve(self, vectors: RowVectors, state: Any) -> Outcome:
+        q, b = vectors
         if state is not None and state[1].size != b.size + self.b_padding.size:
             state = None  # a bound has come or gone since, and a row with it
         if state is None and self.scale != self.options.scale:

@@ -1,0 +1,266 @@
+"""Solvers of one element at a time: batches, threads, re-use of prepared workspaces and forms are done here, once.
+
+A backend is one file: a frozen dataclass of options that declares what it can do (``capabilities``), in which form it
+sees problems (``form``) and how it prepares one element's matrices (``prepare``), and a :class:`Prepared` that solves
+for any vectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lpgd.elements import ElementView
+from lpgd.execution import SerialExecutor, run_tasks, workspaces
+from lpgd.problems.conic import ConicProblem
+from lpgd.problems.structure import ConicStructure
+from lpgd.reductions import Form, Matrices, RowForm, Vectors
+from lpgd.solution import Solution
+from lpgd.solvers.base import Solver
+from lpgd.status import NotConvexError, Status
+
+__all__ = ["ElementwiseSolver", "Outcome", "Prepared"]
+
+FloatArray = NDArray[np.float64]
+
+
+class Outcome(NamedTuple):
+    """One element's result.
+
+    Attributes:
+        status: what came of it.
+        point: a named tuple of the solver's form, such as ``RowPoint``; it is kept, so nothing may write to it later.
+            None where there is none.
+        iterations: of the solver.
+        state: whatever the backend wants to be warm-started from.
+    """
+
+    status: Status
+    point: Any
+    iterations: int
+    state: Any = None
+
+
+class Prepared(ABC):
+    """A workspace for one element's matrices; never used by two threads at once."""
+
+    @abstractmethod
+    def solve(self, vectors: Any, state: Any) -> Outcome:
+        """Solve for these vectors of the solver's form, from ``state`` (None: cold).
+
+        The result depends on the data and the state only, up to the solver's tolerance.
+        """
+
+    def update(self, form: Any) -> None:
+        """Take new values of P and A on the same pattern; only where the solver's ``updates_matrices`` is true."""
+        raise TypeError(f"{type(self).__name__} declares no update of its matrices.")
+
+
+class ElementwiseSolver(Solver):
+    """A solver of one element at a time, prepared once for all elements that share its matrices."""
+
+    form: ClassVar[type[Form]] = RowForm
+    """How it sees problems."""
+
+    @property
+    def updates_matrices(self) -> bool:
+        """Whether a workspace takes new matrices without leaving a trace of the old ones in its results."""
+        return False
+
+    @abstractmethod
+    def prepare(self, form: Any) -> Prepared:
+        """Set up, scale and factorise whatever depends on the matrices only.
+
+        Raises:
+            NotConvexError: P has a negative eigenvalue, where the solver can tell.
+        """
+
+    def solve(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:
+        self.module()
+        reason = self.unsupported(problem.structure)
+        if reason is not None:
+            raise ValueError(f"{reason}; lpgd.available(structure) lists the solvers that can solve this problem.")
+        if executor is None and not self.capabilities.releases_gil:
+            executor = SerialExecutor()
+        view = ElementView(problem)
+        digests = [_digest(view.row("P", pair), view.row("A", pair)) for pair in range(view.distinct)]
+        # Elements that start from one state follow each other: a workspace that is in that state stays there.
+        chunks = view.groups(view.valid, executor, len(states) or None)
+        tasks = [_task(self, view, digests, elements, states) for elements in chunks]
+        results = run_tasks(_solve_elements, tasks, executor)
+        return _checked(_assemble(problem, tasks, results), self.tolerance)
+
+
+class _Task(NamedTuple):
+    """Elements to solve, as plain data that a process can be sent."""
+
+    solver: ElementwiseSolver
+    structure: ConicStructure
+    elements: list[int]
+    matrices: dict[int, tuple[FloatArray, FloatArray, bytes]]  # P, A and their digest, by pair
+    pairs: list[int]  # for each element, its pair
+    vectors: Vectors  # (k, ·) or (1, ·) each
+    states: list[Any]
+    distinct: int  # distinct pairs in the whole batch
+
+
+class _Results(NamedTuple):
+    """What came of a task, in the order of its elements; points in the problem's own form, NaN where there is none."""
+
+    statuses: list[Status]
+    x: FloatArray
+    y: FloatArray
+    z: FloatArray
+    slack: FloatArray
+    iterations: NDArray[np.int64]
+    setup_seconds: FloatArray
+    solve_seconds: FloatArray
+    states: list[Any]
+
+    @classmethod
+    def empty(cls, count: int, structure: ConicStructure) -> _Results:
+        x, z = (np.full((count, structure.n), np.nan) for _ in range(2))
+        y, slack = (np.full((count, structure.m), np.nan) for _ in range(2))
+        statuses: list[Any] = [Status.INVALID_DATA] * count
+        states: list[Any] = [None] * count
+        return cls(statuses, x, y, z, slack, np.zeros(count, dtype=np.int64), np.zeros(count), np.zeros(count), states)
+
+
+RESIDUAL_CHECK = 1e-4
+"""A relative residual above this, and above ten tolerances, turns a solver's "solved" into INACCURATE."""
+
+
+def _checked(solution: Solution, tolerance: float) -> Solution:
+    """A solver's word is not proof: the residuals of every solved element are computed from the problem."""
+    bad = (~(solution.residuals.worst <= max(RESIDUAL_CHECK, 10 * tolerance))).cpu().numpy()
+    statuses = tuple(
+        Status.INACCURATE if status is Status.SOLVED and bad[index] else status
+        for index, status in enumerate(solution.statuses)
+    )
+    return replace(solution, statuses=statuses) if statuses != solution.statuses else solution
+
+
+def _task(
+    solver: ElementwiseSolver, view: ElementView, digests: list[bytes], elements: list[int], states: Sequence[Any]
+) -> _Task:
+    pairs = [element % view.distinct for element in elements]
+    return _Task(
+        solver,
+        view.problem.structure,
+        elements,
+        {pair: (view.row("P", pair), view.row("A", pair), digests[pair]) for pair in set(pairs)},
+        pairs,
+        Vectors(*(view.rows(name, elements) for name in Vectors._fields)),
+        [states[element % len(states)] if states else None for element in elements],
+        view.distinct,
+    )
+
+
+def _assemble(problem: ConicProblem, tasks: Sequence[_Task], results: Sequence[_Results]) -> Solution:
+    whole = _Results.empty(problem.batch_size, problem.structure)
+    for task, part in zip(tasks, results, strict=True):
+        for name in ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds"):
+            getattr(whole, name)[task.elements] = getattr(part, name)
+        for element, status, state in zip(task.elements, part.statuses, part.states, strict=True):
+            whole.statuses[element], whole.states[element] = status, state
+    points = {name: torch.from_numpy(getattr(whole, name)).to(problem.device) for name in ("x", "y", "z", "slack")}
+    return Solution(
+        problem,
+        **points,
+        statuses=tuple(whole.statuses),
+        iterations=whole.iterations,
+        setup_seconds=whole.setup_seconds,
+        solve_seconds=whole.solve_seconds,
+        states=tuple(whole.states),
+    )
+
+
+def _digest(*arrays: NDArray[Any]) -> bytes:
+    state = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        state.update(array.tobytes())
+        state.update(b"|")
+    return state.digest()
+
+
+def _solve_elements(task: _Task) -> _Results:
+    """Solve some elements, those that can share a workspace one after the other."""
+    results = _Results.empty(len(task.elements), task.structure)
+    vectors = Vectors(*(np.broadcast_to(datum, (len(task.elements), datum.shape[1])) for datum in task.vectors))
+    keyed = task.solver.form.keyed_by_bounds
+    lower, upper = (np.isfinite(bound) if keyed else np.ones(bound.shape, bool) for bound in vectors[2:])
+    uniform = bool((lower == lower[:1]).all() and (upper == upper[:1]).all())
+    runs: dict[tuple[int, bytes], list[int]] = {}
+    for place, pair in enumerate(task.pairs):
+        bounds = b"" if uniform else lower[place].tobytes() + upper[place].tobytes()
+        runs.setdefault((pair, bounds), []).append(place)
+    for (pair, _), places in runs.items():
+        P, A, digest = task.matrices[pair]
+        matrices = Matrices(task.structure, P, A, lower[places[0]], upper[places[0]])
+        whole = len(places) == len(task.elements)
+        part = vectors if whole else Vectors(*(datum[places] for datum in vectors))
+        _solve_run(task, matrices, digest, places, part, results)
+    return results
+
+
+def _solve_run(
+    task: _Task, matrices: Matrices, digest: bytes, places: list[int], part: Vectors, results: _Results
+) -> None:
+    """Solve elements that share a workspace: taken from this process's cache, and put back."""
+    finite = matrices.finite_lower.tobytes(), matrices.finite_upper.tobytes()
+    family = (task.solver, task.structure.digest, *finite)
+    key = (*family, digest)
+    clock = time.perf_counter
+    started = clock()
+    try:
+        form, prepared = _workspace(task, key, family, matrices)
+    except NotConvexError:
+        for place in places:
+            results.statuses[place] = Status.NOT_CONVEX
+        return
+    vectors = form.vectors(part)
+    one, points, kept = type(vectors), [], []
+    ended = clock()
+    results.setup_seconds[places[0]] = ended - started
+    for index, (place, row) in enumerate(zip(places, zip(*vectors, strict=True), strict=True)):
+        started = ended
+        outcome = prepared.solve(one(*row), task.states[place])
+        ended = clock()
+        results.statuses[place], results.states[place] = outcome.status, outcome.state
+        results.iterations[place], results.solve_seconds[place] = outcome.iterations, ended - started
+        if outcome.status.has_iterate:
+            kept.append(index)
+            points.append(outcome.point)
+    # Sparse factors take several times the memory of the matrix; an estimate is enough to bound the cache.
+    workspaces.put(key, family, (form, prepared), 200 * form.size + 20_000)
+    if kept:
+        point = type(points[0])(*(np.array(parts) for parts in zip(*points, strict=True)))
+        if len(kept) < len(places):
+            vectors = one(*(datum[kept] for datum in vectors))
+        rows = [places[index] for index in kept]
+        for name, value in form.invert(point, vectors)._asdict().items():
+            getattr(results, name)[rows] = value
+
+
+def _workspace(task: _Task, key: tuple[Any, ...], family: tuple[Any, ...], matrices: Matrices) -> tuple[Form, Prepared]:
+    found = workspaces.take(key)
+    if found is not None:
+        return found
+    form = task.solver.form(matrices)
+    if task.solver.updates_matrices:
+        # Room for this batch's own matrices and those of one augmentation; beyond that the oldest are stale.
+        stale = workspaces.take_oldest(family, keep=2 * task.distinct + 4)
+        if stale is not None:
+            prepared = stale[1]
+            prepared.update(form)
+            return form, prepared
+    return form, task.solver.prepare(form)
