@@ -5,7 +5,7 @@ from importlib.metadata import version
 from lpgd.cones import Cones
 from lpgd.execution import SerialExecutor
 from lpgd.gradients import LPGD, BlackboxBackprop, Domke, ImplicitKKT
-from lpgd.layers.cvxpy import CvxpyLayer
+from lpgd.layers import CvxpyLayer, LPLayer, QPLayer, solve_lp, solve_qp
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solution import Solution
 from lpgd.solvers import ECOS, SCS, Clarabel, available
@@ -27,12 +27,16 @@ __all__ = [
     "CvxpyLayer",
     "Domke",
     "ImplicitKKT",
+    "LPLayer",
     "LpgdWarning",
     "MissingPackageError",
+    "QPLayer",
     "SerialExecutor",
     "Solution",
     "SolverError",
     "SparsityPattern",
     "Status",
     "available",
+    "solve_lp",
+    "solve_qp",
 ]

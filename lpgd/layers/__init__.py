@@ -1,5 +1,7 @@
 """Layers: the user's parameters become problem data, and solutions become the user's variables."""
 
-from lpgd.layers.cvxpy import CvxpyLayer, LayerOutput
+from lpgd.layers.base import LayerOutput
+from lpgd.layers.cvxpy import CvxpyLayer
+from lpgd.layers.qp import LPLayer, ProgramOutput, QPLayer, solve_lp, solve_qp
 
-__all__ = ["CvxpyLayer", "LayerOutput"]
+__all__ = ["CvxpyLayer", "LPLayer", "LayerOutput", "ProgramOutput", "QPLayer", "solve_lp", "solve_qp"]
