@@ -130,8 +130,10 @@ def check_inputs(expected: Sequence[Expected], tensors: Sequence[Tensor], what: 
     if len(devices) > 1:
         places = ", ".join(f"{item.name} on {tensor.device}" for item, tensor in zip(expected, tensors, strict=True))
         raise ValueError(f"the tensors are on several devices ({places}); move them to one.")
+    distinct = set(batch_shapes) - {()}
     try:
-        batch_shape = tuple(torch.broadcast_shapes(*batch_shapes)) if any(batch_shapes) else ()
+        # One shape, which shared data leave as it is, is the usual case; torch.broadcast_shapes is slow.
+        batch_shape = tuple(torch.broadcast_shapes(*distinct)) if len(distinct) > 1 else next(iter(distinct), ())
     except RuntimeError as error:
         shapes = ", ".join(f"{e.name} {shape}" for e, shape in zip(expected, batch_shapes, strict=True))
         raise ValueError(f"the batch dimensions do not broadcast: {shapes}.") from error

@@ -26,7 +26,7 @@ __all__ = ["Matrix", "Plan", "join", "plan", "read_matrix"]
 
 IndexArray = NDArray[np.int64]
 
-KEPT = 64
+KEPT = 32
 """Structures, and patterns of sparse tensors, that are kept: the most recent ones."""
 
 
