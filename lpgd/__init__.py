@@ -5,7 +5,7 @@ from importlib.metadata import version
 from lpgd.cones import Cones
 from lpgd.execution import SerialExecutor
 from lpgd.gradients import LPGD, BlackboxBackprop, Domke, ImplicitKKT
-from lpgd.layers.cvxpy import CvxpyLayer
+from lpgd.layers import ConicLayer, CvxpyLayer, LPLayer, QPLayer, solve_conic, solve_lp, solve_qp
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solution import Solution
 from lpgd.solvers import ECOS, SCS, Clarabel, available
@@ -21,18 +21,24 @@ __all__ = [
     "Clarabel",
     "Cones",
     "ConicData",
+    "ConicLayer",
     "ConicPoint",
     "ConicProblem",
     "ConicStructure",
     "CvxpyLayer",
     "Domke",
     "ImplicitKKT",
+    "LPLayer",
     "LpgdWarning",
     "MissingPackageError",
+    "QPLayer",
     "SerialExecutor",
     "Solution",
     "SolverError",
     "SparsityPattern",
     "Status",
     "available",
+    "solve_conic",
+    "solve_lp",
+    "solve_qp",
 ]
