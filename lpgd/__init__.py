@@ -8,7 +8,7 @@ from lpgd.gradients import LPGD, BlackboxBackprop, Domke, ImplicitKKT
 from lpgd.layers.cvxpy import CvxpyLayer
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solution import Solution
-from lpgd.solvers import ECOS, SCS, Clarabel, available
+from lpgd.solvers import ECOS, SCS, Clarabel, InteriorPoint, available
 from lpgd.status import LpgdWarning, MissingPackageError, SolverError, Status
 
 __version__ = version("lpgd")
@@ -27,6 +27,7 @@ __all__ = [
     "CvxpyLayer",
     "Domke",
     "ImplicitKKT",
+    "InteriorPoint",
     "LpgdWarning",
     "MissingPackageError",
     "SerialExecutor",

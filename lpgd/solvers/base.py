@@ -30,7 +30,7 @@ from lpgd.reductions import Matrices, RowForm, RowPoint, Vectors
 from lpgd.solution import Solution
 from lpgd.status import MissingPackageError, Status
 
-__all__ = ["Capabilities", "ElementwiseSolver", "Outcome", "Prepared", "Solver"]
+__all__ = ["Capabilities", "ElementwiseSolver", "Outcome", "Prepared", "Solver", "checked"]
 
 FloatArray = NDArray[np.float64]
 
@@ -212,7 +212,7 @@ class ElementwiseSolver(Solver):
         digests = [_digest(view.row("P", pair), view.row("A", pair)) for pair in range(view.distinct)]
         tasks = [_task(self, view, digests, elements, states) for elements in view.groups(view.valid, executor)]
         results = run_tasks(_solve_elements, tasks, executor)
-        return _checked(_assemble(problem, tasks, results), self.tolerance)
+        return checked(_assemble(problem, tasks, results), self.tolerance)
 
 
 class _Task(NamedTuple):
@@ -246,7 +246,7 @@ RESIDUAL_CHECK = 1e-4
 """A relative residual above this, and above ten tolerances, turns a solver's "solved" into INACCURATE."""
 
 
-def _checked(solution: Solution, tolerance: float) -> Solution:
+def checked(solution: Solution, tolerance: float) -> Solution:
     """A solver's word is not proof: the residuals of every solved element are computed from the problem."""
     bad = (~(solution.residuals.worst <= max(RESIDUAL_CHECK, 10 * tolerance))).cpu().numpy()
     statuses = tuple(
