@@ -29,9 +29,10 @@ __all__ = ["Answers", "Limits", "solve_embedding"]
 
 STEP = 0.99
 """The share of the way to the boundary that a step takes."""
-SHORT = 1e-4
-"""Steps shorter than this, PATIENCE times in a row, are the end."""
-PATIENCE = 3
+PATIENCE = 8
+"""Iterations without progress after which an element is given up."""
+PROGRESS = 0.9
+"""The factor by which residuals must fall to count as progress."""
 COMPACTED = 0.15
 """The share of finished elements at which they leave the batch."""
 
@@ -92,8 +93,8 @@ class _State:
     r_tau: Tensor
     mu: Tensor
     quality: Tensor  # (B,) the largest relative residual
-    infeasible: Tensor  # (B,)
-    unbounded: Tensor  # (B,)
+    infeasible: Tensor  # (B,) the relative residual of a proof that no point satisfies the constraints
+    unbounded: Tensor  # (B,) the same for the objective having no limit
 
 
 def solve_embedding(program: BoxProgram, limits: Limits, verbose: bool = False) -> Answers:
@@ -112,21 +113,26 @@ def solve_embedding(program: BoxProgram, limits: Limits, verbose: bool = False) 
     point = _start(program, system.factor(_ones(program), regularization))
     best, best_quality = point, program.q.new_full((size,), torch.inf)
     left = torch.ones(size, dtype=torch.bool, device=program.q.device)
-    short = torch.zeros(size, dtype=torch.int64, device=program.q.device)
+    idle = torch.zeros(size, dtype=torch.int64, device=program.q.device)
+    progress = torch.full_like(best_quality, torch.inf)
     regularization = regularization.repeat(size, 1)
 
     for iteration in range(limits.iterations + 1):
-        state = _assess(program, point, norms, limits)
+        state = _assess(program, point, norms)
         better = (state.quality < best_quality)[:, None]
         best_quality = torch.minimum(state.quality.nan_to_num(nan=torch.inf), best_quality)
         best = _Iterate(*(torch.where(better, getattr(point, f.name), getattr(best, f.name)) for f in fields(point)))
         if verbose:
             _report(iteration, elements, left, state, point)
+        reached = torch.minimum(state.quality, torch.minimum(state.infeasible, state.unbounded))
+        advanced = reached < PROGRESS * progress
+        idle = torch.where(advanced, 0, idle + 1)
+        progress = torch.where(advanced, reached, progress)
         solved = best_quality <= limits.tolerance
-        stalled = short >= PATIENCE
+        stalled = idle >= PATIENCE
         status = torch.where(solved, int(Status.SOLVED), -1)
-        status = torch.where(state.infeasible & ~solved, int(Status.INFEASIBLE), status)
-        status = torch.where(state.unbounded & ~solved, int(Status.UNBOUNDED), status)
+        status = torch.where((state.infeasible <= limits.certificate) & ~solved, int(Status.INFEASIBLE), status)
+        status = torch.where((state.unbounded <= limits.certificate) & ~solved, int(Status.UNBOUNDED), status)
         given_up = torch.where(best_quality <= limits.acceptable, int(Status.INACCURATE), int(Status.NUMERICAL_ERROR))
         status = torch.where((status < 0) & stalled, given_up, status)
         if iteration == limits.iterations:
@@ -147,11 +153,10 @@ def solve_embedding(program: BoxProgram, limits: Limits, verbose: bool = False) 
                 program = program.select(kept)
                 system = system.select(program)
                 point, best = point.select(kept), best.select(kept)
-                state = _assess(program, point, norms := tuple(norm[kept] for norm in norms), limits)
-                elements, left, short = elements[kept], left[kept], short[kept]
+                state = _assess(program, point, norms := tuple(norm[kept] for norm in norms))
+                elements, left, idle, progress = elements[kept], left[kept], idle[kept], progress[kept]
                 best_quality, regularization = best_quality[kept], regularization[kept]
-        point, alpha, failed = _step(program, system, point, state, regularization)
-        short = torch.where(alpha < SHORT, short + 1, 0)
+        point, failed = _step(program, system, point, state, regularization)
         regularization = torch.where(failed[:, None], 100 * regularization, regularization)
     return answers
 
@@ -196,7 +201,7 @@ def _inside(values: Tensor) -> Tensor:
     return values + torch.where(least < target, target - least, 0.0)
 
 
-def _assess(program: BoxProgram, point: _Iterate, norms: tuple[Tensor, ...], limits: Limits) -> _State:
+def _assess(program: BoxProgram, point: _Iterate, norms: tuple[Tensor, ...]) -> _State:
     x, z, s, tau, kappa = point.x, point.z, point.s, point.tau, point.kappa
     e = program.equalities
     Px, Mz, Mx = program.quadratic(x), program.transposed(z), program.rows(x)
@@ -217,16 +222,16 @@ def _assess(program: BoxProgram, point: _Iterate, norms: tuple[Tensor, ...], lim
     primal, dual = _norm(r_z) / (tau + torch.maximum(norms[1] * tau, _norm(Mx))), _norm(r_x) / (tau + dual_terms)
     gap_terms = torch.minimum((qx + 0.5 * energy).abs(), (bz + 0.5 * energy).abs())
     quality = torch.maximum(torch.maximum(primal, dual), gap.abs() / (tau + gap_terms))
-    infeasible = (bz < 0) & (_norm(Mz) <= -limits.certificate * bz)
-    unbounded = (qx < 0) & (unbounded_residual <= -limits.certificate * qx)
+    infeasible = torch.where(bz < 0, _norm(Mz) / -bz, torch.inf)
+    unbounded = torch.where(qx < 0, unbounded_residual / -qx, torch.inf)
     mu = ((s * z[:, e:]).sum(1, keepdim=True) + tau * kappa) / (s.shape[1] + 1)
     return _State(Px, r_x, r_z, gap + kappa, mu, quality[:, 0], infeasible[:, 0], unbounded[:, 0])
 
 
 def _step(
     program: BoxProgram, system: object, point: _Iterate, state: _State, regularization: Tensor
-) -> tuple[_Iterate, Tensor, Tensor]:
-    """One predictor-corrector step; also its length and the elements whose factorisation broke down."""
+) -> tuple[_Iterate, Tensor]:
+    """One predictor-corrector step, and the elements whose factorisation broke down."""
     x, z, s, tau, kappa = point.x, point.z, point.s, point.tau, point.kappa
     e = program.equalities
     z_cone = z[:, e:]
@@ -243,15 +248,15 @@ def _step(
         d_kappa = -(product_tau + kappa * d_tau) / tau
         return torch.addcmul(first_x, x2, d_tau), torch.addcmul(first_z, z2, d_tau), d_tau, d_kappa
 
-    r = torch.stack([-state.r_x, -program.q], 1)
-    affine_z = -state.r_z
-    affine_z[:, e:] += s
-    solution_x, solution_z = _refined(program, factor, h, r, torch.stack([affine_z, program.b], 1))
-    x2, z2 = solution_x[:, 1], solution_z[:, 1]
+    # The answer (x2, z2) to the right-hand side (-q, b) of τ is (x, z)/τ plus a correction, which alone is solved for.
+    r, t = torch.stack([-state.r_x, torch.zeros_like(x)], 1), torch.stack([-state.r_z, torch.zeros_like(z)], 1)
+    t[..., e:] += s[:, None]
+    solution_x, solution_z = _refined(program, factor, h, r, t)
+    shift = solution_x.sum(1) / tau
+    x2, z2 = x / tau + shift, (z + solution_z.sum(1)) / tau
     z2_cone = z2[:, e:]
     curvature = _dot(z2_cone, h * z2_cone)
     if state.Px is not None:
-        shift = x2 - x / tau
         shifted = program.quadratic(shift)
         assert shifted is not None
         curvature = curvature + _dot(shift, shifted)
@@ -280,7 +285,7 @@ def _step(
             for old, change in ((x, dx), (z, dz), (s, ds), (tau, d_tau), (kappa, d_kappa))
         )
     )
-    return moved, alpha[:, 0], factor.failed
+    return moved, factor.failed
 
 
 def _refined(program: BoxProgram, factor: Factor, h: Tensor, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
