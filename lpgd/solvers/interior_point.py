@@ -15,7 +15,7 @@ from lpgd.problems.conic import ConicProblem
 from lpgd.solution import Solution
 from lpgd.solvers.base import Capabilities, Solver, checked
 from lpgd.solvers.box_program import Scaling
-from lpgd.solvers.embedding import Limits, solve_embedding
+from lpgd.solvers.predictor_corrector import Limits, solve_programs
 from lpgd.status import Status
 
 __all__ = ["InteriorPoint"]
@@ -72,7 +72,7 @@ class InteriorPoint(Solver):
             certificate=max(1e-8, 0.1 * finest),
             acceptable=max(1e-5, tolerance),
             iterations=self.max_iterations,
-            seconds=self.time_limit,
+            deadline=None if self.time_limit is None else time.perf_counter() + self.time_limit,
             regularization=regularization,
         )
 
@@ -96,7 +96,7 @@ class InteriorPoint(Solver):
         if rows.shape[0]:
             part = problem if whole else problem.select(rows.tolist())
             scaling = Scaling.of(part, _PRECISIONS[self.precision][0], self._limits.tolerance)
-            answers = solve_embedding(scaling.program, self._limits, self.verbose)
+            answers = solve_programs(scaling.program, self._limits, self.verbose)
             solved, part_slack = scaling.invert(answers.x, answers.z, answers.s)
             status = torch.where(scaling.crossed, int(Status.INFEASIBLE), answers.status)
             nothing = ((status == Status.INFEASIBLE) | (status == Status.UNBOUNDED))[:, None]
