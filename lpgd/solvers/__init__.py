@@ -5,6 +5,7 @@ from lpgd.solvers.choose import SOLVERS, available, choose_solver
 from lpgd.solvers.clarabel import Clarabel
 from lpgd.solvers.ecos import ECOS
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
+from lpgd.solvers.interior_point import InteriorPoint
 from lpgd.solvers.scs import SCS
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Capabilities",
     "Clarabel",
     "ElementwiseSolver",
+    "InteriorPoint",
     "Outcome",
     "Prepared",
     "Solver",

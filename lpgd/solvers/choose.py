@@ -9,12 +9,13 @@ from lpgd.problems.structure import ConicStructure
 from lpgd.solvers.base import Solver
 from lpgd.solvers.clarabel import Clarabel
 from lpgd.solvers.ecos import ECOS
+from lpgd.solvers.interior_point import InteriorPoint
 from lpgd.solvers.scs import SCS
 from lpgd.status import MissingPackageError
 
 __all__ = ["SOLVERS", "available", "choose_solver"]
 
-SOLVERS: tuple[type[Solver], ...] = (Clarabel, SCS, ECOS)
+SOLVERS: tuple[type[Solver], ...] = (Clarabel, SCS, ECOS, InteriorPoint)
 """Every backend, in the order of preference where none is named.
 
 Clarabel comes first: it takes nearly every cone and a quadratic objective, needs no tuning, and its accuracy

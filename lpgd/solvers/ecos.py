@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 
 from lpgd.problems.conic import ConicProblem
 from lpgd.reductions import ConeForm, RowForm, RowPoint, RowVectors

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 
 from lpgd.cones import Cones
 from lpgd.reductions import RowForm, RowPoint, RowVectors
