@@ -8,12 +8,13 @@ from lpgd.gradients import LPGD, BlackboxBackprop, Domke, ImplicitKKT
 from lpgd.layers import ConicLayer, CvxpyLayer, LPLayer, QPLayer, solve_conic, solve_lp, solve_qp
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solution import Solution
-from lpgd.solvers import ECOS, SCS, Clarabel, InteriorPoint, available
+from lpgd.solvers import DAQP, ECOS, SCS, Clarabel, HiGHS, InteriorPoint, available
 from lpgd.status import LpgdWarning, MissingPackageError, SolverError, Status
 
 __version__ = version("lpgd")
 
 __all__ = [
+    "DAQP",
     "ECOS",
     "LPGD",
     "SCS",
@@ -27,6 +28,7 @@ __all__ = [
     "ConicStructure",
     "CvxpyLayer",
     "Domke",
+    "HiGHS",
     "ImplicitKKT",
     "InteriorPoint",
     "LPLayer",

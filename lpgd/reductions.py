@@ -1,9 +1,9 @@
 """Problem-to-problem reductions, each with its inverse: what lets a solver without a feature take every problem.
 
-A :class:`Form` is how a solver sees problems.  :class:`RowForm` writes variable bounds as rows of the nonnegative cone;
-:class:`IntervalForm` gives every row and every variable two ends.  :class:`ConeForm` writes the quadratic objective of a
-row form as a second-order cone.  Forms are made of one element's matrices, and translate the vectors and the points of
-any number of elements at once, in NumPy.
+A :class:`Form` is how a solver sees problems.  :class:`RowForm` writes variable bounds as rows of the nonnegative
+cone; :class:`IntervalForm` gives every row and every variable two ends.  :class:`ConeForm` writes the quadratic
+objective of a row form as a second-order cone.  Forms are made of one element's matrices, and translate the vectors
+and the points of any number of elements at once, in NumPy.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Form(ABC):
 
     @abstractmethod
     def invert(self, point: Any, vectors: Any) -> Point:
-        """The points of k elements, a named tuple of (k, ·) arrays, in the problem's own form; their vectors in this."""
+        """The points of k elements, a named tuple of (k, ·) arrays, in the problem's own form; ``vectors`` in this."""
 
     def full_P(self) -> sp.csc_array:
         """P, compressed by column."""

@@ -72,8 +72,8 @@ _ADVICE = {
         "the data hold NaN or infinity (only variable bounds may be infinite): look at what computes these parameters"
     ),
     Status.NOT_CONVEX: (
-        "P has a negative eigenvalue, so the problem is not convex: build P as a product with its own transpose, or add "
-        "a multiple of the identity"
+        "P has a negative eigenvalue, so the problem is not convex: build P as a product with its own transpose, or "
+        "add a multiple of the identity"
     ),
 }
 

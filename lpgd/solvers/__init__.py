@@ -3,18 +3,22 @@
 from lpgd.solvers.base import Capabilities, Solver
 from lpgd.solvers.choose import SOLVERS, available, choose_solver
 from lpgd.solvers.clarabel import Clarabel
+from lpgd.solvers.daqp import DAQP
 from lpgd.solvers.ecos import ECOS
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
+from lpgd.solvers.highs import HiGHS
 from lpgd.solvers.interior_point import InteriorPoint
 from lpgd.solvers.scs import SCS
 
 __all__ = [
+    "DAQP",
     "ECOS",
     "SCS",
     "SOLVERS",
     "Capabilities",
     "Clarabel",
     "ElementwiseSolver",
+    "HiGHS",
     "InteriorPoint",
     "Outcome",
     "Prepared",

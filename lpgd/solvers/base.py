@@ -30,6 +30,7 @@ class Capabilities:
         cones: names of the cones it takes (``Cones.kinds``).
         quadratic: takes a quadratic objective itself; otherwise it gets the cone form.
         warm_start: a previous state makes a solve cheaper.
+        time_limit: can stop at one; otherwise one is refused.
         releases_gil: lets other threads run while it solves; without, only processes make it faster.
     """
 
@@ -37,6 +38,7 @@ class Capabilities:
     quadratic: bool = False
     warm_start: bool = False
     releases_gil: bool = True
+    time_limit: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Solver(ABC):
             raise ValueError(f"max_iterations is {self.max_iterations}; it must be at least 1.")
         if self.time_limit is not None and not self.time_limit > 0:
             raise ValueError(f"time_limit is {self.time_limit}; it must be positive, or None for no limit.")
+        if self.time_limit is not None and not self.capabilities.time_limit:
+            raise ValueError(f"{self.name} cannot stop at a time limit; lower max_iterations, or use another solver.")
 
     @abstractmethod
     def solve(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:

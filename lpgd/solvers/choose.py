@@ -8,14 +8,16 @@ from typing import Any
 from lpgd.problems.structure import ConicStructure
 from lpgd.solvers.base import Solver
 from lpgd.solvers.clarabel import Clarabel
+from lpgd.solvers.daqp import DAQP
 from lpgd.solvers.ecos import ECOS
+from lpgd.solvers.highs import HiGHS
 from lpgd.solvers.interior_point import InteriorPoint
 from lpgd.solvers.scs import SCS
 from lpgd.status import MissingPackageError
 
 __all__ = ["SOLVERS", "available", "choose_solver"]
 
-SOLVERS: tuple[type[Solver], ...] = (Clarabel, SCS, ECOS, InteriorPoint)
+SOLVERS: tuple[type[Solver], ...] = (Clarabel, SCS, ECOS, InteriorPoint, DAQP, HiGHS)
 """Every backend, in the order of preference where none is named.
 
 Clarabel comes first: it takes nearly every cone and a quadratic objective, needs no tuning, and its accuracy

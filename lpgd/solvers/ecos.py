@@ -48,7 +48,7 @@ class ECOS(ElementwiseSolver):
     pip_name: ClassVar[str] = "ecos"
     finest_tolerance: ClassVar[float] = 1e-9  # below, some solves of quadratic objectives break down (ecos 2.0.14)
     capabilities: ClassVar[Capabilities] = Capabilities(
-        cones=frozenset({"zero", "nonnegative", "second_order", "exponential"})
+        cones=frozenset({"zero", "nonnegative", "second_order", "exponential"}), time_limit=False
     )
     aliases: ClassVar[dict[str, str]] = {
         "eps": "tolerance",
@@ -57,11 +57,6 @@ class ECOS(ElementwiseSolver):
         "feastol": "tolerance",
         "max_iters": "max_iterations",
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.time_limit is not None:
-            raise ValueError("ECOS cannot stop at a time limit; lower max_iterations, or use CLARABEL or SCS.")
 
     @property
     def updates_matrices(self) -> bool:
