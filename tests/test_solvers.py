@@ -390,7 +390,8 @@ def test_solvers_are_chosen_by_what_they_can_do() -> None:
     with pytest.raises(ValueError, match=r"ECOS has no semidefinite cone; installed solvers .*: CLARABEL, SCS"):
         choose_solver(structures["sdp"], "ECOS")
     with pytest.raises(
-        ValueError, match="'GUROBI' is not a solver of this library; the solvers are CLARABEL, SCS, ECOS, INTERIOR, DAQP"
+        ValueError,
+        match="'GUROBI' is not a solver of this library; the solvers are CLARABEL, SCS, ECOS, INTERIOR, DAQP",
     ):
         choose_solver(structures["qp"], "GUROBI")
     with pytest.raises(

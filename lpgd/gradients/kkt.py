@@ -17,6 +17,7 @@ arithmetic is paid for once for all of them.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -87,7 +88,10 @@ def respond(structure: ConicStructure, rho: float, P: FloatArray, A: FloatArray,
     for start in range(0, len(P), count):
         chosen = slice(start, start + count)
         part = KKTPoints(*(rows[chosen] for rows in points))
-        parts.append(_respond(structure, rho, P[chosen], A[chosen], part, dense))
+        if dense and structure.cones.is_polyhedral:
+            parts.append(_respond_directly(structure, rho, P[chosen], A[chosen], part))
+        else:
+            parts.append(_respond(structure, rho, P[chosen], A[chosen], part, dense))
     return KKTResponse(*(np.concatenate(rows) for rows in zip(*parts, strict=True)))
 
 
@@ -129,6 +133,49 @@ def _respond(
             change = change + rho * dx
         dz = np.where(at_bound.ravel(), -change, 0.0)
     return KKTResponse(dx.reshape(count, n), dy.reshape(count, structure.m), dz.reshape(count, n), exact)
+
+
+def _respond_directly(
+    structure: ConicStructure, rho: float, P: FloatArray, A: FloatArray, points: KKTPoints
+) -> KKTResponse:
+    """The same where D is diagonal, a row is active or not: no sparse matrix in between."""
+    count, n = points.x.shape
+    nonnegative = structure.cones.sections["nonnegative"]
+    active = np.ones(points.y.shape, dtype=bool)
+    active[:, nonnegative] = points.y[:, nonnegative] >= points.slack[:, nonnegative]
+    at_bound = (points.z > points.upper - points.x) | (-points.z > points.x - points.lower)
+    quadratic, constraint = structure.quadratic.dense_matrices(P), structure.constraint.dense_matrices(A)
+    if rho:
+        quadratic[:, range(n), range(n)] += rho
+    dx = np.where(at_bound, -points.g_z, 0.0)
+    g_x, g_y = points.g_x, points.g_y
+    if dx.any():
+        g_x, g_y = g_x + _product(quadratic, dx), g_y + _product(constraint, dx)
+    involved = (g_x != 0) | (quadratic != 0).any(1) | ((constraint != 0) & active[:, :, None]).any(1)
+    solved = np.concatenate([~at_bound & involved, active], axis=1)
+    kept = np.flatnonzero(solved.any(0))  # by any of these elements
+    split = int(np.searchsorted(kept, n))
+    columns, rows = kept[:split], kept[split:] - n
+    solved = solved[:, kept]
+    matrices = np.zeros((count, kept.size, kept.size))
+    matrices[:, :split, :split] = quadratic[:, columns[:, None], columns]
+    matrices[:, split:, :split] = constraint[:, rows[:, None], columns]
+    matrices[:, :split, split:] = matrices[:, split:, :split].swapaxes(1, 2)
+    matrices *= solved[:, :, None]
+    matrices *= solved[:, None, :]
+    right = np.where(solved, -np.concatenate([g_x, g_y], axis=1)[:, kept], 0.0)
+    answer, exact = _solve_matrices(matrices, right, ~solved)
+
+    free = solved[:, :split]
+    dx[:, columns] = np.where(free, answer[:, :split], dx[:, columns])
+    dy = np.zeros_like(points.y)
+    dy[:, rows] = answer[:, split:]
+    change = points.g_x + _product(quadratic, dx) + _product(constraint.swapaxes(1, 2), dy)
+    return KKTResponse(dx, dy, np.where(at_bound, -change, 0.0), exact)
+
+
+def _product(matrices: FloatArray, vectors: FloatArray) -> FloatArray:
+    return (matrices @ vectors[:, :, None])[:, :, 0]
 
 
 def _has_entries(matrix: Any) -> NDArray[np.bool_]:
@@ -192,35 +239,51 @@ def _is_exact(condition: FloatArray, error: FloatArray, size: FloatArray) -> NDA
 def _solve_dense(system: _System) -> tuple[FloatArray, NDArray[np.bool_]]:
     sizes = np.bincount(system.owner, minlength=system.count)
     side = int(sizes.max(initial=0))
-    if side == 0:
-        return system.right, np.ones(system.count, dtype=bool)
     order = np.argsort(system.owner, kind="stable")
     local = np.empty(order.size, dtype=np.int64)
     local[order] = np.arange(order.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     matrices = np.zeros((system.count, side, side))
     matrices[system.owner[system.row], local[system.row], local[system.column]] = system.value
-    padding = np.arange(side) >= sizes[:, None]
-    element, place = np.nonzero(padding)
-    matrices[element, place, place] = 1.0
     right = np.zeros((system.count, side))
     right[system.owner, local] = system.right
+    answer, exact = _solve_matrices(matrices, right, np.arange(side) >= sizes[:, None])
+    return answer[system.owner, local], exact
+
+
+def _solve_matrices(
+    matrices: FloatArray, right: FloatArray, idle: NDArray[np.bool_]
+) -> tuple[FloatArray, NDArray[np.bool_]]:
+    """Solve ``K answer = right`` for each of k symmetric matrices (k, t, t), without their idle rows and columns.
+
+    Those must be zero, and get the answer zero; ``matrices`` is written to.
+    """
+    count, side = right.shape
+    if side == 0:
+        return right, np.ones(count, dtype=bool)
+    element, place = np.nonzero(idle)
+    matrices[element, place, place] = 1.0
     scale = _equilibration(np.abs(matrices).max(2))
-    scaled = scale[:, :, None] * matrices * scale[:, None, :]
-    probe = np.where(padding, 0.0, _probe(side))
+    scaled = scale[:, :, None] * matrices
+    scaled *= scale[:, None, :]
+    probe = np.where(idle, 0.0, _probe(side))
     try:
         answers = np.linalg.solve(scaled, np.stack([scale * right, probe], axis=2))
     except np.linalg.LinAlgError:
-        if system.count > 1:
-            return system.one_by_one(_solve_dense)
-        return _minimum_norm(matrices[0], right[0]), np.zeros(1, dtype=bool)
+        answers = np.full((count, side, 2), np.nan)
+        for element in range(count if count > 1 else 0):
+            part = slice(element, element + 1)
+            with suppress(np.linalg.LinAlgError):
+                both = np.stack([scale[part] * right[part], probe[part]], axis=2)
+                answers[part] = np.linalg.solve(scaled[part], both)
     condition = np.linalg.norm(answers[:, :, 1], axis=1) * np.abs(scaled).sum(2).max(1)
     answer = scale * answers[:, :, 0]
     error = np.abs((matrices @ answer[:, :, None])[:, :, 0] - right).max(1)
     exact = _is_exact(condition, error, np.abs(right).max(1))
     for bad in np.flatnonzero(~exact):
-        own = slice(0, sizes[bad])
-        answer[bad, own] = _minimum_norm(matrices[bad, own, own], right[bad, own])
-    return answer[system.owner, local], exact
+        own = np.flatnonzero(~idle[bad])
+        answer[bad] = 0.0
+        answer[bad, own] = _minimum_norm(matrices[bad][np.ix_(own, own)], right[bad, own])
+    return answer, exact
 
 
 def _minimum_norm(K: FloatArray, right: FloatArray) -> FloatArray:

@@ -113,6 +113,12 @@ class SparsityPattern:
         shape = (len(values) * self.shape[0], len(values) * self.shape[1])
         return sp.csc_array((values.ravel(), indices, indptr), shape=shape)
 
+    def dense_matrices(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(k, nnz) values to new (k, r, c) matrices."""
+        matrices = np.zeros((len(values), *self.shape))
+        matrices[:, self.rows, self.columns] = values
+        return matrices
+
     def to_dense(self, values: Tensor) -> Tensor:
         """(..., nnz) values to (..., r, c) matrices."""
         leading = values.shape[:-1]
