@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from lpgd.elements import ElementView
-from lpgd.execution import run_tasks
+from lpgd.execution import SerialExecutor, run_tasks
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
-from lpgd.gradients.kkt import KKTPoints, KKTResponse, respond
+from lpgd.gradients.kkt import KKTPoints, KKTResponse, is_quick, respond
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solution import Solution
@@ -85,6 +85,8 @@ class ImplicitKKT(GradientMethod):
         used = ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()]
         info = GradientInfo(self, used)
         active = relevant_elements(solution, tilt)
+        if executor is None and is_quick(problem.structure, len(active)):
+            executor = SerialExecutor()
         view = ElementView(problem)
         lower, upper = problem.full_bounds()
         arrays = {**solution.point._asdict(), "slack": solution.slack, "lower": lower, "upper": upper}

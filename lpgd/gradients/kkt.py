@@ -31,15 +31,15 @@ from lpgd.problems.structure import ConicStructure
 from lpgd.projections import projection_derivative
 from lpgd.status import warn
 
-__all__ = ["KKTPoints", "KKTResponse", "respond"]
+__all__ = ["KKTPoints", "KKTResponse", "is_quick", "respond"]
 
 FloatArray = NDArray[np.float64]
 IndexArray = NDArray[np.int64]
 
 DENSE_LIMIT = 400
 """Systems up to this size, or mostly filled ones, are factorised densely."""
-STACK_LIMIT = 2_000_000
-"""So many entries of dense systems are held at once."""
+STACK_LIMIT = 100_000
+"""So many entries of dense systems are held at once: what stays in a core's cache."""
 SINGULAR = 1e13
 """An estimated condition number above which a system counts as singular."""
 RESIDUAL = 1e-7
@@ -71,6 +71,17 @@ class KKTResponse(NamedTuple):
     exact: NDArray[np.bool_]  # (k,) false for the minimum-norm answer of a singular system
 
 
+def is_quick(structure: ConicStructure, count: int) -> bool:
+    """Whether ``count`` systems are solved in about the time that it takes threads to change places."""
+    size = structure.n + structure.m
+    return count * size**3 < 5_000_000 if _is_dense(structure) else count * size < 1000
+
+
+def _is_dense(structure: ConicStructure) -> bool:
+    filled = structure.constraint.nnz > 0.2 * max(structure.m * structure.n, 1)
+    return filled or structure.n + structure.m <= DENSE_LIMIT
+
+
 def respond(structure: ConicStructure, rho: float, P: FloatArray, A: FloatArray, points: KKTPoints) -> KKTResponse:
     """The derivative of k solutions along tilts.
 
@@ -81,8 +92,7 @@ def respond(structure: ConicStructure, rho: float, P: FloatArray, A: FloatArray,
         A: (k, nnz A).
         points: where, and which tilts.
     """
-    size = structure.n + structure.m
-    dense = size <= DENSE_LIMIT or structure.constraint.nnz > 0.2 * max(structure.m * structure.n, 1)
+    size, dense = structure.n + structure.m, _is_dense(structure)
     count = max(1, STACK_LIMIT // max(size, 1) ** 2) if dense else len(P)
     parts = []
     for start in range(0, len(P), count):
