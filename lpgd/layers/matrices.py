@@ -37,7 +37,7 @@ class Placement:
         self.size = size
         whole = np.arange(size)
         self.is_identity = np.array_equal(places, whole)
-        order = np.argsort(places, kind="stable")
+        order = places if self.is_identity else np.argsort(places, kind="stable")
         self.is_permutation = np.array_equal(places[order], whole)
         self.index = torch.from_numpy(order if self.is_permutation else places)
         self.on_device = {self.index.device: self.index}
@@ -165,9 +165,7 @@ class Plan:
         has_upper: bool,
     ) -> None:
         own = quadratic.sparsity() if quadratic is not None else SparsityPattern.empty(n, n)
-        keys = np.union1d(own.columns * n + own.rows, own.rows * n + own.columns)
-        columns, rows = np.divmod(keys, n)
-        closed = own if keys.size == own.nnz else SparsityPattern((n, n), rows, columns)
+        closed = own if own.is_dense else _with_transpose(own)
         self.all_dense = all(block.is_dense for block in blocks)
         if self.all_dense or len(blocks) == 1:
             constraint = blocks[0].sparsity() if len(blocks) == 1 else SparsityPattern.dense(cones.rows, n)
@@ -199,6 +197,13 @@ class Plan:
             return join([matrix.values.mT for matrix in matrices], 2).flatten(-2)
         parts = [matrix.values.mT.flatten(-2) if matrix.pattern.is_dense else matrix.values for matrix in matrices]
         return self.stacked(join(parts))
+
+
+def _with_transpose(own: SparsityPattern) -> SparsityPattern:
+    n, _ = own.shape
+    keys = np.union1d(own.columns * n + own.rows, own.rows * n + own.columns)
+    columns, rows = np.divmod(keys, n)
+    return own if keys.size == own.nnz else SparsityPattern((n, n), rows, columns)
 
 
 plan = lru_cache(KEPT)(Plan)

@@ -95,8 +95,10 @@ class SparsityPattern:
 
     def positions(self, rows: ArrayLike, columns: ArrayLike) -> NDArray[np.int64]:
         """Where the entries ``(rows, columns)`` stand in ``values``; -1 for one outside the pattern."""
-        keys = self.columns * self.shape[0] + self.rows
         wanted = np.asarray(columns, dtype=np.int64) * self.shape[0] + np.asarray(rows, dtype=np.int64)
+        if self.is_dense:
+            return wanted
+        keys = self.columns * self.shape[0] + self.rows
         found = np.searchsorted(keys, wanted)
         found = np.minimum(found, max(keys.size - 1, 0))
         return np.where(keys[found] == wanted, found, -1) if keys.size else np.full(wanted.shape, -1, dtype=np.int64)
