@@ -5,10 +5,22 @@ from importlib.metadata import version
 from lpgd.cones import Cones
 from lpgd.execution import SerialExecutor
 from lpgd.gradients import LPGD, BlackboxBackprop, Domke, ImplicitKKT
-from lpgd.layers.cvxpy import CvxpyLayer
+from lpgd.layers import ConicLayer, CvxpyLayer, LPLayer, QPLayer, solve_conic, solve_lp, solve_qp
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solution import Solution
-from lpgd.solvers import DAQP, ECOS, OSQP, PIQP, SCS, Clarabel, CustomSolver, HiGHS, ProxQP, available
+from lpgd.solvers import (
+    DAQP,
+    ECOS,
+    OSQP,
+    PIQP,
+    SCS,
+    Clarabel,
+    CustomSolver,
+    HiGHS,
+    InteriorPoint,
+    ProxQP,
+    available,
+)
 from lpgd.status import LpgdWarning, MissingPackageError, SolverError, Status
 
 __version__ = version("lpgd")
@@ -24,6 +36,7 @@ __all__ = [
     "Clarabel",
     "Cones",
     "ConicData",
+    "ConicLayer",
     "ConicPoint",
     "ConicProblem",
     "ConicStructure",
@@ -32,13 +45,19 @@ __all__ = [
     "Domke",
     "HiGHS",
     "ImplicitKKT",
+    "InteriorPoint",
+    "LPLayer",
     "LpgdWarning",
     "MissingPackageError",
     "ProxQP",
+    "QPLayer",
     "SerialExecutor",
     "Solution",
     "SolverError",
     "SparsityPattern",
     "Status",
     "available",
+    "solve_conic",
+    "solve_lp",
+    "solve_qp",
 ]

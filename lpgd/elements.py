@@ -45,7 +45,7 @@ class ElementView:
         return datum[None] if datum.ndim == 1 else datum[np.asarray(elements, dtype=np.int64) % datum.shape[0]]
 
     def groups(
-        self, elements: Sequence[int], executor: Executor | None, copies_of: int | None = None
+        self, elements: Sequence[int], executor: Executor | None, copies_of: int | None = None, per_worker: int = 4
     ) -> list[list[int]]:
         """The elements cut into chunks for tasks; those that share one of several matrices stay together.
 
@@ -53,10 +53,11 @@ class ElementView:
             elements: increasing.
             executor: where the tasks will run.
             copies_of: the elements i, i + ``copies_of``, … stay together as well, one after the other.
+            per_worker: chunks for each of the executor's workers.
         """
         period = self.distinct if self.distinct > 1 else copies_of or self.size
         members: dict[int, list[int]] = {}
         for element in elements:
             members.setdefault(element % period, []).append(element)
         lists = list(members.values())
-        return [[element for i in chunk for element in lists[i]] for chunk in split(len(lists), executor)]
+        return [[element for i in chunk for element in lists[i]] for chunk in split(len(lists), executor, per_worker)]

@@ -56,10 +56,10 @@ def worker_count(executor: Executor | None) -> int:
     return workers if isinstance(workers, int) else core_count()
 
 
-def split(count: int, executor: Executor | None) -> list[range]:
+def split(count: int, executor: Executor | None, per_worker: int = 4) -> list[range]:
     """Cut ``count`` elements into contiguous chunks: several for each worker, so that uneven ones even out."""
     workers = worker_count(executor)
-    chunks = 1 if workers == 1 else min(count, 4 * workers)
+    chunks = 1 if workers == 1 else min(count, per_worker * workers)
     edges = [round(chunk * count / max(chunks, 1)) for chunk in range(chunks + 1)]
     return [range(start, stop) for start, stop in pairwise(edges) if stop > start]
 

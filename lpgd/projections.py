@@ -50,19 +50,25 @@ class SpectralDerivative:
     """The symmetric (m, m) derivative ``D = U diag(d) U^T`` of a projection at one point, U block diagonal.
 
     Args:
-        cones: K, whose blocks are those of U.
         eigenvalues: (m,) d, each in [0, 1].  Entry p belongs to the block, and to the column of the block's
             basis, that stand at row p.
         groups: the blocks of U.  Rows in no group (zero and nonnegative cones) have the identity.
     """
 
-    cones: Cones
     eigenvalues: FloatArray
     groups: tuple[BlockGroup, ...]
 
     def apply(self, vectors: FloatArray) -> FloatArray:
-        """``D w`` for ``w`` of shape (..., m)."""
-        vectors = _checked(self.cones, vectors)
+        """``D w`` for ``w`` of shape (..., m).
+
+        Raises:
+            ValueError: the last dimension of ``vectors`` is not m.
+        """
+        vectors = np.asarray(vectors, dtype=np.float64)
+        if vectors.shape[-1:] != self.eigenvalues.shape:
+            raise ValueError(
+                f"vectors of shape {vectors.shape} were given; the last dimension is {self.eigenvalues.size}."
+            )
         result = vectors * self.eigenvalues
         for group in self.groups:
             coefficients = np.einsum("kij,...ki->...kj", group.basis, vectors[..., group.rows])
@@ -145,35 +151,37 @@ def project(cones: Cones, points: FloatArray, *, dual: bool = False) -> FloatArr
 
 
 def projection_derivative(cones: Cones, point: FloatArray, *, dual: bool = False) -> SpectralDerivative:
-    """The derivative of :func:`project` at one point; where there is none, the element described above.
+    """The derivative of :func:`project` at a point; where there is none, the element described above.
 
     Args:
         cones: K.
-        point: (m,) where to differentiate.
+        point: (m,) where to differentiate; or (k, m), k points of which the derivative is the block-diagonal one, with
+            k m rows, of the projection onto the product of k copies of K.
         dual: differentiate the projection onto K* instead: ``I - D P_K(-v)``.
 
     Raises:
-        ValueError: ``point`` is not a finite vector with the number of rows of ``cones``.
+        ValueError: ``point`` is not one or several finite vectors with the number of rows of ``cones``.
     """
     point = _checked(cones, point)
-    if point.ndim != 1:
-        raise ValueError(
-            f"point has shape {point.shape}; the derivative is taken at one point, a vector of {cones.rows} rows."
-        )
+    if point.ndim > 2:
+        raise ValueError(f"point has shape {point.shape}; the derivative is taken at ({cones.rows},) or (k, ...).")
     if not np.isfinite(point).all():
-        rows = np.flatnonzero(~np.isfinite(point)).tolist()
+        rows = np.unique(np.nonzero(~np.isfinite(point))[-1]).tolist()
         raise ValueError(f"point is not finite in rows {rows}; drop failed solves before differentiating.")
-    if dual:
-        point = -point
-    eigenvalues = np.zeros(point.size)
+    points = np.atleast_2d(-point if dual else point)
+    eigenvalues = np.zeros(points.shape)
     nonnegative = cones.sections["nonnegative"]
-    eigenvalues[nonnegative] = point[nonnegative] > 0
+    eigenvalues[:, nonnegative] = points[:, nonnegative] > 0
     groups: list[BlockGroup] = []
+    first = cones.rows * np.arange(len(points))[:, None, None]
     for block in _blocks(cones):
-        eigenvalues[block.rows], basis = block.spectrum(point[block.rows])
-        groups.append(BlockGroup(block.rows, basis))
+        count, size = block.rows.shape
+        values, basis = block.spectrum(points[:, block.rows].reshape(-1, size))
+        eigenvalues[:, block.rows] = values.reshape(-1, count, size)
+        groups.append(BlockGroup((first + block.rows).reshape(-1, size), basis))
     np.clip(eigenvalues, 0.0, 1.0, out=eigenvalues)
-    return SpectralDerivative(cones, 1.0 - eigenvalues if dual else eigenvalues, tuple(groups))
+    eigenvalues = eigenvalues.ravel()
+    return SpectralDerivative(1.0 - eigenvalues if dual else eigenvalues, tuple(groups))
 
 
 def distance(cones: Cones, points: FloatArray, *, dual: bool = False) -> FloatArray:
@@ -211,7 +219,7 @@ class _Block:
         return self._project(points)
 
     def spectrum(self, points: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Eigenvalues (k, t) and basis (k, t, t) at points (k, t)."""
+        """Eigenvalues (j k, t) and basis (j k, t, t) at points (j k, t), j for each cone, all cones in turn."""
         if self.polar:
             eigenvalues, basis = self._spectrum(-points)
             return 1.0 - eigenvalues, basis
@@ -235,7 +243,7 @@ class _Block:
             return _semidefinite_spectrum(points, self.side)
         if self.exponents is None:
             return exponential_spectrum(points)
-        return power_spectrum(points, self.exponents)
+        return power_spectrum(points, np.tile(self.exponents, len(points) // len(self.exponents)))
 
 
 @lru_cache(maxsize=256)

@@ -249,7 +249,7 @@ def test_warm_starts_that_do_not_fit_are_refused() -> None:
     output = layer(*tensors)
     with pytest.raises(ValueError, match=r"3 elements.*this call has 2 elements.*batch of the same size"):
         layer(*data(2), warm_start=output)
-    with pytest.raises(ValueError, match="4 variables; this call has 3 elements with 5 variables"):
+    with pytest.raises(ValueError, match="4 variables and 1 rows; this call has 3 elements with 5"):
         program(n=5, solver="SCS")(*data(3, n=5), warm_start=output.info.solution)
     for wrong in (3, tuple(output), "yes"):
         with pytest.raises(TypeError, match=f"{type(wrong).__name__}; it takes True, an output or a Solution"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cvxpy as cp
 import numpy as np
 import pytest
+import scipy.linalg
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -370,5 +371,17 @@ def test_wrong_shapes_are_refused() -> None:
     for call in (project, distance, projection_derivative):
         with pytest.raises(ValueError, match="last dimension must be the 3 rows"):
             call(cones, np.zeros(4))
-    with pytest.raises(ValueError, match="a vector of 3 rows"):
-        projection_derivative(cones, np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"shape \(2, 2, 3\)"):
+        projection_derivative(cones, np.zeros((2, 2, 3)))
+
+
+@both
+def test_the_derivative_at_several_points_has_one_block_for_each(dual: bool) -> None:
+    points = np.random.default_rng(5).normal(size=(4, PRODUCT.rows)) * [[1.0], [-1.0], [10.0], [0.0]]
+    stacked = projection_derivative(PRODUCT, points, dual=dual)
+    alone = [projection_derivative(PRODUCT, point, dual=dual).apply(np.eye(PRODUCT.rows)) for point in points]
+    expected = scipy.linalg.block_diag(*alone)
+    np.testing.assert_allclose(stacked.apply(np.eye(points.size)), expected, rtol=0, atol=1e-14)
+    factor, rest = stacked.factor()
+    np.testing.assert_allclose((factor.T @ factor).toarray(), expected, rtol=0, atol=1e-13)
+    assert rest.size == factor.shape[0]

@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import threading
 import types
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Any, get_args
+from typing import Any
 
 import cvxpy as cp
 import torch
 from torch import Tensor
 
-from lpgd.autograd import CallInfo, OnError, solve
-from lpgd.execution import SerialExecutor
-from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
+from lpgd.autograd import OnError
+from lpgd.gradients import GradientMethod
 from lpgd.layers.attributes import check_attributes
+from lpgd.layers.base import LayerOutput, OptimizationLayer, WarmStart
 from lpgd.layers.canonical import canonicalise
 from lpgd.layers.inputs import batch_inputs
 from lpgd.layers.layout import AffineMap, ParameterLayout, VariableLayout
 from lpgd.layers.maps import SparseMap
-from lpgd.layers.options import StandardOptions
-from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solution import Solution
-from lpgd.solvers import Solver, choose_solver
+from lpgd.solvers import Solver
 
-__all__ = ["CvxpyLayer", "LayerOutput"]
-
-
-class LayerOutput(tuple[Tensor, ...]):
-    """The tensors a layer returns, as a plain tuple, with the record of the call beside them.
-
-    Attributes:
-        info: statuses and the solution of this call, and what each of its backward passes did.
-    """
-
-    info: CallInfo
-    batch_shape: tuple[int, ...]
+__all__ = ["CvxpyLayer"]
 
 
-class CvxpyLayer(torch.nn.Module):
+class CvxpyLayer(OptimizationLayer):
     """The solution of a parametrised convex problem, as a differentiable function of its parameters.
 
     Forward, the problem is solved for each element of the batch.  Backward, ``gradient`` says how: LPGD solves it
@@ -88,44 +74,22 @@ class CvxpyLayer(torch.nn.Module):
         *,
         verbose: bool = False,
     ) -> None:
-        super().__init__()
-        if on_error not in get_args(OnError):
-            raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
-        if executor is not None and not callable(getattr(executor, "submit", None)):
-            raise TypeError(f"executor is {executor!r}; it must be a concurrent.futures.Executor, or None for threads.")
         program = canonicalise(problem, parameters, variables, gp=gp)
-        standard = StandardOptions.parse(solver_args)
-        self.structure = ConicStructure(
+        structure = ConicStructure(
             program.quadratic, program.constraint, program.cones, program.lower_index, program.upper_index
         )
-        options = {"verbose": True, **standard.options} if verbose else standard.options
-        self.solver = choose_solver(self.structure, solver if solver is not None else standard.solver, options)
-        self.gradient = gradient or standard.gradient or ImplicitKKT()
-        self.on_error: OnError = on_error
-        self.executor = executor if executor is not None else standard.executor
+        super().__init__(structure, True, solver, gradient, solver_args, on_error, executor, verbose)
+        self.structure = structure
         self.parameter_layouts = program.parameters
         self.variable_layouts = program.variables
         self._data_maps = [_DataMap(getattr(program, name)) for name in ConicData._fields]
         self._readers = [_Reader(layout) for layout in program.variables]
-        self._last = threading.local()
-
-    @property
-    def gradient(self) -> GradientMethod:
-        """The gradient method of the calls to come."""
-        return self._gradient
-
-    @gradient.setter
-    def gradient(self, method: GradientMethod) -> None:
-        if not isinstance(method, GradientMethod):
-            raise TypeError(f"gradient is {method!r}; it must be a gradient method such as lpgd.LPGD(tau=0.1).")
-        check_compatible(method, ConicProblem)
-        self._gradient = method
 
     def forward(
         self,
         *params: Tensor,
         solver_args: Mapping[str, Any] | None = None,
-        warm_start: bool | LayerOutput | Solution = False,
+        warm_start: WarmStart = False,
     ) -> LayerOutput:
         """Solve the problem for these parameter values.
 
@@ -146,20 +110,8 @@ class CvxpyLayer(torch.nn.Module):
                 definiteness that its parameter was declared with.
         """
         inputs = batch_inputs(self.parameter_layouts, params)
-        solver, executor, gradient = self._call_options(solver_args)
-        info = CallInfo()
-        point = solve(
-            self._data(inputs.tensors, inputs.batch_size),
-            self.structure,
-            inputs.batch_size,
-            solver=solver,
-            gradient=gradient,
-            on_error=self.on_error,
-            executor=executor,
-            states=self._states(warm_start, inputs.batch_shape, inputs.batch_size),
-            info=info,
-        )
-        self._remember(inputs.batch_shape, info.solution, solver)
+        data = self._data(inputs.tensors, inputs.batch_size)
+        point, info = self._solve(data, self.structure, inputs, solver_args, warm_start)
         output = LayerOutput(inputs.restore(reader(point), reader.layout.shape) for reader in self._readers)
         output.info, output.batch_shape = info, inputs.batch_shape
         return output
@@ -168,7 +120,7 @@ class CvxpyLayer(torch.nn.Module):
         self,
         *params: Tensor,
         solver_args: Mapping[str, Any] | None = None,
-        warm_start: bool | LayerOutput | Solution = False,
+        warm_start: WarmStart = False,
     ) -> Solution:
         """The solver's whole answer, not differentiable: statuses, residuals, iterations, times, x, y, z and s.
 
@@ -176,70 +128,19 @@ class CvxpyLayer(torch.nn.Module):
         do not raise: see ``Solution.statuses``.
         """
         inputs = batch_inputs(self.parameter_layouts, params)
-        solver, executor, _ = self._call_options(solver_args)
         with torch.no_grad():
             data = self._data(inputs.tensors, inputs.batch_size)
-        problem = ConicProblem(self.structure, data, inputs.batch_size)
-        states = self._states(warm_start, inputs.batch_shape, inputs.batch_size)
-        solution = solver.solve(problem, states, executor)
-        self._remember(inputs.batch_shape, solution, solver)
-        return solution
+        return self._solution(data, self.structure, inputs, solver_args, warm_start)
 
     def extra_repr(self) -> str:
         structure = self.structure
-        return (
-            f"{structure.n} variables, {structure.m} rows, {structure.cones}, "
-            f"solver={self.solver.name}, gradient={self.gradient}"
-        )
-
-    def _call_options(self, solver_args: Mapping[str, Any] | None) -> tuple[Solver, Executor | None, GradientMethod]:
-        if not solver_args:
-            return self.solver, self.executor, self.gradient
-        standard = StandardOptions.parse(solver_args)
-        base = self.solver if standard.solver is None else standard.solver
-        solver = choose_solver(self.structure, base, standard.options)
-        return solver, standard.executor or self.executor, standard.gradient or self.gradient
+        return f"{structure.n} variables, {structure.m} rows, {structure.cones}, {super().extra_repr()}"
 
     def _data(self, tensors: Sequence[Tensor], batch_size: int) -> ConicData:
         """Parameters to problem data; a datum that only shared parameters reach stays shared."""
         check_attributes(self.parameter_layouts, tensors)
         columns = _Columns(self.parameter_layouts, tensors, batch_size)
         return ConicData(*(data_map(columns) for data_map in self._data_maps))
-
-    def _states(
-        self, warm_start: bool | LayerOutput | Solution, batch_shape: tuple[int, ...], batch_size: int
-    ) -> Sequence[Any]:
-        if warm_start is False:
-            return ()
-        if warm_start is True:
-            shape, states = getattr(self._last, "states", (None, ()))
-            return states if shape == batch_shape else ()
-        previous = warm_start.info.solution if isinstance(warm_start, LayerOutput) else warm_start
-        if not isinstance(previous, Solution):
-            raise TypeError(f"warm_start is {type(warm_start).__name__}; it takes True, an output or a Solution.")
-        if previous.batch_size != batch_size or previous.problem.structure.digest != self.structure.digest:
-            raise ValueError(
-                f"warm_start is a result of {previous.batch_size} elements with {previous.problem.structure.n} "
-                f"variables; this call has {batch_size} elements with {self.structure.n} variables. It must come from "
-                "this layer and a batch of the same size."
-            )
-        return previous.states
-
-    def _remember(self, batch_shape: tuple[int, ...], solution: Solution | None, solver: Solver) -> None:
-        if solution is not None and solver.capabilities.warm_start:
-            self._last.states = (batch_shape, solution.states)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Threads and their last results stay behind; a copy runs on the default executor unless it was serial."""
-        state = self.__dict__.copy()
-        del state["_last"]
-        if not isinstance(self.executor, SerialExecutor):
-            state["executor"] = None
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._last = threading.local()
 
 
 class _Columns:

@@ -9,10 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Inputs", "batch_inputs"]
+__all__ = ["MATRIX_LAYOUTS", "Batch", "Expected", "Inputs", "batch_inputs", "check_inputs"]
+
+MATRIX_LAYOUTS = (torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 
 
-class _Expected(Protocol):
+class _Named(Protocol):
     @property
     def name(self) -> str: ...
 
@@ -20,18 +22,31 @@ class _Expected(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
+@dataclass(frozen=True)
+class Expected:
+    """One argument of a call.
+
+    Args:
+        name: for messages.
+        shape: of one element; a name stands for a size that is not known.
+        layouts: what a tensor may be stored as.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    layouts: tuple[torch.layout, ...] = (torch.strided,)
+
+
 @dataclass(frozen=True, eq=False)
-class Inputs:
-    """Checked inputs of a call.
+class Batch:
+    """What the tensors of a call have in common.
 
     Attributes:
-        tensors: one for each parameter: of its own shape where the batch shares it, else with one leading dimension.
         batch_shape: the broadcast leading dimensions.
         dtype: of the outputs.
         device: of the inputs and outputs.
     """
 
-    tensors: tuple[Tensor, ...]
     batch_shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
@@ -40,66 +55,96 @@ class Inputs:
     def batch_size(self) -> int:
         return torch.Size(self.batch_shape).numel()
 
+    def flatten(self, tensor: Tensor, ndim: int) -> Tensor:
+        """One leading dimension, or none where the batch shares the tensor, before its own ``ndim`` ones."""
+        leading = tensor.ndim - ndim
+        own, shape = tensor.shape[:leading], tensor.shape[leading:]
+        if own.numel() == 1:
+            return tensor.reshape(shape) if leading else tensor
+        return tensor.expand(*self.batch_shape, *shape).reshape(self.batch_size, *shape)
+
+    def rows(self, tensor: Tensor, ndim: int) -> Tensor:
+        """The same in float64, with only R rows where the batch repeats them in order: element i has row i mod R."""
+        shape, leading = tensor.shape, tensor.ndim - ndim
+        while leading and shape[-ndim - leading] == 1:
+            leading -= 1
+        own = tuple(shape[len(shape) - ndim - leading : len(shape) - ndim])
+        if self.batch_size and own and own == self.batch_shape[-len(own) :]:
+            tensor = tensor.reshape(torch.Size(own).numel(), *shape[len(shape) - ndim :])
+        else:
+            tensor = self.flatten(tensor, ndim)
+        return tensor.to(torch.float64)
+
     def restore(self, value: Tensor, shape: tuple[int, ...]) -> Tensor:
         """(B, size) in float64 to (*batch, *shape) in the inputs' type, on their device."""
         return value.to(device=self.device, dtype=self.dtype).reshape((*self.batch_shape, *shape))
 
 
-def batch_inputs(expected: Sequence[_Expected], tensors: Sequence[Tensor]) -> Inputs:
+@dataclass(frozen=True, eq=False)
+class Inputs(Batch):
+    """Checked inputs of a call.
+
+    Attributes:
+        tensors: one for each parameter: of its own shape where the batch shares it, else with one leading dimension.
+    """
+
+    tensors: tuple[Tensor, ...]
+
+
+def batch_inputs(parameters: Sequence[_Named], tensors: Sequence[Tensor]) -> Inputs:
     """Check the tensors of a call against the parameters they stand for.
 
     Raises:
         ValueError: a wrong number of tensors or shape, batch dimensions that do not broadcast, or several devices.
         TypeError: something is not a tensor of floating-point numbers.
     """
-    if len(tensors) != len(expected):
-        names = ", ".join(f"{parameter.name} {parameter.shape}" for parameter in expected) or "none"
-        raise ValueError(f"the layer takes {len(expected)} tensors ({names}); it was called with {len(tensors)}.")
-    batch_shapes = []
-    for parameter, tensor in zip(expected, tensors, strict=True):
-        if not isinstance(tensor, Tensor):
-            kind = type(tensor).__name__
-            raise TypeError(
-                f"the value of parameter {parameter.name} is a {kind}; pass a torch tensor (torch.as_tensor)."
-            )
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"the value of parameter {parameter.name} is {tensor.dtype}; it must be float32 or float64 "
-                "(tensor.double())."
-            )
-        if tensor.layout is not torch.strided:
-            raise TypeError(
-                f"the value of parameter {parameter.name} is {tensor.layout}; pass a dense tensor (tensor.to_dense())."
-            )
-        leading = tensor.ndim - len(parameter.shape)
-        if leading < 0 or tuple(tensor.shape[leading:]) != parameter.shape:
-            wanted = (
-                "(*batch, " + ", ".join(str(size) for size in parameter.shape) + ")" if parameter.shape else "(*batch,)"
-            )
-            raise ValueError(
-                f"the value of parameter {parameter.name} has shape {tuple(tensor.shape)}; expected {wanted}."
-            )
+    if len(tensors) != len(parameters):
+        names = ", ".join(f"{parameter.name} {parameter.shape}" for parameter in parameters) or "none"
+        raise ValueError(f"the layer takes {len(parameters)} tensors ({names}); it was called with {len(tensors)}.")
+    expected = [Expected(parameter.name, parameter.shape) for parameter in parameters]
+    batch = check_inputs(expected, tensors, "the value of parameter ")
+    flattened = tuple(
+        batch.flatten(tensor, len(parameter.shape)) for parameter, tensor in zip(parameters, tensors, strict=True)
+    )
+    return Inputs(batch.batch_shape, batch.dtype, batch.device, flattened)
+
+
+def check_inputs(expected: Sequence[Expected], tensors: Sequence[Tensor], what: str = "") -> Batch:
+    """Check tensors against what each is expected to be; ``what`` comes before its name in messages.
+
+    Raises:
+        ValueError: a wrong shape, batch dimensions that do not broadcast, or several devices.
+        TypeError: something is not a tensor of floating-point numbers, or of a layout that is not taken.
+    """
+    batch_shapes: list[tuple[int, ...]] = []
+    dtype: torch.dtype | None = None
+    for item, tensor in zip(expected, tensors, strict=True):
+        _check_kind(item, tensor, what)
+        leading = tensor.ndim - len(item.shape)
+        if leading < 0 or tuple(tensor.shape[leading:]) != item.shape:
+            wanted = "(*batch, " + ", ".join(str(size) for size in item.shape) + ")" if item.shape else "(*batch,)"
+            raise ValueError(f"{what}{item.name} has shape {tuple(tensor.shape)}; expected {wanted}.")
         batch_shapes.append(tuple(tensor.shape[:leading]))
+        dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
-        places = ", ".join(f"{p.name} on {t.device}" for p, t in zip(expected, tensors, strict=True))
-        raise ValueError(f"the parameters are on several devices ({places}); move them to one.")
+        places = ", ".join(f"{item.name} on {tensor.device}" for item, tensor in zip(expected, tensors, strict=True))
+        raise ValueError(f"the tensors are on several devices ({places}); move them to one.")
+    distinct = set(batch_shapes) - {()}
     try:
-        batch_shape = tuple(torch.broadcast_shapes(*batch_shapes))
+        # One shape, which shared data leave as it is, is the usual case; torch.broadcast_shapes is slow.
+        batch_shape = tuple(torch.broadcast_shapes(*distinct)) if len(distinct) > 1 else next(iter(distinct), ())
     except RuntimeError as error:
-        shapes = ", ".join(f"{p.name} {shape}" for p, shape in zip(expected, batch_shapes, strict=True))
-        raise ValueError(f"the batch dimensions of the parameters do not broadcast: {shapes}.") from error
-    dtype = torch.get_default_dtype()
-    for position, tensor in enumerate(tensors):
-        dtype = tensor.dtype if position == 0 else torch.promote_types(dtype, tensor.dtype)
-    flattened = tuple(
-        _flatten(tensor, parameter.shape, batch_shape) for parameter, tensor in zip(expected, tensors, strict=True)
-    )
-    return Inputs(flattened, batch_shape, dtype, next(iter(devices)) if devices else torch.device("cpu"))
+        shapes = ", ".join(f"{e.name} {shape}" for e, shape in zip(expected, batch_shapes, strict=True))
+        raise ValueError(f"the batch dimensions do not broadcast: {shapes}.") from error
+    return Batch(batch_shape, dtype or torch.get_default_dtype(), next(iter(devices), torch.device("cpu")))
 
 
-def _flatten(tensor: Tensor, shape: tuple[int, ...], batch_shape: tuple[int, ...]) -> Tensor:
-    own = tensor.shape[: tensor.ndim - len(shape)]
-    if torch.Size(own).numel() == 1:
-        return tensor.reshape(shape)
-    return tensor.expand(*batch_shape, *shape).reshape(torch.Size(batch_shape).numel(), *shape)
+def _check_kind(item: Expected, tensor: Tensor, what: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{what}{item.name} is a {type(tensor).__name__}; pass a torch tensor (torch.as_tensor).")
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{what}{item.name} is {tensor.dtype}; it must be float32 or float64 (tensor.double()).")
+    if tensor.layout not in item.layouts:
+        hint = "a dense tensor" if len(item.layouts) == 1 else "a dense, COO, CSR or CSC tensor"
+        raise TypeError(f"{what}{item.name} is {tensor.layout}; pass {hint} (tensor.to_dense()).")

@@ -75,7 +75,7 @@ class ConicProblem:
     @cached_property
     def symmetric_P(self) -> Tensor:
         """Values of ``½ (P + Pᵀ)`` on the pattern, with the leading shape of P: what every solver sees."""
-        return 0.5 * (self.data.P + self.data.P[..., self.structure.index("transpose_position", self.device)])
+        return 0.5 * (self.data.P + self.structure.transposed(self.data.P))
 
     # -- evaluation -------------------------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class ConicProblem:
         P = self.data.P.new_zeros(self.data.P.shape)
         if structure.quadratic.nnz:
             outer = structure.quadratic.outer(dx, x, rows["P"])
-            P = 0.5 * (outer + outer[..., structure.index("transpose_position", self.device)])
+            P = 0.5 * (outer + structure.transposed(outer))
         A = structure.constraint.outer(dy, x, rows["A"]) + structure.constraint.outer(y, dx, rows["A"])
         lower_index, upper_index = (structure.index(name, self.device) for name in _BOUND_INDICES)
         return ConicData(
@@ -210,7 +210,7 @@ class ConicProblem:
         where z > 0, ``-d lower`` elsewhere on bounded variables.
         """
         structure, size = self.structure, self.batch_size
-        dP = 0.5 * (tangent.P + tangent.P[..., structure.index("transpose_position", self.device)])
+        dP = 0.5 * (tangent.P + structure.transposed(tangent.P))
         x_part = structure.quadratic.matvec(dP, point.x) + structure.constraint.rmatvec(tangent.A, point.y)
         y_part = structure.constraint.matvec(tangent.A, point.x) - per_element(tangent.b, size)
         d_lower, d_upper = (point.x.new_zeros(size, structure.n) for _ in range(2))

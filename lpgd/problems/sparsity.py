@@ -95,8 +95,10 @@ class SparsityPattern:
 
     def positions(self, rows: ArrayLike, columns: ArrayLike) -> NDArray[np.int64]:
         """Where the entries ``(rows, columns)`` stand in ``values``; -1 for one outside the pattern."""
-        keys = self.columns * self.shape[0] + self.rows
         wanted = np.asarray(columns, dtype=np.int64) * self.shape[0] + np.asarray(rows, dtype=np.int64)
+        if self.is_dense:
+            return wanted
+        keys = self.columns * self.shape[0] + self.rows
         found = np.searchsorted(keys, wanted)
         found = np.minimum(found, max(keys.size - 1, 0))
         return np.where(keys[found] == wanted, found, -1) if keys.size else np.full(wanted.shape, -1, dtype=np.int64)
@@ -104,6 +106,20 @@ class SparsityPattern:
     def csc(self, values: NDArray[np.float64]) -> sp.csc_array:
         """The SciPy matrix with these ``values`` (nnz,); index arrays are copied, as some solvers sort theirs."""
         return sp.csc_array((values, self.indices.copy(), self.indptr.copy()), shape=self.shape)
+
+    def block_diagonal(self, values: NDArray[np.float64]) -> sp.csc_array:
+        """Several matrices of this pattern as the blocks of one: values (k, nnz) to (k r, k c)."""
+        copies = np.arange(len(values), dtype=np.int32)[:, None]
+        indices = (self.indices + copies * np.int32(self.shape[0])).ravel()
+        indptr = np.append((self.indptr[:-1] + copies * np.int32(self.nnz)).ravel(), np.int32(values.size))
+        shape = (len(values) * self.shape[0], len(values) * self.shape[1])
+        return sp.csc_array((values.ravel(), indices, indptr), shape=shape)
+
+    def dense_matrices(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(k, nnz) values to new (k, r, c) matrices."""
+        matrices = np.zeros((len(values), *self.shape))
+        matrices[:, self.rows, self.columns] = values
+        return matrices
 
     def to_dense(self, values: Tensor) -> Tensor:
         """(..., nnz) values to (..., r, c) matrices."""

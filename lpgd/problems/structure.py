@@ -138,6 +138,12 @@ class ConicStructure:
         """For each entry (i, j) of P's pattern, where (j, i) stands."""
         return self.quadratic.positions(self.quadratic.columns, self.quadratic.rows)
 
+    def transposed(self, values: Tensor) -> Tensor:
+        """Values of Pᵀ from those of P, (..., nnz P) each."""
+        if self.quadratic.is_dense:
+            return values.reshape(*values.shape[:-1], self.n, self.n).mT.reshape(values.shape)
+        return values[..., self.index("transpose_position", values.device)]
+
     def index(self, name: str, device: torch.device) -> Tensor:
         """``lower_index``, ``upper_index`` or ``transpose_position`` as a tensor."""
         return torch.from_numpy(getattr(self, name)).to(device)

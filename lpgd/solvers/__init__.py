@@ -8,6 +8,7 @@ from lpgd.solvers.daqp import DAQP
 from lpgd.solvers.ecos import ECOS
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.highs import HiGHS
+from lpgd.solvers.interior_point import InteriorPoint
 from lpgd.solvers.osqp import OSQP
 from lpgd.solvers.piqp import PIQP
 from lpgd.solvers.proxqp import ProxQP
@@ -25,6 +26,7 @@ __all__ = [
     "CustomSolver",
     "ElementwiseSolver",
     "HiGHS",
+    "InteriorPoint",
     "Outcome",
     "Prepared",
     "ProxQP",

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Self
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicStructure
 from lpgd.solution import Solution
-from lpgd.status import MissingPackageError
+from lpgd.status import MissingPackageError, Status
 
-__all__ = ["Capabilities", "Solver"]
+__all__ = ["Capabilities", "Solver", "checked"]
 
 POLYHEDRAL = frozenset({"zero", "nonnegative"})
 """The cones of linear and quadratic programs."""
@@ -158,3 +158,17 @@ def _check_type(solver: Solver, name: str, annotation: str) -> None:
         object.__setattr__(solver, name, int(value))
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{name} of {solver.name} is {value!r}; it must be {text}{' or None' if optional else ''}.")
+
+
+RESIDUAL_CHECK = 1e-4
+"""A relative residual above this, and above ten tolerances, turns a solver's "solved" into INACCURATE."""
+
+
+def checked(solution: Solution, tolerance: float) -> Solution:
+    """A solver's word is not proof: the residuals of every solved element are computed from the problem."""
+    bad = (~(solution.residuals.worst <= max(RESIDUAL_CHECK, 10 * tolerance))).cpu().numpy()
+    statuses = tuple(
+        Status.INACCURATE if status is Status.SOLVED and bad[index] else status
+        for index, status in enumerate(solution.statuses)
+    )
+    return replace(solution, statuses=statuses) if statuses != solution.statuses else solution

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import scipy.optimize
-import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from lpgd.problems.structure import ConicStructure
@@ -117,7 +116,7 @@ class CustomSolver(ElementwiseSolver):
         return None
 
     def prepare(self, form: Any) -> Prepared:
-        return (_PreparedInterval if isinstance(form, IntervalForm) else _PreparedConic)(self, form)
+        return _PreparedInterval(self, form) if isinstance(form, IntervalForm) else _PreparedConic(self, form)
 
 
 class _PreparedInterval(Prepared):
@@ -146,7 +145,7 @@ class _PreparedInterval(Prepared):
         active = np.flatnonzero(at_lower | at_upper)
         multipliers = np.zeros(values.size)
         if active.size:
-            rows = sp.vstack([form.A, sp.eye_array(form.n)], format="csr")[active].toarray()
+            rows = np.concatenate([form.dense_A(), np.eye(form.n)])[active]
             ends = np.where(at_lower[active], -np.inf, 0.0), np.where(at_upper[active], np.inf, 0.0)
             multipliers[active] = scipy.optimize.lsq_linear(rows.T, -(self.P @ x + vectors.q), ends, "bvls").x
         return multipliers[: form.m], multipliers[form.m :]

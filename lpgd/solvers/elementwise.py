@@ -12,7 +12,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicStructure
 from lpgd.reductions import Form, Matrices, RowForm, Vectors
 from lpgd.solution import Solution
-from lpgd.solvers.base import Solver
+from lpgd.solvers.base import Solver, checked
 from lpgd.status import NotConvexError, Status
 
 __all__ = ["ElementwiseSolver", "Outcome", "Prepared"]
@@ -97,7 +96,7 @@ class ElementwiseSolver(Solver):
         chunks = view.groups(view.valid, executor, len(states) or None)
         tasks = [_task(self, view, digests, elements, states) for elements in chunks]
         results = run_tasks(_solve_elements, tasks, executor)
-        return _checked(_assemble(problem, tasks, results), self.tolerance)
+        return checked(_assemble(problem, tasks, results), self.tolerance)
 
 
 class _Task(NamedTuple):
@@ -133,20 +132,6 @@ class _Results(NamedTuple):
         statuses: list[Any] = [Status.INVALID_DATA] * count
         states: list[Any] = [None] * count
         return cls(statuses, x, y, z, slack, np.zeros(count, dtype=np.int64), np.zeros(count), np.zeros(count), states)
-
-
-RESIDUAL_CHECK = 1e-4
-"""A relative residual above this, and above ten tolerances, turns a solver's "solved" into INACCURATE."""
-
-
-def _checked(solution: Solution, tolerance: float) -> Solution:
-    """A solver's word is not proof: the residuals of every solved element are computed from the problem."""
-    bad = (~(solution.residuals.worst <= max(RESIDUAL_CHECK, 10 * tolerance))).cpu().numpy()
-    statuses = tuple(
-        Status.INACCURATE if status is Status.SOLVED and bad[index] else status
-        for index, status in enumerate(solution.statuses)
-    )
-    return replace(solution, statuses=statuses) if statuses != solution.statuses else solution
 
 
 def _task(

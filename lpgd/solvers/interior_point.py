@@ -1,0 +1,116 @@
+"""A batched interior-point solver in torch: linear and convex quadratic programs, on the device of their data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from lpgd.problems.conic import ConicProblem
+from lpgd.solution import Solution
+from lpgd.solvers.base import Capabilities, Solver, checked
+from lpgd.solvers.box_program import Scaling
+from lpgd.solvers.predictor_corrector import Limits, solve_programs
+from lpgd.status import Status
+
+__all__ = ["InteriorPoint"]
+
+_PRECISIONS = {"float64": (torch.float64, 1e-13, 0.0), "float32": (torch.float32, 1e-6, 1e-4)}
+"""For each precision its type, the regularisation of its factorisations, and the finest tolerance asked of it."""
+
+
+@dataclass(frozen=True)
+class InteriorPoint(Solver):
+    """A primal-dual interior-point method that solves a whole batch of dense LPs and convex QPs at once.
+
+    Every iteration is a few dozen operations on the whole batch, with one symmetric factorisation for each element;
+    finished elements leave the batch.  On an optimal face the solution is the face's analytic centre.  Matrices are held
+    dense, bounds as bounds: for up to a few thousand variables and rows.  ``time_limit`` counts for the batch, whose
+    elements are solved side by side.  No warm start; no executor is used: torch's own threads are.
+
+    Args:
+        precision: ``"float64"``, or ``"float32"``, which solves to 1e-4 at best; a finer tolerance is lifted to that.
+
+    Raises:
+        ValueError: the precision is unknown.
+    """
+
+    max_iterations: int = 100
+    precision: str = "float64"
+
+    name: ClassVar[str] = "INTERIOR"
+    package: ClassVar[str] = "torch"
+    pip_name: ClassVar[str] = "torch"
+    finest_tolerance: ClassVar[float] = 1e-11
+    capabilities: ClassVar[Capabilities] = Capabilities(cones=frozenset({"zero", "nonnegative"}), quadratic=True)
+    aliases: ClassVar[dict[str, str]] = {
+        "eps": "tolerance",
+        "tol": "tolerance",
+        "max_iter": "max_iterations",
+        "max_iters": "max_iterations",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.precision not in _PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; it must be one of {', '.join(_PRECISIONS)}.")
+
+    def solution_error(self, problem: ConicProblem) -> float:
+        return self._limits.tolerance
+
+    @property
+    def _limits(self) -> Limits:
+        _, regularization, finest = _PRECISIONS[self.precision]
+        tolerance = max(self.tolerance, finest)
+        return Limits(
+            tolerance=tolerance,
+            certificate=max(1e-8, 0.1 * finest),
+            acceptable=max(1e-5, tolerance),
+            iterations=self.max_iterations,
+            deadline=None if self.time_limit is None else time.perf_counter() + self.time_limit,
+            regularization=regularization,
+        )
+
+    def solve(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:
+        reason = self.unsupported(problem.structure)
+        if reason is not None:
+            raise ValueError(f"{reason}; lpgd.available(structure) lists the solvers that can solve this problem.")
+        with torch.no_grad():
+            return checked(self._solve(problem), self._limits.tolerance)
+
+    def _solve(self, problem: ConicProblem) -> Solution:
+        started = time.perf_counter()
+        size, structure, q = problem.batch_size, problem.structure, problem.data.q
+        point = [q.new_full((size, length), torch.nan) for length in (structure.n, structure.m, structure.n)]
+        slack = torch.full_like(point[1], torch.nan)
+        statuses = torch.full((size,), int(Status.INVALID_DATA))
+        iterations = torch.zeros(size, dtype=torch.int64)
+        valid = problem.finite()
+        whole = bool(valid.all())
+        rows = valid.nonzero()[:, 0]
+        if rows.shape[0]:
+            part = problem if whole else problem.select(rows.tolist())
+            scaling = Scaling.of(part, _PRECISIONS[self.precision][0], self._limits.tolerance)
+            answers = solve_programs(scaling.program, self._limits, self.verbose)
+            solved, part_slack = scaling.invert(answers.x, answers.z, answers.s)
+            status = torch.where(scaling.crossed, int(Status.INFEASIBLE), answers.status)
+            nothing = ((status == Status.INFEASIBLE) | (status == Status.UNBOUNDED))[:, None]
+            for full, own in zip((*point, slack), (*solved, part_slack), strict=True):
+                full[rows] = torch.where(nothing, torch.nan, own)
+            statuses[rows.cpu()], iterations[rows.cpu()] = status.cpu(), answers.iterations.cpu()
+        seconds = time.perf_counter() - started
+        return Solution(
+            problem,
+            *point,
+            slack=slack,
+            statuses=tuple(Status(value) for value in statuses.tolist()),
+            iterations=iterations.numpy(),
+            setup_seconds=np.zeros(size),
+            solve_seconds=np.full(size, seconds / max(size, 1)),
+            states=(None,) * size,
+        )
