@@ -110,10 +110,10 @@ def newton_system(program: BoxProgram) -> NewtonSystem:
 
 
 def _cholesky(matrices: Tensor, diagonal: Tensor, regularization: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of ``matrices + diagonal``, regularised relative to the diagonal; matrices are overwritten."""
+    """Factors of ``matrices + diagonal``, regularised relative to that diagonal plus one; matrices are overwritten."""
     view = matrices.diagonal(dim1=-2, dim2=-1)
     view += diagonal
-    view += regularization * view
+    view += regularization * (view + 1.0)
     factors, info = torch.linalg.cholesky_ex(matrices)
     return factors, info > 0
 
