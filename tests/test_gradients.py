@@ -10,10 +10,22 @@ import pytest
 import scipy.optimize
 import torch
 
-from lpgd import ECOS, LPGD, SCS, BlackboxBackprop, Clarabel, Domke, ImplicitKKT, LpgdWarning, SerialExecutor
+from lpgd import (
+    ECOS,
+    LPGD,
+    SCS,
+    BlackboxBackprop,
+    Clarabel,
+    Domke,
+    ImplicitKKT,
+    InteriorPoint,
+    LpgdWarning,
+    SerialExecutor,
+)
 from lpgd.cones import Cones
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solution import Solution
+from lpgd.solvers import Solver
 from lpgd.status import Status
 from tests.problem_table import CASES, REGULAR, Case, planted
 
@@ -124,10 +136,12 @@ def test_limit_of_lpgd_equals_implicit(case: Case, rho: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("solver", "error"), [(Clarabel(), 2e-4), (SCS(), 2e-3), (ECOS(), 1e-3)], ids=["CLARABEL", "SCS", "ECOS"]
+    ("solver", "error"),
+    [(Clarabel(), 2e-4), (SCS(), 2e-3), (ECOS(), 1e-3), (InteriorPoint(), 2e-4)],
+    ids=["CLARABEL", "SCS", "ECOS", "INTERIOR"],
 )
 @pytest.mark.parametrize("case", REGULAR, ids=repr)
-def test_defaults_are_close_to_the_exact_gradient(case: Case, solver: Clarabel | SCS | ECOS, error: float) -> None:
+def test_defaults_are_close_to_the_exact_gradient(case: Case, solver: Solver, error: float) -> None:
     if solver.unsupported(case.problem.structure):
         with pytest.raises(ValueError, match="cone"):
             solver.solve(case.problem)

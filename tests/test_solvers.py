@@ -13,7 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from lpgd import ECOS, SCS, Clarabel, LpgdWarning, MissingPackageError, SerialExecutor, Solution, Status, available
+from lpgd import (
+    ECOS,
+    SCS,
+    Clarabel,
+    InteriorPoint,
+    LpgdWarning,
+    MissingPackageError,
+    SerialExecutor,
+    Solution,
+    Status,
+    available,
+)
 from lpgd.autograd import check_solution
 from lpgd.cones import Cones
 from lpgd.execution import workspaces
@@ -28,6 +39,7 @@ SOLVER_TABLE = [
     (Clarabel(), 1e-4),
     (SCS(), 1e-5),
     (ECOS(), 1e-4),
+    (InteriorPoint(), 1e-5),
 ]
 BY_NAME = {solver.name: solver for solver, _ in SOLVER_TABLE}
 
@@ -111,14 +123,14 @@ def test_each_element_has_its_own_status(solver: Solver) -> None:
 
 @pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
 def test_limits_are_statuses(solver: Solver) -> None:
-    case = next(case for case in CASES if case.name == "socp")
+    case = next(case for case in CASES if case.name == "qp")
     limited = replace(solver, max_iterations=2).solve(case.problem)
     assert set(limited.statuses) == {Status.ITERATION_LIMIT}
     assert limited.statuses[0].has_iterate
     assert not limited.statuses[0].usable
 
 
-@pytest.mark.parametrize("solver", [Clarabel(), SCS()], ids=lambda solver: solver.name)
+@pytest.mark.parametrize("solver", [Clarabel(), SCS(), InteriorPoint()], ids=lambda solver: solver.name)
 def test_a_time_limit_reaches_the_solver(solver: Solver) -> None:
     case = planted(
         "large", Cones(zero=100, nonnegative=300), 300, seed=50, rank=0, lower=300, upper=300, active_bounds=50
@@ -219,7 +231,7 @@ def test_one_workspace_serves_everything_that_shares_its_matrices(monkeypatch: p
     assert len(made) == 2  # SCS cannot take a new P: one more workspace for rho, re-used too
 
 
-@pytest.mark.parametrize("solver", [Clarabel(), Clarabel(equilibrate=False), ECOS()], ids=repr)
+@pytest.mark.parametrize("solver", [Clarabel(), Clarabel(equilibrate=False), ECOS(), InteriorPoint()], ids=repr)
 def test_results_do_not_depend_on_what_was_solved_before(solver: Solver) -> None:
     # Every x in the simplex with equal costs is optimal: which one is returned shows any trace of other problems.
     def face(row: torch.Tensor) -> torch.Tensor:
@@ -277,7 +289,7 @@ def test_a_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch
 
 def test_solvers_are_chosen_by_what_they_can_do() -> None:
     structures = {case.name: case.problem.structure for case in CASES}
-    assert available() == ("CLARABEL", "SCS", "ECOS")
+    assert available() == ("CLARABEL", "SCS", "ECOS", "INTERIOR")
     assert available(structures["sdp"]) == ("CLARABEL", "SCS")
     assert available(structures["dual exponential"]) == ("SCS",)
     assert choose_solver(structures["qp"]).name == "CLARABEL"
@@ -288,7 +300,7 @@ def test_solvers_are_chosen_by_what_they_can_do() -> None:
     with pytest.raises(ValueError, match=r"ECOS has no semidefinite cone; installed solvers .*: CLARABEL, SCS"):
         choose_solver(structures["sdp"], "ECOS")
     with pytest.raises(
-        ValueError, match="'GUROBI' is not a solver of this library; the solvers are CLARABEL, SCS, ECOS"
+        ValueError, match="'GUROBI' is not a solver of this library; the solvers are CLARABEL, SCS, ECOS, INTERIOR"
     ):
         choose_solver(structures["qp"], "GUROBI")
     with pytest.raises(

@@ -122,7 +122,7 @@ def _solve(factors: Tensor, right: Tensor) -> Tensor:
     """``(L Lᵀ)⁻¹`` times rows (B, count, r)."""
     if factors.shape[0] == right.shape[0]:
         return torch.cholesky_solve(right.mT, factors).mT
-    flat = right.reshape(-1, right.shape[-1])
+    flat = right.flatten(0, 1)
     return torch.cholesky_solve(flat.mT, factors[0]).mT.reshape(right.shape)
 
 
