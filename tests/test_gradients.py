@@ -20,6 +20,7 @@ from lpgd import (
     Domke,
     HiGHS,
     ImplicitKKT,
+    InteriorPoint,
     LpgdWarning,
     SerialExecutor,
 )
@@ -138,7 +139,7 @@ def test_limit_of_lpgd_equals_implicit(case: Case, rho: float) -> None:
 
 @pytest.mark.parametrize(
     ("solver", "error"),
-    [(Clarabel(), 2e-4), (SCS(), 2e-3), (ECOS(), 1e-3), (DAQP(), 1e-5), (HiGHS(), 1e-5)],
+    [(Clarabel(), 2e-4), (SCS(), 2e-3), (ECOS(), 1e-3), (DAQP(), 1e-5), (HiGHS(), 1e-5), (InteriorPoint(), 2e-4)],
     ids=lambda value: getattr(value, "name", None),
 )
 @pytest.mark.parametrize("case", REGULAR, ids=repr)

@@ -19,6 +19,7 @@ from lpgd import (
     SCS,
     Clarabel,
     HiGHS,
+    InteriorPoint,
     LpgdWarning,
     MissingPackageError,
     SerialExecutor,
@@ -42,6 +43,7 @@ SOLVER_TABLE = [
     (ECOS(), 1e-4),
     (DAQP(), 1e-9),
     (HiGHS(), 1e-9),
+    (InteriorPoint(), 1e-5),
 ]
 BY_NAME = {solver.name: solver for solver, _ in SOLVER_TABLE}
 
@@ -251,7 +253,7 @@ def test_one_workspace_serves_everything_that_shares_its_matrices(monkeypatch: p
 EXACT = [DAQP(), HiGHS()]
 
 
-@pytest.mark.parametrize("solver", [Clarabel(), Clarabel(equilibrate=False), ECOS(), *EXACT], ids=repr)
+@pytest.mark.parametrize("solver", [Clarabel(), Clarabel(equilibrate=False), ECOS(), InteriorPoint(), *EXACT], ids=repr)
 def test_results_do_not_depend_on_what_was_solved_before(solver: Solver) -> None:
     # Every x in the simplex with equal costs is optimal: which one is returned shows any trace of other problems.
     def face(row: torch.Tensor) -> torch.Tensor:
