@@ -22,6 +22,7 @@ from lpgd import (
     Domke,
     HiGHS,
     ImplicitKKT,
+    InteriorPoint,
     LpgdWarning,
     ProxQP,
     SerialExecutor,
@@ -150,6 +151,7 @@ def test_limit_of_lpgd_equals_implicit(case: Case, rho: float) -> None:
         (PIQP(), 1e-5),
         (OSQP(), 1e-4),
         (ProxQP(), 1e-4),
+        (InteriorPoint(), 2e-4),
     ],
     ids=lambda value: getattr(value, "name", None),
 )

@@ -21,6 +21,7 @@ from lpgd import (
     SCS,
     Clarabel,
     HiGHS,
+    InteriorPoint,
     LpgdWarning,
     MissingPackageError,
     ProxQP,
@@ -49,6 +50,7 @@ SOLVER_TABLE = [
     (PIQP(sparse=True), 1e-8),
     (OSQP(), 1e-5),
     (ProxQP(), 1e-7),
+    (InteriorPoint(), 1e-5),
 ]
 BY_NAME = {solver.name + (" sparse" if getattr(solver, "sparse", False) else ""): solver for solver, _ in SOLVER_TABLE}
 
@@ -275,7 +277,7 @@ def test_one_workspace_serves_everything_that_shares_its_matrices(monkeypatch: p
 EXACT = [DAQP(), HiGHS()]
 
 
-@pytest.mark.parametrize("solver", [Clarabel(), Clarabel(equilibrate=False), ECOS(), *EXACT], ids=repr)
+@pytest.mark.parametrize("solver", [Clarabel(), Clarabel(equilibrate=False), ECOS(), InteriorPoint(), *EXACT], ids=repr)
 def test_results_do_not_depend_on_what_was_solved_before(solver: Solver) -> None:
     # Every x in the simplex with equal costs is optimal: which one is returned shows any trace of other problems.
     def face(row: torch.Tensor) -> torch.Tensor:

@@ -88,6 +88,29 @@ class BoxProgram:
             free=None if self.free is None else self.free[elements],
         )  # fmt: skip
 
+    def rays(self) -> BoxProgram:
+        """``minimise qᵀd`` over the directions d in ``[-1, 1]ⁿ`` with ``P d = 0`` in which no constraint is ever met."""
+        A, e = self.A, self.equalities
+        if self.P is not None:
+            P = self.P if self.P.ndim == 3 else torch.diag_embed(self.P)
+            count = max(A.shape[0], P.shape[0])
+            parts = (A[:, :e], P, A[:, e:])
+            A, e = torch.cat([part.expand(count, -1, -1) for part in parts], 1), e + self.n
+        finite = self.b.new_ones(self.size, self.row_count - self.m) if self.bounded is None else self.bounded
+        weights = replace(self, bounded=None).bound_weights(finite)
+        free = (weights < 2).to(weights.dtype) * (1.0 if self.free is None else self.free)
+        limits = self.b.new_ones(self.size, 2 * self.n)
+        for index, start, part in (
+            (self.upper, 0, finite[:, : self.uppers]),
+            (self.lower, self.n, finite[:, self.uppers :]),
+        ):
+            place = torch.arange(self.n, device=self.b.device) if index is None else index
+            limits[:, start + place] -= part
+        return replace(
+            self, P=None, q=self.q * free, A=A, b=torch.cat([self.b.new_zeros(self.size, A.shape[1]), limits], 1),
+            equalities=e, upper=None, lower=None, bounded=torch.cat([free, free], 1), free=free,
+        )  # fmt: skip
+
     # -- products; vectors are (B, ·) or several of them at once (B, count, ·) ----------------------------------
 
     def quadratic(self, x: Tensor) -> Tensor | None:

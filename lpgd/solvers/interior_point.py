@@ -29,7 +29,7 @@ class InteriorPoint(Solver):
     """A primal-dual interior-point method that solves a whole batch of dense LPs and convex QPs at once.
 
     Every iteration is a few dozen operations on the whole batch, with one symmetric factorisation for each element;
-    finished elements leave the batch.  On an optimal face the solution is the face's analytic centre.  Matrices are held
+    finished elements leave the batch.  On an optimal face the solution is inside the face, near its analytic centre.  Matrices are held
     dense, bounds as bounds: for up to a few thousand variables and rows.  ``time_limit`` counts for the batch, whose
     elements are solved side by side.  No warm start; no executor is used: torch's own threads are.
 

@@ -110,10 +110,10 @@ def newton_system(program: BoxProgram) -> NewtonSystem:
 
 
 def _cholesky(matrices: Tensor, diagonal: Tensor, regularization: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of ``matrices + diagonal``, regularised relative to the diagonal; matrices are overwritten."""
+    """Factors of ``matrices + diagonal``, regularised relative to that diagonal plus one; matrices are overwritten."""
     view = matrices.diagonal(dim1=-2, dim2=-1)
     view += diagonal
-    view += regularization * view
+    view += regularization * (view + 1.0)
     factors, info = torch.linalg.cholesky_ex(matrices)
     return factors, info > 0
 
@@ -122,7 +122,7 @@ def _solve(factors: Tensor, right: Tensor) -> Tensor:
     """``(L Lᵀ)⁻¹`` times rows (B, count, r)."""
     if factors.shape[0] == right.shape[0]:
         return torch.cholesky_solve(right.mT, factors).mT
-    flat = right.reshape(-1, right.shape[-1])
+    flat = right.flatten(0, 1)
     return torch.cholesky_solve(flat.mT, factors[0]).mT.reshape(right.shape)
 
 

@@ -31,6 +31,10 @@ __all__ = ["Answers", "Limits", "solve_programs"]
 
 STEP = 0.995
 """The share of the way to the boundary that a step takes."""
+CAUTIOUS_STEP = 0.9
+"""The same for an element that made no progress in its last iteration."""
+CAUTIOUS_CENTERING = 0.1
+"""For such an element, the least factor by which complementarity is asked to shrink."""
 INTERIOR = 0.03
 """The least slack and multiplier at the start, in the units of the scaled program."""
 PLAIN_ITERATIONS = 50
@@ -39,6 +43,8 @@ PATIENCE = 8
 """Iterations without progress after which an element is given up."""
 PROGRESS = 0.9
 """The factor by which residuals must fall to count as progress."""
+DESCENT = 1e-6
+"""The relative descent along a ray of the largest entry 1 that proves a problem unbounded."""
 COMPACTED = 0.15
 """The share of finished elements at which they leave the batch."""
 
@@ -123,6 +129,13 @@ def solve_programs(program: BoxProgram, limits: Limits, verbose: bool = False) -
             if field.name == "iterations":
                 part = part + answers.iterations[rows]
             whole[rows[~kept]] = part[~kept]
+    open_ends = (answers.status == Status.NUMERICAL_ERROR) | (answers.status == Status.ITERATION_LIMIT)
+    if program.size and spent < limits.iterations and bool(open_ends.any()):
+        rows = open_ends.nonzero()[:, 0]
+        part = program.select(rows)
+        rays = _Run(part.rays(), plain, homogeneous=False, verbose=verbose).answers
+        falls = (rays.status == Status.SOLVED) & ((part.q * rays.x).sum(1) < -DESCENT * _norm(part.q)[:, 0])
+        answers.status[rows[falls]] = int(Status.UNBOUNDED)
     return answers
 
 
@@ -163,7 +176,7 @@ class _Run:
             step = _homogeneous_step if homogeneous else _plain_step
             h = self.point.s / self.point.z[:, program.equalities :]
             factor = self.system.factor(h, self.regularization)
-            moved, sound = step(self.program, factor, h, self.point, state)
+            moved, sound = step(self.program, factor, h, self.point, state, self.idle[:, None] > 0)
             sound = sound & ~factor.failed[:, None]
             self.point = _Iterate(
                 *(torch.where(sound, new, old) for new, old in zip(moved, self.point.parts, strict=True))
@@ -175,7 +188,7 @@ class _Run:
         program, e = self.program, self.program.equalities
         shared = program.shares_matrices and program.bounded is None and program.free is None
         h = program.q.new_ones(1 if shared else program.size, program.row_count - e)
-        factor = self.system.factor(h, self.regularization)
+        factor = self.system.factor(h, self.regularization.sqrt())
         if program.P is None:
             r = torch.stack([torch.zeros_like(program.q), -program.q], 1)
             x, z = factor.solve(r, torch.stack([program.b, torch.zeros_like(program.b)], 1))
@@ -267,13 +280,18 @@ def _assess(program: BoxProgram, point: _Iterate, norms: tuple[Tensor, ...]) -> 
 
 
 def _plain_step(
-    program: BoxProgram, factor: Factor, h: Tensor, point: _Iterate, state: _State
+    program: BoxProgram, factor: Factor, h: Tensor, point: _Iterate, state: _State, cautious: Tensor
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """A predictor-corrector step with τ = 1, and (B, 1) where it is finite; primal and dual lengths differ for LPs."""
+    """A predictor-corrector step with τ = 1, and (B, 1) where it is finite; primal and dual lengths differ for LPs.
+
+    Mehrotra's method can cycle.  Where ``cautious`` (B, 1) the corrector is damped by the predictor's length, there is some
+    centring in any case, and the step stays further from the boundary.
+    """
     x, z, s, tau, kappa = point.parts
     e = program.equalities
     z_cone, r = z[:, e:], -state.r_x[:, None]
     total, lengths = _dot(s, z_cone), _LENGTHS[program.P is None]
+    share = torch.where(cautious, CAUTIOUS_STEP, STEP)
 
     t = -state.r_z
     t[:, e:] += s
@@ -282,9 +300,12 @@ def _plain_step(
     ds = -s - h * dz_cone
     primal, dual = lengths(_to_boundary(s, ds).clamp(max=1.0), _to_boundary(z_cone, dz_cone).clamp(max=1.0))
     predicted = _dot(torch.addcmul(s, primal, ds), torch.addcmul(z_cone, dual, dz_cone))
-    target = torch.where(total > 0, predicted**3 / (total**2 * max(s.shape[1], 1)), 0.0)
+    sigma = (predicted / total) ** 3
+    sigma = torch.where(cautious, sigma.clamp(min=CAUTIOUS_CENTERING), sigma)
+    target = sigma * total / max(s.shape[1], 1)
 
-    product = torch.addcmul(s, torch.addcmul(-target, ds, dz_cone), 1.0 / z_cone)
+    corrector = torch.where(cautious, primal * dual, 1.0) * ds * dz_cone
+    product = s + (corrector - target) / z_cone
     t = -state.r_z
     t[:, e:] += product
     dx, dz = _refined(program, factor, h, r, t[:, None])
@@ -292,16 +313,16 @@ def _plain_step(
     dz_cone = dz[:, e:]
     ds = -product - h * dz_cone
     primal, dual = lengths(
-        (STEP * _to_boundary(s, ds)).clamp(max=1.0), (STEP * _to_boundary(z_cone, dz_cone)).clamp(max=1.0)
+        (share * _to_boundary(s, ds)).clamp(max=1.0), (share * _to_boundary(z_cone, dz_cone)).clamp(max=1.0)
     )
     moved = torch.addcmul(x, primal, dx), torch.addcmul(z, dual, dz), torch.addcmul(s, primal, ds), tau, kappa
     return moved, torch.isfinite(primal + dual)
 
 
 def _homogeneous_step(
-    program: BoxProgram, factor: Factor, h: Tensor, point: _Iterate, state: _State
+    program: BoxProgram, factor: Factor, h: Tensor, point: _Iterate, state: _State, cautious: Tensor
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """A predictor-corrector step of the embedding, and (B, 1) where it is finite."""
+    """A predictor-corrector step of the embedding, and (B, 1) where it is finite; see the plain one."""
     x, z, s, tau, kappa = point.parts
     e = program.equalities
     z_cone = z[:, e:]
@@ -329,17 +350,20 @@ def _homogeneous_step(
 
     dx, dz, d_tau, d_kappa = direction(affine_x[:, 0], affine_z[:, 0], state.r_tau, tau * kappa)
     ds = -s - h * dz[:, e:]
-    sigma = (1.0 - longest(ds, dz, d_tau, d_kappa).clamp(max=1.0)) ** 3
+    alpha = longest(ds, dz, d_tau, d_kappa).clamp(max=1.0)
+    sigma = (1.0 - alpha) ** 3
+    sigma = torch.where(cautious, sigma.clamp(min=CAUTIOUS_CENTERING), sigma)
+    share, weight = torch.where(cautious, CAUTIOUS_STEP, STEP), torch.where(cautious, alpha**2, 1.0)
 
     keep, target = 1.0 - sigma, sigma * mu
-    product = s + (ds * dz[:, e:] - target) / z_cone
+    product = s + (weight * ds * dz[:, e:] - target) / z_cone
     t = -keep * state.r_z
     t[:, e:] += product
     x1, z1 = _refined(program, factor, h, (-keep * state.r_x)[:, None], t[:, None])
-    product_tau = tau * kappa + d_tau * d_kappa - target
+    product_tau = tau * kappa + weight * d_tau * d_kappa - target
     dx, dz, d_tau, d_kappa = direction(x1[:, 0], z1[:, 0], keep * state.r_tau, product_tau)
     ds = -product - h * dz[:, e:]
-    alpha = (STEP * longest(ds, dz, d_tau, d_kappa)).clamp(max=1.0)
+    alpha = (share * longest(ds, dz, d_tau, d_kappa)).clamp(max=1.0)
     changes = zip(point.parts, (dx, dz, ds, d_tau, d_kappa), strict=True)
     moved = [torch.addcmul(old, alpha, change) for old, change in changes]
     scale = 1.0 / torch.maximum(moved[3], moved[4])
