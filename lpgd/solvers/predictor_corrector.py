@@ -94,6 +94,12 @@ class _Iterate:
     def select(self, rows: Tensor) -> _Iterate:
         return _Iterate(*(part[rows] for part in self.parts))
 
+    def replaced(self, where: Tensor, other: _Iterate) -> _Iterate:
+        """The other iterate for the elements ``where`` (B, 1), this one elsewhere."""
+        if bool(where.all()):
+            return other
+        return _Iterate(*(torch.where(where, new, old) for new, old in zip(other.parts, self.parts, strict=True)))
+
     @property
     def parts(self) -> tuple[Tensor, ...]:
         return self.x, self.z, self.s, self.tau, self.kappa
@@ -178,12 +184,8 @@ class _Run:
             factor = self.system.factor(h, self.regularization)
             moved, sound = step(self.program, factor, h, self.point, state, self.idle[:, None] > 0)
             sound = sound & ~factor.failed[:, None]
-            self.point = _Iterate(
-                *(torch.where(sound, new, old) for new, old in zip(moved, self.point.parts, strict=True))
-            )
-            self.regularization = torch.where(
-                factor.failed[:, None], 100.0 * self.regularization, self.regularization
-            )
+            self.point = self.point.replaced(sound, _Iterate(*moved))
+            self.regularization = torch.where(factor.failed[:, None], 100.0, 1.0) * self.regularization
 
     def _start(self) -> _Iterate:
         """The solution with H = I, its slacks and multipliers moved into the cone (Clarabel, section 3.2)."""
@@ -204,10 +206,7 @@ class _Run:
     def _judge(self, state: _State, iteration: int) -> Tensor:
         """(B,) the status of each element that is at an end, -1 for others."""
         limits = self.limits
-        better = (state.quality < self.best_quality)[:, None]
-        self.best = _Iterate(
-            *(torch.where(better, new, old) for new, old in zip(self.point.parts, self.best.parts, strict=True))
-        )
+        self.best = self.best.replaced((state.quality < self.best_quality)[:, None], self.point)
         self.best_quality = torch.fmin(state.quality, self.best_quality)
         reached = torch.fmin(state.quality, torch.fmin(state.infeasible, state.unbounded))
         advanced = reached < PROGRESS * self.progress
@@ -216,6 +215,10 @@ class _Run:
         given_up = torch.where(
             self.best_quality <= limits.acceptable, int(Status.INACCURATE), int(Status.NUMERICAL_ERROR)
         )
+        if self.verbose:
+            worst = float(state.quality.nan_to_num(nan=torch.inf)[self.left].max())
+            method = "embedding" if self.homogeneous else "plain"
+            print(f"{method} {iteration:3d}   {int(self.left.sum()):5d} left   worst residual {worst:.1e}")
         status = torch.where(self.idle >= PATIENCE, given_up, -1)
         if iteration == limits.iterations:
             status = torch.where(status < 0, int(Status.ITERATION_LIMIT), status)
@@ -223,10 +226,6 @@ class _Run:
             status = torch.where(status < 0, int(Status.TIME_LIMIT), status)
         status = torch.where(state.unbounded <= limits.certificate, int(Status.UNBOUNDED), status)
         status = torch.where(state.infeasible <= limits.certificate, int(Status.INFEASIBLE), status)
-        if self.verbose:
-            worst = float(state.quality.nan_to_num(nan=torch.inf)[self.left].max())
-            method = "embedding" if self.homogeneous else "plain"
-            print(f"{method} {iteration:3d}   {int(self.left.sum()):5d} left   worst residual {worst:.1e}")
         return torch.where(self.best_quality <= limits.tolerance, int(Status.SOLVED), status)
 
     def _record(self, rows: Tensor, status: Tensor, iteration: int) -> None:
