@@ -166,7 +166,7 @@ def test_redundant_equalities_and_degenerate_vertices() -> None:
 
 
 def test_every_element_gets_its_own_status_and_the_others_stay_exact() -> None:
-    # min x1 + c x2 s.t. x1 + x2 = b, x >= 0, x1 <= u: infeasible, crossed bounds, unbounded, NaN, and three solved ones.
+    # min x1 + c x2 s.t. x1 + x2 = b, x >= 0, x1 <= u: infeasible, crossed bounds, unbounded, NaN, three solved.
     q = [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [-1.0, -1.0], [1.0, torch.nan], [1.0, 2.0], [3.0, 2.0]]
     A = torch.ones(7, 1, 2).double()
     A[3, 0, 1] = -1.0

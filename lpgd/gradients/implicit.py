@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from lpgd.elements import ElementView
 from lpgd.execution import run_tasks
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
+from lpgd.gradients.polyhedral import is_batchable, polyhedral_response
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.projections import projection_derivative
@@ -106,6 +107,11 @@ class ImplicitKKT(GradientMethod):
         used = ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()]
         info = GradientInfo(self, used)
         active = relevant_elements(solution, tilt)
+        change = ConicPoint(*(torch.zeros_like(part) for part in solution.point))
+        if active and is_batchable(problem, self.rho):
+            active = self._respond_at_once(problem, solution, tilt, active, change, used)
+        if not active:
+            return change, info
         view = ElementView(problem)
         lower, upper = problem.full_bounds()
         arrays = {**solution.point._asdict(), "slack": solution.slack, "lower": lower, "upper": upper}
@@ -119,7 +125,6 @@ class ImplicitKKT(GradientMethod):
             matrices = {e % view.distinct: (view.row("P", e), view.row("A", e)) for e in elements}
             tasks.append(_Task(problem.structure, self.rho, elements, matrices, view.distinct, points))
         results = run_tasks(_respond, tasks, executor)
-        change = ConicPoint(*(torch.zeros_like(part) for part in solution.point))
         regularised = []
         for task, responses in zip(tasks, results, strict=True):
             for element, (dx, dy, dz, exact) in zip(task.elements, responses, strict=True):
@@ -136,6 +141,30 @@ class ImplicitKKT(GradientMethod):
                 "rho > 0, or LPGD with a finite tau, is well defined there."
             )
         return change, info
+
+    def _respond_at_once(
+        self,
+        problem: ConicProblem,
+        solution: Solution,
+        tilt: ConicPoint,
+        active: list[int],
+        change: ConicPoint,
+        used: list[str],
+    ) -> list[int]:
+        """Write the response of as many elements as possible; the others are returned."""
+        rows = torch.as_tensor(active, dtype=torch.int64, device=problem.device)
+        if len(active) < problem.batch_size:
+            problem, solution, tilt = problem.select(active), solution.select(active), tilt.select(rows)
+        response, exact = polyhedral_response(problem, solution, tilt, self.rho)
+        for whole, part in zip(change, response, strict=True):
+            whole[rows[exact]] = part[exact]
+        left = []
+        for element, fine in zip(active, exact.tolist(), strict=True):
+            if fine:
+                used[element] = "implicit"
+            else:
+                left.append(element)
+        return left
 
 
 class _Point(NamedTuple):
