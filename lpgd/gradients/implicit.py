@@ -103,7 +103,10 @@ class ImplicitKKT(GradientMethod):
     def response(
         self, problem: ConicProblem, solution: Solution, tilt: ConicPoint, executor: Executor | None = None
     ) -> tuple[ConicPoint, GradientInfo]:
-        """The derivative of the solution along a tilt ``<g, point>`` of the Lagrangian, (B, ·) each."""
+        """The derivative of the solution along a tilt ``<g, point>`` of the Lagrangian, (B, ·) each.
+
+        Linear and quadratic programs are differentiated all at once, without the executor.
+        """
         used = ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()]
         info = GradientInfo(self, used)
         active = relevant_elements(solution, tilt)
