@@ -26,10 +26,11 @@ __all__ = ["Case", "Settings", "Side", "closeness", "compare", "installed", "pea
 
 AGREEMENT = 1e-3
 """An objective within ε leaves about √ε in a solution: more than this, relative to its size, is disagreement."""
+GRADIENT_AGREEMENT = 0.1
+"""An exact gradient that is further off, relatively, is another gradient: weakly active constraints leave a few percent."""
 EXACT_ELEMENTS = 4
 """Elements that are solved exactly for the accuracy of each side, and whose data the referee moves."""
 DIRECTIONS = 3
-STEP = 1e-4
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Case:
         regular: the solution is unique and differentiable: solutions are compared entry by entry, and exact gradients
             with finite differences.  Otherwise objectives and violations are compared.
         unknowns: the number of variables, for the plots.
+        step: of the central differences, as small as the exact solutions allow.
+        extra: ``symmetric``: for each datum, whether it is a symmetric matrix and moves as one.
     """
 
     comparison: str
@@ -97,6 +100,7 @@ class Case:
     exactly: Callable[[Sequence[Tensor], Sequence[int]], Tensor] | None = None
     regular: bool = True
     unknowns: int = 0
+    step: float = 1e-4
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -241,17 +245,20 @@ def _judge(case: Case, data: Sequence[Tensor], result: Result, runs: dict[int, R
         ):
             if value is not None and not value <= AGREEMENT:
                 entry.disagrees = f"its solution {name} {value:.1e}, relative"
+        if entry.kind == "exact" and accuracy.gradient is not None and not accuracy.gradient <= GRADIENT_AGREEMENT:
+            entry.disagrees = f"its gradient is off by {accuracy.gradient:.1e}, relative, from finite differences"
     _cosines(result, runs)
 
 
 def _cosines(result: Result, runs: dict[int, Run]) -> None:
-    """The cosine of each gradient with that of the first other library's side of the same kind."""
+    """The cosine of each gradient with that of the first other library's side of the same kind (an approximate one's: of an exact one)."""
     flat = {index: torch.cat([gradient.ravel().double() for gradient in run.gradients]) for index, run in runs.items()}
     for index in runs:
         mine = result.entries[index]
         for other in runs:
             theirs = result.entries[other]
-            if theirs.kind == mine.kind and (theirs.library == "lpgd") != (mine.library == "lpgd"):
+            same = theirs.kind == ("exact" if mine.kind == "approximate" else mine.kind)
+            if same and (theirs.library == "lpgd") != (mine.library == "lpgd"):
                 norms = float(flat[index].norm() * flat[other].norm())
                 mine.accuracy.cosine = float(flat[index] @ flat[other]) / norms if norms else None
                 mine.accuracy.cosine_with = theirs.label
@@ -275,10 +282,10 @@ def _referee(
             direction.append(move)
         losses = []
         for sign in (1.0, -1.0):
-            moved = [value + sign * STEP * move for value, move in zip(data, direction, strict=True)]
+            moved = [value + sign * case.step * move for value, move in zip(data, direction, strict=True)]
             points = torch.zeros((case.batch, *padding.shape[1:]), dtype=torch.float64)
             points[: len(elements)] = case.exactly(moved, elements)
             losses.append(float(case.loss(points)))
         moves.append(direction)
-        differences.append((losses[0] - losses[1]) / (2 * STEP))
+        differences.append((losses[0] - losses[1]) / (2 * case.step))
     return moves, np.array(differences)
