@@ -65,6 +65,7 @@ def conic_case(comparison: str, program: Program, batch: int) -> tuple[Case, Ins
         _judge(instance),
         _exactly(instance),
         regular=program.regular,
+        step=program.step,
         unknowns=instance.variable.size,
     )
     return case, instance

@@ -1,4 +1,4 @@
-"""Convex problems written in CVXPY, batch 32, against cvxpylayers with diffcp: same solvers and tolerances, and ours by default."""
+"""Convex problems written in CVXPY, against cvxpylayers with diffcp in the same modes, and ours by default."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ __all__ = ["Case", "Settings", "Side", "closeness", "compare", "installed", "pea
 AGREEMENT = 1e-3
 """An objective within ε leaves about √ε in a solution: more than this, relative to its size, is disagreement."""
 GRADIENT_AGREEMENT = 0.1
-"""An exact gradient that is further off, relatively, is another gradient: weakly active constraints leave a few percent."""
+"""An exact gradient further off, relatively, is a wrong one: weakly active constraints leave a few percent."""
 EXACT_ELEMENTS = 4
 """Elements that are solved exactly for the accuracy of each side, and whose data the referee moves."""
 DIRECTIONS = 3
@@ -251,7 +251,7 @@ def _judge(case: Case, data: Sequence[Tensor], result: Result, runs: dict[int, R
 
 
 def _cosines(result: Result, runs: dict[int, Run]) -> None:
-    """The cosine of each gradient with that of the first other library's side of the same kind (an approximate one's: of an exact one)."""
+    """The cosine of each gradient with that of the first other library's side of its kind; approximate with exact."""
     flat = {index: torch.cat([gradient.ravel().double() for gradient in run.gradients]) for index, run in runs.items()}
     for index in runs:
         mine = result.entries[index]

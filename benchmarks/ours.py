@@ -25,7 +25,7 @@ def solver_names(wanted: Sequence[str], structure: Any = None) -> list[str]:
 
 
 def describe(output: Any) -> dict[str, Any]:
-    """Set-up and solve seconds of the forward pass (sums over elements, whatever the threads), iterations, fallbacks."""
+    """Set-up and solve seconds of the forward pass (sums over elements, whatever the threads), and iterations."""
     solution, gradients = output.info.solution, output.info.gradients
     setup, solve = float(solution.setup_seconds.sum()), float(solution.solve_seconds.sum())
     details: dict[str, Any] = {

@@ -46,9 +46,7 @@ def plot_ratios(path: Path, results: Sequence[Result]) -> None:
         )
     axes.margins(x=0.12)
     axes.invert_yaxis()
-    axes.set_xlabel(
-        "seconds of the peer's fastest side over our fastest, forward plus backward (right of 1: ours is faster)"
-    )
+    axes.set_xlabel("their fastest over our fastest, forward + backward")
     figure.savefig(path, dpi=150)
 
 

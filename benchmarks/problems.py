@@ -53,6 +53,7 @@ class Program:
             auxiliary variables they introduce.
         regular: the solution is unique and differentiable: solutions are compared entry by entry, and exact gradients
             with finite differences. Otherwise objectives and violations are compared.
+        step: of those differences: the error of the exact solutions over it is the noise.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Program:
     tau: float = 0.1
     rho: float = 0.0
     regular: bool = True
+    step: float = 1e-4
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

@@ -24,15 +24,17 @@ PACKAGES = (
     *("proxsuite", "cvxpylayers", "diffcp", "qpth", "libdqp", "ffolayer"),
 )
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-HEADER = """\
-Medians of seconds, forward + backward, in one process: the sides take turns on the same data, with other values in each \
-repeat; "(once)" marks a slow side that ran once, without a warm-up. A ratio is the peer's seconds over those of our \
-fastest side: above 1 ours is faster. Spread is largest less smallest, relative to the median. Errors are relative, of the \
-last run's first elements: of the solution (or, where it is not unique, of the objective and the constraints) against exact \
-solutions, of exact gradients along random directions against central differences of exact solutions. LPGD's gradients \
-have a finite step, so they differ from those; the cosine compares each side with the first of the other library in the \
-same kind of gradient. Set-up and solve are sums over elements of the forward pass, whatever the number of threads; \
-overhead is the rest of the forward pass on the wall. Memory is the growth of the process at its peak."""
+HEADER = (
+    "Medians of seconds, forward + backward, in one process: the sides take turns on the same data, with other values "
+    "in each repeat; (once) marks a slow side that ran once, without a warm-up. A ratio is the peer's seconds over "
+    "those of our fastest side: above 1 ours is faster. Spread is largest less smallest, relative to the median. "
+    "Errors are relative, of the last run's first elements: of the solution (or, where it is not unique, of the "
+    "objective and the constraints) against exact solutions, of exact gradients along random directions against "
+    "central differences of exact solutions. LPGD's gradients have a finite step, so they differ from those; the "
+    "cosine compares each side with the first of the other library in the same kind of gradient. Set-up and solve are "
+    "sums over elements of the forward pass, whatever the number of threads; overhead is the rest of the forward pass "
+    "on the wall. Memory is the growth of the process at its peak."
+)
 
 
 def environment() -> dict[str, Any]:

@@ -45,9 +45,7 @@ def show(item: Result | Target | Curve) -> None:
     elif isinstance(item, Result):
         print(f"{item.title}, batch {item.batch}", flush=True)
         for entry in item.entries:
-            print(
-                f"  {entry.label}: {entry.error or entry.timing}{'  WRONG: ' + entry.disagrees if entry.disagrees else ''}"
-            )
+            print(f"  {entry.label}: {entry.error or entry.timing} {entry.disagrees or ''}".rstrip(), flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
