@@ -13,7 +13,15 @@ from torch import Tensor
 
 from .harness import Side, installed
 
-__all__ = ["TOLERANCES", "cvxpylayers_side", "dense_qp_peers", "peer_layer"]
+__all__ = [
+    "QP_TOLERANCE",
+    "TOLERANCES",
+    "cvxpylayers_side",
+    "dense_qp_peers",
+    "missing_side",
+    "proxsuite_side",
+    "qpth_side",
+]
 
 # The same numbers for both, by the solver's own names.
 TOLERANCES: dict[str, dict[str, float]] = {
@@ -60,7 +68,7 @@ def cvxpylayers_side(
     return Side("cvxpylayers", mode, kind, call, slow=slow)
 
 
-def _qpth() -> Side:
+def qpth_side() -> Side:
     if not installed("qpth"):
         return missing_side("qpth", "PDIPM", "exact", "--no-deps qpth==0.0.18")
     from qpth.qp import QPFunction
@@ -72,7 +80,7 @@ def _qpth() -> Side:
     return Side("qpth", "PDIPM", "exact", call)
 
 
-def _proxsuite(parallel: bool) -> Side:
+def proxsuite_side(parallel: bool) -> Side:
     mode = "QPLayer, threads" if parallel else "QPLayer"
     if not installed("proxsuite"):
         return missing_side("ProxSuite", mode, "exact", "proxsuite")
@@ -135,7 +143,7 @@ def _cvxpylayers_qp(n: int, equalities: int, inequalities: int, solver: str, kin
 
 def dense_qp_peers(n: int, equalities: int, inequalities: int) -> list[Side]:
     """Everything that takes a batch of dense quadratic programs (P, q, A, b, G, h)."""
-    sides = [_qpth(), _proxsuite(False), _proxsuite(True)]
+    sides = [qpth_side(), proxsuite_side(False), proxsuite_side(True)]
     if n <= 100:
         sides += [_dqp("daqp"), _ffolayer()]
     if n in (10, 50):
