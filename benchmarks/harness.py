@@ -41,11 +41,13 @@ class Settings:
         quick: small batches, one repeat, and no side that is slow.
         repeats: timed runs of each side, after one that warms up.
         out: the folder of the results.
+        maros_meszaros: the file that ``extract_maros_meszaros.py`` writes.
     """
 
     quick: bool = False
     repeats: int = 3
     out: Path = Path("runs/bench")
+    maros_meszaros: Path = Path("runs/maros_meszaros.npz")
 
 
 class Side(NamedTuple):

@@ -18,6 +18,7 @@ __all__ = [
     "TOLERANCES",
     "cvxpylayers_side",
     "dense_qp_peers",
+    "dqp_side",
     "missing_side",
     "proxsuite_side",
     "qpth_side",
@@ -95,7 +96,7 @@ def proxsuite_side(parallel: bool) -> Side:
     return Side("ProxSuite", mode, "exact", call)
 
 
-def _dqp(solver: str) -> Side:
+def dqp_side(solver: str) -> Side:
     mode = f"{solver}, dense"
     if not (installed("dqp") and installed("qpsolvers") and installed("pandas")):
         return missing_side("dQP", mode, "exact", "--no-deps libdqp")
@@ -145,7 +146,7 @@ def dense_qp_peers(n: int, equalities: int, inequalities: int) -> list[Side]:
     """Everything that takes a batch of dense quadratic programs (P, q, A, b, G, h)."""
     sides = [qpth_side(), proxsuite_side(False), proxsuite_side(True)]
     if n <= 100:
-        sides += [_dqp("daqp"), _ffolayer()]
+        sides += [dqp_side("daqp"), _ffolayer()]
     if n in (10, 50):
         modes = (("Clarabel", "exact"), ("SCS", "exact"), ("SCS", "lpgd"))
         sides += [_cvxpylayers_qp(n, equalities, inequalities, *mode, slow=n == 50) for mode in modes]

@@ -21,7 +21,7 @@ from .results import Curve, Result, Target
 
 __all__ = ["COMPARISONS", "main"]
 
-COMPARISONS = ("cvxpylayers", "sudoku", "dense_qp", "sparse", "reuse", "scaling")
+COMPARISONS = ("cvxpylayers", "sudoku", "dense_qp", "sparse", "maros_meszaros", "reuse", "scaling")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
@@ -32,11 +32,15 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Settings, argpa
     )
     parser.add_argument("--quick", action="store_true", help="a minute: small batches, one repeat, no slow side")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side, after a warm-up (default: 3)")
+    parser.add_argument(
+        "--maros-meszaros", type=Path, default=Settings.maros_meszaros, help="file of extract_maros_meszaros.py"
+    )
     parser.add_argument("--threads", type=int, help="threads of torch, for all (default: torch's own choice)")
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats is {options.repeats}; it must be at least 1.")
-    return Settings(options.quick, 1 if options.quick else options.repeats, options.out), options
+    repeats = 1 if options.quick else options.repeats
+    return Settings(options.quick, repeats, options.out, options.maros_meszaros), options
 
 
 def show(item: Result | Target | Curve) -> None:

@@ -12,7 +12,9 @@ from .results import Result, Target, ratio_target
 
 __all__ = ["run"]
 
-NAMED = (("INTERIOR", "lpgd"), ("INTERIOR", "exact"), ("HIGHS", "lpgd"), ("DAQP", "lpgd"))
+NAMED = (("INTERIOR", "lpgd"), ("INTERIOR", "exact"), ("DAQP", "lpgd"))
+# With ρ > 0 the perturbed problems are quadratic: HiGHS starts those cold, in time that grows with n³.
+NAMED_SMALL = (*NAMED, ("HIGHS", "lpgd"))
 # batch: modes of the peer, which runs each once, and the bounds against its LPGD and its exact mode
 NINE = (
     (8, (SCS_LPGD, CLARABEL_LPGD, SCS_EXACT), ((8.0, 15.0), (25.0, 40.0))),
@@ -23,7 +25,7 @@ NINE = (
 def run(settings: Settings) -> Iterator[Result | Target]:
     program = PROGRAMS["sudoku4"]
     case, instance = conic_case("sudoku", program, program.batch[settings.quick])
-    result = compare(case, conic_sides(program, instance, NAMED), settings)
+    result = compare(case, conic_sides(program, instance, NAMED_SMALL), settings)
     yield result
     title = f"Sudoku 4×4, batch {case.batch}: × cvxpylayers LPGD"
     yield ratio_target(result, title, 12.0, 25.0, "cvxpylayers", "lpgd", "lpgd")
