@@ -8,7 +8,19 @@ from lpgd.gradients import LPGD, BlackboxBackprop, Domke, ImplicitKKT
 from lpgd.layers import ConicLayer, CvxpyLayer, LPLayer, QPLayer, solve_conic, solve_lp, solve_qp
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solution import Solution
-from lpgd.solvers import DAQP, ECOS, SCS, Clarabel, HiGHS, InteriorPoint, available
+from lpgd.solvers import (
+    DAQP,
+    ECOS,
+    OSQP,
+    PIQP,
+    SCS,
+    Clarabel,
+    CustomSolver,
+    HiGHS,
+    InteriorPoint,
+    ProxQP,
+    available,
+)
 from lpgd.status import LpgdWarning, MissingPackageError, SolverError, Status
 
 __version__ = version("lpgd")
@@ -17,6 +29,8 @@ __all__ = [
     "DAQP",
     "ECOS",
     "LPGD",
+    "OSQP",
+    "PIQP",
     "SCS",
     "BlackboxBackprop",
     "Clarabel",
@@ -26,6 +40,7 @@ __all__ = [
     "ConicPoint",
     "ConicProblem",
     "ConicStructure",
+    "CustomSolver",
     "CvxpyLayer",
     "Domke",
     "HiGHS",
@@ -34,6 +49,7 @@ __all__ = [
     "LPLayer",
     "LpgdWarning",
     "MissingPackageError",
+    "ProxQP",
     "QPLayer",
     "SerialExecutor",
     "Solution",

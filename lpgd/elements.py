@@ -56,6 +56,8 @@ class ElementView:
             per_worker: chunks for each of the executor's workers.
         """
         period = self.distinct if self.distinct > 1 else copies_of or self.size
+        if period == self.size:
+            return [[elements[i] for i in chunk] for chunk in split(len(elements), executor)]
         members: dict[int, list[int]] = {}
         for element in elements:
             members.setdefault(element % period, []).append(element)

@@ -103,6 +103,10 @@ class Form(ABC):
     def vectors(self, vectors: Vectors) -> Any:
         """The vectors of k elements in this form, a named tuple of (k, ·) arrays that are contiguous and new."""
 
+    def crossed(self, vectors: Any) -> NDArray[np.bool_]:
+        """(k,) whether an upper end is below its lower one: infeasible, and what some solvers cannot take."""
+        return np.zeros(len(vectors.q), dtype=bool)
+
     @abstractmethod
     def invert(self, point: Any, vectors: Any) -> Point:
         """The points of k elements, a named tuple of (k, ·) arrays, in the problem's own form; ``vectors`` in this."""
@@ -258,7 +262,8 @@ class IntervalForm(Form):
     Attributes:
         m: number of rows.
         zero: how many of them, from the first, are equalities.
-        has_bounds: whether a variable may have a bound.
+        bounded: the variables that may have a bound.
+        has_bounds: whether there is one.
     """
 
     keyed_by_bounds: ClassVar[bool] = False
@@ -268,6 +273,7 @@ class IntervalForm(Form):
         structure = matrices.structure
         self.m, self.zero, self.has_bounds = structure.m, structure.cones.zero, structure.has_bounds
         self._values = matrices.A
+        self.bounded = np.union1d(structure.lower_index, structure.upper_index)
         self.size = self._values.size + self.P.size
 
     @cached_property
@@ -290,6 +296,9 @@ class IntervalForm(Form):
         lower[:, self.structure.lower_index] = vectors.lower
         upper[:, self.structure.upper_index] = vectors.upper
         return IntervalVectors(q, row_lower, row_upper, lower, upper)
+
+    def crossed(self, vectors: IntervalVectors) -> NDArray[np.bool_]:
+        return np.any(vectors.lower > vectors.upper, axis=1)
 
     def invert(self, point: IntervalPoint, vectors: IntervalVectors) -> Point:
         slack = np.zeros_like(point.y)

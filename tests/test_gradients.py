@@ -14,6 +14,8 @@ from lpgd import (
     DAQP,
     ECOS,
     LPGD,
+    OSQP,
+    PIQP,
     SCS,
     BlackboxBackprop,
     Clarabel,
@@ -22,9 +24,11 @@ from lpgd import (
     ImplicitKKT,
     InteriorPoint,
     LpgdWarning,
+    ProxQP,
     SerialExecutor,
 )
 from lpgd.cones import Cones
+from lpgd.gradients import implicit
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solution import Solution
 from lpgd.solvers import Solver
@@ -139,13 +143,23 @@ def test_limit_of_lpgd_equals_implicit(case: Case, rho: float) -> None:
 
 @pytest.mark.parametrize(
     ("solver", "error"),
-    [(Clarabel(), 2e-4), (SCS(), 2e-3), (ECOS(), 1e-3), (DAQP(), 1e-5), (HiGHS(), 1e-5), (InteriorPoint(), 2e-4)],
+    [
+        (Clarabel(), 2e-4),
+        (SCS(), 2e-3),
+        (ECOS(), 1e-3),
+        (DAQP(), 1e-5),
+        (HiGHS(), 1e-5),
+        (PIQP(), 1e-5),
+        (OSQP(), 1e-4),
+        (ProxQP(), 1e-4),
+        (InteriorPoint(), 2e-4),
+    ],
     ids=lambda value: getattr(value, "name", None),
 )
 @pytest.mark.parametrize("case", REGULAR, ids=repr)
 def test_defaults_are_close_to_the_exact_gradient(case: Case, solver: Solver, error: float) -> None:
     if solver.unsupported(case.problem.structure):
-        with pytest.raises(ValueError, match="cone"):
+        with pytest.raises(ValueError, match=r"cone|not reliable on linear programs"):
             solver.solve(case.problem)
         return
     exact, _ = ImplicitKKT().vjp(case.problem, planted_solution(case), random_cotangent(case), TIGHT, SERIAL)
@@ -419,6 +433,42 @@ def test_an_exact_gradient_of_zero_is_announced() -> None:
     assert not ImplicitKKT().vjp(quadratic.problem, planted_solution(quadratic), cotangent_of_qp, TIGHT)[1].notices
     assert gradient.q.abs().max() < 1e-12
     assert gradient.b.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3])
+def test_all_elements_at_once_agree_with_one_at_a_time(monkeypatch: pytest.MonkeyPatch, rho: float) -> None:
+    # For linear and quadratic programs; the one-by-one path is what every other cone uses.
+    for case in CASES:
+        if case.problem.structure.cones.kinds - {"zero", "nonnegative"}:
+            continue
+        solution, cotangent = planted_solution(case), random_cotangent(case, 12)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LpgdWarning)
+            at_once, info = ImplicitKKT(rho).vjp(case.problem, solution, cotangent, TIGHT)
+            with monkeypatch.context() as patch:
+                patch.setattr(implicit, "is_batchable", lambda problem, rho: False)
+                singly, expected = ImplicitKKT(rho).vjp(case.problem, solution, cotangent, TIGHT)
+        assert info.used == expected.used, case
+        assert difference(at_once, singly) < 1e-9, case
+
+
+def test_singular_elements_do_not_spoil_the_others() -> None:
+    # Two copies of a regular problem around one whose equalities are repeated: only that one is regularised.
+    case = planted("qp", Cones(zero=2, nonnegative=4), 8, seed=34, batched=("P", "A", "q", "b"))
+    A = case.problem.structure.constraint.to_dense(case.problem.data.A)
+    A[1, 1] = A[1, 0]
+    b = case.problem.data.b.clone()
+    b[1, 1] = b[1, 0]
+    data = case.problem.data._replace(A=case.problem.structure.constraint.gather(A), b=b)
+    problem = replace(case.problem, data=data)
+    solution, cotangent = Clarabel(tolerance=1e-10).solve(problem), random_cotangent(case, 13)
+    with pytest.warns(LpgdWarning, match=r"elements \[1\] are singular"):
+        gradient, info = ImplicitKKT().vjp(problem, solution, cotangent, TIGHT)
+    assert info.used == ["implicit", "implicit, regularised", "implicit"]
+    regular, _ = ImplicitKKT().vjp(
+        problem.select([0, 2]), solution.select([0, 2]), cotangent.select(torch.tensor([0, 2])), TIGHT
+    )
+    torch.testing.assert_close(gradient.A[[0, 2]], regular.A, atol=1e-9, rtol=1e-9)
 
 
 def test_sparse_and_dense_systems_agree() -> None:

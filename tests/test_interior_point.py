@@ -166,7 +166,7 @@ def test_redundant_equalities_and_degenerate_vertices() -> None:
 
 
 def test_every_element_gets_its_own_status_and_the_others_stay_exact() -> None:
-    # min x1 + c x2 s.t. x1 + x2 = b, x >= 0, x1 <= u: infeasible, crossed bounds, unbounded, NaN, and three solved ones.
+    # min x1 + c x2 s.t. x1 + x2 = b, x >= 0, x1 <= u: infeasible, crossed bounds, unbounded, NaN, three solved.
     q = [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [-1.0, -1.0], [1.0, torch.nan], [1.0, 2.0], [3.0, 2.0]]
     A = torch.ones(7, 1, 2).double()
     A[3, 0, 1] = -1.0
@@ -256,7 +256,7 @@ def test_an_optimal_face_gives_a_point_inside_it_and_its_centre_where_the_face_i
     symmetric = TIGHT.solve(program(q, A, b, equalities=1, lower=np.zeros(5), upper=[2.0] * 5))
     np.testing.assert_allclose(symmetric.x[0].numpy(), [0.25, 0.25, 0.25, 0.25, 2.0], atol=1e-8)
     skewed = TIGHT.solve(program(q, A, b, equalities=1, lower=np.zeros(5), upper=[1.0, 2.0, 3.0, 4.0, 2.0]))
-    assert skewed.x[0, :4].min() > 0.1
+    assert skewed.x[0, :4].min() > 0.01  # a vertex or an edge of the face has zeros
     assert float(skewed.x[0, 4]) == pytest.approx(2.0, abs=1e-8)
 
 

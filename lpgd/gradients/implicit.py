@@ -18,6 +18,7 @@ from lpgd.elements import ElementView
 from lpgd.execution import SerialExecutor, run_tasks
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.kkt import KKTPoints, KKTResponse, is_quick, respond
+from lpgd.gradients.polyhedral import is_batchable, polyhedral_response
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solution import Solution
@@ -81,10 +82,18 @@ class ImplicitKKT(GradientMethod):
     def response(
         self, problem: ConicProblem, solution: Solution, tilt: ConicPoint, executor: Executor | None = None
     ) -> tuple[ConicPoint, GradientInfo]:
-        """The derivative of the solution along a tilt ``<g, point>`` of the Lagrangian, (B, ·) each."""
+        """The derivative of the solution along a tilt ``<g, point>`` of the Lagrangian, (B, ·) each.
+
+        Where :func:`~lpgd.gradients.polyhedral.is_batchable` says so, all at once, without the executor.
+        """
         used = ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()]
         info = GradientInfo(self, used)
         active = relevant_elements(solution, tilt)
+        change = ConicPoint(*(torch.zeros_like(part) for part in solution.point))
+        if active and is_batchable(problem, self.rho):
+            active = self._respond_at_once(problem, solution, tilt, active, change, used)
+        if not active:
+            return change, info
         if executor is None and is_quick(problem.structure, len(active)):
             executor = SerialExecutor()
         view = ElementView(problem)
@@ -99,7 +108,6 @@ class ImplicitKKT(GradientMethod):
             P, A = (np.broadcast_to(rows, (len(elements), rows.shape[1])) for rows in matrices)
             tasks.append(_Task(problem.structure, self.rho, elements, P, A, points))
         results = run_tasks(_respond, tasks, executor)
-        change = ConicPoint(*(torch.zeros_like(part) for part in solution.point))
         regularised = []
         for task, response in zip(tasks, results, strict=True):
             for whole, part in zip(change, response[:3], strict=True):
@@ -116,6 +124,30 @@ class ImplicitKKT(GradientMethod):
                 "rho > 0, or LPGD with a finite tau, is well defined there."
             )
         return change, info
+
+    def _respond_at_once(
+        self,
+        problem: ConicProblem,
+        solution: Solution,
+        tilt: ConicPoint,
+        active: list[int],
+        change: ConicPoint,
+        used: list[str],
+    ) -> list[int]:
+        """Write the response of as many elements as possible; the others are returned."""
+        rows = torch.as_tensor(active, dtype=torch.int64, device=problem.device)
+        if len(active) < problem.batch_size:
+            problem, solution, tilt = problem.select(active), solution.select(active), tilt.select(rows)
+        response, exact = polyhedral_response(problem, solution, tilt, self.rho)
+        for whole, part in zip(change, response, strict=True):
+            whole[rows[exact]] = part[exact]
+        left = []
+        for element, fine in zip(active, exact.tolist(), strict=True):
+            if fine:
+                used[element] = "implicit"
+            else:
+                left.append(element)
+        return left
 
 
 class _Task(NamedTuple):

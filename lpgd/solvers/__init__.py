@@ -3,25 +3,33 @@
 from lpgd.solvers.base import Capabilities, Solver
 from lpgd.solvers.choose import SOLVERS, available, choose_solver
 from lpgd.solvers.clarabel import Clarabel
+from lpgd.solvers.custom import CustomSolver
 from lpgd.solvers.daqp import DAQP
 from lpgd.solvers.ecos import ECOS
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.highs import HiGHS
 from lpgd.solvers.interior_point import InteriorPoint
+from lpgd.solvers.osqp import OSQP
+from lpgd.solvers.piqp import PIQP
+from lpgd.solvers.proxqp import ProxQP
 from lpgd.solvers.scs import SCS
 
 __all__ = [
     "DAQP",
     "ECOS",
+    "OSQP",
+    "PIQP",
     "SCS",
     "SOLVERS",
     "Capabilities",
     "Clarabel",
+    "CustomSolver",
     "ElementwiseSolver",
     "HiGHS",
     "InteriorPoint",
     "Outcome",
     "Prepared",
+    "ProxQP",
     "Solver",
     "available",
     "choose_solver",

@@ -2,8 +2,8 @@
 
     minimise ½ xᵀP x + qᵀx   s.t.   M x + s = b,   s = 0 on the first ``equalities`` rows, s ≥ 0 on the others
 
-The rows of M are those of A, then ``x ≤ upper`` and ``-x ≤ -lower``; the latter two are never formed.  An infinite bound
-is the row ``0 x + s = 1``.  A variable whose bounds are equal is fixed: its column and its cost are zero.
+The rows of M are those of A, then ``x ≤ upper`` and ``-x ≤ -lower``; the latter two are never formed.  An infinite
+bound is the row ``0 x + s = 1``.  A variable whose bounds are equal is fixed: its column and its cost are zero.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class BoxProgram:
         )  # fmt: skip
 
     def rays(self) -> BoxProgram:
-        """``minimise qᵀd`` over the directions d in ``[-1, 1]ⁿ`` with ``P d = 0`` in which no constraint is ever met."""
+        """``minimise qᵀd`` over the directions d in ``[-1, 1]ⁿ`` with ``P d = 0`` along which no constraint is met."""
         A, e = self.A, self.equalities
         if self.P is not None:
             P = self.P if self.P.ndim == 3 else torch.diag_embed(self.P)
@@ -199,9 +199,7 @@ class Scaling:
     def of(cls, problem: ConicProblem, dtype: torch.dtype, tolerance: float) -> Scaling:
         """Scale rows to a largest entry of 1, and objectives to a largest coefficient of 1."""
         structure, data, size = problem.structure, problem.data, problem.batch_size
-        A = _matrices(structure.constraint.to_dense(data.A), size)
-        row_scale = _reciprocal(_largest(A))
-        P = _quadratic(problem)
+        P, A, row_scale = cls.matrices(problem)
         q, b = per_element(data.q, size), per_element(data.b, size)
         crossed = torch.zeros(size, dtype=torch.bool, device=problem.device)
         free = offset = None
@@ -236,6 +234,12 @@ class Scaling:
             free=free,
         )
         return cls(problem, program, row_scale, cost_scale, offset, crossed)
+
+    @staticmethod
+    def matrices(problem: ConicProblem) -> tuple[Tensor | None, Tensor, Tensor]:
+        """P as a BoxProgram has it and A, unscaled and dense, and the factors (1 or B, m) of the rows of A."""
+        A = _matrices(problem.structure.constraint.to_dense(problem.data.A), problem.batch_size)
+        return _quadratic(problem), A, _reciprocal(_largest(A))
 
     def invert(self, x: Tensor, z: Tensor, s: Tensor) -> tuple[ConicPoint, Tensor]:
         """The problem's point and slack from those of all elements of the program, (B, n), (B, rows), (B, rows)."""

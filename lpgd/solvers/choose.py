@@ -12,12 +12,15 @@ from lpgd.solvers.daqp import DAQP
 from lpgd.solvers.ecos import ECOS
 from lpgd.solvers.highs import HiGHS
 from lpgd.solvers.interior_point import InteriorPoint
+from lpgd.solvers.osqp import OSQP
+from lpgd.solvers.piqp import PIQP
+from lpgd.solvers.proxqp import ProxQP
 from lpgd.solvers.scs import SCS
 from lpgd.status import MissingPackageError
 
 __all__ = ["SOLVERS", "available", "choose_solver"]
 
-SOLVERS: tuple[type[Solver], ...] = (Clarabel, SCS, ECOS, InteriorPoint, DAQP, HiGHS)
+SOLVERS: tuple[type[Solver], ...] = (Clarabel, SCS, ECOS, InteriorPoint, DAQP, HiGHS, PIQP, OSQP, ProxQP)
 """Every backend, in the order of preference where none is named.
 
 Clarabel comes first: it takes nearly every cone and a quadratic objective, needs no tuning, and its accuracy

@@ -86,7 +86,7 @@ class _PreparedDAQP(Prepared):
         # Which rows are equalities is fixed; of bounds that meet, DAQP takes care itself.
         self.sense = np.zeros(self.bounds + form.m, dtype=np.int32)
         self.sense[self.bounds : self.bounds + form.zero] = _EQUALITY
-        self.active: NDArray[np.int32] | None = None  # where the factors of the workspace are
+        self.ended_at: FloatArray | None = None  # multipliers of the active set whose factors the workspace has
         self.singular = not form.has_quadratic or self._start(eps_prox=0.0) == _NOT_CONVEX
         if self.singular and self._start(eps_prox=_PROXIMAL) == _NOT_CONVEX:
             raise NotConvexError("DAQP cannot factorise P: the objective is not convex.")
@@ -120,13 +120,13 @@ class _PreparedDAQP(Prepared):
         else:
             flag = self._move(q, lower, upper, state)
         if flag < 0:
-            self.active = None
+            self.ended_at = None
             return Outcome(_STATUSES.get(flag, Status.NUMERICAL_ERROR), None, 0)
         x, _, flag, info = self.model.solve()
         status, iterations = _STATUSES.get(flag, Status.NUMERICAL_ERROR), info["iterations"]
         multipliers = info["lam"] if scale == 1.0 else scale * info["lam"]
         solved = status is Status.SOLVED
-        self.active = self._marks(multipliers, lower, upper) if solved else None
+        self.ended_at = multipliers if solved else None
         z = multipliers[: self.bounds] if self.bounds else np.zeros(self.n)
         point = IntervalPoint(x, multipliers[self.bounds :], z)
         return Outcome(status, point, iterations, _State(x, multipliers) if solved else None)
@@ -137,16 +137,15 @@ class _PreparedDAQP(Prepared):
         return self.model.setup(self.P / scale, q, self.A, upper, lower, self.sense.copy(), **start)[0]
 
     def _move(self, q: FloatArray, lower: FloatArray, upper: FloatArray, state: _State | None) -> int:
-        wanted = self.sense if state is None else self._marks(state.multipliers, lower, upper)
-        if self.active is not None and np.array_equal(wanted, self.active):
-            return self.model.update(f=q, bupper=upper, blower=lower)
-        # DAQP writes to the marks it is given.
-        return self.model.update(f=q, bupper=upper, blower=lower, sense=wanted.copy())
+        sense = self.sense.copy()  # DAQP writes to it
+        if state is not None:
+            if self.ended_at is not None and np.array_equal(np.sign(self.ended_at), np.sign(state.multipliers)):
+                return self.model.update(f=q, bupper=upper, blower=lower)
+            self._mark(sense, state.multipliers, lower, upper)
+        return self.model.update(f=q, bupper=upper, blower=lower, sense=sense)
 
-    def _marks(self, multipliers: FloatArray, lower: FloatArray, upper: FloatArray) -> NDArray[np.int32]:
-        """DAQP's marks of an active set.  An end that is infinite must not be marked: it gives NaN (daqp 0.11.0)."""
-        active = self.sense.copy()
-        free = active == 0
-        active[free & (multipliers > 0) & np.isfinite(upper)] = _AT_UPPER
-        active[free & (multipliers < 0) & np.isfinite(lower)] = _AT_LOWER
-        return active
+    def _mark(self, sense: NDArray[np.int32], multipliers: FloatArray, lower: FloatArray, upper: FloatArray) -> None:
+        """Mark an active set.  An end that is infinite must not be marked: it gives NaN (daqp 0.11.0)."""
+        free = sense == 0
+        sense[free & (multipliers > 0) & np.isfinite(upper)] = _AT_UPPER
+        sense[free & (multipliers < 0) & np.isfinite(lower)] = _AT_LOWER

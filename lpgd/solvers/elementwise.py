@@ -214,15 +214,19 @@ def _solve_run(
         return
     vectors = form.vectors(part)
     one, points, kept = type(vectors), [], []
+    crossed = form.crossed(vectors)
     ended = clock()
     results.setup_seconds[places[0]] = ended - started
     for index, (place, row) in enumerate(zip(places, zip(*vectors, strict=True), strict=True)):
+        if crossed[index]:
+            results.statuses[place] = Status.INFEASIBLE
+            continue
         started = ended
         outcome = prepared.solve(one(*row), task.states[place])
         ended = clock()
         results.statuses[place], results.states[place] = outcome.status, outcome.state
         results.iterations[place], results.solve_seconds[place] = outcome.iterations, ended - started
-        if outcome.status.has_iterate:
+        if outcome.status.has_iterate and outcome.point is not None:
             kept.append(index)
             points.append(outcome.point)
     # Sparse factors take several times the memory of the matrix; an estimate is enough to bound the cache.

@@ -29,9 +29,10 @@ class InteriorPoint(Solver):
     """A primal-dual interior-point method that solves a whole batch of dense LPs and convex QPs at once.
 
     Every iteration is a few dozen operations on the whole batch, with one symmetric factorisation for each element;
-    finished elements leave the batch.  On an optimal face the solution is inside the face, near its analytic centre.  Matrices are held
-    dense, bounds as bounds: for up to a few thousand variables and rows.  ``time_limit`` counts for the batch, whose
-    elements are solved side by side.  No warm start; no executor is used: torch's own threads are.
+    finished elements leave the batch.  On an optimal face the solution is inside the face, near its analytic centre.
+    Matrices are held dense, bounds as bounds: for up to a few thousand variables and rows.  There is no warm start, and
+    torch's own threads are used, not an executor.  ``time_limit`` counts for the batch, whose elements are solved side
+    by side.
 
     Args:
         precision: ``"float64"``, or ``"float32"``, which solves to 1e-4 at best; a finer tolerance is lifted to that.

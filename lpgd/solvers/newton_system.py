@@ -11,6 +11,7 @@ equalities to their Schur complement.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -68,10 +69,10 @@ class WeightedProduct:
         if shared == 1 and size >= SHARED_BATCH and r and count:
             width = max(16, -(-r // 8))
             edges = [*range(0, r, width), r]
-            pairs = sum((stop - start) * stop for start, stop in zip(edges, edges[1:], strict=False))
+            pairs = sum((stop - start) * stop for start, stop in pairwise(edges))
             if pairs * count * matrices.element_size() <= SHARED_BYTES:
                 a = matrices[0]
-                for start, stop in zip(edges, edges[1:], strict=False):
+                for start, stop in pairwise(edges):
                     products = (a[:, start:stop, None] * a[:, None, :stop]).reshape(count, -1)
                     self.blocks.append((start, stop, products))
 
