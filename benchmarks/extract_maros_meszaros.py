@@ -16,8 +16,8 @@ import numpy as np
 import sif2jax.cutest
 
 # Those whose optimum agrees with the one that Maros and Mészáros (1999) publish: sif2jax states some inequalities of
-# others (HS76, DUALC1, DUALC2, DUALC8) in the other direction.  HS35MOD fixes a variable by its bounds, which as rows are
-# dependent.
+# others (HS76, DUALC1, DUALC2, DUALC8) in the other direction.  HS35MOD fixes a variable by its bounds, and as rows
+# these are dependent.
 PUBLISHED = {
     "HS21": -9.996e1,
     "HS35": 1.11111111e-1,
