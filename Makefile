@@ -3,12 +3,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_BENCH ?= .venv-bench
+VENV_JAX ?= .venv-jax
 VENV_OLDEST ?= .venv-oldest
 WORKERS ?= 2
 PYTEST_FLAGS ?=
 SUDOKU_FLAGS ?= --board 2 --method lpgd --overwrite
 SUDOKU_OUT ?= runs/sudoku4
-BENCH_OUT ?= runs/bench-cvxpylayers
+BENCH_FLAGS ?=
+BENCH_OUT ?= runs/bench
+MAROS_MESZAROS := runs/maros_meszaros.npz
 
 BIN := $(VENV)/bin
 # One BLAS thread in each test process: WORKERS processes then use WORKERS cores.
@@ -26,7 +29,7 @@ touch $@
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format sudoku bench-cvxpylayers test-oldest build clean
+.PHONY: help venv test lint format sudoku bench test-oldest build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +41,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV_BENCH)/.installed: pyproject.toml constraints.txt
 	$(call install,$(VENV_BENCH),bench,constraints.txt)
+
+# Peers whose requirements clash with the versions that they run on.
+$(VENV_BENCH)/.peers: $(VENV_BENCH)/.installed benchmarks/peers.txt
+	$(VENV_BENCH)/bin/python -m pip install --quiet --no-deps -r benchmarks/peers.txt
+	touch $@
+
+$(MAROS_MESZAROS): benchmarks/extract_maros_meszaros.py benchmarks/maros_meszaros.txt
+	$(PYTHON) -m venv $(VENV_JAX)
+	$(VENV_JAX)/bin/python -m pip install --quiet -r benchmarks/maros_meszaros.txt
+	$(VENV_JAX)/bin/python benchmarks/extract_maros_meszaros.py $@
 
 $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(call install,$(VENV_OLDEST),test,constraints-oldest.txt)
@@ -58,8 +71,8 @@ format: $(VENV)/.installed ## Format the code and mend what ruff can mend
 sudoku: $(VENV)/.installed ## Train the 4x4 Sudoku example, with plots (SUDOKU_FLAGS, SUDOKU_OUT)
 	$(BIN)/python -m examples.sudoku.train $(SUDOKU_FLAGS) --out $(SUDOKU_OUT)
 
-bench-cvxpylayers: $(VENV_BENCH)/.installed ## Compare speed with cvxpylayers and diffcp (BENCH_OUT)
-	$(VENV_BENCH)/bin/python -m benchmarks.cvxpylayers --out $(BENCH_OUT)
+bench: $(VENV_BENCH)/.peers $(MAROS_MESZAROS) ## Compare with every peer (BENCH_FLAGS="--quick --only NAME", BENCH_OUT)
+	$(VENV_BENCH)/bin/python -W ignore -m benchmarks.run --out $(BENCH_OUT) --maros-meszaros $(MAROS_MESZAROS) $(BENCH_FLAGS)
 
 test-oldest: $(VENV_OLDEST)/.installed ## Run the tests on the oldest versions of the dependencies
 	$(call PYTEST,$(VENV_OLDEST))
@@ -68,5 +81,5 @@ build: $(VENV)/.installed ## Build the wheel and the source distribution in dist
 	$(BIN)/python -m build
 
 clean: ## Remove virtual environments, builds and caches; results in runs/ stay
-	rm -rf .venv .venv-bench .venv-oldest build dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bench .venv-jax .venv-oldest build dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,7 @@ from torch import Tensor
 from examples.sudoku.data import generate_boards, one_hot
 from examples.sudoku.model import CONSTRAINTS
 
-__all__ = ["CASES", "Case", "Instance"]
+__all__ = ["PROGRAMS", "Instance", "Program"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class Instance:
 
 
 @dataclass(frozen=True)
-class Case:
+class Program:
     """One problem and the modes in which it is compared.
 
     Attributes:
@@ -53,7 +53,7 @@ class Case:
             auxiliary variables they introduce.
         regular: the solution is unique and differentiable: solutions are compared entry by entry, and exact gradients
             with finite differences. Otherwise objectives and violations are compared.
-        slow: modes that the peer runs only once.
+        step: of those differences: the error of the exact solutions over it is the noise.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Case:
     tau: float = 0.1
     rho: float = 0.0
     regular: bool = True
-    slow: Sequence[tuple[str, str]] = ()
+    step: float = 1e-4
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
@@ -183,7 +183,7 @@ SCS_LPGD, SCS_EXACT = ("SCS", "lpgd"), ("SCS", "exact")
 CLARABEL_LPGD, CLARABEL_EXACT, ECOS_EXACT = ("Clarabel", "lpgd"), ("Clarabel", "exact"), ("ECOS", "exact")
 
 _ALL = (
-    Case(
+    Program(
         "sudoku4",
         "Sudoku 4×4",
         partial(_sudoku, 2),
@@ -192,7 +192,7 @@ _ALL = (
         rho=0.1,
         regular=False,
     ),
-    Case(
+    Program(
         "sudoku9",
         "Sudoku 9×9",
         partial(_sudoku, 3),
@@ -200,24 +200,25 @@ _ALL = (
         (SCS_LPGD, CLARABEL_LPGD, SCS_EXACT),
         rho=0.1,
         regular=False,
-        slow=(CLARABEL_LPGD, SCS_EXACT),
     ),
-    Case(
+    Program(
         "portfolio",
         "portfolio, second-order cone, n 50",
         _portfolio,
         (32, 8),
         (SCS_EXACT, CLARABEL_EXACT, ECOS_EXACT, SCS_LPGD),
+        step=1e-3,
     ),
-    Case(
+    Program(
         "logistic",
         "logistic regression, 10 weights, 60 samples",
         _logistic,
         (32, 8),
         (SCS_LPGD, SCS_EXACT, CLARABEL_EXACT, ECOS_EXACT),
+        step=1e-3,
     ),
-    Case("sdp", "semidefinite program 8×8", _semidefinite, (32, 8), (SCS_EXACT, SCS_LPGD, CLARABEL_EXACT)),
-    Case(
+    Program("sdp", "semidefinite program 8×8", _semidefinite, (32, 8), (SCS_EXACT, SCS_LPGD, CLARABEL_EXACT)),
+    Program(
         "nnls",
         "nonnegative least squares 60×20",
         _nonnegative_least_squares,
@@ -225,4 +226,4 @@ _ALL = (
         (SCS_LPGD, SCS_EXACT, CLARABEL_EXACT, ECOS_EXACT),
     ),
 )
-CASES = {case.name: case for case in _ALL}
+PROGRAMS = {program.name: program for program in _ALL}

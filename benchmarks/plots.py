@@ -1,0 +1,116 @@
+"""Plots of the report: ratios, where the time goes, and scaling."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from .results import Curve, Entry, Result, fastest
+
+__all__ = ["plot_curve", "plot_ratios", "plot_split"]
+
+
+def plot_ratios(path: Path, results: Sequence[Result]) -> None:
+    """For each case and peer, the seconds of its fastest side over those of our fastest."""
+    from matplotlib.figure import Figure
+
+    bars: list[tuple[str, float]] = []
+    for result in results:
+        ours = fastest(result.entries, "lpgd")
+        for library in dict.fromkeys(entry.library for entry in result.entries if entry.library != "lpgd"):
+            peer = fastest(result.entries, library)
+            if ours is not None and peer is not None:
+                bars.append((f"{result.title}, batch {result.batch}: {library}", peer.timing.total / ours.timing.total))
+    if not bars:
+        return
+    figure = Figure(figsize=(9, 1 + 0.28 * len(bars)), layout="constrained")
+    axes = figure.add_subplot()
+    names, ratios = zip(*bars, strict=True)
+    places = range(len(bars))
+    axes.barh(
+        places, [ratio - 1 for ratio in ratios], left=1, color=["tab:blue" if r >= 1 else "tab:red" for r in ratios]
+    )
+    axes.set_yticks(places, names)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xscale("log")
+    for place, ratio in zip(places, ratios, strict=True):
+        axes.annotate(
+            f"{ratio:.2g}",
+            (ratio, place),
+            xytext=(3 if ratio >= 1 else -3, 0),
+            textcoords="offset points",
+            va="center",
+            ha="left" if ratio >= 1 else "right",
+            fontsize=8,
+        )
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
+    axes.set_xlabel("their fastest over our fastest, forward + backward")
+    figure.savefig(path, dpi=150)
+
+
+PARTS = ("set-up", "solve", "rest of forward", "backward")
+
+
+def _parts(entry: Entry) -> tuple[float, ...] | None:
+    details, timing = entry.details, entry.timing
+    if "solver_wall_seconds" not in details or not entry.usable:
+        return None
+    forward, backward = statistics.median(timing.forward), statistics.median(timing.backward)
+    inside, summed = details["solver_wall_seconds"], details["setup_seconds"] + details["solve_seconds"]
+    inside = min(inside, forward)
+    setup = inside * details["setup_seconds"] / summed if summed else 0.0
+    total = forward + backward
+    return setup / total, (inside - setup) / total, (forward - inside) / total, backward / total
+
+
+def plot_split(path: Path, results: Sequence[Result]) -> None:
+    """Shares of our time: set-up, solve, the rest of the forward pass, and the backward pass."""
+    from matplotlib.figure import Figure
+
+    rows = [
+        (f"{result.title}, batch {result.batch}: {entry.mode}", parts)
+        for result in results
+        for entry in result.entries
+        if entry.library == "lpgd" and (parts := _parts(entry)) is not None
+    ]
+    if not rows:
+        return
+    figure = Figure(figsize=(9, 1.2 + 0.22 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    left = [0.0] * len(rows)
+    for place, name in enumerate(PARTS):
+        widths = [parts[place] for _, parts in rows]
+        axes.barh(range(len(rows)), widths, left=left, label=name)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of forward plus backward")
+    figure.legend(loc="outside upper center", ncols=len(PARTS))
+    figure.savefig(path, dpi=150)
+
+
+def plot_curve(path: Path, curve: Curve) -> None:
+    """One line for each side; ours are solid."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    axes = figure.add_subplot()
+    markers = "osvd^<>pX*hP"
+    for place, (name, points) in enumerate(curve.lines.items()):
+        style = "-" if name.startswith("lpgd") else "--"
+        x, y = zip(*sorted(points), strict=True)
+        axes.plot(x, y, style, marker=markers[place % len(markers)], label=name, markersize=5)
+    sizes = sorted({size for points in curve.lines.values() for size, _ in points})
+    axes.set_yscale("log")
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlabel(curve.size)
+    axes.set_ylabel(curve.unit)
+    axes.set_title(curve.title)
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=150)

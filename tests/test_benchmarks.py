@@ -1,0 +1,169 @@
+"""The harness of the benchmarks: statistics, targets, judgement and the report; no peer is needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+
+from benchmarks import run
+from benchmarks.dense_qp import dense_qp_case, draw_qps, our_qp_sides
+from benchmarks.exact import solve_qp_exactly
+from benchmarks.harness import Settings, Side, compare
+from benchmarks.report import markdown, write_report
+from benchmarks.results import Curve, Entry, Result, Target, Timing, fastest, ratio_target
+
+FAST = Settings(quick=True, repeats=1)
+
+
+def entry(library: str, mode: str, *totals: float, kind: str = "exact") -> Entry:
+    timing = Timing()
+    for total in totals:
+        timing.add(0.75 * total, 0.25 * total)
+    return Entry(library, mode, kind, timing=timing)
+
+
+def sided(name: str, factor: float = 1.0) -> Side:
+    """A library of its own whose solution is ours times a factor."""
+    ours = next(side for side in our_qp_sides(("CLARABEL",), ()) if side.mode.startswith("CLARABEL"))
+
+    def call(data):
+        value, _ = ours.call(data)
+        return factor * value, None
+
+    return Side(name, "copy", "exact", call)
+
+
+class TestStatistics:
+    def test_median_and_spread_of_the_totals(self):
+        timing = Timing([1.0, 3.0, 2.0], [0.5, 0.5, 1.5])
+        assert timing.total == 3.5
+        assert timing.spread == pytest.approx((3.5 - 1.5) / 3.5)
+        assert Timing([1.0], [1.0]).spread is None
+
+    def test_the_fastest_leaves_out_what_is_wrong_and_what_failed(self):
+        wrong, slow, failed = entry("a", "x", 1.0), entry("a", "y", 2.0, 4.0, 3.0), Entry("a", "z", "exact", error="no")
+        wrong.disagrees = "off"
+        assert fastest([wrong, slow, failed], "a") is slow
+        assert fastest([wrong, failed], "a") is None
+
+    def test_a_target_is_the_fastest_peer_over_our_fastest(self):
+        entries = [
+            entry("lpgd", "default", 2.0),
+            entry("lpgd", "DAQP", 0.5),
+            entry("p", "x", 3.0),
+            entry("r", "x", 2.0),
+        ]
+        result = Result("c", "case", "a case", 4, entries)
+        target = ratio_target(result, "t", 3.0, 6.0, ("p", "r"))
+        assert target.reached == pytest.approx(4.0)
+        assert target.verdict == "met"
+        assert "default reaches 1.00" in target.note
+        assert ratio_target(result, "t", 3.0, 6.0, "absent").verdict == "not measured"
+
+    @pytest.mark.parametrize(
+        ("reached", "smaller", "verdict"),
+        [
+            (7.0, False, "stretch"),
+            (2.9, False, "missed"),
+            (1.0, True, "stretch"),
+            (4.0, True, "missed"),
+            (3.0, True, "met"),
+        ],
+    )
+    def test_verdicts(self, reached, smaller, verdict):
+        bounds = (3.0, 1.5) if smaller else (3.0, 6.0)
+        assert Target("t", *bounds, reached, smaller=smaller).verdict == verdict
+
+
+class TestJudgement:
+    def test_exact_solutions_meet_those_of_another_method(self):
+        P, q, A, b, G, h = (value[0].numpy() for value in draw_qps(8, 1, seed=3))
+        x = solve_qp_exactly(P, q, A, b, G, h)
+        other = scipy.optimize.minimize(
+            lambda x: 0.5 * x @ P @ x + q @ x,
+            x,
+            jac=lambda x: P @ x + q,
+            method="SLSQP",
+            constraints=[
+                {"type": "eq", "fun": lambda x: A @ x - b, "jac": lambda x: A},
+                {"type": "ineq", "fun": lambda x: h - G @ x, "jac": lambda x: -G},
+            ],
+            options={"ftol": 1e-15},
+        )
+        np.testing.assert_allclose(x, other.x, atol=1e-6)
+        assert np.abs(A @ x - b).max() < 1e-12
+        assert (G @ x - h).max() < 1e-10
+
+    def test_sides_that_agree_and_one_that_does_not(self):
+        sides = [*our_qp_sides(("CLARABEL",), ()), sided("right"), sided("wrong", 1.01)]
+        result = compare(dense_qp_case(6, 3), sides, FAST)
+        found = {entry.library: entry for entry in result.entries}
+        assert found["lpgd"].accuracy.solution < 1e-4
+        assert found["lpgd"].accuracy.gradient < 1e-2
+        assert found["right"].disagrees is None
+        assert found["right"].accuracy.cosine == pytest.approx(1.0, abs=1e-6)
+        assert "its solution" in found["wrong"].disagrees
+        assert fastest(result.entries, "wrong") is None
+
+    def test_a_wrong_gradient_does_not_count(self):
+        class Doubled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, g):
+                return 2 * g
+
+        inner = sided("double")
+        side = inner._replace(call=lambda data: (Doubled.apply(inner.call(data)[0]), None))
+        (result,) = compare(dense_qp_case(6, 2), [side], FAST).entries
+        assert result.accuracy.gradient == pytest.approx(1.0, abs=1e-2)
+        assert "gradient" in result.disagrees
+
+    def test_failures_and_missing_peers_are_on_record(self):
+        def fail(data):
+            raise ArithmeticError("no luck")
+
+        sides = [Side("a", "x", "exact", fail), Side("b", "x", "exact", None, missing="not installed (pip install b)")]
+        result = compare(dense_qp_case(4, 2), [*sides, sided("c")._replace(slow=True)], FAST)
+        assert [entry.error for entry in result.entries] == [
+            "ArithmeticError: no luck",
+            "not installed (pip install b)",
+            "slow: not run with --quick",
+        ]
+
+
+class TestReport:
+    def test_files(self, tmp_path: Path):
+        entries = [
+            entry("lpgd", "default", 0.5),
+            entry("peer", "x|y", 1.0, 1.0),
+            Entry("gone", "x", "exact", error="why"),
+        ]
+        curve = Curve("growth", "growth", "n", "seconds", {"lpgd": [(1, 0.1), (2, 0.2)]})
+        found = [Result("c", "case", "a case", 4, entries), Target("speed", 1.5, None, 2.0), curve]
+        write_report(tmp_path, found, {"cores": 2})
+        record = json.loads((tmp_path / "report.json").read_text())
+        assert record["results"][0]["ratios"]["peer, x|y"] == 2.0
+        assert record["targets"][0]["verdict"] == "met"
+        text = (tmp_path / "report.md").read_text()
+        assert "| speed | ≥ 1.5 | – | 2 | met |" in text
+        assert "why" in text
+        assert all(line.replace("\\|", "").count("|") == 14 for line in text.splitlines() if line.startswith("| peer"))
+        assert (tmp_path / "ratios.png").stat().st_size > 0
+        assert (tmp_path / "growth.png").stat().st_size > 0
+
+    def test_nothing_measured(self):
+        assert "# Benchmarks" in markdown([], [Target("t", 1.0, None, None, note="no file")], [], {})
+
+    def test_command(self, tmp_path: Path):
+        arguments = ["--out", str(tmp_path), "--only", "maros_meszaros", "--maros-meszaros", str(tmp_path / "none.npz")]
+        assert run.main([*arguments, "--quick"]) == 0
+        assert "not measured" in (tmp_path / "report.md").read_text()
+        assert torch.get_default_dtype() is torch.float32
