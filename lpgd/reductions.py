@@ -2,8 +2,8 @@
 
 A :class:`Form` is how a solver sees problems.  :class:`RowForm` writes variable bounds as rows of the nonnegative
 cone; :class:`IntervalForm` gives every row and every variable two ends.  :class:`ConeForm` writes the quadratic
-objective of a row form as a second-order cone.  Forms are made of one element's matrices, and translate the vectors
-and the points of any number of elements at once, in NumPy.
+objective of a row form as a second-order cone.  Forms are made of one element's matrices; their :class:`Frame`, which
+does not depend on them, translates the vectors and the points of any number of elements at once, in NumPy.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from lpgd.status import NotConvexError
 __all__ = [
     "ConeForm",
     "Form",
+    "Frame",
     "IntervalForm",
+    "IntervalFrame",
     "IntervalPoint",
     "IntervalVectors",
     "Matrices",
     "Point",
     "RowForm",
+    "RowFrame",
     "RowPoint",
     "RowVectors",
     "Vectors",
@@ -77,27 +80,13 @@ class Point(NamedTuple):
     slack: FloatArray
 
 
-class Form(ABC):
-    """One element's matrices as a solver sees them, with the way there for vectors and the way back for points.
+class Frame(ABC):
+    """What a form has of the structure and the choice of finite bounds alone: the translation of vectors and points."""
 
-    Attributes:
-        n: number of variables.
-        has_quadratic: whether P has an entry that is not zero.
-        size: how many numbers it holds; what the memory of workspaces is estimated from.
-    """
-
-    keyed_by_bounds: ClassVar[bool]
-    """Whether the matrices depend on which bounds are finite."""
-
-    n: int
-    has_quadratic: bool
-    size: int
-
-    def __init__(self, matrices: Matrices) -> None:
-        structure = matrices.structure
-        self.n, self.structure = structure.n, structure
-        self.P = matrices.P
-        self.has_quadratic = bool(np.any(matrices.P))
+    @abstractmethod
+    def __init__(
+        self, structure: ConicStructure, finite_lower: NDArray[np.bool_], finite_upper: NDArray[np.bool_]
+    ) -> None: ...
 
     @abstractmethod
     def vectors(self, vectors: Vectors) -> Any:
@@ -108,8 +97,56 @@ class Form(ABC):
         return np.zeros(len(vectors.q), dtype=bool)
 
     @abstractmethod
-    def invert(self, point: Any, vectors: Any) -> Point:
-        """The points of k elements, a named tuple of (k, ·) arrays, in the problem's own form; ``vectors`` in this."""
+    def invert(self, point: Any, vectors: Any, A: FloatArray) -> Point:
+        """The points of k elements, a named tuple of (k, ·) arrays, in the problem's own form.
+
+        Args:
+            point: of this form.
+            vectors: of this form.
+            A: (nnz A,) or (k, nnz A).
+        """
+
+
+_KEPT_FRAMES = 64
+
+
+class Form(ABC):
+    """One element's matrices as a solver sees them.
+
+    Attributes:
+        frame: the rest of the form, which elements of one structure and choice of finite bounds share.
+        n: number of variables.
+        has_quadratic: whether P has an entry that is not zero.
+        size: how many numbers it holds; what the memory of workspaces is estimated from.
+    """
+
+    keyed_by_bounds: ClassVar[bool]
+    """Whether the matrices depend on which bounds are finite."""
+    frame_class: ClassVar[type[Frame]]
+
+    n: int
+    has_quadratic: bool
+    size: int
+
+    def __init__(self, matrices: Matrices) -> None:
+        structure = matrices.structure
+        self.n, self.structure = structure.n, structure
+        self.P = matrices.P
+        self.has_quadratic = bool(np.any(matrices.P))
+        self.frame: Any = self.frame_of(structure, matrices.finite_lower, matrices.finite_upper)
+
+    @classmethod
+    def frame_of(
+        cls, structure: ConicStructure, finite_lower: NDArray[np.bool_], finite_upper: NDArray[np.bool_]
+    ) -> Any:
+        """The frame of a structure and a choice of finite bounds; it is made once."""
+        key = (cls.frame_class, finite_lower.tobytes(), finite_upper.tobytes())
+        frames: dict[Any, Any] = structure.row_patterns
+        if key not in frames:
+            if len(frames) >= _KEPT_FRAMES:
+                frames.clear()
+            frames[key] = cls.frame_class(structure, finite_lower, finite_upper)
+        return frames[key]
 
     def full_P(self) -> sp.csc_array:
         """P, compressed by column."""
@@ -122,9 +159,7 @@ class Form(ABC):
 
     def dense_P(self) -> FloatArray:
         """(n, n), row by row."""
-        dense = np.zeros((self.n, self.n))
-        dense[self.structure.quadratic.rows, self.structure.quadratic.columns] = self.P
-        return dense
+        return self.structure.quadratic.dense_matrices(self.P[None])[0]
 
 
 def _upper_triangle(structure: ConicStructure) -> tuple[IndexArray, SparsityPattern]:
@@ -151,11 +186,8 @@ class RowPoint(NamedTuple):
     s: FloatArray
 
 
-_KEPT_PATTERNS = 64
-
-
-class _RowPattern:
-    """What a row form has of its structure and the choice of finite bounds alone."""
+class RowFrame(Frame):
+    """The frame of :class:`RowForm`."""
 
     def __init__(
         self, structure: ConicStructure, finite_lower: NDArray[np.bool_], finite_upper: NDArray[np.bool_]
@@ -179,6 +211,24 @@ class _RowPattern:
             shape = (structure.m + self.signs.size, self.n)
             self.pattern = SparsityPattern(shape, rows[self.source], columns[self.source])
 
+    def vectors(self, vectors: Vectors) -> RowVectors:
+        b = vectors.b
+        if self.source is None:
+            return RowVectors(np.array(vectors.q), np.array(b))
+        bounds = [vectors.upper[:, self.finite_upper], -vectors.lower[:, self.finite_lower]]
+        return RowVectors(
+            np.array(vectors.q), np.concatenate([b[:, : self.split], *bounds, b[:, self.split :]], axis=1)
+        )
+
+    def invert(self, point: RowPoint, vectors: RowVectors, A: FloatArray) -> Point:
+        z = np.zeros_like(point.x)
+        if self.source is None:
+            return Point(point.x, point.y, z, point.s)
+        multipliers, uppers = point.y[:, self.bound_rows], self.upper_index.size
+        z[:, self.upper_index] += multipliers[:, :uppers]
+        z[:, self.lower_index] -= multipliers[:, uppers:]
+        return Point(point.x, point.y[:, self.own_rows], z, point.s[:, self.own_rows])
+
 
 class RowForm(Form):
     """``minimise ½ xᵀP x + qᵀx s.t. A x + s = b, s ∈ K`` with each finite bound a row of the nonnegative cone.
@@ -192,45 +242,21 @@ class RowForm(Form):
     """
 
     keyed_by_bounds: ClassVar[bool] = True
+    frame_class: ClassVar[type[Frame]] = RowFrame
 
     def __init__(self, matrices: Matrices) -> None:
         super().__init__(matrices)
-        key = (matrices.finite_lower.tobytes(), matrices.finite_upper.tobytes())
-        patterns: dict[Any, Any] = matrices.structure.row_patterns
-        if key not in patterns:
-            if len(patterns) >= _KEPT_PATTERNS:
-                patterns.clear()
-            patterns[key] = _RowPattern(matrices.structure, matrices.finite_lower, matrices.finite_upper)
-        self._pattern: _RowPattern = patterns[key]
-        self.cones = self._pattern.cones
+        self.cones = self.frame.cones
         values = matrices.A
-        if self._pattern.source is not None:
-            values = np.concatenate([values, self._pattern.signs])[self._pattern.source]
-        self.A: Any = self._pattern.pattern.csc(values)
+        if self.frame.source is not None:
+            values = np.concatenate([values, self.frame.signs])[self.frame.source]
+        self.A: Any = self.frame.pattern.csc(values)
         self.size = self.A.nnz + self.P.size
 
     @property
     def bound_rows(self) -> slice:
         """The rows that are bounds."""
-        return self._pattern.bound_rows
-
-    def vectors(self, vectors: Vectors) -> RowVectors:
-        pattern, b = self._pattern, vectors.b
-        if pattern.source is None:
-            return RowVectors(np.array(vectors.q), np.array(b))
-        bounds = [vectors.upper[:, pattern.finite_upper], -vectors.lower[:, pattern.finite_lower]]
-        return RowVectors(
-            np.array(vectors.q), np.concatenate([b[:, : pattern.split], *bounds, b[:, pattern.split :]], axis=1)
-        )
-
-    def invert(self, point: RowPoint, vectors: RowVectors) -> Point:
-        pattern, z = self._pattern, np.zeros_like(point.x)
-        if pattern.source is None:
-            return Point(point.x, point.y, z, point.s)
-        multipliers, uppers = point.y[:, pattern.bound_rows], pattern.upper_index.size
-        z[:, pattern.upper_index] += multipliers[:, :uppers]
-        z[:, pattern.lower_index] -= multipliers[:, uppers:]
-        return Point(point.x, point.y[:, pattern.own_rows], z, point.s[:, pattern.own_rows])
+        return self.frame.bound_rows
 
 
 class IntervalVectors(NamedTuple):
@@ -254,38 +280,14 @@ class IntervalPoint(NamedTuple):
     z: FloatArray
 
 
-class IntervalForm(Form):
-    """``minimise ½ xᵀP x + qᵀx s.t. row_lower ≤ A x ≤ row_upper, lower ≤ x ≤ upper``: linear and quadratic programs.
+class IntervalFrame(Frame):
+    """The frame of :class:`IntervalForm`."""
 
-    Both ends of a row of the zero cone are b; a row of the nonnegative cone has the upper end b and no lower one.
-
-    Attributes:
-        m: number of rows.
-        zero: how many of them, from the first, are equalities.
-        bounded: the variables that may have a bound.
-        has_bounds: whether there is one.
-    """
-
-    keyed_by_bounds: ClassVar[bool] = False
-
-    def __init__(self, matrices: Matrices) -> None:
-        super().__init__(matrices)
-        structure = matrices.structure
-        self.m, self.zero, self.has_bounds = structure.m, structure.cones.zero, structure.has_bounds
-        self._values = matrices.A
+    def __init__(
+        self, structure: ConicStructure, finite_lower: NDArray[np.bool_], finite_upper: NDArray[np.bool_]
+    ) -> None:
+        self.structure, self.zero = structure, structure.cones.zero
         self.bounded = np.union1d(structure.lower_index, structure.upper_index)
-        self.size = self._values.size + self.P.size
-
-    @cached_property
-    def A(self) -> sp.csc_array:
-        """(m, n), compressed by column."""
-        return self.structure.constraint.csc(self._values)
-
-    def dense_A(self) -> FloatArray:
-        """(m, n), row by row."""
-        dense = np.zeros((self.m, self.n))
-        dense[self.structure.constraint.rows, self.structure.constraint.columns] = self._values
-        return dense
 
     def vectors(self, vectors: Vectors) -> IntervalVectors:
         row_upper = np.array(vectors.b)
@@ -300,11 +302,45 @@ class IntervalForm(Form):
     def crossed(self, vectors: IntervalVectors) -> NDArray[np.bool_]:
         return np.any(vectors.lower > vectors.upper, axis=1)
 
-    def invert(self, point: IntervalPoint, vectors: IntervalVectors) -> Point:
+    def invert(self, point: IntervalPoint, vectors: IntervalVectors, A: FloatArray) -> Point:
         slack = np.zeros_like(point.y)
-        if self.m > self.zero:
-            slack[:, self.zero :] = np.maximum(vectors.row_upper - (self.A @ point.x.T).T, 0.0)[:, self.zero :]
+        if self.structure.m > self.zero:
+            slack = np.maximum(vectors.row_upper - self.structure.constraint.numpy_product(A, point.x), 0.0)
+            slack[:, : self.zero] = 0.0
         return Point(*point, slack)
+
+
+class IntervalForm(Form):
+    """``minimise ½ xᵀP x + qᵀx s.t. row_lower ≤ A x ≤ row_upper, lower ≤ x ≤ upper``: linear and quadratic programs.
+
+    Both ends of a row of the zero cone are b; a row of the nonnegative cone has the upper end b and no lower one.
+
+    Attributes:
+        m: number of rows.
+        zero: how many of them, from the first, are equalities.
+        bounded: the variables that may have a bound.
+        has_bounds: whether there is one.
+    """
+
+    keyed_by_bounds: ClassVar[bool] = False
+    frame_class: ClassVar[type[Frame]] = IntervalFrame
+
+    def __init__(self, matrices: Matrices) -> None:
+        super().__init__(matrices)
+        structure = matrices.structure
+        self.m, self.zero, self.has_bounds = structure.m, structure.cones.zero, structure.has_bounds
+        self._values = matrices.A
+        self.bounded = self.frame.bounded
+        self.size = self._values.size + self.P.size
+
+    @cached_property
+    def A(self) -> sp.csc_array:
+        """(m, n), compressed by column."""
+        return self.structure.constraint.csc(self._values)
+
+    def dense_A(self) -> FloatArray:
+        """(m, n), row by row."""
+        return self.structure.constraint.dense_matrices(self._values[None])[0]
 
 
 class ConeForm:

@@ -153,12 +153,12 @@ def test_row_form_has_the_same_solution(case: Case) -> None:
     form, structure = RowForm(matrices), case.problem.structure
     split, bounds = structure.cones.sections["nonnegative"].stop, [z[structure.upper_index], -z[structure.lower_index]]
     rows = np.concatenate([y[:split], *(np.maximum(part, 0.0) for part in bounds), y[split:]])
-    own = form.vectors(vectors)
+    own = form.frame.vectors(vectors)
     slack = own.b[0] - form.A @ x
     np.testing.assert_allclose(form.full_P() @ x + own.q[0] + form.A.T @ rows, 0.0, atol=1e-12)
     assert abs(rows @ slack) < 1e-12
     assert (slack[form.bound_rows] >= -1e-12).all()
-    back = form.invert(RowPoint(x[None], rows[None], slack[None]), own)
+    back = form.frame.invert(RowPoint(x[None], rows[None], slack[None]), own, matrices.A)
     for ours, theirs in zip(back, (x, y, z, case.problem.slack(case.point.x)[0].numpy()), strict=True):
         np.testing.assert_allclose(ours[0], theirs, atol=1e-12)
 
@@ -167,7 +167,7 @@ def test_row_form_has_the_same_solution(case: Case) -> None:
 def test_interval_form_has_the_same_solution(case: Case) -> None:
     matrices, vectors, (x, y, z) = element(case, 0)
     form, structure = IntervalForm(matrices), case.problem.structure
-    own = IntervalVectors(*(datum[0] for datum in form.vectors(vectors)))
+    own = IntervalVectors(*(datum[0] for datum in form.frame.vectors(vectors)))
     np.testing.assert_allclose(form.full_P() @ x + own.q + form.A.T @ y + z, 0.0, atol=1e-12)
     np.testing.assert_array_equal(form.dense_P(), form.full_P().toarray())
     np.testing.assert_array_equal(form.dense_A(), form.A.toarray())
@@ -181,7 +181,7 @@ def test_interval_form_has_the_same_solution(case: Case) -> None:
         np.testing.assert_allclose(value[multiplier < -1e-9], low[multiplier < -1e-9], atol=1e-12)
     assert np.isfinite(own.lower).sum() == structure.lower_index.size
     assert np.isfinite(own.upper).sum() == structure.upper_index.size
-    back = form.invert(IntervalPoint(x[None], y[None], z[None]), form.vectors(vectors))
+    back = form.frame.invert(IntervalPoint(x[None], y[None], z[None]), form.frame.vectors(vectors), matrices.A)
     for ours, theirs in zip(back, (x, y, z, case.problem.slack(case.point.x)[0].numpy()), strict=True):
         np.testing.assert_allclose(ours[0], theirs, atol=1e-12)
 
@@ -191,7 +191,7 @@ def test_cone_form_has_the_same_solution(case: Case) -> None:
     matrices, vectors, (x, y, z) = element(case, 1)
     rows = RowForm(matrices)
     form = ConeForm(rows)
-    q, b = form.vectors(*(datum[0] for datum in rows.vectors(vectors)))
+    q, b = form.vectors(*(datum[0] for datum in rows.frame.vectors(vectors)))
     t = 0.5 * x @ (rows.full_P() @ x)
     slack = b - form.A @ np.append(x, t)
     cone = slack[form.at : form.at + form.rows]

@@ -16,6 +16,7 @@ import torch
 from lpgd import (
     DAQP,
     ECOS,
+    LPGD,
     OSQP,
     PIQP,
     SCS,
@@ -30,12 +31,12 @@ from lpgd import (
     Status,
     available,
 )
-from lpgd.autograd import check_solution
+from lpgd.autograd import check_solution, solve
 from lpgd.cones import Cones
-from lpgd.execution import workspaces
+from lpgd.execution import core_count, workspaces
 from lpgd.problems import ConicData, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.reductions import Matrices, RowForm
-from lpgd.solvers import SOLVERS, Solver, choose_solver
+from lpgd.solvers import SOLVERS, Situation, Solver, choose_solver, preference
 from lpgd.status import SolverError
 from tests.problem_table import CASES, REGULAR, Case, planted
 
@@ -425,6 +426,35 @@ def test_solvers_are_chosen_by_what_they_can_do() -> None:
         TypeError, match=r"'epsilon' is not an option of SCS; its options are: acceleration_interval, .*eps"
     ):
         choose_solver(structures["qp"], "SCS", {"epsilon": 1e-3})
+
+
+def test_a_known_situation_chooses_by_class_size_and_device() -> None:
+    structures = {case.name: case.problem.structure for case in CASES}
+    large, cpu = LARGE.problem.structure, Situation()
+    assert choose_solver(structures["qp"], situation=cpu) == DAQP()
+    assert choose_solver(structures["qp"], situation=Situation("cuda")).name == "INTERIOR"
+    assert choose_solver(structures["socp"], situation=Situation("cuda")).name == "CLARABEL"
+    assert choose_solver(large, situation=Situation(augmented=False)).name == "HIGHS"
+    assert choose_solver(large, situation=Situation(augmented=True)).name in ("PIQP", "CLARABEL")
+    for structure in structures.values():
+        assert set(preference(structure, cpu)) == set(SOLVERS)
+
+
+@pytest.mark.parametrize("solver", [HiGHS(), SCS(), Clarabel()], ids=lambda solver: solver.name)
+def test_training_sets_up_once_for_each_thread(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The same LP, parameters in the cost alone, 100 steps of LPGD.
+    made = counting(monkeypatch, type(solver))
+    case = next(case for case in CASES if case.name == "lp")
+    cost = torch.nn.Parameter(case.problem.data.q.clone())
+    optimizer = torch.optim.SGD([cost], lr=1e-3)
+    for _ in range(100):
+        data = case.problem.data._replace(q=cost)
+        point = solve(data, case.problem.structure, 3, solver=solver, gradient=LPGD(tau=1.0))
+        optimizer.zero_grad()
+        point.x.square().sum().backward()
+        optimizer.step()
+    assert 1 <= len(made) <= core_count()
+    assert not torch.equal(cost, case.problem.data.q)
 
 
 @pytest.mark.parametrize("options", [{"tolerance": 0.0}, {"max_iterations": 0}, {"time_limit": -1.0}])

@@ -117,6 +117,8 @@ class SparsityPattern:
 
     def dense_matrices(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """(k, nnz) values to new (k, r, c) matrices."""
+        if self.is_dense:
+            return np.ascontiguousarray(values.reshape(len(values), self.shape[1], self.shape[0]).swapaxes(1, 2))
         matrices = np.zeros((len(values), *self.shape))
         matrices[:, self.rows, self.columns] = values
         return matrices
@@ -153,7 +155,7 @@ class SparsityPattern:
             matrix = self.to_dense(values)
             return vectors @ (matrix if transpose else matrix.mT)
         if _is_plain(values, vectors):
-            return torch.from_numpy(self._numpy_product(values.numpy(), vectors.numpy(), transpose))
+            return torch.from_numpy(self.numpy_product(values.numpy(), vectors.numpy(), transpose))
         grouped = vectors.reshape(-1, 1 if values.ndim == 1 else values.shape[0], vectors.shape[-1])
         if self.is_dense:
             matrices = self.to_dense(values)
@@ -163,13 +165,18 @@ class SparsityPattern:
         product = vectors.new_zeros(*grouped.shape[:2], size).index_add(-1, self._index(target, values), terms)
         return product.reshape(-1, size)
 
-    def _numpy_product(
-        self, values: NDArray[np.float64], vectors: NDArray[np.float64], transpose: bool
+    def numpy_product(
+        self, values: NDArray[np.float64], vectors: NDArray[np.float64], transpose: bool = False
     ) -> NDArray[np.float64]:
-        """Outside autograd: threads of a parallel gather and scatter cost more than these products."""
+        """:meth:`matvec` or :meth:`rmatvec` outside autograd: threads of a parallel gather and scatter cost more."""
         if values.ndim == 1:
             matrix = sp.csc_array((values, self.indices, self.indptr), shape=self.shape)
             return np.ascontiguousarray(((matrix.T if transpose else matrix) @ vectors.T).T)
+        if self.is_dense:
+            columns = values.reshape(len(values), self.shape[1], self.shape[0])
+            grouped = vectors.reshape(-1, len(values), 1, vectors.shape[1])
+            product = grouped @ (columns.swapaxes(1, 2) if transpose else columns)
+            return product.reshape(len(vectors), -1)
         source, target = (self.rows, self.columns) if transpose else (self.columns, self.rows)
         size, count = self.shape[1] if transpose else self.shape[0], vectors.shape[0]
         terms = vectors[:, source].reshape(-1, *values.shape) * values

@@ -1,7 +1,7 @@
 """Solvers: one interface, one file a backend."""
 
 from lpgd.solvers.base import Capabilities, Solver
-from lpgd.solvers.choose import SOLVERS, available, choose_solver
+from lpgd.solvers.choose import SOLVERS, Situation, available, choose_solver, preference
 from lpgd.solvers.clarabel import Clarabel
 from lpgd.solvers.custom import CustomSolver
 from lpgd.solvers.daqp import DAQP
@@ -30,7 +30,9 @@ __all__ = [
     "Outcome",
     "Prepared",
     "ProxQP",
+    "Situation",
     "Solver",
     "available",
     "choose_solver",
+    "preference",
 ]

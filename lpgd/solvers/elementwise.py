@@ -8,6 +8,7 @@ for any vectors.
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lpgd.elements import ElementView
 from lpgd.execution import SerialExecutor, run_tasks, workspaces
@@ -91,7 +94,7 @@ class ElementwiseSolver(Solver):
         if executor is None and not self.capabilities.releases_gil:
             executor = SerialExecutor()
         view = ElementView(problem)
-        digests = [_digest(view.row("P", pair), view.row("A", pair)) for pair in range(view.distinct)]
+        digests = _digests(view)
         # Elements that start from one state follow each other: a workspace that is in that state stays there.
         chunks = view.groups(view.valid, executor, len(states) or None)
         tasks = [_task(self, view, digests, elements, states) for elements in chunks]
@@ -169,75 +172,111 @@ def _assemble(problem: ConicProblem, tasks: Sequence[_Task], results: Sequence[_
     )
 
 
-def _digest(*arrays: NDArray[Any]) -> bytes:
-    state = hashlib.blake2b(digest_size=16)
-    for array in arrays:
-        state.update(array.tobytes())
-        state.update(b"|")
-    return state.digest()
+_known: Any = WeakTensorKeyDictionary()
+_known_lock = threading.Lock()
+
+
+def _digests(view: ElementView) -> list[bytes]:
+    """A fingerprint of the content of each (P, A) pair."""
+    P, A = (_row_digests(view.problem.data._asdict()[name], view.data[name]) for name in ("P", "A"))
+    return [P[pair % len(P)] + A[pair % len(A)] for pair in range(view.distinct)]
+
+
+def _row_digests(tensor: Tensor, values: NDArray[np.float64]) -> list[bytes]:
+    """Fingerprints of the rows of a datum; perturbed problems hold the very tensors of the original one."""
+    with _known_lock:
+        version, digests = _known.get(tensor, (-1, []))
+    if version != tensor._version:
+        digests = [hashlib.blake2b(row, digest_size=16).digest() for row in np.ascontiguousarray(np.atleast_2d(values))]
+        with _known_lock:
+            _known[tensor] = tensor._version, digests
+    return digests
 
 
 def _solve_elements(task: _Task) -> _Results:
-    """Solve some elements, those that can share a workspace one after the other."""
+    """Solve some elements, those with the same bounds at once as far as translation goes."""
     results = _Results.empty(len(task.elements), task.structure)
     vectors = Vectors(*(np.broadcast_to(datum, (len(task.elements), datum.shape[1])) for datum in task.vectors))
     keyed = task.solver.form.keyed_by_bounds
     lower, upper = (np.isfinite(bound) if keyed else np.ones(bound.shape, bool) for bound in vectors[2:])
-    uniform = bool((lower == lower[:1]).all() and (upper == upper[:1]).all())
-    runs: dict[tuple[int, bytes], list[int]] = {}
-    for place, pair in enumerate(task.pairs):
-        bounds = b"" if uniform else lower[place].tobytes() + upper[place].tobytes()
-        runs.setdefault((pair, bounds), []).append(place)
-    for (pair, _), places in runs.items():
-        P, A, digest = task.matrices[pair]
-        matrices = Matrices(task.structure, P, A, lower[places[0]], upper[places[0]])
-        whole = len(places) == len(task.elements)
-        part = vectors if whole else Vectors(*(datum[places] for datum in vectors))
-        _solve_run(task, matrices, digest, places, part, results)
+    if (lower == lower[:1]).all() and (upper == upper[:1]).all():
+        _solve_group(task, list(range(len(task.elements))), vectors, lower[0], upper[0], results)
+        return results
+    groups: dict[bytes, list[int]] = {}
+    for place in range(len(task.elements)):
+        groups.setdefault(lower[place].tobytes() + upper[place].tobytes(), []).append(place)
+    for places in groups.values():
+        part = Vectors(*(datum[places] for datum in vectors))
+        _solve_group(task, places, part, lower[places[0]], upper[places[0]], results)
     return results
 
 
-def _solve_run(
-    task: _Task, matrices: Matrices, digest: bytes, places: list[int], part: Vectors, results: _Results
+class _Held(NamedTuple):
+    """A workspace in use, and what it goes back to the cache under."""
+
+    pair: int
+    key: tuple[Any, ...]
+    form: Form
+    prepared: Prepared
+
+
+def _solve_group(
+    task: _Task,
+    places: list[int],
+    part: Vectors,
+    finite_lower: NDArray[np.bool_],
+    finite_upper: NDArray[np.bool_],
+    results: _Results,
 ) -> None:
-    """Solve elements that share a workspace: taken from this process's cache, and put back."""
-    finite = matrices.finite_lower.tobytes(), matrices.finite_upper.tobytes()
-    family = (task.solver, task.structure.digest, *finite)
-    key = (*family, digest)
+    """Solve elements with the same finite bounds; workspaces are taken from this process's cache, and put back."""
+    family = (task.solver, task.structure.digest, finite_lower.tobytes(), finite_upper.tobytes())
+    frame = task.solver.form.frame_of(task.structure, finite_lower, finite_upper)
+    vectors = frame.vectors(part)
+    one, crossed = type(vectors), frame.crossed(vectors).tolist()
+    points, kept = [], []
+    held: _Held | None = None
     clock = time.perf_counter
-    started = clock()
-    try:
-        form, prepared = _workspace(task, key, family, matrices)
-    except NotConvexError:
-        for place in places:
-            results.statuses[place] = Status.NOT_CONVEX
-        return
-    vectors = form.vectors(part)
-    one, points, kept = type(vectors), [], []
-    crossed = form.crossed(vectors)
-    ended = clock()
-    results.setup_seconds[places[0]] = ended - started
-    for index, (place, row) in enumerate(zip(places, zip(*vectors, strict=True), strict=True)):
+    for index, row in enumerate(zip(*vectors, strict=True)):
+        place, pair = places[index], task.pairs[places[index]]
         if crossed[index]:
             results.statuses[place] = Status.INFEASIBLE
             continue
-        started = ended
-        outcome = prepared.solve(one(*row), task.states[place])
-        ended = clock()
+        if held is None or held.pair != pair:
+            held, started = _hand_back(held, family), clock()
+            P, A, digest = task.matrices[pair]
+            key = (*family, digest)
+            try:
+                taken = _workspace(task, key, family, Matrices(task.structure, P, A, finite_lower, finite_upper))
+            except NotConvexError:
+                results.statuses[place] = Status.NOT_CONVEX
+                continue
+            held = _Held(pair, key, *taken)
+            results.setup_seconds[place] = clock() - started
+        started = clock()
+        outcome = held.prepared.solve(one(*row), task.states[place])
+        results.solve_seconds[place] = clock() - started
         results.statuses[place], results.states[place] = outcome.status, outcome.state
-        results.iterations[place], results.solve_seconds[place] = outcome.iterations, ended - started
+        results.iterations[place] = outcome.iterations
         if outcome.status.has_iterate and outcome.point is not None:
             kept.append(index)
             points.append(outcome.point)
-    # Sparse factors take several times the memory of the matrix; an estimate is enough to bound the cache.
-    workspaces.put(key, family, (form, prepared), 200 * form.size + 20_000)
+    _hand_back(held, family)
     if kept:
         point = type(points[0])(*(np.array(parts) for parts in zip(*points, strict=True)))
         if len(kept) < len(places):
             vectors = one(*(datum[kept] for datum in vectors))
         rows = [places[index] for index in kept]
-        for name, value in form.invert(point, vectors)._asdict().items():
+        pairs = [task.pairs[row] for row in rows]
+        shared = len(task.matrices) == 1
+        A = task.matrices[pairs[0]][1] if shared else np.stack([task.matrices[pair][1] for pair in pairs])
+        for name, value in frame.invert(point, vectors, A)._asdict().items():
             getattr(results, name)[rows] = value
+
+
+def _hand_back(held: _Held | None, family: tuple[Any, ...]) -> None:
+    if held is not None:
+        # Sparse factors take several times the memory of the matrix; an estimate is enough to bound the cache.
+        workspaces.put(held.key, family, (held.form, held.prepared), 200 * held.form.size + 20_000)
 
 
 def _workspace(task: _Task, key: tuple[Any, ...], family: tuple[Any, ...], matrices: Matrices) -> tuple[Form, Prepared]:
