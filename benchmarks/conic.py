@@ -76,6 +76,7 @@ def conic_sides(
     instance: Instance,
     named: Sequence[tuple[str, str]] = (),
     slow: Sequence[tuple[str, str]] = (),
+    finer: Sequence[tuple[str, str, float]] = (),
 ) -> list[Side]:
     """Both libraries in every mode of the program; ours by default in both kinds, and with solvers of our own.
 
@@ -84,6 +85,7 @@ def conic_sides(
         instance: the CVXPY problem.
         named: more (solver, kind) pairs of ours, at the solver's own tolerance; skipped where not installed.
         slow: modes that the peer runs once.
+        finer: (solver, kind, tolerance) of the peer, where its usual tolerance leaves more error than ours.
     """
     what = instance.problem, instance.parameters, instance.variable
     steps = {"tau": program.tau, "rho": program.rho}
@@ -91,6 +93,7 @@ def conic_sides(
     for solver, kind in program.modes:
         sides.append(our_cvxpy_side(*what, solver, kind, TOLERANCES[solver], **steps))
         sides.append(cvxpylayers_side(*what, solver, kind, **steps, slow=(solver, kind) in slow))
+    sides += [cvxpylayers_side(*what, solver, kind, **steps, tolerance=tolerance) for solver, kind, tolerance in finer]
     for solver, kind in named:
         if solver_names([solver]):
             sides.append(our_cvxpy_side(*what, solver, kind, **steps))

@@ -53,13 +53,15 @@ def cvxpylayers_side(
     tau: float = 0.1,
     rho: float = 0.0,
     slow: bool = False,
+    tolerance: float | None = None,
 ) -> Side:
-    """cvxpylayers with one of its solvers and its exact (LSQR) or LPGD derivative."""
-    mode = f"{solver} {'LPGD' if kind == 'lpgd' else 'exact'}"
+    """cvxpylayers with one of its solvers and its exact (LSQR) or LPGD derivative; ``tolerance`` replaces ours."""
+    tolerances = TOLERANCES[solver] if tolerance is None else dict.fromkeys(TOLERANCES[solver], tolerance)
+    mode = f"{solver} {'' if tolerance is None else f'{tolerance:.0e} '}{'LPGD' if kind == 'lpgd' else 'exact'}"
     if not (installed("cvxpylayers") and installed("diffcp")):
         return missing_side("cvxpylayers", mode, kind, "cvxpylayers[torch] diffcp")
     layer = peer_layer(problem, parameters, [variable])
-    options: dict[str, Any] = {"solve_method": solver, **TOLERANCES[solver]}
+    options: dict[str, Any] = {"solve_method": solver, **tolerances}
     if kind == "lpgd":
         options |= {"mode": "lpgd", "derivative_kwargs": {"tau": tau, "rho": rho}}
 

@@ -95,15 +95,17 @@ def plot_split(path: Path, results: Sequence[Result]) -> None:
 
 def plot_curve(path: Path, curve: Curve) -> None:
     """One line for each side; ours are solid."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.add_subplot()
+    colors = colormaps["tab20" if len(curve.lines) > 10 else "tab10"]
     markers = "osvd^<>pX*hP"
     for place, (name, points) in enumerate(curve.lines.items()):
         style = "-" if name.startswith("lpgd") else "--"
         x, y = zip(*sorted(points), strict=True)
-        axes.plot(x, y, style, marker=markers[place % len(markers)], label=name, markersize=5)
+        axes.plot(x, y, style, color=colors(place), marker=markers[place % len(markers)], label=name, markersize=5)
     sizes = sorted({size for points in curve.lines.values() for size, _ in points})
     axes.set_yscale("log")
     axes.set_xscale("log")

@@ -208,9 +208,11 @@ def ratio_target(
     peers: str | Sequence[str],
     kind: str | None = None,
     ours_kind: str | None = None,
+    label: str = "",
 ) -> Target:
-    """The fastest of some peers over our fastest side; the note names both and their accuracy."""
-    peer, ours = fastest(result.entries, peers, kind), fastest(result.entries, "lpgd", ours_kind)
+    """The fastest of some peers, with ``label`` in its name, over our fastest side; the note names both and errors."""
+    chosen = [entry for entry in result.entries if label in entry.label]
+    peer, ours = fastest(chosen, peers, kind), fastest(result.entries, "lpgd", ours_kind)
     if peer is None or ours is None:
         missing = [entry for entry in result.entries if entry.error and entry.library != "lpgd"]
         return Target(
