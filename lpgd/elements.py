@@ -57,7 +57,7 @@ class ElementView:
         """
         period = self.distinct if self.distinct > 1 else copies_of or self.size
         if period == self.size:
-            return [[elements[i] for i in chunk] for chunk in split(len(elements), executor)]
+            return [[elements[i] for i in chunk] for chunk in split(len(elements), executor, per_worker)]
         members: dict[int, list[int]] = {}
         for element in elements:
             members.setdefault(element % period, []).append(element)

@@ -77,7 +77,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=METHODS,
         default="lpgd",
     )
-    add("--solver", "solver, as lpgd.CvxpyLayer takes it", default="CLARABEL")
+    add("--solver", "solver, as lpgd.CvxpyLayer takes it", default="INTERIOR")
     add("--tau", "perturbation strength of LPGD", type=float)
     add("--rho", "strength of the proximal term", type=float)
     add("--lr", "step size of Adam", type=float, default=0.1)

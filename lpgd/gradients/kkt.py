@@ -17,7 +17,7 @@ arithmetic is paid for once for all of them.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ import scipy.sparse as sp
 import scipy.sparse.linalg as spla
 from numpy.typing import NDArray
 
+from lpgd.execution import bounded_blas
 from lpgd.problems.structure import ConicStructure
 from lpgd.projections import projection_derivative
 from lpgd.status import warn
@@ -40,6 +41,8 @@ DENSE_LIMIT = 400
 """Systems up to this size, or mostly filled ones, are factorised densely."""
 STACK_LIMIT = 100_000
 """So many entries of dense systems are held at once: what stays in a core's cache."""
+UNTHREADED = 500
+"""Dense systems up to this size are factorised by one thread each."""
 SINGULAR = 1e13
 """An estimated condition number above which a system counts as singular."""
 RESIDUAL = 1e-7
@@ -276,8 +279,11 @@ def _solve_matrices(
     scaled = scale[:, :, None] * matrices
     scaled *= scale[:, None, :]
     probe = np.where(idle, 0.0, _probe(side))
+    # Threads of BLAS cost more than they gain on matrices of this size.
+    bound = bounded_blas() if side < UNTHREADED else nullcontext()
     try:
-        answers = np.linalg.solve(scaled, np.stack([scale * right, probe], axis=2))
+        with bound:
+            answers = np.linalg.solve(scaled, np.stack([scale * right, probe], axis=2))
     except np.linalg.LinAlgError:
         answers = np.full((count, side, 2), np.nan)
         for element in range(count if count > 1 else 0):

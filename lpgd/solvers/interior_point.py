@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -23,6 +24,28 @@ __all__ = ["InteriorPoint"]
 
 _PRECISIONS = {"float64": (torch.float64, 1e-13, 0.0), "float32": (torch.float32, 1e-6, 1e-4)}
 """For each precision its type, the regularisation of its factorisations, and the finest tolerance asked of it."""
+
+
+THREADED = 1e9
+"""Torch's threads wait for each other actively after every operation: below so many operations for an iteration they
+gain nothing, and lose tenfold where another process wants the core."""
+
+
+def _work(problem: ConicProblem) -> float:
+    n, m = problem.structure.n, problem.structure.m
+    return float(problem.batch_size * (n + m) * min(n, m or n) * n)
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    if before > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if before > 1:
+            torch.set_num_threads(before)
 
 
 _BROKEN = (Status.NUMERICAL_ERROR, Status.INACCURATE)
@@ -87,7 +110,8 @@ class InteriorPoint(Solver):
         reason = self.unsupported(problem.structure)
         if reason is not None:
             raise ValueError(f"{reason}; lpgd.available(structure) lists the solvers that can solve this problem.")
-        with torch.no_grad():
+        threads = nullcontext() if _work(problem) > THREADED else _one_torch_thread()
+        with torch.no_grad(), threads:
             solution = checked(self._solve(problem), self._limits.tolerance)
             broken = [index for index, status in enumerate(solution.statuses) if status in _BROKEN]
             return self._rescued(solution, broken, executor) if self.rescue and broken else solution
