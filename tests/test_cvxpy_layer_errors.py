@@ -87,7 +87,7 @@ CONSTRUCTION = {
     "tolerance": (lambda: build(solver_args={"eps": -1.0}), ValueError, "tolerance is -1.0; it must be positive"),
     "iterations": (lambda: build(solver_args={"max_iters": 0}), ValueError, "at least 1"),
     "text for a number": (
-        lambda: build(solver_args={"eps": "1e-8"}),
+        lambda: build(solver="CLARABEL", solver_args={"eps": "1e-8"}),
         TypeError,
         "tolerance of CLARABEL is '1e-8'; it must be a number",
     ),
@@ -292,7 +292,7 @@ def test_a_batch_without_any_solution_and_nan_that_is_shared() -> None:
 
 
 def test_warn_returns_the_last_iterate() -> None:
-    layer = program(on_error="warn")
+    layer = program(on_error="warn", solver="CLARABEL")
     own = [leaf(tensor) for tensor in data(2)]
     with pytest.warns(lpgd.LpgdWarning, match="elements 0, 1 of 2: ITERATION_LIMIT.*last iterate"):
         outputs = layer(*own, solver_args={"max_iters": 3})
@@ -327,7 +327,7 @@ def test_a_loss_gradient_that_is_not_finite_is_refused() -> None:
 
 
 def test_solve_gives_the_whole_answer() -> None:
-    layer, tensors = failing()
+    layer, tensors = failing(solver="CLARABEL")
     solution = layer.solve(*tensors)
     assert isinstance(solution, lpgd.Solution)
     assert solution.failed == [1, 3]
@@ -373,7 +373,7 @@ def test_options_of_the_standard_layer() -> None:
 
 
 def test_options_of_a_call_hold_for_that_call() -> None:
-    layer, tensors = program(), [leaf(datum) for datum in data(2)]
+    layer, tensors = program(solver="CLARABEL"), [leaf(datum) for datum in data(2)]
     before = layer.solver
     loose = layer(*tensors, solver_args={"eps": 1e-4})
     tight = layer(*tensors)

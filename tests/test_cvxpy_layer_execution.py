@@ -175,7 +175,7 @@ def test_a_layer_is_a_module() -> None:
     torch.manual_seed(0)
     model = Model().double().to("cpu").train()
     assert list(model.state_dict()) == ["inner.0.weight", "inner.0.bias"]
-    assert "CLARABEL" in repr(model)
+    assert "gradient=ImplicitKKT" in repr(model)
     assert "ImplicitKKT" in repr(model)
     model.load_state_dict(model.state_dict())
     features, target = normal(8, 3), torch.full((8, 2), 0.1).double()

@@ -434,8 +434,11 @@ def test_a_known_situation_chooses_by_class_size_and_device() -> None:
     assert choose_solver(structures["qp"], situation=cpu) == DAQP()
     assert choose_solver(structures["qp"], situation=Situation("cuda")).name == "INTERIOR"
     assert choose_solver(structures["socp"], situation=Situation("cuda")).name == "CLARABEL"
-    assert choose_solver(large, situation=Situation(augmented=False)).name == "HIGHS"
-    assert choose_solver(large, situation=Situation(augmented=True)).name in ("PIQP", "CLARABEL")
+    assert choose_solver(large, situation=cpu).name == "INTERIOR"  # dense
+    n, rows = 1000, np.arange(1000)
+    sparse = ConicStructure(SparsityPattern.empty(n, n), SparsityPattern((n, n), rows, rows), Cones(nonnegative=n))
+    assert choose_solver(sparse, situation=Situation(augmented=False)).name == "HIGHS"
+    assert choose_solver(sparse, situation=Situation(augmented=True)).name in ("PIQP", "CLARABEL")
     for structure in structures.values():
         assert set(preference(structure, cpu)) == set(SOLVERS)
 

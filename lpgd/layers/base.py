@@ -18,7 +18,7 @@ from lpgd.layers.options import StandardOptions
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solution import Solution
-from lpgd.solvers import Solver, choose_solver
+from lpgd.solvers import Situation, Solver, choose_solver
 
 __all__ = ["LayerOutput", "OptimizationLayer", "Recorded", "WarmStart"]
 
@@ -71,8 +71,8 @@ class OptimizationLayer(torch.nn.Module):
         standard = StandardOptions.parse(solver_args)
         options = {"verbose": True, **standard.options} if verbose else standard.options
         self._example, self._fixed = example, fixed
-        self._set_solver(solver if solver is not None else standard.solver, options)
         self.gradient = gradient or standard.gradient or ImplicitKKT()
+        self._set_solver(solver if solver is not None else standard.solver, options)
         self.on_error: OnError = on_error
         self.executor = executor if executor is not None else standard.executor
         self._last = threading.local()
@@ -99,7 +99,7 @@ class OptimizationLayer(torch.nn.Module):
         self._set_solver(solver, {})
 
     def _set_solver(self, solver: Solver | str | None, options: Mapping[str, Any]) -> None:
-        chosen = choose_solver(self._example, solver, options)
+        chosen = choose_solver(self._example, solver, options, self._situation())
         left_open = solver is None and not self._fixed
         self._solver: Solver | None = None if left_open else chosen
         self._options = dict(options) if left_open else {}
@@ -117,7 +117,7 @@ class OptimizationLayer(torch.nn.Module):
         warm_start: WarmStart,
     ) -> tuple[ConicPoint, CallInfo]:
         """Solve a batch, differentiably."""
-        solver, executor, gradient = self._call_options(structure, solver_args)
+        solver, executor, gradient = self._call_options(structure, solver_args, data.q.device)
         info = CallInfo()
         point = solve(
             data,
@@ -142,22 +142,26 @@ class OptimizationLayer(torch.nn.Module):
         warm_start: WarmStart,
     ) -> Solution:
         """Solve a batch: the solver's whole answer."""
-        solver, executor, _ = self._call_options(structure, solver_args)
+        solver, executor, _ = self._call_options(structure, solver_args, data.q.device)
         problem = ConicProblem(structure, ConicData(*(datum.detach() for datum in data)), batch.batch_size)
         solution = solver.solve(problem, self._states(warm_start, structure, batch), executor)
         self._remember(structure, batch, solution, solver)
         return solution
 
+    def _situation(self, device: torch.device | None = None) -> Situation:
+        return Situation(device.type if device is not None else "cpu", getattr(self.gradient, "rho", 0.0) > 0)
+
     def _call_options(
-        self, structure: ConicStructure, solver_args: Mapping[str, Any] | None
+        self, structure: ConicStructure, solver_args: Mapping[str, Any] | None, device: torch.device
     ) -> tuple[Solver, Executor | None, GradientMethod]:
         if not solver_args and self._solver is not None and self._fixed:
             return self._solver, self.executor, self.gradient
         standard = StandardOptions.parse(solver_args)
         if standard.solver is None:
-            solver = choose_solver(structure, self._solver, {**self._options, **standard.options})
+            options = {**self._options, **standard.options}
+            solver = choose_solver(structure, self._solver, options, self._situation(device))
         else:
-            solver = choose_solver(structure, standard.solver, standard.options)
+            solver = choose_solver(structure, standard.solver, standard.options, self._situation(device))
         return solver, standard.executor or self.executor, standard.gradient or self.gradient
 
     def _states(self, warm_start: WarmStart, structure: ConicStructure, batch: Batch) -> Sequence[Any]:

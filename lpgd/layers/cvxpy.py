@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 import cvxpy as cp
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,7 +84,8 @@ class CvxpyLayer(OptimizationLayer):
         self.parameter_layouts = program.parameters
         self.variable_layouts = program.variables
         self._data_maps = [_DataMap(getattr(program, name)) for name in ConicData._fields]
-        self._readers = [_Reader(layout) for layout in program.variables]
+        both = np.isin(np.arange(program.n), program.lower_index) & np.isin(np.arange(program.n), program.upper_index)
+        self._readers = [_Reader(layout, torch.from_numpy(both)) for layout in program.variables]
 
     def forward(
         self,
@@ -205,10 +207,19 @@ class _DataMap:
 
 
 class _Reader:
-    """One of the user's variables as a function of the solution."""
+    """One of the user's variables as a function of the solution.
 
-    def __init__(self, layout: VariableLayout) -> None:
-        self.layout = layout
+    ``max(z, 0)`` and ``max(-z, 0)``, the multipliers of a variable's bounds, are both at a kink where neither bound is
+    active: each has half of the derivative there, so that their difference z has all of it.  Where there is one bound
+    only, z has one sign, and there is no kink.
+
+    Args:
+        layout: how to read it.
+        both: (n,) the variables that have two bounds.
+    """
+
+    def __init__(self, layout: VariableLayout, both: Tensor) -> None:
+        self.layout, self.both = layout, both
         self.terms = {
             name: SparseMap(getattr(layout, name))
             for name in ("primal", "dual", "lower", "upper")
@@ -219,11 +230,14 @@ class _Reader:
         sources = types.SimpleNamespace(
             primal=lambda: point.x,
             dual=lambda: point.y,
-            lower=lambda: torch.relu(-point.z),
-            upper=lambda: torch.relu(point.z),
+            lower=lambda: self._part(-point.z),
+            upper=lambda: self._part(point.z),
         )
         values = [term(getattr(sources, name)()) for name, term in self.terms.items() if not term.is_empty]
         if not values:
             values = [point.x.new_zeros(point.x.shape[0], next(iter(self.terms.values())).size)]
         total = sum(values[1:], values[0])
         return torch.exp(total) if self.layout.exp else total
+
+    def _part(self, z: Tensor) -> Tensor:
+        return torch.where(self.both.to(z.device), 0.5 * (z + z.abs()), z)

@@ -49,11 +49,14 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
       objective, needs no tuning, and is accurate; then SCS, for the cones that Clarabel lacks, and ECOS.
     - Linear and quadratic programs on another device than the CPU: the interior-point method in torch, which stays
       on it.
-    - On the CPU, up to 400 variables and rows together: DAQP, whose perturbed solves start from the active set of the
-      solution.
-    - Larger linear programs that no gradient method augments: HiGHS, whose simplex starts from the basis.
-    - Everything else: PIQP for up to 5000 variables where there are few cores, as it holds the interpreter's lock;
-      otherwise Clarabel.
+    - Small quadratic programs whose P has its whole diagonal (400 variables and rows together): DAQP, whose perturbed
+      solves start from the active set of the solution.
+    - Sparse linear programs that no gradient method augments: HiGHS, whose simplex starts from the basis.
+    - Larger quadratic programs, and sparse ones: PIQP, for up to 5000 variables, where there are few cores, as it holds
+      the interpreter's lock.
+    - Dense or small ones, linear or quadratic, for up to 3000 variables and rows together: the interior-point method
+      in torch, all elements at once.
+    - Everything else: Clarabel.
 
     What is not installed is passed over.  Measured in milliseconds an element, forward and LPGD's backward pass
     (two cores, 2026-11, batches of 4 to 64, dense unless it says otherwise):
@@ -76,18 +79,22 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
         return SOLVERS
     best: list[type[Solver]] = []
     if structure.cones.is_polyhedral:
+        size, linear = structure.n + structure.m, not structure.quadratic.nnz
+        dense = size <= _SMALL or structure.constraint.nnz >= _FILLED * structure.n * structure.m
         if situation.device != "cpu":
             best.append(InteriorPoint)
-        if structure.n + structure.m <= _SMALL:
+        if size <= _SMALL and structure.with_diagonal is structure:
             best.append(DAQP)
-        if not structure.quadratic.nnz and situation.augmented is False:
+        if linear and not dense and situation.augmented is False:
             best.append(HiGHS)
-        if structure.n <= _MEDIUM and core_count() <= _FEW_CORES:
+        if (not dense or (size > _SMALL and not linear)) and structure.n <= _MEDIUM and core_count() <= _FEW_CORES:
             best.append(PIQP)
+        if dense and size <= _LARGE and InteriorPoint not in best:
+            best.append(InteriorPoint)
     return (*best, *(solver for solver in SOLVERS if solver not in best))
 
 
-_SMALL, _MEDIUM, _FEW_CORES = 400, 5000, 4
+_SMALL, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 400, 3000, 5000, 0.1, 4
 
 _DEFAULT_NAMES = {"DIFFCP"}  # the standard layer's own default, which names no solver in particular
 

@@ -184,12 +184,14 @@ def _digests(view: ElementView) -> list[bytes]:
 
 def _row_digests(tensor: Tensor, values: NDArray[np.float64]) -> list[bytes]:
     """Fingerprints of the rows of a datum; perturbed problems hold the very tensors of the original one."""
+    version = None if tensor.is_inference() else tensor._version  # inference tensors do not count their changes
     with _known_lock:
-        version, digests = _known.get(tensor, (-1, []))
-    if version != tensor._version:
+        known, digests = _known.get(tensor, (None, []))
+    if known is None or known != version:
         digests = [hashlib.blake2b(row, digest_size=16).digest() for row in np.ascontiguousarray(np.atleast_2d(values))]
-        with _known_lock:
-            _known[tensor] = tensor._version, digests
+        if version is not None:
+            with _known_lock:
+                _known[tensor] = version, digests
     return digests
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from lpgd.problems.conic import ConicProblem
 from lpgd.solution import Solution
 from lpgd.solvers.base import Capabilities, Solver, checked
 from lpgd.solvers.box_program import Scaling
+from lpgd.solvers.clarabel import Clarabel
 from lpgd.solvers.predictor_corrector import Limits, solve_programs
 from lpgd.status import Status
 
@@ -22,6 +23,9 @@ __all__ = ["InteriorPoint"]
 
 _PRECISIONS = {"float64": (torch.float64, 1e-13, 0.0), "float32": (torch.float32, 1e-6, 1e-4)}
 """For each precision its type, the regularisation of its factorisations, and the finest tolerance asked of it."""
+
+
+_BROKEN = (Status.NUMERICAL_ERROR, Status.INACCURATE)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class InteriorPoint(Solver):
 
     Args:
         precision: ``"float64"``, or ``"float32"``, which solves to 1e-4 at best; a finer tolerance is lifted to that.
+        rescue: elements on which the method breaks down numerically are solved by Clarabel, where that is installed.
 
     Raises:
         ValueError: the precision is unknown.
@@ -43,6 +48,7 @@ class InteriorPoint(Solver):
 
     max_iterations: int = 100
     precision: str = "float64"
+    rescue: bool = True
 
     name: ClassVar[str] = "INTERIOR"
     package: ClassVar[str] = "torch"
@@ -82,7 +88,26 @@ class InteriorPoint(Solver):
         if reason is not None:
             raise ValueError(f"{reason}; lpgd.available(structure) lists the solvers that can solve this problem.")
         with torch.no_grad():
-            return checked(self._solve(problem), self._limits.tolerance)
+            solution = checked(self._solve(problem), self._limits.tolerance)
+            broken = [index for index, status in enumerate(solution.statuses) if status in _BROKEN]
+            return self._rescued(solution, broken, executor) if self.rescue and broken else solution
+
+    def _rescued(self, solution: Solution, broken: list[int], executor: Executor | None) -> Solution:
+        """The solution, with what another solver makes of the elements that broke down."""
+        if not Clarabel.is_installed():
+            return solution
+        other = Clarabel(tolerance=self._limits.tolerance, time_limit=self.time_limit)
+        again = other.solve(solution.problem.select(broken), (), executor)
+        better = [k for k, status in enumerate(again.statuses) if status not in _BROKEN]
+        rows, statuses = [broken[k] for k in better], list(solution.statuses)
+        parts = {name: getattr(solution, name).clone() for name in ("x", "y", "z", "slack")}
+        for name, part in parts.items():
+            part[rows] = getattr(again, name)[better]
+        for k, row in zip(better, rows, strict=True):
+            statuses[row] = again.statuses[k]
+        seconds = solution.solve_seconds.copy()
+        seconds[broken] += again.setup_seconds + again.solve_seconds
+        return replace(solution, **parts, statuses=tuple(statuses), solve_seconds=seconds)
 
     def _solve(self, problem: ConicProblem) -> Solution:
         started = time.perf_counter()
