@@ -93,7 +93,10 @@ def conic_sides(
     for solver, kind in program.modes:
         sides.append(our_cvxpy_side(*what, solver, kind, TOLERANCES[solver], **steps))
         sides.append(cvxpylayers_side(*what, solver, kind, **steps, slow=(solver, kind) in slow))
-    sides += [cvxpylayers_side(*what, solver, kind, **steps, tolerance=tolerance) for solver, kind, tolerance in finer]
+    sides += [
+        cvxpylayers_side(*what, solver, kind, **steps, slow=(solver, kind) in slow, tolerance=tolerance)
+        for solver, kind, tolerance in finer
+    ]
     for solver, kind in named:
         if solver_names([solver]):
             sides.append(our_cvxpy_side(*what, solver, kind, **steps))
