@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
+import io
 import re
 import time
 import warnings
@@ -192,7 +194,12 @@ def compare(case: Case, sides: Sequence[Side], settings: Settings, first_seed: i
                     entry.error = "slow: not run with --quick"
                 continue
             try:
-                with warnings.catch_warnings(), prepared[index].in_use(), peak_memory() as growth:
+                with (
+                    warnings.catch_warnings(),
+                    contextlib.redirect_stdout(io.StringIO()),  # peers that print
+                    prepared[index].in_use(),
+                    peak_memory() as growth,
+                ):
                     warnings.simplefilter("ignore")  # degenerate cases warn; the entry's details say what was used
                     runs[index] = run_once(side, case, data)
             except Exception as error:  # whatever a side raises, the comparison goes on and says so
