@@ -9,6 +9,8 @@ WORKERS ?= 2
 PYTEST_FLAGS ?=
 SUDOKU_FLAGS ?= --board 2 --method lpgd --overwrite
 SUDOKU_OUT ?= runs/sudoku4
+SUDOKU9_FLAGS ?= --board 3 --method lpgd --solver DAQP --batch-size 150 --epochs 1 --tests-per-epoch 3 --resume
+SUDOKU9_OUT ?= runs/sudoku9
 BENCH_FLAGS ?=
 BENCH_OUT ?= runs/bench
 MAROS_MESZAROS := runs/maros_meszaros.npz
@@ -29,10 +31,10 @@ touch $@
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format sudoku bench test-oldest build clean
+.PHONY: help venv test lint format sudoku sudoku9 bench test-oldest build clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(VENV)/.installed ## Make the virtual environment for development (VENV, default .venv)
 
@@ -70,6 +72,9 @@ format: $(VENV)/.installed ## Format the code and mend what ruff can mend
 
 sudoku: $(VENV)/.installed ## Train the 4x4 Sudoku example, with plots (SUDOKU_FLAGS, SUDOKU_OUT)
 	$(BIN)/python -m examples.sudoku.train $(SUDOKU_FLAGS) --out $(SUDOKU_OUT)
+
+sudoku9: $(VENV)/.installed ## Train one epoch of 9x9 Sudoku, or go on with it (SUDOKU9_FLAGS, SUDOKU9_OUT)
+	$(BIN)/python -m examples.sudoku.train $(SUDOKU9_FLAGS) --out $(SUDOKU9_OUT)
 
 bench: $(VENV_BENCH)/.peers $(MAROS_MESZAROS) ## Compare with every peer (BENCH_FLAGS="--quick --only NAME", BENCH_OUT)
 	$(VENV_BENCH)/bin/python -W ignore -m benchmarks.run --out $(BENCH_OUT) --maros-meszaros $(MAROS_MESZAROS) $(BENCH_FLAGS)

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.problems.memo import TensorMemo
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 
 __all__ = ["ConicProblem", "per_element"]
@@ -75,7 +76,8 @@ class ConicProblem:
     @cached_property
     def symmetric_P(self) -> Tensor:
         """Values of ``½ (P + Pᵀ)`` on the pattern, with the leading shape of P: what every solver sees."""
-        return 0.5 * (self.data.P + self.structure.transposed(self.data.P))
+        P = self.data.P
+        return _memo(P, self.structure.digest, lambda: 0.5 * (P + self.structure.transposed(P)))
 
     # -- evaluation -------------------------------------------------------------------------------------------
 
@@ -275,12 +277,19 @@ class ConicProblem:
     def finite(self) -> Tensor:
         """(B,) whether an element's data are finite; bounds may be infinite on their own side."""
         valid = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
-        checks = {name: torch.isfinite(getattr(self.data, name)) for name in ("P", "q", "A", "b")}
-        checks["lower"] = self.data.lower < torch.inf
-        checks["upper"] = self.data.upper > -torch.inf
-        for check in checks.values():
-            valid &= per_element(check.all(-1, keepdim=True), self.batch_size)[:, 0]
+        checks = [_memo(matrix, "finite", partial(_finite_rows, matrix)) for matrix in (self.data.P, self.data.A)]
+        checks += [_finite_rows(vector) for vector in (self.data.q, self.data.b)]
+        checks += [(bound < torch.inf).all(-1, keepdim=True) for bound in (self.data.lower, -self.data.upper)]
+        for check in checks:
+            valid &= per_element(check, self.batch_size)[:, 0]
         return valid
+
+
+_memo = TensorMemo()
+
+
+def _finite_rows(datum: Tensor) -> Tensor:
+    return torch.isfinite(datum).all(-1, keepdim=True)
 
 
 _BOUND_INDICES = ("lower_index", "upper_index")

@@ -8,7 +8,6 @@ for any vectors.
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lpgd.elements import ElementView
 from lpgd.execution import SerialExecutor, run_tasks, workspaces
 from lpgd.problems.conic import ConicProblem
+from lpgd.problems.memo import TensorMemo
 from lpgd.problems.structure import ConicStructure
 from lpgd.reductions import Form, Matrices, RowForm, Vectors
 from lpgd.solution import Solution
@@ -172,8 +171,7 @@ def _assemble(problem: ConicProblem, tasks: Sequence[_Task], results: Sequence[_
     )
 
 
-_known: Any = WeakTensorKeyDictionary()
-_known_lock = threading.Lock()
+_memo = TensorMemo()
 
 
 def _digests(view: ElementView) -> list[bytes]:
@@ -183,16 +181,13 @@ def _digests(view: ElementView) -> list[bytes]:
 
 
 def _row_digests(tensor: Tensor, values: NDArray[np.float64]) -> list[bytes]:
-    """Fingerprints of the rows of a datum; perturbed problems hold the very tensors of the original one."""
-    version = None if tensor.is_inference() else tensor._version  # inference tensors do not count their changes
-    with _known_lock:
-        known, digests = _known.get(tensor, (None, []))
-    if known is None or known != version:
-        digests = [hashlib.blake2b(row, digest_size=16).digest() for row in np.ascontiguousarray(np.atleast_2d(values))]
-        if version is not None:
-            with _known_lock:
-                _known[tensor] = version, digests
-    return digests
+    """Fingerprints of the rows of a datum."""
+
+    def compute() -> list[bytes]:
+        rows = np.ascontiguousarray(np.atleast_2d(values))
+        return [hashlib.blake2b(row, digest_size=16).digest() for row in rows]
+
+    return _memo(tensor, "digests", compute)
 
 
 def _solve_elements(task: _Task) -> _Results:

@@ -69,6 +69,7 @@ class InteriorPoint(Solver):
         ValueError: the precision is unknown.
     """
 
+    tolerance: float = 1e-9
     max_iterations: int = 100
     precision: str = "float64"
     rescue: bool = True
