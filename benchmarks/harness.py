@@ -7,6 +7,8 @@ import gc
 import importlib.util
 import io
 import re
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +26,7 @@ from lpgd.execution import WorkspaceCache, workspaces
 
 from .results import Accuracy, Entry, Result, Timing
 
-__all__ = ["Case", "Settings", "Side", "closeness", "compare", "installed", "peak_memory"]
+__all__ = ["Case", "Settings", "Side", "closeness", "compare", "installed", "peak_memory", "time_limit"]
 
 AGREEMENT = 1e-3
 """An objective within ε leaves about √ε in a solution: more than this, relative to its size, is disagreement."""
@@ -33,6 +35,8 @@ GRADIENT_AGREEMENT = 0.1
 EXACT_ELEMENTS = 4
 """Elements that are solved exactly for the accuracy of each side, and whose data the referee moves."""
 DIRECTIONS = 3
+LIMIT, SLOW_LIMIT = 60.0, 900.0
+"""Seconds after which a run of a side is given up."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,25 @@ class _Workspaces:
 
 
 @contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError after so many seconds, where the system has the signal: qpth does not end on every problem."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not done after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
 def peak_memory() -> Iterator[list[float]]:
     """Yields a list that receives the growth in MiB of resident memory at its peak; it stays empty where not Linux."""
     growth: list[float] = []
@@ -196,6 +219,7 @@ def compare(case: Case, sides: Sequence[Side], settings: Settings, first_seed: i
             try:
                 with (
                     warnings.catch_warnings(),
+                    time_limit(SLOW_LIMIT if side.slow else LIMIT),
                     contextlib.redirect_stdout(io.StringIO()),  # peers that print
                     prepared[index].in_use(),
                     peak_memory() as growth,

@@ -13,7 +13,7 @@ import torch
 from benchmarks import run
 from benchmarks.dense_qp import dense_qp_case, draw_qps, our_qp_sides
 from benchmarks.exact import solve_qp_exactly
-from benchmarks.harness import Settings, Side, compare
+from benchmarks.harness import Settings, Side, compare, time_limit
 from benchmarks.report import markdown, write_report
 from benchmarks.results import Curve, Entry, Result, Target, Timing, fastest, ratio_target
 
@@ -137,6 +137,11 @@ class TestJudgement:
             "not installed (pip install b)",
             "slow: not run with --quick",
         ]
+
+    def test_a_run_that_does_not_end_is_given_up(self):
+        with pytest.raises(TimeoutError, match=r"after 0\.05 s"), time_limit(0.05):
+            while True:
+                pass
 
 
 class TestReport:
