@@ -35,7 +35,7 @@ def shared_qp(n: int, batch: int) -> tuple[tuple[Tensor, ...], Callable[[int], t
     P, _, A, b, G, h = (value[0] for value in draw_qps(n, 1, 0))
 
     def draw(seed: int) -> tuple[Tensor, ...]:
-        return (torch.from_numpy(np.random.default_rng(seed).standard_normal((batch, n))),)
+        return (torch.from_numpy(np.random.default_rng(10_000 + seed).standard_normal((batch, n))),)
 
     return (P, A, b, G, h), draw
 
@@ -47,7 +47,7 @@ def shared_lp(n: int, batch: int) -> tuple[tuple[Tensor, ...], Callable[[int], t
     b = A @ torch.from_numpy(generator.uniform(0.2, 0.8, n))
 
     def draw(seed: int) -> tuple[Tensor, ...]:
-        return (torch.from_numpy(np.random.default_rng(seed).standard_normal((batch, n))),)
+        return (torch.from_numpy(np.random.default_rng(10_000 + seed).standard_normal((batch, n))),)
 
     return (A, b, torch.zeros(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)), draw
 
