@@ -65,6 +65,16 @@ def _parts(entry: Entry) -> tuple[float, ...] | None:
     return setup / total, (inside - setup) / total, (forward - inside) / total, backward / total
 
 
+def _shown(result: Result) -> list[Entry]:
+    """Ours by default, and our fastest in each kind."""
+    best = [fastest(result.entries, "lpgd", kind) for kind in ("exact", "lpgd")]
+    return [
+        entry
+        for entry in result.entries
+        if entry.library == "lpgd" and ("default" in entry.mode or any(entry is other for other in best))
+    ]
+
+
 def plot_split(path: Path, results: Sequence[Result]) -> None:
     """Shares of our time: set-up, solve, the rest of the forward pass, and the backward pass."""
     from matplotlib.figure import Figure
@@ -72,8 +82,9 @@ def plot_split(path: Path, results: Sequence[Result]) -> None:
     rows = [
         (f"{result.title}, batch {result.batch}: {entry.mode}", parts)
         for result in results
-        for entry in result.entries
-        if entry.library == "lpgd" and (parts := _parts(entry)) is not None
+        if result.comparison != "scaling"
+        for entry in _shown(result)
+        if (parts := _parts(entry)) is not None
     ]
     if not rows:
         return

@@ -207,7 +207,6 @@ _ALL = (
         _portfolio,
         (32, 8),
         (SCS_EXACT, CLARABEL_EXACT, ECOS_EXACT, SCS_LPGD),
-        step=1e-3,
     ),
     Program(
         "logistic",

@@ -164,6 +164,13 @@ def _summary(result: Result) -> list[str]:
     ]
 
 
+def _gradient(entry: Entry) -> str:
+    error, floor = entry.accuracy.gradient, entry.accuracy.gradient_floor
+    if error is not None and floor is not None and error < floor:
+        return f"< {floor:.0e}"
+    return _text(error, ".0e")
+
+
 def _cells(result: Result, entry: Entry) -> list[str]:
     accuracy, details = entry.accuracy, entry.details
     ours = fastest(result.entries, "lpgd")
@@ -184,7 +191,7 @@ def _cells(result: Result, entry: Entry) -> list[str]:
         _text(accuracy.solution, ".0e"),
         _text(accuracy.objective, ".0e"),
         _text(accuracy.violation, ".0e"),
-        _text(accuracy.gradient, ".0e"),
+        _gradient(entry),
         _text(accuracy.cosine, ".4f"),
         split,
         _text(entry.overhead, ".4f"),

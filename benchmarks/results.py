@@ -57,6 +57,7 @@ class Accuracy:
         objective: largest error of an objective.
         violation: largest violation of a constraint, absolute.
         gradient: largest error of a directional derivative, against central differences of exact solutions.
+        gradient_floor: how far those differences are from themselves with half the step: a smaller error says nothing.
         cosine: with the gradient of another side of the same kind, ``cosine_with``.
     """
 
@@ -64,6 +65,7 @@ class Accuracy:
     objective: float | None = None
     violation: float | None = None
     gradient: float | None = None
+    gradient_floor: float | None = None
     cosine: float | None = None
     cosine_with: str | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from benchmarks import run
 from benchmarks.dense_qp import dense_qp_case, draw_qps, our_qp_sides
 from benchmarks.exact import solve_qp_exactly
-from benchmarks.harness import Settings, Side, compare, time_limit
+from benchmarks.harness import Case, Settings, Side, compare, time_limit
 from benchmarks.report import markdown, write_report
 from benchmarks.results import Curve, Entry, Result, Target, Timing, fastest, ratio_target
 
@@ -146,6 +147,24 @@ class TestJudgement:
 
         with pytest.raises(TimeoutError, match=r"after 0\.05 s"):
             endless()
+
+    def test_a_kink_within_the_step_is_no_wrong_gradient(self):
+        def exactly(data, elements):
+            return data[0][list(elements)].abs()
+
+        def judge(data, points, elements):
+            return np.zeros(len(elements)), 0.0
+
+        def draw(seed):
+            return (torch.tensor([[1e-3], [2.0]], dtype=torch.float64),)
+
+        side = Side("a", "x", "exact", lambda data: (data[0].abs(), None))
+        case = Case("c", "kink", "a kink", 2, draw, torch.sum, judge, exactly, step=1e-3)
+        (found,) = compare(case, [side], FAST).entries
+        assert found.accuracy.gradient_floor > 1e-2
+        assert found.disagrees is None
+        (found,) = compare(dataclasses.replace(case, step=1e-5), [side], FAST).entries
+        assert found.accuracy.gradient < 1e-9
 
 
 class TestReport:
