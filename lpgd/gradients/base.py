@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lpgd.problems.base import Problem
 from lpgd.solution import Solution
 from lpgd.solvers.base import Solver
 
@@ -55,7 +54,7 @@ class GradientMethod(ABC):
     """How to get the action of a solution map's derivative.  Methods hold options only and are shared freely."""
 
     needs: ClassVar[frozenset[str]]
-    """Capabilities that the problem must declare: ``can_tilt``, ``can_augment``, ``has_kkt``."""
+    """Capabilities that the problem must declare: ``can_tilt``, ``can_augment``, ``has_kkt``, ``is_continuous``."""
 
     @property
     def required(self) -> frozenset[str]:
@@ -107,20 +106,25 @@ _CAPABILITIES = {
     "can_tilt": "a linear tilt of its objective",
     "can_augment": "a quadratic term in its objective (rho > 0)",
     "has_kkt": "optimality conditions that can be differentiated",
+    "is_continuous": "solutions that small changes move (tau=None makes small ones; give a tau)",
 }
 
 
-def check_compatible(method: GradientMethod, problem_class: type[Problem]) -> None:
+def check_compatible(method: GradientMethod, problems: Any) -> None:
     """Refuse a method that needs what a class of problems has not, when a layer is built.
+
+    Args:
+        method: the gradient method.
+        problems: what declares the capabilities of the problems to come: their class, or the structure they share; its
+            ``noun`` is for the message.
 
     Raises:
         TypeError: with what is missing.
     """
-    missing = [
-        text for name, text in _CAPABILITIES.items() if name in method.required and not getattr(problem_class, name)
-    ]
+    missing = [text for name, text in _CAPABILITIES.items() if name in method.required and not getattr(problems, name)]
     if missing:
-        raise TypeError(f"{method} needs {' and '.join(missing)}, which a {problem_class.__name__} does not have.")
+        advice = "" if problems.has_kkt else "; use lpgd.LPGD(tau=...) or lpgd.BlackboxBackprop(tau=...)"
+        raise TypeError(f"{method} needs {' and '.join(missing)}, which {problems.noun} does not have{advice}.")
 
 
 def relevant_elements(solution: Solution, vectors: Sequence[Tensor]) -> list[int]:

@@ -49,7 +49,7 @@ class LPGD(GradientMethod):
             perturbations.  None chooses, for each element, ``√ε`` relative to the terms that the tilt changes, ε the
             error of the solver's solutions: noise of the order of ε/τ and curvature of the order of τ (τ² for
             ``"average"``) are then both small, few active sets change, and the result is close to the exact gradient
-            where there is one.
+            where there is one.  Integer programs need a τ: solutions stay where they are for small ones.
         rho: ρ ≥ 0 of the augmented Lagrangian; not scaled by τ.
         envelope: ``"average"`` (two solves), ``"lower"`` or ``"upper"`` (one solve each).
 
@@ -76,7 +76,8 @@ class LPGD(GradientMethod):
 
     @property
     def required(self) -> frozenset[str]:
-        return self.needs | {"can_augment"} if self.rho else self.needs
+        options = {"can_augment": self.rho > 0, "is_continuous": self.tau is None}
+        return self.needs | {capability for capability, needed in options.items() if needed}
 
     def vjp(
         self,

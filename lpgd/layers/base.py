@@ -42,6 +42,20 @@ class LayerOutput(tuple[Tensor, ...], Recorded):
 WarmStart = bool | Recorded | Solution
 
 
+def _exact(structure: ConicStructure) -> GradientMethod:
+    """The gradient method of a layer for which none is named.
+
+    Raises:
+        ValueError: there is no exact gradient.
+    """
+    if not structure.has_kkt:
+        raise ValueError(
+            f"gradient is None, but {structure.noun} has no exact gradient that teaches (its solutions jump or stay): "
+            "give gradient=lpgd.LPGD(tau=...) or lpgd.BlackboxBackprop(tau=...)."
+        )
+    return ImplicitKKT()
+
+
 class OptimizationLayer(torch.nn.Module):
     """Solves conic programs and differentiates their solutions: the part that all layers share.
 
@@ -71,7 +85,7 @@ class OptimizationLayer(torch.nn.Module):
         standard = StandardOptions.parse(solver_args)
         options = {"verbose": True, **standard.options} if verbose else standard.options
         self._example, self._fixed = example, fixed
-        self.gradient = gradient or standard.gradient or ImplicitKKT()
+        self.gradient = gradient or standard.gradient or _exact(example)
         self._set_solver(solver if solver is not None else standard.solver, options)
         self.on_error: OnError = on_error
         self.executor = executor if executor is not None else standard.executor
@@ -86,7 +100,7 @@ class OptimizationLayer(torch.nn.Module):
     def gradient(self, method: GradientMethod) -> None:
         if not isinstance(method, GradientMethod):
             raise TypeError(f"gradient is {method!r}; it must be a gradient method such as lpgd.LPGD(tau=0.1).")
-        check_compatible(method, ConicProblem)
+        check_compatible(method, self._example)
         self._gradient = method
 
     @property
@@ -162,6 +176,8 @@ class OptimizationLayer(torch.nn.Module):
             solver = choose_solver(structure, self._solver, options, self._situation(device))
         else:
             solver = choose_solver(structure, standard.solver, standard.options, self._situation(device))
+        if standard.gradient is not None:
+            check_compatible(standard.gradient, structure)
         return solver, standard.executor or self.executor, standard.gradient or self.gradient
 
     def _states(self, warm_start: WarmStart, structure: ConicStructure, batch: Batch) -> Sequence[Any]:
