@@ -240,6 +240,8 @@ class _PreparedInteger(Prepared):
             "mip_rel_gap": options.gap,
             "mip_abs_gap": 0.0,
             "mip_max_nodes": min(options.max_iterations, 2**31 - 1),
+            # It takes 7 of 10 ms of a program of ten variables, and finds nothing that others do not (highspy 1.15.1).
+            "mip_heuristic_run_feasibility_jump": False,
         }
         self.model = _Model(options, form, settings, self.integer)
 
