@@ -57,7 +57,9 @@ CONSTRUCTION = {
         r"SCS has no integer variables; .*: HIGHS\. Integer programs need a linear objective",
     ),
     "boolean": (
-        lambda: build(minimise(cp.sum_squares(cp.Variable(2, boolean=True, name="k"))), [], [], None, lpgd.LPGD(tau=1.0)),
+        lambda: build(
+            minimise(cp.sum_squares(cp.Variable(2, boolean=True, name="k"))), [], [], None, lpgd.LPGD(tau=1.0)
+        ),
         ValueError,
         r"HIGHS has no quadratic objective with integer variables.*Integer programs need",
     ),

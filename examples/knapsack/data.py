@@ -57,7 +57,7 @@ def make_truth(items: int, vans: int, seed: int) -> Truth:
 
 
 def observe(truth: Truth, count: int, noise: float, seed: int) -> Orders:
-    """Optimal packings for values uniform in [0.2, 1), of which the observer knows ``values · exp(noise · N(0, 1))``."""
+    """Optimal packings for values uniform in [0.2, 1); the observer knows ``values · exp(noise · N(0, 1))``."""
     rng = np.random.default_rng(seed)
     items = truth.weights.numel()
     values = torch.from_numpy(rng.uniform(0.2, 1.0, (count, items)))

@@ -90,8 +90,8 @@ def reproduced(packings: Tensor, observed: Tensor) -> Tensor:
 def packing_loss(packings: Tensor, observed: Tensor) -> Tensor:
     """Hamming distance, summed over the batch.
 
-    For binary x* it is linear in x, ``⟨1 - 2 x*, x⟩ + Σ x*``: a gradient for the items that are right as well, so that a
-    perturbed program prefers the observed packing as a whole.  Packings that are right already are left alone.
+    For binary x* it is linear in x, ``⟨1 - 2 x*, x⟩ + Σ x*``: there is a gradient for the items that are right as well,
+    so that a perturbed program prefers the observed packing as a whole.  Packings that are right are left alone.
     """
     distance = (packings * (1 - 2 * observed) + observed).sum(-1)
     return distance[~reproduced(packings, observed)].sum()

@@ -12,7 +12,7 @@ __all__ = ["plot_results"]
 
 
 def plot_results(folder: Path) -> Path:
-    """Curves of every method, mean and range over its seeds, beside what was not trained; returns the picture's path."""
+    """Curves of every method, mean and range over its seeds, and the two-stage baselines; returns the path."""
     import matplotlib
 
     matplotlib.use("Agg")

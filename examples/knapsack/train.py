@@ -190,7 +190,9 @@ def main(arguments: list[str] | None = None) -> int:
     (options.out / "results.json").write_text(json.dumps({"config": config, "results": results}, indent=2) + "\n")
     (options.out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in experiment.metrics))
     quotient = results["start, and exact gradient"]["largest difference quotient"]
-    print(f"\nLargest difference quotient of a packing at the start, steps of {STEP:g}: {quotient:g}\n{_table(results)}")
+    print(
+        f"\nLargest difference quotient of a packing at the start, steps of {STEP:g}: {quotient:g}\n{_table(results)}"
+    )
     from .plot import plot_results
 
     print(f"\nCurves: {plot_results(options.out)}")

@@ -23,7 +23,6 @@ import cvxpy.settings as cvxpy_settings
 import numpy as np
 import scipy.sparse as sp
 from cvxpy.constraints.exponential import ExpCone
-from cvxpy.constraints.finite_set import FiniteSet
 from cvxpy.constraints.power import PowCone3D
 from cvxpy.constraints.psd import SvecPSD
 from cvxpy.constraints.second_order import SOC
@@ -184,9 +183,10 @@ def _check_problem(problem: cp.Problem, gp: bool) -> None:
         )
     rules: Any = problem  # a decorator of CVXPY's hides the arguments of is_dpp
     if gp:
-        discrete = [v.name() for v in problem.variables() if v.attributes["boolean"] or v.attributes["integer"]]
-        if discrete or any(isinstance(constraint, FiniteSet) for constraint in problem.constraints):
-            raise ValueError(f"A geometric program has no integer or boolean variables ({', '.join(discrete)}).")
+        if problem.is_mixed_integer():
+            raise ValueError(
+                "A geometric program cannot have integer or boolean variables: leave gp out, or relax them."
+            )
         if not problem.is_dgp():
             raise ValueError(
                 "gp=True, but the problem is not a geometric program by CVXPY's rules (problem.is_dgp() is false): "
@@ -329,7 +329,9 @@ def _reduce(problem: cp.Problem, gp: bool) -> _Reduced:
         # CVXPY's reductions read values of sparse variables in the way it warns its users about.
         warnings.filterwarnings("ignore", message=".*sparse CVXPY expression", category=RuntimeWarning)
         # Its reduction of FiniteSet flattens without saying in which order.
-        warnings.filterwarnings("ignore", message=".*specify the order of the flatten", category=FutureWarning)
+        warnings.filterwarnings(
+            "ignore", message=r"\s*You didn't specify the order of the flatten", category=FutureWarning
+        )
         data, chain, inverses = reducible.get_problem_data(solver=target, gp=gp, enforce_dpp=True, canon_backend="COO")
     return _Reduced(data[cvxpy_settings.PARAM_PROB], chain.reductions[:-1], inverses[:-1])
 

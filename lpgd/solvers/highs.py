@@ -1,4 +1,4 @@
-"""HiGHS: simplex, hot-started, for linear programs, branch and cut for integer ones, and small convex quadratic ones."""
+"""HiGHS: simplex, hot-started, for linear programs; branch and cut for integer ones; small convex quadratic ones."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class HiGHS(ElementwiseSolver):
     programs have no multipliers that say what constraints are worth; ``multipliers`` chooses what stands in for them in
     the solution, and so in gradients with respect to constraints:
 
-    - ``"relaxation"``: those of the linear relaxation, the best multipliers of the Lagrangian dual.  They see which
-      constraints are scarce to first order: each row that limits the relaxation has a price, whether or not it has slack
-      left at the integer solution.  They cannot see the gap between both: a row that binds integer solutions only has
-      none, and a price does not say that a small change lets another integer solution in.
+    - ``"relaxation"``: those of the linear relaxation, which are best for the Lagrangian dual.  They see which
+      constraints are scarce to first order: each row that limits the relaxation has a price, whether or not it has
+      slack left at the integer solution.  They cannot see the gap between both: a row that limits integer solutions
+      only has none, and a price does not say that a small change lets another integer solution in.
     - ``"fixed"``: those of the linear program in the continuous variables, with integer variables fixed at the
       solution.  They are exact for the continuous part, and of a program without one all zero: its constraints then get
       a zero gradient.
@@ -247,7 +247,7 @@ class _PreparedInteger(Prepared):
 
     def solve(self, vectors: IntervalVectors, state: Any) -> Outcome:
         started = time.perf_counter()
-        # Tolerances of costs are absolute: a better solution is not seen where costs are small.  Powers of two are exact.
+        # Tolerances of costs are absolute: small costs would hide better solutions.  Powers of two scale exactly.
         largest = np.abs(vectors.q).max()
         scale = 2.0 ** min(np.frexp(largest)[1], 0) if largest else 1.0
         vectors = vectors._replace(q=vectors.q / scale)
