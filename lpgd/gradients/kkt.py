@@ -164,25 +164,32 @@ def _respond_directly(
     g_x, g_y = points.g_x, points.g_y
     if dx.any():
         g_x, g_y = g_x + _product(quadratic, dx), g_y + _product(constraint, dx)
-    involved = (g_x != 0) | (quadratic != 0).any(1) | ((constraint != 0) & active[:, :, None]).any(1)
-    solved = np.concatenate([~at_bound & involved, active], axis=1)
-    kept = np.flatnonzero(solved.any(0))  # by any of these elements
-    split = int(np.searchsorted(kept, n))
-    columns, rows = kept[:split], kept[split:] - n
-    solved = solved[:, kept]
-    matrices = np.zeros((count, kept.size, kept.size))
-    matrices[:, :split, :split] = quadratic[:, columns[:, None], columns]
-    matrices[:, split:, :split] = constraint[:, rows[:, None], columns]
+    held = ~active
+    order = np.argsort(held, axis=1, kind="stable")[:, : int((~held).sum(1).max())]  # active rows of each element first
+    constraint_rows = np.take_along_axis(constraint, order[:, :, None], axis=1)
+    rows_active = np.take_along_axis(active, order, axis=1)
+    free = ~at_bound
+    undetermined = (quadratic[:, range(n), range(n)] == 0) & (g_x == 0) & free  # without a diagonal P has no column
+    if undetermined.any():
+        free &= ~undetermined | ((constraint_rows != 0) & rows_active[:, :, None]).any(1)
+    columns = np.flatnonzero(free.any(0))  # by any of these elements
+    split = columns.size
+    solved = np.concatenate([free[:, columns], rows_active], axis=1)
+    whole = split == n
+    matrices = np.zeros((count, solved.shape[1], solved.shape[1]))
+    matrices[:, :split, :split] = quadratic if whole else quadratic[:, columns[:, None], columns]
+    matrices[:, split:, :split] = constraint_rows if whole else constraint_rows[:, :, columns]
     matrices[:, :split, split:] = matrices[:, split:, :split].swapaxes(1, 2)
-    matrices *= solved[:, :, None]
-    matrices *= solved[:, None, :]
-    right = np.where(solved, -np.concatenate([g_x, g_y], axis=1)[:, kept], 0.0)
-    answer, exact = _solve_matrices(matrices, right, ~solved)
+    if not solved.all():
+        matrices *= solved[:, :, None]
+        matrices *= solved[:, None, :]
+    tilt = np.concatenate([g_x[:, columns], np.take_along_axis(g_y, order, axis=1)], axis=1)
+    answer, exact = _solve_matrices(matrices, np.where(solved, -tilt, 0.0), ~solved)
 
     free = solved[:, :split]
     dx[:, columns] = np.where(free, answer[:, :split], dx[:, columns])
     dy = np.zeros_like(points.y)
-    dy[:, rows] = answer[:, split:]
+    np.put_along_axis(dy, order, answer[:, split:], axis=1)
     change = points.g_x + _product(quadratic, dx) + _product(constraint.swapaxes(1, 2), dy)
     return KKTResponse(dx, dy, np.where(at_bound, -change, 0.0), exact)
 

@@ -185,7 +185,7 @@ def _row_digests(tensor: Tensor, values: NDArray[np.float64]) -> list[bytes]:
 
     def compute() -> list[bytes]:
         rows = np.ascontiguousarray(np.atleast_2d(values))
-        return [hashlib.blake2b(row, digest_size=16).digest() for row in rows]
+        return [hashlib.sha256(row).digest() for row in rows]
 
     return _memo(tensor, "digests", compute)
 
