@@ -39,7 +39,7 @@ IndexArray = NDArray[np.int64]
 
 DENSE_LIMIT = 400
 """Systems up to this size, or mostly filled ones, are factorised densely."""
-STACK_LIMIT = 100_000
+STACK_LIMIT = 400_000
 """So many entries of dense systems are held at once: what stays in a core's cache."""
 UNTHREADED = 500
 """Dense systems up to this size are factorised by one thread each."""
@@ -316,8 +316,16 @@ def _minimum_norm(K: FloatArray, right: FloatArray) -> FloatArray:
     return vectors[:, kept] @ ((vectors[:, kept].T @ right) / eigenvalues[kept])
 
 
-def _solve_sparse(system: _System) -> tuple[FloatArray, NDArray[np.bool_]]:
+_ORDERINGS: tuple[dict[str, Any], ...] = (
+    {"permc_spec": "MMD_AT_PLUS_A", "diag_pivot_thresh": 0.01, "options": {"SymmetricMode": True}},
+    {"permc_spec": "COLAMD"},
+)
+"""SuperLU's options: for symmetric systems, a third of the fill; and with free pivoting, where that is not enough."""
+
+
+def _solve_sparse(system: _System, ordering: int = 0) -> tuple[FloatArray, NDArray[np.bool_]]:
     size, right = system.right.size, system.right
+    last = ordering == len(_ORDERINGS) - 1
     if size == 0:
         return right, np.ones(system.count, dtype=bool)
     largest = np.zeros(size)
@@ -328,8 +336,10 @@ def _solve_sparse(system: _System) -> tuple[FloatArray, NDArray[np.bool_]]:
         (K.data * scale[K.indices] * np.repeat(scale, np.diff(K.indptr)), K.indices, K.indptr), K.shape
     )
     try:
-        factor = spla.splu(scaled)
+        factor = spla.splu(scaled, **_ORDERINGS[ordering])
     except RuntimeError:  # SuperLU: "Factor is exactly singular"
+        if not last:
+            return _solve_sparse(system, ordering + 1)
         if system.count > 1:
             return system.one_by_one(_solve_sparse)
         return _least_squares(K, right), np.zeros(1, dtype=bool)
@@ -345,7 +355,10 @@ def _solve_sparse(system: _System) -> tuple[FloatArray, NDArray[np.bool_]]:
     exact = _is_exact(condition, system.largest(np.abs(K @ answer - right)), system.largest(np.abs(right)))
     for bad in np.flatnonzero(~exact):
         own, rows = system.only(int(bad))
-        answer[rows] = _least_squares(own.sparse(), own.right)
+        if last:
+            answer[rows] = _least_squares(own.sparse(), own.right)
+        else:
+            answer[rows], exact[[bad]] = _solve_sparse(own, ordering + 1)
     return answer, exact
 
 
