@@ -5,7 +5,7 @@ from importlib.metadata import version
 from lpgd.cones import Cones
 from lpgd.execution import SerialExecutor
 from lpgd.gradients import LPGD, BlackboxBackprop, Domke, ImplicitKKT
-from lpgd.layers import ConicLayer, CvxpyLayer, LPLayer, QPLayer, solve_conic, solve_lp, solve_qp
+from lpgd.layers import BlackboxLayer, ConicLayer, CvxpyLayer, LPLayer, QPLayer, solve_conic, solve_lp, solve_qp
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solution import Solution
 from lpgd.solvers import (
@@ -33,6 +33,7 @@ __all__ = [
     "PIQP",
     "SCS",
     "BlackboxBackprop",
+    "BlackboxLayer",
     "Clarabel",
     "Cones",
     "ConicData",
