@@ -251,9 +251,9 @@ class _Perturbed:
         self.info.tau[list(active)] = tau.cpu().to(self.info.tau.dtype)
         moved = (plus.x.ne(base.x) | minus.x.ne(base.x)).any(-1)
         self.info.moved[list(active)] = moved.cpu()
-        for place, element in enumerate(active):
-            sides = bool(above[place]), bool(below[place])
-            used = {(True, True): "average", (True, False): "lower", (False, True): "upper"}.get(sides, "none")
+        names = {(True, True): "average", (True, False): "lower", (False, True): "upper"}
+        for element, *sides in zip(active, above.tolist(), below.tolist(), strict=True):
+            used = names.get((sides[0], sides[1]), "none")
             self.info.used[element] = used
             if used != asked:
                 self.info.fallbacks.append(element)

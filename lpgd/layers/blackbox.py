@@ -12,9 +12,7 @@ from torch import Tensor
 from lpgd.autograd import OnError
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import WarmStart
-from lpgd.layers.inputs import Batch
-from lpgd.layers.oracle import OracleLayer, record
-from lpgd.problems.linear import LinearStructure
+from lpgd.layers.oracle import Arguments, OracleLayer, record
 from lpgd.solution import LinearSolution
 from lpgd.solvers.oracle import Oracle, Sense
 
@@ -32,7 +30,7 @@ class BlackboxLayer(OracleLayer):
         upper    (x*(c) - x*(c - τ g)) / τ
         average  (x*(c + τ g) - x*(c - τ g)) / 2τ
 
-    of ``argmax`` (``sense="max"``), the same with c and the gradient negated: ``-(x*(c - τ g) - x*(c)) / τ``, and so on.
+    of ``argmax`` (``sense="max"``), the same with c and the gradient negated: ``-(x*(c - τ g) - x*(c)) / τ`` and so on.
 
     Args:
         solver: any callable ``solver(costs, *extra)``, from the costs of one element, a float64 NumPy array of any
@@ -115,9 +113,10 @@ class BlackboxLayer(OracleLayer):
             ValueError, TypeError: an input has the wrong shape or type, or the solver answered something else than a
                 solution.
         """
-        c, structure, batch, rows = self._read(costs, extra)
-        x, info = self._call(c, structure, batch, rows, warm_start)
-        return record(batch.restore(x, structure.shape), info, batch)
+        arguments = self._read(costs, extra)
+        x, info = self._call(arguments, warm_start)
+        batch = arguments.batch
+        return record(batch.restore(x, arguments.structure.shape), info, batch)
 
     def solve(self, costs: Tensor, *extra: Any, warm_start: WarmStart = False) -> LinearSolution:
         """The solver's whole answer, not differentiable: statuses, times, and solutions x, flattened to (B, n).
@@ -125,10 +124,10 @@ class BlackboxLayer(OracleLayer):
         Arguments are those of a call.  Elements without a solution do not raise.
         """
         with torch.no_grad():
-            return self._answer(*self._read(costs, extra), warm_start)
+            return self._answer(self._read(costs, extra), warm_start)
 
-    def _read(self, costs: Tensor, extra: tuple[Any, ...]) -> tuple[Tensor, LinearStructure, Batch, tuple[Any, ...]]:
+    def _read(self, costs: Tensor, extra: tuple[Any, ...]) -> Arguments:
         structure, batch = self._batch("costs", costs)
         c = costs.reshape(batch.batch_size, structure.n).to(torch.float64)
         rows = tuple(self._rows(f"extra input {place}", values, batch) for place, values in enumerate(extra))
-        return (-c if self.solver.sense == "max" else c), structure, batch, rows
+        return Arguments(-c if self.solver.sense == "max" else c, structure, batch, rows, self.solver)

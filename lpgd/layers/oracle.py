@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -18,7 +18,17 @@ from lpgd.problems.linear import LinearData, LinearProblem, LinearStructure
 from lpgd.solution import LinearSolution
 from lpgd.solvers.oracle import Oracle
 
-__all__ = ["OracleLayer"]
+__all__ = ["Arguments", "OracleLayer", "record"]
+
+
+class Arguments(NamedTuple):
+    """The arguments of a call as a batch of linear problems."""
+
+    c: Tensor  # (B, n) in float64
+    structure: LinearStructure
+    batch: Batch
+    extra: tuple[Any, ...]
+    oracle: Oracle
 
 
 class OracleLayer(BaseLayer):
@@ -83,22 +93,19 @@ class OracleLayer(BaseLayer):
         shape = tuple(costs.shape[leading:]) if isinstance(costs, Tensor) else ()
         return LinearStructure(shape), check_inputs([Expected(name, shape)], [costs])
 
-    def _call(
-        self, c: Tensor, structure: LinearStructure, batch: Batch, extra: tuple[Any, ...], warm_start: WarmStart
-    ) -> tuple[Tensor, CallInfo]:
-        """Solve for float64 costs (B, n), differentiably: x (B, n) and the record."""
-        make = partial(LinearProblem, structure, batch_size=batch.batch_size, extra=extra)
-        options = CallOptions(self.solver, self.executor, self.gradient)
-        point, info = self._differentiable(LinearData(c), make, structure, batch, options, warm_start)
+    def _call(self, arguments: Arguments, warm_start: WarmStart) -> tuple[Tensor, CallInfo]:
+        """Solve, differentiably: x (B, n) and the record."""
+        point, info = self._differentiable(*self._problem(arguments), warm_start)
         return point.x, info
 
-    def _answer(
-        self, c: Tensor, structure: LinearStructure, batch: Batch, extra: tuple[Any, ...], warm_start: WarmStart
-    ) -> LinearSolution:
+    def _answer(self, arguments: Arguments, warm_start: WarmStart) -> LinearSolution:
         """The solver's whole answer, not differentiable."""
+        return self._plain(*self._problem(arguments), warm_start)
+
+    def _problem(self, arguments: Arguments) -> tuple[LinearData, Any, LinearStructure, Batch, CallOptions]:
+        c, structure, batch, extra, oracle = arguments
         make = partial(LinearProblem, structure, batch_size=batch.batch_size, extra=extra)
-        options = CallOptions(self.solver, self.executor, self.gradient)
-        return self._plain(LinearData(c), make, structure, batch, options, warm_start)
+        return LinearData(c), make, structure, batch, CallOptions(oracle, self.executor, self.gradient)
 
     @staticmethod
     def _rows(name: str, values: Any, batch: Batch) -> Any:

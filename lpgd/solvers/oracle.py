@@ -32,9 +32,9 @@ class Oracle(BaseSolver):
     """A function from costs to a solution, ``function(costs, *extra)``, for each element of a batch.
 
     It gets copies of arrays, and may do with them what it likes.  What it returns is checked: an answer of another
-    shape or kind is an error that names the element; ``None``, an answer with NaN or infinity, or a :class:`~lpgd.Status` is
-    an element without a solution; an exception is raised as a SolverError that names the element, with the exception as
-    its cause.
+    shape or kind is an error that names the element; ``None``, an answer with NaN or infinity, or a
+    :class:`~lpgd.Status` is an element without a solution; an exception is raised as a SolverError that names the
+    element, with the exception as its cause.
 
     Args:
         function: the solver; for an executor with processes, one that pickles.
@@ -98,11 +98,11 @@ class Oracle(BaseSolver):
             elements,
             places,
             shape,
-            self._array(sign * problem.data.c[elements]).reshape(-1, *shape),
+            self._array(sign * problem.data.c)[elements].reshape(-1, *shape),
             [self._rows(values, places) for values in problem.extra],
             [states[element % len(states)] for element in elements] if states else [None] * len(elements),
             problem.rho,
-            None if center is None else self._array(center[elements]).reshape(-1, *shape),
+            None if center is None else self._array(center)[elements].reshape(-1, *shape),
         )
 
     def _array(self, tensor: Tensor) -> Array:
@@ -145,13 +145,65 @@ class _Task(NamedTuple):
         return answer, oracle.features(answer, *again)
 
 
-class _Answer(NamedTuple):
-    """What came of one element."""
+class _Results:
+    """What came of a task's elements, in their order.
 
-    status: Status
-    x: Array | None = None  # (n,) in float64
-    answer: Any = None
-    seconds: float = 0.0
+    Attributes:
+        statuses: one for each.
+        x: (k, *shape) in float64, NaN where there is no solution.
+        answers: of the user's function; None where there is no solution.
+        seconds: time in the function.
+    """
+
+    def __init__(self, task: _Task) -> None:
+        count = len(task.places)
+        self.statuses: list[Status] = []
+        self.x: Array = torch.empty_like(task.costs) if task.oracle.as_torch else np.empty(task.costs.shape)
+        self.answers: list[Any] = [None] * count
+        self.seconds = np.zeros(count)
+
+    def read(self, task: _Task, answer: Any, solution: Any) -> None:
+        """Take the next element's solution.
+
+        Raises:
+            ValueError, TypeError: it is no array of numbers of the costs' shape.
+        """
+        index = len(self.statuses)
+        place = task.places[index]
+        if solution is None or isinstance(solution, Status):
+            if isinstance(solution, Status) and solution.usable:
+                raise ValueError(
+                    f"the solver answered {solution.name} without a solution for element {place}; return the solution."
+                )
+            self.x[index] = float("nan")
+            self.statuses.append(Status.NO_SOLUTION if solution is None else solution)
+            return
+        oracle = task.oracle
+        source = "solver" if oracle.features is None else "feature map"
+        expected = f"it must be an array of numbers of the costs' shape {task.shape}, None or a Status"
+        try:
+            values = torch.as_tensor(solution) if oracle.as_torch else np.asarray(_plain(solution))
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = type(solution).__name__
+            raise TypeError(f"the {source} answered a {kind} for element {place}; {expected}.") from error
+        if values.is_complex() if isinstance(values, Tensor) else values.dtype.kind not in "biuf":
+            raise TypeError(f"the {source} answered {values.dtype} for element {place}; {expected}.")
+        if tuple(values.shape) != task.shape:
+            raise ValueError(f"the {source} answered shape {tuple(values.shape)} for element {place}; {expected}.")
+        self.x[index] = values  # a copy: the solver may use its array again
+        own = oracle.features is None and not oracle.warm_start
+        self.answers[index] = self.x[index] if own else _copied(answer)
+        self.statuses.append(Status.SOLVED)
+
+    def finish(self) -> _Results:
+        """Solutions with NaN or infinity are none."""
+        if self.statuses:
+            finite = (torch if isinstance(self.x, Tensor) else np).isfinite(self.x)
+            for index in np.flatnonzero(~_plain(finite.reshape(len(self.statuses), -1).all(-1))):
+                self.x[index], self.answers[index] = float("nan"), None
+                if self.statuses[index].usable:
+                    self.statuses[index] = Status.NO_SOLUTION
+        return self
 
 
 class _Raised(NamedTuple):
@@ -161,22 +213,22 @@ class _Raised(NamedTuple):
     error: Exception
 
 
-def _solve_each(task: _Task) -> list[_Answer] | _Raised:
-    answers = []
+def _solve_each(task: _Task) -> _Results | _Raised:
+    results, clock = _Results(task), time.perf_counter
     with torch.no_grad():
         for index, place in enumerate(task.places):
             extra, center = [rows[index] for rows in task.extra], None if task.centers is None else task.centers[index]
-            started = time.perf_counter()
+            started = clock()
             try:
                 answer, solution = task.call(task.costs[index], extra, task.starts[index], center)
             except Exception as error:  # raised again, with the element's name, where the results come together
                 return _Raised([place], error)
-            seconds = time.perf_counter() - started
-            answers.append(_read(task, answer, solution, place)._replace(seconds=seconds))
-    return answers
+            results.seconds[index] = clock() - started
+            results.read(task, answer, solution)
+    return results.finish()
 
 
-def _solve_batched(task: _Task) -> list[_Answer] | _Raised:
+def _solve_batched(task: _Task) -> _Results | _Raised:
     size, starts = len(task.places), task.starts if any(start is not None for start in task.starts) else None
     started = time.perf_counter()
     try:
@@ -184,55 +236,17 @@ def _solve_batched(task: _Task) -> list[_Answer] | _Raised:
             answer, solution = task.call(task.costs, task.extra, starts, task.centers)
     except Exception as error:  # raised again, with the elements' names, where the results come together
         return _Raised(task.places, error)
-    seconds = (time.perf_counter() - started) / size
+    results = _Results(task)
+    results.seconds[:] = (time.perf_counter() - started) / size
     if solution is None or isinstance(solution, Status):
         answer, solution = [answer] * size, [solution] * size
     for values in (answer, solution):
         if not hasattr(values, "__len__") or len(values) != size:
             found = f"{len(values)} rows" if hasattr(values, "__len__") else f"a {type(values).__name__}"
             raise ValueError(f"the batched solver answered {found} for the {size} elements {_names(task.places)}.")
-    rows = zip(answer, solution, task.places, strict=True)
-    return [_read(task, *row)._replace(seconds=seconds) for row in rows]
-
-
-def _read(task: _Task, answer: Any, solution: Any, place: int) -> _Answer:
-    """Check the solution of one element.
-
-    Raises:
-        ValueError, TypeError: it is no array of numbers of the costs' shape.
-    """
-    if solution is None:
-        return _Answer(Status.NO_SOLUTION)
-    if isinstance(solution, Status):
-        if solution.has_iterate:
-            raise ValueError(
-                f"the solver answered {solution.name} without a solution for element {place}; return the solution."
-            )
-        return _Answer(solution)
-    source = "solver" if task.oracle.features is None else "feature map"
-    expected = f"it must be an array of numbers of the costs' shape {task.shape}, None or a Status"
-    try:
-        values = torch.as_tensor(solution) if task.oracle.as_torch else np.asarray(_plain(solution))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"the {source} answered a {type(solution).__name__} for element {place}; {expected}."
-        ) from error
-    if isinstance(values, Tensor):
-        numeric, finite = not values.is_complex(), bool(torch.isfinite(values).all())
-    else:
-        numeric = values.dtype.kind in "biuf"
-        finite = numeric and bool(np.isfinite(values).all())
-    if not numeric:
-        raise TypeError(f"the {source} answered {values.dtype} for element {place}; {expected}.")
-    if tuple(values.shape) != task.shape:
-        raise ValueError(f"the {source} answered shape {tuple(values.shape)} for element {place}; {expected}.")
-    if not finite:
-        return _Answer(Status.NO_SOLUTION)
-    if isinstance(values, Tensor):
-        x = values.detach().to(device=task.costs.device, dtype=torch.float64).flatten()
-    else:
-        x = values.astype(np.float64).ravel()
-    return _Answer(Status.SOLVED, x, _copied(answer))
+    for row in zip(answer, solution, strict=True):
+        results.read(task, *row)
+    return results.finish()
 
 
 def _plain(value: Any) -> Any:
@@ -251,9 +265,13 @@ def _names(places: list[int]) -> str:
 
 
 def _assemble(
-    oracle: Oracle, problem: LinearProblem, tasks: list[_Task], results: list[list[_Answer] | _Raised]
+    oracle: Oracle, problem: LinearProblem, tasks: list[_Task], results: list[_Results | _Raised]
 ) -> LinearSolution:
-    answers = [_Answer(Status.INVALID_DATA)] * problem.batch_size
+    size = problem.batch_size
+    statuses, answers, seconds = [Status.INVALID_DATA] * size, [None] * size, np.zeros(size)
+    x: Array = np.full(problem.data.c.shape, np.nan)
+    if oracle.as_torch:
+        x = torch.full_like(problem.data.c, torch.nan)
     for task, result in zip(tasks, results, strict=True):
         if isinstance(result, _Raised):
             noun = "element" if len(result.places) == 1 else "elements"
@@ -261,21 +279,17 @@ def _assemble(
                 f"the solver raised {type(result.error).__name__} for {noun} {_names(result.places)}: {result.error}",
                 indices=result.places,
             ) from result.error
-        for element, answer in zip(task.elements, result, strict=True):
-            answers[element] = answer
-    x = torch.full_like(problem.data.c, torch.nan)
-    solved = [element for element, answer in enumerate(answers) if answer.x is not None]
-    if solved:
-        rows: list[Any] = [answers[element].x for element in solved]
-        x[solved] = torch.stack(rows) if oracle.as_torch else torch.from_numpy(np.stack(rows)).to(x.device)
-    kept = tuple(answer.answer for answer in answers)
+        for element, status, answer in zip(task.elements, result.statuses, result.answers, strict=True):
+            statuses[element], answers[element] = status, answer
+        seconds[task.elements] = result.seconds
+        x[task.elements] = result.x.reshape(len(task.elements), -1)
     return LinearSolution(
         problem,
-        x,
-        answers=kept,
-        statuses=tuple(answer.status for answer in answers),
-        iterations=np.zeros(len(answers), dtype=np.int64),
-        setup_seconds=np.zeros(len(answers)),
-        solve_seconds=np.array([answer.seconds for answer in answers]),
-        states=kept if oracle.warm_start else (None,) * len(answers),
+        torch.as_tensor(x).to(problem.device),
+        answers=tuple(answers),
+        statuses=tuple(statuses),
+        iterations=np.zeros(size, dtype=np.int64),
+        setup_seconds=np.zeros(size),
+        solve_seconds=seconds,
+        states=tuple(answers) if oracle.warm_start else (None,) * size,
     )
