@@ -191,7 +191,7 @@ class TestBlackbox:
             if target.reached is None:
                 assert "pip install pyepo" in target.note
             else:
-                assert target.reached < 1e-6
+                assert target.reached < 1e-12
 
 
 class TestReport:
