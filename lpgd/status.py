@@ -32,6 +32,7 @@ class Status(enum.IntEnum):
     INVALID_DATA = 7
     NOT_CONVEX = 8
     WITHIN_GAP = 9
+    NO_SOLUTION = 10
 
     @property
     def usable(self) -> bool:
@@ -79,6 +80,9 @@ _ADVICE = {
     Status.WITHIN_GAP: (
         "feasible, with whole numbers where asked for, and an objective proven to be within the gap that was asked for "
         "of the best one: lower the solver's gap for the best one"
+    ),
+    Status.NO_SOLUTION: (
+        "the solver answered that there is none (None, or NaN): check the costs and the extra inputs of these elements"
     ),
 }
 

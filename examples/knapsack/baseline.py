@@ -50,6 +50,5 @@ def two_stage(orders: Orders, vans: int, exchanges: bool, cost: float) -> Truth:
     outside = bad.numpy() @ w - np.eye(vans)[owners.numpy()] @ b
     misfit = cp.sum(cp.pos(1 + inside)) / len(orders) + cp.sum(cp.pos(1 - outside)) / len(bad)
     cp.Problem(cp.Minimize(cp.sum_squares(w) + cost * misfit)).solve(solver=cp.CLARABEL)
-    assert w.value is not None
-    assert b.value is not None
-    return Truth(*(torch.from_numpy(np.maximum(part.value, 0.0)) for part in (w, b)))
+    weights, capacities = (torch.from_numpy(np.array(part.value).clip(min=0.0)) for part in (w, b))
+    return Truth(weights, capacities)

@@ -112,7 +112,7 @@ class Experiment:
         best: dict[str, Any] = {"validation": -1.0}
         name = f"{method}, seed {seed}"
         every = max(options.steps // options.tests, 1)
-        with tqdm(total=options.steps, desc=name, unit="step", leave=False) as bar:
+        with tqdm(total=options.steps, desc=name, unit="step", leave=False, disable=None) as bar:
             for step in range(options.steps + 1):
                 if step % every == 0 or step == options.steps:
                     rules = _rules(model)

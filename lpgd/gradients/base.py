@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lpgd.solution import Solution
-from lpgd.solvers.base import Solver
+from lpgd.solution import BatchSolution
+from lpgd.solvers.base import BaseSolver
 
 __all__ = ["GradientInfo", "GradientMethod", "check_compatible"]
 
@@ -65,9 +65,9 @@ class GradientMethod(ABC):
     def vjp(
         self,
         problem: Any,
-        solution: Solution,
+        solution: Any,
         cotangent: Any,
-        solver: Solver,
+        solver: BaseSolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         """The gradient of ``<cotangent, solution>`` with respect to the problem's data.
@@ -87,9 +87,9 @@ class GradientMethod(ABC):
     def jvp(
         self,
         problem: Any,
-        solution: Solution,
+        solution: Any,
         tangent: Any,
-        solver: Solver,
+        solver: BaseSolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         """The change of the solution along a tangent of the data: forward mode.
@@ -106,28 +106,29 @@ _CAPABILITIES = {
     "can_tilt": "a linear tilt of its objective",
     "can_augment": "a quadratic term in its objective (rho > 0)",
     "has_kkt": "optimality conditions that can be differentiated",
-    "is_continuous": "solutions that small changes move (tau=None makes small ones; give a tau)",
+    "is_continuous": "a solution that moves with small changes (tau=None chooses a small step: give tau)",
 }
 
 
-def check_compatible(method: GradientMethod, problems: Any) -> None:
+def check_compatible(method: GradientMethod, problems: Any, noun: str | None = None) -> None:
     """Refuse a method that needs what a class of problems has not, when a layer is built.
 
     Args:
         method: the gradient method.
-        problems: what declares the capabilities of the problems to come: their class, or the structure they share; its
-            ``noun`` is for the message.
+        problems: what declares the capabilities of the problems to come: their class, or the structure they share.
+        noun: what the message calls them; None is the name of their class.
 
     Raises:
         TypeError: with what is missing.
     """
     missing = [text for name, text in _CAPABILITIES.items() if name in method.required and not getattr(problems, name)]
     if missing:
+        noun = noun or f"a {problems.__name__}"
         advice = "" if problems.has_kkt else "; use lpgd.LPGD(tau=...) or lpgd.BlackboxBackprop(tau=...)"
-        raise TypeError(f"{method} needs {' and '.join(missing)}, which {problems.noun} does not have{advice}.")
+        raise TypeError(f"{method} needs {' and '.join(missing)}, which {noun} does not have{advice}.")
 
 
-def relevant_elements(solution: Solution, vectors: Sequence[Tensor]) -> list[int]:
+def relevant_elements(solution: BatchSolution, vectors: Sequence[Tensor]) -> list[int]:
     """Elements that have a solution and a nonzero row in one of ``vectors``."""
     keep = solution.usable
     nonzero = keep.new_zeros(keep.shape)

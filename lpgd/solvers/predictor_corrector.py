@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from lpgd.solvers.active_set import ActiveSet, settle
 from lpgd.solvers.box_program import BoxProgram
 from lpgd.solvers.interior_steps import Iterate, State, assess, homogeneous_step, largest, plain_step
 from lpgd.solvers.newton_system import newton_system
@@ -40,6 +41,8 @@ PROGRESS = 0.9
 """The factor by which residuals must fall to count as progress."""
 DESCENT = 1e-6
 """The relative descent along a ray of the largest entry 1 that proves a problem unbounded."""
+ROUGH = 1e-4
+"""The residual from which on steps are computed in double precision throughout."""
 COMPACTED = 0.15
 """The share of finished elements at which they leave the batch."""
 
@@ -75,9 +78,32 @@ class Answers:
     status: Tensor  # (B,) values of Status
     iterations: Tensor  # (B,)
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.x, self.z, self.s, self.status, self.iterations
 
-def solve_programs(program: BoxProgram, limits: Limits, verbose: bool = False) -> Answers:
-    """Solve every program of a batch."""
+
+def solve_programs(program: BoxProgram, start: ActiveSet | None, limits: Limits, verbose: bool = False) -> Answers:
+    """Solve every program of a batch, from the active sets ``start`` where they are near enough."""
+    if start is None:
+        return _solve_cold(program, limits, verbose)
+    settled = settle(program, start, limits.tolerance, limits.regularization)
+    e = program.equalities
+    x, z, one = settled.x, settled.z, program.q.new_ones(program.size, 1)
+    z = torch.cat([z[:, :e], z[:, e:].clamp(min=0)], 1)
+    s = (program.b - program.rows(x))[:, e:].clamp(min=0)
+    state = assess(program, Iterate(x, z, s, one, 0 * one), (largest(program.q), largest(program.b)))
+    status = torch.where(settled.found & (state.quality <= limits.tolerance), int(Status.SOLVED), -1)
+    answers = Answers(x, z, torch.nn.functional.pad(s, (e, 0)), status, settled.systems)
+    left = (status < 0).nonzero()[:, 0]
+    if left.shape[0]:
+        rest = _solve_cold(program if left.shape[0] == program.size else program.select(left), limits, verbose)
+        for field in fields(Answers):
+            getattr(answers, field.name)[left] = getattr(rest, field.name)
+    return answers
+
+
+def _solve_cold(program: BoxProgram, limits: Limits, verbose: bool) -> Answers:
     plain = replace(limits, iterations=min(limits.iterations, PLAIN_ITERATIONS))
     answers = _Run(program, plain, homogeneous=False, verbose=verbose).answers
     unsolved = (answers.status == Status.NUMERICAL_ERROR) | (answers.status == Status.INACCURATE)
@@ -121,6 +147,7 @@ class _Run:
         self.norms: tuple[Tensor, ...] = (largest(program.q), largest(program.b))
         self.point = self.best = self._start()
         self.regularization = self.regularization.repeat(size, 1)
+        self.rough = not homogeneous
         self.best_quality = q.new_full((size,), torch.inf)
         self.progress = q.new_full((size,), torch.inf)
         self.idle = torch.zeros(size, dtype=torch.int64, device=q.device)
@@ -139,8 +166,12 @@ class _Run:
                     state = assess(self.program, self.point, self.norms)
             step = homogeneous_step if homogeneous else plain_step
             h = self.point.s / self.point.z[:, program.equalities :]
-            factor = self.system.factor(h, self.regularization)
+            factor = self.system.factor(h, self.regularization, self.rough and self._may_be_rough(state))
             moved, sound = step(self.program, factor, h, self.point, state, self.idle[:, None] > 0)
+            if factor.is_rough and (not factor.trusted or bool(factor.failed.any())):
+                self.rough = False
+                factor = self.system.factor(h, self.regularization)
+                moved, sound = step(self.program, factor, h, self.point, state, self.idle[:, None] > 0)
             sound = sound & ~factor.failed[:, None]
             self.point = self.point.replaced(sound, Iterate(*moved))
             self.regularization = torch.where(factor.failed[:, None], 100.0, 1.0) * self.regularization
@@ -160,6 +191,11 @@ class _Run:
             x, s, z = x[:, 0], -z[:, 0, e:], z[:, 0]
         one = program.q.new_ones(program.size, 1)
         return Iterate(x, torch.cat([z[:, :e], _inside(z[:, e:])], 1), _inside(s), one, one * self.homogeneous)
+
+    def _may_be_rough(self, state: State) -> bool:
+        """Whether every element is far enough from the boundary and gets on well enough for single precision."""
+        near, stuck = state.quality[self.left] < ROUGH, self.idle[self.left] > 0
+        return not bool((near | stuck).any())
 
     def _judge(self, state: State, iteration: int) -> Tensor:
         """(B,) the status of each element that is at an end, -1 for others."""
