@@ -22,7 +22,7 @@ def plot_results(folder: Path) -> Path:
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     results = json.loads((folder / "results.json").read_text())["results"]
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         steps = sorted({row["step"] for row in own})
@@ -32,7 +32,7 @@ def plot_results(folder: Path) -> Path:
     for name, style in (("two-stage, and exchanges", "--"), ("two-stage, one item more", ":")):
         axes.axhline(results[name]["shares"][0], color="black", linestyle=style, label=name)
     axes.set(xlabel="step", ylabel="held-out packings reproduced", ylim=(0, 1))
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     path = folder / "curves.png"
     figure.savefig(path, dpi=150)
     plt.close(figure)
