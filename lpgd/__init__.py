@@ -4,8 +4,18 @@ from importlib.metadata import version
 
 from lpgd.cones import Cones
 from lpgd.execution import SerialExecutor
-from lpgd.gradients import LPGD, BlackboxBackprop, Domke, ImplicitKKT
-from lpgd.layers import ConicLayer, CvxpyLayer, LPLayer, QPLayer, solve_conic, solve_lp, solve_qp
+from lpgd.gradients import LPGD, BlackboxBackprop, DirectLoss, Domke, ImplicitKKT
+from lpgd.layers import (
+    BlackboxLayer,
+    ConicLayer,
+    CvxpyLayer,
+    DirectLossLayer,
+    LPLayer,
+    QPLayer,
+    solve_conic,
+    solve_lp,
+    solve_qp,
+)
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solution import Solution
 from lpgd.solvers import (
@@ -33,6 +43,7 @@ __all__ = [
     "PIQP",
     "SCS",
     "BlackboxBackprop",
+    "BlackboxLayer",
     "Clarabel",
     "Cones",
     "ConicData",
@@ -42,6 +53,8 @@ __all__ = [
     "ConicStructure",
     "CustomSolver",
     "CvxpyLayer",
+    "DirectLoss",
+    "DirectLossLayer",
     "Domke",
     "HiGHS",
     "ImplicitKKT",

@@ -68,6 +68,7 @@ class ConicProblem:
     can_tilt: ClassVar[bool] = True
     can_augment: ClassVar[bool] = True
     has_kkt: ClassVar[bool] = True
+    is_continuous: ClassVar[bool] = True
 
     @property
     def device(self) -> torch.device:
