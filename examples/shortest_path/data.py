@@ -3,7 +3,7 @@
 A map is a grid of cells, each of one terrain; its image has PIXELS × PIXELS pixels for each cell. Elevation and
 moisture are smooth random fields, from which terrain follows: water lies lowest, sand beside it, rock highest, and
 between them meadow where it is dry and forest where it is moist. Meadow and forest have one mean colour and differ
-in texture only. Borders between terrains wander by a pixel or two, every map has its own light, and pixels have noise.
+in texture only. Borders between terrains wander by a pixel or so, every map has its own light, and pixels have noise.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ PIXELS = 8
 TERRAINS = ("meadow", "sand", "forest", "water", "rock")
 COSTS = np.array([1.0, 2.0, 4.0, 7.0, 10.0])
 MEADOW, SAND, FOREST, WATER, ROCK = range(len(TERRAINS))
-_COLOURS = np.array([[0.36, 0.52, 0.24], [0.80, 0.71, 0.47], [0.36, 0.52, 0.24], [0.22, 0.40, 0.62], [0.52, 0.49, 0.46]])
+_COLOURS = np.array(
+    [[0.36, 0.52, 0.24], [0.80, 0.71, 0.47], [0.36, 0.52, 0.24], [0.22, 0.40, 0.62], [0.52, 0.49, 0.46]]
+)
 _PIXEL_NOISE = 0.03
+_TIE_BREAK = 1e-9  # costs are whole numbers: paths of the same cost are chosen from at random, others stay in order
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Maps:
         images: (B, 3, PIXELS · height, PIXELS · width) float32 in [0, 1].
         terrain: (B, height, width) int8, positions in ``TERRAINS``.
         costs: (B, height, width) float64, the true costs of the cells.
-        paths: (B, height, width) float64, the indicator of a cheapest path.
+        paths: (B, height, width) float64, the indicator of a cheapest path; where there are several, of a random one.
     """
 
     images: NDArray[np.float32]
@@ -67,7 +70,7 @@ def generate_maps(size: int, height: int, width: int, seed: tuple[int, ...]) -> 
         generator = np.random.default_rng((*seed, index))
         terrain[index] = _terrain(height, width, generator)
         images[index] = _image(terrain[index], generator)
-        paths[index] = find_path(COSTS[terrain[index]])
+        paths[index] = find_path(COSTS[terrain[index]] + generator.uniform(0, _TIE_BREAK, (height, width)))
     return Maps(images, terrain, COSTS[terrain], paths)
 
 
@@ -92,7 +95,7 @@ def _image(terrain: NDArray[np.int8], generator: np.random.Generator) -> NDArray
     height, width = (PIXELS * side for side in terrain.shape)
     row, column = np.indices((height, width))
     shifted = [
-        np.clip(np.rint(place + 1.2 * _smooth(height, width, 2.0, generator)), 0, side - 1).astype(int) // PIXELS
+        np.clip(np.rint(place + 0.8 * _smooth(height, width, 2.0, generator)), 0, side - 1).astype(int) // PIXELS
         for place, side in ((row, height), (column, width))
     ]
     texture = np.zeros((len(TERRAINS), height, width))
@@ -106,8 +109,8 @@ def _image(terrain: NDArray[np.int8], generator: np.random.Generator) -> NDArray
     pixels = terrain[shifted[0], shifted[1]]
     image = _COLOURS[pixels] + np.take_along_axis(texture, pixels[None].astype(int), 0)[0][..., None]
     # Light: its strength and colour, and a slope of it across the map.
-    across = generator.uniform(-0.12, 0.12, 2)
+    across = generator.uniform(-0.1, 0.1, 2)
     light = 1 + across[0] * (2 * row / height - 1) + across[1] * (2 * column / width - 1)
-    image *= light[..., None] * generator.uniform(0.75, 1.15) * generator.uniform(0.93, 1.07, 3)
+    image *= light[..., None] * generator.uniform(0.8, 1.15) * generator.uniform(0.93, 1.07, 3)
     image += _PIXEL_NOISE * generator.standard_normal(image.shape)
     return np.clip(image, 0, 1).transpose(2, 0, 1).astype(np.float32)
