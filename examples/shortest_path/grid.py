@@ -14,8 +14,8 @@ class GridPaths:
     """The cheapest path from the top left to the bottom right cell, as an oracle: costs to the indicator of its cells.
 
     A path goes from a cell to any of its up to eight neighbours and costs the sum of its cells' costs, both ends
-    included: with X the indicators of such paths, it returns argmin over x in X of <costs, x>. Of paths that cost the
-    same it returns one that depends on the costs only.
+    included: with X the indicators of such paths, it returns argmin over x in X of <costs, x>; of several, always
+    the same one.
 
     Args:
         height, width: of the grid, in cells.

@@ -96,10 +96,10 @@ def gradient_method(method: str, tau: float) -> GradientMethod:
 class PathModel(nn.Module):
     """Images to cheapest paths, and the loss that a method minimises.
 
-    The methods of LPGD minimise the Hamming distance of Dijkstra's answer to the path, summed over the batch: its gradient
-    is +1 where the path is not and -1 where it is, so tau is by how much the cost of a cell is perturbed. The two-stage
-    methods solve nothing in training: ``"costs"`` minimises the mean squared error to the true costs, which only it is
-    told, and ``"cells"`` the cross-entropy of the path's cells.
+    The methods of LPGD minimise the Hamming distance of Dijkstra's answer to the path, summed over the batch: its
+    gradient is +1 where the path is not and -1 where it is, so tau is by how much a cell's cost is perturbed. The
+    two-stage methods solve nothing in training: ``"costs"`` minimises the mean squared error to the true costs, which
+    only it is told, and ``"cells"`` the cross-entropy of the path's cells.
 
     Args:
         method: a name in ``METHODS``.

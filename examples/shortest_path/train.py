@@ -125,30 +125,28 @@ class Trainer:
     def train_step(self, chosen: Tensor, bar: tqdm[Any]) -> None:
         started = time.perf_counter()
         images, paths = self.images[chosen], self.paths[chosen]
-        record: dict[str, float] = {}
-        if self.model.two_stage:
+        answers = None if self.model.two_stage else self.model(images)
+        solved = time.perf_counter()
+        if answers is None:
             loss = self.model.two_stage_loss(images, self.costs[chosen], paths)
-            before_backward = after_forward = time.perf_counter()
         else:
-            answers = self.model(images)
-            after_forward = time.perf_counter()
-            distances = hamming_distance(answers, paths)
-            loss = distances.sum()
-            record["hamming"] = float(distances.detach().mean())
-            before_backward = time.perf_counter()
+            loss = hamming_distance(answers, paths).sum()
         self.optimizer.zero_grad()
+        before_backward = time.perf_counter()
         loss.backward()
         ended = time.perf_counter()
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
-        if not self.model.two_stage:
-            moved = answers.info.gradients[-1].moved
-            record["moved"] = float(moved.double().mean())
-        self.forward_seconds += after_forward - started
+        # A two-stage method's forward pass is its loss.
+        self.forward_seconds += (before_backward if answers is None else solved) - started
         self.backward_seconds += ended - before_backward
         self.seconds += time.perf_counter() - started
-        self.write("train", loss=loss.item() / (1 if self.model.two_stage else len(chosen)), **record)
+        if answers is None:
+            self.write("train", loss=loss.item())
+        else:
+            moved = answers.info.gradients[-1].moved  # pyright: ignore[reportAttributeAccessIssue]
+            self.write("train", loss=loss.item() / len(chosen), moved=float(moved.double().mean()))
         bar.update()
 
     def predicted_costs(self) -> Tensor:
