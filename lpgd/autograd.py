@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lpgd.execution import one_torch_thread
 from lpgd.gradients.base import GradientInfo, GradientMethod
 from lpgd.solution import BatchSolution
 from lpgd.solvers.base import BaseSolver
@@ -100,7 +101,8 @@ class _SolveFunction(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *data: Tensor) -> tuple[Tensor, ...]:
         problem = call.make(call.data_class(*(datum.detach() for datum in data)))
-        solution = call.solver.solve(problem, call.states, call.executor)
+        with one_torch_thread():
+            solution = call.solver.solve(problem, call.states, call.executor)
         check_solution(solution, call.on_error)
         call.info.solution = solution
         if call.on_error == "nan" and solution.failed:
@@ -147,16 +149,8 @@ class _DerivativeFunction(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, solution: BatchSolution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         started = time.perf_counter()
-        if reverse:
-            # A loss of a NaN row hands back NaN: zeroed before any sum over shared data.
-            usable = solution.usable[:, None]
-            point = solution.point
-            cotangent = type(point)(*(torch.where(usable, part, 0.0) for part in tensors[: len(point)]))
-            _check_cotangent(cotangent)
-            answer, info = call.gradient.vjp(solution.problem, solution, cotangent, call.solver, call.executor)
-        else:
-            tangent = call.data_class(*tensors[: len(call.data_class._fields)])
-            answer, info = call.gradient.jvp(solution.problem, solution, tangent, call.solver, call.executor)
+        with one_torch_thread():
+            answer, info = _derivative(call, solution, reverse, tensors)
         call.info.gradients.append(info)
         call.info.backward_seconds += time.perf_counter() - started
         return tuple(answer)
@@ -172,6 +166,19 @@ class _DerivativeFunction(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         raise RuntimeError(_ONCE_DIFFERENTIABLE)
+
+
+def _derivative(
+    call: Call, solution: BatchSolution, reverse: bool, tensors: Sequence[Tensor]
+) -> tuple[Any, GradientInfo]:
+    if not reverse:
+        tangent = call.data_class(*tensors[: len(call.data_class._fields)])
+        return call.gradient.jvp(solution.problem, solution, tangent, call.solver, call.executor)
+    # A loss of a NaN row hands back NaN: zeroed before any sum over shared data.
+    usable, point = solution.usable[:, None], solution.point
+    cotangent = type(point)(*(torch.where(usable, part, 0.0) for part in tensors[: len(point)]))
+    _check_cotangent(cotangent)
+    return call.gradient.vjp(solution.problem, solution, cotangent, call.solver, call.executor)
 
 
 _ONCE_DIFFERENTIABLE = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -91,9 +91,9 @@ def knapsack(values: FloatArray) -> list[int]:
     return [int(item in best[CAPACITY][1]) for item in range(len(WEIGHTS))]
 
 
-def packings() -> Tensor:
-    choices = itertools.product((0.0, 1.0), repeat=len(WEIGHTS))
-    return torch.tensor([c for c in choices if np.dot(c, WEIGHTS) <= CAPACITY], dtype=torch.float64)
+def packings(weights: Sequence[int] = WEIGHTS, capacity: int = CAPACITY) -> Tensor:
+    choices = itertools.product((0.0, 1.0), repeat=len(weights))
+    return torch.tensor([c for c in choices if np.dot(c, weights) <= capacity], dtype=torch.float64)
 
 
 ORACLES = [

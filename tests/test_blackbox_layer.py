@@ -341,6 +341,23 @@ class TestCalls:
             gc.collect()
             assert solution() is None
 
+    def test_the_solver_has_the_callers_torch_threads(self) -> None:
+        seen: list[int] = []
+
+        def solver(c: Tensor) -> Tensor:
+            seen.append(torch.get_num_threads())
+            return c < 0
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(3)
+        try:
+            costs = leaf(normal(2, 3))
+            lpgd.BlackboxLayer(solver, LOWER, as_torch=True)(costs).sum().backward()
+            assert torch.get_num_threads() == 3
+        finally:
+            torch.set_num_threads(before)
+        assert seen == [3] * 4
+
     def test_second_derivatives_are_refused(self) -> None:
         costs = leaf(normal(2, 3))
         x = lpgd.BlackboxLayer(projection, LOWER)(costs)

@@ -290,7 +290,8 @@ _memo = TensorMemo()
 
 
 def _finite_rows(datum: Tensor) -> Tensor:
-    return torch.isfinite(datum).all(-1, keepdim=True)
+    sums = torch.isfinite(datum.sum(-1, keepdim=True))  # a sum passes on what is not finite, at a tenth of the cost
+    return sums if bool(sums.all()) else torch.isfinite(datum).all(-1, keepdim=True)
 
 
 _BOUND_INDICES = ("lower_index", "upper_index")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.execution import SerialExecutor, run_tasks, split
+from lpgd.execution import SerialExecutor, all_torch_threads, run_tasks, split
 from lpgd.problems.linear import LinearProblem
 from lpgd.solution import LinearSolution
 from lpgd.solvers.base import BaseSolver
@@ -86,7 +86,8 @@ class Oracle(BaseSolver):
         valid = problem.finite().nonzero()[:, 0].tolist()
         chunks = split(len(valid), executor, per_worker=1 if self.batched else 4)
         tasks = [self._task(problem, [valid[place] for place in chunk], states) for chunk in chunks]
-        results = run_tasks(_solve_batched if self.batched else _solve_each, tasks, executor)
+        with all_torch_threads():
+            results = run_tasks(_solve_batched if self.batched else _solve_each, tasks, executor)
         return _assemble(self, problem, tasks, results)
 
     def _task(self, problem: LinearProblem, elements: list[int], states: Sequence[Any]) -> _Task:
