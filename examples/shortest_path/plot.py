@@ -104,6 +104,8 @@ def plot_curves(runs: Runs) -> Any:
         axes[row, 0].set_ylabel(QUANTITIES[quantity])
         for axis, label in zip(axes[row], AXES.values(), strict=True):
             axis.grid(alpha=0.3)
+            if quantity == "excess":  # it falls by orders of magnitude, and may be zero
+                axis.set_yscale("symlog", linthresh=1e-3)
             axis.set_ylim(bottom=0)
             axis.set_xlabel(label if row == len(names) - 1 else "")
     axes[0, 0].legend(fontsize="small")
