@@ -2,7 +2,8 @@
 
 A :class:`Form` is how a solver sees problems.  :class:`RowForm` writes variable bounds as rows of the nonnegative
 cone; :class:`IntervalForm` gives every row and every variable two ends.  Forms are made of one element's matrices;
-their :class:`Frame`, which does not depend on them, translates the vectors and the points of any number of elements at once, in NumPy.
+their :class:`Frame`, which does not depend on them, translates the vectors and the points of any number of elements at
+once, in NumPy.
 """
 
 from __future__ import annotations
