@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from lpgd.solution import Solution
 from lpgd.solvers.base import Solver
 from lpgd.status import warn
 
-__all__ = ["ImplicitKKT"]
+__all__ = ["ImplicitKKT", "is_linear_program"]
 
 FloatArray = NDArray[np.float64]
 
@@ -169,11 +169,15 @@ _ZERO_GRADIENT = (
 )
 
 
+def is_linear_program(problem: Any) -> bool:
+    """Whether the exact gradient with respect to the cost is zero wherever the solution is a vertex."""
+    structure = getattr(problem, "structure", None)
+    return structure is not None and structure.cones.is_polyhedral and not structure.quadratic.nnz
+
+
 def _is_still(problem: ConicProblem, cotangent: ConicPoint, change: ConicPoint) -> bool:
     """Whether this is a linear program whose solution does not move with its cost, though the loss would like it to."""
-    if problem.structure.quadratic.nnz or problem.structure.cones.kinds - {"zero", "nonnegative"}:
-        return False
-    if problem.batch_size == 0 or cotangent.y.any():
+    if not is_linear_program(problem) or problem.batch_size == 0 or cotangent.y.any():
         return False
     size = cotangent.x.abs().amax()
     return bool(size > 0 and change.x.abs().amax() <= 1e-9 * size)
