@@ -31,13 +31,14 @@ def advise(report: Report) -> str:
         )
     if not finite.numel():
         return "the gradient of the loss at the solution is zero for every element: nothing is left to learn here."
-    if found.norm == 0.0 or (found.still == 1.0 and report.linear):
-        if isinstance(found.method, ImplicitKKT):
-            return (
-                "the exact gradient is zero, since the solution does not move with small changes: use "
-                f"lpgd.LPGD(tau) with tau of the order of {unit}."
-            )
-        return f"no perturbed solution moved, so the gradient of the cost is zero: raise tau towards {unit}."
+    zero = ", ".join(one.name for one in report.parameters if one.is_zero)
+    if zero and isinstance(found.method, ImplicitKKT):
+        return (
+            f"the exact gradient of {zero} is zero, since the solution does not move with small changes: "
+            f"lpgd.LPGD(tau) with tau of the order of {unit} sees further."
+        )
+    if zero and found.still == 1.0:
+        return f"no perturbed solution moved, so the gradient of {zero} is zero: raise tau towards {unit}."
     if found.fallbacks:
         return (
             f"{format_count(len(found.fallbacks), 'element')} of {len(report.statuses)} had no perturbed solution on a "
@@ -54,38 +55,35 @@ def advise(report: Report) -> str:
             f"the perturbed solutions of {format_share(found.still)} of the elements did not move, which teach nothing "
             f"about their costs: raise tau towards {unit}."
         )
-    zero = [one.name for one in report.parameters if one.exact is not None and one.exact.is_zero]
-    unlike = [
-        one for one in report.parameters if one.exact is not None and one.exact.cosine < ALIKE
-    ]
+    unlike = [one for one in report.parameters if one.exact is not None and one.exact.cosine < ALIKE]
     kinked = [
         one
         for one in report.parameters
         if isinstance(found.method, ImplicitKKT)
         and found.method.rho == 0
         and one.differences is not None
-        and (one.differences.cosine < ALIKE or (one.differences.is_zero and one.norm > 0))
+        and (one.differences.cosine < ALIKE or (one.differences.is_zero and not one.is_zero))
     ]
-    if isinstance(found.method, ImplicitKKT) and any(one.norm == 0 for one in report.parameters):
-        names = ", ".join(one.name for one in report.parameters if one.norm == 0)
-        return f"the exact gradient of {names} is zero: lpgd.LPGD(tau) with tau of the order of {unit} sees further."
     if kinked:
         return (
             f"the exact gradient of {kinked[0].name} is not what finite differences give: the solution is degenerate, "
             "not unique or at a kink, and lpgd.LPGD with a finite tau is well defined there."
         )
     if found.decrease <= 0:
+        return "no step along the negative gradient lowers the loss: lpgd.sweep compares other values of tau and rho."
+    further = [one for one in report.parameters if one.exact is not None and one.exact.is_zero and not one.is_zero]
+    if further:
         return (
-            "no step along the negative gradient lowers the loss: lpgd.sweep compares other values of tau and rho."
-        )
-    if zero:
-        return (
-            f"the exact gradient of {', '.join(zero)} is zero, and this one sees further: a step along it takes "
-            f"{format_share(found.decrease)} of the loss away; lpgd.sweep compares other values of tau and rho."
+            f"the exact gradient of {', '.join(one.name for one in further)} is zero, and this one sees further: a "
+            f"step of {further[0].name} takes {format_share(further[0].decrease)} of the loss away; lpgd.sweep "
+            "compares other values of tau and rho."
         )
     if unlike and not math.isnan(found.relative):
         return (
             f"the gradient of {unlike[0].name} is at cosine {unlike[0].exact.cosine:.2f} to the exact one: the step is "  # type: ignore[union-attr]
             "far from infinitesimal, as it may be on purpose; a smaller tau comes closer."
         )
-    return f"the gradient is sound: a step along it takes {format_share(found.decrease)} of the loss away."
+    return (
+        f"the gradient is sound: a step of a parameter takes {format_share(found.decrease)} of the loss away, in the "
+        "mean over parameters."
+    )

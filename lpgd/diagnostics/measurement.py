@@ -15,10 +15,21 @@ from lpgd.gradients.base import GradientMethod
 from lpgd.problems.structure import ConicStructure
 from lpgd.status import SolverError
 
-__all__ = ["STEP_LENGTHS", "Comparison", "Measurement", "compare", "loss_decrease", "measure", "solver_error", "tighter"]
+__all__ = [
+    "STEP_LENGTHS",
+    "Comparison",
+    "Measurement",
+    "compare",
+    "measure",
+    "solver_error",
+    "tighter",
+]
 
-STEP_LENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
-"""Gradient steps that are tried, relative to the size of all parameters together."""
+STEP_LENGTHS = (1e-3, 1e-2, 1e-1, 0.3, 1.0)
+"""Gradient steps that are tried, relative to the norm of each parameter."""
+
+NEGLIGIBLE = 1e-3
+"""A gradient below this part of its natural size is zero or noise: no step along it."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +82,8 @@ class Measurement:
             None for methods that solve nothing.
         used: how many elements' gradients come from what (``GradientInfo.counts``).
         fallbacks: elements whose gradient does not come from what the method asks for.
-        decrease: largest part of the loss that a step along the negative gradient takes away, over step lengths of
-            0.1 % to 100 % of the parameters' norm; not positive where every step makes it worse, 0 for a zero gradient.
+        decreases: for each parameter, the largest part of the loss that a step of it along its negative gradient takes
+            away, 0.1 % to 100 % of its norm long; negative where every step makes the loss larger, 0 for no gradient.
         seconds: wall-clock time of the backward pass.
         warnings: what the library warned of in it.
     """
@@ -88,9 +99,14 @@ class Measurement:
     active_changes: float | None
     used: dict[str, int]
     fallbacks: tuple[int, ...]
-    decrease: float
+    decreases: tuple[float, ...]
     seconds: float
     warnings: tuple[str, ...]
+
+    @property
+    def decrease(self) -> float:
+        """The mean of :attr:`decreases`."""
+        return sum(self.decreases) / len(self.decreases)
 
 
 def measure(run: Pass, tight: Pass | None, method: GradientMethod) -> Measurement:
@@ -130,7 +146,7 @@ def measure(run: Pass, tight: Pass | None, method: GradientMethod) -> Measuremen
         changes,
         info.counts,
         tuple(info.fallbacks),
-        loss_decrease(run, backward.gradients),
+        tuple(_decrease(run, position, gradient) for position, gradient in enumerate(backward.gradients)),
         backward.seconds,
         backward.warnings,
     )
@@ -149,21 +165,19 @@ def tighter(layer: Any, parameters: Parameters, loss: Loss, run: Pass) -> Pass |
     return Pass(layer, parameters, loss, solver=replace(run.solver, tolerance=tolerance))
 
 
-def loss_decrease(run: Pass, gradients: Sequence[Tensor]) -> float:
-    """The largest relative decrease of the loss by a step of :data:`STEP_LENGTHS` along the negative gradient."""
-    norm = float(inner(gradients, gradients)) ** 0.5
-    if norm == 0.0 or not math.isfinite(norm):
-        return 0.0
+def _decrease(run: Pass, position: int, gradient: Tensor) -> float:
     values = [leaf.values.detach() for leaf in run.leaves]
-    size = float(inner(values, values)) ** 0.5 or 1.0
+    own, norm = values[position], float(gradient.norm())
+    if not NEGLIGIBLE * run.natural_size(run.leaves[position]) < norm < math.inf:
+        return 0.0
+    step = gradient * ((float(own.norm()) or 1.0) / norm)
     before, best = float(run.losses.sum()), -math.inf
     for length in STEP_LENGTHS:
-        scale = length * size / norm
+        values[position] = own - length * step
         try:
-            after = float(run.losses_at([v - scale * g for v, g in zip(values, gradients, strict=True)]).sum())
+            best = max(best, before - float(run.losses_at(values).sum()))
         except SolverError:  # a step too far: there is no solution there
             continue
-        best = max(best, before - after)
     return best / abs(before) if before else 0.0
 
 

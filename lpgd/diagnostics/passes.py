@@ -49,7 +49,9 @@ class Leaf:
     build: Callable[[Tensor], Tensor]
 
 
-def as_leaves(parameters: Parameters, names: Mapping[int | str, str] | None = None) -> tuple[list[Leaf], list[Any], dict[str, Any]]:
+def as_leaves(
+    parameters: Parameters, names: Mapping[int | str, str] | None = None
+) -> tuple[list[Leaf], list[Any], dict[str, Any]]:
     """The arguments to differentiate, and all arguments by position and by name.
 
     Tensors that require a gradient are differentiated; where none does, all floating-point tensors are.  Floating-point
@@ -215,9 +217,13 @@ class Pass:
             self.output = self._call([leaf.values for leaf in self.leaves])
             self.forward_seconds = time.perf_counter() - started
         self.warnings = tuple(texts)
-        self.losses = self._checked_loss(loss(self.output))
+        self._losses = self._checked_loss(loss(self.output))
+        self.losses = self._losses.detach()
         self.backward(None)
-        self.problem, self.solution, self.cotangent, self.solver, self.executor = self._switch.seen.arguments
+        self.problem, solution, self.cotangent, self.solver, self.executor = self._switch.seen.arguments
+        self.solution = replace(
+            solution, **{name: getattr(solution, name).detach() for name in (*solution.point._fields,)}
+        )
 
     def backward(self, method: GradientMethod | None) -> Backward:
         """The gradients of the sum of the losses by a method; zero without one."""
@@ -225,7 +231,7 @@ class Pass:
         with collected_warnings() as texts:
             started = time.perf_counter()
             gradients = torch.autograd.grad(
-                self.losses.sum(), [leaf.values for leaf in self.leaves], retain_graph=True, materialize_grads=True
+                self._losses.sum(), [leaf.values for leaf in self.leaves], retain_graph=True, materialize_grads=True
             )
             seconds = time.perf_counter() - started
         info = self._switch.seen.info
@@ -274,6 +280,14 @@ class Pass:
         solver = self.solver if tolerance is None else replace(self.solver, tolerance=tolerance)
         augmented = self.problem.augment(rho, self.solution.x) if rho else self.problem
         return solver.solve(augmented.tilt(sign * tau, self.cotangent), self.solution.states, self.executor)
+
+    def natural_size(self, leaf: Leaf) -> float:
+        """The norm that a gradient has where a relative change of a parameter makes an equal one of the solution."""
+        sizes = [
+            float((g * part.nan_to_num()).norm()) for g, part in zip(self.cotangent, self.solution.point, strict=True)
+        ]
+        floor = 1e-3 * sum(float(part.norm()) for part in self.cotangent)
+        return (sum(sizes) + floor) / (float(leaf.values.detach().norm()) or 1.0)
 
     @property
     def unit(self) -> Tensor:

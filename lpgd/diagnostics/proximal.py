@@ -38,7 +38,9 @@ def lower_envelope_of_loss(
     lower, upper = (bound.cpu().numpy() for bound in solution.problem.full_bounds())
     x, start = cp.Variable(structure.n), solution.x.cpu().numpy()
     values = [
-        _element(layer, structure, view, x, start[element], lower[element], upper[element], tau, rho, convex_loss, element)
+        _element(
+            layer, structure, view, x, start[element], lower[element], upper[element], tau, rho, convex_loss, element
+        )
         for element in range(solution.batch_size)
     ]
     return torch.tensor(values, dtype=torch.float64)
@@ -79,7 +81,9 @@ def _element(
     problem = cp.Problem(cp.Minimize(loss + change / tau), constraints)
     problem.solve(solver=cp.CLARABEL)
     if problem.status != cp.OPTIMAL:
-        raise ValueError(f"the proximal step of element {element} has no accurate solution: CVXPY says {problem.status}.")
+        raise ValueError(
+            f"the proximal step of element {element} has no accurate solution: CVXPY says {problem.status}."
+        )
     return float(problem.value)  # type: ignore[arg-type]
 
 
@@ -92,9 +96,7 @@ def _outputs(layer: Any, x: cp.Variable) -> list[Any]:
     for layout in layouts:
         if layout.exp:
             raise ValueError("the outputs of a geometric program are not affine in the variables that it is solved in.")
-        outputs.append(
-            None if layout.primal is None else cp.reshape(layout.primal @ x, layout.shape, order="C")
-        )
+        outputs.append(None if layout.primal is None else cp.reshape(layout.primal @ x, layout.shape, order="C"))
     return outputs
 
 
@@ -137,4 +139,3 @@ def _smat(side: int) -> FloatArray:
     matrix[rows, columns, np.arange(rows.size)] = scale
     matrix[columns, rows, np.arange(rows.size)] = scale
     return matrix.reshape(side * side, rows.size)
-

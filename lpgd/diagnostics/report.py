@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,9 +10,26 @@ import torch
 from torch import Tensor
 
 from lpgd.diagnostics.advice import advise
-from lpgd.diagnostics.measurement import Comparison, Measurement, compare, measure, solver_error, tighter
-from lpgd.diagnostics.passes import Leaf, Loss, Parameters, Pass
-from lpgd.diagnostics.tables import format_count, format_number, format_seconds, format_share, format_table
+from lpgd.diagnostics.measurement import (
+    NEGLIGIBLE,
+    Comparison,
+    Measurement,
+    compare,
+    measure,
+    solver_error,
+    tighter,
+)
+from lpgd.diagnostics.passes import Loss, Parameters, Pass
+from lpgd.diagnostics.tables import (
+    format_change,
+    format_comparison,
+    format_count,
+    format_number,
+    format_paragraph,
+    format_seconds,
+    format_share,
+    format_table,
+)
 from lpgd.gradients.base import GradientMethod
 from lpgd.gradients.implicit import ImplicitKKT, is_linear_program
 from lpgd.status import SolverError, Status
@@ -31,7 +47,9 @@ class ParameterReport:
         norm: Euclidean norm of the gradient.
         exact: against the exact gradient; None where there is none or it is what was asked for.
         differences: against finite differences of the loss along some directions: norms are those of the gradients'
-            parts along these.
+            parts along these; None where the problem has no solution next to this point.
+        decrease: largest part of the loss that a step of this parameter takes away (``Measurement.decreases``).
+        is_zero: whether the gradient is zero, or so small that it can only be noise.
     """
 
     name: str
@@ -39,6 +57,8 @@ class ParameterReport:
     norm: float
     exact: Comparison | None
     differences: Comparison | None
+    decrease: float
+    is_zero: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +96,25 @@ class Report:
 
     def __str__(self) -> str:
         found = self.measurement
-        header = ("parameter", "shape", "norm", "cosine exact", "ratio", "cosine differences", "ratio")
+        header = (
+            "parameter",
+            "shape",
+            "norm",
+            "cosine exact",
+            "ratio",
+            "cosine differences",
+            "ratio",
+            "loss after a step",
+        )
         rows = [
-            (one.name, "×".join(map(str, one.shape)) or "1", format_number(one.norm), *_cells(one.exact), *_cells(one.differences))
+            (
+                one.name,
+                "×".join(map(str, one.shape)) or "1",
+                format_number(one.norm),
+                *_cells(one.exact),
+                *_cells(one.differences),
+                format_change(-one.decrease),
+            )
             for one in self.parameters
         ]
         lines = [f"{found.method} on {self.layer}", *format_table(header, rows)]
@@ -92,14 +128,13 @@ class Report:
             facts.append(("active-set changes", f"{format_number(found.active_changes)} an element"))
         used = ", ".join(f"{name} {count}" for name, count in found.used.items())
         facts.append(("gradients from", f"{used} ({format_count(len(found.fallbacks), 'fallback')})"))
-        facts.append(("loss after a step", f"{format_share(found.decrease)} less at best"))
         exact = "" if self.exact_seconds is None else f", exact gradient {format_seconds(self.exact_seconds)}"
         times = f"forward {format_seconds(self.forward_seconds)}, backward {format_seconds(found.seconds)}{exact}"
         facts.append(("time", f"{times} ({self.solver})"))
         width = max(len(name) for name, _ in facts)
         lines += [f"  {name.ljust(width)}  {text}" for name, text in facts]
-        lines += [f"  warning: {text}" for text in self.warnings]
-        return "\n".join([*lines, f"Advice: {self.advice}"])
+        lines += [line for text in self.warnings for line in format_paragraph(f"Warning: {text}", "  ")]
+        return "\n".join([*lines, *format_paragraph(f"Advice: {self.advice}")])
 
     __repr__ = __str__
 
@@ -144,18 +179,21 @@ def diagnose(
     reports = []
     for position, leaf in enumerate(run.leaves):
         part = found.gradients[position]
-        negligible = _natural_size(run, leaf)
-        against = None if exact is None else compare([part], [exact.gradients[position]], 1e-8 * negligible)
+        natural = run.natural_size(leaf)
+        against = None if exact is None else compare([part], [exact.gradients[position]], 1e-8 * natural)
+        norm = float(part.norm())
         reports.append(
             ParameterReport(
                 leaf.name,
                 tuple(leaf.values.shape),
-                float(part.norm()),
+                norm,
                 against,
-                None if numeric is None else numeric.compare(position, part, negligible),
+                None if numeric is None else numeric.compare(position, part, natural),
+                found.decreases[position],
+                norm <= NEGLIGIBLE * natural,
             )
         )
-    texts = dict.fromkeys((*run.warnings, *found.warnings, *(exact.warnings if exact else ())))
+    texts = dict.fromkeys((*run.warnings, *found.warnings, *(exact.warnings if exact and exact.info.fallbacks else ())))
     report = Report(
         type(layer).__name__,
         run.solver.name,
@@ -170,14 +208,6 @@ def diagnose(
         tuple(texts),
     )
     return replace(report, advice=advise(report))
-
-
-def _natural_size(run: Pass, leaf: Leaf) -> float:
-    """The norm that a gradient has where relative changes of a parameter make equal relative changes of the solution."""
-    point = run.solution.point
-    size = sum(float((g * part.nan_to_num()).norm()) for g, part in zip(run.cotangent, point, strict=True))
-    size += sum(float(part.norm()) for part in run.cotangent) * 1e-3
-    return size / (float(leaf.values.detach().norm()) or 1.0)
 
 
 class _Differences:
@@ -223,9 +253,7 @@ class _Differences:
 def _cells(comparison: Comparison | None) -> tuple[str, str]:
     if comparison is None:
         return "–", "–"
-    if comparison.is_zero:
-        return "zero", "–"
-    return f"{comparison.cosine:.4f}" if not math.isnan(comparison.cosine) else "–", format_number(comparison.ratio)
+    return format_comparison(comparison.norm, comparison.cosine, comparison.ratio)
 
 
 def _describe_statuses(statuses: Sequence[Status]) -> str:

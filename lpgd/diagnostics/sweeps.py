@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lpgd.diagnostics.measurement import Comparison, Measurement, compare, measure, tighter
 from lpgd.diagnostics.passes import Loss, Parameters, Pass
-from lpgd.diagnostics.tables import format_number, format_share, format_table
+from lpgd.diagnostics.tables import (
+    format_change,
+    format_comparison,
+    format_number,
+    format_paragraph,
+    format_share,
+    format_table,
+)
 from lpgd.gradients.implicit import ImplicitKKT
 from lpgd.gradients.lpgd import LPGD, Envelope
 
@@ -44,12 +50,14 @@ class Sweep:
         envelope: ``"average"``, ``"lower"`` or ``"upper"``.
         unit: the median of the elements' units of τ.
         loss: the loss, summed, before any step.
+        names: of the parameters.
         rows: one for each τ and ρ, τ increasing, for one ρ after the other.
     """
 
     envelope: Envelope
     unit: float
     loss: float
+    names: tuple[str, ...]
     rows: tuple[SweepRow, ...]
 
     @property
@@ -58,17 +66,21 @@ class Sweep:
         return max(self.rows, key=lambda row: row.measurement.decrease)
 
     def __str__(self) -> str:
-        header = ("tau", "tau / unit", "rho", "norm", "cosine exact", "ratio", "noise", "not moved", "active changes", "fallbacks", "loss after a step")
+        header = ["tau", "tau / unit", "rho", "norm", "cosine exact", "ratio", "noise", "not moved", "active changes"]
         body = []
         for row in self.rows:
-            found = row.measurement
-            cells = [format_number(row.tau), format_number(row.relative, 2), format_number(row.rho), format_number(found.norm)]
-            exact = row.exact
-            cells += ["–", "–"] if exact is None else ["zero" if exact.is_zero else format_number(exact.cosine), format_number(exact.ratio)]
+            found, exact = row.measurement, row.exact
+            cells = [format_number(value) for value in (row.tau, row.relative, row.rho, found.norm)]
+            cells += ["–", "–"] if exact is None else format_comparison(exact.norm, exact.cosine, exact.ratio)
             cells += [format_number(found.noise, 1), format_share(found.still), format_number(found.active_changes)]
-            body.append((*cells, str(len(found.fallbacks)), f"{-100 * found.decrease:+.3g} %"))
-        title = f"LPGD, envelope {self.envelope}: loss {format_number(self.loss, 5)}, unit of tau {format_number(self.unit)}"
-        return "\n".join([title, *format_table(header, body), f"Advice: {self.advice}"])
+            body.append([*cells, str(len(found.fallbacks)), *(format_change(-part) for part in found.decreases)])
+        steps = [f"step of {name}" for name in self.names]
+        lines = [
+            f"LPGD, envelope {self.envelope}: loss {format_number(self.loss, 5)}, unit of tau {format_number(self.unit)}",
+            "(the last columns: what a gradient step of each parameter does to the loss)",
+            *format_table([*header, "fallbacks", *steps], body),
+        ]
+        return "\n".join([*lines, *format_paragraph(f"Advice: {self.advice}")])
 
     __repr__ = __str__
 
@@ -80,7 +92,8 @@ class Sweep:
             return "no step along any of these gradients lowers the loss: try larger tau, or rho > 0."
         return (
             f"tau = {format_number(best.tau)} with rho = {format_number(best.rho)} takes most of the loss away in one "
-            f"step ({format_share(best.measurement.decrease)}); a value of tau is good for the scale of this loss only."
+            f"step of a parameter ({format_share(best.measurement.decrease)} in the mean); it is good for this scale "
+            "of the loss and these data only: a mean over a larger batch needs a larger tau."
         )
 
 
@@ -112,16 +125,19 @@ def sweep(
     run = Pass(layer, parameters, loss)
     units = run.unit[torch.isfinite(run.unit)]
     if not units.numel():
-        raise ValueError("the gradient of the loss at the solution is zero for every element: there is no step to choose.")
+        raise ValueError(
+            "the gradient of the loss at the solution is zero for every element: there is no step to choose."
+        )
     unit = float(units.median())
     if taus is None:
         taus = [float(f"{unit * 10 ** (power / 2):.2g}") for power in range(-6, 3)]
     tight = tighter(layer, parameters, loss, run)
     exact = run.backward(ImplicitKKT()).gradients if type(run.problem).has_kkt else None
+    negligible = 1e-8 * sum(run.natural_size(leaf) for leaf in run.leaves)
     rows = []
     for rho in rhos:
         for tau in sorted(taus):
             found = measure(run, tight, LPGD(tau, rho, chosen))
-            against = None if exact is None else compare(found.gradients, exact)
+            against = None if exact is None else compare(found.gradients, exact, negligible)
             rows.append(SweepRow(tau, rho, tau / unit, against, found))
-    return Sweep(chosen, unit, float(run.losses.sum()), tuple(rows))
+    return Sweep(chosen, unit, float(run.losses.sum()), tuple(leaf.name for leaf in run.leaves), tuple(rows))

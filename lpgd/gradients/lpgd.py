@@ -298,10 +298,10 @@ class _Perturbed:
 
 
 _ZERO_GRADIENT = (
-    "LPGD(tau=None) takes a step that is small enough for the exact gradient, and no solution of this linear program moved "
-    "with it: the gradient with respect to its cost is zero. Give a tau of the order of "
-    "output.info.gradients[-1].unit, the step at which the loss gradient is as large as the cost (the one that was "
-    "taken is .tau); lpgd.diagnose and lpgd.sweep compare several."
+    "LPGD(tau=None) takes a step that is small enough for the exact gradient, and no solution of this linear program "
+    "moved with it: the gradient with respect to its cost is zero. Give a tau of the order of "
+    "output.info.gradients[-1].unit, at which the loss gradient is as large as the cost; the tau that was taken is "
+    "beside it. lpgd.diagnose and lpgd.sweep compare several."
 )
 
 
