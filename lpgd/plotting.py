@@ -41,7 +41,7 @@ def plot_envelopes(
 
     Args:
         layer: any layer of this library.
-        parameters: the arguments of its call for one element, without batch dimensions: a list, or a dictionary by name.
+        parameters: the arguments of its call for one element, without batch dimensions: a list, or a dictionary.
         direction: for each of them what t multiplies: a tensor of its shape, or None where it stays.
         loss: from the layer's output for a batch to one number for each element (sum over the last dimensions only).
         taus, rhos: τ and ρ.
@@ -88,26 +88,24 @@ def plot_sweep(sweep: Sweep, axes: Any = None) -> Any:
         axes: 3 axes to draw on; None makes a figure.
 
     Returns:
-        The array of 3 axes: cosine with the exact gradient and noise of the solver; share of elements that did not move;
-        the loss taken away by a step of each parameter.  One line style for each ρ.
+        The array of 3 axes: cosine with the exact gradient and, on a scale of its own, noise of the solver; share of
+        elements that did not move; the loss taken away by a step of each parameter.  One line style for each ρ.
     """
     panels = _axes(axes, (1, 3), (14.0, 4.0)).ravel()
+    beside = panels[0].twinx()
     rhos = sorted({row.rho for row in sweep.rows})
     for rho, style in zip(rhos, _cycle(["-", "--", ":", "-."], len(rhos)), strict=True):
         rows = [row for row in sweep.rows if row.rho == rho]
         taus = [row.tau for row in rows]
+        options: dict[str, Any] = {"linestyle": style, "marker": "."}
         suffix = f", ρ = {rho:g}" if len(rhos) > 1 else ""
         cosines = [np.nan if row.exact is None else row.exact.cosine for row in rows]
-        if np.isfinite(cosines).any():
-            panels[0].plot(taus, cosines, style, color="C0", marker=".", label=f"cosine with exact{suffix}")
-        noise = [row.measurement.noise for row in rows]
-        panels[0].plot(taus, noise, style, color="C3", marker=".", label=f"noise of the solver{suffix}")
-        panels[1].plot(
-            taus, [_percent(row, "still") for row in rows], style, color="C1", marker=".", label=f"all{suffix}"
-        )
+        panels[0].plot(taus, cosines, color="C0", label=f"cosine with exact{suffix}", **options)
+        beside.plot(taus, [row.measurement.noise or np.nan for row in rows], color="C3", alpha=0.6, **options)
+        panels[1].plot(taus, [_percent(row, "still") for row in rows], color="C1", label=f"ρ = {rho:g}", **options)
         for position, name in enumerate(sweep.names):
             taken = [100 * row.measurement.decreases[position] for row in rows]
-            panels[2].plot(taus, taken, style, color=f"C{position}", marker=".", label=f"{name}{suffix}")
+            panels[2].plot(taus, taken, color=f"C{position}", label=f"{name}{suffix}", **options)
     titles = ("direction", "perturbed solutions that did not move", "loss taken away by a step")
     for panel, title, unit in zip(panels, titles, ("", "% of elements", "% of the loss"), strict=True):
         panel.axvline(sweep.unit, color="gray", linewidth=1.0, linestyle=":")
@@ -116,12 +114,12 @@ def plot_sweep(sweep: Sweep, axes: Any = None) -> Any:
         panel.set_ylabel(unit)
         panel.set_title(title)
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize="small")
-    panels[0].set_ylim(top=1.05)
+        panel.legend(fontsize="small")
+    panels[0].set_ylim(-1.05, 1.05)
     panels[1].set_ylim(-5, 105)
-    if len(rhos) > 1:
-        panels[1].legend([f"ρ = {rho:g}" for rho in rhos], fontsize="small")
-    panels[2].legend(fontsize="small")
+    beside.set_yscale("log")
+    beside.set_ylabel("noise of the solver, relative", color="C3")
+    beside.tick_params(axis="y", colors="C3")
     return panels
 
 
@@ -197,6 +195,8 @@ def plot_perturbed_path(
     panel = _axes(axes, (1, 1), (7.0, 4.0))[0, 0]
     _draw_paths(panel, np.concatenate([-steps[::-1], [0.0], steps]), values, entries)
     panel.set_xscale("symlog", linthresh=float(steps[0]))
+    powers = 10.0 ** np.arange(np.floor(np.log10(steps[0])) + 2, np.log10(steps[-1]) + 1e-9)
+    panel.set_xticks([*-powers[::-1], 0.0, *powers])
     for place in (-unit, unit):
         panel.axvline(place, color="gray", linewidth=1.0, linestyle=":")
     panel.set_xlabel("τ, positive: towards smaller loss (dotted: its unit)")
@@ -216,8 +216,8 @@ def _along(parameters: Parameters, direction: Parameters, steps: Any) -> Any:
     unknown = sorted(map(str, set(given) - set(keys)))
     if unknown or (not by_name and len(given) != len(keys)):
         raise ValueError(
-            f"direction has entries for {sorted(map(str, given))} and the parameters are {list(map(str, keys))}; give one "
-            "for each parameter, None where it stays."
+            f"direction has entries for {sorted(map(str, given))} and the parameters are {list(map(str, keys))}; give "
+            "one for each parameter, None where it stays."
         )
     moved: dict[Any, Any] = {}
     for key in keys:

@@ -75,8 +75,8 @@ class Measurement:
         noise: what the solver's tolerance changes in the gradient, relative to its norm: measured against a solve with
             a hundredth of the tolerance, or ``ε unit / τ``, with ε the solver's error, where it goes no finer.
         noise_is_measured: which of the two.
-        still: share of the elements with a loss gradient whose perturbed solutions did not move by more than the
-            solver's error; None for methods that solve nothing.
+        still: share of the elements whose perturbed solutions did not move by more than the solver's error, among
+            those with a loss gradient (of more than 10⁻⁶ of the largest); None for methods that solve nothing.
         active_changes: constraints (and bounds) that become active or inactive between the solution and a perturbed
             one, mean over elements and sides; for problems given by an oracle, entries of the solution that change;
             None for methods that solve nothing.
@@ -119,7 +119,7 @@ def measure(run: Pass, tight: Pass | None, method: GradientMethod) -> Measuremen
     """
     backward = run.backward(method)
     info, norm = backward.info, backward.norm
-    stepped = None if info.tau is None else ~torch.isnan(info.tau)
+    stepped = None if info.tau is None else ~torch.isnan(info.tau) & run.concerned.cpu()
     still = changes = None
     relative = math.nan
     if info.tau is not None and info.unit is not None and info.moved is not None and stepped is not None:

@@ -72,7 +72,7 @@ def envelopes(
         loss: from the layer's output to one number, or to one for each element of the batch (*batch,), in which case
             the envelopes have a value for each element too.  It may depend on primal variables only.
         tau: τ > 0; it multiplies the gradient of the loss as it is.
-        rho: ρ ≥ 0.
+        rho: ρ ≥ 0; x is the vector of the program that is solved, of a ``CvxpyLayer`` with CVXPY's auxiliary variables.
         convex_loss: the loss of one element as CVXPY writes it, convex: called as ``convex_loss(element, *outputs)``
             with the element's position in the flattened batch and CVXPY expressions in place of the layer's outputs
             (None for dual variables); for layers other than ``CvxpyLayer`` that is x alone.  It is solved by CVXPY.

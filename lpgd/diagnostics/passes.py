@@ -290,9 +290,15 @@ class Pass:
         return (sum(sizes) + floor) / (float(leaf.values.detach().norm()) or 1.0)
 
     @property
+    def concerned(self) -> Tensor:
+        """(B,) elements whose loss gradient is more than an interior-point solver's rounding of the largest one."""
+        sizes = torch.stack([part.abs().amax(-1) for part in self.cotangent if part.shape[-1]]).amax(0)
+        return sizes > 1e-6 * sizes.max() if sizes.numel() else sizes > 0
+
+    @property
     def unit(self) -> Tensor:
-        """(B,) the step at which the loss gradient is as large as the terms of the problem that it is added to."""
-        return self.problem.tilt_unit(self.solution.point, self.cotangent)
+        """(B,) the step at which the loss gradient is as large as what it is added to; infinite where it is zero."""
+        return torch.where(self.concerned, self.problem.tilt_unit(self.solution.point, self.cotangent), torch.inf)
 
 
 def inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:

@@ -76,8 +76,8 @@ class Sweep:
             body.append([*cells, str(len(found.fallbacks)), *(format_change(-part) for part in found.decreases)])
         steps = [f"step of {name}" for name in self.names]
         lines = [
-            f"LPGD, envelope {self.envelope}: loss {format_number(self.loss, 5)}, unit of tau {format_number(self.unit)}",
-            "(the last columns: what a gradient step of each parameter does to the loss)",
+            f"LPGD, envelope {self.envelope}: loss {format_number(self.loss, 5)}, unit of tau "
+            f"{format_number(self.unit)} (the last columns: what a gradient step of each parameter does to the loss)",
             *format_table([*header, "fallbacks", *steps], body),
         ]
         return "\n".join([*lines, *format_paragraph(f"Advice: {self.advice}")])
