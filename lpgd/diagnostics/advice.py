@@ -31,6 +31,11 @@ def advise(report: Report) -> str:
         )
     if not finite.numel():
         return "the gradient of the loss at the solution is zero for every element: nothing is left to learn here."
+    if found.fallbacks and found.still is not None:
+        return (
+            f"{format_count(len(found.fallbacks), 'element')} of {len(report.statuses)} had no perturbed solution on a "
+            "side that was asked for: a smaller tau may have both."
+        )
     zero = ", ".join(one.name for one in report.parameters if one.is_zero)
     if zero and isinstance(found.method, ImplicitKKT):
         return (
@@ -39,11 +44,6 @@ def advise(report: Report) -> str:
         )
     if zero and found.still == 1.0:
         return f"no perturbed solution moved, so the gradient of {zero} is zero: raise tau towards {unit}."
-    if found.fallbacks:
-        return (
-            f"{format_count(len(found.fallbacks), 'element')} of {len(report.statuses)} had no perturbed solution on a "
-            "side that was asked for: a smaller tau, or rho > 0, may have both."
-        )
     if found.noise > NOISE:
         remedy = "raise tau" if found.tau is not None else "use lpgd.LPGD with a finite tau"
         return (
@@ -64,10 +64,11 @@ def advise(report: Report) -> str:
         and one.differences is not None
         and (one.differences.cosine < ALIKE or (one.differences.is_zero and not one.is_zero))
     ]
-    if kinked:
+    if kinked or (found.fallbacks and found.still is None):
+        name = kinked[0].name if kinked else report.parameters[0].name
         return (
-            f"the exact gradient of {kinked[0].name} is not what finite differences give: the solution is degenerate, "
-            "not unique or at a kink, and lpgd.LPGD with a finite tau is well defined there."
+            f"the exact gradient of {name} is not what finite differences give, or not unique: the solution is "
+            "degenerate, not unique or at a kink, and lpgd.LPGD with a finite tau is well defined there."
         )
     if found.decrease <= 0:
         return "no step along the negative gradient lowers the loss: lpgd.sweep compares other values of tau and rho."

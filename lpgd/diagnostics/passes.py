@@ -89,15 +89,15 @@ def _opened(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     if tensor.layout is torch.sparse_coo:
         whole = tensor.coalesce()
         return whole.values(), lambda values: torch.sparse_coo_tensor(
-            whole.indices(), values, whole.shape, is_coalesced=True
+            whole.indices(), values, whole.shape, is_coalesced=True, check_invariants=False
         )
     if tensor.layout is torch.sparse_csr:
         return tensor.values(), lambda values: torch.sparse_csr_tensor(
-            tensor.crow_indices(), tensor.col_indices(), values, tensor.shape
+            tensor.crow_indices(), tensor.col_indices(), values, tensor.shape, check_invariants=False
         )
     if tensor.layout is torch.sparse_csc:
         return tensor.values(), lambda values: torch.sparse_csc_tensor(
-            tensor.ccol_indices(), tensor.row_indices(), values, tensor.shape
+            tensor.ccol_indices(), tensor.row_indices(), values, tensor.shape, check_invariants=False
         )
     return tensor, lambda values: values
 

@@ -227,7 +227,7 @@ class _Perturbed:
         plus = points[1.0].where(above, base) if 1.0 in points else base
         minus = points[-1.0].where(below, base) if -1.0 in points else base
         self._record(active, tau, units, above, below)
-        error = 10 * perturbed_solver.solution_error(problem) * (1 + base.x.abs().amax(-1))
+        error = 30 * perturbed_solver.solution_error(problem) * (1 + base.x.abs().amax(-1))
         distance = torch.maximum((plus.x - base.x).abs().amax(-1), (minus.x - base.x).abs().amax(-1))
         assert self.info.moved is not None
         self.info.moved[active] = (distance > error).cpu()
