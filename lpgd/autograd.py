@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lpgd.execution import one_torch_thread
 from lpgd.gradients.base import GradientInfo, GradientMethod
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
@@ -99,7 +100,8 @@ class _SolveFunction(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         problem = ConicProblem(call.structure, ConicData(*(datum.detach() for datum in data)), call.batch_size)
-        solution = call.solver.solve(problem, call.states, call.executor)
+        with one_torch_thread():
+            solution = call.solver.solve(problem, call.states, call.executor)
         check_solution(solution, call.on_error)
         call.info.solution = solution
         if call.on_error == "nan" and solution.failed:
@@ -145,15 +147,8 @@ class _DerivativeFunction(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, solution: Solution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         started = time.perf_counter()
-        if reverse:
-            # A loss of a NaN row hands back NaN: zeroed before any sum over shared data.
-            usable = solution.usable[:, None]
-            cotangent = ConicPoint(*(torch.where(usable, part, 0.0) for part in tensors[: len(ConicPoint._fields)]))
-            _check_cotangent(cotangent)
-            answer, info = call.gradient.vjp(solution.problem, solution, cotangent, call.solver, call.executor)
-        else:
-            tangent = ConicData(*tensors[: len(ConicData._fields)])
-            answer, info = call.gradient.jvp(solution.problem, solution, tangent, call.solver, call.executor)
+        with one_torch_thread():
+            answer, info = _derivative(call, solution, reverse, tensors)
         call.info.gradients.append(info)
         call.info.backward_seconds += time.perf_counter() - started
         return tuple(answer)
@@ -169,6 +164,17 @@ class _DerivativeFunction(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         raise RuntimeError(_ONCE_DIFFERENTIABLE)
+
+
+def _derivative(call: Call, solution: Solution, reverse: bool, tensors: Sequence[Tensor]) -> tuple[Any, GradientInfo]:
+    if not reverse:
+        tangent = ConicData(*tensors[: len(ConicData._fields)])
+        return call.gradient.jvp(solution.problem, solution, tangent, call.solver, call.executor)
+    # A loss of a NaN row hands back NaN: zeroed before any sum over shared data.
+    usable = solution.usable[:, None]
+    cotangent = ConicPoint(*(torch.where(usable, part, 0.0) for part in tensors[: len(ConicPoint._fields)]))
+    _check_cotangent(cotangent)
+    return call.gradient.vjp(solution.problem, solution, cotangent, call.solver, call.executor)
 
 
 _ONCE_DIFFERENTIABLE = (

@@ -6,10 +6,8 @@ variables that are not at a bound,
     [ P + ρI   Cᵀ ] [dx]     [ g_x ]
     [ C        0  ] [u ] = - [ g_y ]
 
-is solved by the interior-point method's elimination, in which an active row has a small diagonal instead of 0 and an
-inactive one a huge one, and refined against the system itself.  Elements whose residual stays large, or for which a
-fixed random right-hand side shows that the system is nearly singular, are left to the method that takes one at a
-time.
+is that of :mod:`lpgd.solvers.active_set`.  Elements whose residual stays large, or for which a fixed random
+right-hand side shows that the system is nearly singular, are left to the method that takes one at a time.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from torch import Tensor
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicPoint
 from lpgd.solution import Solution
+from lpgd.solvers.active_set import equality_program, solve_equalities
 from lpgd.solvers.box_program import BoxProgram, Scaling
 from lpgd.solvers.newton_system import newton_system
 
@@ -28,13 +27,6 @@ __all__ = ["is_batchable", "polyhedral_response"]
 
 DENSE_LIMIT = 4000
 """Systems up to this size are formed on an accelerator."""
-ACTIVE, INACTIVE = 1e-9, 1e30
-"""The diagonal of an active and of an inactive row."""
-REGULARIZATION = 1e-13
-"""Relative regularisation of the factors."""
-REFINEMENTS = 5
-ENOUGH = 1e-13
-"""The relative residual at which refinement ends."""
 RESIDUAL = 1e-9
 """The relative residual, in scaled units, that counts as exact."""
 NEARLY_SINGULAR = 1e7
@@ -69,50 +61,33 @@ def polyhedral_response(
         terms = problem.quadratic_product(dx) + problem.structure.constraint.rmatvec(problem.data.A, u)
         return terms + rho * dx
 
-    program, row_scale, cost = _program(problem, rho, ~at_bound)
-    h = torch.where(active[:, e:], ACTIVE, INACTIVE)
-    factor = newton_system(program).factor(h, h.new_full((h.shape[0], 1), REGULARIZATION))
+    program, row_scale = _program(problem, rho, ~at_bound)
     moved = problem.structure.constraint.matvec(problem.data.A, fixed)
-    right_x = -cost * (tilt.x + gradient(fixed, torch.zeros_like(point.y)))
+    right_x = -program.cost * (tilt.x + gradient(fixed, torch.zeros_like(point.y)))
     right_y = -row_scale * (tilt.y + moved)
-    mask = active.to(right_y.dtype)[:, None]
-    right_x = program.masked(torch.stack([right_x, _probe(right_x)], 1))
-    right_y = torch.stack([right_y, _probe(right_y)], 1) * mask
-    dx, u = torch.zeros_like(right_x), torch.zeros_like(right_y)
-    left_x, left_y = right_x, right_y
-    scale = error = torch.cat([right_x, right_y], -1)[:, 0].abs().amax(-1)
-    for _ in range(REFINEMENTS):
-        change_x, change_u = factor.solve(left_x, left_y)
-        dx, u = dx + change_x, u + change_u * mask
-        Px = program.quadratic(dx)
-        left_x = right_x - program.transposed(u)
-        left_x = left_x if Px is None else left_x - Px
-        left_y = (right_y - program.rows(dx)) * mask
-        error = torch.cat([left_x, left_y], -1)[:, 0].abs().amax(-1)
-        if bool((error <= ENOUGH * scale).all()):
-            break
+    right_x = torch.stack([right_x, _probe(right_x)], 1)
+    right_y = torch.stack([right_y, _probe(right_y)], 1)
+    dx, u, error, scale = solve_equalities(program, active, right_x, right_y, newton_system(program))
     size = torch.cat([dx, u], -1)[:, 1].norm(dim=-1)
-    exact = (error <= RESIDUAL * scale) & (size < NEARLY_SINGULAR)
-    dx, u = dx[:, 0] + fixed, u[:, 0] * row_scale / cost
+    exact = (error[:, 0] <= RESIDUAL * scale[:, 0]) & (size < NEARLY_SINGULAR)
+    dx, u = dx[:, 0] + fixed, u[:, 0] * row_scale / program.cost
     return ConicPoint(dx, u, torch.where(at_bound, -(tilt.x + gradient(dx, u)), 0.0)), exact
 
 
-def _program(problem: ConicProblem, rho: float, free: Tensor) -> tuple[BoxProgram, Tensor, Tensor]:
-    """The scaled rows and quadratic without bounds, and the factors of rows (·, m) and of the objective (B, 1)."""
+def _program(problem: ConicProblem, rho: float, free: Tensor) -> tuple[BoxProgram, Tensor]:
+    """The scaled rows and quadratic without bounds, and the factors (·, m) of the rows."""
     size, n = problem.batch_size, problem.structure.n
-    P, A, row_scale = Scaling.matrices(problem)
+    P, A, row_scale = Scaling.matrices(problem, problem.data.A.dtype)
     if P is None:
         P = None if rho == 0.0 else free.new_full((1, n), rho, dtype=A.dtype)
     elif rho:
         P = P + (rho if P.ndim == 2 else rho * torch.eye(n, dtype=P.dtype, device=P.device))
-    largest = torch.ones(1, dtype=A.dtype, device=A.device) if P is None else P.abs().flatten(1).amax(-1)
-    cost = torch.where(largest > 0, 1.0 / largest, 1.0)[:, None].expand(size, 1)
-    none = torch.zeros(0, dtype=torch.int64, device=A.device)
+    nothing = A.new_zeros(size, 0)
     program = BoxProgram(
-        P, cost, A.new_zeros(size, n), row_scale[..., None] * A, A.new_zeros(size, A.shape[1]),
-        problem.structure.cones.zero, upper=none, lower=none, bounded=None, free=free.to(A.dtype),
+        P, nothing, nothing, A, nothing, problem.structure.cones.zero,
+        upper=None, lower=None, bounded=None, free=None,
     )  # fmt: skip
-    return program, row_scale, cost
+    return equality_program(program, free.to(A.dtype)), row_scale
 
 
 def _probe(like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lpgd.problems.conic import ConicProblem, per_element
+from lpgd.problems.memo import TensorMemo
 from lpgd.problems.structure import ConicPoint
 
 __all__ = ["BoxProgram", "Scaling"]
@@ -199,7 +200,7 @@ class Scaling:
     def of(cls, problem: ConicProblem, dtype: torch.dtype, tolerance: float) -> Scaling:
         """Scale rows to a largest entry of 1, and objectives to a largest coefficient of 1."""
         structure, data, size = problem.structure, problem.data, problem.batch_size
-        P, A, row_scale = cls.matrices(problem)
+        P, A, row_scale = cls.matrices(problem, dtype)
         q, b = per_element(data.q, size), per_element(data.b, size)
         crossed = torch.zeros(size, dtype=torch.bool, device=problem.device)
         free = offset = None
@@ -225,7 +226,7 @@ class Scaling:
             P=None if P is None else P.to(dtype),
             cost=cost_scale.to(dtype),
             q=(cost_scale * q).to(dtype),
-            A=(row_scale[..., None] * A).to(dtype),
+            A=A,
             b=torch.cat([row_scale * b, limits], -1).to(dtype),
             equalities=structure.cones.zero,
             upper=upper_index,
@@ -236,10 +237,20 @@ class Scaling:
         return cls(problem, program, row_scale, cost_scale, offset, crossed)
 
     @staticmethod
-    def matrices(problem: ConicProblem) -> tuple[Tensor | None, Tensor, Tensor]:
-        """P as a BoxProgram has it and A, unscaled and dense, and the factors (1 or B, m) of the rows of A."""
-        A = _matrices(problem.structure.constraint.to_dense(problem.data.A), problem.batch_size)
-        return _quadratic(problem), A, _reciprocal(_largest(A))
+    def matrices(problem: ConicProblem, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
+        """P as a BoxProgram has it, unscaled, A dense with scaled rows, and their factors (1 or B, m).
+
+        A shared A is scaled once for all programs that have the same tensor of values.
+        """
+
+        def scaled() -> tuple[Tensor, Tensor]:
+            A = _matrices(problem.structure.constraint.to_dense(problem.data.A), problem.batch_size)
+            row_scale = _reciprocal(_largest(A))
+            return (row_scale[..., None] * A).to(dtype), row_scale
+
+        key = problem.structure.constraint.digest, dtype
+        A, row_scale = _memo(problem.data.A, key, scaled) if problem.data.A.ndim == 1 else scaled()
+        return _quadratic(problem), A, row_scale
 
     def invert(self, x: Tensor, z: Tensor, s: Tensor) -> tuple[ConicPoint, Tensor]:
         """The problem's point and slack from those of all elements of the program, (B, n), (B, rows), (B, rows)."""
@@ -255,6 +266,9 @@ class Scaling:
             problem_terms = problem.quadratic_product(x) + problem.structure.constraint.rmatvec(problem.data.A, y)
             bounds = torch.where(program.free > 0, bounds, -(problem_terms + problem.data.q))
         return ConicPoint(x, y, bounds), slack
+
+
+_memo = TensorMemo()
 
 
 def _quadratic(problem: ConicProblem) -> Tensor | None:

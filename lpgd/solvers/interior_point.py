@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
+from lpgd.execution import all_torch_threads, one_torch_thread, run_tasks, split, worker_count
 from lpgd.problems.conic import ConicProblem
 from lpgd.solution import Solution
+from lpgd.solvers.active_set import ActiveSet, is_suitable
 from lpgd.solvers.base import Capabilities, Solver, checked
-from lpgd.solvers.box_program import Scaling
+from lpgd.solvers.box_program import BoxProgram, Scaling
 from lpgd.solvers.clarabel import Clarabel
-from lpgd.solvers.predictor_corrector import Limits, solve_programs
+from lpgd.solvers.newton_system import newton_system
+from lpgd.solvers.predictor_corrector import Answers, Limits, solve_programs
 from lpgd.status import Status
 
 __all__ = ["InteriorPoint"]
@@ -26,26 +29,15 @@ _PRECISIONS = {"float64": (torch.float64, 1e-13, 0.0), "float32": (torch.float32
 """For each precision its type, the regularisation of its factorisations, and the finest tolerance asked of it."""
 
 
+CHUNKED = 2e7
+"""A batch is cut into one chunk for each worker from so many operations an iteration."""
 THREADED = 1e9
-"""Torch's threads wait for each other actively after every operation: below so many operations for an iteration they
-gain nothing, and lose tenfold where another process wants the core."""
+"""A batch too small to be cut uses torch's own threads from so many operations an iteration."""
 
 
 def _work(problem: ConicProblem) -> float:
     n, m = problem.structure.n, problem.structure.m
     return float(problem.batch_size * (n + m) * min(n, m or n) * n)
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    if before > 1:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if before > 1:
-            torch.set_num_threads(before)
 
 
 _BROKEN = (Status.NUMERICAL_ERROR, Status.INACCURATE)
@@ -57,9 +49,12 @@ class InteriorPoint(Solver):
 
     Every iteration is a few dozen operations on the whole batch, with one symmetric factorisation for each element;
     finished elements leave the batch.  On an optimal face the solution is inside the face, near its analytic centre.
-    Matrices are held dense, bounds as bounds: for up to a few thousand variables and rows.  There is no warm start, and
-    torch's own threads are used, not an executor.  ``time_limit`` counts for the batch, whose elements are solved side
-    by side.
+    Matrices are held dense, bounds as bounds: for up to a few thousand variables and rows.  A large batch is cut
+    into one chunk for each worker; on an accelerator it stays whole.  ``time_limit`` counts for the batch, whose elements
+    are solved side by side.
+
+    A warm start is an active set, from which a few Newton steps solve a program near by exactly, where every variable
+    has curvature (:mod:`lpgd.solvers.active_set`); elements that are further away are solved from the interior.
 
     Args:
         precision: ``"float64"``, or ``"float32"``, which solves to 1e-4 at best; a finer tolerance is lifted to that.
@@ -78,7 +73,9 @@ class InteriorPoint(Solver):
     package: ClassVar[str] = "torch"
     pip_name: ClassVar[str] = "torch"
     finest_tolerance: ClassVar[float] = 1e-11
-    capabilities: ClassVar[Capabilities] = Capabilities(cones=frozenset({"zero", "nonnegative"}), quadratic=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        cones=frozenset({"zero", "nonnegative"}), quadratic=True, warm_start=True
+    )
     aliases: ClassVar[dict[str, str]] = {
         "eps": "tolerance",
         "tol": "tolerance",
@@ -111,9 +108,8 @@ class InteriorPoint(Solver):
         reason = self.unsupported(problem.structure)
         if reason is not None:
             raise ValueError(f"{reason}; lpgd.available(structure) lists the solvers that can solve this problem.")
-        threads = nullcontext() if _work(problem) > THREADED else _one_torch_thread()
-        with torch.no_grad(), threads:
-            solution = checked(self._solve(problem), self._limits.tolerance)
+        with torch.no_grad(), one_torch_thread():
+            solution = checked(self._solve(problem, states, executor), self._limits.tolerance)
             broken = [index for index, status in enumerate(solution.statuses) if status in _BROKEN]
             return self._rescued(solution, broken, executor) if self.rescue and broken else solution
 
@@ -134,7 +130,7 @@ class InteriorPoint(Solver):
         seconds[broken] += again.setup_seconds + again.solve_seconds
         return replace(solution, **parts, statuses=tuple(statuses), solve_seconds=seconds)
 
-    def _solve(self, problem: ConicProblem) -> Solution:
+    def _solve(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> Solution:
         started = time.perf_counter()
         size, structure, q = problem.batch_size, problem.structure, problem.data.q
         point = [q.new_full((size, length), torch.nan) for length in (structure.n, structure.m, structure.n)]
@@ -147,13 +143,19 @@ class InteriorPoint(Solver):
         if rows.shape[0]:
             part = problem if whole else problem.select(rows.tolist())
             scaling = Scaling.of(part, _PRECISIONS[self.precision][0], self._limits.tolerance)
-            answers = solve_programs(scaling.program, self._limits, self.verbose)
+            start = _active_set(problem, states) if whole and is_suitable(scaling.program) else None
+            answers = self._answers(_Task(scaling.program, start, self._limits, self.verbose), _work(part), executor)
             solved, part_slack = scaling.invert(answers.x, answers.z, answers.s)
             status = torch.where(scaling.crossed, int(Status.INFEASIBLE), answers.status)
             nothing = ((status == Status.INFEASIBLE) | (status == Status.UNBOUNDED))[:, None]
             for full, own in zip((*point, slack), (*solved, part_slack), strict=True):
                 full[rows] = torch.where(nothing, torch.nan, own)
             statuses[rows.cpu()], iterations[rows.cpu()] = status.cpu(), answers.iterations.cpu()
+        lower, upper = problem.full_bounds()
+        rows = point[1] > slack
+        rows[:, : structure.cones.zero] = True
+        ends = ActiveSet(rows, point[2] > upper - point[0], -point[2] > point[0] - lower)
+        solved = torch.isfinite(point[0][:, 0]).tolist()
         seconds = time.perf_counter() - started
         return Solution(
             problem,
@@ -163,5 +165,63 @@ class InteriorPoint(Solver):
             iterations=iterations.numpy(),
             setup_seconds=np.zeros(size),
             solve_seconds=np.full(size, seconds / max(size, 1)),
-            states=(None,) * size,
+            states=tuple(_State(ends, row) if fine else None for row, fine in enumerate(solved)),
         )
+
+    def _answers(self, task: _Task, work: float, executor: Executor | None) -> Answers:
+        size, workers = task.program.size, worker_count(executor)
+        if task.program.q.device.type != "cpu":
+            return _solve_task(task)
+        distinct = size if task.start is None else task.start.rows.shape[0]
+        if min(workers, distinct) < 2 or work < CHUNKED:
+            with all_torch_threads() if work > THREADED and workers > 1 else nullcontext():
+                return _solve_task(task)
+        # What the chunks share is worked out before they start.
+        newton_system(task.program)
+        chunks = [torch.arange(chunk.start, chunk.stop) for chunk in split(distinct, executor, per_worker=1)]
+        # The copies of an element stay together.
+        rows = [torch.cat([chunk + start for start in range(0, size, distinct)]) for chunk in chunks]
+        tasks = [
+            task._replace(
+                program=task.program.select(part), start=None if task.start is None else task.start.select(chunk)
+            )
+            for chunk, part in zip(chunks, rows, strict=True)
+        ]
+        order = torch.cat(rows).argsort()
+        parts = [answers.parts for answers in run_tasks(_solve_task, tasks, executor)]
+        return Answers(*(torch.cat(own)[order] for own in zip(*parts, strict=True)))
+
+
+class _Task(NamedTuple):
+    """Programs to solve."""
+
+    program: BoxProgram
+    start: ActiveSet | None
+    limits: Limits
+    verbose: bool
+
+
+def _solve_task(task: _Task) -> Answers:
+    with torch.no_grad():
+        return solve_programs(*task)
+
+
+class _State(NamedTuple):
+    """What was active at the solution of one element, a row of its whole batch's."""
+
+    batch: ActiveSet
+    row: int
+
+
+def _active_set(problem: ConicProblem, states: Sequence[Any]) -> ActiveSet | None:
+    """What the states of S elements say, if all of them belong to such problems."""
+    n, m = problem.structure.n, problem.structure.m
+    if not states or not all(isinstance(state, _State) for state in states):
+        return None
+    batch = states[0].batch
+    if batch.rows.shape[1] != m or batch.upper.shape[1] != n or batch.rows.device != problem.device:
+        return None
+    if all(state.batch is batch for state in states):
+        return batch.select(torch.tensor([state.row for state in states], device=problem.device))
+    parts = [state.batch.select(torch.tensor([state.row], device=problem.device)) for state in states]
+    return ActiveSet(*(torch.cat(rows) for rows in zip(*(part.parts for part in parts), strict=True)))

@@ -11,11 +11,13 @@ equalities to their Schur complement.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from lpgd.problems.memo import TensorMemo
 from lpgd.solvers.box_program import BoxProgram, product_of
 
 __all__ = ["Factor", "NewtonSystem", "newton_system"]
@@ -60,10 +62,19 @@ class NewtonSystem(ABC):
 
 
 class WeightedProduct:
-    """``Σ_k w_k a_k a_kᵀ`` for each element, lower triangle: rows a_k of matrices (1 or B, K, r), weights (B, K)."""
+    """``Σ_k w_k a_k a_kᵀ`` for each element, lower triangle: rows a_k of matrices (1 or B, K, r), weights (B, K).
 
-    def __init__(self, matrices: Tensor, size: int) -> None:
-        self.matrices = matrices
+    Products of the rows of a shared matrix are kept for as long as ``source`` lives, for later programs with it.
+
+    Args:
+        matrices: of the rows, part of ``source``.
+        size: of the batch.
+        source: a tensor.
+        part: which part of it the matrices are.
+    """
+
+    def __init__(self, matrices: Tensor, size: int, source: Tensor, part: Hashable) -> None:
+        self.matrices, self.source, self.part = matrices, source, part
         self.blocks: list[tuple[int, int, Tensor]] = []
         shared, count, r = matrices.shape
         if shared == 1 and size >= SHARED_BATCH and r and count:
@@ -71,10 +82,7 @@ class WeightedProduct:
             edges = [*range(0, r, width), r]
             pairs = sum((stop - start) * stop for start, stop in pairwise(edges))
             if pairs * count * matrices.element_size() <= SHARED_BYTES:
-                a = matrices[0]
-                for start, stop in pairwise(edges):
-                    products = (a[:, start:stop, None] * a[:, None, :stop]).reshape(count, -1)
-                    self.blocks.append((start, stop, products))
+                self.blocks = _memo(source, part, lambda: _row_products(matrices[0], edges))
 
     def __call__(self, weights: Tensor) -> Tensor:
         matrices, size = self.matrices, weights.shape[0]
@@ -88,9 +96,21 @@ class WeightedProduct:
 
     def select(self, matrices: Tensor) -> WeightedProduct:
         """The same for some elements, whose matrices these are."""
-        chosen = WeightedProduct(matrices, 0)
+        chosen = WeightedProduct(matrices, 0, self.source, self.part)
         chosen.blocks = self.blocks
         return chosen
+
+
+_memo = TensorMemo()
+
+
+def _row_products(a: Tensor, edges: list[int]) -> list[tuple[int, int, Tensor]]:
+    """Products of the entries of each row, (K, ·) for blocks of columns."""
+    count = a.shape[0]
+    return [
+        (start, stop, (a[:, start:stop, None] * a[:, None, :stop]).reshape(count, -1))
+        for start, stop in pairwise(edges)
+    ]
 
 
 def newton_system(program: BoxProgram) -> NewtonSystem:
@@ -106,8 +126,9 @@ def newton_system(program: BoxProgram) -> NewtonSystem:
         if program.free is not None:
             weights = weights + (1.0 - program.free)
         if normal <= reduced and bool((weights > 0).all()):
-            return NormalEquations(program, WeightedProduct(program.A.mT, program.size))
-    return ReducedHessian(program, WeightedProduct(program.A[:, program.equalities :], program.size))
+            return NormalEquations(program, WeightedProduct(program.A.mT, program.size, program.A, "columns"))
+    rows = program.A[:, program.equalities :]
+    return ReducedHessian(program, WeightedProduct(rows, program.size, program.A, program.equalities))
 
 
 def _cholesky(matrices: Tensor, diagonal: Tensor, regularization: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from lpgd.solvers.active_set import ActiveSet, settle
 from lpgd.solvers.box_program import BoxProgram
 from lpgd.solvers.interior_steps import Iterate, State, assess, homogeneous_step, largest, plain_step
 from lpgd.solvers.newton_system import newton_system
@@ -75,9 +76,32 @@ class Answers:
     status: Tensor  # (B,) values of Status
     iterations: Tensor  # (B,)
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.x, self.z, self.s, self.status, self.iterations
 
-def solve_programs(program: BoxProgram, limits: Limits, verbose: bool = False) -> Answers:
-    """Solve every program of a batch."""
+
+def solve_programs(program: BoxProgram, start: ActiveSet | None, limits: Limits, verbose: bool = False) -> Answers:
+    """Solve every program of a batch, from the active sets ``start`` where they are near enough."""
+    if start is None:
+        return _solve_cold(program, limits, verbose)
+    settled = settle(program, start, limits.tolerance, limits.regularization)
+    e = program.equalities
+    x, z, one = settled.x, settled.z, program.q.new_ones(program.size, 1)
+    z = torch.cat([z[:, :e], z[:, e:].clamp(min=0)], 1)
+    s = (program.b - program.rows(x))[:, e:].clamp(min=0)
+    state = assess(program, Iterate(x, z, s, one, 0 * one), (largest(program.q), largest(program.b)))
+    status = torch.where(settled.found & (state.quality <= limits.tolerance), int(Status.SOLVED), -1)
+    answers = Answers(x, z, torch.nn.functional.pad(s, (e, 0)), status, settled.systems)
+    left = (status < 0).nonzero()[:, 0]
+    if left.shape[0]:
+        rest = _solve_cold(program if left.shape[0] == program.size else program.select(left), limits, verbose)
+        for field in fields(Answers):
+            getattr(answers, field.name)[left] = getattr(rest, field.name)
+    return answers
+
+
+def _solve_cold(program: BoxProgram, limits: Limits, verbose: bool) -> Answers:
     plain = replace(limits, iterations=min(limits.iterations, PLAIN_ITERATIONS))
     answers = _Run(program, plain, homogeneous=False, verbose=verbose).answers
     unsolved = (answers.status == Status.NUMERICAL_ERROR) | (answers.status == Status.INACCURATE)
