@@ -13,6 +13,8 @@ SUDOKU9_FLAGS ?= --board 3 --method lpgd --batch-size 150 --epochs 1 --tests-per
 SUDOKU9_OUT ?= runs/sudoku9
 BENCH_FLAGS ?=
 BENCH_OUT ?= runs/bench
+VS_EXACT_FLAGS ?= --overwrite
+VS_EXACT_OUT ?= runs/lpgd_vs_exact
 MAROS_MESZAROS := runs/maros_meszaros.npz
 
 BIN := $(VENV)/bin
@@ -31,7 +33,7 @@ touch $@
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format sudoku sudoku9 bench test-oldest build clean
+.PHONY: help venv test lint format sudoku sudoku9 lpgd_vs_exact bench test-oldest build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +77,9 @@ sudoku: $(VENV)/.installed ## Train the 4x4 Sudoku example, with plots (SUDOKU_F
 
 sudoku9: $(VENV)/.installed ## Train one epoch of 9x9 Sudoku, or go on with it (SUDOKU9_FLAGS, SUDOKU9_OUT)
 	$(BIN)/python -m examples.sudoku.train $(SUDOKU9_FLAGS) --out $(SUDOKU9_OUT)
+
+lpgd_vs_exact: $(VENV)/.installed ## Compare LPGD with exact gradients (VS_EXACT_FLAGS, VS_EXACT_OUT)
+	$(BIN)/python -m examples.lpgd_vs_exact.run $(VS_EXACT_FLAGS) --out $(VS_EXACT_OUT)
 
 bench: $(VENV_BENCH)/.peers $(MAROS_MESZAROS) ## Compare with every peer (BENCH_FLAGS="--quick --only NAME", BENCH_OUT)
 	$(VENV_BENCH)/bin/python -W ignore -m benchmarks.run --out $(BENCH_OUT) --maros-meszaros $(MAROS_MESZAROS) $(BENCH_FLAGS)

@@ -323,7 +323,7 @@ def test_gradcheck_accepts_any_slope_at_a_kink_and_no_other() -> None:
 
 def test_gradcheck_does_not_judge_by_jumps_or_noise() -> None:
     x = [torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)]
-    with pytest.raises(lpgd.GradientCheckError, match="do not settle at a step of 0.0001"):
+    with pytest.raises(lpgd.GradientCheckError, match=r"do not settle at a step of 0\.0001"):
         lpgd.gradcheck(lambda x: torch.sign(x + 1e-9) + 0 * x, x)
     generator = torch.Generator().manual_seed(0)
 

@@ -84,7 +84,7 @@ def test_envelopes_over_a_simplex_are_those_of_its_vertices() -> None:
 
 @pytest.mark.parametrize(("tau", "rho"), [(0.2, 0.0), (3.0, 0.0), (3.0, 0.5)])
 def test_proximal_step_of_a_projection(tau: float, rho: float) -> None:
-    """f = ½|x - p|², ℓ = ½|x - t|²: with w = (1 + ρ)/τ the envelope is ½|p - t|² w/(1 + w), linearised less |p-t|²/2w."""
+    """f = ½|x - p|², ℓ = ½|x - t|²: with w = (1 + ρ)/τ the envelope is ½|p - t|² w/(1 + w)."""
     points = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]], dtype=torch.float64)
     target = torch.tensor([0.3, 0.0, 1.0], dtype=torch.float64)
     if rho:  # in CVXPY's form of this problem there is a second copy of x - p, which the augmentation holds as well

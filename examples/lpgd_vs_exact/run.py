@@ -21,7 +21,7 @@ from .model import CURVATURE, DecisionModel, Task, decision_loss, make_task, two
 __all__ = ["METHODS", "gradient_method", "main", "summary", "train"]
 
 METHODS = ("exact", "small", "average", "lower", "upper")
-"""Implicit differentiation; LPGD with the step it chooses itself; LPGD's three envelopes with the step that is given."""
+"""Implicit differentiation; LPGD with the step that it chooses; LPGD's three envelopes with a step that is given."""
 
 
 def gradient_method(name: str, tau: float, rho: float) -> Any:
