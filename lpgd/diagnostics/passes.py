@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, check_compatible
-from lpgd.layers.base import OptimizationLayer
 from lpgd.solvers.base import Solver
 from lpgd.status import LpgdWarning
 
@@ -197,7 +196,7 @@ class Pass:
     """
 
     def __init__(self, layer: Any, parameters: Parameters, loss: Loss, solver: Solver | None = None) -> None:
-        if not isinstance(layer, OptimizationLayer):
+        if not isinstance(layer, torch.nn.Module) or not isinstance(getattr(layer, "gradient", None), GradientMethod):
             raise TypeError(
                 f"layer is a {type(layer).__name__}; it must be a layer of this library, such as lpgd.QPLayer(). "
                 "lpgd.gradcheck takes any differentiable function."

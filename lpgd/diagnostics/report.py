@@ -168,9 +168,8 @@ def diagnose(
         TypeError, ValueError: the layer is not one of this library, or the loss does not depend on its output.
         SolverError: an element has no solution (``on_error="raise"``).
     """
-    method = layer.gradient if gradient is None and hasattr(layer, "gradient") else gradient
     run = Pass(layer, parameters, loss)
-    assert method is not None
+    method = layer.gradient if gradient is None else gradient
     found = measure(run, tighter(layer, parameters, loss, run), method)
     exact = None
     if type(run.problem).has_kkt and method != ImplicitKKT():
