@@ -102,7 +102,6 @@ def test_movement_and_active_sets_of_a_vertex(tau: float, still: float, changes:
 def test_an_exact_gradient_that_is_zero_is_told_so() -> None:
     report = lpgd.diagnose(lpgd.LPLayer(), simplex_parameters(), weighted)
     assert report.parameters[0].norm == 0.0
-    assert report.linear
     assert "lpgd.LPGD(tau) with tau of the order of 3 sees further" in report.advice
     assert any("vertex" in text for text in report.warnings)
 

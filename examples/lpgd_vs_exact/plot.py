@@ -48,8 +48,10 @@ def plot_run(rows: list[dict[str, Any]], baselines: dict[str, float], out: Path)
                 panel.plot([row[column] for row in part], values, style, color=color, label=LABELS[method])
             if quantity == "test_loss":
                 panel.axhline(baselines[problem], color="gray", linestyle=":", label="two stages")
-                panel.set_ylim(bottom=0)
-            elif quantity != "norm_weights":
+                panel.set_yscale("log")
+            elif quantity == "norm_weights":
+                panel.set_yscale("symlog", linthresh=1e-3)
+            else:
                 panel.set_ylim(top=1.05)
             panel.set_title(f"{problem.upper()}: {name}")
             panel.set_xlabel(column)

@@ -72,7 +72,8 @@ def advise(report: Report) -> str:
         )
     if found.decrease <= 0:
         return "no step along the negative gradient lowers the loss: lpgd.sweep compares other values of tau and rho."
-    further = [one for one in report.parameters if one.exact is not None and one.exact.is_zero and not one.is_zero]
+    references = [(one, one.exact or one.differences) for one in report.parameters]
+    further = [one for one, known in references if known is not None and known.is_zero and not one.is_zero]
     if further:
         return (
             f"the exact gradient of {', '.join(one.name for one in further)} is zero, and this one sees further: a "

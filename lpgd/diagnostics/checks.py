@@ -78,7 +78,8 @@ class GradientCheck:
             return (
                 f"the derivative with respect to {one.name} is wrong for {one.wrong} of {one.checked} entries: at "
                 f"entry {list(one.worst)} it is {one.derivative:.6g}, and differences give {one.difference:.6g}. For a "
-                "solver of your own, look at the signs and the order of its multipliers first."
+                "solver of your own, look at the signs and the order of its multipliers first; LPGD with a finite tau "
+                "is not meant to pass."
             )
         unclear = [one for one in self.inputs if 2 * one.unclear > one.checked]
         if unclear:

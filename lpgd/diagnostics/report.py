@@ -31,7 +31,7 @@ from lpgd.diagnostics.tables import (
     format_table,
 )
 from lpgd.gradients.base import GradientMethod
-from lpgd.gradients.implicit import ImplicitKKT, is_linear_program
+from lpgd.gradients.implicit import ImplicitKKT
 from lpgd.status import SolverError, Status
 
 __all__ = ["ParameterReport", "Report", "diagnose"]
@@ -75,7 +75,6 @@ class Report:
             :class:`~lpgd.diagnostics.measurement.Measurement`.
         unit: (B,) the step at which the loss gradient is as large as the terms that it is added to; infinite where
             that gradient is zero.
-        linear: whether the problems are linear programs.
         forward_seconds, exact_seconds: wall-clock time of the forward pass and of the exact gradient (None without).
         warnings: what the library warned of on the way.
         advice: one sentence.
@@ -88,7 +87,6 @@ class Report:
     parameters: tuple[ParameterReport, ...]
     measurement: Measurement
     unit: Tensor
-    linear: bool
     forward_seconds: float
     exact_seconds: float | None
     warnings: tuple[str, ...]
@@ -201,7 +199,6 @@ def diagnose(
         tuple(reports),
         found,
         run.unit,
-        is_linear_program(run.problem),
         run.forward_seconds,
         None if exact is None else exact.seconds,
         tuple(texts),

@@ -43,8 +43,8 @@ def format_share(value: float | None) -> str:
 
 
 def format_change(value: float) -> str:
-    """A relative change as per cent with its sign; ``–`` for none."""
-    return "–" if value == 0 or math.isnan(value) else f"{100 * value:+.3g} %"
+    """A relative change as per cent with its sign."""
+    return "0 %" if value == 0 else f"{100 * value:+.3g} %"
 
 
 def format_paragraph(text: str, indent: str = "") -> list[str]:

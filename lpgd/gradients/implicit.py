@@ -170,9 +170,10 @@ _ZERO_GRADIENT = (
 
 
 def is_linear_program(problem: Any) -> bool:
-    """Whether the exact gradient with respect to the cost is zero wherever the solution is a vertex."""
-    structure = getattr(problem, "structure", None)
-    return structure is not None and structure.cones.is_polyhedral and not structure.quadratic.nnz
+    """Whether this is a linear program, whose exact gradient with respect to its cost is zero at a vertex."""
+    if not isinstance(problem, ConicProblem):
+        return False
+    return problem.structure.cones.is_polyhedral and not problem.structure.quadratic.nnz
 
 
 def _is_still(problem: ConicProblem, cotangent: ConicPoint, change: ConicPoint) -> bool:
