@@ -186,12 +186,9 @@ def plot_perturbed_path(
     if not np.isfinite(unit):
         raise ValueError(f"the gradient of the loss at the solution of element {element} is zero: it does not move.")
     steps = unit * np.geomspace(1e-3, 10.0, 60) if taus is None else np.sort(np.asarray(taus, dtype=float))
-    paths: dict[float, list[Any]] = {1.0: [], -1.0: []}
-    for sign, points in paths.items():
-        for tau in steps:
-            found = run.perturbed(run.solution.x.new_full((run.problem.batch_size,), float(tau)), rho, sign)
-            points.append(_numbers(torch.where(found.usable[element], found.x[element], torch.nan)))
-    values = np.stack([*paths[-1.0][::-1], _numbers(run.solution.x[element]), *paths[1.0]])
+    found = run.perturbed_path(element, torch.from_numpy(np.concatenate([-steps[::-1], steps])), rho)
+    values = _numbers(torch.where(found.usable[:, None], found.x, torch.nan))
+    values = np.insert(values, len(steps), _numbers(run.solution.x[element]), axis=0)
     panel = _axes(axes, (1, 1), (7.0, 4.0))[0, 0]
     _draw_paths(panel, np.concatenate([-steps[::-1], [0.0], steps]), values, entries)
     panel.set_xscale("symlog", linthresh=float(steps[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,28 +44,49 @@ def test_methods_by_name() -> None:
     assert run.cosine(torch.zeros(2), torch.ones(2)) is None
 
 
+FLAGS = [
+    "--steps",
+    "12",
+    "--every",
+    "6",
+    "--train-size",
+    "20",
+    "--test-size",
+    "20",
+    "--batch-size",
+    "10",
+    "--lr",
+    "0.05",
+]
+
+
+def test_small_steps_are_exact_on_the_quadratic_program() -> None:
+    options = run.parse_arguments(FLAGS)
+    task = make_task("qp", 0, train=20, test=20)
+    rows: list[dict[str, Any]] = []
+    for name in ("exact", "small"):
+        run.train(task, name, run.gradient_method(name, 1.0, 0.0), options, lambda **row: rows.append(row))
+    assert [row["step"] for row in rows] == [0, 6, 12] * 2
+    for exact, small in zip(rows[:3], rows[3:], strict=True):
+        assert small["cosine_weights"] > 1 - 1e-4
+        assert small["test_loss"] == pytest.approx(exact["test_loss"], rel=1e-3)
+    assert rows[2]["test_loss"] < rows[0]["test_loss"]
+
+
 def test_command_compares_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--steps", "12", "--every", "6", "--train-size", "40", "--batch-size", "20", "--lr", "0.05"]
-    flags += ["--methods", "exact", "small", "average", "--out", str(tmp_path)]
+    flags = [*FLAGS, "--problems", "lp", "--methods", "exact", "average", "--out", str(tmp_path)]
     assert run.main(flags) == 0
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    by_method = {
-        key: [row for row in rows if (row["problem"], row["method"]) == key]
-        for key in ((problem, method) for problem in ("qp", "lp") for method in ("exact", "small", "average"))
-    }
-    assert all([row["step"] for row in own] == [0, 6, 12] for own in by_method.values())
-    assert len({own[0]["test_loss"] for (problem, _), own in by_method.items() if problem == "lp"}) == 1
-    for row in by_method["qp", "small"]:
-        assert row["cosine_weights"] > 1 - 1e-4
-        assert row["cosine_limits"] > 1 - 1e-4
-    assert all(row["cosine_weights"] is None for row in by_method["lp", "average"])
-    assert all(row["norm_weights"] == 0.0 for row in by_method["lp", "exact"])
-    losses = {method: by_method["lp", method][-1]["test_loss"] for method in ("exact", "average")}
-    assert losses["average"] < losses["exact"]
+    exact, average = ([row for row in rows if row["method"] == method] for method in ("exact", "average"))
+    assert [row["step"] for row in exact] == [row["step"] for row in average] == [0, 6, 12]
+    assert exact[0]["test_loss"] == average[0]["test_loss"]
+    assert all(row["cosine_weights"] is None for row in average)
+    assert all(row["norm_weights"] == 0.0 for row in exact)
+    assert average[-1]["test_loss"] < exact[-1]["test_loss"]
     printed = capsys.readouterr().out
     assert "lp at the start, which tau?" in printed
     assert "in two stages" in printed
-    for name in ("curves", "sweep-lp", "envelopes-lp", "path-lp", "sweep-qp", "envelopes-qp", "path-qp"):
+    for name in ("curves", "sweep-lp", "envelopes-lp", "path-lp"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
     with pytest.raises(SystemExit, match="--overwrite replaces it"):
         run.main(flags)

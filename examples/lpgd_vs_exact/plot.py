@@ -75,7 +75,7 @@ def plot_start(task: Task, sweep: lpgd.Sweep, batch_size: int, folder: Path) -> 
         return (output.x - target).square().sum(-1)
 
     unit = sweep.unit / batch_size  # the loss of one element is not divided by the size of a batch
-    at = np.linspace(-0.5, 1.5, 161).tolist()
+    at = np.linspace(-0.5, 1.5, 101).tolist()
     taus = [unit * factor for factor in (0.1, 1.0, 10.0)]
     panels = {
         "sweep": lpgd.plotting.plot_sweep(sweep),

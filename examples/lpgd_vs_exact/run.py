@@ -49,11 +49,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.02, help="step size of Adam")
     parser.add_argument("--every", type=int, default=10, help="steps between measurements")
     parser.add_argument("--train-size", type=int, default=512, help="solutions to learn from")
+    parser.add_argument("--test-size", type=int, default=512, help="held-out solutions")
     parser.add_argument("--seed", type=int, default=0, help="of the task and the order of the batches")
     parser.add_argument("--out", type=Path, default=Path("runs/lpgd_vs_exact"), help="folder for metrics and plots")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     options = parser.parse_args(arguments)
-    for name in ("steps", "batch_size", "lr", "every", "train_size"):
+    for name in ("steps", "batch_size", "lr", "every", "train_size", "test_size"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be positive.")
     if options.batch_size > options.train_size:
@@ -171,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
                 file.flush()
 
             for kind in options.problems:
-                task = make_task(kind, options.seed, train=options.train_size)
+                task = make_task(kind, options.seed, train=options.train_size, test=options.test_size)
                 baselines[kind] = two_stage_loss(task)
                 sweeps[kind] = choose_tau(task, options.batch_size, options.rho)
                 taus[kind] = options.tau or sweeps[kind].best.tau

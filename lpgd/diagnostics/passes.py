@@ -280,6 +280,13 @@ class Pass:
         augmented = self.problem.augment(rho, self.solution.x) if rho else self.problem
         return solver.solve(augmented.tilt(sign * tau, self.cotangent), self.solution.states, self.executor)
 
+    def perturbed_path(self, element: int, steps: Tensor, rho: float) -> Any:
+        """The solutions of one element for many signed steps, solved as one batch."""
+        problem, solution = self.problem.select([element]), self.solution.select([element])
+        cotangent = self.cotangent.select(torch.tensor([element], device=solution.x.device))
+        augmented = problem.augment(rho, solution.x) if rho else problem
+        return self.solver.solve(augmented.tilt(steps.to(solution.x), cotangent), solution.states, self.executor)
+
     def natural_size(self, leaf: Leaf) -> float:
         """The norm that a gradient has where a relative change of a parameter makes an equal one of the solution."""
         sizes = [
