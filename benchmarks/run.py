@@ -21,7 +21,7 @@ from .results import Curve, Result, Target
 
 __all__ = ["COMPARISONS", "main"]
 
-COMPARISONS = ("cvxpylayers", "sudoku", "dense_qp", "sparse", "maros_meszaros", "reuse", "scaling")
+COMPARISONS = ("cvxpylayers", "sudoku", "dense_qp", "sparse", "maros_meszaros", "reuse", "scaling", "blackbox")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:

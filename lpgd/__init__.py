@@ -16,8 +16,18 @@ from lpgd.diagnostics import (
     sweep,
 )
 from lpgd.execution import SerialExecutor
-from lpgd.gradients import LPGD, BlackboxBackprop, Domke, ImplicitKKT
-from lpgd.layers import ConicLayer, CvxpyLayer, LPLayer, QPLayer, solve_conic, solve_lp, solve_qp
+from lpgd.gradients import LPGD, BlackboxBackprop, DirectLoss, Domke, ImplicitKKT
+from lpgd.layers import (
+    BlackboxLayer,
+    ConicLayer,
+    CvxpyLayer,
+    DirectLossLayer,
+    LPLayer,
+    QPLayer,
+    solve_conic,
+    solve_lp,
+    solve_qp,
+)
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solution import Solution
 from lpgd.solvers import (
@@ -45,6 +55,7 @@ __all__ = [
     "PIQP",
     "SCS",
     "BlackboxBackprop",
+    "BlackboxLayer",
     "Clarabel",
     "Cones",
     "ConicData",
@@ -54,6 +65,8 @@ __all__ = [
     "ConicStructure",
     "CustomSolver",
     "CvxpyLayer",
+    "DirectLoss",
+    "DirectLossLayer",
     "Domke",
     "Envelopes",
     "GradientCheck",

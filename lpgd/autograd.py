@@ -7,7 +7,7 @@ user are dealt with around it, by differentiable operations.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -17,10 +17,8 @@ from torch import Tensor
 
 from lpgd.execution import one_torch_thread
 from lpgd.gradients.base import GradientInfo, GradientMethod
-from lpgd.problems.conic import ConicProblem
-from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
-from lpgd.solution import Solution
-from lpgd.solvers.base import Solver
+from lpgd.solution import BatchSolution
+from lpgd.solvers.base import BaseSolver
 from lpgd.status import SolverError, Status, describe_failures, warn
 
 __all__ = ["CallInfo", "OnError", "check_solution", "solve"]
@@ -33,12 +31,12 @@ class CallInfo:
     """The record of one call of a layer.
 
     Attributes:
-        solution: the forward solution: statuses, residuals, iterations, times.
+        solution: the forward solution: statuses, times, and what its class has beside that; None before there is one.
         gradients: one record for each backward (or forward-mode) pass through this call, in order.
         backward_seconds: wall-clock time of those passes together.
     """
 
-    solution: Solution | None = None
+    solution: Any = None
     gradients: list[GradientInfo] = field(default_factory=list)
     backward_seconds: float = 0.0
 
@@ -51,9 +49,9 @@ class CallInfo:
 class Call:
     """How one call is solved and differentiated."""
 
-    structure: ConicStructure
-    batch_size: int
-    solver: Solver
+    data_class: type[Any]
+    make: Callable[[Any], Any]
+    solver: BaseSolver
     gradient: GradientMethod
     on_error: OnError
     executor: Executor | None
@@ -62,55 +60,59 @@ class Call:
 
 
 def solve(
-    data: ConicData,
-    structure: ConicStructure,
-    batch_size: int,
+    data: Any,
+    make: Callable[[Any], Any],
     *,
-    solver: Solver,
+    solver: BaseSolver,
     gradient: GradientMethod,
     on_error: OnError = "raise",
     executor: Executor | None = None,
     states: Sequence[Any] = (),
     info: CallInfo | None = None,
-) -> ConicPoint:
-    """Solve a batch of conic programs, differentiably in all their data.
+) -> Any:
+    """Solve a batch of problems of any class, differentiably in all their data.
 
     Args:
-        data: float64 tensors; each shared (size,) or one row for each element (B, size).
-        structure: patterns and cones.
-        batch_size: B.
+        data: a named tuple of float64 tensors.
+        make: data without a gradient to a :class:`~lpgd.problems.base.Problem` of a class that solver and method take.
         solver: solves it, and what the gradient method perturbs.
         gradient: the gradient method of this call.
         on_error: ``"raise"`` names every element without a solution; ``"nan"`` fills its rows and gives it a zero
             gradient; ``"warn"`` warns and returns the solver's last iterate, or NaN, with a zero gradient.
-        executor: where the work runs; None is the library's threads.
-        states: warm-start states of a solution of such a batch (``Solution.states``).
+        executor: where the work runs; None is the solver's own choice.
+        states: warm-start states of a solution of such a batch (``BatchSolution.states``).
         info: filled with the record of this call.
+
+    Returns:
+        The solutions: a point of the problem's class.
 
     Raises:
         SolverError: with ``on_error="raise"``; it carries the statuses and the indices of the failed elements.
     """
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
-    call = Call(structure, batch_size, solver, gradient, on_error, executor, states, info or CallInfo())
-    return ConicPoint(*_SolveFunction.apply(call, *data))
+    info = info or CallInfo()
+    call = Call(type(data), make, solver, gradient, on_error, executor, states, info)
+    parts = _SolveFunction.apply(call, *data)
+    return type(info.solution.point)(*parts)
 
 
 class _SolveFunction(torch.autograd.Function):
     @staticmethod
-    def forward(call: Call, *data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        problem = ConicProblem(call.structure, ConicData(*(datum.detach() for datum in data)), call.batch_size)
+    def forward(call: Call, *data: Tensor) -> tuple[Tensor, ...]:
+        problem = call.make(call.data_class(*(datum.detach() for datum in data)))
         with one_torch_thread():
             solution = call.solver.solve(problem, call.states, call.executor)
         check_solution(solution, call.on_error)
         call.info.solution = solution
         if call.on_error == "nan" and solution.failed:
             filled = torch.where(solution.usable[:, None], 0.0, torch.nan)
-            return solution.x + filled, solution.y + filled, solution.z + filled
-        return solution.x, solution.y, solution.z
+            return tuple(part + filled for part in solution.point)
+        # Tensors of their own: the outputs know this node, which knows the solution, which must not know the outputs.
+        return tuple(part.detach() for part in solution.point)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, *data = inputs
         ctx.call, ctx.solution = call, call.info.solution
         # Saved so that autograd notices data or outputs that were changed in place before the backward pass.
@@ -121,7 +123,7 @@ class _SolveFunction(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         gradient = _DerivativeFunction.apply(ctx.call, ctx.solution, True, *cotangents, *ctx.saved_tensors)
         notices = ctx.call.info.gradients[-1].notices
-        for name, needed in zip(ConicData._fields, ctx.needs_input_grad[1:], strict=True):
+        for name, needed in zip(ctx.call.data_class._fields, ctx.needs_input_grad[1:], strict=True):
             if needed and name in notices:
                 warn(notices[name])
         return (
@@ -145,7 +147,7 @@ class _DerivativeFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(call: Call, solution: Solution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(call: Call, solution: BatchSolution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         started = time.perf_counter()
         with one_torch_thread():
             answer, info = _derivative(call, solution, reverse, tensors)
@@ -166,13 +168,15 @@ class _DerivativeFunction(torch.autograd.Function):
         raise RuntimeError(_ONCE_DIFFERENTIABLE)
 
 
-def _derivative(call: Call, solution: Solution, reverse: bool, tensors: Sequence[Tensor]) -> tuple[Any, GradientInfo]:
+def _derivative(
+    call: Call, solution: BatchSolution, reverse: bool, tensors: Sequence[Tensor]
+) -> tuple[Any, GradientInfo]:
     if not reverse:
-        tangent = ConicData(*tensors[: len(ConicData._fields)])
+        tangent = call.data_class(*tensors[: len(call.data_class._fields)])
         return call.gradient.jvp(solution.problem, solution, tangent, call.solver, call.executor)
     # A loss of a NaN row hands back NaN: zeroed before any sum over shared data.
-    usable = solution.usable[:, None]
-    cotangent = ConicPoint(*(torch.where(usable, part, 0.0) for part in tensors[: len(ConicPoint._fields)]))
+    usable, point = solution.usable[:, None], solution.point
+    cotangent = type(point)(*(torch.where(usable, part, 0.0) for part in tensors[: len(point)]))
     _check_cotangent(cotangent)
     return call.gradient.vjp(solution.problem, solution, cotangent, call.solver, call.executor)
 
@@ -183,7 +187,7 @@ _ONCE_DIFFERENTIABLE = (
 )
 
 
-def check_solution(solution: Solution, on_error: OnError) -> None:
+def check_solution(solution: BatchSolution, on_error: OnError) -> None:
     """Raise or warn about elements without a solution, and warn about inaccurate ones.
 
     Raises:
@@ -207,8 +211,8 @@ def check_solution(solution: Solution, on_error: OnError) -> None:
         warn(describe_failures(statuses, inaccurate))
 
 
-def _check_cotangent(cotangent: ConicPoint) -> None:
-    for name, part in zip(ConicPoint._fields, cotangent, strict=True):
+def _check_cotangent(cotangent: Any) -> None:
+    for name, part in zip(cotangent._fields, cotangent, strict=True):
         bad = (~torch.isfinite(part).all(-1)).nonzero()[:, 0].tolist() if part.shape[-1] else []
         if bad:
             raise ValueError(

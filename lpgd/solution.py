@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -14,11 +14,73 @@ from torch import Tensor
 
 from lpgd.cones import Cones
 from lpgd.problems.conic import ConicProblem, per_element
+from lpgd.problems.linear import LinearPoint, LinearProblem
 from lpgd.problems.structure import ConicPoint
 from lpgd.projections import distance
 from lpgd.status import Status
 
-__all__ = ["Residuals", "Solution"]
+__all__ = ["BatchSolution", "LinearSolution", "Residuals", "Solution"]
+
+
+class BatchSolution:
+    """What the solutions of a batch have in common, whatever the class of problems; subclasses are dataclasses.
+
+    Attributes:
+        problem: the batch that was solved.
+        point: its solutions, a named tuple of tensors (B, ·) whose first is the primal ``x``; NaN where there is none.
+        statuses: B statuses.
+        iterations: (B,) iterations of the solver.
+        setup_seconds, solve_seconds: (B,) time in set-up (0 where it was re-used) and in the solver.
+        states: B opaque warm-start states; None where the solver has none.
+    """
+
+    problem: Any
+    x: Tensor
+    statuses: tuple[Status, ...]
+    iterations: NDArray[np.int64]
+    setup_seconds: NDArray[np.float64]
+    solve_seconds: NDArray[np.float64]
+    states: tuple[Any, ...]
+
+    _tensors: ClassVar[tuple[str, ...]]
+    """Names of fields with one row for each element."""
+    _tuples: ClassVar[tuple[str, ...]] = ("statuses", "states")
+    """Names of fields that are tuples with one entry for each element."""
+
+    @property
+    def point(self) -> Any:
+        raise TypeError(f"{type(self).__name__} does not say what its point is.")
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.statuses)
+
+    @property
+    def failed(self) -> list[int]:
+        """Elements without a usable solution."""
+        return [index for index, status in enumerate(self.statuses) if not status.usable]
+
+    @property
+    def usable(self) -> Tensor:
+        """(B,) elements that have one."""
+        return torch.tensor([status.usable for status in self.statuses], dtype=torch.bool, device=self.x.device)
+
+    @cached_property
+    def objective(self) -> Tensor:
+        """(B,) value of the objective, without any constant of a modelling language."""
+        return self.problem.objective(self.x)
+
+    def parts(self, count: int) -> list[Self]:
+        """The ``count`` equal parts that a batch consists of, one after the other (as ``tilt`` makes them)."""
+        size = self.batch_size // count
+        return [self.select(range(part * size, (part + 1) * size)) for part in range(count)]
+
+    def select(self, elements: Sequence[int]) -> Self:
+        """The solutions of these elements."""
+        chosen = list(elements)
+        changes: dict[str, Any] = {name: getattr(self, name)[chosen] for name in self._tensors}
+        changes |= {name: tuple(getattr(self, name)[i] for i in chosen) for name in self._tuples}
+        return replace(cast(Any, self), problem=self.problem.select(chosen), **changes)
 
 
 class Residuals(NamedTuple):
@@ -40,7 +102,7 @@ class Residuals(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Solution:
+class Solution(BatchSolution):
     """Primal and dual solutions of a batch of B conic programs, with one status for each element.
 
     Attributes:
@@ -66,9 +128,7 @@ class Solution:
     solve_seconds: NDArray[np.float64]
     states: tuple[Any, ...]
 
-    @property
-    def batch_size(self) -> int:
-        return len(self.statuses)
+    _tensors: ClassVar[tuple[str, ...]] = ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds")
 
     @property
     def point(self) -> ConicPoint:
@@ -78,37 +138,6 @@ class Solution:
     def s(self) -> Tensor:
         """(B, m) slack ``b - A x``."""
         return self.problem.slack(self.x)
-
-    @cached_property
-    def objective(self) -> Tensor:
-        """(B,) ``½ xᵀP x + qᵀx``, without any constant of a modelling language."""
-        return self.problem.objective(self.x)
-
-    @property
-    def failed(self) -> list[int]:
-        """Elements without a usable solution."""
-        return [index for index, status in enumerate(self.statuses) if not status.usable]
-
-    @property
-    def usable(self) -> Tensor:
-        """(B,) elements that have one."""
-        return torch.tensor([status.usable for status in self.statuses], dtype=torch.bool, device=self.x.device)
-
-    def parts(self, count: int) -> list[Solution]:
-        """The ``count`` equal parts that a batch consists of, one after the other (:meth:`ConicProblem.tilt`)."""
-        size = self.batch_size // count
-        return [self.select(range(part * size, (part + 1) * size)) for part in range(count)]
-
-    def select(self, elements: Sequence[int]) -> Solution:
-        """The solutions of these elements."""
-        chosen = list(elements)
-        return replace(
-            self,
-            problem=self.problem.select(chosen),
-            statuses=tuple(self.statuses[i] for i in chosen),
-            states=tuple(self.states[i] for i in chosen),
-            **{name: getattr(self, name)[chosen] for name in _ROWS},
-        )
 
     @cached_property
     def residuals(self) -> Residuals:
@@ -139,7 +168,35 @@ class Solution:
         )
 
 
-_ROWS = ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds")
+@dataclass(frozen=True, eq=False)
+class LinearSolution(BatchSolution):
+    """Solutions of a batch of B linear problems, with one status for each element.
+
+    Attributes:
+        problem: the batch that was solved.
+        x: (B, n) minimisers, flattened; NaN where there is no solution.
+        answers: what the solver itself answered for each element, before any feature map; None where there is none.
+        statuses: B statuses.
+        iterations: (B,) zero: a solver that is a plain function has none to tell.
+        setup_seconds, solve_seconds: (B,) zero, and the time in the solver.
+        states: B warm-start states: answers, for a solver that takes them.
+    """
+
+    problem: LinearProblem
+    x: Tensor
+    answers: tuple[Any, ...]
+    statuses: tuple[Status, ...]
+    iterations: NDArray[np.int64]
+    setup_seconds: NDArray[np.float64]
+    solve_seconds: NDArray[np.float64]
+    states: tuple[Any, ...]
+
+    _tensors: ClassVar[tuple[str, ...]] = ("x", "iterations", "setup_seconds", "solve_seconds")
+    _tuples: ClassVar[tuple[str, ...]] = ("statuses", "states", "answers")
+
+    @property
+    def point(self) -> LinearPoint:
+        return LinearPoint(self.x)
 
 
 def _distance(cones: Cones, points: Tensor, *, dual: bool) -> Tensor:

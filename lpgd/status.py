@@ -31,6 +31,7 @@ class Status(enum.IntEnum):
     NUMERICAL_ERROR = 6
     INVALID_DATA = 7
     NOT_CONVEX = 8
+    NO_SOLUTION = 10
 
     @property
     def usable(self) -> bool:
@@ -74,6 +75,9 @@ _ADVICE = {
     Status.NOT_CONVEX: (
         "P has a negative eigenvalue, so the problem is not convex: build P as a product with its own transpose, or "
         "add a multiple of the identity"
+    ),
+    Status.NO_SOLUTION: (
+        "the solver answered that there is none (None, or NaN): check the costs and the extra inputs of these elements"
     ),
 }
 

@@ -11,12 +11,13 @@ import pytest
 import scipy.optimize
 import torch
 
-from benchmarks import run
+from benchmarks import blackbox, run
 from benchmarks.dense_qp import dense_qp_case, draw_qps, our_qp_sides
 from benchmarks.exact import solve_qp_exactly
 from benchmarks.harness import Case, Settings, Side, compare, time_limit
 from benchmarks.report import markdown, write_report
 from benchmarks.results import Curve, Entry, Result, Target, Timing, fastest, ratio_target
+from tests.oracles import assignments, monotone_paths, packings
 
 FAST = Settings(quick=True, repeats=1)
 
@@ -165,6 +166,32 @@ class TestJudgement:
         assert found.disagrees is None
         (found,) = compare(dataclasses.replace(case, step=1e-5), [side], FAST).entries
         assert found.accuracy.gradient < 1e-9
+
+
+class TestBlackbox:
+    @pytest.mark.parametrize("problem", blackbox.PROBLEMS, ids=lambda problem: problem.name)
+    def test_solvers_find_the_best_of_all_solutions(self, problem):
+        points = {
+            "assignment": lambda: assignments(4),
+            "path": lambda: monotone_paths(4, 4),
+            "knapsack": lambda: packings(problem.solver.weights, problem.solver.capacity),
+        }[problem.name]()
+        sign = 1.0 if problem.sense == "min" else -1.0
+        for seed in range(20):
+            costs = np.random.default_rng(seed).standard_normal(tuple(points.shape[1:]))
+            found, values = problem.solver(costs), sign * (points.numpy() * costs).reshape(len(points), -1).sum(-1)
+            assert sign * (found * costs).sum() == pytest.approx(values.min(), abs=1e-12)
+            assert (points.numpy() == found).reshape(len(points), -1).all(-1).any()
+
+    def test_targets(self):
+        targets = list(blackbox.run(FAST))
+        assert [target.reached is None for target in targets[:2]] == [False, False]
+        assert "ratio" in targets[0].title
+        for target in targets[2:]:
+            if target.reached is None:
+                assert "pip install pyepo" in target.note
+            else:
+                assert target.reached < 1e-12
 
 
 class TestReport:

@@ -333,3 +333,44 @@ def test_gradcheck_does_not_judge_by_jumps_or_noise() -> None:
         lpgd.gradcheck(noisy, x)
     # The solution of a linear program is a step function of its cost: its right derivative is zero.
     assert lpgd.gradcheck(lambda c: lpgd.solve_lp(c, **SIMPLEX).x, [torch.tensor([1.0, 2.0, 3.0])]).ok
+
+
+# -- oracles ----------------------------------------------------------------------------------------------------------
+
+
+def cheapest(costs: Any) -> Any:
+    """argmin over the vertices of the simplex."""
+    x = np.zeros_like(costs)
+    x[np.argmin(costs)] = 1.0
+    return x
+
+
+def test_oracles_are_diagnosed_as_the_linear_program_with_the_same_vertices() -> None:
+    costs, tau = simplex_parameters()["c"], 0.55
+    oracle = lpgd.BlackboxLayer(cheapest, gradient=lpgd.LPGD(tau))
+    program = lpgd.LPLayer(solver="HIGHS", gradient=lpgd.LPGD(tau))
+    report = lpgd.diagnose(oracle, [costs], lambda x: x @ WEIGHTS)
+    expected = lpgd.diagnose(program, {"c": costs, **SIMPLEX}, weighted).measurement
+    (one,) = report.parameters
+    assert one.exact is None  # an oracle has no optimality conditions
+    assert one.differences is not None
+    assert one.differences.is_zero
+    assert one.norm == pytest.approx(expected.norm, rel=1e-9)
+    assert one.decrease == pytest.approx(expected.decrease, rel=1e-9)
+    assert report.measurement.still == expected.still == 0.5
+    assert report.measurement.active_changes == pytest.approx(0.5)  # 2 of 3 entries on 1 of 2 sides of 1 of 2 elements
+    assert report.measurement.noise == 0.0
+    assert "the exact gradient of argument 0 is zero, and this one sees further" in report.advice
+
+    own = lpgd.envelopes(oracle, [costs], lambda x: x @ WEIGHTS, tau)
+    theirs = lpgd.envelopes(program, {"c": costs, **SIMPLEX}, weighted, tau)
+    torch.testing.assert_close(own.lower, theirs.lower)
+    torch.testing.assert_close(own.upper, theirs.upper)
+    with pytest.raises(TypeError, match="no CVXPY form"):
+        lpgd.envelopes(oracle, [costs], lambda x: x @ WEIGHTS, tau, convex_loss=lambda element, x: cp.sum(x))
+
+    found = lpgd.sweep(oracle, [costs], lambda x: x @ WEIGHTS, taus=[0.4, 0.6])
+    assert [row.measurement.still for row in found.rows] == [1.0, 0.5]
+    assert all(row.exact is None for row in found.rows)
+    with pytest.raises(ValueError, match="takes no quadratic term"):
+        lpgd.sweep(lpgd.BlackboxLayer(cheapest, gradient=lpgd.LPGD(tau)), [costs], lambda x: x @ WEIGHTS, rhos=[0.5])

@@ -310,3 +310,28 @@ def test_gradients_through_it_equal_each_other_at_regular_points() -> None:
     limit, _ = LPGD(1e-4).vjp(case.problem, solution, cotangent, TIGHT)
     for ours, theirs in zip(limit, exact, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [4, 20], ids=["few", "row products"])
+@pytest.mark.parametrize("curvature", [0.0, 1e-3, 10.0])
+def test_rough_steps_in_single_precision_leave_no_trace(size: int, curvature: float) -> None:
+    """From a hundred rows on the first iterations are factorised in single precision; data of very different sizes."""
+    rng = np.random.default_rng(12)
+    n, m = 180, 110
+    scale = 10.0 ** rng.uniform(-2, 2, n)
+    A = rng.uniform(size=(m, n)) * scale
+    x = rng.uniform(0.0, 1.0, size=(size, n)) / scale
+    x[:, ::3] = 0.0
+    costs = rng.normal(size=(size, n)) * scale
+    upper = np.tile(1.0 / scale, (size, 1))
+    P = None if curvature == 0.0 else curvature * np.diag(scale**2)
+    problem = program(costs, A, x @ A.T, P, equalities=m, lower=np.zeros((size, n)), upper=upper)
+    solver = InteriorPoint(rescue=False)
+    solution = solver.solve(problem)
+    assert set(solution.statuses) == {Status.SOLVED}
+    reference = Clarabel(tolerance=1e-10).solve(problem)
+    torch.testing.assert_close(solution.objective, reference.objective, rtol=1e-6, atol=1e-6)
+    if P is not None:
+        again = solver.solve(problem, solution.states)
+        assert np.median(again.iterations) <= 2
+        torch.testing.assert_close(again.objective, reference.objective, rtol=1e-6, atol=1e-6)

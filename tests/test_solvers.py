@@ -6,6 +6,7 @@ import importlib
 import pickle
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -448,11 +449,12 @@ def test_training_sets_up_once_for_each_thread(solver: Solver, monkeypatch: pyte
     # The same LP, parameters in the cost alone, 100 steps of LPGD.
     made = counting(monkeypatch, type(solver))
     case = next(case for case in CASES if case.name == "lp")
+    make = partial(ConicProblem, case.problem.structure, batch_size=3)
     cost = torch.nn.Parameter(case.problem.data.q.clone())
     optimizer = torch.optim.SGD([cost], lr=1e-3)
     for _ in range(100):
         data = case.problem.data._replace(q=cost)
-        point = solve(data, case.problem.structure, 3, solver=solver, gradient=LPGD(tau=1.0))
+        point = solve(data, make, solver=solver, gradient=LPGD(tau=1.0))
         optimizer.zero_grad()
         point.x.square().sum().backward()
         optimizer.step()

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, check_compatible
-from lpgd.solvers.base import Solver
+from lpgd.layers.base import BaseLayer, OptimizationLayer
+from lpgd.solvers.base import BaseSolver, Solver
 from lpgd.status import LpgdWarning
 
 __all__ = ["Backward", "Leaf", "Loss", "Parameters", "Pass", "as_leaves", "collected_warnings", "inner"]
@@ -138,7 +139,7 @@ class _Switch(GradientMethod):
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def vjp(
-        self, problem: Any, solution: Any, cotangent: Any, solver: Solver, executor: Executor | None = None
+        self, problem: Any, solution: Any, cotangent: Any, solver: BaseSolver, executor: Executor | None = None
     ) -> tuple[Any, GradientInfo]:
         self.seen.arguments = (problem, solution, cotangent, solver, executor)
         if self.seen.method is None:
@@ -180,7 +181,7 @@ class Pass:
         layer: any layer of this library; it is not changed.
         parameters: the arguments of its call; see :func:`as_leaves`.
         loss: from the layer's output to one number or one for each element, which are then added up.
-        solver: in place of the layer's own.
+        solver: in place of the layer's own, where that is no oracle.
 
     Attributes:
         leaves: what gradients are taken of.
@@ -195,8 +196,8 @@ class Pass:
         ValueError: the loss does not depend on the layer's output, or is not a number for each element.
     """
 
-    def __init__(self, layer: Any, parameters: Parameters, loss: Loss, solver: Solver | None = None) -> None:
-        if not isinstance(layer, torch.nn.Module) or not isinstance(getattr(layer, "gradient", None), GradientMethod):
+    def __init__(self, layer: Any, parameters: Parameters, loss: Loss, solver: BaseSolver | None = None) -> None:
+        if not isinstance(layer, BaseLayer):
             raise TypeError(
                 f"layer is a {type(layer).__name__}; it must be a layer of this library, such as lpgd.QPLayer(). "
                 "lpgd.gradcheck takes any differentiable function."
@@ -209,7 +210,7 @@ class Pass:
         self._copy = copy.copy(layer)
         self._copy.executor = layer.executor
         self._copy.gradient = self._switch
-        if solver is not None:
+        if isinstance(self._copy, OptimizationLayer) and isinstance(solver, Solver):
             self._copy.solver = solver
         with collected_warnings() as texts:
             started = time.perf_counter()

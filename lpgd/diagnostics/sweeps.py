@@ -118,8 +118,8 @@ def sweep(
         A :class:`Sweep`; ``print`` shows it as a table, ``lpgd.plotting.plot_sweep`` draws it.
 
     Raises:
-        ValueError: a τ or ρ is out of its range, or the loss gradient is zero everywhere.
-        TypeError: the problem takes no quadratic term (ρ > 0).
+        ValueError: a τ or ρ is out of its range, the loss gradient is zero everywhere, or an oracle takes no quadratic
+            term (ρ > 0).
     """
     chosen: Envelope = envelope or getattr(layer.gradient, "envelope", "average")
     run = Pass(layer, parameters, loss)

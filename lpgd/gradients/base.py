@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lpgd.problems.base import Problem
-from lpgd.solution import Solution
-from lpgd.solvers.base import Solver
+from lpgd.solution import BatchSolution
+from lpgd.solvers.base import BaseSolver
 
 __all__ = ["GradientInfo", "GradientMethod", "check_compatible"]
 
@@ -70,9 +70,9 @@ class GradientMethod(ABC):
     def vjp(
         self,
         problem: Any,
-        solution: Solution,
+        solution: Any,
         cotangent: Any,
-        solver: Solver,
+        solver: BaseSolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         """The gradient of ``<cotangent, solution>`` with respect to the problem's data.
@@ -92,9 +92,9 @@ class GradientMethod(ABC):
     def jvp(
         self,
         problem: Any,
-        solution: Solution,
+        solution: Any,
         tangent: Any,
-        solver: Solver,
+        solver: BaseSolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         """The change of the solution along a tangent of the data: forward mode.
@@ -111,6 +111,7 @@ _CAPABILITIES = {
     "can_tilt": "a linear tilt of its objective",
     "can_augment": "a quadratic term in its objective (rho > 0)",
     "has_kkt": "optimality conditions that can be differentiated",
+    "is_continuous": "a solution that moves with small changes (tau=None chooses a small step: give tau)",
 }
 
 
@@ -127,7 +128,7 @@ def check_compatible(method: GradientMethod, problem_class: type[Problem]) -> No
         raise TypeError(f"{method} needs {' and '.join(missing)}, which a {problem_class.__name__} does not have.")
 
 
-def relevant_elements(solution: Solution, vectors: Sequence[Tensor]) -> list[int]:
+def relevant_elements(solution: BatchSolution, vectors: Sequence[Tensor]) -> list[int]:
     """Elements that have a solution and a nonzero row in one of ``vectors``."""
     keep = solution.usable
     nonzero = keep.new_zeros(keep.shape)

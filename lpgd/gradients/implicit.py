@@ -22,7 +22,7 @@ from lpgd.gradients.polyhedral import is_batchable, polyhedral_response
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solution import Solution
-from lpgd.solvers.base import Solver
+from lpgd.solvers.base import BaseSolver
 from lpgd.status import warn
 
 __all__ = ["ImplicitKKT", "is_linear_program"]
@@ -56,7 +56,7 @@ class ImplicitKKT(GradientMethod):
         problem: ConicProblem,
         solution: Solution,
         cotangent: ConicPoint,
-        solver: Solver,
+        solver: BaseSolver,
         executor: Executor | None = None,
     ) -> tuple[ConicData, GradientInfo]:
         change, info = self.response(problem, solution, cotangent, executor)
@@ -74,7 +74,7 @@ class ImplicitKKT(GradientMethod):
         problem: ConicProblem,
         solution: Solution,
         tangent: ConicData,
-        solver: Solver,
+        solver: BaseSolver,
         executor: Executor | None = None,
     ) -> tuple[ConicPoint, GradientInfo]:
         return self.response(problem, solution, problem.mixed_product(solution.point, tangent), executor)

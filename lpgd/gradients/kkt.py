@@ -39,7 +39,7 @@ IndexArray = NDArray[np.int64]
 
 DENSE_LIMIT = 400
 """Systems up to this size, or mostly filled ones, are factorised densely."""
-STACK_LIMIT = 100_000
+STACK_LIMIT = 400_000
 """So many entries of dense systems are held at once: what stays in a core's cache."""
 UNTHREADED = 500
 """Dense systems up to this size are factorised by one thread each."""
@@ -164,25 +164,32 @@ def _respond_directly(
     g_x, g_y = points.g_x, points.g_y
     if dx.any():
         g_x, g_y = g_x + _product(quadratic, dx), g_y + _product(constraint, dx)
-    involved = (g_x != 0) | (quadratic != 0).any(1) | ((constraint != 0) & active[:, :, None]).any(1)
-    solved = np.concatenate([~at_bound & involved, active], axis=1)
-    kept = np.flatnonzero(solved.any(0))  # by any of these elements
-    split = int(np.searchsorted(kept, n))
-    columns, rows = kept[:split], kept[split:] - n
-    solved = solved[:, kept]
-    matrices = np.zeros((count, kept.size, kept.size))
-    matrices[:, :split, :split] = quadratic[:, columns[:, None], columns]
-    matrices[:, split:, :split] = constraint[:, rows[:, None], columns]
+    held = ~active
+    order = np.argsort(held, axis=1, kind="stable")[:, : int((~held).sum(1).max())]  # active rows of each element first
+    constraint_rows = np.take_along_axis(constraint, order[:, :, None], axis=1)
+    rows_active = np.take_along_axis(active, order, axis=1)
+    free = ~at_bound
+    undetermined = (quadratic[:, range(n), range(n)] == 0) & (g_x == 0) & free  # without a diagonal P has no column
+    if undetermined.any():
+        free &= ~undetermined | ((constraint_rows != 0) & rows_active[:, :, None]).any(1)
+    columns = np.flatnonzero(free.any(0))  # by any of these elements
+    split = columns.size
+    solved = np.concatenate([free[:, columns], rows_active], axis=1)
+    whole = split == n
+    matrices = np.zeros((count, solved.shape[1], solved.shape[1]))
+    matrices[:, :split, :split] = quadratic if whole else quadratic[:, columns[:, None], columns]
+    matrices[:, split:, :split] = constraint_rows if whole else constraint_rows[:, :, columns]
     matrices[:, :split, split:] = matrices[:, split:, :split].swapaxes(1, 2)
-    matrices *= solved[:, :, None]
-    matrices *= solved[:, None, :]
-    right = np.where(solved, -np.concatenate([g_x, g_y], axis=1)[:, kept], 0.0)
-    answer, exact = _solve_matrices(matrices, right, ~solved)
+    if not solved.all():
+        matrices *= solved[:, :, None]
+        matrices *= solved[:, None, :]
+    tilt = np.concatenate([g_x[:, columns], np.take_along_axis(g_y, order, axis=1)], axis=1)
+    answer, exact = _solve_matrices(matrices, np.where(solved, -tilt, 0.0), ~solved)
 
     free = solved[:, :split]
     dx[:, columns] = np.where(free, answer[:, :split], dx[:, columns])
     dy = np.zeros_like(points.y)
-    dy[:, rows] = answer[:, split:]
+    np.put_along_axis(dy, order, answer[:, split:], axis=1)
     change = points.g_x + _product(quadratic, dx) + _product(constraint.swapaxes(1, 2), dy)
     return KKTResponse(dx, dy, np.where(at_bound, -change, 0.0), exact)
 
@@ -309,8 +316,16 @@ def _minimum_norm(K: FloatArray, right: FloatArray) -> FloatArray:
     return vectors[:, kept] @ ((vectors[:, kept].T @ right) / eigenvalues[kept])
 
 
-def _solve_sparse(system: _System) -> tuple[FloatArray, NDArray[np.bool_]]:
+_ORDERINGS: tuple[dict[str, Any], ...] = (
+    {"permc_spec": "MMD_AT_PLUS_A", "diag_pivot_thresh": 0.01, "options": {"SymmetricMode": True}},
+    {"permc_spec": "COLAMD"},
+)
+"""SuperLU's options: for symmetric systems, a third of the fill; and with free pivoting, where that is not enough."""
+
+
+def _solve_sparse(system: _System, ordering: int = 0) -> tuple[FloatArray, NDArray[np.bool_]]:
     size, right = system.right.size, system.right
+    last = ordering == len(_ORDERINGS) - 1
     if size == 0:
         return right, np.ones(system.count, dtype=bool)
     largest = np.zeros(size)
@@ -321,8 +336,10 @@ def _solve_sparse(system: _System) -> tuple[FloatArray, NDArray[np.bool_]]:
         (K.data * scale[K.indices] * np.repeat(scale, np.diff(K.indptr)), K.indices, K.indptr), K.shape
     )
     try:
-        factor = spla.splu(scaled)
+        factor = spla.splu(scaled, **_ORDERINGS[ordering])
     except RuntimeError:  # SuperLU: "Factor is exactly singular"
+        if not last:
+            return _solve_sparse(system, ordering + 1)
         if system.count > 1:
             return system.one_by_one(_solve_sparse)
         return _least_squares(K, right), np.zeros(1, dtype=bool)
@@ -338,7 +355,10 @@ def _solve_sparse(system: _System) -> tuple[FloatArray, NDArray[np.bool_]]:
     exact = _is_exact(condition, system.largest(np.abs(K @ answer - right)), system.largest(np.abs(right)))
     for bad in np.flatnonzero(~exact):
         own, rows = system.only(int(bad))
-        answer[rows] = _least_squares(own.sparse(), own.right)
+        if last:
+            answer[rows] = _least_squares(own.sparse(), own.right)
+        else:
+            answer[rows], exact[[bad]] = _solve_sparse(own, ordering + 1)
     return answer, exact
 
 

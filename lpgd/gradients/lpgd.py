@@ -26,8 +26,8 @@ from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit import ImplicitKKT, is_linear_program
-from lpgd.solution import Solution
-from lpgd.solvers.base import Solver
+from lpgd.solution import BatchSolution
+from lpgd.solvers.base import BaseSolver
 from lpgd.status import SolverError, warn
 
 __all__ = ["LPGD", "BlackboxBackprop", "Domke"]
@@ -77,14 +77,19 @@ class LPGD(GradientMethod):
 
     @property
     def required(self) -> frozenset[str]:
-        return self.needs | {"can_augment"} if self.rho else self.needs
+        augmented = {"can_augment"} if self.rho else set()
+        return self.needs | augmented | ({"is_continuous"} if self.tau is None else set())
+
+    def steps(self, tau: float, cotangent: Any) -> Tensor:
+        """(B,) the steps that a given τ stands for, by which the cotangent is multiplied."""
+        return cotangent.x.new_full(cotangent.x.shape[:1], tau)
 
     def vjp(
         self,
         problem: Any,
-        solution: Solution,
+        solution: Any,
         cotangent: Any,
-        solver: Solver,
+        solver: BaseSolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         pair = _Perturbed(self, problem, solution, cotangent, solver, executor)
@@ -107,9 +112,9 @@ class LPGD(GradientMethod):
     def jvp(
         self,
         problem: Any,
-        solution: Solution,
+        solution: Any,
         tangent: Any,
-        solver: Solver,
+        solver: BaseSolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         point = solution.point
@@ -177,9 +182,9 @@ class _Perturbed:
         self,
         method: LPGD,
         problem: Any,
-        solution: Solution,
+        solution: Any,
         cotangent: Any,
-        solver: Solver,
+        solver: BaseSolver,
         executor: Executor | None,
     ) -> None:
         self.method, self.whole, size = method, problem, problem.batch_size
@@ -206,7 +211,7 @@ class _Perturbed:
             perturbed_solver = _refined(solver, problem)
             tau = perturbed_solver.solution_error(problem) ** 0.5 * units
         else:
-            tau = torch.full_like(units, method.tau)
+            tau = method.steps(method.tau, cotangent)
             perturbed_solver = _tightened(solver, float((tau / units).min()))
         augmented = problem.augment(method.rho, base.x) if method.rho else problem
         sides = _SIDES[method.envelope]
@@ -260,9 +265,9 @@ class _Perturbed:
         assert self.info.unit is not None
         self.info.tau[list(active)] = tau.cpu().to(self.info.tau.dtype)
         self.info.unit[list(active)] = unit.cpu().to(self.info.unit.dtype)
-        for place, element in enumerate(active):
-            sides = bool(above[place]), bool(below[place])
-            used = {(True, True): "average", (True, False): "lower", (False, True): "upper"}.get(sides, "none")
+        names = {(True, True): "average", (True, False): "lower", (False, True): "upper"}
+        for element, *sides in zip(active, above.tolist(), below.tolist(), strict=True):
+            used = names.get((sides[0], sides[1]), "none")
             self.info.used[element] = used
             if used != asked:
                 self.info.fallbacks.append(element)
@@ -305,14 +310,14 @@ _ZERO_GRADIENT = (
 )
 
 
-def _refined(solver: Solver, problem: Any) -> Solver:
+def _refined(solver: BaseSolver, problem: Any) -> BaseSolver:
     """The solver, two digits tighter where its solutions are much less accurate than its tolerance."""
     if solver.solution_error(problem) <= 10 * solver.tolerance:
         return solver
     return replace(solver, tolerance=min(solver.tolerance, max(0.01 * solver.tolerance, solver.finest_tolerance)))
 
 
-def _tightened(solver: Solver, relative_step: float) -> Solver:
+def _tightened(solver: BaseSolver, relative_step: float) -> BaseSolver:
     """The solver, as tight as a difference of its solutions needs; by powers of ten, so that workspaces are shared."""
     wanted = ACCURACY * relative_step
     if wanted >= 0.1 * solver.tolerance:  # not worth the set-up of new workspaces
@@ -321,5 +326,5 @@ def _tightened(solver: Solver, relative_step: float) -> Solver:
     return replace(solver, tolerance=min(solver.tolerance, max(wanted, solver.finest_tolerance)))
 
 
-def _usable_or(result: Solution, solution: Solution) -> Any:
+def _usable_or(result: BatchSolution, solution: BatchSolution) -> Any:
     return result.point.where(result.usable, solution.point)

@@ -1,14 +1,18 @@
 """Layers: the user's parameters become problem data, and solutions become the user's variables."""
 
 from lpgd.layers.base import LayerOutput
+from lpgd.layers.blackbox import BlackboxLayer
 from lpgd.layers.conic import ConicLayer, ConicOutput, solve_conic
 from lpgd.layers.cvxpy import CvxpyLayer
+from lpgd.layers.direct_loss import DirectLossLayer
 from lpgd.layers.qp import LPLayer, ProgramOutput, QPLayer, solve_lp, solve_qp
 
 __all__ = [
+    "BlackboxLayer",
     "ConicLayer",
     "ConicOutput",
     "CvxpyLayer",
+    "DirectLossLayer",
     "LPLayer",
     "LayerOutput",
     "ProgramOutput",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Any, get_args
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,12 +16,13 @@ from lpgd.execution import SerialExecutor
 from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
 from lpgd.layers.inputs import Batch
 from lpgd.layers.options import StandardOptions
+from lpgd.problems.base import Problem
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
-from lpgd.solution import Solution
-from lpgd.solvers import Situation, Solver, choose_solver
+from lpgd.solution import BatchSolution, Solution
+from lpgd.solvers import BaseSolver, Situation, Solver, choose_solver
 
-__all__ = ["LayerOutput", "OptimizationLayer", "Recorded", "WarmStart"]
+__all__ = ["BaseLayer", "LayerOutput", "OptimizationLayer", "Recorded", "WarmStart"]
 
 
 class Recorded:
@@ -39,10 +41,128 @@ class LayerOutput(tuple[Tensor, ...], Recorded):
     """The tensors a layer returns, as a plain tuple, with the record of the call beside them."""
 
 
-WarmStart = bool | Recorded | Solution
+WarmStart = bool | Recorded | BatchSolution
 
 
-class OptimizationLayer(torch.nn.Module):
+class BaseLayer(torch.nn.Module):
+    """What layers share, whatever the class of their problems.
+
+    Args:
+        gradient, on_error, executor: see the layers.
+    """
+
+    problem_class: ClassVar[type[Problem]]
+
+    def __init__(self, gradient: GradientMethod, on_error: OnError, executor: Executor | None) -> None:
+        super().__init__()
+        if on_error not in get_args(OnError):
+            raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
+        if executor is not None and not callable(getattr(executor, "submit", None)):
+            raise TypeError(f"executor is {executor!r}; it must be a concurrent.futures.Executor, or None for threads.")
+        self.gradient = gradient
+        self.on_error: OnError = on_error
+        self.executor = executor
+        self._last = threading.local()
+
+    @property
+    def gradient(self) -> GradientMethod:
+        """The gradient method of the calls to come."""
+        return self._gradient
+
+    @gradient.setter
+    def gradient(self, method: GradientMethod) -> None:
+        if not isinstance(method, GradientMethod):
+            raise TypeError(f"gradient is {method!r}; it must be a gradient method such as lpgd.LPGD(tau=0.1).")
+        self._check_gradient(method)
+        self._gradient = method
+
+    def _check_gradient(self, method: GradientMethod) -> None:
+        check_compatible(method, self.problem_class)
+
+    def _differentiable(
+        self,
+        data: Any,
+        make: Callable[[Any], Any],
+        structure: Any,
+        batch: Batch,
+        call: CallOptions,
+        warm_start: WarmStart,
+    ) -> tuple[Any, CallInfo]:
+        """Solve a batch, differentiably: the point and the record."""
+        info = CallInfo()
+        point = solve(
+            data,
+            make,
+            solver=call.solver,
+            gradient=call.gradient,
+            on_error=self.on_error,
+            executor=call.executor,
+            states=self._states(warm_start, structure, batch),
+            info=info,
+        )
+        self._remember(structure, batch, info.solution, call.solver)
+        return point, info
+
+    def _plain(
+        self,
+        data: Any,
+        make: Callable[[Any], Any],
+        structure: Any,
+        batch: Batch,
+        call: CallOptions,
+        warm_start: WarmStart,
+    ) -> Any:
+        """Solve a batch: the solver's whole answer."""
+        problem = make(type(data)(*(datum.detach() for datum in data)))
+        solution = call.solver.solve(problem, self._states(warm_start, structure, batch), call.executor)
+        self._remember(structure, batch, solution, call.solver)
+        return solution
+
+    def _states(self, warm_start: WarmStart, structure: Any, batch: Batch) -> Sequence[Any]:
+        if warm_start is False:
+            return ()
+        if warm_start is True:
+            digest, shape, states = getattr(self._last, "states", (None, None, ()))
+            return states if (digest, shape) == (structure.digest, batch.batch_shape) else ()
+        info = getattr(warm_start, "info", None)  # of an output, be it a tuple or a tensor
+        previous = info.solution if isinstance(info, CallInfo) else warm_start
+        if not isinstance(previous, BatchSolution):
+            raise TypeError(f"warm_start is {type(warm_start).__name__}; it takes True, an output or a Solution.")
+        other = previous.problem.structure
+        if previous.batch_size != batch.batch_size or other.digest != structure.digest:
+            raise ValueError(
+                f"warm_start is a result of {previous.batch_size} elements with {other.summary}; this call has "
+                f"{batch.batch_size} elements with {structure.summary}. It must come from this layer, from a problem "
+                "of the same structure and a batch of the same size."
+            )
+        return previous.states
+
+    def _remember(self, structure: Any, batch: Batch, solution: BatchSolution, solver: BaseSolver) -> None:
+        if solver.takes_states:
+            self._last.states = (structure.digest, batch.batch_shape, solution.states)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Threads and their last results stay behind; a copy runs on the default executor unless it was serial."""
+        state = self.__dict__.copy()
+        del state["_last"]
+        if not isinstance(self.executor, SerialExecutor):
+            state["executor"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._last = threading.local()
+
+
+class CallOptions(NamedTuple):
+    """How one call is solved and differentiated."""
+
+    solver: BaseSolver
+    executor: Executor | None
+    gradient: GradientMethod
+
+
+class OptimizationLayer(BaseLayer):
     """Solves conic programs and differentiates their solutions: the part that all layers share.
 
     Args:
@@ -51,6 +171,8 @@ class OptimizationLayer(torch.nn.Module):
             chosen for the structure of each call.
         solver, gradient, solver_args, on_error, executor, verbose: see the layers.
     """
+
+    problem_class = ConicProblem
 
     def __init__(
         self,
@@ -63,31 +185,12 @@ class OptimizationLayer(torch.nn.Module):
         executor: Executor | None,
         verbose: bool,
     ) -> None:
-        super().__init__()
-        if on_error not in get_args(OnError):
-            raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
-        if executor is not None and not callable(getattr(executor, "submit", None)):
-            raise TypeError(f"executor is {executor!r}; it must be a concurrent.futures.Executor, or None for threads.")
         standard = StandardOptions.parse(solver_args)
+        method = gradient or standard.gradient or ImplicitKKT()
+        super().__init__(method, on_error, executor if executor is not None else standard.executor)
         options = {"verbose": True, **standard.options} if verbose else standard.options
         self._example, self._fixed = example, fixed
-        self.gradient = gradient or standard.gradient or ImplicitKKT()
         self._set_solver(solver if solver is not None else standard.solver, options)
-        self.on_error: OnError = on_error
-        self.executor = executor if executor is not None else standard.executor
-        self._last = threading.local()
-
-    @property
-    def gradient(self) -> GradientMethod:
-        """The gradient method of the calls to come."""
-        return self._gradient
-
-    @gradient.setter
-    def gradient(self, method: GradientMethod) -> None:
-        if not isinstance(method, GradientMethod):
-            raise TypeError(f"gradient is {method!r}; it must be a gradient method such as lpgd.LPGD(tau=0.1).")
-        check_compatible(method, ConicProblem)
-        self._gradient = method
 
     @property
     def solver(self) -> Solver | None:
@@ -117,21 +220,9 @@ class OptimizationLayer(torch.nn.Module):
         warm_start: WarmStart,
     ) -> tuple[ConicPoint, CallInfo]:
         """Solve a batch, differentiably."""
-        solver, executor, gradient = self._call_options(structure, solver_args, data.q.device)
-        info = CallInfo()
-        point = solve(
-            data,
-            structure,
-            batch.batch_size,
-            solver=solver,
-            gradient=gradient,
-            on_error=self.on_error,
-            executor=executor,
-            states=self._states(warm_start, structure, batch),
-            info=info,
-        )
-        self._remember(structure, batch, info.solution, solver)
-        return point, info
+        call = self._call_options(structure, solver_args, data.q.device)
+        make = partial(ConicProblem, structure, batch_size=batch.batch_size)
+        return self._differentiable(data, make, structure, batch, call, warm_start)
 
     def _solution(
         self,
@@ -142,58 +233,22 @@ class OptimizationLayer(torch.nn.Module):
         warm_start: WarmStart,
     ) -> Solution:
         """Solve a batch: the solver's whole answer."""
-        solver, executor, _ = self._call_options(structure, solver_args, data.q.device)
-        problem = ConicProblem(structure, ConicData(*(datum.detach() for datum in data)), batch.batch_size)
-        solution = solver.solve(problem, self._states(warm_start, structure, batch), executor)
-        self._remember(structure, batch, solution, solver)
-        return solution
+        call = self._call_options(structure, solver_args, data.q.device)
+        make = partial(ConicProblem, structure, batch_size=batch.batch_size)
+        return self._plain(data, make, structure, batch, call, warm_start)
 
     def _situation(self, device: torch.device | None = None) -> Situation:
         return Situation(device.type if device is not None else "cpu", getattr(self.gradient, "rho", 0.0) > 0)
 
     def _call_options(
         self, structure: ConicStructure, solver_args: Mapping[str, Any] | None, device: torch.device
-    ) -> tuple[Solver, Executor | None, GradientMethod]:
+    ) -> CallOptions:
         if not solver_args and self._solver is not None and self._fixed:
-            return self._solver, self.executor, self.gradient
+            return CallOptions(self._solver, self.executor, self.gradient)
         standard = StandardOptions.parse(solver_args)
         if standard.solver is None:
             options = {**self._options, **standard.options}
             solver = choose_solver(structure, self._solver, options, self._situation(device))
         else:
             solver = choose_solver(structure, standard.solver, standard.options, self._situation(device))
-        return solver, standard.executor or self.executor, standard.gradient or self.gradient
-
-    def _states(self, warm_start: WarmStart, structure: ConicStructure, batch: Batch) -> Sequence[Any]:
-        if warm_start is False:
-            return ()
-        if warm_start is True:
-            digest, shape, states = getattr(self._last, "states", (None, None, ()))
-            return states if (digest, shape) == (structure.digest, batch.batch_shape) else ()
-        previous = warm_start.info.solution if isinstance(warm_start, Recorded) else warm_start
-        if not isinstance(previous, Solution):
-            raise TypeError(f"warm_start is {type(warm_start).__name__}; it takes True, an output or a Solution.")
-        if previous.batch_size != batch.batch_size or previous.problem.structure.digest != structure.digest:
-            raise ValueError(
-                f"warm_start is a result of {previous.batch_size} elements with {previous.problem.structure.n} "
-                f"variables and {previous.problem.structure.m} rows; this call has {batch.batch_size} elements with "
-                f"{structure.n} variables and {structure.m} rows. It must come from this layer, from a problem of the "
-                "same structure and a batch of the same size."
-            )
-        return previous.states
-
-    def _remember(self, structure: ConicStructure, batch: Batch, solution: Solution | None, solver: Solver) -> None:
-        if solution is not None and solver.capabilities.warm_start:
-            self._last.states = (structure.digest, batch.batch_shape, solution.states)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Threads and their last results stay behind; a copy runs on the default executor unless it was serial."""
-        state = self.__dict__.copy()
-        del state["_last"]
-        if not isinstance(self.executor, SerialExecutor):
-            state["executor"] = None
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._last = threading.local()
+        return CallOptions(solver, standard.executor or self.executor, standard.gradient or self.gradient)

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
-__all__ = ["Problem"]
+__all__ = ["PointOperations", "Problem"]
+
+
+class PointOperations:
+    """What points of every class of problems can do: a mixin of named tuples of tensors (B, ·)."""
+
+    __slots__ = ()
+
+    def select(self, elements: Tensor) -> Self:
+        """The rows of these elements."""
+        return self._each(lambda part: part[elements])
+
+    def where(self, chosen: Tensor, other: Self) -> Self:
+        """This point for the elements ``chosen`` (B,), the other one elsewhere."""
+        return self._each(lambda part, own: torch.where(chosen[:, None], part, own), other)
+
+    def scaled(self, weight: Tensor) -> Self:
+        """Each element times its ``weight`` (B,)."""
+        return self._each(lambda part: weight[:, None] * part)
+
+    def minus(self, other: Self) -> Self:
+        """The difference of two points."""
+        return self._each(torch.sub, other)
+
+    def _each(self, function: Callable[..., Tensor], *others: Any) -> Self:
+        parts: Any = self
+        return type(self)(*map(function, parts, *others))
 
 
 class Problem(Protocol):
@@ -21,6 +47,7 @@ class Problem(Protocol):
     can_tilt: ClassVar[bool]
     can_augment: ClassVar[bool]
     has_kkt: ClassVar[bool]
+    is_continuous: ClassVar[bool]
 
     @property
     def batch_size(self) -> int: ...

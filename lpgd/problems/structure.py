@@ -13,33 +13,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpgd.cones import Cones
+from lpgd.problems.base import PointOperations
 from lpgd.problems.sparsity import SparsityPattern
 
 __all__ = ["ConicData", "ConicPoint", "ConicSizes", "ConicStructure"]
 
 
-class ConicPoint(NamedTuple):
-    """Primal and dual variables of a batch of B conic programs; also a cotangent or a tangent of them."""
-
+class _ConicPointFields(NamedTuple):
     x: Tensor  # (B, n)
     y: Tensor  # (B, m)
     z: Tensor  # (B, n), zero where a variable has no bound
 
-    def select(self, elements: Tensor) -> ConicPoint:
-        """The rows of these elements."""
-        return ConicPoint(*(part[elements] for part in self))
 
-    def where(self, chosen: Tensor, other: ConicPoint) -> ConicPoint:
-        """This point for the elements ``chosen`` (B,), the other one elsewhere."""
-        return ConicPoint(*(torch.where(chosen[:, None], a, b) for a, b in zip(self, other, strict=True)))
+class ConicPoint(_ConicPointFields, PointOperations):
+    """Primal and dual variables ``(x, y, z)`` of a batch of B conic programs; also a cotangent or a tangent of them."""
 
-    def scaled(self, weight: Tensor) -> ConicPoint:
-        """Each element times its ``weight`` (B,)."""
-        return ConicPoint(*(weight[:, None] * part for part in self))
-
-    def minus(self, other: ConicPoint) -> ConicPoint:
-        """The difference of two points."""
-        return ConicPoint(*(a - b for a, b in zip(self, other, strict=True)))
+    __slots__ = ()
 
 
 class ConicData(NamedTuple):
@@ -118,6 +107,11 @@ class ConicStructure:
         return ConicSizes(
             self.quadratic.nnz, self.n, self.constraint.nnz, self.m, self.lower_index.size, self.upper_index.size
         )
+
+    @property
+    def summary(self) -> str:
+        """Its sizes in words."""
+        return f"{self.n} variables and {self.m} rows"
 
     @cached_property
     def digest(self) -> bytes:

@@ -1,6 +1,6 @@
 """Solvers: one interface, one file a backend."""
 
-from lpgd.solvers.base import Capabilities, Solver
+from lpgd.solvers.base import BaseSolver, Capabilities, Solver
 from lpgd.solvers.choose import SOLVERS, Situation, available, choose_solver, preference
 from lpgd.solvers.clarabel import Clarabel
 from lpgd.solvers.custom import CustomSolver
@@ -21,6 +21,7 @@ __all__ = [
     "PIQP",
     "SCS",
     "SOLVERS",
+    "BaseSolver",
     "Capabilities",
     "Clarabel",
     "CustomSolver",

@@ -63,6 +63,7 @@ def solve_equalities(
     right_y: Tensor,
     system: NewtonSystem,
     regularization: float = REGULARIZATION,
+    rough: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve the system of the module's docstring, refined against itself.
 
@@ -72,6 +73,7 @@ def solve_equalities(
         right_x, right_y: (B, k, n) and (B, k, m) right-hand sides; what is not free or active is left out of them.
         system: of this program.
         regularization: of the factors, relative.
+        rough: factors may be of single precision, for systems that are not too ill-conditioned.
 
     Returns:
         (B, k, n) x, (B, k, m) u, and of each right-hand side the residual and the size, (B, k) each.
@@ -79,10 +81,10 @@ def solve_equalities(
     mask = active.to(right_y.dtype)[:, None]
     right_x, right_y = program.masked(right_x), right_y * mask
     h = torch.where(active[:, program.equalities :], ACTIVE, INACTIVE).to(right_y.dtype)
-    factor = system.factor(h, h.new_full((h.shape[0], 1), regularization))
+    factor = system.factor(h, h.new_full((h.shape[0], 1), regularization), rough)
     x, u, left_x, left_y = torch.zeros_like(right_x), torch.zeros_like(right_y), right_x, right_y
     scale = error = torch.cat([right_x, right_y], -1).abs().amax(-1)
-    for _ in range(REFINEMENTS):
+    for _ in range(2 * REFINEMENTS if factor.is_rough else REFINEMENTS):
         dx, du = factor.solve(left_x, left_y)
         x, u = x + dx, u + du * mask
         Px = program.quadratic(x)
@@ -92,6 +94,8 @@ def solve_equalities(
         error = torch.cat([left_x, left_y], -1).abs().amax(-1)
         if bool((error <= ENOUGH * scale).all()):
             break
+    if factor.is_rough and not bool((error <= SOUND * scale).all()):
+        return solve_equalities(program, active, right_x, right_y, system, regularization, rough=False)
     return x, u, error, scale
 
 

@@ -16,7 +16,7 @@ from lpgd.problems.structure import ConicStructure
 from lpgd.solution import Solution
 from lpgd.status import MissingPackageError, Status
 
-__all__ = ["Capabilities", "Solver", "checked"]
+__all__ = ["BaseSolver", "Capabilities", "Solver", "checked"]
 
 POLYHEDRAL = frozenset({"zero", "nonnegative"})
 """The cones of linear and quadratic programs."""
@@ -42,8 +42,46 @@ class Capabilities:
 
 
 @dataclass(frozen=True)
-class Solver(ABC):
-    """What every solver offers; subclasses add their options as fields.
+class BaseSolver(ABC):
+    """What a gradient method may ask of a solver, whatever class of problems it solves.
+
+    Args:
+        tolerance: accuracy asked of the solver; 0 is exact.
+    """
+
+    tolerance: float = 0.0
+
+    name: ClassVar[str]
+    finest_tolerance: ClassVar[float] = 0.0
+    """The smallest tolerance that the solver reaches in double precision on well-scaled problems."""
+
+    @property
+    @abstractmethod
+    def takes_states(self) -> bool:
+        """Whether a previous state makes a solve cheaper."""
+
+    @abstractmethod
+    def solve(self, problem: Any, states: Sequence[Any] = (), executor: Executor | None = None) -> Any:
+        """Solve every element of a batch.
+
+        Args:
+            problem: B elements.
+            states: warm-start states of B elements, or of a divisor of B that repeat (``BatchSolution.states``); an
+                empty sequence is a cold start.
+            executor: where the work runs; None is the solver's own choice.
+
+        Returns:
+            A :class:`~lpgd.solution.BatchSolution`.
+        """
+
+    def solution_error(self, problem: Any) -> float:
+        """How far, relatively, its solutions of such a problem typically are from exact: what steps are chosen by."""
+        return self.tolerance
+
+
+@dataclass(frozen=True)
+class Solver(BaseSolver):
+    """What every solver of conic programs offers; subclasses add their options as fields.
 
     Args:
         tolerance: accuracy asked of the solver (its own absolute and relative criteria).
@@ -58,7 +96,6 @@ class Solver(ABC):
     verbose: bool = False
 
     capabilities: ClassVar[Capabilities]
-    name: ClassVar[str]
     package: ClassVar[str]
     pip_name: ClassVar[str]
     aliases: ClassVar[Mapping[str, str]] = {}
@@ -78,20 +115,13 @@ class Solver(ABC):
         if self.time_limit is not None and not self.capabilities.time_limit:
             raise ValueError(f"{self.name} cannot stop at a time limit; lower max_iterations, or use another solver.")
 
+    @property
+    def takes_states(self) -> bool:
+        return self.capabilities.warm_start
+
     @abstractmethod
     def solve(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:
-        """Solve every element of a batch.
-
-        Args:
-            problem: B elements.
-            states: warm-start states of B elements, or of a divisor of B that repeat (``Solution.states``); an empty
-                sequence is a cold start.
-            executor: where the work runs; None is the library's threads.
-        """
-
-    def solution_error(self, problem: ConicProblem) -> float:
-        """How far, relatively, its solutions of such a problem typically are from exact: what steps are chosen by."""
-        return self.tolerance
+        """Solve every element of a batch; an executor of None is the library's threads."""
 
     @classmethod
     def is_installed(cls) -> bool:

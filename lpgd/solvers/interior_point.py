@@ -29,7 +29,7 @@ _PRECISIONS = {"float64": (torch.float64, 1e-13, 0.0), "float32": (torch.float32
 """For each precision its type, the regularisation of its factorisations, and the finest tolerance asked of it."""
 
 
-CHUNKED = 2e7
+CHUNKED = 2e8
 """A batch is cut into one chunk for each worker from so many operations an iteration."""
 THREADED = 1e9
 """A batch too small to be cut uses torch's own threads from so many operations an iteration."""
@@ -47,11 +47,11 @@ _BROKEN = (Status.NUMERICAL_ERROR, Status.INACCURATE)
 class InteriorPoint(Solver):
     """A primal-dual interior-point method that solves a whole batch of dense LPs and convex QPs at once.
 
-    Every iteration is a few dozen operations on the whole batch, with one symmetric factorisation for each element;
+    Every iteration is a few dozen operations on the whole batch, with one factorisation for each element;
     finished elements leave the batch.  On an optimal face the solution is inside the face, near its analytic centre.
     Matrices are held dense, bounds as bounds: for up to a few thousand variables and rows.  A large batch is cut
-    into one chunk for each worker; on an accelerator it stays whole.  ``time_limit`` counts for the batch, whose elements
-    are solved side by side.
+    into one chunk for each worker; on an accelerator it stays whole.  ``time_limit`` counts for the batch, whose
+    elements are solved side by side.
 
     A warm start is an active set, from which a few Newton steps solve a program near by exactly, where every variable
     has curvature (:mod:`lpgd.solvers.active_set`); elements that are further away are solved from the interior.

@@ -17,6 +17,8 @@ __all__ = ["Iterate", "State", "assess", "homogeneous_step", "largest", "plain_s
 
 STEP = 0.995
 """The share of the way to the boundary that a step takes."""
+TRUSTED, MOST_REFINEMENTS = 1e-6, 5
+"""The relative residual to which steps by a rough factor are refined, and how often at most."""
 CAUTIOUS_STEP = 0.9
 """The same for an element that made no progress in its last iteration."""
 CAUTIOUS_CENTERING = 0.1
@@ -179,16 +181,22 @@ def homogeneous_step(
 
 
 def _refined(program: BoxProgram, factor: Factor, h: Tensor, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """A solution of the unregularised system, refined once."""
+    """A solution of the unregularised system, refined; a rough factor that does not give one is marked."""
     x, z = factor.solve(r, t)
-    Px = program.quadratic(x)
-    left = r - program.transposed(z)
-    if Px is not None:
-        left -= Px
-    below = t - program.rows(x)
-    below[..., program.equalities :] += h[:, None] * z[..., program.equalities :]
-    dx, dz = factor.solve(left, below)
-    return x + dx, z + dz
+    size = TRUSTED * torch.maximum(r.abs().amax(), t.abs().amax()) if factor.is_rough else 0.0
+    for refinement in range(MOST_REFINEMENTS if factor.is_rough else 1):
+        Px = program.quadratic(x)
+        left = r - program.transposed(z)
+        if Px is not None:
+            left -= Px
+        below = t - program.rows(x)
+        below[..., program.equalities :] += h[:, None] * z[..., program.equalities :]
+        if refinement and bool(torch.maximum(left.abs().amax(), below.abs().amax()) <= size):
+            return x, z
+        dx, dz = factor.solve(left, below)
+        x, z = x + dx, z + dz
+    factor.trusted = not factor.is_rough
+    return x, z
 
 
 def _to_boundary(values: Tensor, changes: Tensor) -> Tensor:

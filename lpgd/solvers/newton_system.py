@@ -26,6 +26,13 @@ SHARED_BATCH = 16
 """From this batch size, weighted products of a shared matrix are one product with its row products."""
 SHARED_BYTES = 2**28
 """Row products larger than this are not formed."""
+WIDTH = 64
+"""The width of the blocks in which the lower triangle of a product is formed."""
+SINGLE_ROWS = 100
+"""From this number of rows, normal equations for rough answers are formed and factorised in single precision."""
+SINGLE_REGULARIZATION = 1e-6
+LARGEST = 1e30
+"""The largest number that is handed to single precision."""
 
 
 class Factor(ABC):
@@ -33,9 +40,13 @@ class Factor(ABC):
 
     Attributes:
         failed: (B or 1,) elements whose factorisation broke down.
+        is_rough: it is of single precision, so that answers need several refinements.
+        trusted: refinements of a rough one have led to answers so far.
     """
 
     failed: Tensor
+    is_rough: bool = False
+    trusted: bool = True
 
     @abstractmethod
     def solve(self, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,12 +59,13 @@ class NewtonSystem(ABC):
     program: BoxProgram
 
     @abstractmethod
-    def factor(self, h: Tensor, regularization: Tensor) -> Factor:
+    def factor(self, h: Tensor, regularization: Tensor, rough: bool = False) -> Factor:
         """Factorise for the diagonal ``h`` (B or 1, rows without equalities) of H.
 
         Args:
             h: positive; one row serves the whole batch where the program's matrices are shared and nothing is masked.
             regularization: (B or 1, 1) what is added to the diagonals, relatively.
+            rough: answers will be refined, so that single precision may do.
         """
 
     @abstractmethod
@@ -75,42 +87,54 @@ class WeightedProduct:
 
     def __init__(self, matrices: Tensor, size: int, source: Tensor, part: Hashable) -> None:
         self.matrices, self.source, self.part = matrices, source, part
-        self.blocks: list[tuple[int, int, Tensor]] = []
+        self.edges: list[int] = []
         shared, count, r = matrices.shape
         if shared == 1 and size >= SHARED_BATCH and r and count:
             width = max(16, -(-r // 8))
             edges = [*range(0, r, width), r]
             pairs = sum((stop - start) * stop for start, stop in pairwise(edges))
             if pairs * count * matrices.element_size() <= SHARED_BYTES:
-                self.blocks = _memo(source, part, lambda: _row_products(matrices[0], edges))
+                self.edges = edges
 
     def __call__(self, weights: Tensor) -> Tensor:
+        """The products (B, r, r) in the precision of the weights."""
         matrices, size = self.matrices, weights.shape[0]
-        if not self.blocks or size < SHARED_BATCH:
-            return torch.matmul((matrices * weights[..., None]).mT, matrices)
+        if not self.edges or size < SHARED_BATCH:
+            matrices = matrices.to(weights.dtype)
+            weighted, r = matrices * weights[..., None], matrices.shape[-1]
+            if r < 2 * WIDTH:
+                return torch.matmul(weighted.mT, matrices)
+            product = weights.new_empty(weighted.shape[0], r, r)
+            for start in range(0, r, WIDTH):
+                stop = min(start + WIDTH, r)
+                product[:, start:stop, :stop] = torch.matmul(weighted[..., start:stop].mT, matrices[..., :stop])
+            return product
         r = matrices.shape[-1]
         product = weights.new_empty(size, r, r)
-        for start, stop, products in self.blocks:
+        for start, stop, products in self.row_products(weights.dtype):
             product[:, start:stop, :stop] = (weights @ products).view(size, stop - start, stop)
         return product
+
+    def row_products(self, dtype: torch.dtype) -> list[tuple[int, int, Tensor]]:
+        """Products of the entries of each row, (K, ·) for blocks of columns."""
+
+        def compute() -> list[tuple[int, int, Tensor]]:
+            a = self.matrices[0].to(dtype)
+            return [
+                (start, stop, (a[:, start:stop, None] * a[:, None, :stop]).reshape(a.shape[0], -1))
+                for start, stop in pairwise(self.edges)
+            ]
+
+        return _memo(self.source, (self.part, dtype), compute)
 
     def select(self, matrices: Tensor) -> WeightedProduct:
         """The same for some elements, whose matrices these are."""
         chosen = WeightedProduct(matrices, 0, self.source, self.part)
-        chosen.blocks = self.blocks
+        chosen.edges = self.edges
         return chosen
 
 
 _memo = TensorMemo()
-
-
-def _row_products(a: Tensor, edges: list[int]) -> list[tuple[int, int, Tensor]]:
-    """Products of the entries of each row, (K, ·) for blocks of columns."""
-    count = a.shape[0]
-    return [
-        (start, stop, (a[:, start:stop, None] * a[:, None, :stop]).reshape(count, -1))
-        for start, stop in pairwise(edges)
-    ]
 
 
 def newton_system(program: BoxProgram) -> NewtonSystem:
@@ -157,7 +181,7 @@ class NormalEquations(NewtonSystem):
     def select(self, program: BoxProgram) -> NormalEquations:
         return NormalEquations(program, self.product.select(program.A.mT))
 
-    def factor(self, h: Tensor, regularization: Tensor) -> Factor:
+    def factor(self, h: Tensor, regularization: Tensor, rough: bool = False) -> Factor:
         program = self.program
         inequalities = program.m - program.equalities
         weights = 1.0 / h[:, inequalities:]
@@ -169,22 +193,48 @@ class NormalEquations(NewtonSystem):
         inverse = program.masked(1.0 / D)
         diagonal = h.new_zeros(h.shape[0], program.m)
         diagonal[:, program.equalities :] = h[:, :inequalities]
+        if rough and program.m >= SINGLE_ROWS and h.dtype == torch.float64:
+            # Relative to its largest entry, so that no range of the data leaves single precision's.
+            scale = inverse.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            product = self.product((inverse / scale).float())
+            added = regularization.clamp(min=SINGLE_REGULARIZATION).float()
+            factors, failed = _cholesky(product, (diagonal / scale).clamp(max=LARGEST).float(), added)
+            return _NormalFactor(program, weights, inverse, factors, failed, scale)
         factors, failed = _cholesky(self.product(inverse), diagonal, regularization)
         return _NormalFactor(program, weights, inverse, factors, failed)
 
 
 class _NormalFactor(Factor):
-    def __init__(self, program: BoxProgram, weights: Tensor, inverse: Tensor, factors: Tensor, failed: Tensor) -> None:
+    """Factors of the normal equations; with a scale (B, 1), of ``1 / scale`` times them in single precision."""
+
+    def __init__(
+        self,
+        program: BoxProgram,
+        weights: Tensor,
+        inverse: Tensor,
+        factors: Tensor,
+        failed: Tensor,
+        scale: Tensor | None = None,
+    ) -> None:
         self.program, self.weights, self.inverse = program, weights[:, None], inverse[:, None]
         self.factors, self.failed = factors, failed
+        self.scale = None if scale is None else scale[:, None]
+        self.is_rough = scale is not None
 
     def solve(self, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         program, m = self.program, self.program.m
         bounds = t[..., m:]
         right = program.bounds_transposed(r.clone(), self.weights * bounds)
-        y = _solve(self.factors, product_of(program.A, self.inverse * right) - t[..., :m])
+        y = self._solve(product_of(program.A, self.inverse * right) - t[..., :m])
         x = self.inverse * (right - product_of(program.A.mT, y))
         return x, torch.cat([y, self.weights * (program.bounds(x) - bounds)], -1)
+
+    def _solve(self, right: Tensor) -> Tensor:
+        if self.scale is None:
+            return _solve(self.factors, right)
+        size = right.abs().amax(-1, keepdim=True)
+        size = torch.where(size > 0, size, 1.0)
+        return _solve(self.factors, (right / size).float()).to(right.dtype) * (size / self.scale)
 
 
 class ReducedHessian(NewtonSystem):
@@ -203,7 +253,7 @@ class ReducedHessian(NewtonSystem):
     def select(self, program: BoxProgram) -> ReducedHessian:
         return ReducedHessian(program, self.product.select(program.A[:, program.equalities :]))
 
-    def factor(self, h: Tensor, regularization: Tensor) -> Factor:
+    def factor(self, h: Tensor, regularization: Tensor, rough: bool = False) -> Factor:
         program = self.program
         inequalities = program.m - program.equalities
         weights = 1.0 / h

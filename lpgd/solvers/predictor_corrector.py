@@ -41,6 +41,8 @@ PROGRESS = 0.9
 """The factor by which residuals must fall to count as progress."""
 DESCENT = 1e-6
 """The relative descent along a ray of the largest entry 1 that proves a problem unbounded."""
+ROUGH = 1e-4
+"""The residual from which on steps are computed in double precision throughout."""
 COMPACTED = 0.15
 """The share of finished elements at which they leave the batch."""
 
@@ -145,6 +147,7 @@ class _Run:
         self.norms: tuple[Tensor, ...] = (largest(program.q), largest(program.b))
         self.point = self.best = self._start()
         self.regularization = self.regularization.repeat(size, 1)
+        self.rough = not homogeneous
         self.best_quality = q.new_full((size,), torch.inf)
         self.progress = q.new_full((size,), torch.inf)
         self.idle = torch.zeros(size, dtype=torch.int64, device=q.device)
@@ -163,8 +166,12 @@ class _Run:
                     state = assess(self.program, self.point, self.norms)
             step = homogeneous_step if homogeneous else plain_step
             h = self.point.s / self.point.z[:, program.equalities :]
-            factor = self.system.factor(h, self.regularization)
+            factor = self.system.factor(h, self.regularization, self.rough and self._may_be_rough(state))
             moved, sound = step(self.program, factor, h, self.point, state, self.idle[:, None] > 0)
+            if factor.is_rough and (not factor.trusted or bool(factor.failed.any())):
+                self.rough = False
+                factor = self.system.factor(h, self.regularization)
+                moved, sound = step(self.program, factor, h, self.point, state, self.idle[:, None] > 0)
             sound = sound & ~factor.failed[:, None]
             self.point = self.point.replaced(sound, Iterate(*moved))
             self.regularization = torch.where(factor.failed[:, None], 100.0, 1.0) * self.regularization
@@ -184,6 +191,11 @@ class _Run:
             x, s, z = x[:, 0], -z[:, 0, e:], z[:, 0]
         one = program.q.new_ones(program.size, 1)
         return Iterate(x, torch.cat([z[:, :e], _inside(z[:, e:])], 1), _inside(s), one, one * self.homogeneous)
+
+    def _may_be_rough(self, state: State) -> bool:
+        """Whether every element is far enough from the boundary and gets on well enough for single precision."""
+        near, stuck = state.quality[self.left] < ROUGH, self.idle[self.left] > 0
+        return not bool((near | stuck).any())
 
     def _judge(self, state: State, iteration: int) -> Tensor:
         """(B,) the status of each element that is at an end, -1 for others."""

@@ -1,0 +1,197 @@
+"""Linear objectives over feasible sets that only an oracle knows, batched: data, Lagrangian, tilt and augmentation.
+
+The problem of each element, and its Lagrangian ([LPGD] section 4.3), with a set X that does not depend on c:
+
+    minimise  <c, x>  subject to  x ∈ X          L(x; c) = <c, x>,  ∇_c L = x
+
+The set is finite (assignments, paths, integer points) or not; nothing but solutions is known of it.  With a feature map
+Ψ the set is ``{Ψ(x, ξ)}``: ``argmax <w, Ψ(x, ξ)>`` is this problem with c = -w.
+
+[LPGD] Paulus, Musil, Martius: Lagrangian Proximal Gradient Descent for Learning Convex Optimization
+Models (arXiv 2407.05920).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpgd.problems.base import PointOperations
+
+__all__ = ["LinearData", "LinearPoint", "LinearProblem", "LinearStructure"]
+
+
+class LinearData(NamedTuple):
+    """The data of a batch of linear problems, or a gradient or tangent of them."""
+
+    c: Tensor  # (B, n)
+
+
+class _LinearPointFields(NamedTuple):
+    x: Tensor  # (B, n)
+
+
+class LinearPoint(_LinearPointFields, PointOperations):
+    """Solutions ``x`` of a batch of B linear problems; also a cotangent or a tangent of them."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class LinearStructure:
+    """What is fixed while costs change.
+
+    Args:
+        shape: of the costs and of a solution of one element.
+    """
+
+    shape: tuple[int, ...]
+
+    @property
+    def n(self) -> int:
+        """Number of costs."""
+        return math.prod(self.shape)
+
+    @property
+    def digest(self) -> bytes:
+        """A fingerprint of the content, equal across processes."""
+        return repr(self.shape).encode()
+
+    @property
+    def summary(self) -> str:
+        """Its sizes in words."""
+        return f"costs of shape {self.shape}"
+
+
+@dataclass(frozen=True, eq=False)
+class LinearProblem:
+    """A batch of linear problems over sets that an oracle knows (see the module's docstring for the mathematics).
+
+    Args:
+        structure: the shape of an element.
+        data: float64 costs c, (B, n), flattened.
+        batch_size: number of elements B.
+        extra: further inputs of the oracle, without a gradient, each with one row for each element of the original
+            batch: tensors, arrays or sequences.
+        rows: for each element its place in the original batch, and in ``extra``; None is the original batch itself.
+        rho, center: the term ``(ρ/2) |x - center|²``, for oracles that take one; center is (B, n), or None for ρ = 0.
+
+    Raises:
+        ValueError: costs of another type or shape.
+    """
+
+    structure: LinearStructure
+    data: LinearData
+    batch_size: int
+    extra: tuple[Any, ...] = ()
+    rows: tuple[int, ...] | None = None
+    rho: float = 0.0
+    center: Tensor | None = None
+
+    can_tilt: ClassVar[bool] = True
+    can_augment: ClassVar[bool] = True
+    has_kkt: ClassVar[bool] = False
+    is_continuous: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        c, expected = self.data.c, (self.batch_size, self.structure.n)
+        if c.dtype != torch.float64 or tuple(c.shape) != expected:
+            raise ValueError(f"c is {c.dtype} of shape {tuple(c.shape)}; it must be float64 of shape {expected}.")
+        if self.rows is None:
+            object.__setattr__(self, "rows", tuple(range(self.batch_size)))
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.c.device
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """For each element its place in the original batch."""
+        return self.rows or ()
+
+    def objective(self, x: Tensor) -> Tensor:
+        """``<c, x> + (ρ/2) |x - center|²``: (B, n) to (B,)."""
+        value = (self.data.c * x).sum(-1)
+        return value if self.center is None else value + 0.5 * self.rho * (x - self.center).square().sum(-1)
+
+    def lagrangian(self, point: LinearPoint) -> Tensor:
+        """``L(x; c)``, which is the objective: (B,)."""
+        return self.objective(point.x)
+
+    # -- the two changes an oracle must solve again after ------------------------------------------------------
+
+    def tilt(self, step: Tensor, cotangent: LinearPoint) -> LinearProblem:
+        """``L + step <g, x>``: costs ``c + step g``.
+
+        Args:
+            step: (k B,) signed step of each element; with k > 1 the new batch is k copies of this one, one after the
+                other.
+            cotangent: (B, n).
+        """
+        copies = step.shape[0] // self.batch_size if self.batch_size else 1
+        c = self.data.c.repeat(copies, 1) + step[:, None] * cotangent.x.repeat(copies, 1)
+        center = None if self.center is None else self.center.repeat(copies, 1)
+        return replace(self, data=LinearData(c), batch_size=step.shape[0], rows=copies * self.places, center=center)
+
+    def augment(self, rho: float, center: Tensor) -> LinearProblem:
+        """``L + (ρ/2) |x - center|²``, up to a constant: what only an oracle with a quadratic term can solve.
+
+        Args:
+            rho: ρ ≥ 0, not scaled by any step.
+            center: (B, n); its solution stays optimal if it is one of this problem.
+        """
+        if rho == 0.0:
+            return self
+        if self.center is not None:
+            center = (self.rho * self.center + rho * center) / (self.rho + rho)
+        return replace(self, rho=self.rho + rho, center=center)
+
+    def tilt_unit(self, point: LinearPoint, cotangent: LinearPoint) -> Tensor:
+        """(B,) ``|c| / |g|`` in the maximum norm; costs of 0 count as 1, and a zero cotangent gives infinity."""
+        size, direction = _maximum(self.data.c), _maximum(cotangent.x)
+        return torch.where(size > 0, size, 1.0) / direction
+
+    # -- derivatives of the Lagrangian ------------------------------------------------------------------------
+
+    def gradient_difference(self, plus: LinearPoint, minus: LinearPoint, weight: Tensor) -> LinearData:
+        """``weight (∇_c L(plus) - ∇_c L(minus)) = weight (x₊ - x₋)``; weight is (B,)."""
+        return LinearData(weight[:, None] * (plus.x - minus.x))
+
+    def mixed_product(self, point: LinearPoint, tangent: LinearData) -> LinearPoint:
+        """``∇_x <∇_c L, dc> = dc``: the tilt of forward mode."""
+        return LinearPoint(tangent.c)
+
+    # -- batches ----------------------------------------------------------------------------------------------
+
+    def select(self, elements: Sequence[int]) -> LinearProblem:
+        """The batch of these elements; ``extra`` is not copied."""
+        index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
+        return replace(
+            self,
+            data=LinearData(self.data.c[index]),
+            batch_size=len(elements),
+            rows=tuple(self.places[element] for element in elements),
+            center=None if self.center is None else self.center[index],
+        )
+
+    def scatter(self, elements: Sequence[int], data: LinearData) -> LinearData:
+        """A gradient of the data of ``select(elements)`` as one of this batch's: zero for the other elements."""
+        index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
+        return LinearData(torch.zeros_like(self.data.c).index_add(0, index, data.c))
+
+    def zero_gradient(self) -> LinearData:
+        """A gradient of the data that is zero."""
+        return LinearData(torch.zeros_like(self.data.c))
+
+    def finite(self) -> Tensor:
+        """(B,) whether an element's costs are finite."""
+        return torch.isfinite(self.data.c).all(-1)
+
+
+def _maximum(rows: Tensor) -> Tensor:
+    return rows.abs().amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[0])
