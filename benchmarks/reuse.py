@@ -69,7 +69,7 @@ def backward_ratios(settings: Settings) -> Iterator[Result | Target]:
     (P, A, b, G, h), draw = shared_qp(n, batch)
     sides = [
         layer_side(lpgd.QPLayer(name, gradient=lpgd.LPGD(tau=tau)), "LPGD", lambda d: ((P, *d, A, b, G, h), {}), True)
-        for name in solver_names(("DAQP", "SCS", "PROXQP", "OSQP"))
+        for name in solver_names(("DAQP", "INTERIOR", "SCS", "PROXQP", "OSQP"))
         for tau in (1e-4,)
     ]
     yield from _backward(

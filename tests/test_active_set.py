@@ -111,3 +111,13 @@ def test_chunks_on_workers_give_what_the_whole_batch_gives(warm: bool, monkeypat
         assert chunked.statuses == whole.statuses
         assert chunked.iterations.tolist() == whole.iterations.tolist()
         torch.testing.assert_close(chunked.x, whole.x, rtol=0, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_solutions_of_strictly_convex_programs_are_exact(batched: bool) -> None:
+    """The method ends on the active set: its solutions satisfy the conditions to rounding, not to its tolerance."""
+    problem = random_qp(13, batched=batched)
+    solution = InteriorPoint(tolerance=1e-6).solve(problem)
+    assert solution.residuals.worst.median() < 1e-13
+    reference = Clarabel(tolerance=1e-12).solve(problem)
+    torch.testing.assert_close(solution.x, reference.x, rtol=1e-6, atol=1e-6)

@@ -77,7 +77,7 @@ class KKTResponse(NamedTuple):
 def is_quick(structure: ConicStructure, count: int) -> bool:
     """Whether ``count`` systems are solved in about the time that it takes threads to change places."""
     size = structure.n + structure.m
-    return count * size**3 < 5_000_000 if _is_dense(structure) else count * size < 1000
+    return count * size**3 < 5_000_000 if _is_dense(structure) else count * size < 20_000
 
 
 def _is_dense(structure: ConicStructure) -> bool:

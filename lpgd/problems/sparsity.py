@@ -204,7 +204,7 @@ class SparsityPattern:
         y, x = y.reshape(groups, rows, y.shape[-1]), x.reshape(groups, rows, x.shape[-1])
         if plain and self.is_dense:
             products = x.numpy()[..., :, None] * y.numpy()[..., None, :]  # column by column
-            return torch.from_numpy((products[0] if groups == 1 else products.sum(0)).reshape(rows, -1))
+            return torch.from_numpy((products[0] if groups == 1 else products.sum(0)).reshape(rows, self.nnz))
         if plain:
             terms = y.numpy()[..., self.rows]
             terms *= x.numpy()[..., self.columns]

@@ -49,8 +49,8 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
       objective, needs no tuning, and is accurate; then SCS, for the cones that Clarabel lacks, and ECOS.
     - Linear and quadratic programs on another device than the CPU: the interior-point method in torch, which stays
       on it.
-    - Small quadratic programs whose P has its whole diagonal (400 variables and rows together): DAQP, whose perturbed
-      solves start from the active set of the solution.
+    - Small linear and quadratic programs (200 variables and rows together; 400 where P has its whole diagonal): DAQP,
+      whose perturbed solves start from the active set of the solution.
     - Sparse linear programs that no gradient method augments: HiGHS, whose simplex starts from the basis.
     - Larger quadratic programs, and sparse ones: PIQP, for up to 5000 variables, where there are few cores, as it holds
       the interpreter's lock.
@@ -83,7 +83,7 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
         dense = size <= _SMALL or structure.constraint.nnz >= _FILLED * structure.n * structure.m
         if situation.device != "cpu":
             best.append(InteriorPoint)
-        if size <= _SMALL and structure.with_diagonal is structure:
+        if size <= (_SMALL if structure.with_diagonal is structure else _TINY):
             best.append(DAQP)
         if linear and not dense and situation.augmented is False:
             best.append(HiGHS)
@@ -94,7 +94,7 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
     return (*best, *(solver for solver in SOLVERS if solver not in best))
 
 
-_SMALL, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 400, 3000, 5000, 0.1, 4
+_TINY, _SMALL, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 200, 400, 3000, 5000, 0.1, 4
 
 _DEFAULT_NAMES = {"DIFFCP"}  # the standard layer's own default, which names no solver in particular
 

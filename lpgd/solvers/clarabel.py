@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from lpgd.cones import Cones, svec_indices, svec_size
@@ -90,53 +92,64 @@ class Clarabel(ElementwiseSolver):
 
 class _PreparedClarabel(Prepared):
     def __init__(self, options: Clarabel, form: RowForm) -> None:
-        clarabel = options.module()
-        settings = clarabel.DefaultSettings()
-        settings.verbose = options.verbose
-        settings.max_iter = options.max_iterations
-        if options.time_limit is not None:
-            settings.time_limit = options.time_limit
-        for criterion in ("tol_gap_abs", "tol_gap_rel", "tol_feas"):
-            setattr(settings, criterion, options.tolerance)
-        settings.max_threads = options.max_threads
-        settings.equilibrate_enable = options.equilibrate
-        settings.static_regularization_constant = options.regularization
-        settings.direct_solve_method = options.direct_solve_method
-        # Presolve and chordal decomposition rewrite the data, after which it cannot be updated (clarabel 0.11.1).
-        settings.presolve_enable = False
-        settings.chordal_decomposition_enable = False
-        self.rows = _clarabel_rows(form.cones)
-        self.own = np.argsort(self.rows)
-        self.permuted = not np.array_equal(self.rows, np.arange(self.rows.size))
+        self.layout = _layout(form.cones)
+        self.rows, self.own = self.layout.rows, self.layout.own
         n, m = form.n, form.A.shape[0]
-        self.solver = clarabel.DefaultSolver(
-            form.upper_P(),
-            np.zeros(n),
-            self._permute(form.A),
-            np.zeros(m),
-            _cones(clarabel, form.cones),
-            settings,
+        self.solver = options.module().DefaultSolver(
+            form.upper_P(), np.zeros(n), self._permute(form.A), np.zeros(m), self.layout.cones, _settings(options)
         )
 
     def _permute(self, A: Any) -> Any:
-        if not self.permuted:
+        if self.own is None:
             return A
-        permuted = A[self.rows]
-        permuted.sort_indices()
-        return permuted
+        return sp.csc_array((A.data, self.own[A.indices], A.indptr), shape=A.shape).sorted_indices()
 
     def update(self, form: RowForm) -> None:
         self.solver.update(P=form.upper_P().data, A=self._permute(form.A).data)
 
     def solve(self, vectors: RowVectors, state: Any) -> Outcome:
         q, b = vectors
-        self.solver.update(q=q, b=b[self.rows] if self.permuted else b)
+        self.solver.update(q=q, b=b if self.own is None else b[self.rows])
         result = self.solver.solve()
         y, s = np.asarray(result.z), np.asarray(result.s)
-        if self.permuted:
+        if self.own is not None:
             y, s = y[self.own], s[self.own]
         status = _STATUSES.get(str(result.status), Status.NUMERICAL_ERROR)
         return Outcome(status, RowPoint(np.asarray(result.x), y, s), result.iterations)
+
+
+@lru_cache(maxsize=64)
+def _settings(options: Clarabel) -> Any:
+    settings = options.module().DefaultSettings()
+    settings.verbose = options.verbose
+    settings.max_iter = options.max_iterations
+    if options.time_limit is not None:
+        settings.time_limit = options.time_limit
+    for criterion in ("tol_gap_abs", "tol_gap_rel", "tol_feas"):
+        setattr(settings, criterion, options.tolerance)
+    settings.max_threads = options.max_threads
+    settings.equilibrate_enable = options.equilibrate
+    settings.static_regularization_constant = options.regularization
+    settings.direct_solve_method = options.direct_solve_method
+    # Presolve and chordal decomposition rewrite the data, after which it cannot be updated (clarabel 0.11.1).
+    settings.presolve_enable = False
+    settings.chordal_decomposition_enable = False
+    return settings
+
+
+class _Layout(NamedTuple):
+    """Clarabel's cones, and how its rows are ordered."""
+
+    cones: list[Any]
+    rows: NDArray[np.int64]  # for each of its rows, ours
+    own: NDArray[np.int64] | None  # for each of ours, its; None where the order is the same
+
+
+@lru_cache(maxsize=64)
+def _layout(cones: Cones) -> _Layout:
+    rows = _clarabel_rows(cones)
+    same = np.array_equal(rows, np.arange(rows.size))
+    return _Layout(_cones(Clarabel.module(), cones), rows, None if same else np.argsort(rows))
 
 
 def _clarabel_rows(cones: Cones) -> NDArray[np.int64]:

@@ -18,12 +18,12 @@ interior-point solver for conic programs with quadratic objectives (2024), secti
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lpgd.solvers.active_set import ActiveSet, settle
+from lpgd.solvers.active_set import ActiveSet, is_suitable, settle
 from lpgd.solvers.box_program import BoxProgram
 from lpgd.solvers.interior_steps import Iterate, State, assess, homogeneous_step, largest, plain_step
 from lpgd.solvers.newton_system import newton_system
@@ -41,6 +41,10 @@ PROGRESS = 0.9
 """The factor by which residuals must fall to count as progress."""
 DESCENT = 1e-6
 """The relative descent along a ray of the largest entry 1 that proves a problem unbounded."""
+CROSSOVER = 1e-5
+"""The residual at which Newton steps on the active set take over."""
+SIGNS = 0.01
+"""The part of the tolerance by which they may miss a sign or a bound."""
 ROUGH = 1e-4
 """The residual from which on steps are computed in double precision throughout."""
 COMPACTED = 0.15
@@ -82,30 +86,81 @@ class Answers:
     def parts(self) -> tuple[Tensor, ...]:
         return self.x, self.z, self.s, self.status, self.iterations
 
+    def select(self, elements: Tensor) -> Answers:
+        """Those of some elements."""
+        return Answers(*(part[elements] for part in self.parts))
+
+    def put(self, elements: Tensor, answers: Answers) -> None:
+        """Replace those of some elements."""
+        for whole, part in zip(self.parts, answers.parts, strict=True):
+            whole[elements] = part
+
 
 def solve_programs(program: BoxProgram, start: ActiveSet | None, limits: Limits, verbose: bool = False) -> Answers:
     """Solve every program of a batch, from the active sets ``start`` where they are near enough."""
     if start is None:
         return _solve_cold(program, limits, verbose)
-    settled = settle(program, start, limits.tolerance, limits.regularization)
+    answers = _settled(program, start, limits)
+    left = (answers.status < 0).nonzero()[:, 0]
+    if left.shape[0]:
+        part = program if left.shape[0] == program.size else program.select(left)
+        answers.put(left, _solve_cold(part, limits, verbose))
+    return answers
+
+
+def _settled(program: BoxProgram, start: ActiveSet, limits: Limits) -> Answers:
+    """What Newton steps on the active sets lead to; the status of elements that they do not solve is -1."""
+    settled = settle(program, start, max(SIGNS * limits.tolerance, 1e-12), limits.regularization)
     e = program.equalities
     x, z, one = settled.x, settled.z, program.q.new_ones(program.size, 1)
     z = torch.cat([z[:, :e], z[:, e:].clamp(min=0)], 1)
     s = (program.b - program.rows(x))[:, e:].clamp(min=0)
     state = assess(program, Iterate(x, z, s, one, 0 * one), (largest(program.q), largest(program.b)))
     status = torch.where(settled.found & (state.quality <= limits.tolerance), int(Status.SOLVED), -1)
-    answers = Answers(x, z, torch.nn.functional.pad(s, (e, 0)), status, settled.systems)
-    left = (status < 0).nonzero()[:, 0]
+    return Answers(x, z, torch.nn.functional.pad(s, (e, 0)), status, settled.systems)
+
+
+def _solve_plainly(program: BoxProgram, limits: Limits, verbose: bool) -> Answers:
+    """The plain method, which ends where Newton steps on the active set take over, if there is curvature.
+
+    Those end exactly, after one or two systems, and resolve which of the weakly active constraints are active.
+    """
+    if program.q.dtype != torch.float64 or limits.tolerance >= CROSSOVER or not is_suitable(program):
+        return _Run(program, limits, homogeneous=False, verbose=verbose).answers
+    answers = _Run(program, replace(limits, tolerance=CROSSOVER), homogeneous=False, verbose=verbose).answers
+    near = (answers.status == Status.SOLVED).nonzero()[:, 0]
+    if not near.shape[0]:
+        return answers
+    part, reached = program.select(near), answers.select(near)
+    exact = _settled(part, _active_set(part, reached), limits)
+    exact.iterations.add_(reached.iterations)
+    answers.put(near, exact)
+    left = (exact.status < 0).nonzero()[:, 0]
     if left.shape[0]:
-        rest = _solve_cold(program if left.shape[0] == program.size else program.select(left), limits, verbose)
-        for field in fields(Answers):
-            getattr(answers, field.name)[left] = getattr(rest, field.name)
+        spent = int(reached.iterations.max())
+        rest = replace(limits, iterations=max(limits.iterations - spent, 1))
+        again = _Run(part.select(left), rest, homogeneous=False, verbose=verbose, start=reached.select(left)).answers
+        again.iterations.add_(reached.iterations[left])
+        answers.put(near[left], again)
     return answers
+
+
+def _active_set(program: BoxProgram, answers: Answers) -> ActiveSet:
+    m, e, active = program.m, program.equalities, answers.z > answers.s
+    rows = active[:, :m].clone()
+    rows[:, :e] = True
+    ends = active[:, m:] if program.bounded is None else active[:, m:] & (program.bounded > 0)
+    both = []
+    for index, part in ((program.upper, ends[:, : program.uppers]), (program.lower, ends[:, program.uppers :])):
+        full = torch.zeros((program.size, program.n), dtype=torch.bool, device=part.device)
+        full[:, slice(None) if index is None else index] = part
+        both.append(full)
+    return ActiveSet(rows, both[0], both[1])
 
 
 def _solve_cold(program: BoxProgram, limits: Limits, verbose: bool) -> Answers:
     plain = replace(limits, iterations=min(limits.iterations, PLAIN_ITERATIONS))
-    answers = _Run(program, plain, homogeneous=False, verbose=verbose).answers
+    answers = _solve_plainly(program, plain, verbose)
     unsolved = (answers.status == Status.NUMERICAL_ERROR) | (answers.status == Status.INACCURATE)
     unsolved |= (answers.status == Status.ITERATION_LIMIT) & (plain.iterations < limits.iterations)
     spent = int(answers.iterations.max()) if program.size else 0
@@ -114,11 +169,8 @@ def _solve_cold(program: BoxProgram, limits: Limits, verbose: bool) -> Answers:
         rest = replace(limits, iterations=limits.iterations - spent)
         second = _Run(program.select(rows), rest, homogeneous=True, verbose=verbose).answers
         kept = (answers.status[rows] == Status.INACCURATE) & (second.status > Status.UNBOUNDED)
-        for field in fields(Answers):
-            whole, part = getattr(answers, field.name), getattr(second, field.name)
-            if field.name == "iterations":
-                part = part + answers.iterations[rows]
-            whole[rows[~kept]] = part[~kept]
+        second.iterations.add_(answers.iterations[rows])
+        answers.put(rows[~kept], second.select(~kept))
     open_ends = (answers.status == Status.NUMERICAL_ERROR) | (answers.status == Status.ITERATION_LIMIT)
     if program.size and spent < limits.iterations and bool(open_ends.any()):
         rows = open_ends.nonzero()[:, 0]
@@ -132,7 +184,15 @@ def _solve_cold(program: BoxProgram, limits: Limits, verbose: bool) -> Answers:
 class _Run:
     """One method's run over a batch; finished elements leave it."""
 
-    def __init__(self, program: BoxProgram, limits: Limits, *, homogeneous: bool, verbose: bool) -> None:
+    def __init__(
+        self,
+        program: BoxProgram,
+        limits: Limits,
+        *,
+        homogeneous: bool,
+        verbose: bool,
+        start: Answers | None = None,
+    ) -> None:
         size, rows, q = program.size, program.row_count, program.q
         self.limits, self.homogeneous, self.verbose = limits, homogeneous, verbose
         self.answers = Answers(
@@ -145,7 +205,7 @@ class _Run:
         self.left = torch.ones(size, dtype=torch.bool, device=q.device)
         self.regularization = q.new_full((1, 1), limits.regularization)
         self.norms: tuple[Tensor, ...] = (largest(program.q), largest(program.b))
-        self.point = self.best = self._start()
+        self.point = self.best = self._start() if start is None else self._resumed(start)
         self.regularization = self.regularization.repeat(size, 1)
         self.rough = not homogeneous
         self.best_quality = q.new_full((size,), torch.inf)
@@ -175,6 +235,10 @@ class _Run:
             sound = sound & ~factor.failed[:, None]
             self.point = self.point.replaced(sound, Iterate(*moved))
             self.regularization = torch.where(factor.failed[:, None], 100.0, 1.0) * self.regularization
+
+    def _resumed(self, start: Answers) -> Iterate:
+        one = self.program.q.new_ones(self.program.size, 1)
+        return Iterate(start.x, start.z, start.s[:, self.program.equalities :], one, 0 * one)
 
     def _start(self) -> Iterate:
         """The solution with H = I, its slacks and multipliers moved into the cone (Clarabel, section 3.2)."""
