@@ -18,7 +18,7 @@ from lpgd.elements import ElementView
 from lpgd.execution import SerialExecutor, run_tasks
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.kkt import KKTPoints, KKTResponse, is_quick, respond
-from lpgd.gradients.polyhedral import is_batchable, polyhedral_response
+from lpgd.gradients.polyhedral import is_batchable, kept_response, polyhedral_response
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solution import Solution
@@ -90,6 +90,8 @@ class ImplicitKKT(GradientMethod):
         info = GradientInfo(self, used)
         active = relevant_elements(solution, tilt)
         change = ConicPoint(*(torch.zeros_like(part) for part in solution.point))
+        if self.rho == 0.0 and active:
+            active = _respond_by_kept_systems(problem, solution, tilt, active, change, used)
         if active and is_batchable(problem, self.rho):
             active = self._respond_at_once(problem, solution, tilt, active, change, used)
         if not active:
@@ -148,6 +150,30 @@ class ImplicitKKT(GradientMethod):
             else:
                 left.append(element)
         return left
+
+
+def _respond_by_kept_systems(
+    problem: ConicProblem,
+    solution: Solution,
+    tilt: ConicPoint,
+    active: list[int],
+    change: ConicPoint,
+    used: list[str],
+) -> list[int]:
+    """Write the response of the elements whose systems the solver has left; the others are returned."""
+    wanted = torch.zeros(problem.batch_size, dtype=torch.bool, device=problem.device)
+    wanted[active] = True
+    for kept in solution.systems:
+        if not bool((kept.valid & wanted[kept.elements]).any()):
+            continue
+        elements, response, exact = kept_response(problem, solution, tilt, kept)
+        exact = exact & wanted[elements]
+        for whole, part in zip(change, response, strict=True):
+            whole[elements[exact]] = part[exact]
+        for element in elements[exact].tolist():
+            used[element] = "implicit"
+        wanted[elements[exact]] = False
+    return wanted.nonzero()[:, 0].tolist()
 
 
 class _Task(NamedTuple):
