@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from lpgd.solution import Solution
 from lpgd.solvers.base import BaseSolver
 from lpgd.status import warn
 
-__all__ = ["ImplicitKKT"]
+__all__ = ["ImplicitKKT", "is_linear_program"]
 
 FloatArray = NDArray[np.float64]
 
@@ -195,11 +195,16 @@ _ZERO_GRADIENT = (
 )
 
 
+def is_linear_program(problem: Any) -> bool:
+    """Whether this is a linear program, whose exact gradient with respect to its cost is zero at a vertex."""
+    if not isinstance(problem, ConicProblem):
+        return False
+    return problem.structure.cones.is_polyhedral and not problem.structure.quadratic.nnz
+
+
 def _is_still(problem: ConicProblem, cotangent: ConicPoint, change: ConicPoint) -> bool:
     """Whether this is a linear program whose solution does not move with its cost, though the loss would like it to."""
-    if problem.structure.quadratic.nnz or problem.structure.cones.kinds - {"zero", "nonnegative"}:
-        return False
-    if problem.batch_size == 0 or cotangent.y.any():
+    if not is_linear_program(problem) or problem.batch_size == 0 or cotangent.y.any():
         return False
     size = cotangent.x.abs().amax()
     return bool(size > 0 and change.x.abs().amax() <= 1e-9 * size)
