@@ -86,10 +86,12 @@ class BatchSolution:
 class Residuals(NamedTuple):
     """Relative violations of the optimality conditions, (B,) each, computed from the problem alone.
 
-    ``primal``: distance of ``b - A x`` to K and of x to its bounds, over ``1 + max(|b|, |A x|)``.
+    ``primal``: distance of ``b - A x`` to K, of x to its bounds and of its integer entries to whole numbers, over
+    ``1 + max(|b|, |A x|)``.
     ``dual``: ``|P x + q + Aᵀy + z|``, distance of y to K*, and multipliers of absent bounds, over
     ``1 + max(|P x|, |q|, |Aᵀy|)``.  ``gap``: ``|xᵀP x + qᵀx + bᵀy + upperᵀz₊ - lowerᵀz₋|`` over
-    ``1 + max`` of its terms.  All in the maximum norm.
+    ``1 + max`` of its terms.  All in the maximum norm.  Of an integer program, ``gap`` is that to the dual value of the
+    multipliers it was given, which is none of its accuracy.
     """
 
     primal: Tensor
@@ -145,6 +147,11 @@ class Solution(BatchSolution):
         """(B, m) slack ``b - A x``."""
         return self.problem.slack(self.x)
 
+    @property
+    def error(self) -> Tensor:
+        """(B,) the worst residual: of an integer program the primal one, as its multipliers prove nothing."""
+        return self.residuals.primal if self.problem.structure.has_integers else self.residuals.worst
+
     @cached_property
     def residuals(self) -> Residuals:
         """How far the solution is from optimal, whatever the solver said; NaN where there is none."""
@@ -165,6 +172,9 @@ class Solution(BatchSolution):
             has_upper, has_lower = torch.isfinite(upper), torch.isfinite(lower)
             dual = torch.maximum(dual, _norm(torch.where(has_upper, 0.0, above) + torch.where(has_lower, 0.0, below)))
             bound_terms = torch.where(has_upper, upper, 0.0) * above - torch.where(has_lower, lower, 0.0) * below
+        if structure.has_integers:
+            whole = self.x[:, structure.index("integer_index", self.x.device)]
+            primal = torch.maximum(primal, _norm(whole - whole.round()))
         terms = [(self.x * Px).sum(-1), (q * self.x).sum(-1), (b * self.y).sum(-1), bound_terms.sum(-1)]
         scale = torch.stack([term.abs() for term in terms]).amax(0)
         return Residuals(

@@ -31,12 +31,13 @@ class Status(enum.IntEnum):
     NUMERICAL_ERROR = 6
     INVALID_DATA = 7
     NOT_CONVEX = 8
+    WITHIN_GAP = 9
     NO_SOLUTION = 10
 
     @property
     def usable(self) -> bool:
-        """Whether there is a solution to hand out: solved, or solved to a lower accuracy (which warns)."""
-        return self in (Status.SOLVED, Status.INACCURATE)
+        """Whether there is a solution to hand out: solved, to a lower accuracy (which warns), or within a gap."""
+        return self in (Status.SOLVED, Status.INACCURATE, Status.WITHIN_GAP)
 
     @property
     def has_iterate(self) -> bool:
@@ -75,6 +76,10 @@ _ADVICE = {
     Status.NOT_CONVEX: (
         "P has a negative eigenvalue, so the problem is not convex: build P as a product with its own transpose, or "
         "add a multiple of the identity"
+    ),
+    Status.WITHIN_GAP: (
+        "feasible, with whole numbers where asked for, and an objective proven to be within the gap that was asked for "
+        "of the best one: lower the solver's gap for the best one"
     ),
     Status.NO_SOLUTION: (
         "the solver answered that there is none (None, or NaN): check the costs and the extra inputs of these elements"

@@ -28,8 +28,10 @@ PROBLEM = cp.Problem(cp.Minimize(cp.sum_squares(X - C)), CONSTRAINTS)
 LAYER = lpgd.CvxpyLayer(PROBLEM, [C, U], [X], solver_args=TIGHT)
 
 
-def build(problem: Any = PROBLEM, parameters: Any = (C, U), variables: Any = (X,), **options: Any) -> lpgd.CvxpyLayer:
-    return lpgd.CvxpyLayer(problem, parameters, variables, **options)
+def build(
+    problem: Any = PROBLEM, parameters: Any = (C, U), variables: Any = (X,), *args: Any, **options: Any
+) -> lpgd.CvxpyLayer:
+    return lpgd.CvxpyLayer(problem, parameters, variables, *args, **options)
 
 
 def minimise(objective: cp.Expression, *constraints: cp.Constraint) -> cp.Problem:
@@ -50,14 +52,16 @@ CONSTRUCTION = {
     "not convex": (lambda: build(minimise(-cp.sum_squares(X)), [], [X]), ValueError, "not convex.*rewrite"),
     "not DPP": (lambda: build(minimise(U * UNUSED * X[0]), [U, UNUSED], [X]), ValueError, "not DPP.*Introduce"),
     "integer": (
-        lambda: build(minimise(cp.sum(cp.Variable(2, integer=True, name="k"))), [], []),
+        lambda: build(minimise(cp.sum(cp.Variable(2, integer=True, name="k"))), [], [], "SCS", lpgd.LPGD(tau=1.0)),
         ValueError,
-        r"not supported.*yet \(k\); relax",
+        r"SCS has no integer variables; .*: HIGHS\. Integer programs need a linear objective",
     ),
     "boolean": (
-        lambda: build(minimise(cp.sum(cp.Variable(2, boolean=True, name="k"))), [], []),
+        lambda: build(
+            minimise(cp.sum_squares(cp.Variable(2, boolean=True, name="k"))), [], [], None, lpgd.LPGD(tau=1.0)
+        ),
         ValueError,
-        r"\(k\); relax them",
+        r"HIGHS has no quadratic objective with integer variables.*Integer programs need",
     ),
     "geometric": (lambda: build(gp=True), ValueError, "not a geometric program"),
     "unknown solver": (lambda: build(solver="GUROBI"), ValueError, "GUROBI.*CLARABEL, SCS, ECOS"),

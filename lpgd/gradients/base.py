@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lpgd.problems.base import Problem
 from lpgd.solution import BatchSolution
 from lpgd.solvers.base import BaseSolver
 
@@ -59,7 +58,7 @@ class GradientMethod(ABC):
     """How to get the action of a solution map's derivative.  Methods hold options only and are shared freely."""
 
     needs: ClassVar[frozenset[str]]
-    """Capabilities that the problem must declare: ``can_tilt``, ``can_augment``, ``has_kkt``."""
+    """Capabilities that the problem must declare: ``can_tilt``, ``can_augment``, ``has_kkt``, ``is_continuous``."""
 
     @property
     def required(self) -> frozenset[str]:
@@ -115,17 +114,22 @@ _CAPABILITIES = {
 }
 
 
-def check_compatible(method: GradientMethod, problem_class: type[Problem]) -> None:
+def check_compatible(method: GradientMethod, problems: Any, noun: str | None = None) -> None:
     """Refuse a method that needs what a class of problems has not, when a layer is built.
+
+    Args:
+        method: the gradient method.
+        problems: what declares the capabilities of the problems to come: their class, or the structure they share.
+        noun: what the message calls them; None is the name of their class.
 
     Raises:
         TypeError: with what is missing.
     """
-    missing = [
-        text for name, text in _CAPABILITIES.items() if name in method.required and not getattr(problem_class, name)
-    ]
+    missing = [text for name, text in _CAPABILITIES.items() if name in method.required and not getattr(problems, name)]
     if missing:
-        raise TypeError(f"{method} needs {' and '.join(missing)}, which a {problem_class.__name__} does not have.")
+        noun = noun or f"a {problems.__name__}"
+        advice = "" if problems.has_kkt else "; use lpgd.LPGD(tau=...) or lpgd.BlackboxBackprop(tau=...)"
+        raise TypeError(f"{method} needs {' and '.join(missing)}, which {noun} does not have{advice}.")
 
 
 def relevant_elements(solution: BatchSolution, vectors: Sequence[Tensor]) -> list[int]:

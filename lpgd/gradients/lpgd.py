@@ -51,6 +51,7 @@ class LPGD(GradientMethod):
             ``"average"``) are then both small, few active sets change, and the result is close to the exact gradient
             where there is one.  Such a step hardly ever moves the vertex that solves a linear program: where it moves
             none of a batch, the zero gradient of the cost is warned about.  ``GradientInfo.tau`` has what was chosen.
+            where there is one.  Integer programs need a τ: solutions stay where they are for small ones.
         rho: ρ ≥ 0 of the augmented Lagrangian; not scaled by τ.
         envelope: ``"average"`` (two solves), ``"lower"`` or ``"upper"`` (one solve each).
 

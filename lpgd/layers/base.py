@@ -16,7 +16,6 @@ from lpgd.execution import SerialExecutor
 from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
 from lpgd.layers.inputs import Batch
 from lpgd.layers.options import StandardOptions
-from lpgd.problems.base import Problem
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solution import BatchSolution, Solution
@@ -51,7 +50,7 @@ class BaseLayer(torch.nn.Module):
         gradient, on_error, executor: see the layers.
     """
 
-    problem_class: ClassVar[type[Problem]]
+    problem_class: ClassVar[type[Any]]
 
     def __init__(self, gradient: GradientMethod, on_error: OnError, executor: Executor | None) -> None:
         super().__init__()
@@ -162,6 +161,20 @@ class CallOptions(NamedTuple):
     gradient: GradientMethod
 
 
+def _exact(structure: ConicStructure) -> GradientMethod:
+    """The gradient method of a layer for which none is named.
+
+    Raises:
+        ValueError: there is no exact gradient.
+    """
+    if not structure.has_kkt:
+        raise ValueError(
+            f"gradient is None, but {structure.noun} has no exact gradient that teaches (its solutions jump or stay): "
+            "give gradient=lpgd.LPGD(tau=...) or lpgd.BlackboxBackprop(tau=...)."
+        )
+    return ImplicitKKT()
+
+
 class OptimizationLayer(BaseLayer):
     """Solves conic programs and differentiates their solutions: the part that all layers share.
 
@@ -186,11 +199,14 @@ class OptimizationLayer(BaseLayer):
         verbose: bool,
     ) -> None:
         standard = StandardOptions.parse(solver_args)
-        method = gradient or standard.gradient or ImplicitKKT()
+        self._example, self._fixed = example, fixed
+        method = gradient or standard.gradient or _exact(example)
         super().__init__(method, on_error, executor if executor is not None else standard.executor)
         options = {"verbose": True, **standard.options} if verbose else standard.options
-        self._example, self._fixed = example, fixed
         self._set_solver(solver if solver is not None else standard.solver, options)
+
+    def _check_gradient(self, method: GradientMethod) -> None:
+        check_compatible(method, self._example, self._example.noun)
 
     @property
     def solver(self) -> Solver | None:
@@ -251,4 +267,6 @@ class OptimizationLayer(BaseLayer):
             solver = choose_solver(structure, self._solver, options, self._situation(device))
         else:
             solver = choose_solver(structure, standard.solver, standard.options, self._situation(device))
+        if standard.gradient is not None:
+            self._check_gradient(standard.gradient)
         return CallOptions(solver, standard.executor or self.executor, standard.gradient or self.gradient)

@@ -23,7 +23,6 @@ import cvxpy.settings as cvxpy_settings
 import numpy as np
 import scipy.sparse as sp
 from cvxpy.constraints.exponential import ExpCone
-from cvxpy.constraints.finite_set import FiniteSet
 from cvxpy.constraints.power import PowCone3D
 from cvxpy.constraints.psd import SvecPSD
 from cvxpy.constraints.second_order import SOC
@@ -37,7 +36,7 @@ from numpy.typing import NDArray
 
 from lpgd.cones import Cones
 from lpgd.layers.layout import AffineMap, CanonicalProgram, IndexArray, ParameterLayout, VariableLayout
-from lpgd.layers.tensors import AffineMatrix, Bounds, bound_map, consecutive_rows, reordered, selection
+from lpgd.layers.tensors import AffineMatrix, Bounds, bound_map, consecutive_rows, reordered, selection, tightened
 
 __all__ = ["canonicalise"]
 
@@ -53,7 +52,8 @@ class _Target(ConicSolver):
     EXP_CONE_ORDER: ClassVar = [0, 1, 2]
     PSD_TRIANGLE_KIND = TriangleKind.LOWER
     PSD_SQRT2_SCALING = True
-    MIP_CAPABLE = False
+    MIP_CAPABLE = True
+    MI_SUPPORTED_CONSTRAINTS: ClassVar = SUPPORTED_CONSTRAINTS
 
     def __init__(self, bounded: bool) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def canonicalise(
     Raises:
         TypeError: an argument is not of the type above.
         ValueError: the parameters are not exactly the problem's, a variable does not belong to it, or the problem
-            is not DPP, has integer or complex variables, or no variables at all.
+            is not DPP, has complex variables or no variables at all, or is geometric and has integer ones.
     """
     _check_problem(problem, gp)
     _check_parameters(problem, parameters)
@@ -123,12 +123,15 @@ def canonicalise(
     objective = reordered(program.q, order)
     squares = sp.coo_array((n * n, width)) if program.P is None else reordered(program.P, order)
     P = AffineMatrix.from_tensor(squares, (n, n), width)
+    boolean, whole = (
+        np.array(index, dtype=np.int64).ravel() for index in (program.x.boolean_idx, program.x.integer_idx)
+    )
     bounds = Bounds.find(
         A,
         b,
         slice(dims.zero, dims.zero + dims.nonneg),
-        bound_map(program.lb_tensor, program.lower_bounds, order),
-        bound_map(program.ub_tensor, program.upper_bounds, order),
+        tightened(bound_map(program.lb_tensor, program.lower_bounds, order), boolean, 0.0, (n, width)),
+        tightened(bound_map(program.ub_tensor, program.upper_bounds, order), boolean, 1.0, (n, width)),
     )
     kept = np.setdiff1d(np.arange(m), bounds.rows)
     constraint, A_values = A.select_rows(kept).compress()
@@ -147,6 +150,7 @@ def canonicalise(
         constraint=constraint,
         lower_index=bounds.lower_index,
         upper_index=bounds.upper_index,
+        integer_index=np.union1d(boolean, whole),
         P=AffineMap(P_values, boundaries),
         q=AffineMap(consecutive_rows(objective, 0, n, width), boundaries),
         A=AffineMap(A_values, boundaries),
@@ -164,7 +168,7 @@ def canonicalise(
 
 
 def _check_problem(problem: cp.Problem, gp: bool) -> None:
-    """Refuse what cannot be canonicalised: no variables, complex or discrete ones, not convex, not DPP."""
+    """Refuse what cannot be canonicalised: no variables, complex ones, not convex, not DPP."""
     if not isinstance(problem, cp.Problem):
         raise TypeError(f"problem is a {type(problem).__name__}; a cvxpy.Problem is needed.")
     if not problem.variables():
@@ -177,15 +181,12 @@ def _check_problem(problem: cp.Problem, gp: bool) -> None:
         raise ValueError(
             f"The problem is not real ({what}); model real and imaginary parts as separate real variables."
         )
-    discrete = [v.name() for v in problem.variables() if v.attributes["boolean"] or v.attributes["integer"]]
-    if discrete or any(isinstance(constraint, FiniteSet) for constraint in problem.constraints):
-        what = ", ".join(discrete) or "the variables of a FiniteSet constraint"
-        raise ValueError(
-            f"Integer and boolean variables are not supported by CvxpyLayer yet ({what}); relax them, for example to "
-            "bounds=[0, 1]."
-        )
     rules: Any = problem  # a decorator of CVXPY's hides the arguments of is_dpp
     if gp:
+        if problem.is_mixed_integer():
+            raise ValueError(
+                "A geometric program cannot have integer or boolean variables: leave gp out, or relax them."
+            )
         if not problem.is_dgp():
             raise ValueError(
                 "gp=True, but the problem is not a geometric program by CVXPY's rules (problem.is_dgp() is false): "
@@ -327,6 +328,10 @@ def _reduce(problem: cp.Problem, gp: bool) -> _Reduced:
     with warnings.catch_warnings(), contextlib.nullcontext() if gp else scopes.quad_form_dpp_scope():
         # CVXPY's reductions read values of sparse variables in the way it warns its users about.
         warnings.filterwarnings("ignore", message=".*sparse CVXPY expression", category=RuntimeWarning)
+        # Its reduction of FiniteSet flattens without saying in which order.
+        warnings.filterwarnings(
+            "ignore", message=r"\s*You didn't specify the order of the flatten", category=FutureWarning
+        )
         data, chain, inverses = reducible.get_problem_data(solver=target, gp=gp, enforce_dpp=True, canon_backend="COO")
     return _Reduced(data[cvxpy_settings.PARAM_PROB], chain.reductions[:-1], inverses[:-1])
 

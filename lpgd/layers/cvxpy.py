@@ -34,13 +34,19 @@ class CvxpyLayer(OptimizationLayer):
     again, warm-started, on parameters perturbed by the incoming loss gradient; ImplicitKKT differentiates the
     optimality conditions.
 
+    Boolean and integer variables make an integer program, with a linear objective and linear constraints, which HiGHS
+    solves to optimality.  Its solutions jump where a small change moves them at all: ``gradient`` must be LPGD or
+    BlackboxBackprop with a given τ and ρ = 0.  Gradients of parameters of the objective are then differences of integer
+    solutions; those of constraints take their multipliers from the linear relaxation (a heuristic, see
+    :class:`~lpgd.solvers.HiGHS`).
+
     Args:
         problem: a DPP problem: its data are affine in its parameters.  Every cone that CVXPY reduces to is taken;
             quadratic objectives stay quadratic (``quad_form(x, P)`` with a parameter P too).
         parameters: all of its parameters, in the order of the layer's inputs.
         variables: what to return: variables of the problem, and ``constraint.dual_variables[i]``, in any mix.
         solver: a solver, the name of one (``"CLARABEL"``, ``"SCS"``, ``"ECOS"``), or None to choose by capability.
-        gradient: a gradient method; None is ``ImplicitKKT()``, the exact gradient.
+        gradient: a gradient method; None is ``ImplicitKKT()``, the exact gradient, which integer programs have none of.
         gp: the problem is a geometric program (DGP).
         solver_args: options of the solver, by its own names or those of the field's standard layer (``eps``,
             ``max_iters``, ``solve_method``, ``mode``, ...).
@@ -77,7 +83,12 @@ class CvxpyLayer(OptimizationLayer):
     ) -> None:
         program = canonicalise(problem, parameters, variables, gp=gp)
         structure = ConicStructure(
-            program.quadratic, program.constraint, program.cones, program.lower_index, program.upper_index
+            program.quadratic,
+            program.constraint,
+            program.cones,
+            program.lower_index,
+            program.upper_index,
+            program.integer_index,
         )
         super().__init__(structure, True, solver, gradient, solver_args, on_error, executor, verbose)
         self.structure = structure

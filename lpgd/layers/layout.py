@@ -126,6 +126,7 @@ class CanonicalProgram:
         quadratic: (n, n) pattern of P, both triangles.
         constraint: (m, n) pattern of A.
         lower_index, upper_index: the variables that have such a bound, increasing.
+        integer_index: the variables that take whole numbers only, increasing; of a boolean one the bounds are 0 and 1.
         P, A: to the values on their patterns; P's are those of a symmetric matrix.
         q: to (n,).
         b: to (m,).
@@ -142,6 +143,7 @@ class CanonicalProgram:
     constraint: SparsityPattern
     lower_index: IndexArray
     upper_index: IndexArray
+    integer_index: IndexArray
     P: AffineMap
     q: AffineMap
     A: AffineMap

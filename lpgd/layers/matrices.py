@@ -153,6 +153,7 @@ class Plan:
         quadratic: pattern of P, or None.
         blocks: patterns of the matrices that A consists of.
         has_lower, has_upper: whether every variable has such a bound.
+        integer: the variables that take whole numbers only.
     """
 
     def __init__(
@@ -163,6 +164,7 @@ class Plan:
         blocks: tuple[Pattern, ...],
         has_lower: bool,
         has_upper: bool,
+        integer: tuple[int, ...] = (),
     ) -> None:
         own = quadratic.sparsity() if quadratic is not None else SparsityPattern.empty(n, n)
         closed = own if own.is_dense else _with_transpose(own)
@@ -181,7 +183,12 @@ class Plan:
         self.closed = Placement(closed.positions(own.rows, own.columns), closed.nnz)
         every, none = np.arange(n), np.zeros(0, dtype=np.int64)
         self.structure = ConicStructure(
-            closed, constraint, cones, every if has_lower else none, every if has_upper else none
+            closed,
+            constraint,
+            cones,
+            every if has_lower else none,
+            every if has_upper else none,
+            np.array(integer, dtype=np.int64),
         )
 
     def quadratic_values(self, matrix: Matrix) -> Tensor:

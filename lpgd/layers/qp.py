@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, NamedTuple
 
@@ -64,9 +65,11 @@ class _ProgramLayer(OptimizationLayer):
         solver_args: Mapping[str, Any] | None = None,
         on_error: OnError = "raise",
         executor: Executor | None = None,
+        integer: Sequence[int] = (),
     ) -> None:
-        one = Pattern((1, 1))
-        example = plan(1, Cones(1, 1), one if self._has_quadratic else None, (one, one), True, True).structure
+        self._integer = _index_set(integer)
+        one, some = Pattern((1, 1)), (0,) if self._integer else ()
+        example = plan(1, Cones(1, 1), one if self._has_quadratic else None, (one, one), True, True, some).structure
         super().__init__(example, False, solver, gradient, solver_args, on_error, executor, False)
 
     def _read(
@@ -88,6 +91,8 @@ class _ProgramLayer(OptimizationLayer):
         n = _size(objective[cost], -1, "n")
         if n == 0:
             raise ValueError(f"{cost} has shape {tuple(objective[cost].shape)}: there is nothing to solve for.")
+        if self._integer and isinstance(n, int) and self._integer[-1] >= n:
+            raise ValueError(f"integer holds {self._integer[-1]}, but {cost} has {n} entries.")
         tensors: dict[str, Any] = dict(objective)
         expected = [Expected(cost, (n,)), *(Expected(name, (n, n), MATRIX_LAYOUTS) for name in list(objective)[1:])]
         for names, symbol, pair in ((("A", "b"), "m", (A, b)), (("G", "h"), "k", (G, h))):
@@ -114,7 +119,8 @@ class _ProgramLayer(OptimizationLayer):
         m, k = (tensors[name].shape[-2] if name in tensors else 0 for name in ("A", "G"))
         P = matrices.get("P")
         patterns = tuple(block.pattern for block in blocks) or (Pattern((0, n)),)
-        chosen = plan(n, Cones(m, k), P and P.pattern, patterns, *(bound is not None for bound in bounds.values()))
+        has_lower, has_upper = (bound is not None for bound in bounds.values())
+        chosen = plan(n, Cones(m, k), P and P.pattern, patterns, has_lower, has_upper, self._integer)
         nothing = torch.empty(0, dtype=torch.float64, device=batch.device)
         lower, upper = (_bound(tensors.get(name, bound), n, batch, nothing) for name, bound in bounds.items())
         data = ConicData(
@@ -134,6 +140,13 @@ class _ProgramLayer(OptimizationLayer):
         output = ProgramOutput(restore(point.x, (n,)), y, z, restore(point.z, (n,)))
         output.info, output.batch_shape = info, call.batch.batch_shape
         return output
+
+
+def _index_set(integer: Sequence[int]) -> tuple[int, ...]:
+    index = tuple(sorted(operator.index(entry) for entry in integer))
+    if len(set(index)) < len(index) or (index and index[0] < 0):
+        raise ValueError(f"integer is {integer!r}; it must hold different indices of variables, from 0.")
+    return index
 
 
 def _size(tensor: Any, dim: int, symbol: str) -> int | str:
@@ -254,9 +267,29 @@ class LPLayer(_ProgramLayer):
     Arguments, attributes, errors and conventions are those of :class:`QPLayer`; ``c + Aᵀy + Gᵀz + z_box = 0``.  Where
     the solution is a vertex the exact gradient with respect to c is zero, which is warned about: with
     ``gradient=lpgd.LPGD(tau)`` it teaches.
+
+    Args:
+        solver, gradient, solver_args, on_error, executor: as for :class:`QPLayer`.
+        integer: the variables that take whole numbers only (a binary one has the bounds 0 and 1).  What
+            :class:`~lpgd.CvxpyLayer` says of integer programs holds here: HiGHS solves them, ``gradient`` is LPGD or
+            BlackboxBackprop with a given τ, and multipliers are those of the linear relaxation.
+
+    Raises:
+        ValueError: ``integer`` holds an index twice or a negative one, or a call's c has no such entry.
     """
 
     _has_quadratic = False
+
+    def __init__(
+        self,
+        solver: Solver | str | None = None,
+        gradient: GradientMethod | None = None,
+        solver_args: Mapping[str, Any] | None = None,
+        on_error: OnError = "raise",
+        executor: Executor | None = None,
+        integer: Sequence[int] = (),
+    ) -> None:
+        super().__init__(solver, gradient, solver_args, on_error, executor, integer)
 
     def forward(
         self,
@@ -332,8 +365,9 @@ def solve_lp(
     solver_args: Mapping[str, Any] | None = None,
     on_error: OnError = "raise",
     executor: Executor | None = None,
+    integer: Sequence[int] = (),
     warm_start: Recorded | Solution | None = None,
 ) -> ProgramOutput:
     """Solve a linear program, differentiably: :class:`LPLayer` as a function; see :func:`solve_qp`."""
-    layer = LPLayer(solver, gradient, solver_args, on_error, executor)
+    layer = LPLayer(solver, gradient, solver_args, on_error, executor, integer)
     return layer(c, A, b, G, h, lb, ub, warm_start=False if warm_start is None else warm_start)

@@ -181,6 +181,33 @@ def bound_map(tensor: Any, values: FloatArray | None, order: IndexArray) -> sp.c
     return sp.csr_array((values, (rows, column)), shape=(values.size, order.size))
 
 
+def tightened(stated: sp.csr_array | None, entries: IndexArray, end: float, shape: tuple[int, int]) -> Any:
+    """Bounds of which those of ``entries`` are no wider than ``end``: 0 for lower ones, 1 for upper ones of booleans.
+
+    Args:
+        stated: the map (n, p + 1) to the bounds, infinite in the last column where there is none; or None.
+        entries: variables.
+        end: what bounds them.
+        shape: (n, p + 1).
+
+    Raises:
+        ValueError: one of these bounds is a parameter.
+    """
+    if not entries.size:
+        return stated
+    n, width = shape
+    nothing, tighter = (np.inf, np.minimum) if end > 0 else (-np.inf, np.maximum)
+    parametric = sp.csr_array((n, width - 1)) if stated is None else stated[:, : width - 1]
+    if parametric[entries].nnz:
+        raise ValueError(
+            "The bounds of a boolean variable hold a parameter: state them as constraints, or declare the variable "
+            "integer."
+        )
+    constants = np.full(n, nothing) if stated is None else stated[:, [width - 1]].toarray().ravel()
+    constants[entries] = tighter(constants[entries], end)
+    return sp.csr_array(sp.hstack([parametric, constants[:, None]], format="csr"))
+
+
 def selection(probe: Callable[[FloatArray], FloatArray], size: int) -> sp.csr_array:
     """The matrix of a linear map, each of whose outputs is a multiple of one of its ``size`` inputs."""
     scale = probe(np.ones(size))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -44,10 +44,19 @@ class Problem(Protocol):
     is the primal ``x``; data, and gradients and tangents of the data, are another one.
     """
 
-    can_tilt: ClassVar[bool]
-    can_augment: ClassVar[bool]
-    has_kkt: ClassVar[bool]
-    is_continuous: ClassVar[bool]
+    @property
+    def can_tilt(self) -> bool: ...
+
+    @property
+    def can_augment(self) -> bool: ...
+
+    @property
+    def has_kkt(self) -> bool: ...
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether small changes of the data can move solutions; those of an integer program jump, or stay."""
+        ...
 
     @property
     def batch_size(self) -> int: ...

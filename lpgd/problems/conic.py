@@ -10,6 +10,10 @@ The problem, for each element of the batch, and its Lagrangian ([LPGD] eq. 78, w
 ``z`` is the signed multiplier of the bounds: positive where the upper bound is active, negative where
 the lower one is.  At a solution ``P x + q + Aᵀy + z = 0``.
 
+Variables of the structure's ``integer_index`` take whole numbers only.  Such a program has a minimiser x, but no
+multipliers of its own: (y, z) are what its solver puts in their place (see :class:`~lpgd.solvers.HiGHS`), and the
+derivatives below, taken at such a pair, are a heuristic in the constraints' data.
+
 [LPGD] Paulus, Musil, Martius: Lagrangian Proximal Gradient Descent for Learning Convex Optimization
 Models (arXiv 2407.05920).
 """
@@ -66,9 +70,18 @@ class ConicProblem:
     # -- capabilities: what a GradientMethod may ask of this class of problems --------------------------------
 
     can_tilt: ClassVar[bool] = True
-    can_augment: ClassVar[bool] = True
-    has_kkt: ClassVar[bool] = True
-    is_continuous: ClassVar[bool] = True
+
+    @property
+    def can_augment(self) -> bool:
+        return self.structure.can_augment
+
+    @property
+    def has_kkt(self) -> bool:
+        return self.structure.has_kkt
+
+    @property
+    def is_continuous(self) -> bool:
+        return self.structure.is_continuous
 
     @property
     def device(self) -> torch.device:

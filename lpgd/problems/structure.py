@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ class ConicStructure:
         cones: the cones of the rows of A, in order.
         lower_index: variables that have a lower bound, increasing; the data ``lower`` belong to these.
         upper_index: the same for upper bounds.
+        integer_index: variables that take whole numbers only, increasing; a binary one has the bounds 0 and 1.
 
     Raises:
         ValueError: the sizes do not fit, or the pattern of P is not symmetric.
@@ -65,6 +66,7 @@ class ConicStructure:
     cones: Cones
     lower_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     upper_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    integer_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
         m, n = self.constraint.shape
@@ -74,7 +76,7 @@ class ConicStructure:
             raise ValueError(f"the cones have {self.cones.rows} rows, but A has {m}.")
         if np.any(self.quadratic.positions(self.quadratic.columns, self.quadratic.rows) < 0):
             raise ValueError("the pattern of P must hold both triangles: (j, i) with every (i, j).")
-        for name in ("lower_index", "upper_index"):
+        for name in ("lower_index", "upper_index", "integer_index"):
             index = np.ascontiguousarray(getattr(self, name), dtype=np.int64)
             if index.size and (index.min() < 0 or index.max() >= n or np.any(np.diff(index) <= 0)):
                 raise ValueError(f"{name} must be increasing and lie in [0, {n}).")
@@ -102,6 +104,30 @@ class ConicStructure:
         return self.lower_index.size + self.upper_index.size > 0
 
     @property
+    def has_integers(self) -> bool:
+        return self.integer_index.size > 0
+
+    # -- capabilities: what a GradientMethod may ask of problems of this structure ----------------------------
+
+    can_tilt: ClassVar[bool] = True
+
+    @property
+    def can_augment(self) -> bool:
+        return not self.has_integers
+
+    @property
+    def has_kkt(self) -> bool:
+        return not self.has_integers
+
+    @property
+    def is_continuous(self) -> bool:
+        return not self.has_integers
+
+    @property
+    def noun(self) -> str:
+        return "an integer program" if self.has_integers else "a conic program"
+
+    @property
     def sizes(self) -> ConicSizes:
         """The length of each datum."""
         return ConicSizes(
@@ -120,6 +146,8 @@ class ConicStructure:
         for part in (self.quadratic.digest, self.constraint.digest, self.lower_index.tobytes(), b"|"):
             state.update(part)
         state.update(self.upper_index.tobytes())
+        if self.has_integers:
+            state.update(b"|" + self.integer_index.tobytes())
         return state.digest()
 
     @cached_property
@@ -139,7 +167,7 @@ class ConicStructure:
         return values[..., self.index("transpose_position", values.device)]
 
     def index(self, name: str, device: torch.device) -> Tensor:
-        """``lower_index``, ``upper_index`` or ``transpose_position`` as a tensor."""
+        """``lower_index``, ``upper_index``, ``integer_index`` or ``transpose_position`` as a tensor."""
         return torch.from_numpy(getattr(self, name)).to(device)
 
     @cached_property

@@ -31,6 +31,7 @@ class Capabilities:
         quadratic: takes a quadratic objective itself; otherwise it gets the cone form.
         warm_start: a previous state makes a solve cheaper.
         time_limit: can stop at one; otherwise one is refused.
+        integer: takes integer variables.
         releases_gil: lets other threads run while it solves; without, only processes make it faster.
     """
 
@@ -39,6 +40,7 @@ class Capabilities:
     warm_start: bool = False
     releases_gil: bool = True
     time_limit: bool = True
+    integer: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,10 @@ class Solver(BaseSolver):
     @classmethod
     def unsupported(cls, structure: ConicStructure) -> str | None:
         """Why this solver cannot take problems of this structure, or None."""
-        missing = sorted(structure.cones.kinds - cls.capabilities.cones)
-        return (
-            f"{cls.name} has no {' and no '.join(kind.replace('_', '-') for kind in missing)} cone" if missing else None
-        )
+        missing = [f"{kind.replace('_', '-')} cone" for kind in sorted(structure.cones.kinds - cls.capabilities.cones)]
+        if structure.has_integers and not cls.capabilities.integer:
+            missing.append("integer variables")
+        return f"{cls.name} has no {' and no '.join(missing)}" if missing else None
 
     @classmethod
     def knows(cls, options: Iterable[str]) -> bool:
@@ -195,10 +197,13 @@ RESIDUAL_CHECK = 1e-4
 
 
 def checked(solution: Solution, tolerance: float) -> Solution:
-    """A solver's word is not proof: the residuals of every solved element are computed from the problem."""
-    bad = (~(solution.residuals.worst <= max(RESIDUAL_CHECK, 10 * tolerance))).cpu().numpy()
+    """A solver's word is not proof: the residuals of every solved element are computed from the problem.
+
+    Of an integer program they prove that it is feasible, not that there is no better one.
+    """
+    bad = (~(solution.error <= max(RESIDUAL_CHECK, 10 * tolerance))).cpu().numpy()
     statuses = tuple(
-        Status.INACCURATE if status is Status.SOLVED and bad[index] else status
+        Status.INACCURATE if status in (Status.SOLVED, Status.WITHIN_GAP) and bad[index] else status
         for index, status in enumerate(solution.statuses)
     )
     return replace(solution, statuses=statuses) if statuses != solution.statuses else solution

@@ -43,7 +43,7 @@ class Situation:
 def preference(structure: ConicStructure, situation: Situation | None = None) -> tuple[type[Solver], ...]:
     """The one rule by which a solver is chosen where none is named: every solver, best first.
 
-    Without a situation it is the order of :data:`SOLVERS`.  With one:
+    Without a situation it is the order of :data:`SOLVERS`.  Integer variables leave HiGHS alone.  With a situation:
 
     - Cones beyond those of linear and quadratic programs: Clarabel, which takes nearly every cone and a quadratic
       objective, needs no tuning, and is accurate; then SCS, for the cones that Clarabel lacks, and ECOS.
@@ -131,13 +131,14 @@ def choose_solver(
     chosen = _by_name(solver) if isinstance(solver, str) else solver
     if chosen is not None and not isinstance(chosen, Solver):
         raise TypeError(f"solver is {chosen!r}; it must be a solver such as lpgd.SCS(), the name of one, or None.")
+    advice = _INTEGER_ADVICE if structure.has_integers else ""
     if chosen is None:
         fitting = [
             candidate for candidate in preference(structure, situation) if candidate.unsupported(structure) is None
         ]
         installed = [candidate for candidate in fitting if candidate.is_installed()]
         if not fitting:
-            raise ValueError("; ".join(str(candidate.unsupported(structure)) for candidate in SOLVERS) + ".")
+            raise ValueError("; ".join(str(candidate.unsupported(structure)) for candidate in SOLVERS) + "." + advice)
         if not installed:
             commands = " or ".join(f"pip install {candidate.pip_name}" for candidate in fitting)
             raise MissingPackageError(f"no installed solver can solve this problem: {commands}")
@@ -147,9 +148,15 @@ def choose_solver(
     reason = chosen.unsupported(structure)
     if reason is not None:
         fitting_names = ", ".join(available(structure)) or "none"
-        raise ValueError(f"{reason}; installed solvers that can solve this problem: {fitting_names}.")
+        raise ValueError(f"{reason}; installed solvers that can solve this problem: {fitting_names}.{advice}")
     chosen.module()
     return chosen
+
+
+_INTEGER_ADVICE = (
+    " Integer programs need a linear objective, linear constraints and HIGHS: write a product of binary variables as a "
+    "variable of its own (x² = x), an absolute value or a maximum as inequalities."
+)
 
 
 def _by_name(name: str) -> Solver | None:

@@ -113,6 +113,8 @@ class CustomSolver(ElementwiseSolver):
             return f"this custom solver has no {' and no '.join(kind.replace('_', '-') for kind in missing)} cone"
         if structure.quadratic.nnz and not self.quadratic:
             return "this custom solver takes linear objectives only (quadratic=False)"
+        if structure.has_integers:
+            return "a custom solver has no integer variables"
         return None
 
     def prepare(self, form: Any) -> Prepared:
