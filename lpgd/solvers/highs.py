@@ -112,7 +112,7 @@ class HiGHS(ElementwiseSolver):
         if structure.quadratic.nnz and structure.n > LARGE_QUADRATIC:
             warn(
                 f"HiGHS solves quadratic programs cold, in time that grows with the cube of their {structure.n} "
-                "variables (rho > 0 makes a linear program quadratic); INTERIOR, DAQP and PIQP are much faster at this size."
+                "variables (rho > 0 makes a linear program quadratic); INTERIOR, DAQP and PIQP are much faster."
             )
         return super().solve(problem, states, executor)
 
