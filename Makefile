@@ -11,8 +11,12 @@ SUDOKU_FLAGS ?= --board 2 --method lpgd --overwrite
 SUDOKU_OUT ?= runs/sudoku4
 SUDOKU9_FLAGS ?= --board 3 --method lpgd --batch-size 150 --epochs 1 --tests-per-epoch 3 --resume
 SUDOKU9_OUT ?= runs/sudoku9
+PATHS_FLAGS ?= --overwrite
+PATHS_OUT ?= runs/shortest_path
 BENCH_FLAGS ?=
 BENCH_OUT ?= runs/bench
+VS_EXACT_FLAGS ?= --overwrite
+VS_EXACT_OUT ?= runs/lpgd_vs_exact
 MAROS_MESZAROS := runs/maros_meszaros.npz
 
 BIN := $(VENV)/bin
@@ -31,7 +35,7 @@ touch $@
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format sudoku sudoku9 bench test-oldest build clean
+.PHONY: help venv test lint format sudoku sudoku9 paths lpgd_vs_exact bench test-oldest build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +79,12 @@ sudoku: $(VENV)/.installed ## Train the 4x4 Sudoku example, with plots (SUDOKU_F
 
 sudoku9: $(VENV)/.installed ## Train one epoch of 9x9 Sudoku, or go on with it (SUDOKU9_FLAGS, SUDOKU9_OUT)
 	$(BIN)/python -m examples.sudoku.train $(SUDOKU9_FLAGS) --out $(SUDOKU9_OUT)
+
+paths: $(VENV)/.installed ## Learn the costs of terrain through Dijkstra, by six methods, with plots (PATHS_FLAGS, PATHS_OUT)
+	$(ONE_THREAD) $(BIN)/python -m examples.shortest_path.train $(PATHS_FLAGS) --out $(PATHS_OUT)
+
+lpgd_vs_exact: $(VENV)/.installed ## Compare LPGD with exact gradients (VS_EXACT_FLAGS, VS_EXACT_OUT)
+	$(BIN)/python -m examples.lpgd_vs_exact.run $(VS_EXACT_FLAGS) --out $(VS_EXACT_OUT)
 
 bench: $(VENV_BENCH)/.peers $(MAROS_MESZAROS) ## Compare with every peer (BENCH_FLAGS="--quick --only NAME", BENCH_OUT)
 	$(VENV_BENCH)/bin/python -W ignore -m benchmarks.run --out $(BENCH_OUT) --maros-meszaros $(MAROS_MESZAROS) $(BENCH_FLAGS)

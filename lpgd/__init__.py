@@ -2,7 +2,19 @@
 
 from importlib.metadata import version
 
+from lpgd import plotting
 from lpgd.cones import Cones
+from lpgd.diagnostics import (
+    Envelopes,
+    GradientCheck,
+    GradientCheckError,
+    Report,
+    Sweep,
+    diagnose,
+    envelopes,
+    gradcheck,
+    sweep,
+)
 from lpgd.execution import SerialExecutor
 from lpgd.gradients import LPGD, BlackboxBackprop, DirectLoss, Domke, ImplicitKKT
 from lpgd.layers import (
@@ -56,6 +68,9 @@ __all__ = [
     "DirectLoss",
     "DirectLossLayer",
     "Domke",
+    "Envelopes",
+    "GradientCheck",
+    "GradientCheckError",
     "HiGHS",
     "ImplicitKKT",
     "InteriorPoint",
@@ -64,13 +79,20 @@ __all__ = [
     "MissingPackageError",
     "ProxQP",
     "QPLayer",
+    "Report",
     "SerialExecutor",
     "Solution",
     "SolverError",
     "SparsityPattern",
     "Status",
+    "Sweep",
     "available",
+    "diagnose",
+    "envelopes",
+    "gradcheck",
+    "plotting",
     "solve_conic",
     "solve_lp",
     "solve_qp",
+    "sweep",
 ]

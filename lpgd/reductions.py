@@ -1,9 +1,9 @@
 """Problem-to-problem reductions, each with its inverse: what lets a solver without a feature take every problem.
 
 A :class:`Form` is how a solver sees problems.  :class:`RowForm` writes variable bounds as rows of the nonnegative
-cone; :class:`IntervalForm` gives every row and every variable two ends.  :class:`ConeForm` writes the quadratic
-objective of a row form as a second-order cone.  Forms are made of one element's matrices; their :class:`Frame`, which
-does not depend on them, translates the vectors and the points of any number of elements at once, in NumPy.
+cone; :class:`IntervalForm` gives every row and every variable two ends.  Forms are made of one element's matrices;
+their :class:`Frame`, which does not depend on them, translates the vectors and the points of any number of elements at
+once, in NumPy.
 """
 
 from __future__ import annotations
@@ -14,16 +14,13 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import scipy.linalg
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from lpgd.problems.sparsity import SparsityPattern
 from lpgd.problems.structure import ConicStructure
-from lpgd.status import NotConvexError
 
 __all__ = [
-    "ConeForm",
     "Form",
     "Frame",
     "IntervalForm",
@@ -341,71 +338,3 @@ class IntervalForm(Form):
     def dense_A(self) -> FloatArray:
         """(m, n), row by row."""
         return self.structure.constraint.dense_matrices(self._values[None])[0]
-
-
-class ConeForm:
-    """A row form without its quadratic: ``minimise t + qᵀx`` with ``t ≥ ½ xᵀP x`` as a second-order cone.
-
-    With ``P = FᵀF`` the cone is ``|(√2 F x, t - 1)| ≤ t + 1``, whose square reads ``½ |F x|² ≤ t``.  The
-    variables are ``(x, t)``; the rows of the new cone come first among the second-order ones.
-
-    Raises:
-        NotConvexError: P has a negative eigenvalue, so the problem is not convex.
-    """
-
-    def __init__(self, form: RowForm) -> None:
-        self.n, self.cones = form.n, form.cones
-        self.quadratic = form.has_quadratic
-        self.rows = 0
-        self.at = form.cones.sections["second_order"].start
-        own = form.A.tocoo()
-        row, column, value = own.row, own.col, own.data
-        if self.quadratic:
-            factor = _square_root(form.full_P()).tocoo()
-            self.rows = factor.shape[0] + 2
-            last = self.at + self.rows - 1
-            row = np.concatenate(
-                [np.where(row < self.at, row, row + self.rows), [self.at, last], self.at + 1 + factor.row]
-            )
-            column = np.concatenate([column, [self.n, self.n], factor.col])
-            value = np.concatenate([value, [-1.0, -1.0], -np.sqrt(2.0) * factor.data])
-            self.offset = np.zeros(self.rows)
-            self.offset[0], self.offset[-1] = 1.0, -1.0
-            self.cones = replace(form.cones, second_order=(self.rows, *form.cones.second_order))
-        self.width = self.n + self.quadratic
-        self.row, self.column, self.value = row, column, value
-
-    @property
-    def A(self) -> sp.csc_array:
-        """The matrix, of which ``row``, ``column`` and ``value`` are the entries."""
-        return sp.csc_array((self.value, (self.row, self.column)), shape=(self.cones.rows, self.width))
-
-    def vectors(self, q: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """``q`` and ``b`` of the cone form."""
-        if not self.quadratic:
-            return q, b
-        return np.append(q, 1.0), np.concatenate([b[: self.at], self.offset, b[self.at :]])
-
-    def invert(self, point: RowPoint) -> RowPoint:
-        """The row form's point."""
-        if not self.quadratic:
-            return point
-        own = np.r_[0 : self.at, self.at + self.rows : point.y.size]
-        return RowPoint(point.x[: self.n], point.y[own], point.s[own])
-
-
-def _square_root(P: Any) -> Any:
-    """F with ``P = FᵀF``, as few rows as the rank of P."""
-    diagonal = P.diagonal()
-    if P.count_nonzero() == np.count_nonzero(diagonal):
-        eigenvalues, vectors = diagonal, None
-    else:
-        eigenvalues, vectors = scipy.linalg.eigh(P.toarray())
-    scale = np.abs(eigenvalues).max(initial=0.0)
-    if eigenvalues.min(initial=0.0) < -1e-10 * scale:
-        raise NotConvexError(f"P has the eigenvalue {eigenvalues.min():.3g}: the objective is not convex.")
-    kept = np.flatnonzero(eigenvalues > 1e-14 * scale)
-    roots = np.sqrt(eigenvalues[kept])
-    if vectors is None:
-        return sp.coo_array((roots, (np.arange(kept.size), kept)), shape=(kept.size, P.shape[0]))
-    return sp.coo_array(roots[:, None] * vectors[:, kept].T)

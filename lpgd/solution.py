@@ -117,6 +117,7 @@ class Solution(BatchSolution):
         iterations: (B,) iterations of the solver.
         setup_seconds, solve_seconds: (B,) time in set-up (0 where it was re-used) and in the solver.
         states: B opaque warm-start states; None where the solver has none.
+        systems: what the solver factorised at the solutions, for implicit differentiation; it belongs to this call.
     """
 
     problem: ConicProblem
@@ -129,12 +130,17 @@ class Solution(BatchSolution):
     setup_seconds: NDArray[np.float64]
     solve_seconds: NDArray[np.float64]
     states: tuple[Any, ...]
+    systems: tuple[Any, ...] = ()
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds")
 
     @property
     def point(self) -> ConicPoint:
         return ConicPoint(self.x, self.y, self.z)
+
+    def select(self, elements: Sequence[int]) -> Self:
+        """The solutions of these elements, without their systems."""
+        return replace(super().select(elements), systems=())
 
     @cached_property
     def s(self) -> Tensor:

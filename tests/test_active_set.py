@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from lpgd import Clarabel, InteriorPoint, SerialExecutor, Status
+from lpgd import Clarabel, ImplicitKKT, InteriorPoint, SerialExecutor, Status
 from lpgd.problems import ConicPoint, ConicProblem
+from lpgd.solution import Solution
 from tests.test_interior_point import program
 
 SIZE, N, EQUALITIES, ROWS = 12, 15, 3, 12
@@ -121,3 +125,31 @@ def test_solutions_of_strictly_convex_programs_are_exact(batched: bool) -> None:
     assert solution.residuals.worst.median() < 1e-13
     reference = Clarabel(tolerance=1e-12).solve(problem)
     torch.testing.assert_close(solution.x, reference.x, rtol=1e-6, atol=1e-6)
+
+
+def response(problem: ConicProblem, solution: Solution) -> ConicPoint:
+    rng = np.random.default_rng(14)
+    shapes = problem.structure.n, problem.structure.m, problem.structure.n
+    tilt = ConicPoint(*(torch.from_numpy(rng.normal(size=(problem.batch_size, k))) for k in shapes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return ImplicitKKT().response(problem, solution, tilt)[0]
+
+
+@pytest.mark.parametrize(("diagonal", "batched"), [(True, False), (False, False), (False, True)])
+def test_the_last_factorisation_serves_implicit_differentiation(diagonal: bool, batched: bool) -> None:
+    problem = random_qp(15, diagonal=diagonal, batched=batched)
+    solution = InteriorPoint().solve(problem)
+    assert sum(int(kept.valid.sum()) for kept in solution.systems) > SIZE // 2
+    kept, fresh = response(problem, solution), response(problem, replace(solution, systems=()))
+    for own, expected in zip(kept, fresh, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_a_factorisation_that_is_not_the_solutions_own_is_found_out() -> None:
+    problem = random_qp(16)
+    solution, other = InteriorPoint().solve(problem), InteriorPoint().solve(random_qp(17))
+    assert other.systems
+    mistaken, fresh = (response(problem, replace(solution, systems=systems)) for systems in (other.systems, ()))
+    for own, expected in zip(mistaken, fresh, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-7, atol=1e-7)

@@ -427,10 +427,15 @@ def test_an_exact_gradient_of_zero_is_announced() -> None:
     cotangent = random_cotangent(case, duals=False)
     gradient, info = ImplicitKKT().vjp(case.problem, planted_solution(case), cotangent, TIGHT)
     assert "its solution is a vertex" in info.notices["q"]
-    assert not LPGD().vjp(case.problem, planted_solution(case), cotangent, TIGHT)[1].notices
+    assert (
+        "no solution of this linear program moved"
+        in LPGD().vjp(case.problem, planted_solution(case), cotangent, TIGHT)[1].notices["q"]
+    )
+    assert not LPGD(tau=10.0).vjp(case.problem, planted_solution(case), cotangent, TIGHT)[1].notices
     quadratic = next(case for case in CASES if case.name == "qp")
     cotangent_of_qp = random_cotangent(quadratic, duals=False)
-    assert not ImplicitKKT().vjp(quadratic.problem, planted_solution(quadratic), cotangent_of_qp, TIGHT)[1].notices
+    for method in (ImplicitKKT(), LPGD()):
+        assert not method.vjp(quadratic.problem, planted_solution(quadratic), cotangent_of_qp, TIGHT)[1].notices
     assert gradient.q.abs().max() < 1e-12
     assert gradient.b.abs().max() > 0.1
 

@@ -28,7 +28,10 @@ class GradientInfo:
             ``"zero cotangent"``, or ``"no solution"`` (gradient zero).
         fallbacks: elements whose gradient does not come from what the method asks for.
         tau: (B,) step τ used, NaN where none was.
-        moved: (B,) whether a perturbed solution differs from the solution; None for methods without one.
+        unit: (B,) the step at which the tilt is as large as the terms that it changes: ``tau / unit`` is the step
+            without units.  NaN where there was no cotangent, None for methods without a step.
+        moved: (B,) whether a perturbed primal solution differs from the solution by more than the solver's error;
+            None for methods without one.
         tolerance: the solver tolerance of the perturbed solves, None where there were none.
         iterations: (B,) solver iterations spent on perturbed solves, None where there were none.
         notices: for a datum's name, what a user who asks for its gradient should know; a layer warns of these.
@@ -38,6 +41,7 @@ class GradientInfo:
     used: list[str]
     fallbacks: list[int] = field(default_factory=list)
     tau: Tensor | None = None
+    unit: Tensor | None = None
     moved: Tensor | None = None
     tolerance: float | None = None
     iterations: Any = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -18,14 +18,14 @@ from lpgd.elements import ElementView
 from lpgd.execution import SerialExecutor, run_tasks
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.kkt import KKTPoints, KKTResponse, is_quick, respond
-from lpgd.gradients.polyhedral import is_batchable, polyhedral_response
+from lpgd.gradients.polyhedral import is_batchable, kept_response, polyhedral_response
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solution import Solution
 from lpgd.solvers.base import BaseSolver
 from lpgd.status import warn
 
-__all__ = ["ImplicitKKT"]
+__all__ = ["ImplicitKKT", "is_linear_program"]
 
 FloatArray = NDArray[np.float64]
 
@@ -90,6 +90,8 @@ class ImplicitKKT(GradientMethod):
         info = GradientInfo(self, used)
         active = relevant_elements(solution, tilt)
         change = ConicPoint(*(torch.zeros_like(part) for part in solution.point))
+        if self.rho == 0.0 and active:
+            active = _respond_by_kept_systems(problem, solution, tilt, active, change, used)
         if active and is_batchable(problem, self.rho):
             active = self._respond_at_once(problem, solution, tilt, active, change, used)
         if not active:
@@ -150,6 +152,30 @@ class ImplicitKKT(GradientMethod):
         return left
 
 
+def _respond_by_kept_systems(
+    problem: ConicProblem,
+    solution: Solution,
+    tilt: ConicPoint,
+    active: list[int],
+    change: ConicPoint,
+    used: list[str],
+) -> list[int]:
+    """Write the response of the elements whose systems the solver has left; the others are returned."""
+    wanted = torch.zeros(problem.batch_size, dtype=torch.bool, device=problem.device)
+    wanted[active] = True
+    for kept in solution.systems:
+        if not bool((kept.valid & wanted[kept.elements]).any()):
+            continue
+        elements, response, exact = kept_response(problem, solution, tilt, kept)
+        exact = exact & wanted[elements]
+        for whole, part in zip(change, response, strict=True):
+            whole[elements[exact]] = part[exact]
+        for element in elements[exact].tolist():
+            used[element] = "implicit"
+        wanted[elements[exact]] = False
+    return wanted.nonzero()[:, 0].tolist()
+
+
 class _Task(NamedTuple):
     structure: ConicStructure
     rho: float
@@ -169,11 +195,16 @@ _ZERO_GRADIENT = (
 )
 
 
+def is_linear_program(problem: Any) -> bool:
+    """Whether this is a linear program, whose exact gradient with respect to its cost is zero at a vertex."""
+    if not isinstance(problem, ConicProblem):
+        return False
+    return problem.structure.cones.is_polyhedral and not problem.structure.quadratic.nnz
+
+
 def _is_still(problem: ConicProblem, cotangent: ConicPoint, change: ConicPoint) -> bool:
     """Whether this is a linear program whose solution does not move with its cost, though the loss would like it to."""
-    if problem.structure.quadratic.nnz or problem.structure.cones.kinds - {"zero", "nonnegative"}:
-        return False
-    if problem.batch_size == 0 or cotangent.y.any():
+    if not is_linear_program(problem) or problem.batch_size == 0 or cotangent.y.any():
         return False
     size = cotangent.x.abs().amax()
     return bool(size > 0 and change.x.abs().amax() <= 1e-9 * size)

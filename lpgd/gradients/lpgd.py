@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
-from lpgd.gradients.implicit import ImplicitKKT
+from lpgd.gradients.implicit import ImplicitKKT, is_linear_program
 from lpgd.solution import BatchSolution
 from lpgd.solvers.base import BaseSolver
 from lpgd.status import SolverError, warn
@@ -49,6 +49,8 @@ class LPGD(GradientMethod):
             perturbations.  None chooses, for each element, ``√ε`` relative to the terms that the tilt changes, ε the
             error of the solver's solutions: noise of the order of ε/τ and curvature of the order of τ (τ² for
             ``"average"``) are then both small, few active sets change, and the result is close to the exact gradient
+            where there is one.  Such a step hardly ever moves the vertex that solves a linear program: where it moves
+            none of a batch, the zero gradient of the cost is warned about.  ``GradientInfo.tau`` has what was chosen.
             where there is one.  Integer programs need a τ: solutions stay where they are for small ones.
         rho: ρ ≥ 0 of the augmented Lagrangian; not scaled by τ.
         envelope: ``"average"`` (two solves), ``"lower"`` or ``"upper"`` (one solve each).
@@ -104,6 +106,8 @@ class LPGD(GradientMethod):
             pair.record_fallback(info)
             scattered = problem.scatter(pair.unsolved, part)
             gradient = type(gradient)(*(a + b for a, b in zip(gradient, scattered, strict=True)))
+        if self.tau is None and pair.is_still and is_linear_program(problem):
+            pair.info.notices["q"] = _ZERO_GRADIENT
         return gradient, pair.info
 
     def jvp(
@@ -187,7 +191,11 @@ class _Perturbed:
         self.method, self.whole, size = method, problem, problem.batch_size
         used = ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()]
         self.info = GradientInfo(
-            method, used, tau=torch.full((size,), torch.nan), moved=torch.zeros(size, dtype=torch.bool)
+            method,
+            used,
+            tau=torch.full((size,), torch.nan),
+            unit=torch.full((size,), torch.nan),
+            moved=torch.zeros(size, dtype=torch.bool),
         )
         active = relevant_elements(solution, cotangent)
         if len(active) < size:
@@ -224,7 +232,11 @@ class _Perturbed:
         above, below = solved.get(1.0, nothing), solved.get(-1.0, nothing)
         plus = points[1.0].where(above, base) if 1.0 in points else base
         minus = points[-1.0].where(below, base) if -1.0 in points else base
-        self._record(active, tau, above, below, plus, minus, base)
+        self._record(active, tau, units, above, below)
+        error = 30 * perturbed_solver.solution_error(problem) * (1 + base.x.abs().amax(-1))
+        distance = torch.maximum((plus.x - base.x).abs().amax(-1), (minus.x - base.x).abs().amax(-1))
+        assert self.info.moved is not None
+        self.info.moved[active] = (distance > error).cpu()
         self.info.tolerance = perturbed_solver.tolerance
         self.info.iterations = sum(result.iterations for result in results)
 
@@ -242,15 +254,18 @@ class _Perturbed:
     def is_whole(self) -> bool:
         return len(self.elements) == self.whole.batch_size
 
-    def _record(
-        self, active: Sequence[int], tau: Tensor, above: Tensor, below: Tensor, plus: Any, minus: Any, base: Any
-    ) -> None:
+    @property
+    def is_still(self) -> bool:
+        """Whether there were perturbed solutions and none of them moved."""
+        assert self.info.moved is not None
+        return bool(self.elements) and not self.unsolved and not bool(self.info.moved.any())
+
+    def _record(self, active: Sequence[int], tau: Tensor, unit: Tensor, above: Tensor, below: Tensor) -> None:
         asked = self.method.envelope
         assert self.info.tau is not None
-        assert self.info.moved is not None
+        assert self.info.unit is not None
         self.info.tau[list(active)] = tau.cpu().to(self.info.tau.dtype)
-        moved = (plus.x.ne(base.x) | minus.x.ne(base.x)).any(-1)
-        self.info.moved[list(active)] = moved.cpu()
+        self.info.unit[list(active)] = unit.cpu().to(self.info.unit.dtype)
         names = {(True, True): "average", (True, False): "lower", (False, True): "upper"}
         for element, *sides in zip(active, above.tolist(), below.tolist(), strict=True):
             used = names.get((sides[0], sides[1]), "none")
@@ -286,6 +301,14 @@ class _Perturbed:
             f"{self.method}: no perturbed problem of elements {self.unsolved[:10]} has a solution (with a loss on dual "
             f"variables, redundant equalities do that); their gradients come from {info.method}."
         )
+
+
+_ZERO_GRADIENT = (
+    "LPGD(tau=None) takes a step that is small enough for the exact gradient, and no solution of this linear program "
+    "moved with it: the gradient with respect to its cost is zero. Give a tau of the order of "
+    "output.info.gradients[-1].unit, at which the loss gradient is as large as the cost; the tau that was taken is "
+    "beside it. lpgd.diagnose and lpgd.sweep compare several."
+)
 
 
 def _refined(solver: BaseSolver, problem: Any) -> BaseSolver:

@@ -6,7 +6,7 @@ variables that are not at a bound,
     [ P + ρI   Cᵀ ] [dx]     [ g_x ]
     [ C        0  ] [u ] = - [ g_y ]
 
-is that of :mod:`lpgd.solvers.active_set`.  Elements whose residual stays large, or for which a fixed random
+is that of :mod:`lpgd.solvers.equality_system`.  Elements whose residual stays large, or for which a fixed random
 right-hand side shows that the system is nearly singular, are left to the method that takes one at a time.
 """
 
@@ -19,11 +19,11 @@ from torch import Tensor
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicPoint
 from lpgd.solution import Solution
-from lpgd.solvers.active_set import equality_program, solve_equalities
 from lpgd.solvers.box_program import BoxProgram, Scaling
+from lpgd.solvers.equality_system import EqualitySystem, KeptSystem, equality_program, equality_system
 from lpgd.solvers.newton_system import newton_system
 
-__all__ = ["is_batchable", "polyhedral_response"]
+__all__ = ["is_batchable", "kept_response", "polyhedral_response"]
 
 DENSE_LIMIT = 4000
 """Systems up to this size are formed on an accelerator."""
@@ -45,33 +45,62 @@ def is_batchable(problem: ConicProblem, rho: float) -> bool:
     return filled and rho > 0 and not off_diagonal and structure.m <= structure.n
 
 
+def kept_response(
+    problem: ConicProblem, solution: Solution, tilt: ConicPoint, kept: KeptSystem
+) -> tuple[Tensor, ConicPoint, Tensor]:
+    """The same by a system that the solver has left: the elements, and their response."""
+    whole = torch.equal(kept.elements, torch.arange(problem.batch_size, device=problem.device))
+    if not whole:
+        rows = kept.elements.tolist()
+        problem, solution, tilt = problem.select(rows), solution.select(rows), tilt.select(kept.elements)
+    response, exact = _response(problem, solution, tilt, 0.0, kept.system, kept.row_scale)
+    return kept.elements, response, exact & kept.valid
+
+
 def polyhedral_response(
     problem: ConicProblem, solution: Solution, tilt: ConicPoint, rho: float
 ) -> tuple[ConicPoint, Tensor]:
     """The derivative of the solution along a tilt, and (B,) for which elements it is exact."""
-    point, e = solution.point, problem.structure.cones.zero
-    tilt = ConicPoint(*(part.to(point.x.dtype) for part in tilt))
+    point = solution.point
     lower, upper = problem.full_bounds()
     at_bound = (point.z > upper - point.x) | (-point.z > point.x - lower)
     active = point.y > solution.slack
-    active[:, :e] = True
+    active[:, : problem.structure.cones.zero] = True
+    program, row_scale = _program(problem, rho, ~at_bound)
+    return _response(
+        problem, solution, tilt, rho, equality_system(program, active, newton_system(program), rough=True), row_scale
+    )
+
+
+def _response(
+    problem: ConicProblem, solution: Solution, tilt: ConicPoint, rho: float, system: EqualitySystem, row_scale: Tensor
+) -> tuple[ConicPoint, Tensor]:
+    program, point = system.program, solution.point
+    tilt = ConicPoint(*(part.to(point.x.dtype) for part in tilt))
+    assert program.free is not None
+    at_bound = program.free == 0
     fixed = torch.where(at_bound, -tilt.z, 0.0)
 
     def gradient(dx: Tensor, u: Tensor) -> Tensor:
         terms = problem.quadratic_product(dx) + problem.structure.constraint.rmatvec(problem.data.A, u)
         return terms + rho * dx
 
-    program, row_scale = _program(problem, rho, ~at_bound)
     moved = problem.structure.constraint.matvec(problem.data.A, fixed)
     right_x = -program.cost * (tilt.x + gradient(fixed, torch.zeros_like(point.y)))
     right_y = -row_scale * (tilt.y + moved)
     right_x = torch.stack([right_x, _probe(right_x)], 1)
     right_y = torch.stack([right_y, _probe(right_y)], 1)
-    dx, u, error, scale = solve_equalities(program, active, right_x, right_y, newton_system(program))
-    size = torch.cat([dx, u], -1)[:, 1].norm(dim=-1)
-    exact = (error[:, 0] <= RESIDUAL * scale[:, 0]) & (size < NEARLY_SINGULAR)
-    dx, u = dx[:, 0] + fixed, u[:, 0] * row_scale / program.cost
-    return ConicPoint(dx, u, torch.where(at_bound, -(tilt.x + gradient(dx, u)), 0.0)), exact
+    answer = system.solve(right_x, right_y)
+    size = torch.cat([answer.x, answer.u], -1)[:, 1].norm(dim=-1)
+    dx, u = answer.x[:, 0] + fixed, answer.u[:, 0] * row_scale / program.cost
+    # The residual is that of the problem's own data, whatever the system was made from.
+    slope = tilt.x + gradient(dx, u)
+    rows = tilt.y + problem.structure.constraint.matvec(problem.data.A, dx)
+    left = torch.cat(
+        [torch.where(at_bound, 0.0, program.cost * slope), torch.where(system.active, row_scale * rows, 0.0)], 1
+    )
+    exact = (left.abs().amax(-1) <= RESIDUAL * answer.scale[:, 0]) & (size < NEARLY_SINGULAR)
+    return ConicPoint(dx, u, torch.where(at_bound, -slope, 0.0)), exact
 
 
 def _program(problem: ConicProblem, rho: float, free: Tensor) -> tuple[BoxProgram, Tensor]:

@@ -1,11 +1,7 @@
 """Newton's method on the active set: the warm start of the batched interior-point method.
 
 With the active rows C of the constraints ``A x + s = b`` and the variables that are at a bound held fixed, a quadratic
-program is the linear system
-
-    [ P   Cᵀ ] [x]   [r]
-    [ C   0  ] [u] = [t]
-
+program is the linear system of :mod:`lpgd.solvers.equality_system`,
 whose answer is the solution if no other row or bound is violated and every multiplier has its sign.  Otherwise what
 is violated becomes active, what has the wrong sign becomes inactive, and the system is solved again: the primal-dual
 active-set method of Hintermüller, Ito and Kunisch (2002), which is a semismooth Newton method.  From the active set of
@@ -21,82 +17,17 @@ import torch
 from torch import Tensor
 
 from lpgd.solvers.box_program import BoxProgram, product_of
+from lpgd.solvers.equality_system import SOUND, EqualitySystem, KeptSystem, equality_program, equality_system
 from lpgd.solvers.newton_system import NewtonSystem, newton_system
 
-__all__ = ["ActiveSet", "Settled", "equality_program", "is_suitable", "settle", "solve_equalities"]
+__all__ = ["ActiveSet", "Settled", "is_suitable", "settle"]
 
-ACTIVE, INACTIVE = 1e-9, 1e30
-"""The diagonal of an active and of an inactive row, in place of 0 and of infinity."""
-REGULARIZATION = 1e-13
-"""Relative regularisation of the factors."""
-REFINEMENTS = 5
-ENOUGH = 1e-13
-"""The relative residual at which refinement ends."""
 SYSTEMS = 8
 """The most systems solved for one element."""
 NEAR = 0.15
 """The share of variables and rows that may change at first."""
 DECAY = 0.6
 """The factor by which the number of changes must fall from one system to the next."""
-SOUND = 1e-9
-"""The residual, in scaled units, up to which a system counts as solved."""
-
-
-def equality_program(program: BoxProgram, free: Tensor) -> BoxProgram:
-    """The rows and the quadratic of a program without its bounds, and the quadratic's largest entry scaled to 1.
-
-    Args:
-        program: its factor of the quadratic does not matter.
-        free: (B, n) one for variables that are free, zero for those that are held.
-    """
-    none = torch.zeros(0, dtype=torch.int64, device=free.device)
-    largest = free.new_ones(1) if program.P is None else program.P.abs().flatten(1).amax(-1)
-    cost = torch.where(largest > 0, 1.0 / largest, 1.0)[:, None].expand(free.shape[0], 1)
-    b = free.new_zeros(free.shape[0], program.m)
-    return replace(program, cost=cost, q=torch.zeros_like(free), b=b, upper=none, lower=none, bounded=None, free=free)
-
-
-def solve_equalities(
-    program: BoxProgram,
-    active: Tensor,
-    right_x: Tensor,
-    right_y: Tensor,
-    system: NewtonSystem,
-    regularization: float = REGULARIZATION,
-    rough: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Solve the system of the module's docstring, refined against itself.
-
-    Args:
-        program: an :func:`equality_program`.
-        active: (B, m) which rows are active, equalities among them.
-        right_x, right_y: (B, k, n) and (B, k, m) right-hand sides; what is not free or active is left out of them.
-        system: of this program.
-        regularization: of the factors, relative.
-        rough: factors may be of single precision, for systems that are not too ill-conditioned.
-
-    Returns:
-        (B, k, n) x, (B, k, m) u, and of each right-hand side the residual and the size, (B, k) each.
-    """
-    mask = active.to(right_y.dtype)[:, None]
-    right_x, right_y = program.masked(right_x), right_y * mask
-    h = torch.where(active[:, program.equalities :], ACTIVE, INACTIVE).to(right_y.dtype)
-    factor = system.factor(h, h.new_full((h.shape[0], 1), regularization), rough)
-    x, u, left_x, left_y = torch.zeros_like(right_x), torch.zeros_like(right_y), right_x, right_y
-    scale = error = torch.cat([right_x, right_y], -1).abs().amax(-1)
-    for _ in range(2 * REFINEMENTS if factor.is_rough else REFINEMENTS):
-        dx, du = factor.solve(left_x, left_y)
-        x, u = x + dx, u + du * mask
-        Px = program.quadratic(x)
-        left_x = right_x - program.transposed(u)
-        left_x = left_x if Px is None else left_x - Px
-        left_y = (right_y - program.rows(x)) * mask
-        error = torch.cat([left_x, left_y], -1).abs().amax(-1)
-        if bool((error <= ENOUGH * scale).all()):
-            break
-    if factor.is_rough and not bool((error <= SOUND * scale).all()):
-        return solve_equalities(program, active, right_x, right_y, system, regularization, rough=False)
-    return x, u, error, scale
 
 
 @dataclass(frozen=True)
@@ -125,12 +56,14 @@ class Settled:
         x: (B, n).
         z: (B, rows) multipliers, nonnegative on inequalities.
         systems: (B,) how many systems were solved.
+        kept: the first system, which is that of the elements that it settled.
     """
 
     found: Tensor
     x: Tensor
     z: Tensor
     systems: Tensor
+    kept: KeptSystem | None = None
 
 
 def is_suitable(program: BoxProgram) -> bool:
@@ -163,12 +96,18 @@ def settle(program: BoxProgram, start: ActiveSet, tolerance: float, regularizati
     changes = torch.full((size,), NEAR * (program.n + program.m) / DECAY, device=device)
     limits, system = _limits(program), None
     for number in range(1, SYSTEMS + 1):
-        x, z, system, sound = _point(program, sets, limits, copies if number == 1 else 1, system, regularization)
+        x, z, sound, system, factorised = _point(
+            program, sets, limits, copies if number == 1 else 1, system, regularization
+        )
         corrected, changed = _corrected(program, sets, limits, x, z, tolerance)
         done = sound & (changed == 0)
         rows = elements[done]
         settled.systems[elements] = number
         settled.found[rows], settled.x[rows], settled.z[rows] = True, x[done], z[done]
+        if number == 1 and copies == 1:
+            settled = replace(
+                settled, kept=KeptSystem(elements, done, factorised, torch.ones_like(program.b[:1, : program.m]))
+            )
         left = (sound & ~done & (changed <= DECAY * changes)).nonzero()[:, 0]
         if not left.shape[0]:
             break
@@ -199,8 +138,8 @@ def _point(
     copies: int,
     system: NewtonSystem | None,
     regularization: float,
-) -> tuple[Tensor, Tensor, NewtonSystem, Tensor]:
-    """Primal (B, n) and dual (B, rows) points of the active sets, the system, and (B,) where it could be solved.
+) -> tuple[Tensor, Tensor, Tensor, NewtonSystem, EqualitySystem]:
+    """Primal (B, n) and dual (B, rows) points of the active sets, (B,) where they could be solved for, the systems.
 
     Copies share their sets, and so their factors.
     """
@@ -216,7 +155,13 @@ def _point(
     factor = whole.cost / program.cost
     right_x, right_y = -factor * (slope + program.q), program.b[:, : program.m] - whole.rows(held)
     right_x, right_y = (side.view(copies, count, -1).transpose(0, 1) for side in (right_x, right_y))
-    x, u, error, scale = solve_equalities(part, sets.rows[:count], right_x, right_y, system, regularization)
+    active = sets.rows[:count]
+    factorised = equality_system(part, active, system, regularization, rough=True)
+    answer = factorised.solve(right_x, right_y)
+    if factorised.factor.is_rough and not bool((answer.error <= SOUND * answer.scale).all()):
+        factorised = equality_system(part, active, system, regularization)
+        answer = factorised.solve(right_x, right_y)
+    x, u, error, scale = answer
     x, u = (part.transpose(0, 1).reshape(program.size, -1) for part in (x, u))
     sound = (error <= SOUND * (1.0 + scale)).T.reshape(-1)
     x, u = x + held, u / factor
@@ -225,7 +170,7 @@ def _point(
     slope = slope + program.q + product_of(program.A.mT, u)
     above, below = torch.where(sets.upper, -slope, 0.0), torch.where(sets.lower, slope, 0.0)
     z = [u, above if program.upper is None else above[:, program.upper]]
-    return x, torch.cat([*z, below if program.lower is None else below[:, program.lower]], 1), system, sound
+    return x, torch.cat([*z, below if program.lower is None else below[:, program.lower]], 1), sound, system, factorised
 
 
 def _corrected(

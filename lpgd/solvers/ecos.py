@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 import scipy.sparse as sp
 
+from lpgd.cone_form import ConeForm
 from lpgd.problems.conic import ConicProblem
-from lpgd.reductions import ConeForm, RowForm, RowPoint, RowVectors
+from lpgd.reductions import RowForm, RowPoint, RowVectors
 from lpgd.solvers.base import Capabilities
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.status import Status

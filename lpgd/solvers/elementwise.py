@@ -173,10 +173,13 @@ def _assemble(problem: ConicProblem, tasks: Sequence[_Task], results: Sequence[_
             getattr(whole, name)[task.elements] = getattr(part, name)
         for element, status, state in zip(task.elements, part.statuses, part.states, strict=True):
             whole.statuses[element], whole.states[element] = status, state
-    points = {name: torch.from_numpy(getattr(whole, name)).to(problem.device) for name in ("x", "y", "z", "slack")}
+    x, y, z, slack = (torch.from_numpy(part).to(problem.device) for part in (whole.x, whole.y, whole.z, whole.slack))
     return Solution(
         problem,
-        **points,
+        x=x,
+        y=y,
+        z=z,
+        slack=slack,
         statuses=tuple(whole.statuses),
         iterations=whole.iterations,
         setup_seconds=whole.setup_seconds,

@@ -19,6 +19,7 @@ from lpgd.solvers.active_set import ActiveSet, is_suitable
 from lpgd.solvers.base import Capabilities, Solver, checked
 from lpgd.solvers.box_program import BoxProgram, Scaling
 from lpgd.solvers.clarabel import Clarabel
+from lpgd.solvers.equality_system import KeptSystem
 from lpgd.solvers.newton_system import newton_system
 from lpgd.solvers.predictor_corrector import Answers, Limits, solve_programs
 from lpgd.status import Status
@@ -140,11 +141,13 @@ class InteriorPoint(Solver):
         valid = problem.finite()
         whole = bool(valid.all())
         rows = valid.nonzero()[:, 0]
+        kept: tuple[KeptSystem, ...] = ()
         if rows.shape[0]:
             part = problem if whole else problem.select(rows.tolist())
             scaling = Scaling.of(part, _PRECISIONS[self.precision][0], self._limits.tolerance)
             start = _active_set(problem, states) if whole and is_suitable(scaling.program) else None
             answers = self._answers(_Task(scaling.program, start, self._limits, self.verbose), _work(part), executor)
+            kept = tuple(own.scaled(scaling.row_scale).moved(rows) for own in answers.kept)
             solved, part_slack = scaling.invert(answers.x, answers.z, answers.s)
             status = torch.where(scaling.crossed, int(Status.INFEASIBLE), answers.status)
             nothing = ((status == Status.INFEASIBLE) | (status == Status.UNBOUNDED))[:, None]
@@ -166,6 +169,7 @@ class InteriorPoint(Solver):
             setup_seconds=np.zeros(size),
             solve_seconds=np.full(size, seconds / max(size, 1)),
             states=tuple(_State(ends, row) if fine else None for row, fine in enumerate(solved)),
+            systems=kept,
         )
 
     def _answers(self, task: _Task, work: float, executor: Executor | None) -> Answers:
@@ -188,8 +192,11 @@ class InteriorPoint(Solver):
             for chunk, part in zip(chunks, rows, strict=True)
         ]
         order = torch.cat(rows).argsort()
-        parts = [answers.parts for answers in run_tasks(_solve_task, tasks, executor)]
-        return Answers(*(torch.cat(own)[order] for own in zip(*parts, strict=True)))
+        parts = run_tasks(_solve_task, tasks, executor)
+        kept = tuple(own.moved(part) for part, answers in zip(rows, parts, strict=True) for own in answers.kept)
+        columns = zip(*(answers.parts for answers in parts), strict=True)
+        x, z, slack, status, iterations = (torch.cat(own)[order] for own in columns)
+        return Answers(x, z, slack, status, iterations, kept)
 
 
 class _Task(NamedTuple):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lpgd.solvers.active_set import ActiveSet, is_suitable, settle
 from lpgd.solvers.box_program import BoxProgram
+from lpgd.solvers.equality_system import KeptSystem
 from lpgd.solvers.interior_steps import Iterate, State, assess, homogeneous_step, largest, plain_step
 from lpgd.solvers.newton_system import newton_system
 from lpgd.status import Status
@@ -81,14 +82,16 @@ class Answers:
     s: Tensor
     status: Tensor  # (B,) values of Status
     iterations: Tensor  # (B,)
+    kept: tuple[KeptSystem, ...] = ()
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
         return self.x, self.z, self.s, self.status, self.iterations
 
     def select(self, elements: Tensor) -> Answers:
-        """Those of some elements."""
-        return Answers(*(part[elements] for part in self.parts))
+        """Those of some elements, without their systems."""
+        x, z, s, status, iterations = (part[elements] for part in self.parts)
+        return Answers(x, z, s, status, iterations)
 
     def put(self, elements: Tensor, answers: Answers) -> None:
         """Replace those of some elements."""
@@ -104,7 +107,9 @@ def solve_programs(program: BoxProgram, start: ActiveSet | None, limits: Limits,
     left = (answers.status < 0).nonzero()[:, 0]
     if left.shape[0]:
         part = program if left.shape[0] == program.size else program.select(left)
-        answers.put(left, _solve_cold(part, limits, verbose))
+        rest = _solve_cold(part, limits, verbose)
+        answers.put(left, rest)
+        answers = replace(answers, kept=answers.kept + tuple(kept.moved(left) for kept in rest.kept))
     return answers
 
 
@@ -117,7 +122,11 @@ def _settled(program: BoxProgram, start: ActiveSet, limits: Limits) -> Answers:
     s = (program.b - program.rows(x))[:, e:].clamp(min=0)
     state = assess(program, Iterate(x, z, s, one, 0 * one), (largest(program.q), largest(program.b)))
     status = torch.where(settled.found & (state.quality <= limits.tolerance), int(Status.SOLVED), -1)
-    return Answers(x, z, torch.nn.functional.pad(s, (e, 0)), status, settled.systems)
+    kept = settled.kept
+    if kept is not None:
+        kept = kept._replace(valid=kept.valid & (status[kept.elements] >= 0))
+    systems = () if kept is None or not kept.is_small else (kept,)
+    return Answers(x, z, torch.nn.functional.pad(s, (e, 0)), status, settled.systems, systems)
 
 
 def _solve_plainly(program: BoxProgram, limits: Limits, verbose: bool) -> Answers:
@@ -135,6 +144,7 @@ def _solve_plainly(program: BoxProgram, limits: Limits, verbose: bool) -> Answer
     exact = _settled(part, _active_set(part, reached), limits)
     exact.iterations.add_(reached.iterations)
     answers.put(near, exact)
+    answers = replace(answers, kept=tuple(kept.moved(near) for kept in exact.kept))
     left = (exact.status < 0).nonzero()[:, 0]
     if left.shape[0]:
         spent = int(reached.iterations.max())
