@@ -1,0 +1,1 @@
+"""Declarative nodes with their own solvers, one file a node."""
