@@ -84,7 +84,7 @@ NODES = {
             inequality=lambda x, A, y: -y,
             ndims=(1, 2),
         ),
-        lambda seed: (random(seed, 3, 4), random(seed + 1, 3, 4, 4)),
+        lambda seed: (random(seed, 2, 3), random(seed + 1, 2, 3, 3)),
     ),
 }
 """Every node; a new one is a row."""
