@@ -37,7 +37,7 @@ class NodeCase:
 
 
 def random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _with_radius(seed: int) -> tuple[Tensor, ...]:
