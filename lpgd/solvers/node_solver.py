@@ -52,6 +52,7 @@ class NodeSolver(BaseSolver):
     max_iterations: int | None = None
 
     name: ClassVar[str] = "NODE"
+    is_torch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.algorithm not in get_args(Algorithm):
