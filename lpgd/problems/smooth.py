@@ -1,0 +1,366 @@
+"""A batch of the problems of a declarative node: data, Lagrangian and its derivatives, tilt and augmentation.
+
+The mathematics is that of :mod:`lpgd.problems.node`.  Points are flattened, (B, n); inputs keep their shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from lpgd.problems.base import PointOperations
+from lpgd.problems.node import BaseNode, Tilt, is_shared
+
+__all__ = [
+    "SmoothOutput",
+    "SmoothPoint",
+    "SmoothProblem",
+    "SmoothStructure",
+    "input_class",
+]
+
+
+class SmoothOutput(NamedTuple("_SmoothOutput", [("x", Tensor)]), PointOperations):
+    """What losses see of the solutions: minimisers, (B, n) flattened; also their cotangent or tangent."""
+
+    __slots__ = ()
+
+
+class _SmoothPointFields(NamedTuple):
+    x: Tensor  # (B, n)
+    nu: Tensor  # (B, p)
+    lam: Tensor  # (B, r)
+
+
+class SmoothPoint(_SmoothPointFields, PointOperations):
+    """Minimisers and multipliers of a batch; also a tangent of them."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class SmoothStructure:
+    """What is fixed while the inputs change.
+
+    Args:
+        node: what is minimised.
+        shapes: of the inputs of one element.
+    """
+
+    node: BaseNode
+    shapes: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one element's y."""
+        return tuple(self.node.variable_shape(*self.shapes))
+
+    @property
+    def n(self) -> int:
+        """Number of variables."""
+        return math.prod(self.shape)
+
+    @property
+    def digest(self) -> bytes:
+        """A fingerprint of name and shapes: solutions of such problems can start each other."""
+        return repr((self.node.name, self.shapes, self.shape)).encode()
+
+    @property
+    def summary(self) -> str:
+        """Its sizes in words."""
+        return f"{self.node.name}: inputs {', '.join(map(str, self.shapes))} and a solution of shape {self.shape}"
+
+
+@lru_cache(maxsize=256)
+def input_class(names: tuple[str, ...]) -> type[Any]:
+    """The named tuple of a node's inputs; also of their gradients and tangents."""
+    fields = cast(Any, namedtuple("SmoothData", names))  # pyright: ignore[reportUntypedNamedTuple]
+    return type("SmoothData", (fields,), {"__slots__": (), "__reduce__": _reduce, "__module__": __name__})
+
+
+def _reduce(data: Any) -> tuple[Any, ...]:
+    return _restore, (data._fields, tuple(data))
+
+
+def _restore(names: tuple[str, ...], parts: tuple[Tensor, ...]) -> Any:
+    return input_class(names)(*parts)
+
+
+@dataclass(frozen=True, eq=False)
+class SmoothProblem:
+    """A batch of a node's problems.
+
+    Args:
+        structure: the node and the shapes.
+        data: its inputs, a named tuple of tensors (B, *shape) of one dtype.
+        batch_size: number of elements B.
+        linear: (B, n) cost of the term ``<linear, y>``, or None.
+        equality_shift, inequality_shift: (B, p) and (B, r), added to h and g, or None.
+        rho, center: the term ``(ρ/2) |y - center|²``; center is (B, n), or None for ρ = 0.
+
+    Raises:
+        ValueError: inputs of another number of rows, or of several dtypes.
+    """
+
+    structure: SmoothStructure
+    data: Any
+    batch_size: int
+    linear: Tensor | None = None
+    equality_shift: Tensor | None = None
+    inequality_shift: Tensor | None = None
+    rho: float = 0.0
+    center: Tensor | None = None
+
+    can_tilt: ClassVar[bool] = True
+    can_augment: ClassVar[bool] = True
+    has_kkt: ClassVar[bool] = True
+    is_continuous: ClassVar[bool] = True
+    is_smooth: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name, datum, shape in zip(self.data._fields, self.data, self.structure.shapes, strict=True):
+            if tuple(datum.shape) != (self.batch_size, *shape) or datum.dtype != self.dtype:
+                raise ValueError(
+                    f"{name} is {datum.dtype} of shape {tuple(datum.shape)}; it must be {self.dtype} of shape "
+                    f"{(self.batch_size, *shape)}."
+                )
+
+    @property
+    def node(self) -> BaseNode:
+        return self.structure.node
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.data[0].device
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is the node's own problem, nothing added."""
+        return self.linear is None and self.center is None and not self.is_shifted
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether something is added to h or g."""
+        return self.equality_shift is not None or self.inequality_shift is not None
+
+    def shaped(self, x: Tensor) -> Tensor:
+        """(B, n) to (B, *shape)."""
+        return x.reshape(x.shape[0], *self.structure.shape)
+
+    @property
+    def added(self) -> Tilt:
+        """What is added to the objective, in the shape of y."""
+        zero = self.data[0].new_zeros(self.batch_size, self.structure.n)
+        linear, center = (zero if part is None else part for part in (self.linear, self.center))
+        return Tilt(self.shaped(linear), self.rho, self.shaped(center))
+
+    # -- functions, of flattened minimisers (B, n); ``data`` are other inputs than the problem's own -----------
+
+    def objective(self, x: Tensor, data: Sequence[Tensor] | None = None) -> Tensor:
+        """``f(x) + <linear, x> + (ρ/2) |x - center|²``: (B,)."""
+        value = self.node.objective(self.shaped(x), *(self.data if data is None else data))
+        if tuple(value.shape) != (x.shape[0],):
+            raise ValueError(
+                f"the objective of {self.node.name} has shape {tuple(value.shape)} for {x.shape[0]} elements; "
+                "it must be one number for each."
+            )
+        if self.linear is not None:
+            value = value + (self.linear * x).sum(-1)
+        return value if self.center is None else value + 0.5 * self.rho * (x - self.center).square().sum(-1)
+
+    def constraints(self, x: Tensor, data: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """The values of h (B, p) and g (B, r); no columns where there are none."""
+        inputs, y = self.data if data is None else data, self.shaped(x)
+        h, g = self.node.equality(y, *inputs), self.node.inequality(y, *inputs)
+        h = x.new_zeros(x.shape[0], 0) if h is None else h.reshape(x.shape[0], -1)
+        g = x.new_zeros(x.shape[0], 0) if g is None else g.reshape(x.shape[0], -1)
+        h = h if self.equality_shift is None else h + self.equality_shift
+        return h, g if self.inequality_shift is None else g + self.inequality_shift
+
+    def lagrangian(self, point: SmoothPoint, data: Sequence[Tensor] | None = None) -> Tensor:
+        """``f + νᵀh + λᵀg``, with the added terms: (B,)."""
+        value = self.objective(point.x, data)
+        if point.nu.shape[-1] or point.lam.shape[-1]:
+            h, g = self.constraints(point.x, data)
+            value = value + (point.nu * h).sum(-1) + (point.lam * g).sum(-1)
+        return value
+
+    # -- derivatives in x -------------------------------------------------------------------------------------
+
+    def gradient(self, point: SmoothPoint) -> Tensor:
+        """``∇_x L``: (B, n)."""
+        return torch.func.grad(lambda x: self.lagrangian(point._replace(x=x)).sum())(point.x)
+
+    def hessian_product(self, point: SmoothPoint) -> Callable[[Tensor], Tensor]:
+        """``v ↦ ∇²_xx L v``, (B, n) to (B, n)."""
+        pull = torch.func.vjp(lambda x: self.gradient(point._replace(x=x)), point.x)[1]
+        return lambda vector: pull(vector)[0]
+
+    def hessian(self, point: SmoothPoint) -> Tensor:
+        """``∇²_xx L``: (B, n, n)."""
+        return _rows(self.hessian_product(point), point.x)
+
+    def jacobian_product(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """``μ ↦ [Dh; Dg]ᵀ μ``, (B, p + r) to (B, n)."""
+        pull = torch.func.vjp(lambda x: torch.cat(self.constraints(x), -1), x)[1]
+        return lambda multipliers: pull(multipliers)[0]
+
+    def jacobian(self, x: Tensor) -> Tensor:
+        """``[Dh; Dg]``: (B, p + r, n)."""
+        like = torch.cat(self.constraints(x), -1)
+        if not like.shape[-1]:
+            return x.new_zeros(x.shape[0], 0, x.shape[-1])
+        return _rows(self.jacobian_product(x), like)
+
+    # -- the two changes it can be solved again after ----------------------------------------------------------
+
+    def tilt(self, step: Tensor, cotangent: Any) -> SmoothProblem:
+        """``L + step <g, point>``: a linear cost, and shifts of h and g where g has multipliers.
+
+        Args:
+            step: (k B,) signed step of each element; with k > 1 the new batch is k copies of this one, one after the
+                other.
+            cotangent: a SmoothOutput, or a SmoothPoint.
+        """
+        copies = step.shape[0] // self.batch_size if self.batch_size else 1
+        step = step.to(self.dtype)[:, None]
+        whole = self._copied(copies)
+
+        def moved(own: Tensor | None, part: Tensor) -> Tensor:
+            change = step * part.to(self.dtype).repeat(copies, 1)
+            return change if own is None else own + change
+
+        nu, lam = (getattr(cotangent, name, None) for name in ("nu", "lam"))
+        return replace(
+            whole,
+            linear=moved(whole.linear, cotangent.x),
+            equality_shift=whole.equality_shift if nu is None or not nu.any() else moved(whole.equality_shift, nu),
+            inequality_shift=(
+                whole.inequality_shift if lam is None or not lam.any() else moved(whole.inequality_shift, lam)
+            ),
+        )
+
+    def _copied(self, copies: int) -> SmoothProblem:
+        if copies == 1:
+            return self
+        data = type(self.data)(
+            *(
+                datum[:1].expand(copies * self.batch_size, *datum.shape[1:])
+                if is_shared(datum)
+                else datum.repeat(copies, *(1,) * (datum.ndim - 1))
+                for datum in self.data
+            )
+        )
+        own = {name: getattr(self, name) for name in _ADDED}
+        changes = {name: part if part is None else part.repeat(copies, 1) for name, part in own.items()}
+        return replace(self, data=data, batch_size=copies * self.batch_size, **changes)
+
+    def augment(self, rho: float, center: Tensor) -> SmoothProblem:
+        """``L + (ρ/2) |x - center|²``, up to a constant.
+
+        Args:
+            rho: ρ ≥ 0, not scaled by any step.
+            center: (B, n); its solution stays optimal if it is one of this problem.
+        """
+        if rho == 0.0:
+            return self
+        if self.center is not None:
+            center = (self.rho * self.center + rho * center) / (self.rho + rho)
+        return replace(self, rho=self.rho + rho, center=center)
+
+    def tilt_unit(self, point: SmoothPoint, cotangent: Any) -> Tensor:
+        """(B,) ``max(|∇f|, |∇²L x|) / |g|`` in the maximum norm; a numerator of 0 counts as 1, g = 0 gives infinity."""
+        slope = torch.func.grad(lambda x: self.objective(x).sum())(point.x)
+        curved = self.hessian_product(point)(point.x) if self.node.has_kkt else slope
+        size = torch.maximum(_maximum(slope), _maximum(curved))
+        return torch.where((size > 0) & torch.isfinite(size), size, 1.0) / _maximum(cotangent.x)
+
+    # -- derivatives in the data ------------------------------------------------------------------------------
+
+    def _in_data(self, function: Callable[[tuple[Tensor, ...]], Tensor]) -> Any:
+        """The gradient of a number in the data."""
+        return type(self.data)(*torch.func.grad(function)(tuple(self.data)))
+
+    def gradient_difference(self, plus: SmoothPoint, minus: SmoothPoint, weight: Tensor) -> Any:
+        """``weight (∇_w L(plus) - ∇_w L(minus))``: a difference of vjps of the Lagrangian; weight is (B,)."""
+        weight = weight.to(self.dtype)
+        return self._in_data(lambda data: (weight * (self.lagrangian(plus, data) - self.lagrangian(minus, data))).sum())
+
+    def directional_gradient(self, point: SmoothPoint, change: SmoothPoint) -> Any:
+        """``∇_w <∇_z L(point), change>``: what a change of the solution is worth in the data."""
+
+        def along(data: tuple[Tensor, ...]) -> Tensor:
+            slope = torch.func.grad(lambda x: self.lagrangian(point._replace(x=x), data).sum())(point.x)
+            value = (slope * change.x).sum()
+            if change.nu.shape[-1] or change.lam.shape[-1]:
+                h, g = self.constraints(point.x, data)
+                value = value + (h * change.nu).sum() + (g * change.lam).sum()
+            return value
+
+        return self._in_data(along)
+
+    def mixed_product(self, point: SmoothPoint, tangent: Any) -> SmoothPoint:
+        """``∇_z <∇_w L(point), tangent>``: the tilt of forward mode."""
+
+        def along(x: Tensor, nu: Tensor, lam: Tensor) -> Tensor:
+            slopes = self._in_data(lambda data: self.lagrangian(SmoothPoint(x, nu, lam), data).sum())
+            parts = [(slope * part).sum() for slope, part in zip(slopes, tangent, strict=True)]
+            return torch.stack(parts).sum()
+
+        return SmoothPoint(*torch.func.grad(along, argnums=(0, 1, 2))(*point))
+
+    # -- batches ----------------------------------------------------------------------------------------------
+
+    def select(self, elements: Sequence[int]) -> SmoothProblem:
+        """The batch of these elements."""
+        index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
+        data = type(self.data)(
+            *(
+                datum[:1].expand(len(index), *datum.shape[1:]) if is_shared(datum) and len(index) else datum[index]
+                for datum in self.data
+            )
+        )
+        own = {name: getattr(self, name) for name in _ADDED}
+        changes = {name: part if part is None else part[index] for name, part in own.items()}
+        return replace(self, data=data, batch_size=len(index), **changes)
+
+    def scatter(self, elements: Sequence[int], data: Any) -> Any:
+        """A gradient of the data of ``select(elements)`` as one of this batch's: zero for the other elements."""
+        index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
+        zero = self.zero_gradient()
+        return type(self.data)(*(own.index_add(0, index, part) for own, part in zip(zero, data, strict=True)))
+
+    def zero_gradient(self) -> Any:
+        """A gradient of the data that is zero."""
+        return type(self.data)(*(datum.new_zeros(datum.shape) for datum in self.data))
+
+    def finite(self) -> Tensor:
+        """(B,) whether an element's inputs are finite."""
+        fine = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
+        for datum in self.data:
+            fine = fine & torch.isfinite(datum).reshape(self.batch_size, -1).all(-1)
+        return fine
+
+
+_ADDED = ("linear", "equality_shift", "inequality_shift", "center")
+
+
+def _rows(pull: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """(B, k, n): a linear map (B, k) to (B, n) of each element, applied to the k unit vectors."""
+    units = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+    return torch.func.vmap(lambda unit: pull(unit.expand(like.shape)), out_dims=1)(units)
+
+
+def _maximum(rows: Tensor) -> Tensor:
+    return rows.abs().amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[0])
