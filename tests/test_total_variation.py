@@ -85,7 +85,7 @@ def test_gradcheck(weight):
     """At regular points, with segments of several points; at 50 all of them are one."""
     signal = signals(2, 24).requires_grad_()
     weights = torch.tensor([weight, 0.7 * weight], dtype=torch.float64, requires_grad=True)
-    y, signs = denoise(signal, weights)
+    _, signs = denoise(signal, weights)
     assert (signs == 0).any()
     assert torch.autograd.gradcheck(differentiable, (signal, weights), eps=1e-6, atol=1e-6)
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["denoise", "differentiate_denoised", "segment_means"]
+from lpgd.problems.node import BaseNode, NodeAnswer, Tilt
+from lpgd.status import Status
+
+__all__ = ["TotalVariationDenoising", "denoise", "differentiate_denoised", "segment_means"]
 
 
 def jump_signs(values: list[float], weight: float) -> list[int]:
@@ -13,9 +19,9 @@ def jump_signs(values: list[float], weight: float) -> list[int]:
 
     Dynamic programming from left to right (Johnson, A dynamic programming algorithm for the fused lasso and
     L0-segmentation, 2013).  The best cost of the first k points, as a function of the value u of the k-th one, has a
-    derivative that is piecewise linear and increasing.  The next point does not follow u outside of the range where this
-    derivative is within ±weight: it jumps.  So the derivative is cut off at ±weight, and u - x of the next point is
-    added.  Each point puts one kink on either side and every kink is taken away once: time and memory O(n).
+    derivative that is piecewise linear and increasing.  The next point does not follow u outside of the range where
+    this derivative is within ±weight: it jumps.  So the derivative is cut off at ±weight, and u - x of the next point
+    is added.  Each point puts one kink on either side and every kink is taken away once: time and memory O(n).
 
     A kink is its position with the changes of slope and intercept that its right side has over its left one.
     """
@@ -121,3 +127,68 @@ def differentiate_denoised(signs: Tensor, cotangent: Tensor, *, pass_through: bo
     """
     averaged = cotangent if pass_through else segment_means(cotangent, signs)
     return averaged, (averaged * boundary_signs(signs)).sum(1)
+
+
+@dataclass(frozen=True)
+class TotalVariationDenoising(BaseNode):
+    """Total variation denoising of a signal (Gould, Lecture Notes on Differentiable Optimisation, 4.4).
+
+        minimise ½|y - x|² + λ Σ_i |y_i - y_(i+1)|
+
+    with inputs ``signal`` x (n,) and ``weight`` λ >= 0 () for each element.  Solved exactly in O(n) on the CPU
+    (:func:`denoise`), where one row after the other takes about 0.8 µs for each point; gradients are computed on the
+    device of the inputs.  The gradient is the true one: averages over the constant segments
+    (:func:`differentiate_denoised`).  For the generic methods, neighbours that the solution ties are equality
+    constraints.  LPGD's tilted and augmented problems are denoising problems with ``(x - τg + ρy*) / (1 + ρ)`` and
+    ``λ / (1 + ρ)``.
+
+    A negative weight fails with ``Status.INVALID_DATA``.
+
+    Args:
+        pass_through: the gradient is an approximation that hands the cotangent on to x without averaging.
+    """
+
+    pass_through: bool = False
+
+    name: ClassVar[str] = "total variation denoising"
+    input_names = ("signal", "weight")
+    input_ndims = (1, 0)
+
+    def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+        if not shapes[0][0]:
+            raise ValueError("signal has no points.")
+        return shapes[0]
+
+    def objective(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        signal, weight = inputs
+        return 0.5 * (y - signal).square().sum(-1) + weight * y.diff(dim=-1).abs().sum(-1)
+
+    def equality(self, y: Tensor, *inputs: Tensor) -> Tensor | None:
+        steps = y.diff(dim=-1)
+        return steps * (steps == 0.0) if y.shape[-1] > 1 else None
+
+    def initial(self, shape: tuple[int, ...], *inputs: Tensor) -> Tensor:
+        return inputs[0].clone()
+
+    def solve(self, inputs: tuple[Tensor, ...], start: Tensor | None) -> NodeAnswer:
+        signal, weight = inputs
+        return self._solve(signal, weight)
+
+    def solve_tilted(self, inputs: tuple[Tensor, ...], tilt: Tilt, start: Tensor | None) -> NodeAnswer:
+        signal, weight = inputs
+        curvature = 1.0 + tilt.rho
+        return self._solve((signal - tilt.linear + tilt.rho * tilt.center) / curvature, weight / curvature, curvature)
+
+    def vjp(
+        self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, ...]:
+        signs = y.diff(dim=-1).sign() if aux is None else aux[0]
+        return differentiate_denoised(signs, cotangent, pass_through=self.pass_through)
+
+    def _solve(self, signal: Tensor, weight: Tensor, curvature: float = 1.0) -> NodeAnswer:
+        y, signs = denoise(signal, weight.clamp_min(0.0))
+        statuses = [Status.SOLVED if fine else Status.INVALID_DATA for fine in (weight >= 0.0).tolist()]
+        nu = None
+        if y.shape[-1] > 1:
+            nu = curvature * (y - signal).cumsum(-1)[:, :-1] * (y.diff(dim=-1) == 0.0)
+        return NodeAnswer(y, statuses, [1] * len(y), (signs,), nu=nu)
