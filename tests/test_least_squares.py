@@ -101,7 +101,9 @@ def test_gradcheck(options):
 def test_shared_inputs_are_the_same_as_copies(options):
     node = LeastSquares(**options)
     inputs = problem(node)
-    shared = tuple(part if name == "b" else part[:1].expand_as(part) for name, part in zip(node.input_names, inputs))
+    shared = tuple(
+        part if name == "b" else part[:1].expand_as(part) for name, part in zip(node.input_names, inputs, strict=True)
+    )
     copies = tuple(part.clone(memory_format=torch.contiguous_format) for part in shared)
     one, other = node.solve(shared, None), node.solve(copies, None)
     assert one.aux[0].shape[0] == 1
