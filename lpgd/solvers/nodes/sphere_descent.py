@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,12 +60,12 @@ def descend(
         backtracking: halve η until f, on the sphere, decreases by 1e-4 of what its slope promises (BLS).
         decay: of TWD.
         max_iterations: limit.
-        tolerance: of the tangential gradient relative to ``|Gu| + |c|``; at least the type's root of rounding.
+        tolerance: of the tangential gradient relative to ``|Gu| + |c|``; at least 32 roundings.
 
     Returns:
         The solutions; each element stops on its own, where the tolerance is reached or nothing decreases f any more.
     """
-    tolerance = max(tolerance, torch.finfo(gram.dtype).eps ** 0.5)
+    tolerance = max(tolerance, 32 * torch.finfo(gram.dtype).eps)
     batch = vector.shape[0]
     u = start
     pushed = product(gram, u)
@@ -82,9 +82,18 @@ def descend(
         active = active & ~converged
         if not active.any():
             break
-        p = d - _weight(direction, decay**iteration, d, along) * u
-        moved = _line_search(gram, vector, u, p, value, size.square(), d, step, relaxation, backtracking, active)
-        u, pushed, value, active = moved
+        kept = along - _weight(direction, decay**iteration, d, along)
+        p = tangential + kept * u
+        slope = size.square()
+        if step is None:
+            curvature = (p * product(gram, p)).sum(-1) + along[:, 0] * p.square().sum(-1)
+            promised = slope + (along * kept)[:, 0]  # <d, p>, which close to a solution would be lost in its terms
+            length = relaxation * promised / torch.where(curvature > 0.0, curvature, 1.0)
+            length = torch.where((curvature > 0.0) & (length > 0.0), length, 1.0)
+        else:
+            length = torch.full_like(value, step)
+        at = _Point(u, pushed, value, active)
+        u, pushed, value, active = _line_search(gram, vector, at, p, length, slope, backtracking)
         iterations += active
     return SphereSolution(u, iterations, converged)
 
@@ -97,33 +106,28 @@ def _weight(direction: Direction, decay: float, d: Tensor, along: Tensor) -> Ten
     return decay * along if direction == "decayed" else along / d.norm(dim=-1, keepdim=True)
 
 
+class _Point(NamedTuple):
+    """Points with their products Gu and values, and which elements go on (of a line search: which found one)."""
+
+    u: Tensor
+    pushed: Tensor
+    value: Tensor
+    active: Tensor
+
+
 def _line_search(
-    gram: Tensor,
-    vector: Tensor,
-    u: Tensor,
-    p: Tensor,
-    value: Tensor,
-    slope: Tensor,
-    d: Tensor,
-    step: float | None,
-    relaxation: float,
-    backtracking: bool,
-    active: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The next points with their products Gu and values, and which elements found one."""
-    pushed = product(gram, u)
-    if step is None:
-        curvature = (p * product(gram, p)).sum(-1) + (d * u).sum(-1) * p.square().sum(-1)
-        length = relaxation * (d * p).sum(-1) / torch.where(curvature > 0.0, curvature, 1.0)
-        length = torch.where((curvature > 0.0) & (length > 0.0), length, 1.0)
-    else:
-        length = torch.full_like(value, step)
-    searching = active
+    gram: Tensor, vector: Tensor, at: _Point, p: Tensor, length: Tensor, slope: Tensor, backtracking: bool
+) -> _Point:
+    u, pushed, value, searching = at
+    # Values have rounding errors, and close to a minimum that is all that they differ by.
+    rounding = 8 * torch.finfo(u.dtype).eps * ((u * pushed).sum(-1).abs() + (u * vector).sum(-1).abs())
     for _ in range(_HALVINGS if backtracking else 1):
-        trial = normalised(u + length[:, None] * p)
+        trial = normalised(at.u + length[:, None] * p)
         trial_pushed = product(gram, trial)
         trial_value = _half_quadratic(trial, trial_pushed, vector)
-        good = searching & (trial_value <= value - 1e-4 * length * slope if backtracking else searching)
+        good = searching
+        if backtracking:
+            good = searching & (trial_value <= at.value + rounding - 1e-4 * length * slope)
         u = torch.where(good[:, None], trial, u)
         pushed = torch.where(good[:, None], trial_pushed, pushed)
         value = torch.where(good, trial_value, value)
@@ -131,7 +135,7 @@ def _line_search(
         if not searching.any():
             break
         length = torch.where(searching, 0.5 * length, length)
-    return u, pushed, value, active & ~searching
+    return _Point(u, pushed, value, at.active & ~searching)
 
 
 _HALVINGS = 40
