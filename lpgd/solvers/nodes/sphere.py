@@ -57,19 +57,19 @@ def differentiate_sphere(
         Gradients for A (B, m, n) and b (B, m).
     """
     batch, n = y.shape
-    system = gram.new_zeros(batch, n + 1, n + 1)
+    system = gram.new_empty(batch, n + 1, n + 1)
     system[:, :n, :n] = gram
     system.diagonal(dim1=1, dim2=2)[:, :n].sub_(mu[:, None])
     system[:, :n, n] = system[:, n, :n] = y
+    system[:, n, n] = 0.0
     right = torch.nn.functional.pad(cotangent, (0, 1))[..., None]
     answer, information = torch.linalg.solve_ex(system, right)
     singular = information != 0 if free is None else (information != 0) | free
     if singular.any():
         answer[singular] = torch.linalg.pinv(system[singular], hermitian=True) @ right[singular]
-    s = answer[:, :n]
-    moved = A @ s
-    residual = torch.baddbmm(b[..., None], A, y[..., None], alpha=-1)
-    return torch.baddbmm(residual @ s.mT, moved, y[:, None, :], alpha=-1), moved[..., 0]
+    pair = torch.stack([answer[:, :n, 0], y], -1)  # two passes over matrices of the size of A are all that is left
+    moved, fitted = (A @ pair).unbind(-1)
+    return torch.stack([b - fitted, -moved], -1) @ pair.mT, moved
 
 
 @dataclass(frozen=True)
