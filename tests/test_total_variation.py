@@ -8,6 +8,7 @@ import torch
 from scipy.optimize import lsq_linear
 from torch import Tensor
 
+import lpgd
 from lpgd.solvers.nodes.total_variation import denoise, differentiate_denoised
 
 
@@ -163,3 +164,27 @@ def test_nothing_moves_when_the_input_does_not():
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
     assert torch.equal(signal, kept[0])
     assert torch.equal(weight, kept[1])
+
+
+def test_failed_elements_are_nan_alone():
+    signal = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64).repeat(2, 1).requires_grad_()
+    weight = torch.tensor([0.5, -0.5], dtype=torch.float64)
+    y = lpgd.NodeLayer(lpgd.nodes.TotalVariationDenoising(), on_error="nan")(signal, weight)
+    assert y[0].tolist() == [0.5, 1.0, 2.5]
+    assert torch.isnan(y[1]).all()
+    with pytest.raises(lpgd.SolverError, match=r"element 1 of 2: INVALID_DATA.*negative"):
+        lpgd.NodeLayer(lpgd.nodes.TotalVariationDenoising())(signal, weight)
+
+
+def test_the_pass_through_of_the_layer_hands_the_cotangent_on():
+    signal = torch.tensor([0.0, 0.1, 3.0], dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor(0.5, dtype=torch.float64)
+    cotangent = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    for pass_through, expected in ((False, [0.5, 0.5, 0.0]), (True, [1.0, 0.0, 0.0])):
+        y = lpgd.NodeLayer(lpgd.nodes.TotalVariationDenoising(pass_through=pass_through))(signal, weight)
+        assert torch.autograd.grad(y, signal, cotangent)[0].tolist() == expected
+
+
+def test_a_signal_without_points_is_refused():
+    with pytest.raises(ValueError, match="signal has no points"):
+        lpgd.NodeLayer(lpgd.nodes.TotalVariationDenoising())(torch.zeros(2, 0), torch.ones(2))

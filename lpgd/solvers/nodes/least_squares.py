@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,7 +140,7 @@ class LeastSquares(BaseNode):
     bias: bool = False
     columns: bool = False
 
-    name: ClassVar[str] = "least squares"
+    name = "least squares"
     input_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
     input_ndims: tuple[int, ...] = field(init=False, repr=False, compare=False)
 

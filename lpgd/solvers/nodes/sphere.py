@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ class SphereLeastSquares(BaseNode):
     max_iterations: int = 100
     tolerance: float = 1e-7
 
-    name: ClassVar[str] = "least squares on the sphere"
+    name = "least squares on the sphere"
     input_names = ("A", "b")
     input_ndims = (2, 1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -150,7 +149,7 @@ class TotalVariationDenoising(BaseNode):
 
     pass_through: bool = False
 
-    name: ClassVar[str] = "total variation denoising"
+    name = "total variation denoising"
     input_names = ("signal", "weight")
     input_ndims = (1, 0)
 
