@@ -140,7 +140,7 @@ class LeastSquares(BaseNode):
     bias: bool = False
     columns: bool = False
 
-    name = "least squares"
+    name = "LeastSquares"
     input_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
     input_ndims: tuple[int, ...] = field(init=False, repr=False, compare=False)
 

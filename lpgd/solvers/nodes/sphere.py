@@ -103,7 +103,7 @@ class SphereLeastSquares(BaseNode):
     max_iterations: int = 100
     tolerance: float = 1e-7
 
-    name = "least squares on the sphere"
+    name = "SphereLeastSquares"
     input_names = ("A", "b")
     input_ndims = (2, 1)
 

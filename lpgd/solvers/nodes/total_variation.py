@@ -149,7 +149,7 @@ class TotalVariationDenoising(BaseNode):
 
     pass_through: bool = False
 
-    name = "total variation denoising"
+    name = "TotalVariationDenoising"
     input_names = ("signal", "weight")
     input_ndims = (1, 0)
 
