@@ -174,6 +174,24 @@ def test_the_structured_gradient_is_that_of_the_whole_jacobian(solver, m, n, sca
             torch.testing.assert_close(found.flatten(), cotangent[index] @ jacobian, rtol=1e-10, atol=1e-10)
 
 
+def test_the_gradient_at_a_local_minimum_that_is_not_global():
+    """On the circle, where H is indefinite and the curvature along the circle positive: as finite differences."""
+    A = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))[None]
+    b = torch.tensor([[0.02, 0.3]], dtype=torch.float64)
+    node = SphereLeastSquares(solver="descent", tolerance=1e-14, max_iterations=2000)
+    start = torch.tensor([[-1.0, 0.0]], dtype=torch.float64)
+    answer = node.solve((A, b), start)
+    gram, vector = normal_equations(A, b)
+    assert objective(A, b, answer.y) > objective(A, b, solve_secular(gram, vector).u) + 1e-3
+    cotangent = torch.tensor([[0.7, -0.4]], dtype=torch.float64)
+    found = node.vjp((A, b), answer.y, cotangent, answer.aux)[1][0]
+    for index in range(2):
+        change = torch.zeros_like(b)
+        change[0, index] = 1e-5
+        ends = [node.solve((A, b + sign * change), answer.y).y for sign in (1, -1)]
+        assert abs((cotangent * (ends[0] - ends[1])).sum() / 2e-5 - found[index]) < 1e-8
+
+
 def test_shared_matrices_are_the_same_as_copies():
     A, b = problem(6, 4, 5, seed=7)
     shared, copies = A[:1].expand(5, 6, 4), A[:1].repeat(5, 1, 1)

@@ -56,20 +56,48 @@ def differentiate_sphere(
     Returns:
         Gradients for A (B, m, n) and b (B, m).
     """
+    s, regular = _solve_bordered(gram, mu, y, cotangent)
+    rest = ~regular if free is None else ~regular | free
+    if rest.any():
+        own = gram.expand(len(y), -1, -1)[rest]
+        s[rest] = _solve_any_bordered(own, mu[rest], y[rest], cotangent[rest], None if free is None else free[rest])
+    pair = torch.stack([s, y], -1)  # two passes over matrices of the size of A are all that is left
+    moved, fitted = (A @ pair).unbind(-1)
+    return torch.stack([b - fitted, -moved], -1) @ pair.mT, moved
+
+
+@torch.no_grad()
+def _solve_bordered(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve ``[[H, y], [yᵀ, 0]] [s; t] = [v; 0]``, H = G - μI, for s by Cholesky's factorisation, and say where it exists.
+
+    As yᵀs = 0, σyyᵀ can be added to H, and then it is positive definite at strict global minima.  The factor takes the
+    place of the matrix: memory that is new costs more than the arithmetic here.
+    """
+    sigma = gram.diagonal(dim1=-2, dim2=-1).mean(-1) + mu.abs()
+    shifted = torch.baddbmm(gram, (sigma[:, None] * y)[..., None], y[:, None])
+    shifted.diagonal(dim1=-2, dim2=-1).sub_(mu[:, None])
+    factor = shifted.mT  # symmetric, and in the order that LAPACK works in
+    information = torch.empty(len(y), dtype=torch.int32, device=y.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, information))
+    both = torch.linalg.solve_triangular(factor, torch.stack([v, y], -1), upper=False)
+    first, second = torch.linalg.solve_triangular(factor.mT, both, upper=True).unbind(-1)
+    ratio = (y * first).sum(-1, keepdim=True) / (y * second).sum(-1, keepdim=True)
+    return first - ratio * second, information == 0
+
+
+def _solve_any_bordered(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor, free: Tensor | None) -> Tensor:
+    """The same by elimination, and for ``free`` elements, and where it breaks down, with minimum norm."""
     batch, n = y.shape
-    system = gram.new_empty(batch, n + 1, n + 1)
+    system = gram.new_zeros(batch, n + 1, n + 1)
     system[:, :n, :n] = gram
     system.diagonal(dim1=1, dim2=2)[:, :n].sub_(mu[:, None])
     system[:, :n, n] = system[:, n, :n] = y
-    system[:, n, n] = 0.0
-    right = torch.nn.functional.pad(cotangent, (0, 1))[..., None]
+    right = torch.nn.functional.pad(v, (0, 1))[..., None]
     answer, information = torch.linalg.solve_ex(system, right)
     singular = information != 0 if free is None else (information != 0) | free
     if singular.any():
         answer[singular] = torch.linalg.pinv(system[singular], hermitian=True) @ right[singular]
-    pair = torch.stack([answer[:, :n, 0], y], -1)  # two passes over matrices of the size of A are all that is left
-    moved, fitted = (A @ pair).unbind(-1)
-    return torch.stack([b - fitted, -moved], -1) @ pair.mT, moved
+    return answer[:, :n, 0]
 
 
 @dataclass(frozen=True)
