@@ -68,7 +68,7 @@ def differentiate_sphere(
 
 @torch.no_grad()
 def _solve_bordered(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve ``[[H, y], [yᵀ, 0]] [s; t] = [v; 0]``, H = G - μI, for s by Cholesky's factorisation, and say where it exists.
+    """Solve ``[[H, y], [yᵀ, 0]] [s; t] = [v; 0]``, H = G - μI, for s by Cholesky's factorisation where it exists.
 
     As yᵀs = 0, σyyᵀ can be added to H, and then it is positive definite at strict global minima.  The factor takes the
     place of the matrix: memory that is new costs more than the arithmetic here.
