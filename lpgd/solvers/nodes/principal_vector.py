@@ -249,8 +249,9 @@ class PrincipalVector(BaseNode):
     symmetric:   minimise ``-½ yᵀAy`` subject to ``½(|y|² - 1) = 0``; the eigenvalue is the largest, the multiplier λ
     general:     minimise ``½|Ay - (yᵀAy) y|²`` subject to the same; the eigenvalue is the one of largest magnitude
 
-    The latter must be real.  Forward ``O(m²)`` for each iteration, backward one factorisation, ``O(m³)``: [PMaF] section 2.2, and eq. 40 with the
-    inverse transposed.  The eigenvalue itself is :func:`~lpgd.solvers.nodes.eigen.rayleigh_quotients` of a symmetric A.
+    The latter must be real.  Forward ``O(m²)`` for each iteration, backward one factorisation, ``O(m³)``, [PMaF]
+    section 2.2, and eq. 40 with the inverse transposed.  The eigenvalue of a symmetric A is
+    :func:`~lpgd.solvers.nodes.eigen.rayleigh_quotients` of A and y.
 
     Args:
         symmetric: A counts as ``½(A + Aᵀ)``, and the gradient is symmetric.
