@@ -1,7 +1,8 @@
 """The one way into autograd: a Function that solves, and one that hands cotangents and tangents to a gradient method.
 
-Everything here works on float64 data with one leading batch dimension; types, devices and batch shapes of the
-user are dealt with around it, by differentiable operations.
+Everything here works on data with one leading batch dimension, in the dtype that their class of problems computes in
+(float64 but for declarative nodes); types, devices and batch shapes of the user are dealt with around it, by
+differentiable operations.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def solve(
     """Solve a batch of problems of any class, differentiably in all their data.
 
     Args:
-        data: a named tuple of float64 tensors.
+        data: a named tuple of tensors.
         make: data without a gradient to a :class:`~lpgd.problems.base.Problem` of a class that solver and method take.
         solver: solves it, and what the gradient method perturbs.
         gradient: the gradient method of this call.
@@ -84,7 +85,7 @@ def solve(
         info: filled with the record of this call.
 
     Returns:
-        The solutions: a point of the problem's class.
+        The solutions: those parts of a point of the problem's class that losses see (``BatchSolution.outputs``).
 
     Raises:
         SolverError: with ``on_error="raise"``; it carries the statuses and the indices of the failed elements.
@@ -94,7 +95,7 @@ def solve(
     info = info or CallInfo()
     call = Call(type(data), make, solver, gradient, on_error, executor, states, info)
     parts = _SolveFunction.apply(call, *data)
-    return type(info.solution.point)(*parts)
+    return type(info.solution.outputs)(*parts)
 
 
 class _SolveFunction(torch.autograd.Function):
@@ -107,9 +108,9 @@ class _SolveFunction(torch.autograd.Function):
         call.info.solution = solution
         if call.on_error == "nan" and solution.failed:
             filled = torch.where(solution.usable[:, None], 0.0, torch.nan)
-            return tuple(part + filled for part in solution.point)
+            return tuple(part + filled for part in solution.outputs)
         # Tensors of their own: the outputs know this node, which knows the solution, which must not know the outputs.
-        return tuple(part.detach() for part in solution.point)
+        return tuple(part.detach() for part in solution.outputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -173,10 +174,11 @@ def _derivative(
 ) -> tuple[Any, GradientInfo]:
     if not reverse:
         tangent = call.data_class(*tensors[: len(call.data_class._fields)])
-        return call.gradient.jvp(solution.problem, solution, tangent, call.solver, call.executor)
+        change, info = call.gradient.jvp(solution.problem, solution, tangent, call.solver, call.executor)
+        return tuple(change)[: len(solution.outputs)], info
     # A loss of a NaN row hands back NaN: zeroed before any sum over shared data.
-    usable, point = solution.usable[:, None], solution.point
-    cotangent = type(point)(*(torch.where(usable, part, 0.0) for part in tensors[: len(point)]))
+    usable, outputs = solution.usable[:, None], solution.outputs
+    cotangent = type(outputs)(*(torch.where(usable, part, 0.0) for part in tensors[: len(outputs)]))
     _check_cotangent(cotangent)
     return call.gradient.vjp(solution.problem, solution, cotangent, call.solver, call.executor)
 

@@ -15,11 +15,13 @@ from torch import Tensor
 from lpgd.cones import Cones
 from lpgd.problems.conic import ConicProblem, per_element
 from lpgd.problems.linear import LinearPoint, LinearProblem
+from lpgd.problems.multipliers import estimate_multipliers
+from lpgd.problems.smooth import SmoothOutput, SmoothPoint, SmoothProblem
 from lpgd.problems.structure import ConicPoint
 from lpgd.projections import distance
 from lpgd.status import Status
 
-__all__ = ["BatchSolution", "LinearSolution", "Residuals", "Solution"]
+__all__ = ["BatchSolution", "LinearSolution", "Residuals", "SmoothSolution", "Solution"]
 
 
 class BatchSolution:
@@ -50,6 +52,11 @@ class BatchSolution:
     @property
     def point(self) -> Any:
         raise TypeError(f"{type(self).__name__} does not say what its point is.")
+
+    @property
+    def outputs(self) -> Any:
+        """The first parts of the point: what losses see."""
+        return self.point
 
     @property
     def batch_size(self) -> int:
@@ -213,6 +220,65 @@ class LinearSolution(BatchSolution):
     @property
     def point(self) -> LinearPoint:
         return LinearPoint(self.x)
+
+
+@dataclass(frozen=True, eq=False)
+class SmoothSolution(BatchSolution):
+    """Solutions of a batch of B problems of a declarative node, with one status for each element.
+
+    Attributes:
+        problem: the batch that was solved.
+        x: (B, n) minimisers, flattened; NaN where there is no solution.
+        statuses: B statuses.
+        iterations: (B,) iterations of the solver.
+        setup_seconds, solve_seconds: (B,) zero, and the time of the whole batch.
+        states: B warm-start states: each element's minimiser.
+        aux: what the node's solver left for its closed-form gradient.
+        nu, lam: (B, p) and (B, r) the solver's multipliers; None where it has none.
+    """
+
+    problem: SmoothProblem
+    x: Tensor
+    statuses: tuple[Status, ...]
+    iterations: NDArray[np.int64]
+    setup_seconds: NDArray[np.float64]
+    solve_seconds: NDArray[np.float64]
+    states: tuple[Any, ...]
+    aux: Any = None
+    nu: Tensor | None = None
+    lam: Tensor | None = None
+
+    _tensors: ClassVar[tuple[str, ...]] = ("x", "iterations", "setup_seconds", "solve_seconds")
+
+    @property
+    def outputs(self) -> SmoothOutput:
+        return SmoothOutput(self.x)
+
+    @cached_property
+    def point(self) -> SmoothPoint:
+        """Minimisers and multipliers; multipliers that the solver does not tell are estimated."""
+        if self.nu is not None and self.lam is not None:
+            return SmoothPoint(self.x, self.nu, self.lam)
+        x = torch.where(self.usable[:, None], self.x, 0)
+        return SmoothPoint(self.x, *estimate_multipliers(self.problem, x))
+
+    def select(self, elements: Sequence[int]) -> Self:
+        """The solutions of these elements."""
+        chosen = list(elements)
+        own = {name: getattr(self, name) for name in ("nu", "lam")}
+        changes: dict[str, Any] = {name: part if part is None else part[chosen] for name, part in own.items()}
+        if self.aux is not None:
+            whole = self.batch_size
+            parts = (part if part.shape[0] == 1 < whole else part[chosen] for part in self.aux)
+            changes["aux"] = type(self.aux)(*parts) if hasattr(self.aux, "_fields") else tuple(parts)
+        return replace(super().select(elements), **changes)
+
+    @cached_property
+    def residual(self) -> Tensor:
+        """(B,) the worst of ``|∇L|``, ``|h|``, ``max(g, 0)`` and ``|λ g|``, in the maximum norm."""
+        h, g = self.problem.constraints(self.x)
+        parts = [self.problem.gradient(self.point), h, torch.relu(g), self.point.lam * g]
+        return torch.stack([_norm(part) for part in parts]).amax(0)
 
 
 def _distance(cones: Cones, points: Tensor, *, dual: bool) -> Tensor:

@@ -25,6 +25,8 @@ class GradientInfo:
         method: the method that was asked for.
         used: for each element what its gradient comes from: ``"average"``, ``"lower"``, ``"upper"``,
             ``"implicit"``, ``"implicit, regularised"`` (a singular system's minimum-norm answer),
+            ``"implicit, one-sided"`` (an active inequality without a multiplier), ``"closed form"``,
+            ``"constraints ignored"``,
             ``"zero cotangent"``, or ``"no solution"`` (gradient zero).
         fallbacks: elements whose gradient does not come from what the method asks for.
         tau: (B,) step τ used, NaN where none was.
@@ -34,6 +36,8 @@ class GradientInfo:
             None for methods without one.
         tolerance: the solver tolerance of the perturbed solves, None where there were none.
         iterations: (B,) solver iterations spent on perturbed solves, None where there were none.
+        descent: (B,) the product of an approximate gradient with the exact one, where the method was asked for it: a
+            positive one means that a small step along the approximate gradient descends.
         notices: for a datum's name, what a user who asks for its gradient should know; a layer warns of these.
     """
 
@@ -45,6 +49,7 @@ class GradientInfo:
     moved: Tensor | None = None
     tolerance: float | None = None
     iterations: Any = None
+    descent: Tensor | None = None
     notices: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -110,6 +115,7 @@ _CAPABILITIES = {
     "can_tilt": "a linear tilt of its objective",
     "can_augment": "a quadratic term in its objective (rho > 0)",
     "has_kkt": "optimality conditions that can be differentiated",
+    "is_smooth": "the smooth functions of a declarative node",
     "is_continuous": "a solution that moves with small changes (tau=None chooses a small step: give tau)",
 }
 
@@ -125,7 +131,8 @@ def check_compatible(method: GradientMethod, problems: Any, noun: str | None = N
     Raises:
         TypeError: with what is missing.
     """
-    missing = [text for name, text in _CAPABILITIES.items() if name in method.required and not getattr(problems, name)]
+    wanted = {name: text for name, text in _CAPABILITIES.items() if name in method.required}
+    missing = [text for name, text in wanted.items() if not getattr(problems, name, False)]
     if missing:
         noun = noun or f"a {problems.__name__}"
         advice = "" if problems.has_kkt else "; use lpgd.LPGD(tau=...) or lpgd.BlackboxBackprop(tau=...)"

@@ -1,7 +1,8 @@
-"""Implicit differentiation of the optimality conditions of a conic program, as an exact method and as the fallback.
+"""Implicit differentiation of the optimality conditions of a problem, as an exact method and as the fallback.
 
 Reverse mode differentiates ``∇_w L`` along the change ``(dx, dy, dz)`` of the solution under a tilt by the cotangent;
-forward mode takes the tilt ``∇_z <∇_w L, dw>``: both are one solve of the system in :mod:`lpgd.gradients.kkt`.
+forward mode takes the tilt ``∇_z <∇_w L, dw>``: both are one solve of the system in :mod:`lpgd.gradients.kkt`,
+for declarative nodes of that in :mod:`lpgd.solvers.bordered`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lpgd.elements import ElementView
 from lpgd.execution import SerialExecutor, run_tasks
@@ -20,9 +22,12 @@ from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.kkt import KKTPoints, KKTResponse, is_quick, respond
 from lpgd.gradients.polyhedral import is_batchable, kept_response, polyhedral_response
 from lpgd.problems.conic import ConicProblem
-from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
-from lpgd.solution import Solution
+from lpgd.problems.multipliers import active_rows
+from lpgd.problems.smooth import SmoothOutput, SmoothPoint, SmoothProblem
+from lpgd.problems.structure import ConicPoint, ConicStructure
+from lpgd.solution import SmoothSolution, Solution
 from lpgd.solvers.base import BaseSolver
+from lpgd.solvers.bordered import bordered_response
 from lpgd.status import warn
 
 __all__ = ["ImplicitKKT", "is_linear_program"]
@@ -37,6 +42,12 @@ class ImplicitKKT(GradientMethod):
     Args:
         rho: ρ ≥ 0 differentiates the problem with ``(ρ/2) |x - x*|²`` added (x* held fixed): the limit of
             ``LPGD(tau, rho)`` as τ → 0, a regularised gradient.
+        active_tolerance: for nodes: an inequality counts as active within ``active_tolerance (1 + |y|)`` of its bound;
+            None is the square root of the dtype's precision.  One whose multiplier exceeds its slack is active anyhow.
+        weakly_active: for nodes: active inequalities with a multiplier of zero stay active, as in the derivative of ReLU
+            at zero; False drops them, which is the other side.  The record says ``"implicit, one-sided"``.
+        matrix_free: for nodes: True solves the system by products with it alone (MINRES), False by its matrix, None by
+            size.
 
     Where the system is singular (degenerate or non-unique solutions, redundant equalities) the answer is its
     minimum-norm least-squares solution; the record says ``"implicit, regularised"`` and a warning tells.  At a kink
@@ -44,22 +55,34 @@ class ImplicitKKT(GradientMethod):
     """
 
     rho: float = 0.0
+    active_tolerance: float | None = None
+    weakly_active: bool = True
+    matrix_free: bool | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset({"has_kkt"})
 
     def __post_init__(self) -> None:
         if not 0 <= self.rho < np.inf:
             raise ValueError(f"rho is {self.rho}; it must be nonnegative and finite.")
+        if self.active_tolerance is not None and not 0 <= self.active_tolerance < np.inf:
+            raise ValueError(f"active_tolerance is {self.active_tolerance}; it must be finite, at least 0, or None.")
+
+    @property
+    def required(self) -> frozenset[str]:
+        for_nodes = (self.active_tolerance, self.weakly_active, self.matrix_free) != (None, True, None)
+        return self.needs | ({"is_smooth"} if for_nodes else set())
 
     def vjp(
         self,
-        problem: ConicProblem,
-        solution: Solution,
-        cotangent: ConicPoint,
+        problem: Any,
+        solution: Any,
+        cotangent: Any,
         solver: BaseSolver,
         executor: Executor | None = None,
-    ) -> tuple[ConicData, GradientInfo]:
+    ) -> tuple[Any, GradientInfo]:
         change, info = self.response(problem, solution, cotangent, executor)
+        if isinstance(problem, SmoothProblem):
+            return _in_inputs(problem, solution, change), info
         point = solution.point
         if self.rho == 0.0 and _is_still(problem, cotangent, change):
             info.notices["q"] = _ZERO_GRADIENT
@@ -71,17 +94,17 @@ class ImplicitKKT(GradientMethod):
 
     def jvp(
         self,
-        problem: ConicProblem,
-        solution: Solution,
-        tangent: ConicData,
+        problem: Any,
+        solution: Any,
+        tangent: Any,
         solver: BaseSolver,
         executor: Executor | None = None,
-    ) -> tuple[ConicPoint, GradientInfo]:
+    ) -> tuple[Any, GradientInfo]:
         return self.response(problem, solution, problem.mixed_product(solution.point, tangent), executor)
 
     def response(
-        self, problem: ConicProblem, solution: Solution, tilt: ConicPoint, executor: Executor | None = None
-    ) -> tuple[ConicPoint, GradientInfo]:
+        self, problem: Any, solution: Any, tilt: Any, executor: Executor | None = None
+    ) -> tuple[Any, GradientInfo]:
         """The derivative of the solution along a tilt ``<g, point>`` of the Lagrangian, (B, ·) each.
 
         Where :func:`~lpgd.gradients.polyhedral.is_batchable` says so, all at once, without the executor.
@@ -89,6 +112,8 @@ class ImplicitKKT(GradientMethod):
         used = ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()]
         info = GradientInfo(self, used)
         active = relevant_elements(solution, tilt)
+        if isinstance(problem, SmoothProblem):
+            return self._respond_smooth(problem, solution, tilt, active, info), info
         change = ConicPoint(*(torch.zeros_like(part) for part in solution.point))
         if self.rho == 0.0 and active:
             active = _respond_by_kept_systems(problem, solution, tilt, active, change, used)
@@ -118,14 +143,55 @@ class ImplicitKKT(GradientMethod):
                 used[element] = "implicit" if exact else "implicit, regularised"
                 if not exact:
                     regularised.append(element)
-        info.fallbacks = sorted(regularised)
+        self._record_regularised(sorted(regularised), info)
+        return change, info
+
+    def _record_regularised(self, regularised: list[int], info: GradientInfo) -> None:
+        info.fallbacks = regularised
         if regularised:
             warn(
-                f"{self}: the optimality conditions of elements {sorted(regularised)[:10]} are singular (degenerate or "
+                f"{self}: the optimality conditions of elements {regularised[:10]} are singular (degenerate or "
                 "non-unique solutions, or redundant equalities); their gradients are minimum-norm answers. "
                 "rho > 0, or LPGD with a finite tau, is well defined there."
             )
-        return change, info
+
+    def _respond_smooth(
+        self,
+        problem: SmoothProblem,
+        solution: SmoothSolution,
+        tilt: SmoothOutput | SmoothPoint,
+        active: list[int],
+        info: GradientInfo,
+    ) -> SmoothPoint:
+        """The response of a batch of a node's problems, all at once; other elements' is zero."""
+        whole = solution.point
+        change = SmoothPoint(*(torch.zeros_like(part) for part in whole))
+        if not active:
+            return change
+        rows = torch.as_tensor(active, dtype=torch.int64, device=problem.device)
+        tilt = change._replace(**tilt._asdict()).select(rows)
+        part, point = problem.select(active), whole.select(rows)
+        binding, one_sided = self._active(part, point)
+        response, exact = bordered_response(part, point, tilt, binding, self.rho, self.matrix_free)
+        regularised = []
+        for element, regular, weak in zip(active, exact.tolist(), one_sided.tolist(), strict=True):
+            kind = "implicit, one-sided" if weak else "implicit"
+            info.used[element] = kind if regular else "implicit, regularised"
+            if not regular:
+                regularised.append(element)
+        self._record_regularised(regularised, info)
+        for own, moved in zip(change, response, strict=True):
+            own[rows] = moved
+        return change
+
+    def _active(self, problem: SmoothProblem, point: SmoothPoint) -> tuple[Tensor, Tensor]:
+        """Inequalities that are active, and (B,) whether one of an element's has a multiplier of zero."""
+        if not point.lam.shape[-1]:
+            return torch.zeros_like(point.lam, dtype=torch.bool), point.x.new_zeros(len(point.x), dtype=torch.bool)
+        active = active_rows(problem, point.x, point.lam, self.active_tolerance)
+        zero = torch.finfo(point.x.dtype).eps ** 0.5 * (1 + point.lam.amax(-1, keepdim=True))
+        weak = active & (point.lam <= zero)
+        return active if self.weakly_active else active & ~weak, weak.any(-1)
 
     def _respond_at_once(
         self,
@@ -150,6 +216,17 @@ class ImplicitKKT(GradientMethod):
             else:
                 left.append(element)
         return left
+
+
+def _in_inputs(problem: SmoothProblem, solution: SmoothSolution, change: SmoothPoint) -> Any:
+    """What a change of the solutions is worth in the inputs of a node; elements without a solution get zero."""
+    usable = solution.usable
+    if usable.all():
+        return problem.directional_gradient(solution.point, change)
+    rows = usable.nonzero()[:, 0]
+    elements = rows.tolist()
+    part = problem.select(elements).directional_gradient(solution.point.select(rows), change.select(rows))
+    return problem.scatter(elements, part)
 
 
 def _respond_by_kept_systems(

@@ -1,1 +1,1 @@
-"""The declarative nodes: one file a node, with its solvers and its closed-form gradient."""
+"""Declarative nodes with their own solvers, one file a node."""

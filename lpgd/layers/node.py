@@ -1,0 +1,136 @@
+"""NodeLayer: a declarative node as a differentiable PyTorch layer."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lpgd.autograd import OnError
+from lpgd.execution import SerialExecutor
+from lpgd.gradients import ClosedForm, GradientMethod, check_compatible
+from lpgd.layers.base import BaseLayer, CallOptions, WarmStart
+from lpgd.layers.inputs import Batch, Expected, check_inputs
+from lpgd.layers.oracle import record
+from lpgd.problems.node import BaseNode
+from lpgd.problems.smooth import SmoothProblem, SmoothStructure, input_class
+from lpgd.solution import SmoothSolution
+from lpgd.solvers.node_solver import NodeSolver
+
+__all__ = ["NodeLayer"]
+
+
+class NodeLayer(BaseLayer):
+    """The solution ``y*(w) = argmin f(y, w)  s.t.  h(y, w) = 0, g(y, w) ≤ 0`` of a node as a function of its inputs w.
+
+    Args:
+        node: what is minimised: one of :mod:`lpgd.nodes`, or an ``lpgd.Node`` of functions of your own.
+        gradient: a gradient method; None is the node's closed form where it has one, else ``ImplicitKKT()``.  ``LPGD``
+            solves the node again with ``τ <g, y> + (ρ/2) |y - y*|²`` added to its objective.  ``IgnoreConstraints()`` is an
+            approximation.
+        solver: how problems are solved; None is ``NodeSolver()``: the node's own solver where it has one.
+        on_error: ``"raise"``: an element without a solution raises; ``"nan"``: its rows are NaN and its gradient
+            zero; ``"warn"``: a warning, the last iterate, and a zero gradient.
+
+    Attributes:
+        gradient: the gradient method; it may be replaced between calls.
+
+    Raises:
+        TypeError: something else than a node, or a gradient method that it does not have what it takes for.
+
+    Everything is computed in the dtype of the inputs and on their device.  Where a solution is not unique, or a local one,
+    it is the one that the node's solver finds; a warm start (and the perturbed solves of LPGD) stay with its
+    branch.  Second derivatives are refused.
+
+    [DDN] Gould, Hartley, Campbell: Deep Declarative Networks (arXiv 1909.04866).
+    """
+
+    problem_class = SmoothProblem
+
+    def __init__(
+        self,
+        node: BaseNode,
+        gradient: GradientMethod | None = None,
+        solver: NodeSolver | None = None,
+        on_error: OnError = "raise",
+    ) -> None:
+        if not isinstance(node, BaseNode):
+            raise TypeError(f"node is {node!r}; it must be a declarative node, such as lpgd.Node(objective).")
+        if solver is not None and not isinstance(solver, NodeSolver):
+            raise TypeError(f"solver is {solver!r}; it must be an lpgd.NodeSolver, or None.")
+        self._node, self._solver = node, solver or NodeSolver()
+        super().__init__(gradient or ClosedForm(), on_error, SerialExecutor())
+
+    @property
+    def node(self) -> BaseNode:
+        """What is minimised."""
+        return self._node
+
+    @property
+    def solver(self) -> NodeSolver:
+        """How problems are solved."""
+        return self._solver
+
+    def _check_gradient(self, method: GradientMethod) -> None:
+        check_compatible(method, self._node, self._node.name)
+
+    def extra_repr(self) -> str:
+        return f"node={self._node}, gradient={self.gradient}"
+
+    def forward(self, *inputs: Tensor, warm_start: WarmStart = False) -> Tensor:
+        """Solve for these inputs.
+
+        Args:
+            *inputs: the node's inputs, (*batch, *shape) each, float32 or float64; batch dimensions broadcast.
+            warm_start: a previous result for inputs of these shapes, or True for this thread's last one if it fits.
+
+        Returns:
+            Minimisers (*batch, *shape of y).  The tensor's ``info`` is the record of this call.
+
+        Raises:
+            SolverError: an element has no solution (``on_error="raise"``).
+            ValueError, TypeError: an input has the wrong shape or type.
+        """
+        problem = self._problem(inputs)
+        data, make, structure, batch, call = problem
+        point, info = self._differentiable(data, make, structure, batch, call, warm_start)
+        return record(batch.restore(point.x, structure.shape), info, batch)
+
+    def solve(self, *inputs: Tensor, warm_start: WarmStart = False) -> SmoothSolution:
+        """The solver's whole answer, not differentiable: minimisers x (B, n), multipliers (``point``), statuses, times.
+
+        Arguments are those of a call.  Elements without a solution do not raise.
+        """
+        with torch.no_grad():
+            return cast(SmoothSolution, self._plain(*self._problem(inputs), warm_start))
+
+    def _problem(self, inputs: tuple[Tensor, ...]) -> tuple[object, partial, SmoothStructure, Batch, CallOptions]:
+        node = self._node
+        names, ndims = node.input_names, node.input_ndims
+        if len(inputs) != len(names):
+            raise ValueError(f"{node.name} takes {len(names)} inputs ({', '.join(names)}); it got {len(inputs)}.")
+        for name, tensor in zip(names, inputs, strict=True):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} is a {type(tensor).__name__}; pass a torch tensor (torch.as_tensor).")
+        arranged = node.arrange(*inputs)
+        expected = []
+        for name, tensor, ndim in zip(names, arranged, ndims, strict=True):
+            if tensor.ndim < ndim:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected (*batch, {ndim} dimensions).")
+            expected.append(Expected(name, tuple(tensor.shape[tensor.ndim - ndim :])))
+        batch = check_inputs(expected, arranged)
+        structure = SmoothStructure(node, tuple(tuple(map(int, item.shape)) for item in expected))
+        _ = structure.shape  # where the node refuses shapes that do not fit together
+        data = input_class(tuple(names))(
+            *(_rows(batch, tensor, ndim) for tensor, ndim in zip(arranged, ndims, strict=True))
+        )
+        make = partial(SmoothProblem, structure, batch_size=batch.batch_size)
+        return data, make, structure, batch, CallOptions(self._solver, None, self.gradient)
+
+
+def _rows(batch: Batch, tensor: Tensor, ndim: int) -> Tensor:
+    """One row for each element; a tensor that the batch shares is expanded, not copied."""
+    own = batch.flatten(tensor.to(batch.dtype), ndim)
+    return own if own.ndim > ndim else own.expand(batch.batch_size, *own.shape)

@@ -1,0 +1,211 @@
+"""Minimisers of batches of smooth functions without constraints: Newton's method, and L-BFGS where n is large.
+
+Each element converges, or fails, alone: those that have ended leave the batch.  Both descend by a line search, so that
+they end in local minima, and then go on until the gradient is as small as the dtype allows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpgd.solvers.generic.functions import AugmentedLagrangian
+from lpgd.status import Status
+
+__all__ = ["Descent", "lbfgs", "newton"]
+
+MEMORY = 20
+"""Pairs of steps and gradient changes that L-BFGS keeps."""
+UNBOUNDED = 1e15
+"""Points, or falls of the objective, of this size count as unbounded."""
+
+
+class Descent(NamedTuple):
+    """What came of it.
+
+    Attributes:
+        x: (B, n) the last points.
+        status: (B,) values of Status.
+        iterations: (B,).
+    """
+
+    x: Tensor
+    status: Tensor
+    iterations: Tensor
+
+
+class _Run:
+    """A run over a batch whose elements end one by one."""
+
+    def __init__(self, function: AugmentedLagrangian, x: Tensor, tolerance: float) -> None:
+        self.whole, self.function, self.tolerance = x.clone(), function, tolerance
+        self.rows = torch.arange(x.shape[0], device=x.device)
+        self.status = torch.full(x.shape[:1], int(Status.ITERATION_LIMIT), device=x.device)
+        self.iterations = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        self.x = x.clone()
+        self.value, self.slope = function.value(x), function.gradient(x)
+        self.best = torch.full_like(self.value, torch.inf)
+        self.first = self.value
+
+    def end(self, ended: Tensor, status: Tensor) -> Tensor:
+        """Write the elements that have ended, and drop them; what is left of the batch, as a mask."""
+        done = self.rows[ended]
+        self.whole[done], self.status[done] = self.x[ended], status[ended]
+        left = ~ended
+        if ended.any():
+            for name in ("rows", "x", "value", "slope", "best", "first"):
+                setattr(self, name, getattr(self, name)[left])
+            self.function = self.function.select(left.nonzero()[:, 0])
+        return left
+
+    def search(self, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """Step along a direction of descent: which elements moved, and which are at the precision of their values."""
+        eps = torch.finfo(self.x.dtype).eps
+        fall = (direction * self.slope).sum(-1)
+        noise = 10 * eps * self.value.abs()
+        precise = fall.abs() <= noise  # values cannot tell any more
+        step = torch.ones_like(self.value)
+        pending = ~precise & (fall < 0)
+        new, value = self.x + direction, self.value
+        for _ in range(60):
+            value = self.function.value(new)
+            # Written so that NaN is refused; values at the edge of a domain are.
+            pending = pending & ~(value <= self.value + 1e-4 * step * fall)
+            if not pending.any():
+                break
+            step = torch.where(pending, 0.5 * step, step)
+            new = self.x + step[:, None] * direction
+        slope = self.function.gradient(new)
+        size, old = slope.abs().amax(-1), self.slope.abs().amax(-1)
+        better = torch.isfinite(value) & torch.where(precise, size < old, ~pending & (fall < 0))
+        # At the end of precision one step may be the last that helps: a gradient that has not halved ends the run.
+        ended = torch.where(precise, ~(size <= 0.5 * old), ~better)
+        self.x = torch.where(better[:, None], new, self.x)
+        self.value = torch.where(better, value, self.value)
+        self.slope = torch.where(better[:, None], slope, self.slope)
+        return ended, precise
+
+
+def newton(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_iterations: int = 200) -> Descent:
+    """Newton's method with a line search; negative curvature is turned around, flat directions are damped.
+
+    Args:
+        function: of B elements.
+        x: (B, n) where it starts.
+        tolerance: ends at gradients (in the maximum norm) of this size relative to ``|H x|`` and the first gradient; 0 is
+            as far as the dtype goes.
+        max_iterations: of one element.
+    """
+    run = _Run(function, x, tolerance)
+    scale = run.slope.abs().amax(-1) if x.shape[-1] else run.value
+    for _ in range(max_iterations):
+        if not len(run.rows):
+            break
+        size = run.slope.abs().amax(-1) if x.shape[-1] else torch.zeros_like(run.value)
+        bad = ~(torch.isfinite(run.value) & torch.isfinite(size))
+        ended = (size <= tolerance * scale) | bad
+        left = run.end(ended, _ends(bad, Status.NUMERICAL_ERROR))
+        scale = scale[left]
+        if not len(run.rows):
+            break
+        hessian = run.function.hessian(run.x)
+        direction, curved = _newton_direction(hessian, run.slope)
+        scale = torch.maximum(scale, (hessian @ run.x[..., None]).abs().amax((-1, -2)))
+        run.iterations[run.rows] += 1
+        ended, precise = run.search(direction)
+        far = (run.x.abs().amax(-1) > UNBOUNDED) | (run.value < -UNBOUNDED * (1 + run.first.abs()))
+        # A run that ends where values could still tell, with a large step left, has lost its way.
+        eps = torch.finfo(x.dtype).eps
+        long = direction.abs().amax(-1) > eps**0.25 * (1 + run.x.abs().amax(-1))
+        lost = ended & ~precise & (long | ~curved) & (run.slope.abs().amax(-1) > eps**0.5 * scale)
+        status = torch.where(far, int(Status.UNBOUNDED), _ends(lost, Status.NUMERICAL_ERROR))
+        left = run.end(ended | far, status)
+        scale = scale[left]
+    run.end(torch.zeros_like(run.value, dtype=torch.bool), run.status[run.rows])
+    run.whole[run.rows] = run.x
+    return Descent(run.whole, run.status, run.iterations)
+
+
+def _ends(mask: Tensor, status: Status) -> Tensor:
+    return torch.where(mask, int(status), int(Status.SOLVED))
+
+
+def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """A direction of descent, (B, n), and (B,) where the Hessian is positive definite."""
+    factor, failed = torch.linalg.cholesky_ex(hessian)
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    eps = torch.finfo(slope.dtype).eps
+    curved = (failed == 0) & (pivots.amin(-1) > 10 * eps**0.5 * pivots.amax(-1))
+    unit = torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
+    safe = torch.where(curved[:, None, None], factor, unit)
+    direction = -torch.cholesky_solve(slope[..., None], safe)[..., 0]
+    rest = (~curved).nonzero()[:, 0]
+    if len(rest):
+        values, vectors = torch.linalg.eigh(0.5 * (hessian[rest] + hessian[rest].mT))
+        sizes = values.abs()
+        top = sizes.amax(-1, keepdim=True)
+        sizes = torch.where(top > 0, torch.maximum(sizes, 10 * eps**0.5 * top), 1)
+        along = (vectors.mT @ slope[rest][..., None])[..., 0]
+        direction[rest] = -(vectors @ (along / sizes)[..., None])[..., 0]
+    return direction, curved
+
+
+def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_iterations: int = 2000) -> Descent:
+    """L-BFGS with a line search, each element with its own history; arguments are those of :func:`newton`."""
+    run = _Run(function, x, tolerance)
+    size, n = x.shape
+    curved = torch.func.vjp(function.gradient, x)[1](x)[0]
+    scale = torch.maximum(run.slope.abs().amax(-1), curved.abs().amax(-1))
+    steps, changes = x.new_zeros(MEMORY, size, n), x.new_zeros(MEMORY, size, n)
+    inverse = x.new_zeros(MEMORY, size)
+    for _ in range(max_iterations):
+        large = run.slope.abs().amax(-1)
+        bad = ~(torch.isfinite(run.value) & torch.isfinite(large))
+        far = (run.x.abs().amax(-1) > UNBOUNDED) | (run.value < -UNBOUNDED * (1 + run.first.abs()))
+        status = torch.where(far, int(Status.UNBOUNDED), _ends(bad, Status.NUMERICAL_ERROR))
+        left = run.end((large <= tolerance * scale) | bad | far, status)
+        scale, steps, changes, inverse = scale[left], steps[:, left], changes[:, left], inverse[:, left]
+        if not len(run.rows):
+            break
+        direction = _two_loops(run.slope, steps, changes, inverse)
+        downhill = (direction * run.slope).sum(-1) < 0
+        direction = torch.where(downhill[:, None], direction, -run.slope)
+        fresh = inverse[0] == 0
+        first = direction.abs().amax(-1).clamp(min=1)
+        direction = torch.where(fresh[:, None], direction / first[:, None], direction)
+        run.iterations[run.rows] += 1
+        before, slope = run.x, run.slope
+        ended, _ = run.search(direction)
+        step, change = run.x - before, run.slope - slope
+        product = (step * change).sum(-1)
+        good = product > torch.finfo(x.dtype).eps * change.square().sum(-1)
+        steps, changes, inverse = (
+            torch.where(good.reshape(-1, *(1,) * (own.ndim - 2)), torch.cat([new[None], own[:-1]]), own)
+            for own, new in ((steps, step), (changes, change), (inverse, 1 / product))
+        )
+        # A history that leads nowhere is forgotten once; without one, this is as far as it goes.
+        inverse = torch.where(ended & ~fresh, 0, inverse)
+        steps = torch.where((inverse[0] == 0)[:, None], 0, steps)
+        ended = ended & fresh
+        small = run.slope.abs().amax(-1) <= torch.finfo(x.dtype).eps ** 0.4 * scale
+        left = run.end(ended, _ends(~small, Status.NUMERICAL_ERROR))
+        scale, steps, changes, inverse = scale[left], steps[:, left], changes[:, left], inverse[:, left]
+    run.whole[run.rows] = run.x
+    return Descent(run.whole, run.status, run.iterations)
+
+
+def _two_loops(slope: Tensor, steps: Tensor, changes: Tensor, inverse: Tensor) -> Tensor:
+    """``-H⁻¹ ∇f`` by the pairs of each element; pairs with an inverse of 0 are absent."""
+    vector, weights = slope, []
+    for step, change, factor in zip(steps, changes, inverse, strict=True):
+        weight = factor * (step * vector).sum(-1)
+        weights.append(weight)
+        vector = vector - weight[:, None] * change
+    square = changes[0].square().sum(-1)
+    gamma = torch.where((inverse[0] != 0) & (square > 0), 1 / (inverse[0] * square), 1)
+    vector = gamma[:, None] * vector
+    for step, change, factor, weight in reversed(list(zip(steps, changes, inverse, weights, strict=True))):
+        vector = vector + (weight - factor * (change * vector).sum(-1))[:, None] * step
+    return -vector

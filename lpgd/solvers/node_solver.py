@@ -1,0 +1,222 @@
+"""The solver of declarative nodes: a node's own where it has one, else generic ones, for plain and perturbed problems."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpgd.problems.node import NodeAnswer
+from lpgd.problems.smooth import SmoothPoint, SmoothProblem
+from lpgd.solution import SmoothSolution
+from lpgd.solvers.base import BaseSolver
+from lpgd.solvers.generic.constrained import is_minimiser, method_of_multipliers, polish, warm_point
+from lpgd.solvers.generic.descent import Descent, lbfgs, newton
+from lpgd.solvers.generic.functions import AugmentedLagrangian
+from lpgd.solvers.generic.scipy_minimise import scipy_minimise
+from lpgd.status import Status
+
+__all__ = ["Algorithm", "NodeSolver"]
+
+Algorithm = Literal["own", "newton", "lbfgs", "scipy"]
+
+NEWTON_LIMIT = 300
+"""Up to this many variables, matrices of second derivatives are formed by default."""
+
+
+@dataclass(frozen=True)
+class NodeSolver(BaseSolver):
+    """Minimises the problems of a declarative node, each element converging alone.
+
+    Args:
+        tolerance: relative size of the gradient that is enough for a generic solver; 0 goes as far as the dtype does.
+        algorithm: ``"own"``: the node's own solver where it has one, else ``"newton"`` up to 300 variables and
+            ``"lbfgs"`` beyond.  The generic ones take warm starts; with constraints they are the inner solver of the
+            method of multipliers, ended by Newton's method on the optimality conditions.  ``"scipy"`` is
+            ``scipy.optimize.minimize`` (SLSQP or L-BFGS-B), one element after the other.
+        max_iterations: of one element (of each round, where there are constraints); None is 200 for Newton's method,
+            2000 for the others.
+
+    Several solutions: a generic solver descends from where it starts, which is ``BaseNode.initial`` or the warm start, and
+    finds the local minimiser there.  The perturbed solves of LPGD start from the solution, so that both ends of a
+    difference belong to one branch.
+    """
+
+    algorithm: Algorithm = "own"
+    max_iterations: int | None = None
+
+    name: ClassVar[str] = "NODE"
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in get_args(Algorithm):
+            raise ValueError(f"algorithm is {self.algorithm!r}; it must be one of {', '.join(get_args(Algorithm))}.")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance is {self.tolerance}; it must be at least 0 and below 1.")
+        if self.max_iterations is not None and self.max_iterations < 1:
+            raise ValueError(f"max_iterations is {self.max_iterations}; it must be at least 1, or None.")
+
+    @property
+    def takes_states(self) -> bool:
+        return True
+
+    def solution_error(self, problem: SmoothProblem) -> float:
+        """The precision of the dtype with three digits lost, or the tolerance."""
+        return max(self.tolerance, 1e3 * torch.finfo(problem.dtype).eps)
+
+    def solve(
+        self, problem: SmoothProblem, states: Sequence[Any] = (), executor: Executor | None = None
+    ) -> SmoothSolution:
+        """Solve every element of a batch, in this thread and on the device of the inputs."""
+        started = time.perf_counter()
+        start = torch.stack([states[element % len(states)] for element in range(problem.batch_size)]) if states else None
+        finite = problem.finite()
+        whole = bool(finite.all())
+        rows = None if whole else finite.nonzero()[:, 0]
+        part = problem if rows is None else problem.select(rows.tolist())
+        if start is not None:
+            start = torch.where(torch.isfinite(start), start, 0).to(problem.dtype)
+            start = start if rows is None else start[rows]
+        with torch.no_grad():
+            answer = self._answer(part, start)
+        seconds = time.perf_counter() - started
+        solution = self._solution(part, answer, seconds)
+        return solution if rows is None else _spread(problem, solution, rows)
+
+    def _answer(self, problem: SmoothProblem, start: Tensor | None) -> _Answer:
+        node = problem.node
+        if self.algorithm == "own" and not problem.is_shifted:
+            y = None if start is None else problem.shaped(start)
+            inputs = tuple(problem.data)
+            own = node.solve(inputs, y) if problem.is_plain else node.solve_tilted(inputs, problem.added, y)
+            if own is not None:
+                return _Answer.of(own, problem)
+        if not node.has_kkt:
+            raise TypeError(
+                f"{node.name} is not smooth: the generic solvers cannot solve it with such terms added (give "
+                "its own solve_tilted)."
+            )
+        known = start is not None
+        if start is None:
+            start = node.initial(problem.structure.shape, *problem.data).reshape(problem.batch_size, -1)
+        x = start.to(problem.dtype)
+        if problem.batch_size == 0:
+            empty = torch.zeros(0, dtype=torch.int64, device=x.device)
+            return _Answer(x, empty, empty, None, None, None)
+        if self.algorithm == "scipy":
+            answer = scipy_minimise(problem, x, self.tolerance or 1e-10, self.max_iterations or 2000)
+            return _Answer(*answer, None, None, None)
+        h, g = problem.constraints(x)
+        if not h.shape[-1] and not g.shape[-1]:
+            found = self._minimise(AugmentedLagrangian(problem), x)
+            return _Answer(*found, None, h, g)
+        return self._constrained(problem, x, known)
+
+    def _constrained(self, problem: SmoothProblem, x: Tensor, known: bool) -> _Answer:
+        if not known:
+            return _Answer.joined(*method_of_multipliers(problem, x, self._minimise))
+        point, status, iterations = polish(problem, warm_point(problem, x))
+        fine = (status == int(Status.SOLVED)) & is_minimiser(problem, point)
+        rest = (~fine).nonzero()[:, 0]
+        if len(rest):
+            again = method_of_multipliers(problem.select(rest.tolist()), x[rest], self._minimise)
+            for own, new in zip(point, again.point, strict=True):
+                own[rest] = new
+            status[rest] = again.status
+            iterations[rest] += again.iterations
+        return _Answer.joined(point, status, iterations)
+
+    def _minimise(self, function: AugmentedLagrangian, x: Tensor) -> Descent:
+        algorithm = self.algorithm
+        if algorithm == "own":
+            algorithm = "newton" if x.shape[-1] <= NEWTON_LIMIT else "lbfgs"
+        if algorithm == "newton":
+            return newton(function, x, self.tolerance, self.max_iterations or 200)
+        return lbfgs(function, x, self.tolerance, self.max_iterations or 2000)
+
+    def _solution(self, problem: SmoothProblem, answer: _Answer, seconds: float) -> SmoothSolution:
+        size = problem.batch_size
+        statuses = tuple(Status(status) for status in answer.status.tolist())
+        missing = ~torch.isfinite(answer.x).all(-1)
+        if missing.any():
+            statuses = tuple(
+                Status.NUMERICAL_ERROR if lost and status.usable else status
+                for status, lost in zip(statuses, missing.tolist(), strict=True)
+            )
+        return SmoothSolution(
+            problem,
+            answer.x,
+            statuses,
+            np.asarray(answer.iterations.cpu(), dtype=np.int64),
+            np.zeros(size),
+            np.full(size, seconds / max(size, 1)),
+            tuple(answer.x.unbind(0)),
+            answer.aux,
+            answer.nu,
+            answer.lam,
+        )
+
+
+class _Answer(NamedTuple):
+    """An answer with flattened minimisers."""
+
+    x: Tensor
+    status: Tensor
+    iterations: Tensor
+    aux: Any
+    nu: Tensor | None
+    lam: Tensor | None
+
+    @classmethod
+    def joined(cls, point: SmoothPoint, status: Tensor, iterations: Tensor) -> _Answer:
+        return cls(point.x, status, iterations, None, point.nu, point.lam)
+
+    @classmethod
+    def of(cls, own: NodeAnswer, problem: SmoothProblem) -> _Answer:
+        """A node's own answer.
+
+        Raises:
+            ValueError: it has another shape, or another number of statuses.
+        """
+        size, shape = problem.batch_size, problem.structure.shape
+        if tuple(own.y.shape) != (size, *shape):
+            raise ValueError(
+                f"the solver of {problem.node.name} answered y of shape {tuple(own.y.shape)}; expected {(size, *shape)}."
+            )
+        if len(own.statuses) != size:
+            raise ValueError(
+                f"the solver of {problem.node.name} answered {len(own.statuses)} statuses for {size} elements."
+            )
+        status = torch.tensor([int(status) for status in own.statuses], dtype=torch.int64)
+        iterations = torch.as_tensor(own.iterations).to(torch.int64)
+        x = own.y.detach().to(problem.dtype).reshape(size, problem.structure.n)
+        return cls(x, status, iterations.expand(size), own.aux, own.nu, own.lam)
+
+
+def _spread(problem: SmoothProblem, solution: SmoothSolution, rows: Tensor) -> SmoothSolution:
+    """The solution of some elements as one of the whole batch, whose other elements have invalid data."""
+    size, places = problem.batch_size, rows.tolist()
+
+    def spread(part: Tensor, value: float) -> Tensor:
+        return part.new_full((size, *part.shape[1:]), value).index_copy(0, rows, part)
+
+    x = spread(solution.x, torch.nan)
+    statuses, iterations, seconds = [Status.INVALID_DATA] * size, np.zeros(size, dtype=np.int64), np.zeros(size)
+    iterations[places], seconds[places] = solution.iterations, solution.solve_seconds
+    for place, status in zip(places, solution.statuses, strict=True):
+        statuses[place] = status
+    aux = solution.aux
+    if aux is not None:
+        count = solution.batch_size
+        parts = [part if part.shape[0] == 1 < count else spread(part, 0) for part in aux]
+        aux = type(aux)(*parts) if hasattr(aux, "_fields") else tuple(parts)
+    own = (solution.nu, solution.lam)
+    nu, lam = (part if part is None else spread(part, 0) for part in own)
+    return SmoothSolution(
+        problem, x, tuple(statuses), iterations, np.zeros(size), seconds, tuple(x.unbind(0)), aux, nu, lam
+    )

@@ -1,0 +1,233 @@
+"""A node of the user's own: an objective and constraints as functions of one element, and perhaps a solver."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpgd.problems.node import BaseNode, NodeAnswer
+from lpgd.status import Status
+
+__all__ = ["Node"]
+
+Function = Callable[..., Any]
+
+
+class Node(BaseNode):
+    """A declarative node: ``argmin over y of f(*inputs, y)  subject to  h(*inputs, y) = 0, g(*inputs, y) ≤ 0``.
+
+    The functions are those of one element, in torch operations on their arguments alone; the library batches them
+    (``torch.func.vmap``), so they must not branch on values (use ``torch.where``).
+
+    Args:
+        objective: ``objective(*inputs, y)``, a scalar.
+        equality: ``equality(*inputs, y)``, any number of values that shall be zero, or None.
+        inequality: ``inequality(*inputs, y)``, any number of values that shall be at most zero, or None.
+        solve: ``solve(*inputs)``, or ``solve(*inputs, start=...)`` with an earlier solution or None: your own solver, from
+            detached tensors to y (a tensor, an array, or numbers), or None or a :class:`~lpgd.Status` where there is no
+            solution.  Not given, the generic ones of :class:`~lpgd.NodeSolver` minimise.
+        shape: of y: a tuple, a function of the inputs' shapes, or None for that of the first input.
+        ndims: how many dimensions each input has for one element, one number for each or one for all; the dimensions before
+            them are the batch.
+        initial: ``initial(*inputs)``, the y where generic solvers start; not given, it is zero.
+        batched: all of these functions, ``solve`` too, take whole batches: inputs (B, ...) and y (B, ...), objectives (B,).
+        name: for messages.
+
+    A feasibility problem has a constant objective (``(0 * y).sum()``).  A tensor that requires a gradient and is used by
+    a function without being one of its arguments would silently lose it: that is refused when the layer is called.
+
+    Raises:
+        TypeError: a function is not callable, or has no arguments that can be counted.
+        ValueError: ``ndims`` does not fit the inputs.
+    """
+
+    def __init__(
+        self,
+        objective: Function,
+        equality: Function | None = None,
+        inequality: Function | None = None,
+        solve: Function | None = None,
+        *,
+        shape: Sequence[int] | Callable[..., Sequence[int]] | None = None,
+        ndims: int | Sequence[int] = 1,
+        initial: Function | None = None,
+        batched: bool = False,
+        name: str | None = None,
+    ) -> None:
+        functions = {"objective": objective, "equality": equality, "inequality": inequality}
+        for role, function in {**functions, "solve": solve, "initial": initial}.items():
+            if not (callable(function) or (function is None and role != "objective")):
+                raise TypeError(f"{role} is {function!r}; it must be a function.")
+        self._functions, self._solve, self._initial = functions, solve, initial
+        self._shape, self._batched = shape, batched
+        self.input_names = _input_names(objective)
+        self.input_ndims = (ndims,) * len(self.input_names) if isinstance(ndims, int) else tuple(ndims)
+        if len(self.input_ndims) != len(self.input_names) or any(ndim < 0 for ndim in self.input_ndims):
+            raise ValueError(
+                f"ndims is {ndims}; the inputs are {', '.join(self.input_names)}: one number of dimensions for each."
+            )
+        self.name = name or getattr(objective, "__name__", type(objective).__name__)  # pyright: ignore[reportAttributeAccessIssue]
+        self._takes_start = solve is not None and "start" in inspect.signature(solve).parameters
+
+    def __repr__(self) -> str:
+        given = [role for role, function in self._functions.items() if function is not None]
+        return f"Node({self.name}: {', '.join(given)}{', solve' if self._solve is not None else ''})"
+
+    def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+        if self._shape is None:
+            return shapes[0]
+        return tuple(self._shape(*shapes) if callable(self._shape) else self._shape)
+
+    def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Refuse functions that use tensors whose gradient would be lost."""
+        if torch.is_grad_enabled() and all(tensor.numel() for tensor in inputs):
+            self._check_captured(inputs)
+        return inputs
+
+    def objective(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        value = self._call("objective", y, inputs)
+        if value is None or value.shape[1:].numel() != 1:
+            found = None if value is None else tuple(value.shape[1:])
+            raise ValueError(f"the objective of {self.name} has shape {found} for one element; it must be a scalar.")
+        return value.reshape(y.shape[0])
+
+    def equality(self, y: Tensor, *inputs: Tensor) -> Tensor | None:
+        return self._call("equality", y, inputs)
+
+    def inequality(self, y: Tensor, *inputs: Tensor) -> Tensor | None:
+        return self._call("inequality", y, inputs)
+
+    def _call(self, role: str, y: Tensor, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        function = self._functions[role]
+        if function is None:
+            return None
+        if self._batched:
+            return function(*inputs, y)
+        return torch.func.vmap(function)(*inputs, y) if y.shape[0] else y.new_zeros(0, 1)
+
+    def initial(self, shape: tuple[int, ...], *inputs: Tensor) -> Tensor:
+        if self._initial is None:
+            return super().initial(shape, *inputs)
+        if self._batched:
+            return torch.as_tensor(self._initial(*inputs))
+        rows = [torch.as_tensor(self._initial(*row)) for row in zip(*inputs, strict=True)]
+        return torch.stack(rows).to(inputs[0]) if rows else super().initial(shape, *inputs)
+
+    def solve(self, inputs: tuple[Tensor, ...], start: Tensor | None) -> NodeAnswer | None:
+        if self._solve is None:
+            return None
+        inputs = tuple(tensor.clone() for tensor in inputs)  # a user's function may do with its arguments what it likes
+        shape = self.variable_shape(*(tuple(tensor.shape[1:]) for tensor in inputs))
+        size = inputs[0].shape[0]
+        if self._batched:
+            y = self._solve(*inputs, **({"start": start} if self._takes_start else {}))
+            return NodeAnswer(torch.as_tensor(y).to(inputs[0]), (Status.SOLVED,) * size, torch.zeros(size))
+        rows, statuses = [], []
+        for element, row in enumerate(zip(*inputs, strict=True)):
+            own = {"start": None if start is None else start[element].clone()} if self._takes_start else {}
+            y, status = self._read(self._solve(*row, **own), shape, element, inputs[0])
+            rows.append(y)
+            statuses.append(status)
+        y = torch.stack(rows) if rows else inputs[0].new_zeros(0, *shape)
+        return NodeAnswer(y, statuses, torch.zeros(size))
+
+    def _read(self, answer: Any, shape: tuple[int, ...], element: int, like: Tensor) -> tuple[Tensor, Status]:
+        if answer is None or isinstance(answer, Status):
+            status = Status.NO_SOLUTION if answer is None else answer
+            if status.usable:
+                raise ValueError(f"the solver of {self.name} answered {status.name} for element {element}, without a y.")
+            return like.new_full(shape, torch.nan), status
+        y = torch.as_tensor(answer).detach().to(like)
+        if tuple(y.shape) != shape:
+            raise ValueError(
+                f"the solver of {self.name} answered shape {tuple(y.shape)} for element {element}; y has shape {shape}."
+            )
+        return y.clone(), Status.SOLVED if torch.isfinite(y).all() else Status.NO_SOLUTION
+
+    def _check_captured(self, inputs: tuple[Tensor, ...]) -> None:
+        """Evaluate once with detached arguments: a result that still requires a gradient has it from elsewhere.
+
+        Raises:
+            ValueError: with the names that lead to such tensors, where they can be found.
+        """
+        row = tuple(
+            tensor.detach()[(0,) * (tensor.ndim - ndim)]
+            for tensor, ndim in zip(inputs, self.input_ndims, strict=True)
+            if tensor.ndim >= ndim
+        )
+        if len(row) < len(inputs):
+            return  # too few dimensions, which the layer refuses
+        y = row[0].new_zeros(self.variable_shape(*(tuple(tensor.shape) for tensor in row)))
+        if self._batched:
+            row, y = tuple(tensor[None] for tensor in row), y[None]
+        for role, function in self._functions.items():
+            if function is None:
+                continue
+            value = function(*row, y)
+            if isinstance(value, Tensor) and value.requires_grad:
+                names = ", ".join(dict.fromkeys(_captured(function))) or "a tensor that could not be named"
+                raise ValueError(
+                    f"the {role} of {self.name} uses {names}, which requires a gradient but is no argument of it, and would "
+                    "get none: make it an input of the node, or detach it."
+                )
+
+
+def _input_names(objective: Function) -> tuple[str, ...]:
+    """The names of all arguments but the last, which is y."""
+    try:
+        parameters = list(inspect.signature(objective).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the arguments of {objective!r} cannot be read; write objective(*inputs, y).") from error
+    names = []
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise TypeError(f"the objective takes *{parameter.name}; name its arguments, the inputs first and y last.")
+        if parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY:
+            names.append(parameter.name)
+    if len(names) < 2:
+        raise TypeError(f"the objective takes {len(names)} arguments; it must take at least one input, and y last.")
+    return tuple(names[:-1])
+
+
+def _captured(function: Any) -> Iterator[str]:
+    """Names that lead from a function to tensors that require a gradient."""
+    if isinstance(function, functools.partial):
+        yield from _captured(function.func)
+        for place, value in [*enumerate(function.args), *function.keywords.items()]:
+            yield from _requiring(f"the partial argument {place}", value)
+        return
+    owner = getattr(function, "__self__", function if not inspect.isfunction(function) else None)
+    if owner is not None:
+        yield from _requiring(type(owner).__name__, owner)
+    function = getattr(function, "__func__", function)
+    if not inspect.isfunction(function):
+        return
+    variables = inspect.getclosurevars(function)
+    for name, value in {**variables.globals, **variables.nonlocals}.items():
+        yield from _requiring(name, value)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.default is not parameter.empty:
+            yield from _requiring(name, parameter.default)
+
+
+def _requiring(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            yield name
+    elif isinstance(value, torch.nn.Module):
+        yield from (f"{name}.{key}" for key, own in value.named_parameters() if own.requires_grad)
+    elif isinstance(value, dict):
+        yield from (f"{name}[{key!r}]" for key, own in value.items() if isinstance(own, Tensor) and own.requires_grad)
+    elif isinstance(value, list | tuple):
+        for place, own in enumerate(value):
+            if isinstance(own, Tensor) and own.requires_grad:
+                yield f"{name}[{place}]"
+    elif hasattr(value, "__dict__") and not callable(value):
+        for key, own in vars(value).items():
+            if isinstance(own, Tensor) and own.requires_grad:
+                yield f"{name}.{key}"
