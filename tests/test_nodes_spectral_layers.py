@@ -1,0 +1,125 @@
+"""Transport, eigenvectors and the principal vector as layers: every gradient method of the library."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lpgd.gradients import LPGD, IgnoreConstraints, ImplicitKKT
+from lpgd.layers.node import NodeLayer
+from lpgd.solvers.node_solver import NodeSolver
+from lpgd.solvers.nodes.eigen import EigenDecomposition, eigen_decomposition, eigen_vjp_approximate
+from lpgd.solvers.nodes.principal_vector import PrincipalVector
+from lpgd.solvers.nodes.transport import OptimalTransport, transport_vjp_approximate
+from lpgd.status import SolverError, Status
+
+from .test_nodes_eigen import general, random_like, symmetric
+from .test_nodes_transport import draw
+
+TRANSPORT = OptimalTransport(gamma=4.0, tolerance=1e-13)
+EIGEN = EigenDecomposition(2)
+CASES = {
+    "transport": (TRANSPORT, draw(3, 4, batch=2)),
+    "all eigenvectors": (EigenDecomposition(), (symmetric(3, batch=2),)),
+    "smallest eigenvectors": (EigenDecomposition(2, largest=False), (symmetric(4, batch=2),)),
+    "principal vector": (PrincipalVector(tolerance=1e-13), (symmetric(5, batch=2),)),
+    "principal vector, general": (PrincipalVector(symmetric=False, tolerance=1e-13), (general(4, batch=2),)),
+}
+
+
+def gradients(node, inputs, method, cotangent=None, solver=None):
+    leaves = [part.clone().requires_grad_() for part in inputs]
+    y = NodeLayer(node, method, solver)(*leaves)
+    y.backward(random_like(y) if cotangent is None else cotangent)
+    return y, [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_closed_form_is_the_default_and_equals_implicit_differentiation(case):
+    node, inputs = CASES[case]
+    y, default = gradients(node, inputs, None)
+    assert y.info.gradients[-1].used == ["closed form"] * 2
+    y, implicit = gradients(node, inputs, ImplicitKKT())
+    assert y.info.gradients[-1].used == ["implicit"] * 2
+    for ours, reference in zip(default, implicit, strict=True):
+        assert float((ours - reference).abs().max()) <= 1e-10
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_lpgd_with_a_small_step_equals_implicit_differentiation(case, rho):
+    node, inputs = CASES[case]
+    y, ours = gradients(node, inputs, LPGD(tau=1e-5, rho=rho))
+    assert y.info.gradients[-1].used == ["average"] * 2
+    for found, reference in zip(ours, gradients(node, inputs, ImplicitKKT(rho=rho))[1], strict=True):
+        assert torch.allclose(found, reference, rtol=0, atol=1e-5 * float(reference.abs().max()))
+
+
+def test_a_tilted_transport_problem_is_solved_by_sinkhorn(monkeypatch):
+    """The generic solver is not asked: one that refuses leaves LPGD as it is."""
+
+    def refuse(*_):
+        raise AssertionError("the generic solver was asked")
+
+    monkeypatch.setattr(NodeSolver, "_constrained", refuse)
+    y, _ = gradients(*CASES["transport"], LPGD(tau=1e-2, rho=0.0))
+    assert y.info.gradients[-1].used == ["average"] * 2
+    with pytest.raises(AssertionError, match="generic solver was asked"):
+        gradients(*CASES["transport"], LPGD(tau=1e-2, rho=0.1))
+
+
+@pytest.mark.parametrize("case", ["transport", "smallest eigenvectors", "principal vector"])
+def test_the_generic_solver_finds_the_same_solution(case):
+    node, inputs = CASES[case]
+    own = NodeLayer(node)(*inputs)
+    found = NodeLayer(node, solver=NodeSolver(algorithm="newton"))(*inputs, warm_start=own)
+    assert torch.allclose(found, own, rtol=0, atol=1e-9)
+
+
+def test_ignoring_the_constraints_is_the_approximate_gradient_of_each_node():
+    inputs = draw(3, 4, batch=2)
+    y, found = gradients(TRANSPORT, inputs, IgnoreConstraints())
+    expected = transport_vjp_approximate(y.detach(), *inputs[1:], TRANSPORT.gamma, random_like(y))
+    for ours, reference in zip(found, expected, strict=True):
+        assert float((ours - reference).abs().max()) <= 1e-10
+    matrix = symmetric(4, batch=2)
+    y, found = gradients(EIGEN, (matrix,), IgnoreConstraints())
+    expected = eigen_vjp_approximate(eigen_decomposition(matrix, largest=True), random_like(y), 1e-12)
+    assert float((found[0] - expected).abs().max()) <= 1e-10
+
+
+def test_batches_broadcast_and_single_precision_stays():
+    cost, rows, columns = (part.float() for part in draw(3, 4, batch=2))
+    plan = NodeLayer(OptimalTransport())(cost, rows[0], columns[0])
+    assert plan.dtype == torch.float32
+    assert torch.allclose(plan.sum(-1), rows[0].expand(2, 3), atol=1e-5)
+    y, (gradient,) = gradients(PrincipalVector(), (symmetric(4, batch=1)[0].float(),), None)
+    assert y.shape == (4,)
+    assert gradient.dtype == torch.float32
+
+
+def test_elements_without_a_plan_are_named_and_leave_the_others_exact():
+    cost, rows, columns = draw(3, 4, batch=3)
+    broken = rows.clone()
+    broken[1] *= 2.0
+    with pytest.raises(SolverError, match="element 1 of 3: INFEASIBLE"):
+        NodeLayer(TRANSPORT)(cost, broken, columns)
+    layer = NodeLayer(TRANSPORT, on_error="nan")
+    leaf = cost.clone().requires_grad_()
+    plan = layer(leaf, broken, columns)
+    assert plan.info.solution.statuses == (Status.SOLVED, Status.INFEASIBLE, Status.SOLVED)
+    assert plan[1].isnan().all()
+    weight = random_like(cost)
+    (weight * plan)[[0, 2]].sum().backward()
+    _, (expected, *_) = gradients(TRANSPORT, (cost, rows, columns), None, weight)
+    assert torch.allclose(leaf.grad[[0, 2]], expected[[0, 2]], rtol=0, atol=1e-12)
+    assert not leaf.grad[1].any()
+
+
+def test_a_warm_start_re_uses_the_potentials():
+    node, inputs = OptimalTransport(gamma=60.0), draw(5, 6)
+    layer = NodeLayer(node)
+    cold = layer(*inputs)
+    warm = layer(*inputs, warm_start=cold)
+    assert (warm.info.solution.iterations < cold.info.solution.iterations).all()
+    assert torch.allclose(warm, cold, rtol=0, atol=1e-9)
