@@ -187,7 +187,7 @@ class EigenDecomposition(BaseNode):
         first, second = torch.triu_indices(k, k, device=y.device)
         nu = torch.where(first == second, (-self._weights(y) * spectrum.values[:, :k])[:, first], 0.0).to(y.dtype)
         count = len(y)
-        return NodeAnswer(y, [Status.SOLVED] * count, [1] * count, aux=tuple(spectrum), nu=nu)
+        return NodeAnswer(y, [Status.SOLVED] * count, [1] * count, aux=tuple(spectrum), nu=nu, lam=nu[:, :0])
 
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
         spectrum = self._spectrum(inputs[0], y) if aux is None else Spectrum(*aux)

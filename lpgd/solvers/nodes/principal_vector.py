@@ -314,7 +314,7 @@ class PrincipalVector(BaseNode):
         done = (answer.residual <= self.tolerance).tolist()
         statuses = [Status.SOLVED if good else Status.ITERATION_LIMIT for good in done]
         nu = answer.value if self.symmetric else torch.zeros_like(answer.value)
-        return NodeAnswer(answer.vector, statuses, answer.iterations, nu=nu[:, None])
+        return NodeAnswer(answer.vector, statuses, answer.iterations, nu=nu[:, None], lam=nu.new_zeros(len(nu), 0))
 
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: object) -> tuple[Tensor | None, ...]:
         matrix = inputs[0]

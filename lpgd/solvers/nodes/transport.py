@@ -273,6 +273,7 @@ class OptimalTransport(BaseNode):
             _statuses(feasible, solved),
             answer.iterations.new_zeros(len(cost)).index_copy_(0, kept, answer.iterations),
             nu=cost.new_zeros(len(cost), sum(cost.shape[1:]) - 1).index_copy_(0, kept, self._multipliers(answer)),
+            lam=cost.new_zeros(len(cost), 0),
         )
 
     def _multipliers(self, answer: Plan) -> Tensor:
