@@ -16,13 +16,22 @@ from lpgd.diagnostics import (
     sweep,
 )
 from lpgd.execution import SerialExecutor
-from lpgd.gradients import LPGD, BlackboxBackprop, DirectLoss, Domke, ImplicitKKT
+from lpgd.gradients import (
+    LPGD,
+    BlackboxBackprop,
+    ClosedForm,
+    DirectLoss,
+    Domke,
+    IgnoreConstraints,
+    ImplicitKKT,
+)
 from lpgd.layers import (
     BlackboxLayer,
     ConicLayer,
     CvxpyLayer,
     DirectLossLayer,
     LPLayer,
+    NodeLayer,
     QPLayer,
     solve_conic,
     solve_lp,
@@ -40,9 +49,12 @@ from lpgd.solvers import (
     CustomSolver,
     HiGHS,
     InteriorPoint,
+    NodeSolver,
     ProxQP,
     available,
+    nodes,
 )
+from lpgd.solvers.nodes import Node
 from lpgd.status import LpgdWarning, MissingPackageError, SolverError, Status
 
 __version__ = version("lpgd")
@@ -57,6 +69,7 @@ __all__ = [
     "BlackboxBackprop",
     "BlackboxLayer",
     "Clarabel",
+    "ClosedForm",
     "Cones",
     "ConicData",
     "ConicLayer",
@@ -72,11 +85,15 @@ __all__ = [
     "GradientCheck",
     "GradientCheckError",
     "HiGHS",
+    "IgnoreConstraints",
     "ImplicitKKT",
     "InteriorPoint",
     "LPLayer",
     "LpgdWarning",
     "MissingPackageError",
+    "Node",
+    "NodeLayer",
+    "NodeSolver",
     "ProxQP",
     "QPLayer",
     "Report",
@@ -90,6 +107,7 @@ __all__ = [
     "diagnose",
     "envelopes",
     "gradcheck",
+    "nodes",
     "plotting",
     "solve_conic",
     "solve_lp",

@@ -254,9 +254,13 @@ class SmoothSolution(BatchSolution):
     def outputs(self) -> SmoothOutput:
         return SmoothOutput(self.x)
 
-    @cached_property
+    @property
     def point(self) -> SmoothPoint:
         """Minimisers and multipliers; multipliers that the solver does not tell are estimated."""
+        return self._point
+
+    @cached_property
+    def _point(self) -> SmoothPoint:
         if self.nu is not None and self.lam is not None:
             return SmoothPoint(self.x, self.nu, self.lam)
         x = torch.where(self.usable[:, None], self.x, 0)

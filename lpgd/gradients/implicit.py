@@ -44,8 +44,8 @@ class ImplicitKKT(GradientMethod):
             ``LPGD(tau, rho)`` as τ → 0, a regularised gradient.
         active_tolerance: for nodes: an inequality counts as active within ``active_tolerance (1 + |y|)`` of its bound;
             None is the square root of the dtype's precision.  One whose multiplier exceeds its slack is active anyhow.
-        weakly_active: for nodes: active inequalities with a multiplier of zero stay active, as in the derivative of ReLU
-            at zero; False drops them, which is the other side.  The record says ``"implicit, one-sided"``.
+        weakly_active: for nodes: active inequalities with a multiplier of zero stay active, as in the derivative of
+            ReLU at zero; False drops them, which is the other side.  The record says ``"implicit, one-sided"``.
         matrix_free: for nodes: True solves the system by products with it alone (MINRES), False by its matrix, None by
             size.
 

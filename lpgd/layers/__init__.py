@@ -5,6 +5,7 @@ from lpgd.layers.blackbox import BlackboxLayer
 from lpgd.layers.conic import ConicLayer, ConicOutput, solve_conic
 from lpgd.layers.cvxpy import CvxpyLayer
 from lpgd.layers.direct_loss import DirectLossLayer
+from lpgd.layers.node import NodeLayer
 from lpgd.layers.qp import LPLayer, ProgramOutput, QPLayer, solve_lp, solve_qp
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "DirectLossLayer",
     "LPLayer",
     "LayerOutput",
+    "NodeLayer",
     "ProgramOutput",
     "QPLayer",
     "solve_conic",

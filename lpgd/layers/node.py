@@ -26,10 +26,10 @@ class NodeLayer(BaseLayer):
     """The solution ``y*(w) = argmin f(y, w)  s.t.  h(y, w) = 0, g(y, w) ≤ 0`` of a node as a function of its inputs w.
 
     Args:
-        node: what is minimised: one of :mod:`lpgd.nodes`, or an ``lpgd.Node`` of functions of your own.
+        node: what is minimised: one of ``lpgd.nodes``, or an ``lpgd.Node`` of functions of your own.
         gradient: a gradient method; None is the node's closed form where it has one, else ``ImplicitKKT()``.  ``LPGD``
-            solves the node again with ``τ <g, y> + (ρ/2) |y - y*|²`` added to its objective.  ``IgnoreConstraints()`` is an
-            approximation.
+            solves the node again with ``τ <g, y> + (ρ/2) |y - y*|²`` added to its objective.  ``IgnoreConstraints()``
+            is an approximation.
         solver: how problems are solved; None is ``NodeSolver()``: the node's own solver where it has one.
         on_error: ``"raise"``: an element without a solution raises; ``"nan"``: its rows are NaN and its gradient
             zero; ``"warn"``: a warning, the last iterate, and a zero gradient.
@@ -40,8 +40,8 @@ class NodeLayer(BaseLayer):
     Raises:
         TypeError: something else than a node, or a gradient method that it does not have what it takes for.
 
-    Everything is computed in the dtype of the inputs and on their device.  Where a solution is not unique, or a local one,
-    it is the one that the node's solver finds; a warm start (and the perturbed solves of LPGD) stay with its
+    Everything is computed in the dtype of the inputs and on their device.  Where a solution is not unique, or a local
+    one, it is the one that the node's solver finds; a warm start (and the perturbed solves of LPGD) stay with its
     branch.  Second derivatives are refused.
 
     [DDN] Gould, Hartley, Campbell: Deep Declarative Networks (arXiv 1909.04866).

@@ -17,9 +17,7 @@ LARGE = 2**26
 """Matrices of more numbers than this, for the whole batch, are not formed."""
 
 
-def active_rows(
-    problem: SmoothProblem, x: Tensor, lam: Tensor | None = None, tolerance: float | None = None
-) -> Tensor:
+def active_rows(problem: SmoothProblem, x: Tensor, lam: Tensor | None = None, tolerance: float | None = None) -> Tensor:
     """(B, r) whether each inequality is active: ``g ≥ -tolerance (1 + |y|)``, or its multiplier exceeds ``-g``.
 
     Args:
@@ -29,9 +27,8 @@ def active_rows(
         tolerance: None is the square root of the dtype's precision: 1.5e-8 in float64, 3.5e-4 in float32.
     """
     g = problem.constraints(x)[1]
-    if tolerance is None:
-        tolerance = torch.finfo(x.dtype).eps ** 0.5
-    near = g >= -tolerance * (1 + _maximum(x)[:, None])
+    reach = torch.finfo(x.dtype).eps ** 0.5 if tolerance is None else tolerance
+    near = g >= -reach * (1 + _maximum(x)[:, None])
     return near if lam is None else near | (lam > -g)
 
 

@@ -75,7 +75,7 @@ class BaseNode(ABC):
         can_augment, can_tilt: LPGD may add its terms: by :meth:`solve_tilted`, or by the generic solver.
     """
 
-    name: ClassVar[str]
+    name: str
     input_names: tuple[str, ...]
     input_ndims: tuple[int, ...]
 

@@ -1,5 +1,6 @@
 """Solvers: one interface, one file a backend."""
 
+from lpgd.solvers import nodes
 from lpgd.solvers.base import BaseSolver, Capabilities, Solver
 from lpgd.solvers.choose import SOLVERS, Situation, available, choose_solver, preference
 from lpgd.solvers.clarabel import Clarabel
@@ -9,6 +10,7 @@ from lpgd.solvers.ecos import ECOS
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.highs import HiGHS
 from lpgd.solvers.interior_point import InteriorPoint
+from lpgd.solvers.node_solver import NodeSolver
 from lpgd.solvers.osqp import OSQP
 from lpgd.solvers.piqp import PIQP
 from lpgd.solvers.proxqp import ProxQP
@@ -28,6 +30,7 @@ __all__ = [
     "ElementwiseSolver",
     "HiGHS",
     "InteriorPoint",
+    "NodeSolver",
     "Outcome",
     "Prepared",
     "ProxQP",
@@ -35,5 +38,6 @@ __all__ = [
     "Solver",
     "available",
     "choose_solver",
+    "nodes",
     "preference",
 ]

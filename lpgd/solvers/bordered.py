@@ -7,12 +7,12 @@ solution under a tilt ``<c, z>`` of L solves
     [ ∇²_yy L + ρI   Aᵀ ] [dy]     [ c_y ]
     [ A              0  ] [dμ] = - [ c_μ ]
 
-Newton's method on the optimality conditions is the same system, with their residual as c.  Inactive rows, and rows whose
-derivative vanishes, are absent: dμ = 0.
+Newton's method on the optimality conditions is the same system, with their residual as c.  Inactive rows, and rows
+whose derivative vanishes, are absent: dμ = 0.
 
 Where the system is singular its pseudo-inverse answers.  With more constraints than variables, or dependent ones,
-that is ``A dy = -C`` in the least-squares sense ([DDN] 4.7.3); in feasibility problems it is the least change that keeps
-to the constraints ([DDN] 4.7.1).
+that is ``A dy = -C`` in the least-squares sense ([DDN] 4.7.3); in feasibility problems it is the least change that
+keeps to the constraints ([DDN] 4.7.1).
 
 [DDN] Gould, Hartley, Campbell: Deep Declarative Networks (arXiv 1909.04866).
 """

@@ -1,4 +1,4 @@
-"""The solver of declarative nodes: a node's own where it has one, else generic ones, for plain and perturbed problems."""
+"""The solver of declarative nodes: a node's own where it has one, else generic ones."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class NodeSolver(BaseSolver):
         max_iterations: of one element (of each round, where there are constraints); None is 200 for Newton's method,
             2000 for the others.
 
-    Several solutions: a generic solver descends from where it starts, which is ``BaseNode.initial`` or the warm start, and
-    finds the local minimiser there.  The perturbed solves of LPGD start from the solution, so that both ends of a
+    Several solutions: a generic solver descends from where it starts, which is ``BaseNode.initial`` or the warm start,
+    and finds the local minimiser there.  The perturbed solves of LPGD start from the solution, so that both ends of a
     difference belong to one branch.
     """
 
@@ -74,7 +74,9 @@ class NodeSolver(BaseSolver):
     ) -> SmoothSolution:
         """Solve every element of a batch, in this thread and on the device of the inputs."""
         started = time.perf_counter()
-        start = torch.stack([states[element % len(states)] for element in range(problem.batch_size)]) if states else None
+        start = (
+            torch.stack([states[element % len(states)] for element in range(problem.batch_size)]) if states else None
+        )
         finite = problem.finite()
         whole = bool(finite.all())
         rows = None if whole else finite.nonzero()[:, 0]
@@ -186,7 +188,8 @@ class _Answer(NamedTuple):
         size, shape = problem.batch_size, problem.structure.shape
         if tuple(own.y.shape) != (size, *shape):
             raise ValueError(
-                f"the solver of {problem.node.name} answered y of shape {tuple(own.y.shape)}; expected {(size, *shape)}."
+                f"the solver of {problem.node.name} answered y of shape {tuple(own.y.shape)}; "
+                f"expected {(size, *shape)}."
             )
         if len(own.statuses) != size:
             raise ValueError(

@@ -2,7 +2,8 @@
 
 Newton's method on the optimality conditions, whose active rows are those with ``λ > -g`` (the primal-dual active set
 method, which is sequential quadratic programming near a solution), converges quadratically, but only from near.  So
-that is where a warm start begins.  What it does not finish, and every cold start, is minimised by the method of multipliers
+that is where a warm start begins.  What it does not finish, and every cold start, is minimised by the method of
+multipliers
 first: it descends, which Newton's method on optimality conditions does not.
 """
 
@@ -40,9 +41,7 @@ class ConstrainedResult(NamedTuple):
     iterations: Tensor
 
 
-def polish(
-    problem: SmoothProblem, point: SmoothPoint, max_iterations: int = 30
-) -> ConstrainedResult:
+def polish(problem: SmoothProblem, point: SmoothPoint, max_iterations: int = 30) -> ConstrainedResult:
     """Newton's method on the optimality conditions, from near a solution.
 
     Args:
@@ -51,8 +50,8 @@ def polish(
         max_iterations: of an element.
 
     Returns:
-        The best points; an element is SOLVED where the residuals of its optimality conditions, relative to their terms, are
-        below the 0.6th power of the precision, and stay there or fall no more.
+        The best points; an element is SOLVED where the residuals of its optimality conditions, relative to their
+        terms, are below the 0.6th power of the precision, and stay there or fall no more.
     """
     point = SmoothPoint(*(part.clone() for part in point))
     whole = point
@@ -111,7 +110,7 @@ def method_of_multipliers(
     minimise: Minimise,
     max_rounds: int = 40,
 ) -> ConstrainedResult:
-    """The method of multipliers with penalties that grow where feasibility does not, each round ended by Newton's method.
+    """The method of multipliers, whose penalties grow where feasibility stalls, ended by Newton's method.
 
     Args:
         problem: B elements.

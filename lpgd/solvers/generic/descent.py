@@ -94,8 +94,8 @@ def newton(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max
     Args:
         function: of B elements.
         x: (B, n) where it starts.
-        tolerance: ends at gradients (in the maximum norm) of this size relative to ``|H x|`` and the first gradient; 0 is
-            as far as the dtype goes.
+        tolerance: ends at gradients (in the maximum norm) of this size relative to ``|H x|`` and the first gradient; 0
+            is as far as the dtype goes.
         max_iterations: of one element.
     """
     run = _Run(function, x, tolerance)

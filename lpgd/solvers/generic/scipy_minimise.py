@@ -28,7 +28,9 @@ def scipy_minimise(
         (B, n) minimisers, (B,) values of Status, and (B,) iterations.
     """
     size = x.shape[0]
-    points = [_minimise_one(problem.select([element]), x[element], tolerance, max_iterations) for element in range(size)]
+    points = [
+        _minimise_one(problem.select([element]), x[element], tolerance, max_iterations) for element in range(size)
+    ]
     found = [torch.from_numpy(point).to(x) for point, _, _ in points]
     status = torch.tensor([status for _, status, _ in points], device=x.device)
     iterations = torch.tensor([count for _, _, count in points], device=x.device)

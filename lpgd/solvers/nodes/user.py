@@ -28,18 +28,19 @@ class Node(BaseNode):
         objective: ``objective(*inputs, y)``, a scalar.
         equality: ``equality(*inputs, y)``, any number of values that shall be zero, or None.
         inequality: ``inequality(*inputs, y)``, any number of values that shall be at most zero, or None.
-        solve: ``solve(*inputs)``, or ``solve(*inputs, start=...)`` with an earlier solution or None: your own solver, from
-            detached tensors to y (a tensor, an array, or numbers), or None or a :class:`~lpgd.Status` where there is no
-            solution.  Not given, the generic ones of :class:`~lpgd.NodeSolver` minimise.
+        solve: ``solve(*inputs)``, or ``solve(*inputs, start=...)`` with an earlier solution or None: your own solver,
+            from detached tensors to y (a tensor, an array, or numbers), or None or a :class:`~lpgd.Status` where there
+            is no solution.  Not given, the generic ones of :class:`~lpgd.NodeSolver` minimise.
         shape: of y: a tuple, a function of the inputs' shapes, or None for that of the first input.
-        ndims: how many dimensions each input has for one element, one number for each or one for all; the dimensions before
-            them are the batch.
+        ndims: how many dimensions each input has for one element, one number for each or one for all; the dimensions
+            before them are the batch.
         initial: ``initial(*inputs)``, the y where generic solvers start; not given, it is zero.
-        batched: all of these functions, ``solve`` too, take whole batches: inputs (B, ...) and y (B, ...), objectives (B,).
+        batched: all of these functions, ``solve`` too, take whole batches: inputs (B, ...) and y (B, ...), objectives
+            (B,).
         name: for messages.
 
-    A feasibility problem has a constant objective (``(0 * y).sum()``).  A tensor that requires a gradient and is used by
-    a function without being one of its arguments would silently lose it: that is refused when the layer is called.
+    A feasibility problem has a constant objective (``(0 * y).sum()``).  A tensor that requires a gradient and is used
+    by a function without being one of its arguments would silently lose it: that is refused when the layer is called.
 
     Raises:
         TypeError: a function is not callable, or has no arguments that can be counted.
@@ -71,7 +72,7 @@ class Node(BaseNode):
             raise ValueError(
                 f"ndims is {ndims}; the inputs are {', '.join(self.input_names)}: one number of dimensions for each."
             )
-        self.name = name or getattr(objective, "__name__", type(objective).__name__)  # pyright: ignore[reportAttributeAccessIssue]
+        self.name = name or str(getattr(objective, "__name__", type(objective).__name__))
         self._takes_start = solve is not None and "start" in inspect.signature(solve).parameters
 
     def __repr__(self) -> str:
@@ -140,7 +141,9 @@ class Node(BaseNode):
         if answer is None or isinstance(answer, Status):
             status = Status.NO_SOLUTION if answer is None else answer
             if status.usable:
-                raise ValueError(f"the solver of {self.name} answered {status.name} for element {element}, without a y.")
+                raise ValueError(
+                    f"the solver of {self.name} answered {status.name} for element {element}, without a y."
+                )
             return like.new_full(shape, torch.nan), status
         y = torch.as_tensor(answer).detach().to(like)
         if tuple(y.shape) != shape:
@@ -172,8 +175,8 @@ class Node(BaseNode):
             if isinstance(value, Tensor) and value.requires_grad:
                 names = ", ".join(dict.fromkeys(_captured(function))) or "a tensor that could not be named"
                 raise ValueError(
-                    f"the {role} of {self.name} uses {names}, which requires a gradient but is no argument of it, and would "
-                    "get none: make it an input of the node, or detach it."
+                    f"the {role} of {self.name} uses {names}, which requires a gradient but is no argument of it, "
+                    "and would get none: make it an input of the node, or detach it."
                 )
 
 

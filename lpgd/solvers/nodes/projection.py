@@ -1,0 +1,197 @@
+"""Projections onto spheres and balls of the L1, L2 and L∞ norms, and onto the simplex ([DDN] Table 1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lpgd.problems.node import BaseNode, NodeAnswer, Tilt
+from lpgd.status import Status
+
+__all__ = ["Projection", "ProjectionSet"]
+
+ProjectionSet = Literal["l1_sphere", "l1_ball", "l2_sphere", "l2_ball", "linf_sphere", "linf_ball", "simplex"]
+
+
+@dataclass(frozen=True)
+class Projection(BaseNode):
+    """The nearest point ``argmin ½|y - x|²`` of a set, for vectors x: (*batch, n) to (*batch, n).
+
+    Args:
+        onto: ``"l1_sphere"`` is ``|y|₁ = r`` and ``"l1_ball"`` is ``|y|₁ ≤ r``, and so on; ``"simplex"`` is
+            ``y ≥ 0, Σy = r``.
+        radius: r > 0; None makes it a second input, one number for each element, with a gradient of its own.
+
+    With S the coordinates that are not zero (L1, simplex) or at the bound (L∞), a = sign(y) and k = |S|:
+
+        =================  ==========================================  ====================
+        set                v·Dy/Dx                                     v·Dy/Dr
+        =================  ==========================================  ====================
+        L2 sphere          (r/|x|) (v - y <y, v> / r²)                 <y, v> / r
+        L1 sphere          v_S - a_S <a_S, v_S> / k                    <a_S, v_S> / k
+        simplex            v_S - <1, v_S> / k                          <1, v_S> / k
+        L∞ sphere          v outside of S                              <a_S, v_S>
+        any ball, inside   v                                           0
+        =================  ==========================================  ====================
+
+    Sorting takes O(n log n) for L1 and the simplex (Duchi et al. 2008), all else O(n).  Where the nearest point is not
+    unique: of 0 on the L2 sphere it is ``r/√n (1, …, 1)``, with a gradient of zero; on the L∞ sphere the first of the
+    largest coordinates moves; on the L1 sphere zeros move up.
+
+    [DDN] Gould, Hartley, Campbell: Deep Declarative Networks (arXiv 1909.04866).
+    """
+
+    onto: ProjectionSet = "l2_sphere"
+    radius: float | None = 1.0
+
+    name = "Projection"
+
+    def __post_init__(self) -> None:
+        if self.onto not in get_args(ProjectionSet):
+            raise ValueError(f"onto is {self.onto!r}; it must be one of {', '.join(get_args(ProjectionSet))}.")
+        if self.radius is not None and not 0 < self.radius < math.inf:
+            raise ValueError(f"radius is {self.radius}; it must be positive and finite, or None for an input.")
+
+    @property
+    def input_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return ("x",) if self.radius is not None else ("x", "radius")
+
+    @property
+    def input_ndims(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return (1,) if self.radius is not None else (1, 0)
+
+    def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+        if shapes[0] == (0,):
+            raise ValueError("x has no coordinates; it must have at least one.")
+        return shapes[0]
+
+    # -- the problem, whose solution is that of the projection, in smooth functions --------------------------------
+
+    def objective(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        return 0.5 * (y - inputs[0]).square().sum(-1)
+
+    def equality(self, y: Tensor, *inputs: Tensor) -> Tensor | None:
+        x, r = inputs[0], self._radius(inputs)
+        if self.onto == "l2_sphere":
+            return y.square().sum(-1, keepdim=True) - r.square()
+        if self.onto == "l1_sphere":
+            return (_signs(x) * y).sum(-1, keepdim=True) - r
+        if self.onto == "simplex":
+            return y.sum(-1, keepdim=True) - r
+        if self.onto == "linf_sphere":
+            largest = _largest(x)
+            return (_signs(x) * y * largest).sum(-1, keepdim=True) - r
+        return None
+
+    def inequality(self, y: Tensor, *inputs: Tensor) -> Tensor | None:
+        x, r = inputs[0], self._radius(inputs)
+        if self.onto == "l2_ball":
+            return y.square().sum(-1, keepdim=True) - r.square()
+        if self.onto == "simplex":
+            return -y
+        if self.onto == "l2_sphere":
+            return None
+        if self.onto in ("l1_sphere", "l1_ball"):  # the nearest point has the signs of x
+            signed = _signs(x) * y
+            return -signed if self.onto == "l1_sphere" else torch.cat([signed.sum(-1, keepdim=True) - r, -signed], -1)
+        # On the sphere the largest coordinate of x is at its bound; that row is absent here.
+        free = torch.ones_like(x) if self.onto == "linf_ball" else 1 - _largest(x)
+        return torch.cat([free * y - r, -free * y - r], -1)
+
+    # -- its solution ------------------------------------------------------------------------------------------------
+
+    def solve(self, inputs: tuple[Tensor, ...], start: Tensor | None) -> NodeAnswer:
+        return self._answer(inputs[0], inputs)
+
+    def solve_tilted(self, inputs: tuple[Tensor, ...], tilt: Tilt, start: Tensor | None) -> NodeAnswer:
+        """The projection of ``(x - linear + ρ center) / (1 + ρ)``."""
+        return self._answer((inputs[0] - tilt.linear + tilt.rho * tilt.center) / (1 + tilt.rho), inputs)
+
+    def _answer(self, x: Tensor, inputs: tuple[Tensor, ...]) -> NodeAnswer:
+        r = self._radius(inputs)
+        positive = (r[:, 0] > 0).tolist() if self.radius is None else [True] * x.shape[0]
+        statuses = [Status.SOLVED if fine else Status.INVALID_DATA for fine in positive]
+        return NodeAnswer(self._project(x, r), statuses, torch.zeros(x.shape[0]))
+
+    def _project(self, x: Tensor, r: Tensor) -> Tensor:
+        if self.onto in ("l2_sphere", "l2_ball"):
+            size = _norm(x)
+            sphere = torch.where(size > 0, r * (x / torch.where(size > 0, size, 1)), r / math.sqrt(x.shape[-1]))
+            return sphere if self.onto == "l2_sphere" else torch.where(size <= r, x, sphere)
+        if self.onto == "simplex":
+            return torch.relu(x - _threshold(x, r))
+        if self.onto in ("l1_sphere", "l1_ball"):
+            sphere = _signs(x) * torch.relu(x.abs() - _threshold(x.abs(), r))
+            inside = x.abs().sum(-1, keepdim=True) <= r
+            return torch.where(inside, x, sphere) if self.onto == "l1_ball" else sphere
+        clipped = torch.minimum(torch.maximum(x, -r), r)
+        if self.onto == "linf_ball":
+            return clipped
+        inside = x.abs().amax(-1, keepdim=True) < r
+        return torch.where(inside & (_largest(x) > 0), _signs(x) * r, clipped)
+
+    # -- its derivative ------------------------------------------------------------------------------------------------
+
+    def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
+        x, r, v = inputs[0], self._radius(inputs), cotangent
+        if self.onto in ("l2_sphere", "l2_ball"):
+            size = _norm(x)
+            along = (y * v).sum(-1, keepdim=True)
+            dx = torch.where(size > 0, (r / torch.where(size > 0, size, 1)) * (v - y * along / r.square()), 0)
+            dr = along / r
+            inside = size <= r
+        elif self.onto in ("linf_sphere", "linf_ball"):
+            bound = x.abs() >= r
+            if self.onto == "linf_sphere":
+                bound = bound | (_largest(x) > 0)
+            dx = torch.where(bound, 0, v)
+            dr = torch.where(bound, y.sign() * v, 0).sum(-1, keepdim=True)
+            inside = torch.zeros_like(r, dtype=torch.bool)
+        else:
+            a = y.sign()
+            dr = (a * v).sum(-1, keepdim=True) / a.abs().sum(-1, keepdim=True).clamp(min=1)
+            dx = torch.where(a != 0, v - a * dr, 0)
+            inside = x.abs().sum(-1, keepdim=True) <= r
+        if self.onto in ("l1_ball", "l2_ball"):
+            dx, dr = torch.where(inside, v, dx), torch.where(inside, 0, dr)
+        return (dx,) if self.radius is not None else (dx, dr[:, 0])
+
+    def _radius(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """(B, 1)."""
+        if self.radius is None:
+            return inputs[1][:, None]
+        return inputs[0].new_full((1, 1), self.radius).expand(inputs[0].shape[0], 1)
+
+
+def _threshold(x: Tensor, r: Tensor) -> Tensor:
+    """(B, 1) θ with ``Σ max(x - θ, 0) = r``, by sorting."""
+    ordered = x.sort(-1, descending=True).values
+    # Relative to the largest: sums of what is near zero keep their digits, and only such coordinates can be positive.
+    top = ordered[:, :1]
+    sums = (ordered - top).cumsum(-1) - r
+    counts = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    support = (counts * (ordered - top) > sums).sum(-1, keepdim=True).clamp(min=1)
+    return top + sums.gather(-1, support - 1) / support
+
+
+def _signs(x: Tensor) -> Tensor:
+    """Signs, +1 for zero."""
+    return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """(B, n) one for the first coordinate of largest magnitude, else zero."""
+    size = x.abs()
+    first = (size == size.amax(-1, keepdim=True)).to(x.dtype)
+    return first * (first.cumsum(-1) == 1).to(x.dtype)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """(B, 1), without overflow or underflow of squares."""
+    top = x.abs().amax(-1, keepdim=True)
+    top = torch.where(top > 0, top, 1)
+    return top * (x / top).norm(dim=-1, keepdim=True)

@@ -1,0 +1,92 @@
+"""Declarative nodes with inputs at regular points, for the tests that every node must pass: one row a node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+import lpgd
+from lpgd.problems.node import BaseNode
+from lpgd.solvers.nodes.projection import ProjectionSet
+from lpgd.solvers.nodes.robust_pooling import Penalty
+
+__all__ = ["NODES", "NodeCase", "random"]
+
+
+@dataclass(frozen=True)
+class NodeCase:
+    """A node and its inputs in float64.
+
+    Args:
+        node: the node.
+        make: from a seed to its inputs, all with one batch dimension.
+        generic: generic solvers find the same solution from the node's own start.
+    """
+
+    node: BaseNode
+    make: Callable[[int], tuple[Tensor, ...]]
+    generic: bool = True
+
+    def inputs(self, seed: int = 0, requires_grad: bool = True) -> tuple[Tensor, ...]:
+        return tuple(tensor.requires_grad_(requires_grad) for tensor in self.make(seed))
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _with_radius(seed: int) -> tuple[Tensor, ...]:
+    return random(seed, 5, 4), torch.tensor([0.5, 1.0, 2.0, 3.0, 9.0], dtype=torch.float64)
+
+
+def _with_outliers(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
+    def make(seed: int) -> tuple[Tensor, ...]:
+        x = random(seed, *shape)
+        x[:, :2] += 8.0
+        return (x,)
+
+    return make
+
+
+NODES = {
+    **{
+        f"projection {onto}": NodeCase(lpgd.nodes.Projection(onto, None), _with_radius)
+        for onto in get_args(ProjectionSet)
+    },
+    **{
+        f"pooling {penalty}": NodeCase(
+            lpgd.nodes.RobustPooling(penalty, alpha=1.5), _with_outliers(4, 9), generic=False
+        )
+        for penalty in get_args(Penalty)
+    },
+    **{
+        f"vector pooling {penalty}": NodeCase(
+            lpgd.nodes.RobustPooling(penalty, alpha=1.5, dim=-2, vector_dim=-1), _with_outliers(4, 9, 2), generic=False
+        )
+        for penalty in get_args(Penalty)
+    },
+    "unconstrained": NodeCase(
+        lpgd.Node(lambda x, y: 0.5 * (y - x).square().sum() + 0.1 * (y**4).sum()), lambda seed: (random(seed, 3, 4),)
+    ),
+    "sphere": NodeCase(
+        lpgd.Node(lambda x, y: 0.5 * (y - x).square().sum(), equality=lambda x, y: y.square().sum() - 1.0),
+        lambda seed: (random(seed, 3, 4),),
+    ),
+    "quadratic on a simplex": NodeCase(
+        lpgd.Node(
+            lambda x, A, y: 0.5 * (A @ y).square().sum() - x @ y,
+            equality=lambda x, A, y: y.sum() - 1.0,
+            inequality=lambda x, A, y: -y,
+            ndims=(1, 2),
+        ),
+        lambda seed: (random(seed, 3, 4), random(seed + 1, 3, 4, 4)),
+    ),
+}
+"""Every node; a new one is a row."""
+
+ALL = pytest.mark.parametrize("case", NODES.values(), ids=NODES.keys())
