@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lpgd.gradients import LPGD, IgnoreConstraints, ImplicitKKT
+from lpgd.gradients import LPGD, IgnoreConstraints
 from lpgd.layers.node import NodeLayer
 from lpgd.solvers.node_solver import NodeSolver
 from lpgd.solvers.nodes.eigen import EigenDecomposition, eigen_decomposition, eigen_vjp_approximate
@@ -13,18 +13,11 @@ from lpgd.solvers.nodes.principal_vector import PrincipalVector
 from lpgd.solvers.nodes.transport import OptimalTransport, transport_vjp_approximate
 from lpgd.status import SolverError, Status
 
-from .test_nodes_eigen import general, random_like, symmetric
+from .test_nodes_eigen import random_like, symmetric
 from .test_nodes_transport import draw
 
 TRANSPORT = OptimalTransport(gamma=4.0, tolerance=1e-13)
 EIGEN = EigenDecomposition(2)
-CASES = {
-    "transport": (TRANSPORT, draw(3, 4, batch=2)),
-    "all eigenvectors": (EigenDecomposition(), (symmetric(3, batch=2),)),
-    "smallest eigenvectors": (EigenDecomposition(2, largest=False), (symmetric(4, batch=2),)),
-    "principal vector": (PrincipalVector(tolerance=1e-13), (symmetric(5, batch=2),)),
-    "principal vector, general": (PrincipalVector(symmetric=False, tolerance=1e-13), (general(4, batch=2),)),
-}
 
 
 def gradients(node, inputs, method, cotangent=None, solver=None):
@@ -34,27 +27,6 @@ def gradients(node, inputs, method, cotangent=None, solver=None):
     return y, [leaf.grad for leaf in leaves]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_closed_form_is_the_default_and_equals_implicit_differentiation(case):
-    node, inputs = CASES[case]
-    y, default = gradients(node, inputs, None)
-    assert y.info.gradients[-1].used == ["closed form"] * 2
-    y, implicit = gradients(node, inputs, ImplicitKKT())
-    assert y.info.gradients[-1].used == ["implicit"] * 2
-    for ours, reference in zip(default, implicit, strict=True):
-        assert float((ours - reference).abs().max()) <= 1e-10
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("rho", [0.0, 0.1])
-def test_lpgd_with_a_small_step_equals_implicit_differentiation(case, rho):
-    node, inputs = CASES[case]
-    y, ours = gradients(node, inputs, LPGD(tau=1e-5, rho=rho))
-    assert y.info.gradients[-1].used == ["average"] * 2
-    for found, reference in zip(ours, gradients(node, inputs, ImplicitKKT(rho=rho))[1], strict=True):
-        assert torch.allclose(found, reference, rtol=0, atol=1e-5 * float(reference.abs().max()))
-
-
 def test_a_tilted_transport_problem_is_solved_by_sinkhorn(monkeypatch):
     """The generic solver is not asked: one that refuses leaves LPGD as it is."""
 
@@ -62,18 +34,22 @@ def test_a_tilted_transport_problem_is_solved_by_sinkhorn(monkeypatch):
         raise AssertionError("the generic solver was asked")
 
     monkeypatch.setattr(NodeSolver, "_constrained", refuse)
-    y, _ = gradients(*CASES["transport"], LPGD(tau=1e-2, rho=0.0))
+    y, _ = gradients(TRANSPORT, draw(3, 4, batch=2), LPGD(tau=1e-2, rho=0.0))
     assert y.info.gradients[-1].used == ["average"] * 2
     with pytest.raises(AssertionError, match="generic solver was asked"):
-        gradients(*CASES["transport"], LPGD(tau=1e-2, rho=0.1))
+        gradients(TRANSPORT, draw(3, 4, batch=2), LPGD(tau=1e-2, rho=0.1))
 
 
-@pytest.mark.parametrize("case", ["transport", "smallest eigenvectors", "principal vector"])
-def test_the_generic_solver_finds_the_same_solution(case):
-    node, inputs = CASES[case]
-    own = NodeLayer(node)(*inputs)
-    found = NodeLayer(node, solver=NodeSolver(algorithm="newton"))(*inputs, warm_start=own)
-    assert torch.allclose(found, own, rtol=0, atol=1e-9)
+def test_a_plan_with_an_entry_that_underflows_has_gradients_for_all_inputs():
+    """Mass never takes an entry of infinite cost, nor does a gradient; LPGD is the reference."""
+    node = OptimalTransport(gamma=4.0)
+    cost, rows, columns = draw(3, 4, batch=2)
+    cost[:, 0, 0] = 1e3
+    y, ours = gradients(node, (cost, rows, columns), None)
+    assert not y[:, 0, 0].any()
+    assert not ours[0][:, 0, 0].any()
+    for found, reference in zip(ours, gradients(node, (cost, rows, columns), LPGD(tau=1e-4))[1], strict=True):
+        assert torch.allclose(found, reference, rtol=0, atol=1e-6)
 
 
 def test_ignoring_the_constraints_is_the_approximate_gradient_of_each_node():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,11 +138,11 @@ class EigenDecomposition(BaseNode):
     Args:
         k: how many; None is all m.
         largest: which end, and the order.
-        tie_tolerance: relative gap below which eigenvalues count as equal; None is ``10 m`` rounding errors of the
-            dtype.
+        tie_tolerance: relative gap below which eigenvalues count as equal; None is ``10 √m`` rounding errors of
+            the dtype.
     """
 
-    name: ClassVar[str] = "eigen decomposition"
+    name = "eigen decomposition"
     input_names = ("matrix",)
     input_ndims = (2,)
 
@@ -163,7 +163,7 @@ class EigenDecomposition(BaseNode):
     def _tolerance(self, matrix: Tensor) -> float:
         if self.tie_tolerance is not None:
             return self.tie_tolerance
-        return 10 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
+        return 10 * matrix.shape[-1] ** 0.5 * torch.finfo(matrix.dtype).eps
 
     def _weights(self, y: Tensor) -> Tensor:
         k = y.shape[-1]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from lpgd.solvers.nodes.eigen import square_size
 from lpgd.status import SolverError, Status, describe_failures
 
 __all__ = [
+    "IterationMethod",
     "Principal",
     "PrincipalVector",
     "power_iteration",
@@ -24,6 +25,8 @@ __all__ = [
     "principal_vjp_symmetric",
     "simultaneous_iteration",
 ]
+
+IterationMethod = Literal["simultaneous", "power"]
 
 STEPS = 8
 """Products with the matrix between two looks at the residual."""
@@ -265,19 +268,19 @@ class PrincipalVector(BaseNode):
     backward pass where it is double to rounding raises SolverError.
     """
 
-    name: ClassVar[str] = "principal vector"
+    name = "principal vector"
     input_names = ("matrix",)
     input_ndims = (2,)
 
     symmetric: bool = True
-    method: Literal["simultaneous", "power"] = "simultaneous"
+    method: IterationMethod = "simultaneous"
     width: int = 8
     reference: tuple[float, ...] | None = None
-    tolerance: float = 1e-11
+    tolerance: float = 1e-13
     iterations: int = 10_000
 
     def __post_init__(self) -> None:
-        if self.method not in ("simultaneous", "power"):
+        if self.method not in get_args(IterationMethod):
             raise ValueError(f"method is {self.method!r}; it must be 'simultaneous' or 'power'.")
         if self.width < 1 or self.iterations < 1 or not self.tolerance > 0:
             raise ValueError(

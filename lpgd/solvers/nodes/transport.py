@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -211,16 +211,17 @@ class OptimalTransport(BaseNode):
 
     Forward :func:`sinkhorn`, ``O(m n)`` for each iteration; backward :func:`transport_vjp`, ``O(m n min(m, n))``,
     whatever the number of iterations.  LPGD without augmentation re-solves with the cost ``M + τ g``, which is the
-    tilted problem.  Gould, *Lecture Notes on Differentiable Optimisation in Deep Learning*, section 4.2.
+    tilted problem.  ImplicitKKT and IgnoreConstraints divide by P: they need one without entries that underflow.
+    Gould, *Lecture Notes on Differentiable Optimisation in Deep Learning*, section 4.2.
 
     Args:
         gamma: γ, the inverse of the regularisation: the larger, the closer to unregularised transport, and the more
             iterations.
-        tolerance: of ``Σ|P1 - r| / Σr``; None is 1e-11 for float64, 1e-5 for float32.
+        tolerance: of ``Σ|P1 - r| / Σr``; None is ``16 √max(m, n)`` rounding errors of the dtype.
         iterations: Sinkhorn iterations at most.
     """
 
-    name: ClassVar[str] = "optimal transport"
+    name = "optimal transport"
     input_names = ("cost", "rows", "columns")
     input_ndims = (2, 1, 1)
 
@@ -247,7 +248,9 @@ class OptimalTransport(BaseNode):
     def objective(self, y: Tensor, *inputs: Tensor) -> Tensor:
         cost, rows, columns = inputs
         product = rows[:, :, None] * columns[:, None, :]
-        divergence = torch.xlogy(y, y / product) - y + product
+        # Not of y / product: its derivative in the marginals exists where y underflows to zero.
+        logarithms = rows.log()[:, :, None] + columns.log()[:, None, :]
+        divergence = torch.xlogy(y, y) - y * logarithms - y + product
         return (y * cost + divergence / self.gamma).sum((-2, -1))
 
     def equality(self, y: Tensor, *inputs: Tensor) -> Tensor:
@@ -262,7 +265,7 @@ class OptimalTransport(BaseNode):
         precision = torch.finfo(cost.dtype).eps
         equal = (total - other).abs() <= precision**0.5 * torch.maximum(total, other)
         feasible = equal & (rows > 0).all(-1) & (columns > 0).all(-1)
-        tolerance = (1e-11 if cost.dtype == torch.float64 else 1e-5) if self.tolerance is None else self.tolerance
+        tolerance = 16 * precision * max(cost.shape[1:]) ** 0.5 if self.tolerance is None else self.tolerance
         kept = feasible.nonzero()[:, 0]
         own = (cost[kept], rows[kept], columns[kept])
         potential = None if start is None else potentials_of(start[kept], *own, self.gamma)
