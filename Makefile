@@ -15,6 +15,8 @@ PATHS_FLAGS ?= --overwrite
 PATHS_OUT ?= runs/shortest_path
 BENCH_FLAGS ?=
 BENCH_OUT ?= runs/bench
+KNAPSACK_FLAGS ?=
+KNAPSACK_OUT ?= runs/knapsack
 VS_EXACT_FLAGS ?= --overwrite
 VS_EXACT_OUT ?= runs/lpgd_vs_exact
 MAROS_MESZAROS := runs/maros_meszaros.npz
@@ -35,7 +37,7 @@ touch $@
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format sudoku sudoku9 paths lpgd_vs_exact bench test-oldest build clean
+.PHONY: help venv test lint format sudoku sudoku9 paths knapsack lpgd_vs_exact bench test-oldest build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -82,6 +84,9 @@ sudoku9: $(VENV)/.installed ## Train one epoch of 9x9 Sudoku, or go on with it (
 
 paths: $(VENV)/.installed ## Learn the costs of terrain through Dijkstra, by six methods, with plots (PATHS_FLAGS, PATHS_OUT)
 	$(ONE_THREAD) $(BIN)/python -m examples.shortest_path.train $(PATHS_FLAGS) --out $(PATHS_OUT)
+
+knapsack: $(VENV)/.installed ## Learn the constraints of an integer program (KNAPSACK_FLAGS, KNAPSACK_OUT)
+	$(ONE_THREAD) $(BIN)/python -m examples.knapsack.train $(KNAPSACK_FLAGS) --out $(KNAPSACK_OUT)
 
 lpgd_vs_exact: $(VENV)/.installed ## Compare LPGD with exact gradients (VS_EXACT_FLAGS, VS_EXACT_OUT)
 	$(BIN)/python -m examples.lpgd_vs_exact.run $(VS_EXACT_FLAGS) --out $(VS_EXACT_OUT)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import clarabel
 import numpy as np
+import scipy.linalg
 import scipy.sparse as sp
 import scipy.sparse.linalg
 import torch
@@ -46,7 +47,7 @@ def solve_qp_exactly(
     for _ in range(TRIES):
         chosen = sp.vstack([A, G[active]], format="csc")
         system = sp.bmat([[P, chosen.T], [chosen, None]], format="csc")
-        point = scipy.sparse.linalg.splu(system).solve(np.concatenate([-q, b, h[active]]))
+        point = _solve(system, np.concatenate([-q, b, h[active]]))
         x, multipliers = point[: len(q)], np.zeros(len(h))
         multipliers[active] = point[len(q) + len(b) :]
         violated = ~active & (G @ x - h > 1e-11 * (1.0 + np.abs(h)))
@@ -55,6 +56,17 @@ def solve_qp_exactly(
             return x
         active = (active | violated) & ~dropped
     raise ArithmeticError("no consistent active set: the quadratic program is degenerate")
+
+
+def _solve(system: sp.csc_matrix, right: FloatArray) -> FloatArray:
+    """The solution, with the least multipliers where more rows are active than can be independent."""
+    try:
+        return scipy.sparse.linalg.splu(system).solve(right)
+    except RuntimeError:  # SuperLU: "Factor is exactly singular"
+        point = scipy.linalg.lstsq(system.toarray(), right)[0]
+    if np.abs(system @ point - right).max() > 1e-10 * (1.0 + np.abs(right).max()):
+        raise ArithmeticError("the active constraints contradict each other: the quadratic program is degenerate")
+    return point
 
 
 def solve_qps_exactly(data: Sequence[Tensor], elements: Sequence[int]) -> Tensor:

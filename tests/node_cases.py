@@ -38,7 +38,7 @@ class NodeCase:
 
 
 def random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _with_radius(seed: int) -> tuple[Tensor, ...]:
@@ -126,7 +126,7 @@ NODES = {
             inequality=lambda x, A, y: -y,
             ndims=(1, 2),
         ),
-        lambda seed: (random(seed, 3, 4), random(seed + 1, 3, 4, 4)),
+        lambda seed: (random(seed, 2, 3), random(seed + 1, 2, 3, 3)),
     ),
 }
 """Every node; a new one is a row."""

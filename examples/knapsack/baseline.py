@@ -11,7 +11,7 @@ from .data import Orders, Truth
 
 __all__ = ["COSTS", "infeasible_packings", "two_stage"]
 
-COSTS = (1.0, 10.0, 100.0, 1e3, 1e4)
+COSTS = (1e3, 1e4, 1e5, 1e6, 1e7)
 """Costs of a violated margin that are tried."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,9 @@ def plot_results(folder: Path) -> Path:
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
-        steps = sorted({row["step"] for row in own})
+        seeds = {row["seed"] for row in own}
+        counts = Counter(row["step"] for row in own)
+        steps = sorted(step for step, count in counts.items() if count == len(seeds))
         shares = np.array([[row["test"] for row in own if row["step"] == step] for step in steps])
         (line,) = axes.plot(steps, shares.mean(1), label=TITLES[method])
         axes.fill_between(steps, shares.min(1), shares.max(1), color=line.get_color(), alpha=0.15)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import lpgd
@@ -22,8 +23,10 @@ from .model import METHODS, KnapsackModel, integer_layer, layer_of, packing_loss
 
 __all__ = ["Experiment", "main", "parse_arguments"]
 
-STEP = 1e-7
-"""Of the finite differences that show the exact gradient."""
+STEP, PROBED = 1e-7, 20
+"""Size of the finite differences that show the exact gradient, and how many training orders they are taken on."""
+BURN_IN, IDLE = 0.3, 20
+"""From this share of the steps on weights are averaged; a run ends after so many steps without any gradient."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -33,17 +36,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="gradients to train with")
-    parser.add_argument("--items", type=int, default=12, help="items of an order")
+    parser.add_argument("--items", type=int, default=20, help="items of an order")
     parser.add_argument("--vans", type=int, default=3, help="vans, each with a capacity of its own")
-    parser.add_argument("--train-size", type=int, default=300, help="observed orders to learn from")
+    parser.add_argument("--train-size", type=int, default=200, help="observed orders to learn from")
     parser.add_argument("--validation-size", type=int, default=100, help="observed orders to choose by")
-    parser.add_argument("--test-size", type=int, default=300, help="held-out orders")
+    parser.add_argument("--test-size", type=int, default=200, help="held-out orders")
     parser.add_argument("--noise", type=float, default=0.1, help="relative error of the values that are known")
     parser.add_argument("--tau", type=float, default=1.0, help="perturbation strength of LPGD")
-    parser.add_argument("--lr", type=float, default=0.05, help="step size of Adam at the start; it falls as a cosine")
-    parser.add_argument("--steps", type=int, default=300, help="steps of Adam")
+    parser.add_argument("--lr", type=float, default=0.05, help="step size of Adam")
+    parser.add_argument("--steps", type=int, default=200, help="steps of Adam")
     parser.add_argument("--batch-size", type=int, default=16, help="orders in a step")
-    parser.add_argument("--tests", type=int, default=10, help="evaluations of a run")
+    parser.add_argument("--tests", type=int, default=5, help="evaluations of a run")
     parser.add_argument("--data-seed", type=int, default=0, help="seed of the truth and of the orders")
     parser.add_argument("--seed", type=int, default=0, help="seed of the start and of the order of the batches")
     parser.add_argument("--restarts", type=int, default=3, help="runs of each method, with seeds SEED, SEED + 1, ...")
@@ -89,40 +92,44 @@ class Experiment:
         return self.share(self.test, max(fits, key=lambda rules: self.share(self.validation, rules)))
 
     def exact_gradient(self, model: KnapsackModel) -> float:
-        """The largest difference quotient of the training packings, over all learned numbers: the exact gradient."""
+        """The largest difference quotient of the first training packings, over all learned numbers."""
+        orders = self.train.select(torch.arange(min(PROBED, len(self.train))))
         rules = _rules(model)
-        before, largest = self.packings(self.train, rules), 0.0
+        before, largest = self.packings(orders, rules), 0.0
         for part in rules.weights, rules.capacities:
             for entry in range(part.numel()):
                 part[entry] += STEP
-                moved = (self.packings(self.train, rules) - before).abs().max()
+                moved = (self.packings(orders, rules) - before).abs().max()
                 largest = max(largest, float(moved) / STEP)
                 part[entry] -= STEP
         return largest
 
     def fit(self, method: str, seed: int) -> dict[str, Any]:
-        """Train from one start; what is kept is best on the validation orders."""
+        """Train from one start, and average; what is kept is best on the validation orders.
+
+        Single steps go back and forth, as observations contradict each other; the average of what they pass is steady.
+        """
         options = self.options
         model = KnapsackModel(options.items, options.vans, seed)
         layer = layer_of(method, options.items, options.tau)
         optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+        average = AveragedModel(model)
         generator = torch.Generator().manual_seed(seed)
-        started, training = time.perf_counter(), 0.0
+        training, idle = 0.0, 0
         best: dict[str, Any] = {"validation": -1.0}
         name = f"{method}, seed {seed}"
         every = max(options.steps // options.tests, 1)
         with tqdm(total=options.steps, desc=name, unit="step", leave=False, disable=None) as bar:
             for step in range(options.steps + 1):
                 if step % every == 0 or step == options.steps:
-                    rules = _rules(model)
+                    rules = _rules(average.module if average.n_averaged else model)
                     shares = {"validation": self.share(self.validation, rules), "test": self.share(self.test, rules)}
                     row = {"method": method, "seed": seed, "step": step, "seconds": training, **shares}
                     self.metrics.append(row)
                     bar.set_postfix(test=f"{shares['test']:.2f}")
                     if shares["validation"] > best["validation"]:
                         best = row
-                if step == options.steps:
+                if step == options.steps or idle == IDLE:
                     break
                 before = time.perf_counter()
                 batch = self.train.select(torch.randint(len(self.train), (options.batch_size,), generator=generator))
@@ -131,14 +138,16 @@ class Experiment:
                 loss = squares if method == "relaxed" else packing_loss(packings, batch.packings)
                 optimizer.zero_grad()
                 loss.backward()
+                idle = 0 if any(part.grad is not None and part.grad.any() for part in model.parameters()) else idle + 1
                 optimizer.step()
-                schedule.step()
+                if step >= BURN_IN * options.steps:
+                    average.update_parameters(model)
                 training += time.perf_counter() - before
                 bar.update()
-        return {**best, "train_seconds": training, "all_seconds": time.perf_counter() - started}
+        return {**best, "train_seconds": training}
 
 
-def _rules(model: KnapsackModel) -> Truth:
+def _rules(model: Any) -> Truth:
     return Truth(model.weights.detach().clone(), model.capacities.detach().clone())
 
 

@@ -123,9 +123,7 @@ def canonicalise(
     objective = reordered(program.q, order)
     squares = sp.coo_array((n * n, width)) if program.P is None else reordered(program.P, order)
     P = AffineMatrix.from_tensor(squares, (n, n), width)
-    boolean, whole = (
-        np.array(index, dtype=np.int64).ravel() for index in (program.x.boolean_idx, program.x.integer_idx)
-    )
+    boolean, whole = (np.array(i, np.int64).ravel() for i in (program.x.boolean_idx, program.x.integer_idx))
     bounds = Bounds.find(
         A,
         b,
@@ -184,9 +182,7 @@ def _check_problem(problem: cp.Problem, gp: bool) -> None:
     rules: Any = problem  # a decorator of CVXPY's hides the arguments of is_dpp
     if gp:
         if problem.is_mixed_integer():
-            raise ValueError(
-                "A geometric program cannot have integer or boolean variables: leave gp out, or relax them."
-            )
+            raise ValueError("A geometric program cannot have integer or boolean variables; relax them.")
         if not problem.is_dgp():
             raise ValueError(
                 "gp=True, but the problem is not a geometric program by CVXPY's rules (problem.is_dgp() is false): "

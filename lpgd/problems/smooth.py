@@ -359,7 +359,7 @@ _ADDED = ("linear", "equality_shift", "inequality_shift", "center")
 def _rows(pull: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """(B, k, n): a linear map (B, k) to (B, n) of each element, applied to the k unit vectors."""
     units = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-    return torch.func.vmap(lambda unit: pull(unit.expand(like.shape)), out_dims=1)(units)
+    return torch.func.vmap(lambda unit: pull(unit.expand(like.shape)))(units).transpose(0, 1)
 
 
 def _maximum(rows: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -13,9 +15,10 @@ from numpy.typing import NDArray
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicStructure
 from lpgd.reductions import Form, IntervalForm, IntervalPoint, IntervalVectors
+from lpgd.solution import Solution
 from lpgd.solvers.base import POLYHEDRAL, Capabilities
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
-from lpgd.status import Status
+from lpgd.status import Status, warn
 
 __all__ = ["HiGHS"]
 
@@ -30,6 +33,9 @@ _STATUSES = {
 }
 
 Multipliers = Literal["relaxation", "fixed"]
+
+LARGE_QUADRATIC = 300
+"""Quadratic programs with more variables are warned about: 729 take minutes each (highspy 1.15.1)."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,15 @@ class HiGHS(ElementwiseSolver):
         if reason is None and structure.has_integers and structure.quadratic.nnz:
             return f"{cls.name} has no quadratic objective with integer variables"
         return reason
+
+    def solve(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:
+        structure = problem.structure
+        if structure.quadratic.nnz and structure.n > LARGE_QUADRATIC:
+            warn(
+                f"HiGHS solves quadratic programs cold, in time that grows with the cube of their {structure.n} "
+                "variables (rho > 0 makes a linear program quadratic); INTERIOR, DAQP and PIQP are much faster."
+            )
+        return super().solve(problem, states, executor)
 
     def solution_error(self, problem: ConicProblem) -> float:
         # The basis is exact; what is left is the rounding of its factors (measured on planted problems).

@@ -116,7 +116,13 @@ class NodeSolver(BaseSolver):
         h, g = problem.constraints(x)
         if not h.shape[-1] and not g.shape[-1]:
             found = self._minimise(AugmentedLagrangian(problem), x)
-            return _Answer(*found, None, h, g)
+            if self._is_newton(x) or self.tolerance:
+                return _Answer(*found, None, h, g)
+            # Where values cannot tell any more L-BFGS stops, and Newton's method goes on.
+            fine = found.status == int(Status.SOLVED)
+            point, _, more = polish(problem, SmoothPoint(torch.where(fine[:, None], found.x, 0), h, g), 5)
+            x = torch.where(fine[:, None], point.x, found.x)
+            return _Answer(x, found.status, found.iterations + more, None, h, g)
         return self._constrained(problem, x, known)
 
     def _constrained(self, problem: SmoothProblem, x: Tensor, known: bool) -> _Answer:
@@ -134,12 +140,12 @@ class NodeSolver(BaseSolver):
         return _Answer.joined(point, status, iterations)
 
     def _minimise(self, function: AugmentedLagrangian, x: Tensor) -> Descent:
-        algorithm = self.algorithm
-        if algorithm == "own":
-            algorithm = "newton" if x.shape[-1] <= NEWTON_LIMIT else "lbfgs"
-        if algorithm == "newton":
+        if self._is_newton(x):
             return newton(function, x, self.tolerance, self.max_iterations or 200)
         return lbfgs(function, x, self.tolerance, self.max_iterations or 2000)
+
+    def _is_newton(self, x: Tensor) -> bool:
+        return self.algorithm == "newton" or (self.algorithm == "own" and x.shape[-1] <= NEWTON_LIMIT)
 
     def _solution(self, problem: SmoothProblem, answer: _Answer, seconds: float) -> SmoothSolution:
         size = problem.batch_size

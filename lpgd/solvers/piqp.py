@@ -56,6 +56,10 @@ class PIQP(ElementwiseSolver):
         "max_iters": "max_iterations",
     }
 
+    @property
+    def updates_matrices(self) -> bool:
+        return True
+
     def prepare(self, form: IntervalForm) -> Prepared:
         return _PreparedPIQP(self, form)
 
@@ -73,13 +77,8 @@ class _PreparedPIQP(Prepared):
         settings.max_iter = options.max_iterations
         for criterion in ("eps_abs", "eps_rel", "eps_duality_gap_abs", "eps_duality_gap_rel"):
             setattr(settings, criterion, options.tolerance)
-        if sparse:
-            # PIQP knows SciPy's matrices, not its arrays (piqp 0.7.0).
-            rows = sp.csr_array(form.A)
-            P, A, G = sp.csc_matrix(form.full_P()), sp.csc_matrix(rows[:zero]), sp.csc_matrix(rows[zero:])
-        else:
-            P, dense = np.asfortranarray(form.dense_P()), form.dense_A()
-            A, G = np.asfortranarray(dense[:zero]), np.asfortranarray(dense[zero:])
+        self.sparse = sparse
+        P, A, G = self._matrices(form)
         free = np.full(form.n, np.inf) if form.has_bounds else None
         self.bounded = form.has_bounds
         self.solver.setup(
@@ -93,6 +92,19 @@ class _PreparedPIQP(Prepared):
             None if free is None else -free,
             free,
         )
+
+    def _matrices(self, form: IntervalForm) -> tuple[Any, Any, Any]:
+        zero = self.zero
+        if self.sparse:
+            # PIQP knows SciPy's matrices, not its arrays (piqp 0.7.0).
+            rows = sp.csr_array(form.A)
+            return sp.csc_matrix(form.full_P()), sp.csc_matrix(rows[:zero]), sp.csc_matrix(rows[zero:])
+        P, dense = np.asfortranarray(form.dense_P()), form.dense_A()
+        return P, np.asfortranarray(dense[:zero]), np.asfortranarray(dense[zero:])
+
+    def update(self, form: IntervalForm) -> None:
+        P, A, G = self._matrices(form)
+        self.solver.update(P=P, A=A, G=G)
 
     def solve(self, vectors: IntervalVectors, state: Any) -> Outcome:
         zero, bounds = self.zero, {}

@@ -46,8 +46,6 @@ CROSSOVER = 1e-5
 """The residual at which Newton steps on the active set take over."""
 SIGNS = 0.01
 """The part of the tolerance by which they may miss a sign or a bound."""
-ROUGH = 1e-4
-"""The residual from which on steps are computed in double precision throughout."""
 COMPACTED = 0.15
 """The share of finished elements at which they leave the batch."""
 
@@ -236,7 +234,7 @@ class _Run:
                     state = assess(self.program, self.point, self.norms)
             step = homogeneous_step if homogeneous else plain_step
             h = self.point.s / self.point.z[:, program.equalities :]
-            factor = self.system.factor(h, self.regularization, self.rough and self._may_be_rough(state))
+            factor = self.system.factor(h, self.regularization, self.rough)
             moved, sound = step(self.program, factor, h, self.point, state, self.idle[:, None] > 0)
             if factor.is_rough and (not factor.trusted or bool(factor.failed.any())):
                 self.rough = False
@@ -265,11 +263,6 @@ class _Run:
             x, s, z = x[:, 0], -z[:, 0, e:], z[:, 0]
         one = program.q.new_ones(program.size, 1)
         return Iterate(x, torch.cat([z[:, :e], _inside(z[:, e:])], 1), _inside(s), one, one * self.homogeneous)
-
-    def _may_be_rough(self, state: State) -> bool:
-        """Whether every element is far enough from the boundary and gets on well enough for single precision."""
-        near, stuck = state.quality[self.left] < ROUGH, self.idle[self.left] > 0
-        return not bool((near | stuck).any())
 
     def _judge(self, state: State, iteration: int) -> Tensor:
         """(B,) the status of each element that is at an end, -1 for others."""

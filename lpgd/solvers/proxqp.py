@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lpgd.problems.structure import ConicStructure
 from lpgd.reductions import Form, IntervalForm, IntervalPoint, IntervalVectors
@@ -22,6 +23,9 @@ _STATUSES = {
     "PROXQP_DUAL_INFEASIBLE": Status.UNBOUNDED,
 }
 _INFINITE = 1e20  # what ProxQP takes for infinity
+
+
+FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,10 @@ class ProxQP(ElementwiseSolver):
             return "PROXQP is not reliable on linear programs (proxsuite 0.8.0)"
         return super().unsupported(structure)
 
+    @property
+    def updates_matrices(self) -> bool:
+        return True
+
     def prepare(self, form: IntervalForm) -> Prepared:
         return _PreparedProxQP(self, form)
 
@@ -73,8 +81,7 @@ class _PreparedProxQP(Prepared):
         # The bounds are rows, of the variables that have some: bounds of ProxQP's own cannot be warm-started, as it
         # takes multipliers of the rows alone (proxsuite 0.8.0).
         self.bounded = form.bounded
-        A = form.dense_A()
-        inequalities = np.concatenate([A[self.zero :], np.eye(form.n)[self.bounded]])
+        equalities, inequalities = self._rows(form)
         self.rows, rows = form.m - self.zero, inequalities.shape[0]
         self.solver = proxqp.dense.QP(form.n, self.zero, rows)
         settings = self.solver.settings
@@ -85,9 +92,15 @@ class _PreparedProxQP(Prepared):
         settings.eps_duality_gap_abs, settings.eps_duality_gap_rel = options.tolerance, 0.0
         settings.eps_primal_inf = settings.eps_dual_inf = 1e-6  # by default 1e-4, which feasible problems meet
         ends = np.zeros(rows)
-        self.solver.init(
-            form.dense_P(), np.zeros(form.n), A[: self.zero], np.zeros(self.zero), inequalities, ends, ends
-        )
+        self.solver.init(form.dense_P(), np.zeros(form.n), equalities, np.zeros(self.zero), inequalities, ends, ends)
+
+    def _rows(self, form: IntervalForm) -> tuple[FloatArray, FloatArray]:
+        A = form.dense_A()
+        return A[: self.zero], np.concatenate([A[self.zero :], np.eye(form.n)[self.bounded]])
+
+    def update(self, form: IntervalForm) -> None:
+        equalities, inequalities = self._rows(form)
+        self.solver.update(H=form.dense_P(), A=equalities, C=inequalities, update_preconditioner=True)
 
     def solve(self, vectors: IntervalVectors, state: Any) -> Outcome:
         zero, bounded, solver = self.zero, self.bounded, self.solver

@@ -60,12 +60,21 @@ class _Run:
             self.function = self.function.select(left.nonzero()[:, 0])
         return left
 
-    def search(self, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """Step along a direction of descent: which elements moved, and which are at the precision of their values."""
+    def search(self, direction: Tensor, quick: bool = True) -> tuple[Tensor, Tensor]:
+        """Step along a direction of descent.
+
+        Args:
+            direction: (B, n).
+            quick: the method converges so fast that a gradient which has not halved, at the end of precision, ends it.
+
+        Returns:
+            Which elements are at their end, and which are at the precision of their values.
+        """
         eps = torch.finfo(self.x.dtype).eps
         fall = (direction * self.slope).sum(-1)
         noise = 10 * eps * self.value.abs()
-        precise = fall.abs() <= noise  # values cannot tell any more
+        tiny = direction.abs().amax(-1) <= 10 * eps * self.x.abs().amax(-1)
+        precise = (fall.abs() <= noise) | tiny  # values cannot tell any more
         step = torch.ones_like(self.value)
         pending = ~precise & (fall < 0)
         new, value = self.x + direction, self.value
@@ -80,8 +89,7 @@ class _Run:
         slope = self.function.gradient(new)
         size, old = slope.abs().amax(-1), self.slope.abs().amax(-1)
         better = torch.isfinite(value) & torch.where(precise, size < old, ~pending & (fall < 0))
-        # At the end of precision one step may be the last that helps: a gradient that has not halved ends the run.
-        ended = torch.where(precise, ~(size <= 0.5 * old), ~better)
+        ended = torch.where(precise, ~(size <= 0.5 * old), ~better) if quick else ~better
         self.x = torch.where(better[:, None], new, self.x)
         self.value = torch.where(better, value, self.value)
         self.slope = torch.where(better[:, None], slope, self.slope)
@@ -177,7 +185,7 @@ def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_
         direction = torch.where(fresh[:, None], direction / first[:, None], direction)
         run.iterations[run.rows] += 1
         before, slope = run.x, run.slope
-        ended, _ = run.search(direction)
+        ended, _ = run.search(direction, quick=False)
         step, change = run.x - before, run.slope - slope
         product = (step * change).sum(-1)
         good = product > torch.finfo(x.dtype).eps * change.square().sum(-1)

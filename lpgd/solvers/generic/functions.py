@@ -52,7 +52,7 @@ class AugmentedLagrangian:
         """(B, n, n)."""
         pull = torch.func.vjp(self.gradient, x)[1]
         units = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        return torch.func.vmap(lambda unit: pull(unit.expand(x.shape))[0], out_dims=1)(units)
+        return torch.func.vmap(lambda unit: pull(unit.expand(x.shape))[0])(units).transpose(0, 1)
 
     def select(self, rows: Tensor) -> AugmentedLagrangian:
         """The functions of these elements."""

@@ -1,0 +1,87 @@
+"""Which solver is chosen, what is said of one that is missing, and options."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lpgd import (
+    DAQP,
+    ECOS,
+    SCS,
+    Clarabel,
+    MissingPackageError,
+    available,
+)
+from lpgd.cones import Cones
+from lpgd.problems import ConicStructure, SparsityPattern
+from lpgd.solvers import SOLVERS, Situation, choose_solver, preference
+from tests.problem_table import CASES
+from tests.test_solvers import LARGE
+
+
+def test_a_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = importlib.import_module
+
+    def missing(name: str, *args: Any) -> Any:
+        if name == "ecos":
+            raise ModuleNotFoundError(name)
+        return original(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    case = next(case for case in CASES if case.name == "socp")
+    with pytest.raises(MissingPackageError, match="pip install ecos"):
+        choose_solver(case.problem.structure, "ECOS")
+    with pytest.raises(MissingPackageError, match="pip install ecos"):
+        ECOS().solve(case.problem)
+    for solver in SOLVERS:
+        monkeypatch.setattr(solver, "is_installed", classmethod(lambda cls: False))
+    with pytest.raises(MissingPackageError, match="pip install clarabel or pip install scs or pip install ecos"):
+        choose_solver(case.problem.structure)
+
+
+def test_solvers_are_chosen_by_what_they_can_do() -> None:
+    structures = {case.name: case.problem.structure for case in CASES}
+    assert available() == ("CLARABEL", "SCS", "ECOS", "INTERIOR", "DAQP", "HIGHS", "PIQP", "OSQP", "PROXQP")
+    assert available(structures["sdp"]) == ("CLARABEL", "SCS")
+    assert available(structures["dual exponential"]) == ("SCS",)
+    assert choose_solver(structures["qp"]).name == "CLARABEL"
+    assert choose_solver(structures["dual power"]).name == "SCS"
+    assert choose_solver(structures["qp"], "scs", {"eps": 1e-3, "max_iters": 7}) == SCS(
+        tolerance=1e-3, max_iterations=7
+    )
+    with pytest.raises(ValueError, match=r"ECOS has no semidefinite cone; installed solvers .*: CLARABEL, SCS"):
+        choose_solver(structures["sdp"], "ECOS")
+    with pytest.raises(
+        ValueError,
+        match="'GUROBI' is not a solver of this library; the solvers are CLARABEL, SCS, ECOS, INTERIOR, DAQP",
+    ):
+        choose_solver(structures["qp"], "GUROBI")
+    with pytest.raises(
+        TypeError, match=r"'epsilon' is not an option of SCS; its options are: acceleration_interval, .*eps"
+    ):
+        choose_solver(structures["qp"], "SCS", {"epsilon": 1e-3})
+
+
+def test_a_known_situation_chooses_by_class_size_and_device() -> None:
+    structures = {case.name: case.problem.structure for case in CASES}
+    large, cpu = LARGE.problem.structure, Situation()
+    assert choose_solver(structures["qp"], situation=cpu) == DAQP()
+    assert choose_solver(structures["qp"], situation=Situation("cuda")).name == "INTERIOR"
+    assert choose_solver(structures["socp"], situation=Situation("cuda")).name == "CLARABEL"
+    assert choose_solver(large, situation=cpu).name == "INTERIOR"  # dense
+    n, rows = 1000, np.arange(1000)
+    sparse = ConicStructure(SparsityPattern.empty(n, n), SparsityPattern((n, n), rows, rows), Cones(nonnegative=n))
+    assert choose_solver(sparse, situation=Situation(augmented=False)).name == "HIGHS"
+    assert choose_solver(sparse, situation=Situation(augmented=True)).name in ("PIQP", "CLARABEL")
+    for structure in structures.values():
+        assert set(preference(structure, cpu)) == set(SOLVERS)
+
+
+@pytest.mark.parametrize("options", [{"tolerance": 0.0}, {"max_iterations": 0}, {"time_limit": -1.0}])
+def test_options_are_validated(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Clarabel(**options)

@@ -1,0 +1,39 @@
+"""Options of gradient methods."""
+
+from __future__ import annotations
+
+import pytest
+
+from lpgd import (
+    LPGD,
+    BlackboxBackprop,
+    Clarabel,
+    Domke,
+)
+from tests.problem_table import CASES
+from tests.test_gradients import difference, planted_solution, random_cotangent
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tau": 0.0}, "tau is 0.0; it must be positive"),
+        ({"tau": float("nan")}, "tau is nan"),
+        ({"rho": -1.0}, "rho is -1.0; it must be nonnegative"),
+        ({"envelope": "middle"}, "envelope is 'middle'; it must be one of average, lower, upper"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LPGD(**options)
+
+
+def test_points_of_the_method_are_the_method() -> None:
+    case = next(case for case in CASES if case.name == "qp")
+    cotangent = random_cotangent(case)
+    for named, general in ((BlackboxBackprop(0.7), LPGD(0.7, 0.0, "lower")), (Domke(), LPGD())):
+        ours, _ = named.vjp(case.problem, planted_solution(case), cotangent, Clarabel())
+        theirs, _ = general.vjp(case.problem, planted_solution(case), cotangent, Clarabel())
+        assert difference(ours, theirs) < 1e-12
+    with pytest.raises(ValueError, match="use LPGD for anything else"):
+        BlackboxBackprop(1.0, rho=0.1)

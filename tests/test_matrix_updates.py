@@ -1,0 +1,38 @@
+"""Solvers that take new values of P and A in a prepared workspace: few set-ups, and no trace of the old matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lpgd import PIQP, Clarabel, Cones, ProxQP, SerialExecutor
+from lpgd.execution import workspaces
+from lpgd.solvers import ElementwiseSolver
+from tests.problem_table import planted
+
+STEPS = 30
+CONES = Cones(zero=2, nonnegative=6)
+
+SOLVERS = [Clarabel(equilibrate=False), PIQP(sparse=True), PIQP(sparse=False), ProxQP()]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_new_matrices_are_taken_in_place(solver: ElementwiseSolver, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspaces.clear()
+    made = []
+    prepare = type(solver).prepare
+    monkeypatch.setattr(type(solver), "prepare", lambda own, form: made.append(form) or prepare(own, form))
+    serial = SerialExecutor()
+    cases = [planted("step", CONES, 8, seed=200 + step) for step in range(STEPS)]  # as in training
+    for case in cases:
+        solution = solver.solve(case.problem, executor=serial)
+        torch.testing.assert_close(solution.x, case.point.x, atol=1e-5, rtol=1e-5)
+    assert len(made) <= 8
+
+    updated = solver.solve(planted("last", CONES, 8, seed=300).problem, executor=serial)
+    workspaces.clear()
+    fresh = solver.solve(planted("last", CONES, 8, seed=300).problem, executor=serial)
+    assert updated.statuses == fresh.statuses
+    assert updated.iterations.tolist() == fresh.iterations.tolist()
+    torch.testing.assert_close(updated.x, fresh.x, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(updated.y, fresh.y, atol=1e-10, rtol=1e-10)
