@@ -8,9 +8,9 @@ import torch
 from lpgd.gradients import LPGD, IgnoreConstraints
 from lpgd.layers.node import NodeLayer
 from lpgd.solvers.node_solver import NodeSolver
-from lpgd.solvers.nodes.eigen import EigenDecomposition, eigen_decomposition, eigen_vjp_approximate
+from lpgd.solvers.nodes.eigen import EigenDecomposition
 from lpgd.solvers.nodes.principal_vector import PrincipalVector
-from lpgd.solvers.nodes.transport import OptimalTransport, transport_vjp_approximate
+from lpgd.solvers.nodes.transport import OptimalTransport
 from lpgd.status import SolverError, Status
 
 from .test_nodes_eigen import random_like, symmetric
@@ -52,16 +52,30 @@ def test_a_plan_with_an_entry_that_underflows_has_gradients_for_all_inputs():
         assert torch.allclose(found, reference, rtol=0, atol=1e-6)
 
 
-def test_ignoring_the_constraints_is_the_approximate_gradient_of_each_node():
-    inputs = draw(3, 4, batch=2)
-    y, found = gradients(TRANSPORT, inputs, IgnoreConstraints())
-    expected = transport_vjp_approximate(y.detach(), *inputs[1:], TRANSPORT.gamma, random_like(y))
-    for ours, reference in zip(found, expected, strict=True):
-        assert float((ours - reference).abs().max()) <= 1e-10
-    matrix = symmetric(4, batch=2)
-    y, found = gradients(EIGEN, (matrix,), IgnoreConstraints())
-    expected = eigen_vjp_approximate(eigen_decomposition(matrix, largest=True), random_like(y), 1e-12)
-    assert float((found[0] - expected).abs().max()) <= 1e-10
+@pytest.mark.parametrize(
+    ("node", "inputs"),
+    [(TRANSPORT, draw(3, 4, batch=2)), (EIGEN, (symmetric(4, batch=2),)), (EigenDecomposition(), (symmetric(3),))],
+    ids=["transport", "two eigenvectors", "all eigenvectors"],
+)
+def test_ignoring_the_constraints_by_formula_is_what_the_objective_s_hessian_gives(node, inputs, monkeypatch):
+    y, formula = gradients(node, inputs, IgnoreConstraints(descent_test=True))
+    assert set(y.info.gradients[-1].used) == {"constraints ignored"}
+    exact = gradients(node, inputs, None)[1]
+    products = sum((a * b).flatten(1).sum(-1) for a, b in zip(exact, formula, strict=True))
+    assert torch.allclose(y.info.gradients[-1].descent, products, rtol=1e-9)
+    monkeypatch.setattr(type(node), "vjp_ignoring_constraints", lambda *_: None)
+    for ours, generic in zip(formula, gradients(node, inputs, IgnoreConstraints())[1], strict=True):
+        assert float((ours - generic).abs().max()) <= 1e-10
+
+
+def test_an_element_without_a_derivative_is_named_by_its_place_in_the_batch():
+    matrix = torch.stack([symmetric(3, 1)[0], symmetric(3, 1)[0], torch.eye(3, dtype=torch.float64)]).requires_grad_()
+    y = NodeLayer(PrincipalVector())(matrix)
+    weight = random_like(y)
+    weight[0] = 0.0
+    with pytest.raises(SolverError, match="element 2 of 3") as caught:
+        (weight * y).sum().backward()
+    assert caught.value.indices == (2,)
 
 
 def test_batches_broadcast_and_single_precision_stays():

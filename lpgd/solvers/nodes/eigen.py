@@ -201,6 +201,12 @@ class EigenDecomposition(BaseNode):
             )
         return (gradient,)
 
+    def vjp_ignoring_constraints(
+        self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any
+    ) -> tuple[Tensor | None, ...]:
+        spectrum = self._spectrum(inputs[0], y) if aux is None else Spectrum(*aux)
+        return (eigen_vjp_approximate(spectrum, cotangent, self._tolerance(inputs[0])),)
+
     def _spectrum(self, matrix: Tensor, y: Tensor) -> Spectrum:
         """The whole decomposition that a solution belongs to."""
         spectrum = eigen_decomposition(matrix, self.largest, y)

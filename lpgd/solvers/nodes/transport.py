@@ -211,7 +211,7 @@ class OptimalTransport(BaseNode):
 
     Forward :func:`sinkhorn`, ``O(m n)`` for each iteration; backward :func:`transport_vjp`, ``O(m n min(m, n))``,
     whatever the number of iterations.  LPGD without augmentation re-solves with the cost ``M + τ g``, which is the
-    tilted problem.  ImplicitKKT and IgnoreConstraints divide by P: they need one without entries that underflow.
+    tilted problem.  ImplicitKKT divides by P: it needs one without entries that underflow.
     Gould, *Lecture Notes on Differentiable Optimisation in Deep Learning*, section 4.2.
 
     Args:
@@ -291,6 +291,11 @@ class OptimalTransport(BaseNode):
 
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
         return transport_vjp(y, self.gamma, cotangent)
+
+    def vjp_ignoring_constraints(
+        self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any
+    ) -> tuple[Tensor | None, ...]:
+        return transport_vjp_approximate(y, inputs[1], inputs[2], self.gamma, cotangent)
 
 
 def _statuses(feasible: Tensor, solved: Tensor) -> Sequence[Status]:
