@@ -139,6 +139,8 @@ def decompositions(settings: Settings) -> Iterator[Result | Curve]:
             node_side("structured", NodeLayer(EigenDecomposition())),
             Side("torch", "eigh, autograd", "exact", lambda data, size=size: eigh(data, size)),
         ]
+        if size <= SIZES[0]:  # its matrix has a row for each entry of U
+            sides.append(node_side("implicit, generic", NodeLayer(EigenDecomposition(), ImplicitKKT())))
         result = compare(eigen_case(size, size), sides, settings)
         yield result
         for entry in result.entries:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.gradients import LPGD
+from lpgd.gradients import LPGD, ImplicitKKT
 from lpgd.layers.node import NodeLayer
 from lpgd.problems.node import NodeAnswer
 from lpgd.solvers.nodes.transport import OptimalTransport, sinkhorn
@@ -29,10 +29,10 @@ GAMMA = 200.0
 ITERATIONS = 100
 
 
-def transport_case(size: int) -> Case:
+def transport_case(size: int, gamma: float = GAMMA) -> Case:
     """One uniform cost in [0, 1], marginals from a softmax, and a linear loss."""
     weight = torch.from_numpy(np.random.default_rng(1).standard_normal((1, size, size)))
-    node = OptimalTransport(gamma=GAMMA)
+    node = OptimalTransport(gamma=gamma)
 
     def draw(seed: int) -> tuple[Tensor, ...]:
         generator = np.random.default_rng(seed)
@@ -127,6 +127,17 @@ def sizes(settings: Settings) -> Iterator[Result | Target | Curve]:
     yield curve
 
 
+def generic(settings: Settings) -> Iterator[Result]:
+    """Against implicit differentiation of the optimality conditions, whose matrix has a row for each entry of P."""
+    size, gamma = 10 if settings.quick else 30, 10.0
+    node = OptimalTransport(gamma=gamma)
+    chosen = [
+        node_side("structured", "exact", NodeLayer(node)),
+        node_side("implicit, generic", "exact", NodeLayer(node, ImplicitKKT())),
+    ]
+    yield compare(transport_case(size, gamma), chosen, settings)
+
+
 def _growth(size: int, iterations: int, structured: bool) -> float | None:
     """MiB, of one forward and backward pass after a small one, in a process of its own."""
     layer = NodeLayer(FixedIterations(gamma=GAMMA, iterations=iterations))
@@ -157,4 +168,5 @@ def memory(settings: Settings) -> Iterator[Result | Target | Curve]:
 
 def run(settings: Settings) -> Iterator[Result | Target | Curve]:
     yield from sizes(settings)
+    yield from generic(settings)
     yield from memory(settings)
