@@ -138,6 +138,14 @@ def test_few_iterations_end_at_the_limit():
     assert answer.iterations.tolist() == [10] * 3
 
 
+def test_newton_steps_end_what_sinkhorn_alone_would_not():
+    """Thousands of iterations without them; at 4×6 on either side."""
+    for m, n in ((4, 6), (6, 4)):
+        plan = sinkhorn(*draw(m, n), 300.0, tolerance=1e-13, iterations=500)
+        assert (plan.residual <= 1e-13).all()
+        assert torch.allclose(plan.plan.sum(-2), draw(m, n)[2], rtol=0, atol=1e-14)
+
+
 def test_potentials_start_the_next_solve():
     cost, rows, columns = draw(6, 5)
     options = {"tolerance": 1e-11, "iterations": 10_000}
