@@ -123,9 +123,9 @@ class Projection(BaseNode):
             sphere = torch.where(size > 0, r * (x / torch.where(size > 0, size, 1)), r / math.sqrt(x.shape[-1]))
             return sphere if self.onto == "l2_sphere" else torch.where(size <= r, x, sphere)
         if self.onto == "simplex":
-            return torch.relu(x - _threshold(x, r))
+            return _shrunk(x, r)
         if self.onto in ("l1_sphere", "l1_ball"):
-            sphere = _signs(x) * torch.relu(x.abs() - _threshold(x.abs(), r))
+            sphere = _signs(x) * _shrunk(x.abs(), r)
             inside = x.abs().sum(-1, keepdim=True) <= r
             return torch.where(inside, x, sphere) if self.onto == "l1_ball" else sphere
         clipped = torch.minimum(torch.maximum(x, -r), r)
@@ -167,15 +167,15 @@ class Projection(BaseNode):
         return inputs[0].new_full((1, 1), self.radius).expand(inputs[0].shape[0], 1)
 
 
-def _threshold(x: Tensor, r: Tensor) -> Tensor:
-    """(B, 1) θ with ``Σ max(x - θ, 0) = r``, by sorting."""
+def _shrunk(x: Tensor, r: Tensor) -> Tensor:
+    """``max(x - θ, 0)`` with the θ at which its sum is r, by sorting."""
     ordered = x.sort(-1, descending=True).values
     # Relative to the largest: sums of what is near zero keep their digits, and only such coordinates can be positive.
     top = ordered[:, :1]
     sums = (ordered - top).cumsum(-1) - r
     counts = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
     support = (counts * (ordered - top) > sums).sum(-1, keepdim=True).clamp(min=1)
-    return top + sums.gather(-1, support - 1) / support
+    return torch.relu((x - top) - sums.gather(-1, support - 1) / support)
 
 
 def _signs(x: Tensor) -> Tensor:

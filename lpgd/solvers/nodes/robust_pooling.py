@@ -17,6 +17,7 @@ __all__ = ["Penalty", "RobustPooling"]
 Penalty = Literal["quadratic", "pseudo_huber", "huber", "welsch", "truncated_quadratic"]
 
 CONVEX = ("quadratic", "pseudo_huber", "huber")
+SMOOTH = ("quadratic", "pseudo_huber", "welsch")
 
 
 class _Terms(NamedTuple):
@@ -104,8 +105,7 @@ class RobustPooling(BaseNode):
         return shapes[0][len(self.dims) :]
 
     def objective(self, y: Tensor, *inputs: Tensor) -> Tensor:
-        z = self._differences(y, inputs[0])
-        return self._terms(z.square().sum(-1)).value.sum(-1)
+        return self._terms(_squares(self._differences(y, inputs[0]))).value.sum(-1)
 
     def solve(self, inputs: tuple[Tensor, ...], start: Tensor | None) -> NodeAnswer:
         x = self._points(inputs[0])
@@ -146,7 +146,7 @@ class RobustPooling(BaseNode):
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
         z = self._differences(y, inputs[0])
         v = cotangent.reshape(z.shape[0], z.shape[-1])
-        terms = self._terms(z.square().sum(-1))
+        terms = self._terms(_squares(z))
         size = torch.finfo(z.dtype).eps * terms.first.abs().sum(-1)
         if z.shape[-1] == 1:
             weights = terms.first + terms.second * z[..., 0].square()
@@ -211,10 +211,13 @@ class RobustPooling(BaseNode):
         value, slope, newton, mean = self._step(x, u, tilt)
         for _ in range(200):
             small = newton.abs().amax(-1) <= 4 * eps * u.abs().amax(-1).clamp(min=torch.finfo(u.dtype).tiny)
-            ended = small | (slope == 0).all(-1)
+            # Newton's error is the square of its step over α, where the penalty has no kinks: such a step is the last.
+            reach = 0.1 * eps * self.alpha * u.abs().amax(-1)
+            last = newton.square().sum(-1) <= (reach if self.penalty in SMOOTH else 0)
+            ended = small | last | (slope == 0).all(-1)
             if ended.any():
                 done = rows[ended]
-                whole[done], values[done], converged[done] = u[ended], value[ended], True
+                whole[done], values[done], converged[done] = (u + newton)[ended], value[ended], True
                 left = ~ended
                 rows, x, u, value, slope, newton, mean = (
                     part[left] for part in (rows, x, u, value, slope, newton, mean)
@@ -248,9 +251,9 @@ class RobustPooling(BaseNode):
     def _step(self, x: Tensor, u: Tensor, tilt: Tilt | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """At u: the objective, its slope, the step of Newton's method and that to the weighted mean."""
         z = u[:, None] - x
-        terms = self._terms(z.square().sum(-1))
+        terms = self._terms(_squares(z))
         value, total = terms.value.sum(-1), terms.first.sum(-1, keepdim=True)
-        slope = (terms.first[..., None] * z).sum(1)
+        slope = (terms.first[:, None] @ z)[:, 0]
         rho = 0.0 if tilt is None else tilt.rho
         if tilt is not None:
             away = u - tilt.center
@@ -259,15 +262,14 @@ class RobustPooling(BaseNode):
         # The tiny part keeps points that are outliers to all others where they are.
         mean = -slope / (total + rho).clamp(min=torch.finfo(x.dtype).eps)
         if x.shape[-1] == 1:
-            curvature = (terms.first + terms.second * z[..., 0].square()).sum(-1, keepdim=True) + rho
+            curvature = total + (terms.second * z[..., 0].square()).sum(-1, keepdim=True) + rho
             fine = curvature > 1e-3 * (total + rho)
             newton = torch.where(fine, -slope / torch.where(fine, curvature, 1), mean)
         else:
             unit = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
             factor, failed = torch.linalg.cholesky_ex(_hessian(z, terms) + rho * unit)
-            fine = ((failed == 0) & (factor.diagonal(dim1=-2, dim2=-1).amin(-1) > 0.03 * (total + rho)[:, 0].sqrt()))[
-                :, None
-            ]
+            pivot = factor.diagonal(dim1=-2, dim2=-1).amin(-1, keepdim=True)
+            fine = (failed == 0)[:, None] & (pivot > 0.03 * (total + rho).sqrt())
             factor = torch.where(fine[..., None], factor, unit)
             newton = torch.where(fine, -torch.cholesky_solve(slope[..., None], factor)[..., 0], mean)
         return value, slope, newton, mean
@@ -275,8 +277,8 @@ class RobustPooling(BaseNode):
     def _exact(self, x: Tensor) -> Tensor:
         """(B,) global minimisers of truncated quadratics of numbers (B, N).
 
-        In sorted order the points within α of u are a window, whose best u is their mean; its end points change where
-        some ``x_i ± α`` passes u, so that the windows there are all.
+        In sorted order the points within α of u are a window, whose best u is their mean.  The window changes where u
+        passes some ``x_i - α``, which lets x_i in, or ``x_i + α``, which lets it out: 2N windows in all.
         """
         x = x.sort(-1).values
         middle = x[:, x.shape[-1] // 2, None]
@@ -284,13 +286,13 @@ class RobustPooling(BaseNode):
         starts = torch.searchsorted(x, x - 2 * self.alpha)
         stops = torch.searchsorted(x, x + 2 * self.alpha, right=True)
         places = torch.arange(x.shape[-1], device=x.device).expand(x.shape)
-        low, high = torch.cat([places, starts], -1), torch.cat([stops, places + 1], -1)
+        low, high = torch.cat([places + 1, starts], -1), torch.cat([stops, places + 1], -1)
         zero = x.new_zeros(x.shape[0], 1)
         sums, squares = (torch.cat([zero, part.cumsum(-1)], -1) for part in (x, x.square()))
         count = (high - low).to(x.dtype)
         total = sums.gather(-1, high) - sums.gather(-1, low)
         square = squares.gather(-1, high) - squares.gather(-1, low)
-        cost = 0.5 * (square - total.square() / count) - 0.5 * self.alpha**2 * count
+        cost = 0.5 * (square - total.square() / count.clamp(min=1)) - 0.5 * self.alpha**2 * count
         best = cost.argmin(-1, keepdim=True)
         low, high = low.gather(-1, best), high.gather(-1, best)
         inside = (places >= low) & (places < high)
@@ -315,6 +317,11 @@ def _better(one: _Descent, other: _Descent) -> _Descent:
         iterations + other[2],
         torch.where(better, other[3], done),
     )
+
+
+def _squares(z: Tensor) -> Tensor:
+    """(B, N) squared distances of (B, N, d)."""
+    return z[..., 0].square() if z.shape[-1] == 1 else z.square().sum(-1)
 
 
 def _hessian(z: Tensor, terms: _Terms) -> Tensor:

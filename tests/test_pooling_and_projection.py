@@ -1,0 +1,200 @@
+"""Robust pooling and projections against enumeration and independent formulas, and where they are not regular."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+import lpgd
+from lpgd.solvers.nodes.projection import ProjectionSet
+from lpgd.solvers.nodes.robust_pooling import Penalty
+from tests.node_cases import random
+
+NONCONVEX = ("welsch", "truncated_quadratic")
+
+
+def penalty_of(name: str, z: torch.Tensor, a: float) -> torch.Tensor:
+    """[DDN] Table 2, written down once more."""
+    z = z.abs()
+    return {
+        "quadratic": z**2 / 2,
+        "pseudo_huber": a**2 * ((1 + (z / a) ** 2).sqrt() - 1),
+        "huber": torch.where(z <= a, z**2 / 2, a * (z - a / 2)),
+        "welsch": 1 - torch.exp(-(z**2) / (2 * a**2)),
+        "truncated_quadratic": torch.where(z <= a, z**2 / 2, torch.full_like(z, a**2 / 2)),
+    }[name]
+
+
+@pytest.mark.parametrize("penalty", get_args(Penalty))
+def test_no_point_of_a_grid_is_better(penalty):
+    x = random(0, 6, 15) * 3
+    y = lpgd.NodeLayer(lpgd.nodes.RobustPooling(penalty, alpha=0.8))(x)
+    grid = torch.linspace(-10, 10, 4001, dtype=torch.float64)
+    on_grid = penalty_of(penalty, grid[None, :, None] - x[:, None], 0.8).sum(-1).amin(-1)
+    ours = penalty_of(penalty, y[:, None] - x, 0.8).sum(-1)
+    if penalty == "welsch":  # a local minimiser, from the better one of two starts
+        starts = torch.stack([x.mean(-1), x.median(-1).values])
+        on_grid = penalty_of(penalty, starts[..., None] - x, 0.8).sum(-1).amin(0)
+    assert (ours <= on_grid + 1e-12).all()
+
+
+def test_truncated_quadratics_of_numbers_are_solved_exactly():
+    x = random(1, 40, 9) * 4
+    y = lpgd.NodeLayer(lpgd.nodes.RobustPooling("truncated_quadratic", alpha=1.2))(x)
+    # Any solution is the mean of the points that it keeps, which are a window of the sorted ones.
+    ordered = x.sort(-1).values
+    means = torch.stack([ordered[:, i:j].mean(-1) for i in range(9) for j in range(i + 1, 10)], -1)
+    best = penalty_of("truncated_quadratic", means[..., None] - x[:, None], 1.2).sum(-1).amin(-1)
+    torch.testing.assert_close(penalty_of("truncated_quadratic", y[:, None] - x, 1.2).sum(-1), best)
+
+
+@pytest.mark.parametrize("penalty", NONCONVEX)
+def test_points_out_of_reach_of_mean_and_median_are_still_found(penalty):
+    x = torch.tensor([[[100.0, 0.0], [-100.0, 0.0], [0.0, 100.0], [0.1, 100.0]]], dtype=torch.float64)
+    y = lpgd.NodeLayer(lpgd.nodes.RobustPooling(penalty, alpha=0.5, dim=-2, vector_dim=-1))(x)
+    assert float((y[:, None] - x).norm(dim=-1).amin()) < 0.5
+
+
+def test_outliers_move_the_mean_and_no_robust_pool():
+    x = random(0, 1, 20)
+    spoilt = x.clone()
+    spoilt[:, :4] = 1e3
+    for penalty in get_args(Penalty):
+        layer = lpgd.NodeLayer(lpgd.nodes.RobustPooling(penalty))
+        moved = float((layer(spoilt) - layer(x)).abs())
+        assert moved > 100 if penalty == "quadratic" else moved < 1.5
+
+
+@pytest.mark.parametrize(
+    ("dim", "vector_dim", "shape"),
+    [(-1, None, (2, 3, 4)), ((2, 3), None, (2, 3)), ((-2, -1), None, (2, 3)), (0, None, (3, 4, 5)),
+     ((1, 3), None, (2, 4)), ((2, 3), 1, (2, 3)), (3, 0, (3, 4, 2))],
+)  # fmt: skip
+def test_any_dimensions_are_pooled(dim, vector_dim, shape):
+    x = random(0, 2, 3, 4, 5)
+    quadratic = lpgd.NodeLayer(lpgd.nodes.RobustPooling("quadratic", dim=dim, vector_dim=vector_dim))(x)
+    mean = x.mean(dim)
+    if vector_dim == 0:
+        mean = mean.movedim(0, -1)
+    assert quadratic.shape == shape
+    torch.testing.assert_close(quadratic, mean)
+    robust = lpgd.NodeLayer(lpgd.nodes.RobustPooling("huber", dim=dim, vector_dim=vector_dim, alpha=100.0))(x)
+    torch.testing.assert_close(robust, mean)
+
+
+@pytest.mark.parametrize(("dim", "vector_dim"), [(4, None), ((1, -3), None), (1, 1)])
+def test_dimensions_that_are_not_there_are_refused(dim, vector_dim):
+    with pytest.raises(ValueError, match="do not fit"):
+        lpgd.NodeLayer(lpgd.nodes.RobustPooling(dim=dim, vector_dim=vector_dim))(random(0, 2, 3, 4, 5))
+
+
+def test_nothing_to_pool_is_refused():
+    with pytest.raises(ValueError, match="nothing to pool"):
+        lpgd.NodeLayer(lpgd.nodes.RobustPooling())(random(0, 2, 0))
+
+
+def test_a_flat_objective_has_the_derivative_of_the_weighted_mean():
+    # Between two distant groups every u has the same Huber objective; the solver stays at the mean.
+    x = torch.tensor([[-10.0, 10.0]], dtype=torch.float64, requires_grad=True)
+    y = lpgd.NodeLayer(lpgd.nodes.RobustPooling("huber"))(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, torch.full_like(gradient, 0.5))
+
+
+def test_welsch_weights_can_be_negative():
+    x = torch.tensor([[0.0, 0.1, 0.2, -0.1, 2.0]], dtype=torch.float64, requires_grad=True)
+    y = lpgd.NodeLayer(lpgd.nodes.RobustPooling("welsch", alpha=1.0))(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    z = (y[:, None] - x).detach()
+    weight = (1 - z**2) * torch.exp(-(z**2) / 2)
+    torch.testing.assert_close(gradient, weight / weight.sum())
+    assert float(gradient[0, -1]) < 0
+
+
+@pytest.mark.parametrize("penalty", get_args(Penalty))
+def test_ties_are_no_trouble(penalty):
+    x = torch.full((2, 5), 3.0, dtype=torch.float64, requires_grad=True)
+    y = lpgd.NodeLayer(lpgd.nodes.RobustPooling(penalty))(x)
+    torch.testing.assert_close(y, torch.full_like(y, 3.0))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, torch.full_like(gradient, 0.2))
+
+
+# -- projections -------------------------------------------------------------------------------------------------------
+
+
+def faces(onto: str, x: torch.Tensor, r: float) -> torch.Tensor:
+    """The nearest point of a polyhedral set by enumeration of its faces: all supports, all signs."""
+    n, best, value = x.shape[0], None, float("inf")
+    for support in range(1, 2**n):
+        chosen = torch.tensor([(support >> i) & 1 for i in range(n)], dtype=torch.bool)
+        for signs in range(2**n if onto != "simplex" else 1):
+            sign = torch.tensor([1.0 if not (signs >> i) & 1 else -1.0 for i in range(n)], dtype=torch.float64)
+            if onto == "linf_sphere":
+                y = torch.where(chosen, r * sign, x)
+                feasible = y.abs().amax() <= r + 1e-12
+            else:
+                y = torch.zeros_like(x)
+                y[chosen] = x[chosen] - sign[chosen] * ((sign * x)[chosen].sum() - r) / chosen.sum()
+                feasible = ((sign * y)[chosen] >= -1e-12).all()
+            distance = float((y - x).square().sum())
+            if feasible and distance < value - 1e-14:
+                best, value = y, distance
+    assert best is not None
+    return best
+
+
+@pytest.mark.parametrize("onto", ["simplex", "l1_sphere", "linf_sphere"])
+@pytest.mark.parametrize("r", [0.3, 1.0, 6.0])
+def test_the_nearest_point_is_that_of_an_enumeration(onto, r):
+    x = random(2, 6, 4)
+    y = lpgd.NodeLayer(lpgd.nodes.Projection(onto, r))(x)
+    torch.testing.assert_close(y, torch.stack([faces(onto, row, r) for row in x]), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("onto", ["l1_ball", "l2_ball", "linf_ball"])
+def test_inside_a_ball_nothing_moves(onto):
+    x = 0.1 * random(0, 3, 4)
+    x = torch.cat([x, torch.zeros(1, 4, dtype=torch.float64)]).requires_grad_()
+    y = lpgd.NodeLayer(lpgd.nodes.Projection(onto, 2.0))(x)
+    assert torch.equal(y, x)
+    weights = random(1, 4, 4)
+    (gradient,) = torch.autograd.grad((y * weights).sum(), x)
+    assert torch.equal(gradient, weights)
+    outside = 50 * random(3, 5, 4)
+    sphere = lpgd.NodeLayer(lpgd.nodes.Projection(onto.replace("ball", "sphere"), 2.0))(outside)
+    torch.testing.assert_close(lpgd.NodeLayer(lpgd.nodes.Projection(onto, 2.0))(outside), sphere)
+
+
+@pytest.mark.parametrize("onto", get_args(ProjectionSet))
+@pytest.mark.parametrize(
+    "x", [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [2.0, -2.0, 0.0], [1e30, -1e30, 1.0], [1e-30, 0.0, 0.0]]
+)
+def test_ties_zeros_and_extremes_stay_on_the_set_with_finite_gradients(onto, x):
+    x = torch.tensor([x], dtype=torch.float64, requires_grad=True)
+    y = lpgd.NodeLayer(lpgd.nodes.Projection(onto))(x)
+    size = y.detach().abs()
+    norm = {"l2": size.norm(), "li": size.amax()}.get(onto[:2], size.sum())
+    assert float(norm) <= 1 + 1e-12
+    if not onto.endswith("ball"):
+        assert float(norm) == pytest.approx(1.0, abs=1e-12)
+    (gradient,) = torch.autograd.grad((y * torch.tensor([1.0, 2.0, -1.0])).sum(), x)
+    assert torch.isfinite(gradient).all()
+
+
+def test_a_radius_that_is_not_positive_is_invalid_data():
+    layer = lpgd.NodeLayer(lpgd.nodes.Projection("l1_ball", None), on_error="nan")
+    y = layer(random(0, 2, 3), torch.tensor([1.0, -1.0], dtype=torch.float64))
+    assert [status.name for status in y.info.statuses] == ["SOLVED", "INVALID_DATA"]
+    assert torch.isnan(y[1]).all()
+
+
+def test_lpgd_with_a_finite_step_projects_the_shifted_point():
+    x, g = random(0, 4, 5).requires_grad_(), random(1, 4, 5)
+    node = lpgd.nodes.Projection("l1_sphere", 2.0)
+    y = lpgd.NodeLayer(node, lpgd.LPGD(tau=0.7, rho=0.5, envelope="lower"))(x)
+    (gradient,) = torch.autograd.grad((y * g).sum(), x)
+    shifted = lpgd.NodeLayer(node)((x - 0.7 * g + 0.5 * y).detach() / 1.5)
+    torch.testing.assert_close(gradient, (y - shifted).detach() / 0.7)  # ∇_x L = x - y
