@@ -32,6 +32,8 @@ COMPARISONS = (
     "blackbox",
     "nodes_regression",
     "nodes_sphere",
+    "nodes_transport",
+    "nodes_eigen",
 )
 
 
