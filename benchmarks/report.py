@@ -21,7 +21,7 @@ __all__ = ["environment", "write_report"]
 
 PACKAGES = (
     *("lpgd", "torch", "numpy", "scipy", "cvxpy", "scs", "clarabel", "ecos", "daqp", "highspy", "osqp", "piqp"),
-    *("proxsuite", "cvxpylayers", "diffcp", "qpth", "libdqp", "ffolayer", "pyepo"),
+    *("proxsuite", "cvxpylayers", "diffcp", "qpth", "libdqp", "ffolayer", "pyepo", "POT"),
 )
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 HEADER = (

@@ -21,7 +21,20 @@ from .results import Curve, Result, Target
 
 __all__ = ["COMPARISONS", "main"]
 
-COMPARISONS = ("cvxpylayers", "sudoku", "dense_qp", "sparse", "maros_meszaros", "reuse", "scaling", "blackbox")
+COMPARISONS = (
+    "cvxpylayers",
+    "sudoku",
+    "dense_qp",
+    "sparse",
+    "maros_meszaros",
+    "reuse",
+    "scaling",
+    "blackbox",
+    "nodes_regression",
+    "nodes_sphere",
+    "nodes_transport",
+    "nodes_eigen",
+)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 import lpgd
 from lpgd.problems.node import BaseNode
+from lpgd.solvers.nodes.principal_vector import IterationMethod
 from lpgd.solvers.nodes.projection import ProjectionSet
 from lpgd.solvers.nodes.robust_pooling import Penalty
 
-__all__ = ["NODES", "NodeCase", "random"]
+__all__ = ["NODES", "NodeCase", "positive", "random", "spectral"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,73 @@ def _with_outliers(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
     return make
 
 
+def _regression(*shapes: tuple[int, ...], positive: int = 0) -> Callable[[int], tuple[Tensor, ...]]:
+    """Normal inputs of these shapes, four elements; the last ``positive`` ones are positive."""
+
+    def make(seed: int) -> tuple[Tensor, ...]:
+        drawn = [random(seed + place, 4, *shape) for place, shape in enumerate(shapes)]
+        first = len(shapes) - positive
+        return tuple(part.abs() + 0.2 if place >= first else part for place, part in enumerate(drawn))
+
+    return make
+
+
+class TransportOfLogits(lpgd.nodes.OptimalTransport):
+    """Marginals by a softmax: whatever finite differences move, there is a plan."""
+
+    def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        cost, rows, columns = inputs
+        return cost, rows.softmax(-1), columns.softmax(-1)
+
+
+def _transport(m: int, n: int) -> Callable[[int], tuple[Tensor, ...]]:
+    return lambda seed: (random(seed, 3, m, n), random(seed + 1, 3, m), random(seed + 2, 3, n))
+
+
+def spectral(m: int, batch: int = 3) -> Callable[[int], tuple[Tensor, ...]]:
+    """Matrices with eigenvalues about one apart, of both signs, none of equal magnitude, and a skew part."""
+
+    def make(seed: int) -> tuple[Tensor, ...]:
+        basis = torch.linalg.qr(random(seed, batch, m, m)).Q
+        values = torch.arange(m, dtype=torch.float64) - 0.3 * m + 0.3 + 0.1 * random(seed, m).tanh()
+        skew = 0.2 * random(seed + 1, batch, m, m)
+        return (basis @ torch.diag_embed(values.expand(batch, m)) @ basis.mT + skew - skew.mT,)
+
+    return make
+
+
+def positive(m: int, batch: int = 3) -> Callable[[int], tuple[Tensor, ...]]:
+    """Matrices whose eigenvalue of largest magnitude is real (Perron)."""
+    return lambda seed: (random(seed, batch, m, m).abs() + 0.1,)
+
+
 NODES = {
+    "transport, wide": NodeCase(TransportOfLogits(gamma=2.0), _transport(3, 4)),
+    "transport, tall": NodeCase(TransportOfLogits(gamma=2.0), _transport(4, 3)),
+    "all eigenvectors": NodeCase(lpgd.nodes.EigenDecomposition(), spectral(4), generic=False),
+    "largest eigenvectors": NodeCase(lpgd.nodes.EigenDecomposition(2), spectral(5), generic=False),
+    "smallest eigenvectors": NodeCase(lpgd.nodes.EigenDecomposition(2, largest=False), spectral(5), generic=False),
+    **{
+        f"principal vector, {method} iteration, {'symmetric' if symmetric else 'general'}": NodeCase(
+            lpgd.nodes.PrincipalVector(symmetric, method), (spectral if symmetric else positive)(5), generic=False
+        )
+        for method in get_args(IterationMethod)
+        for symmetric in (True, False)
+    },
+    "least squares": NodeCase(lpgd.nodes.LeastSquares(), _regression((7, 3), (7,))),
+    "least squares, weighted ridge with bias and columns": NodeCase(
+        lpgd.nodes.LeastSquares(weighted=True, ridge=True, bias=True, columns=True),
+        _regression((7, 3), (7, 2), (7,), (), positive=2),
+    ),
+    "least squares, wide": NodeCase(lpgd.nodes.LeastSquares(ridge=True), _regression((3, 5), (3,), (), positive=1)),
+    "least squares on the sphere": NodeCase(lpgd.nodes.SphereLeastSquares(), _regression((6, 4), (6,))),
+    "least squares on the sphere, descent": NodeCase(
+        lpgd.nodes.SphereLeastSquares(solver="descent", max_iterations=1000, tolerance=1e-14),
+        _regression((8, 3), (8,)),
+    ),
+    "total variation": NodeCase(
+        lpgd.nodes.TotalVariationDenoising(), _regression((12,), (), positive=1), generic=False
+    ),
     **{
         f"projection {onto}": NodeCase(lpgd.nodes.Projection(onto, None), _with_radius)
         for onto in get_args(ProjectionSet)

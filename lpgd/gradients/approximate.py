@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
-from lpgd.gradients.closed_form import ClosedForm
+from lpgd.gradients.closed_form import ClosedForm, by_formula
 from lpgd.problems.smooth import SmoothPoint, SmoothProblem
 from lpgd.solution import SmoothSolution
 from lpgd.solvers.base import BaseSolver
@@ -37,7 +37,8 @@ class IgnoreConstraints(GradientMethod):
             that is positive.
         matrix_free: True solves with Ĥ by products alone, False by its matrix, None by size.
 
-    A singular Ĥ is replaced by its pseudo-inverse, which the record says, and a warning.
+    A node may bring a closed form of it.  Otherwise a singular Ĥ is replaced by its pseudo-inverse, which the record
+    says, and a warning.
     """
 
     descent_test: bool = False
@@ -57,7 +58,13 @@ class IgnoreConstraints(GradientMethod):
         info = GradientInfo(self, used)
         active = relevant_elements(solution, cotangent)
         gradient = problem.zero_gradient()
-        if active:
+        formula = problem.node.vjp_ignoring_constraints
+        closed = by_formula(formula, problem, solution, cotangent.x, active) if active else None
+        if closed is not None:
+            gradient = closed
+            for element in active:
+                used[element] = "constraints ignored"
+        elif active:
             change, part = self._change(problem, solution, cotangent.x, active, info)
             gradient = problem.scatter(active, part.directional_gradient(_alone(solution.x[active]), change))
         if self.descent_test:

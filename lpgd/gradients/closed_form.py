@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit import ImplicitKKT
 from lpgd.problems.smooth import SmoothProblem
 from lpgd.solution import SmoothSolution
 from lpgd.solvers.base import BaseSolver
+from lpgd.status import SolverError, describe_failures
 
-__all__ = ["ClosedForm"]
+__all__ = ["ClosedForm", "by_formula"]
 
 
 @dataclass(frozen=True)
@@ -36,25 +39,14 @@ class ClosedForm(GradientMethod):
     ) -> tuple[Any, GradientInfo]:
         used = ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()]
         active = relevant_elements(solution, cotangent)
-        part, own, g = problem, solution, cotangent.x
-        if len(active) < problem.batch_size:
-            part, own = problem.select(active), solution.select(active)
-            g = g[torch.as_tensor(active, dtype=torch.int64, device=problem.device)]
         if not active:
             return problem.zero_gradient(), GradientInfo(self, used)
-        answer = problem.node.vjp(tuple(part.data), part.shaped(own.x), part.shaped(g), own.aux)
-        if answer is None:
+        gradient = by_formula(problem.node.vjp, problem, solution, cotangent.x, active)
+        if gradient is None:
             return ImplicitKKT().vjp(problem, solution, cotangent, solver, executor)
-        if len(answer) != len(problem.data):
-            raise ValueError(
-                f"the closed form of {problem.node.name} answered {len(answer)} gradients for "
-                f"{len(problem.data)} inputs ({', '.join(problem.data._fields)})."
-            )
-        rows = (zero if row is None else row for zero, row in zip(part.zero_gradient(), answer, strict=True))
-        gradient = type(problem.data)(*rows)
         for element in active:
             used[element] = "closed form"
-        return gradient if part is problem else problem.scatter(active, gradient), GradientInfo(self, used)
+        return gradient, GradientInfo(self, used)
 
     def jvp(
         self,
@@ -70,3 +62,43 @@ class ClosedForm(GradientMethod):
                 "use reverse mode, or LPGD."
             )
         return ImplicitKKT().jvp(problem, solution, tangent, solver, executor)
+
+
+def by_formula(
+    formula: Callable[..., Sequence[Tensor | None] | None],
+    problem: SmoothProblem,
+    solution: SmoothSolution,
+    cotangent: Tensor,
+    active: list[int],
+) -> Any | None:
+    """A formula of the node for the elements ``active``, as a gradient of the batch's data; None where there is none.
+
+    Raises:
+        SolverError: the formula does not hold for some elements, by their places in the batch.
+        ValueError: it answers another number of gradients than there are inputs.
+    """
+    part, own, g, node = problem, solution, cotangent, problem.node
+    if len(active) < problem.batch_size:
+        part, own = problem.select(active), solution.select(active)
+        g = g[torch.as_tensor(active, dtype=torch.int64, device=problem.device)]
+    try:
+        answer = formula(tuple(part.data), part.shaped(own.x), part.shaped(g), own.aux)
+    except SolverError as error:
+        if part is problem:
+            raise
+        failed = [active[index] for index in error.indices]
+        statuses = list(solution.statuses)
+        for index, status in zip(active, error.statuses, strict=True):
+            statuses[index] = status
+        text = f"the formula of {node.name} has no gradient: {describe_failures(statuses, failed)}"
+        raise SolverError(text, statuses, failed) from error
+    if answer is None:
+        return None
+    if len(answer) != len(problem.data):
+        raise ValueError(
+            f"the closed form of {node.name} answered {len(answer)} gradients for {len(problem.data)} inputs "
+            f"({', '.join(problem.data._fields)})."
+        )
+    rows = (zero if row is None else row for zero, row in zip(part.zero_gradient(), answer, strict=True))
+    gradient = type(problem.data)(*rows)
+    return gradient if part is problem else problem.scatter(active, gradient)

@@ -140,6 +140,12 @@ class BaseNode(ABC):
         """
         return None
 
+    def vjp_ignoring_constraints(
+        self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any
+    ) -> tuple[Tensor | None, ...] | None:
+        """The closed form of :class:`~lpgd.IgnoreConstraints`, arguments and answer as for :meth:`vjp`."""
+        return None
+
 
 def is_shared(tensor: Tensor) -> bool:
     """Whether all rows of a batched input are one and the same."""

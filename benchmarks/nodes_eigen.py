@@ -1,0 +1,154 @@
+"""Eigenvectors and the principal vector: our nodes against autograd through ``torch.linalg.eigh`` and Jacobians."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpgd.gradients import ImplicitKKT
+from lpgd.layers.node import NodeLayer
+from lpgd.solvers.nodes.eigen import EigenDecomposition
+from lpgd.solvers.nodes.principal_vector import PrincipalVector
+
+from .harness import Case, Settings, Side, compare
+from .results import Curve, Entry, Result, Target
+
+__all__ = ["run"]
+
+BATCH = 5
+SIZES = (32, 64, 128, 256)
+
+
+def draw_matrices(size: int, seed: int) -> Tensor:
+    """Sample covariances (B, m, m) of 2m standard normal vectors."""
+    root = torch.from_numpy(np.random.default_rng(seed).standard_normal((BATCH, size, 2 * size)))
+    return root @ root.mT / (2 * size)
+
+
+def eigen_case(size: int, count: int) -> Case:
+    """The first ``count`` eigenvectors, and a loss that does not see their signs."""
+    shape = (BATCH, size) if count == 1 else (BATCH, size, count)
+    weight = torch.from_numpy(np.random.default_rng(1).standard_normal(shape))
+
+    def judge(data: Sequence[Tensor], points: Tensor, elements: Sequence[int]) -> tuple[Any, float]:
+        vectors = (points[:, :, None] if count == 1 else points).double()
+        matrix = data[0][list(elements)].double()
+        values = (vectors * (matrix @ vectors)).sum(-2)
+        return -values.sum(-1).numpy(), float((matrix @ vectors - values[:, None] * vectors).abs().max())
+
+    def exactly(data: Sequence[Tensor], elements: Sequence[int]) -> Tensor:
+        vectors = np.linalg.eigh(data[0][list(elements)].numpy())[1][:, :, ::-1][:, :, :count].copy()
+        return torch.from_numpy(vectors[:, :, 0] if count == 1 else vectors)
+
+    what = "principal vector" if count == 1 else "eigenvectors"
+    name, title = f"{what.replace(' ', '_')}{size}", f"{what}, {size}×{size}"
+    draw = lambda seed: (draw_matrices(size, seed),)  # noqa: E731
+    return Case(
+        "nodes_eigen", name, title, BATCH, draw, lambda y: (weight * y.square()).sum(), judge, exactly, False, size
+    )
+
+
+def node_side(mode: str, layer: NodeLayer) -> Side:
+    return Side("lpgd", mode, "exact", lambda data: (layer(*data), None))
+
+
+def eigh(data: Sequence[Tensor], count: int) -> tuple[Tensor, Any]:
+    """Autograd through torch's decomposition."""
+    vectors = torch.linalg.eigh(data[0]).eigenvectors.flip(-1)[:, :, :count]
+    return vectors[:, :, 0] if count == 1 else vectors, None
+
+
+class ThroughJacobian(torch.autograd.Function):
+    """The principal vector with its Jacobian (B, m, m, m) formed and multiplied by the cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        ctx.save_for_backward(values, vectors)
+        return vectors[:, :, -1]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        values, vectors = ctx.saved_tensors
+        y, others = vectors[:, :, -1], vectors[:, :, :-1]
+        inverse = (others / (values[:, -1:, None] - values[:, None, :-1])) @ others.mT
+        jacobian = inverse[:, :, :, None] * y[:, None, None, :]
+        jacobian = 0.5 * (jacobian + jacobian.transpose(-1, -2))
+        return torch.einsum("bi,bijk->bjk", cotangents[0], jacobian)
+
+
+def _backward(result: Result, library: str, mode: str) -> float | None:
+    def matches(entry: Entry) -> bool:
+        return entry.library == library and mode in entry.mode and entry.usable
+
+    found = next((entry for entry in result.entries if matches(entry)), None)
+    return statistics.median(found.timing.backward) if found else None
+
+
+def principal_vectors(settings: Settings) -> Iterator[Result | Target | Curve]:
+    curve = Curve("nodes_principal_vector", f"principal vector, batch {BATCH}: backward pass", "order", "seconds")
+    for size in (8, 16) if settings.quick else SIZES:
+        sides = [
+            node_side("simultaneous iteration, structured", NodeLayer(PrincipalVector())),
+            node_side("power iteration, structured", NodeLayer(PrincipalVector(method="power"))),
+            node_side("implicit, generic", NodeLayer(PrincipalVector(), ImplicitKKT())),
+            Side("torch", "eigh, autograd", "exact", lambda data: eigh(data, 1)),
+            Side("torch", "eigh, Jacobian", "exact", lambda data: (ThroughJacobian.apply(data[0]), None)),
+        ]
+        result = compare(eigen_case(size, 1), sides, settings)
+        yield result
+        for entry in result.entries:
+            curve.add(entry.label, size, _backward(result, entry.library, entry.mode))
+        ours, theirs = _backward(result, "lpgd", "simultaneous"), _backward(result, "torch", "Jacobian")
+        if size == SIZES[-1] and ours and theirs:
+            others = {mode: _backward(result, *mode.split(": ")) for mode in ("torch: eigh, autograd", "lpgd: generic")}
+            note = f"{ours:.4f} s and {theirs:.4f} s; " + ", ".join(
+                f"{mode} {seconds:.4f} s" for mode, seconds in others.items() if seconds
+            )
+            yield Target(
+                f"principal vector {BATCH}×{size}: Jacobian backward / structured", 15.0, None, theirs / ours, note=note
+            )
+    yield curve
+
+
+def accuracy(settings: Settings) -> Iterator[Target]:
+    """The largest error of the first eigenvector in single precision, against double."""
+    for size in (16,) if settings.quick else SIZES:
+        exact_matrix = torch.cat([draw_matrices(size, seed) for seed in range(4)]).float()
+        exact = torch.from_numpy(np.linalg.eigh(exact_matrix.double().numpy())[1][:, :, -1])
+
+        def error(vectors: Tensor, exact: Tensor = exact) -> float:
+            double = vectors.double()
+            sign = torch.where((double * exact).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+            return float((sign * double - exact).norm(dim=-1).max())
+
+        ours, theirs = error(NodeLayer(PrincipalVector())(exact_matrix)), error(eigh([exact_matrix], 1)[0])
+        title = f"principal vector, order {size}, single precision: error / that of eigh"
+        yield Target(title, 1.0, None, ours / theirs, smaller=True, note=f"{ours:.1e} and {theirs:.1e}")
+
+
+def decompositions(settings: Settings) -> Iterator[Result | Curve]:
+    curve = Curve("nodes_eigen", f"all eigenvectors, batch {BATCH}: backward pass", "order", "seconds")
+    for size in (8, 16) if settings.quick else SIZES:
+        sides = [
+            node_side("structured", NodeLayer(EigenDecomposition())),
+            Side("torch", "eigh, autograd", "exact", lambda data, size=size: eigh(data, size)),
+        ]
+        if size <= SIZES[0]:  # its matrix has a row for each entry of U
+            sides.append(node_side("implicit, generic", NodeLayer(EigenDecomposition(), ImplicitKKT())))
+        result = compare(eigen_case(size, size), sides, settings)
+        yield result
+        for entry in result.entries:
+            curve.add(entry.label, size, _backward(result, entry.library, entry.mode))
+    yield curve
+
+
+def run(settings: Settings) -> Iterator[Result | Target | Curve]:
+    yield from principal_vectors(settings)
+    yield from accuracy(settings)
+    yield from decompositions(settings)

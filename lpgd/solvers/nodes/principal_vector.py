@@ -1,0 +1,326 @@
+"""The principal eigenvector by power or simultaneous iteration, and its derivative from that vector alone.
+
+[PMaF] Xu, Wang, Liu, Gould: PMaF: Deep Declarative Layers for Principal Matrix Features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from lpgd.problems.node import BaseNode, NodeAnswer
+from lpgd.solvers.nodes.eigen import square_size
+from lpgd.status import SolverError, Status, describe_failures
+
+__all__ = [
+    "IterationMethod",
+    "Principal",
+    "PrincipalVector",
+    "power_iteration",
+    "principal_vjp_general",
+    "principal_vjp_symmetric",
+    "simultaneous_iteration",
+]
+
+IterationMethod = Literal["simultaneous", "power"]
+
+STEPS = 8
+"""Products with the matrix between two looks at the residual."""
+
+
+class Principal(NamedTuple):
+    """An eigenvector and its eigenvalue.
+
+    Attributes:
+        vector: (B, m) y, of length one.
+        value: (B,) λ.
+        residual: (B,) ``|A y - λ y| / (|λ| + |σ|)``, σ the shift (absolute where both are zero).
+        iterations: (B,) products of the matrix with y, or with the block.
+    """
+
+    vector: Tensor
+    value: Tensor
+    residual: Tensor
+    iterations: Tensor
+
+
+def power_iteration(
+    matrix: Tensor,  # (B, m, m)
+    *,
+    symmetric: bool,
+    reference: Tensor | None = None,  # (m,) or (B, m)
+    start: Tensor | None = None,  # (B, m)
+    tolerance: float,
+    iterations: int,
+) -> Principal:
+    """The principal eigenvector by ``y ← A y / |A y|``, each element until its own convergence.
+
+    Of a symmetric matrix it is the one of the largest eigenvalue: the iteration is with ``A + σI``, where σ from
+    estimates of both ends of the spectrum makes that eigenvalue the dominant one.  Of a general matrix it is the
+    one of the eigenvalue of largest magnitude, which must be real.
+
+    It works in float64.  y points to the side of ``reference`` (of the vector of ones where that is None; the largest
+    entry is positive where y is orthogonal to it).  [PMaF] eqs. 16, 17.
+
+    Args:
+        matrix: A; of a symmetric one ``½(A + Aᵀ)`` counts.
+        symmetric: which of the two.
+        reference: the direction for the sign.
+        start: an earlier y.  A hundredth of a fixed direction is added: another eigenvector would be a fixed point.
+        tolerance: of :attr:`Principal.residual`.
+        iterations: at most so many products.
+    """
+    return _iterate(matrix, 1, symmetric, reference, start, tolerance, iterations)
+
+
+def simultaneous_iteration(
+    matrix: Tensor,
+    *,
+    symmetric: bool,
+    width: int = 8,
+    reference: Tensor | None = None,
+    start: Tensor | None = None,
+    tolerance: float,
+    iterations: int,
+) -> Principal:
+    """:func:`power_iteration` on ``width`` orthonormal vectors at once; y is their best combination (Rayleigh-Ritz).
+
+    The error falls with the ratio of the principal eigenvalue and the one after the block's instead of the second one.
+    """
+    return _iterate(matrix, min(width, matrix.shape[-1]), symmetric, reference, start, tolerance, iterations)
+
+
+def _generic(size: int, width: int, matrix: Tensor) -> Tensor:
+    """A fixed (m, width) matrix with no structure that data would share."""
+    entries = torch.arange(1, size * width + 1, dtype=torch.float64, device=matrix.device)
+    return (entries.square() * math.sqrt(2)).frac().reshape(width, size).mT - 0.5
+
+
+def _iterate(
+    matrix: Tensor,
+    width: int,
+    symmetric: bool,
+    reference: Tensor | None,
+    start: Tensor | None,
+    tolerance: float,
+    iterations: int,
+) -> Principal:
+    double = matrix.detach().double()
+    double = 0.5 * (double + double.mT) if symmetric else double
+    count, size, _ = double.shape
+    block = _generic(size, width, double).repeat(count, 1, 1)
+    if start is not None:
+        block[:, :, 0] = start.double() + 0.01 * block[:, :, 0]
+    shift = _shift(double, block[:, :, :1]) if symmetric else double.new_zeros(count)
+    vector, value = double.new_zeros(count, size), double.new_zeros(count)
+    residual = torch.full_like(value, torch.inf)
+    spent = torch.zeros(count, dtype=torch.int64, device=matrix.device)
+    active = torch.arange(count, device=matrix.device)
+    for _ in range(-(-iterations // STEPS)):
+        own, basis, sigma = double[active], block[active], shift[active, None, None]
+        for _ in range(STEPS):
+            basis = own @ basis + sigma * basis
+            basis = basis / torch.linalg.vector_norm(basis, dim=-2, keepdim=True).clamp(min=1e-300)
+        basis = torch.linalg.qr(basis).Q
+        product = own @ basis
+        rotation, ritz = _ritz(basis.mT @ product, symmetric)
+        leading, image = (basis @ rotation)[:, :, 0], (product @ rotation)[:, :, 0]
+        length = torch.linalg.vector_norm(image - ritz[:, None] * leading, dim=-1)
+        block[active], vector[active], value[active] = basis @ rotation, leading, ritz
+        scale = ritz.abs() + shift[active].abs()
+        residual[active] = length / torch.where(scale == 0, 1.0, scale)
+        spent[active] += STEPS
+        active = active[~(residual[active] <= tolerance)]
+        if not len(active):
+            break
+    direction = double.new_ones(size) if reference is None else reference.to(double)
+    along = (vector * direction).sum(-1)
+    largest = vector.gather(-1, vector.abs().argmax(-1, keepdim=True))[:, 0]
+    sign = torch.where(torch.where(along == 0, largest, along) < 0, -1.0, 1.0)
+    dtype = matrix.dtype
+    return Principal((sign[:, None] * vector).to(dtype), value.to(dtype), residual.to(dtype), spent)
+
+
+def _ritz(projected: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """A real rotation (B, w, w) of the block whose first column gives y, and its Rayleigh quotient (B,)."""
+    if projected.shape[-1] == 1:
+        return torch.ones_like(projected), projected[:, 0, 0]
+    if symmetric:
+        values, vectors = torch.linalg.eigh(projected)
+        return vectors.flip(-1), values[:, -1]
+    values, vectors = torch.linalg.eig(projected)
+    first = values.abs().argmax(-1, keepdim=True)
+    leading = vectors.gather(-1, first[:, None, :].expand(-1, projected.shape[-1], -1)).real
+    leading = leading / torch.linalg.vector_norm(leading, dim=-2, keepdim=True).clamp(min=1e-300)
+    # The rest of the block is the complement of y: a QR decomposition that starts with y.
+    identity = torch.eye(projected.shape[-1], dtype=projected.dtype, device=projected.device)
+    rotation = torch.linalg.qr(torch.cat([leading, identity.expand_as(projected)], -1)).Q
+    first_column = rotation[:, :, :1]
+    return rotation, (first_column.mT @ projected @ first_column)[:, 0, 0]
+
+
+def _shift(matrix: Tensor, vector: Tensor) -> Tensor:
+    """(B,) σ with which the largest eigenvalue of ``A + σI`` dominates, from a few products for each end."""
+
+    def far_end(sigma: Tensor) -> Tensor:
+        ahead = vector
+        for _ in range(2 * STEPS):
+            ahead = ahead / torch.linalg.vector_norm(ahead, dim=-2, keepdim=True).clamp(min=1e-300)
+            ahead = matrix @ ahead - sigma[:, None, None] * ahead
+        return torch.linalg.vector_norm(ahead, dim=(-2, -1))
+
+    radius = far_end(matrix.new_zeros(len(matrix)))
+    smallest = radius - far_end(radius)
+    largest = smallest + far_end(smallest)
+    # The magnitude of the smallest becomes four fifths of the largest's, a margin for the errors of both estimates.
+    return -(smallest + 0.8 * largest) / 1.8
+
+
+def principal_vjp_symmetric(matrix: Tensor, vector: Tensor, value: Tensor, cotangent: Tensor) -> Tensor:
+    """The gradient of ``<v, y>`` for a symmetric matrix: ``½((λI - A)† v yᵀ + y vᵀ (λI - A)†)``.
+
+    ``(λI - A)† v`` is the solution of ``(λI - A + κ y yᵀ) s = (I - y yᵀ) v``, κ > 0 the mean gap to the other
+    eigenvalues: one Cholesky factor, no tensor with m³ entries.  [PMaF] section 2.2.
+
+    Raises:
+        SolverError: the two largest eigenvalues of some elements are equal to rounding: there is no derivative.
+    """
+    size = matrix.shape[-1]
+    symmetric = 0.5 * (matrix + matrix.mT)
+    trace = symmetric.diagonal(dim1=-2, dim2=-1).sum(-1)
+    gap = (size * value - trace) / max(size - 1, 1)
+    gap = torch.where(gap > 0, gap, 1.0).to(matrix.dtype)
+    outer = vector[:, :, None] * vector[:, None, :]
+    system = torch.diag_embed(value[:, None].expand_as(vector)) - symmetric + gap[:, None, None] * outer
+    factor, info = torch.linalg.cholesky_ex(system)
+    tangent = _tangent(vector, cotangent)
+    answer = _tangent(vector, torch.cholesky_solve(tangent[:, :, None], factor)[:, :, 0])
+    _check(matrix, tangent, answer, info == 0)
+    product = answer[:, :, None] * vector[:, None, :]
+    return 0.5 * (product + product.mT)
+
+
+def principal_vjp_general(matrix: Tensor, vector: Tensor, value: Tensor, cotangent: Tensor) -> Tensor:
+    """The gradient of ``<v, y>`` for a general matrix, by the implicit function theorem at ``y = A y / |A y|``.
+
+    ``(1/λ)(I - y yᵀ) H⁻ᵀ v yᵀ`` with ``H = I - (I - y yᵀ) A / λ``.  [PMaF] eq. 40, with the
+    inverse transposed.
+
+    Raises:
+        SolverError: two eigenvalues of largest magnitude of some elements are equal to rounding: there is no
+            derivative.
+    """
+    tangent = _tangent(vector, cotangent)
+    # Hᵀ = I - Aᵀ(I - y yᵀ)/λ, times λ; on tangents the factor I - y yᵀ in front of v changes nothing in the answer.
+    transposed = matrix.mT
+    along = transposed @ vector[:, :, None]
+    system = torch.diag_embed(value[:, None].expand_as(vector)) - transposed + along * vector[:, None, :]
+    solution, info = torch.linalg.solve_ex(system, tangent[:, :, None])
+    answer = _tangent(vector, solution[:, :, 0])
+    _check(matrix, tangent, answer, info == 0)
+    return answer[:, :, None] * vector[:, None, :]
+
+
+def _tangent(vector: Tensor, value: Tensor) -> Tensor:
+    return value - (vector * value).sum(-1, keepdim=True) * vector
+
+
+def _check(matrix: Tensor, tangent: Tensor, answer: Tensor, factored: Tensor) -> None:
+    """Refuse an answer that is larger than the cotangent over a gap of rounding errors."""
+    smallest = 10 * torch.finfo(matrix.dtype).eps * torch.linalg.matrix_norm(matrix)
+    small = torch.linalg.vector_norm(answer, dim=-1) * smallest <= torch.linalg.vector_norm(tangent, dim=-1)
+    good = factored & small
+    failed = (~good).nonzero()[:, 0].tolist()
+    if failed:
+        statuses = [Status.SOLVED if ok else Status.NUMERICAL_ERROR for ok in good.tolist()]
+        raise SolverError(
+            "The principal vector has no derivative where its eigenvalue is double to rounding (or, of a symmetric "
+            f"matrix, not the largest).  {describe_failures(statuses, failed)}.",
+            statuses,
+            failed,
+        )
+
+
+@dataclass(frozen=True)
+class PrincipalVector(BaseNode):
+    """The unit eigenvector y (m) of the principal eigenvalue of a square matrix A (m, m).
+
+    symmetric:   minimise ``-½ yᵀAy`` subject to ``½(|y|² - 1) = 0``; the eigenvalue is the largest, the multiplier λ
+    general:     minimise ``½|Ay - (yᵀAy) y|²`` subject to the same; the eigenvalue is the one of largest magnitude
+
+    The latter must be real.  Forward ``O(m²)`` for each iteration, backward one factorisation, ``O(m³)``, [PMaF]
+    section 2.2, and eq. 40 with the inverse transposed.  The eigenvalue of a symmetric A is
+    :func:`~lpgd.solvers.nodes.eigen.rayleigh_quotients` of A and y.
+
+    Args:
+        symmetric: A counts as ``½(A + Aᵀ)``, and the gradient is symmetric.
+        method: ``"simultaneous"`` iterates a block of vectors, ``"power"`` one.
+        width: of the block.
+        reference: y points to its side; None is the vector of ones.
+        tolerance: of ``|Ay - λy|`` relative to the eigenvalue (after the shift that makes it the dominant one).
+        iterations: products with the matrix at most.
+
+    Elements whose eigenvalue is not separated from the others (equal, or a complex pair) end as ITERATION_LIMIT; a
+    backward pass where it is double to rounding raises SolverError.
+    """
+
+    name = "principal vector"
+    input_names = ("matrix",)
+    input_ndims = (2,)
+
+    symmetric: bool = True
+    method: IterationMethod = "simultaneous"
+    width: int = 8
+    reference: tuple[float, ...] | None = None
+    tolerance: float = 1e-13
+    iterations: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(IterationMethod):
+            raise ValueError(f"method is {self.method!r}; it must be 'simultaneous' or 'power'.")
+        if self.width < 1 or self.iterations < 1 or not self.tolerance > 0:
+            raise ValueError(
+                f"width, iterations and tolerance are {self.width}, {self.iterations} and {self.tolerance}; "
+                "they must be positive."
+            )
+
+    def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+        size = square_size(shapes[0])
+        if self.reference is not None and len(self.reference) != size:
+            raise ValueError(f"reference has {len(self.reference)} entries; for this matrix it must have {size}.")
+        return (size,)
+
+    def objective(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        image = (inputs[0] @ y[:, :, None])[:, :, 0]
+        along = (y * image).sum(-1)
+        return -0.5 * along if self.symmetric else 0.5 * (image - along[:, None] * y).square().sum(-1)
+
+    def equality(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        return 0.5 * (y.square().sum(-1, keepdim=True) - 1.0)
+
+    def solve(self, inputs: tuple[Tensor, ...], start: Tensor | None) -> NodeAnswer:
+        matrix = inputs[0]
+        reference = None if self.reference is None else matrix.new_tensor(self.reference)
+        answer = _iterate(
+            matrix,
+            min(self.width, matrix.shape[-1]) if self.method == "simultaneous" else 1,
+            self.symmetric,
+            reference,
+            start,
+            self.tolerance,
+            self.iterations,
+        )
+        done = (answer.residual <= self.tolerance).tolist()
+        statuses = [Status.SOLVED if good else Status.ITERATION_LIMIT for good in done]
+        nu = answer.value if self.symmetric else torch.zeros_like(answer.value)
+        return NodeAnswer(answer.vector, statuses, answer.iterations, nu=nu[:, None], lam=nu.new_zeros(len(nu), 0))
+
+    def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: object) -> tuple[Tensor | None, ...]:
+        matrix = inputs[0]
+        value = (y * (matrix @ y[:, :, None])[:, :, 0]).sum(-1) / y.square().sum(-1)
+        rule = principal_vjp_symmetric if self.symmetric else principal_vjp_general
+        return (rule(matrix, y, value, cotangent),)
