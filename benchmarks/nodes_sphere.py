@@ -41,14 +41,16 @@ def objective(A: Tensor, b: Tensor, u: Tensor) -> Tensor:
     return 0.5 * (torch.einsum("bmn,bn->bm", A, u) - b).square().sum(-1)
 
 
-def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def take_turns(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each call; the first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():
-            started = time.perf_counter()
+            started = clock()
             call()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 

@@ -135,7 +135,7 @@ class TotalVariationDenoising(BaseNode):
         minimise ½|y - x|² + λ Σ_i |y_i - y_(i+1)|
 
     with inputs ``signal`` x (n,) and ``weight`` λ >= 0 () for each element.  Solved exactly in O(n) on the CPU
-    (:func:`denoise`), where one row after the other takes about 0.8 µs for each point; gradients are computed on the
+    (:func:`denoise`), where one row after the other takes about 1 µs for each point; gradients are computed on the
     device of the inputs.  The gradient is the true one: averages over the constant segments
     (:func:`differentiate_denoised`).  For the generic methods, neighbours that the solution ties are equality
     constraints.  LPGD's tilted and augmented problems are denoising problems with ``(x - τg + ρy*) / (1 + ρ)`` and
