@@ -30,6 +30,8 @@ COMPARISONS = (
     "reuse",
     "scaling",
     "blackbox",
+    "nodes_regression",
+    "nodes_sphere",
     "nodes_transport",
     "nodes_eigen",
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -98,11 +99,15 @@ def solve(
     return type(info.solution.outputs)(*parts)
 
 
+def _threads(solver: BaseSolver) -> AbstractContextManager[None]:
+    return nullcontext() if solver.is_torch else one_torch_thread()
+
+
 class _SolveFunction(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *data: Tensor) -> tuple[Tensor, ...]:
         problem = call.make(call.data_class(*(datum.detach() for datum in data)))
-        with one_torch_thread():
+        with _threads(call.solver):
             solution = call.solver.solve(problem, call.states, call.executor)
         check_solution(solution, call.on_error)
         call.info.solution = solution
@@ -150,7 +155,7 @@ class _DerivativeFunction(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, solution: BatchSolution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         started = time.perf_counter()
-        with one_torch_thread():
+        with _threads(call.solver):
             answer, info = _derivative(call, solution, reverse, tensors)
         call.info.gradients.append(info)
         call.info.backward_seconds += time.perf_counter() - started

@@ -208,7 +208,8 @@ def _along(parameters: Parameters, direction: Parameters, steps: Any) -> Any:
         ValueError: the direction has other entries than the parameters, or no parameter moves.
     """
     by_name = isinstance(parameters, Mapping)
-    keys = list(parameters) if isinstance(parameters, Mapping) else list(range(len(parameters)))
+    values: dict[Any, Any] = dict(parameters) if isinstance(parameters, Mapping) else dict(enumerate(parameters))
+    keys = list(values)
     given: dict[Any, Any] = dict(direction) if isinstance(direction, Mapping) else dict(enumerate(direction))
     unknown = sorted(map(str, set(given) - set(keys)))
     if unknown or (not by_name and len(given) != len(keys)):
@@ -218,7 +219,7 @@ def _along(parameters: Parameters, direction: Parameters, steps: Any) -> Any:
         )
     moved: dict[Any, Any] = {}
     for key in keys:
-        value: Any = parameters[key]  # type: ignore[index]
+        value = values[key]
         change = given.get(key)
         if change is not None:
             if not isinstance(value, Tensor) or tuple(change.shape) != tuple(value.shape):

@@ -71,7 +71,8 @@ _ADVICE = {
         "the solver broke down numerically: rescale the problem, remove redundant constraints, or use another solver"
     ),
     Status.INVALID_DATA: (
-        "the data hold NaN or infinity (only variable bounds may be infinite): look at what computes these parameters"
+        "the data hold NaN or infinity (only variable bounds may be infinite), or for a node a value outside of its "
+        "domain, such as a negative weight: look at what computes these parameters"
     ),
     Status.NOT_CONVEX: (
         "P has a negative eigenvalue, so the problem is not convex: build P as a product with its own transpose, or "

@@ -54,6 +54,17 @@ def _with_outliers(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
     return make
 
 
+def _regression(*shapes: tuple[int, ...], positive: int = 0) -> Callable[[int], tuple[Tensor, ...]]:
+    """Normal inputs of these shapes, four elements; the last ``positive`` ones are positive."""
+
+    def make(seed: int) -> tuple[Tensor, ...]:
+        drawn = [random(seed + place, 4, *shape) for place, shape in enumerate(shapes)]
+        first = len(shapes) - positive
+        return tuple(part.abs() + 0.2 if place >= first else part for place, part in enumerate(drawn))
+
+    return make
+
+
 class TransportOfLogits(lpgd.nodes.OptimalTransport):
     """Marginals by a softmax: whatever finite differences move, there is a plan."""
 
@@ -96,6 +107,20 @@ NODES = {
         for method in get_args(IterationMethod)
         for symmetric in (True, False)
     },
+    "least squares": NodeCase(lpgd.nodes.LeastSquares(), _regression((7, 3), (7,))),
+    "least squares, weighted ridge with bias and columns": NodeCase(
+        lpgd.nodes.LeastSquares(weighted=True, ridge=True, bias=True, columns=True),
+        _regression((7, 3), (7, 2), (7,), (), positive=2),
+    ),
+    "least squares, wide": NodeCase(lpgd.nodes.LeastSquares(ridge=True), _regression((3, 5), (3,), (), positive=1)),
+    "least squares on the sphere": NodeCase(lpgd.nodes.SphereLeastSquares(), _regression((6, 4), (6,))),
+    "least squares on the sphere, descent": NodeCase(
+        lpgd.nodes.SphereLeastSquares(solver="descent", max_iterations=1000, tolerance=1e-14),
+        _regression((8, 3), (8,)),
+    ),
+    "total variation": NodeCase(
+        lpgd.nodes.TotalVariationDenoising(), _regression((12,), (), positive=1), generic=False
+    ),
     **{
         f"projection {onto}": NodeCase(lpgd.nodes.Projection(onto, None), _with_radius)
         for onto in get_args(ProjectionSet)

@@ -11,7 +11,8 @@ import pytest
 import scipy.optimize
 import torch
 
-from benchmarks import blackbox, run
+import lpgd
+from benchmarks import blackbox, nodes_regression, nodes_sphere, run
 from benchmarks.dense_qp import dense_qp_case, draw_qps, our_qp_sides
 from benchmarks.exact import solve_qp_exactly
 from benchmarks.harness import Case, Settings, Side, compare, time_limit
@@ -222,3 +223,30 @@ class TestReport:
         assert run.main([*arguments, "--quick"]) == 0
         assert "not measured" in (tmp_path / "report.md").read_text()
         assert torch.get_default_dtype() is torch.float32
+
+
+class TestNodes:
+    def test_both_gradients_of_the_sphere_are_the_same(self):
+        A, b = nodes_sphere.draw(3, 6, 4)
+        node = lpgd.nodes.SphereLeastSquares()
+        answer = node.solve((A, b), None)
+        cotangent = torch.ones_like(answer.y)
+        structured = node.vjp((A, b), answer.y, cotangent, answer.aux)
+        for one, other in zip(structured, nodes_sphere.through_jacobian(A, b, answer.y, cotangent), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+    def test_shares_of_global_minima(self):
+        found = nodes_sphere.shares(2, 2, 20)
+        assert found["secular"][:2] == (1.0, 1.0)
+        assert all(0.0 <= best <= not_worse <= 1.0 for best, not_worse, _ in found.values())
+
+    def test_our_sides_of_least_squares_are_right(self):
+        sides = [Side("torch", "lstsq", "exact", nodes_regression.by_lstsq)]
+        layer = lpgd.NodeLayer(lpgd.nodes.LeastSquares())
+        sides.append(Side("lpgd", "QR", "exact", lambda data: (layer(*data), None)))
+        for shared in (False, True):
+            result = compare(nodes_regression.least_squares_case(3, 8, 3, shared), sides, FAST)
+            for entry in result.entries:
+                assert entry.error is None
+                assert entry.disagrees is None
+                assert entry.accuracy.cosine == pytest.approx(1.0)

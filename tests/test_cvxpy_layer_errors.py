@@ -299,3 +299,15 @@ def test_an_exact_gradient_of_zero_is_said() -> None:
         teaching = lpgd.CvxpyLayer(problem, [c], [x], gradient=lpgd.LPGD(tau=5.0))
         (gradient,) = torch.autograd.grad(teaching(cost)[0].sum(), cost)
     close([gradient], [torch.tensor([-0.1, -0.1])], 1e-4)  # the cost 1 ∓ 5, and -2 ± 5, moves each to its other bound
+
+
+def test_the_cost_is_not_warned_about_where_only_constraints_are_differentiated() -> None:
+    x, a, b, c = cp.Variable(3), cp.Parameter(3), cp.Parameter(), cp.Parameter(3)
+    layer = build(minimise(c @ x, a @ x == b, x >= 0, x <= 1), [a, b, c], [x], gradient=lpgd.ImplicitKKT())
+    rows, right, costs = torch.ones(3).double(), torch.tensor(1.5).double(), torch.tensor([1.0, 2.0, 3.0]).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(rows.requires_grad_(), right.requires_grad_(), costs)[0].square().sum().backward()
+    assert right.grad == pytest.approx(1.0)  # x = (1, ½, 0): the second variable moves with b
+    with pytest.warns(lpgd.LpgdWarning, match="the exact gradient of this linear program .* cost is zero"):
+        layer(rows, right, costs.requires_grad_())[0].square().sum().backward()

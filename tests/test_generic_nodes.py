@@ -75,14 +75,17 @@ def test_an_infeasible_problem_is_called_so():
 
 
 def test_a_warm_start_stays_on_its_branch_and_saves_iterations():
-    node = lpgd.Node(lambda x, y: ((y.square() - 1).square() + 0.1 * x * y).sum())
-    x = torch.zeros(1, 1, dtype=torch.float64)
-    own = lpgd.Node(node._functions["objective"], initial=lambda x: torch.full((1,), -0.7))
-    left = lpgd.NodeLayer(own).solve(x)
-    assert left.x.item() == pytest.approx(-1.0)
-    tilted = lpgd.NodeLayer(own).solve(x - 0.5, warm_start=left)
-    assert tilted.x.item() < -0.9
-    assert tilted.iterations[0] < left.iterations[0] + 1
+    def double_well(x, y):
+        return ((y.square() - 1).square() + 0.1 * x * y).sum()
+
+    layer = lpgd.NodeLayer(lpgd.Node(double_well, initial=lambda x: torch.full((1,), 0.7)))
+    x = torch.ones(1, 1, dtype=torch.float64)
+    right = layer.solve(x)
+    assert right.x.item() == pytest.approx(1.0, abs=0.02)
+    left = lpgd.NodeLayer(lpgd.Node(double_well, initial=lambda x: torch.full((1,), -0.7))).solve(x)
+    assert left.x.item() == pytest.approx(-1.0, abs=0.02)
+    assert layer.solve(x, warm_start=left).x.item() == pytest.approx(left.x.item(), abs=1e-12)
+    assert layer.solve(x, warm_start=right).iterations[0] < right.iterations[0]
 
 
 def test_lbfgs_equals_newton_where_many_variables_are():
@@ -148,6 +151,33 @@ def test_inputs_broadcast_and_shared_ones_get_the_sum_of_gradients():
     ours, theirs = (torch.autograd.grad((part * weights).sum(), (x, A)) for part in (y, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def test_an_empty_batch_is_no_trouble():
+    for node in (lpgd.nodes.RobustPooling(), lpgd.nodes.Projection(), lpgd.Node(squared_distance, nonnegative)):
+        x = torch.zeros(0, 3, requires_grad=True)
+        y = lpgd.NodeLayer(node)(x)
+        y.sum().backward()
+        assert y.shape[0] == 0
+        assert x.grad is not None
+        assert x.grad.shape == (0, 3)
+
+
+def test_diagnoses_work_on_nodes():
+    layer = lpgd.NodeLayer(lpgd.nodes.Projection("simplex", None), lpgd.LPGD(tau=1e-4))
+    inputs = random(0, 3, 4), torch.ones(3, dtype=torch.float64)
+    assert lpgd.gradcheck(layer, inputs).ok
+    report = lpgd.diagnose(layer, inputs, lambda y: y.pow(3).sum())
+    assert "LPGD" in str(report)
+
+
+def test_the_descent_test_takes_inputs_of_any_shape():
+    layer = lpgd.NodeLayer(lpgd.nodes.Projection("l2_sphere", None), lpgd.IgnoreConstraints(descent_test=True))
+    x, r = random(0, 3, 4).requires_grad_(), torch.ones(3, dtype=torch.float64, requires_grad=True)
+    y = layer(x, r)
+    y.sum().backward()
+    exact = torch.autograd.grad(lpgd.NodeLayer(layer.node)(x, r).sum(), x)[0]
+    torch.testing.assert_close(y.info.gradients[0].descent, exact.sum(-1))  # ĝ = 1 for x and 0 for r
 
 
 def test_nodes_compose():

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +185,6 @@ def main(arguments: list[str] | None = None) -> int:
         "two-stage, one item more": {"shares": [experiment.baseline(exchanges=False)]},
         "two-stage, and exchanges": {"shares": [experiment.baseline(exchanges=True)]},
     }
-    # The relaxation's costs are given: that their exact gradient is zero does not matter here.
-    warnings.filterwarnings("ignore", "the exact gradient of this linear program with respect to its cost")
     for method in options.methods:
         runs = [experiment.fit(method, seed) for seed in seeds]
         seconds = float(np.mean([run["train_seconds"] for run in runs]))

@@ -80,9 +80,10 @@ def advise(report: Report) -> str:
             f"step of {further[0].name} takes {format_share(further[0].decrease)} of the loss away; lpgd.sweep "
             "compares other values of tau and rho."
         )
-    if unlike and not math.isnan(found.relative):
+    worst = unlike[0] if unlike else None
+    if worst is not None and worst.exact is not None and not math.isnan(found.relative):
         return (
-            f"the gradient of {unlike[0].name} is at cosine {unlike[0].exact.cosine:.2f} to the exact one: the step is "  # type: ignore[union-attr]
+            f"the gradient of {worst.name} is at cosine {worst.exact.cosine:.2f} to the exact one: the step is "
             "far from infinitesimal, as it may be on purpose; a smaller tau comes closer."
         )
     return (

@@ -222,7 +222,7 @@ class Pass:
         self.backward(None)
         self.problem, solution, self.cotangent, self.solver, self.executor = self._switch.seen.arguments
         self.solution = replace(
-            solution, **{name: getattr(solution, name).detach() for name in (*solution.point._fields,)}
+            solution, **{name: getattr(solution, name).detach() for name in solution.outputs._fields}
         )
 
     def backward(self, method: GradientMethod | None) -> Backward:
@@ -291,7 +291,7 @@ class Pass:
     def natural_size(self, leaf: Leaf) -> float:
         """The norm that a gradient has where a relative change of a parameter makes an equal one of the solution."""
         sizes = [
-            float((g * part.nan_to_num()).norm()) for g, part in zip(self.cotangent, self.solution.point, strict=True)
+            float((g * part.nan_to_num()).norm()) for g, part in zip(self.cotangent, self.solution.outputs, strict=True)
         ]
         floor = 1e-3 * sum(float(part.norm()) for part in self.cotangent)
         return (sum(sizes) + floor) / (float(leaf.values.detach().norm()) or 1.0)

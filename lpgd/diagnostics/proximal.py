@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import cvxpy as cp
 import numpy as np
@@ -84,7 +84,7 @@ def _element(
         raise ValueError(
             f"the proximal step of element {element} has no accurate solution: CVXPY says {problem.status}."
         )
-    return float(problem.value)  # type: ignore[arg-type]
+    return float(cast(Any, problem.value))
 
 
 def _outputs(layer: Any, x: cp.Variable) -> list[Any]:

@@ -6,6 +6,7 @@ Networks.
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -68,7 +69,10 @@ class IgnoreConstraints(GradientMethod):
             gradient = problem.scatter(active, part.directional_gradient(_alone(solution.x[active]), change))
         if self.descent_test:
             exact, _ = ClosedForm().vjp(problem, solution, cotangent, solver, executor)
-            products = [(a * b).flatten(1).sum(-1) for a, b in zip(exact, gradient, strict=True)]
+            products = [
+                (a * b).reshape(a.shape[0], math.prod(a.shape[1:])).sum(-1)
+                for a, b in zip(exact, gradient, strict=True)
+            ]
             info.descent = torch.stack(products).sum(0).cpu()
         return gradient, info
 

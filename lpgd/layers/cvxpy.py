@@ -11,6 +11,7 @@ import cvxpy as cp
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from lpgd.autograd import OnError
 from lpgd.gradients import GradientMethod
@@ -190,7 +191,11 @@ class _Columns:
             ]
             empty = torch.zeros(*leading, 0, dtype=torch.float64, device=self.device)
             self.cache[batched] = torch.cat([*parts, empty], dim=-1)
-        return self.cache[batched]
+        vector = self.cache[batched]
+        if vector.requires_grad and not any(self.parts[position].requires_grad for position in positions):
+            # A datum that no differentiated parameter reaches needs no gradient, whatever the others do.
+            return vector.detach() if unpack_dual(vector).tangent is None else vector
+        return vector
 
 
 def _log(values: Tensor) -> Tensor:

@@ -349,7 +349,7 @@ class SmoothProblem:
         """(B,) whether an element's inputs are finite."""
         fine = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
         for datum in self.data:
-            fine = fine & torch.isfinite(datum).reshape(self.batch_size, -1).all(-1)
+            fine = fine & torch.isfinite(datum).reshape(datum.shape[0], math.prod(datum.shape[1:])).all(-1)
         return fine
 
 

@@ -56,6 +56,8 @@ class BaseSolver(ABC):
     name: ClassVar[str]
     finest_tolerance: ClassVar[float] = 0.0
     """The smallest tolerance that the solver reaches in double precision on well-scaled problems."""
+    is_torch: ClassVar[bool] = False
+    """Its work, and that of derivatives, are torch operations on whole batches: with as many threads as torch has."""
 
     @property
     @abstractmethod

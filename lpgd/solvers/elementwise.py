@@ -11,7 +11,7 @@ import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -98,7 +98,7 @@ class ElementwiseSolver(Solver):
         chunks = view.groups(view.valid, executor, len(states) or None)
         tasks: list[_Task] = []
         results: list[_Results] = []
-        if executor is None and len(chunks) > 1:
+        if len(chunks) > 1 and (executor is None or isinstance(executor, ThreadPoolExecutor)):
             trial, started = chunks[0][:TRIAL], time.perf_counter()
             tasks.append(_task(self, view, digests, trial, states))
             results.append(_solve_elements(tasks[0]))

@@ -52,6 +52,7 @@ class NodeSolver(BaseSolver):
     max_iterations: int | None = None
 
     name: ClassVar[str] = "NODE"
+    is_torch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.algorithm not in get_args(Algorithm):
@@ -92,6 +93,9 @@ class NodeSolver(BaseSolver):
 
     def _answer(self, problem: SmoothProblem, start: Tensor | None) -> _Answer:
         node = problem.node
+        if problem.batch_size == 0:
+            empty = torch.zeros(0, dtype=torch.int64, device=problem.device)
+            return _Answer(problem.data[0].new_zeros(0, problem.structure.n), empty, empty, None, None, None)
         if self.algorithm == "own" and not problem.is_shifted:
             y = None if start is None else problem.shaped(start)
             inputs = tuple(problem.data)
@@ -107,9 +111,6 @@ class NodeSolver(BaseSolver):
         if start is None:
             start = node.initial(problem.structure.shape, *problem.data).reshape(problem.batch_size, -1)
         x = start.to(problem.dtype)
-        if problem.batch_size == 0:
-            empty = torch.zeros(0, dtype=torch.int64, device=x.device)
-            return _Answer(x, empty, empty, None, None, None)
         if self.algorithm == "scipy":
             answer = scipy_minimise(problem, x, self.tolerance or 1e-10, self.max_iterations or 2000)
             return _Answer(*answer, None, None, None)

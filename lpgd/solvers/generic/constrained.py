@@ -126,7 +126,10 @@ def method_of_multipliers(
     iterations = torch.zeros(size, dtype=torch.int64, device=x.device)
     rows = torch.arange(size, device=x.device)
     slope = torch.func.grad(lambda x: problem.objective(x).sum())(x)
-    penalty = 10 * slope.abs().amax(-1).clamp(1e-2, 1e4)
+    # A penalty's curvature is that of long rows too: c |∇h|² is what the objective is weighed against.
+    signs = torch.ones_like(torch.cat([h, g], -1))
+    rows_squared = problem.jacobian_product(x)(signs).square().sum(-1) / signs.shape[-1]
+    penalty = 10 * slope.abs().amax(-1).clamp(1e-2, 1e4) / rows_squared.clamp(min=1)
     violation = torch.full_like(penalty, torch.inf)
     precision = torch.finfo(x.dtype).eps ** 0.6
     for _ in range(max_rounds):

@@ -18,6 +18,8 @@ __all__ = ["Descent", "lbfgs", "newton"]
 
 MEMORY = 20
 """Pairs of steps and gradient changes that L-BFGS keeps."""
+PATIENCE = 10
+"""Iterations without a smaller gradient after which L-BFGS ends, at the precision of values."""
 UNBOUNDED = 1e15
 """Points, or falls of the objective, of this size count as unbounded."""
 
@@ -167,7 +169,7 @@ def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_
     curved = torch.func.vjp(function.gradient, x)[1](x)[0]
     scale = torch.maximum(run.slope.abs().amax(-1), curved.abs().amax(-1))
     steps, changes = x.new_zeros(MEMORY, size, n), x.new_zeros(MEMORY, size, n)
-    inverse = x.new_zeros(MEMORY, size)
+    inverse, stale = x.new_zeros(MEMORY, size), torch.zeros_like(run.rows)
     for _ in range(max_iterations):
         large = run.slope.abs().amax(-1)
         bad = ~(torch.isfinite(run.value) & torch.isfinite(large))
@@ -175,6 +177,7 @@ def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_
         status = torch.where(far, int(Status.UNBOUNDED), _ends(bad, Status.NUMERICAL_ERROR))
         left = run.end((large <= tolerance * scale) | bad | far, status)
         scale, steps, changes, inverse = scale[left], steps[:, left], changes[:, left], inverse[:, left]
+        stale = stale[left]
         if not len(run.rows):
             break
         direction = _two_loops(run.slope, steps, changes, inverse)
@@ -185,7 +188,11 @@ def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_
         direction = torch.where(fresh[:, None], direction / first[:, None], direction)
         run.iterations[run.rows] += 1
         before, slope = run.x, run.slope
-        ended, _ = run.search(direction, quick=False)
+        ended, precise = run.search(direction, quick=False)
+        # At the precision of values, gradients that hardly fall any more are at their end, too.
+        large = run.slope.abs().amax(-1)
+        stale = torch.where(precise & (large > 0.9 * run.best), stale + 1, 0)
+        run.best = torch.minimum(run.best, large)
         step, change = run.x - before, run.slope - slope
         product = (step * change).sum(-1)
         good = product > torch.finfo(x.dtype).eps * change.square().sum(-1)
@@ -196,10 +203,11 @@ def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_
         # A history that leads nowhere is forgotten once; without one, this is as far as it goes.
         inverse = torch.where(ended & ~fresh, 0, inverse)
         steps = torch.where((inverse[0] == 0)[:, None], 0, steps)
-        ended = ended & fresh
+        ended = (ended & fresh) | (stale >= PATIENCE)
         small = run.slope.abs().amax(-1) <= torch.finfo(x.dtype).eps ** 0.4 * scale
         left = run.end(ended, _ends(~small, Status.NUMERICAL_ERROR))
         scale, steps, changes, inverse = scale[left], steps[:, left], changes[:, left], inverse[:, left]
+        stale = stale[left]
     run.whole[run.rows] = run.x
     return Descent(run.whole, run.status, run.iterations)
 

@@ -1,0 +1,213 @@
+"""Least squares: optimality, the derivative, and what the options add."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lpgd.problems.node import Tilt
+from lpgd.solvers.nodes.least_squares import LeastSquares
+from lpgd.status import Status
+
+OPTIONS = [
+    dict(zip(("weighted", "ridge", "bias", "columns"), chosen, strict=True))
+    for chosen in itertools.product((False, True), repeat=4)
+]
+B, M, N, K = 3, 9, 4, 2
+
+
+def problem(node: LeastSquares, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(B, M, N, generator=generator, dtype=torch.float64)
+    b = torch.randn(B, M, *(K,) * node.columns, generator=generator, dtype=torch.float64)
+    weights = torch.rand(B, M, generator=generator, dtype=torch.float64) + 0.2
+    ridge = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
+    inputs = [A, b] + [weights] * node.weighted + [ridge] * node.ridge
+    return tuple(part.to(dtype) for part in inputs)
+
+
+def differentiable(node, *inputs: Tensor) -> Tensor:
+    """The node's solver and closed form as one differentiable function."""
+
+    class Solve(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            answer = node.solve(inputs, None)
+            ctx.save_for_backward(*inputs, answer.y)
+            ctx.aux = answer.aux
+            return answer.y
+
+        @staticmethod
+        def backward(ctx, cotangent):
+            *inputs, y = ctx.saved_tensors
+            return node.vjp(tuple(inputs), y, cotangent, ctx.aux)
+
+    return Solve.apply(*inputs)
+
+
+def by_normal_equations(node: LeastSquares, inputs: tuple[Tensor, ...]) -> Tensor:
+    """A dense solve by torch's own operations, differentiated by autograd."""
+    named = dict(zip(node.input_names, inputs, strict=True))
+    A = named["A"]
+    design = torch.cat([A, torch.ones_like(A[..., :1])], -1) if node.bias else A
+    W = named.get("weights", torch.ones_like(A[..., 0]))[..., None] * design
+    gram = W.mT @ design
+    if node.ridge:
+        mask = torch.ones(design.shape[-1], dtype=A.dtype)
+        mask[N:] = 0.0
+        gram = gram + named["ridge"][:, None, None] * torch.diag(mask)
+    b = named["b"] if node.columns else named["b"][..., None]
+    y = torch.linalg.solve(gram, W.mT @ b)
+    return y if node.columns else y[..., 0]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_solution_and_gradients_are_those_of_the_normal_equations(options):
+    node = LeastSquares(**options)
+    ours = [part.clone().requires_grad_() for part in problem(node)]
+    theirs = [part.clone().requires_grad_() for part in problem(node)]
+    y, expected = differentiable(node, *ours), by_normal_equations(node, tuple(theirs))
+    assert y.shape == (B, *node.variable_shape(*(part.shape[1:] for part in ours)))
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    cotangent = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+    for one, other in zip(
+        torch.autograd.grad(y, ours, cotangent), torch.autograd.grad(expected, theirs, cotangent), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_objective_is_stationary_at_the_solution(options):
+    node = LeastSquares(**options)
+    inputs = problem(node)
+    y = node.solve(inputs, None).y.requires_grad_()
+    (slope,) = torch.autograd.grad(node.objective(y, *inputs).sum(), y)
+    assert slope.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=str)
+def test_gradcheck(options):
+    node = LeastSquares(**options)
+    inputs = tuple(part.requires_grad_() for part in problem(node))
+    assert torch.autograd.gradcheck(lambda *parts: differentiable(node, *parts), inputs, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_shared_inputs_are_the_same_as_copies(options):
+    node = LeastSquares(**options)
+    inputs = problem(node)
+    shared = tuple(
+        part if name == "b" else part[:1].expand_as(part) for name, part in zip(node.input_names, inputs, strict=True)
+    )
+    copies = tuple(part.clone(memory_format=torch.contiguous_format) for part in shared)
+    one, other = node.solve(shared, None), node.solve(copies, None)
+    assert one.aux[0].shape[0] == 1
+    torch.testing.assert_close(one.y, other.y, rtol=0, atol=1e-13)
+    cotangent = torch.randn_like(one.y)
+    for mine, theirs in zip(
+        node.vjp(shared, one.y, cotangent, one.aux), node.vjp(copies, other.y, cotangent, None), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+def test_batched_is_one_by_one():
+    node = LeastSquares(weighted=True, ridge=True, bias=True)
+    inputs = problem(node)
+    y = node.solve(inputs, None).y
+    for index in range(B):
+        alone = node.solve(tuple(part[index : index + 1] for part in inputs), None).y
+        torch.testing.assert_close(alone[0], y[index], rtol=0, atol=1e-14)
+
+
+def test_single_precision():
+    node = LeastSquares(weighted=True, ridge=True, bias=True)
+    inputs = tuple(part.requires_grad_() for part in problem(node, torch.float32))
+    y = differentiable(node, *inputs)
+    gradients = torch.autograd.grad(y.sum(), inputs)
+    doubles = tuple(part.detach().double().requires_grad_() for part in inputs)
+    exact = differentiable(node, *doubles)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=2e-6)
+    for one, other in zip(gradients, torch.autograd.grad(exact.sum(), doubles), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5)
+
+
+def test_ill_conditioned_columns_lose_no_more_than_the_condition_number():
+    """With a residual of zero the error of QR grows with the condition number 1e6, not with its square."""
+    generator = torch.Generator().manual_seed(2)
+    left = torch.linalg.qr(torch.randn(20, 3, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64)).Q
+    A = left * torch.tensor([1.0, 1e-3, 1e-6], dtype=torch.float64) @ right
+    x = torch.ones(3, dtype=torch.float64)
+    y = LeastSquares().solve((A[None], (A @ x)[None]), None).y[0]
+    assert (y - x).norm() < 1e-8
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("rho", [0.0, 0.7])
+def test_tilted_and_augmented_problems(columns, rho):
+    node = LeastSquares(weighted=True, bias=True, columns=columns)
+    inputs = problem(node)
+    generator = torch.Generator().manual_seed(3)
+    y = node.solve(inputs, None).y
+    tilt = Tilt(torch.randn(y.shape, generator=generator, dtype=y.dtype), rho, y * bool(rho))
+    moved = node.solve_tilted(inputs, tilt, y).y.requires_grad_()
+    value = node.objective(moved, *inputs).sum() + (tilt.linear * moved).sum()
+    value = value + 0.5 * rho * (moved - tilt.center).square().sum()
+    assert torch.autograd.grad(value, moved)[0].abs().max() < 1e-12
+
+
+def test_elements_without_a_unique_solution_fail_alone():
+    node = LeastSquares(weighted=True)
+    A, b, weights = (part.clone() for part in problem(node))
+    A[1, :, 2] = 2 * A[1, :, 0]
+    weights[2, 0] = -1.0
+    answer = node.solve((A, b, weights), None)
+    assert list(answer.statuses) == [Status.SOLVED, Status.NUMERICAL_ERROR, Status.INVALID_DATA]
+    root = weights[0].sqrt()
+    exact = np.linalg.lstsq((root[:, None] * A[0]).numpy(), (root * b[0]).numpy(), rcond=None)[0]
+    np.testing.assert_allclose(answer.y[0], exact, atol=1e-12)
+
+
+def test_a_ridge_makes_wide_problems_unique():
+    node = LeastSquares(ridge=True)
+    A = torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    b, ridge = torch.ones(2, 3, dtype=torch.float64), torch.tensor([0.5, 0.0], dtype=torch.float64)
+    answer = node.solve((A, b, ridge), None)
+    assert list(answer.statuses) == [Status.SOLVED, Status.NUMERICAL_ERROR]
+    dual = A[0].T @ torch.linalg.solve(A[0] @ A[0].T + 0.5 * torch.eye(3, dtype=torch.float64), b[0])
+    torch.testing.assert_close(answer.y[0], dual, rtol=0, atol=1e-13)
+
+
+def test_zero_weights_leave_rows_out():
+    node = LeastSquares(weighted=True)
+    A, b, weights = (part.clone() for part in problem(node))
+    weights[:, 6:] = 0.0
+    answer = node.solve((A, b, weights), None)
+    exact = torch.linalg.lstsq(weights[:, :6, None].sqrt() * A[:, :6], weights[:, :6, None].sqrt() * b[:, :6, None])
+    torch.testing.assert_close(answer.y, exact.solution[..., 0], rtol=0, atol=1e-12)
+    assert torch.isfinite(node.vjp((A, b, weights), answer.y, torch.ones_like(answer.y), answer.aux)[2]).all()
+
+
+def test_inputs_stay_as_they_are_and_nothing_moves():
+    node = LeastSquares(weighted=True, ridge=True)
+    inputs = problem(node)
+    kept = [part.clone() for part in inputs]
+    assert torch.equal(node.solve(inputs, None).y, node.solve(inputs, None).y)
+    assert all(torch.equal(part, own) for part, own in zip(inputs, kept, strict=True))
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="b has 5 rows; A has 4"):
+        LeastSquares().variable_shape((4, 2), (5,))
+    with pytest.raises(ValueError, match="weights has 3 rows"):
+        LeastSquares(weighted=True).variable_shape((4, 2), (4,), (3,))
+    with pytest.raises(ValueError, match=r"3 rows for 4 unknowns.*ridge=True"):
+        LeastSquares(bias=True).variable_shape((3, 3), (3,))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LeastSquares().ridge = True  # pyright: ignore[reportAttributeAccessIssue]
