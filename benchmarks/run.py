@@ -30,6 +30,7 @@ COMPARISONS = (
     "reuse",
     "scaling",
     "blackbox",
+    "nodes_pooling",
     "nodes_regression",
     "nodes_sphere",
     "nodes_transport",

@@ -12,7 +12,7 @@ import scipy.optimize
 import torch
 
 import lpgd
-from benchmarks import blackbox, nodes_regression, nodes_sphere, run
+from benchmarks import blackbox, nodes_pooling, nodes_regression, nodes_sphere, run
 from benchmarks.dense_qp import dense_qp_case, draw_qps, our_qp_sides
 from benchmarks.exact import solve_qp_exactly
 from benchmarks.harness import Case, Settings, Side, compare, time_limit
@@ -250,3 +250,10 @@ class TestNodes:
                 assert entry.error is None
                 assert entry.disagrees is None
                 assert entry.accuracy.cosine == pytest.approx(1.0)
+
+
+def test_the_shared_lbfgs_minimises_what_the_node_does() -> None:
+    x = nodes_pooling.images((2, 3, 6, 6)).double()
+    node = lpgd.nodes.RobustPooling("huber", dim=(-2, -1))
+    expected = lpgd.NodeLayer(node)(x).reshape(-1)
+    torch.testing.assert_close(nodes_pooling.shared_lbfgs(node, x), expected, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,109 @@
+"""Robust pooling against one L-BFGS for all channels at once, and projections against the generic implicit gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from lpgd.gradients import ImplicitKKT
+from lpgd.layers.node import NodeLayer
+from lpgd.solvers.nodes.projection import Projection
+from lpgd.solvers.nodes.robust_pooling import Penalty, RobustPooling
+
+from .harness import Settings
+from .nodes_sphere import take_turns
+from .results import Target
+
+__all__ = ["run"]
+
+SHAPE, QUICK_SHAPE = (32, 64, 28, 28), (4, 8, 28, 28)
+PROJECTIONS = ("l2_sphere", "l2_ball", "l1_sphere", "l1_ball", "linf_sphere", "linf_ball", "simplex")
+
+
+def images(shape: tuple[int, ...]) -> Tensor:
+    """Normal noise in float32, and a tenth of outliers."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    return x + 8.0 * (torch.rand(shape, generator=generator) < 0.1)
+
+
+def shared_lbfgs(node: RobustPooling, x: Tensor) -> Tensor:
+    """All minimisers together as one vector, from the means, as the authors of declarative networks do it."""
+    flat = x.detach().flatten(2).flatten(0, 1)
+    y = flat.mean(1).requires_grad_()
+    optimiser = torch.optim.LBFGS([y], lr=1, max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        value = node.objective(y, flat).sum()
+        value.backward()
+        return value
+
+    optimiser.step(closure)  # pyright: ignore[reportArgumentType]
+    return y.detach()
+
+
+def pooling(settings: Settings) -> Iterator[Target]:
+    shape = QUICK_SHAPE if settings.quick else SHAPE
+    x = images(shape).requires_grad_()
+    flat = x.detach().flatten(2).flatten(0, 1)
+    repeats = 1 if settings.quick else 3
+    for penalty in get_args(Penalty):
+        node = RobustPooling(penalty, dim=(-2, -1))
+        layer = NodeLayer(node)
+        found: dict[str, Tensor] = {}
+
+        def forward(layer: NodeLayer = layer, found: dict[str, Tensor] = found) -> None:
+            found["ours"] = layer(x)
+
+        def backward(found: dict[str, Tensor] = found) -> None:
+            torch.autograd.grad(found["ours"].sum(), x, retain_graph=True)
+
+        def theirs(node: RobustPooling = node, found: dict[str, Tensor] = found) -> None:
+            found["lbfgs"] = shared_lbfgs(node, x)
+
+        forward()
+        seconds = take_turns({"forward": forward, "backward": backward, "lbfgs": theirs}, repeats)
+        both = seconds["forward"] + seconds["backward"]
+        values = [node.objective(y.detach().reshape(-1), flat) for y in (found["ours"], found["lbfgs"])]
+        worse = float(((values[0] - values[1]) / (1.0 + values[1].abs())).max())
+        note = (
+            f"{seconds['forward']:.3f} + {seconds['backward']:.3f} s against {seconds['lbfgs']:.3f} s with the same "
+            f"backward pass; objective above theirs by {worse:.0e} at most, relatively"
+        )
+        title = f"robust pooling, {penalty}, {'×'.join(map(str, shape))} float32: shared L-BFGS / ours, both passes"
+        yield Target(title, 3.0, None, (seconds["lbfgs"] + seconds["backward"]) / both, note=note)
+
+
+def projections(settings: Settings) -> Iterator[Target]:
+    batch, n = (16, 32) if settings.quick else (256, 128)
+    x = torch.randn(batch, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    for name in PROJECTIONS:
+        outputs = {
+            "structured": NodeLayer(Projection(name))(3.0 * x),
+            "generic": NodeLayer(Projection(name), ImplicitKKT())(3.0 * x),
+        }
+        gradients = {}
+
+        def backward(kind: str, outputs: dict[str, Tensor] = outputs, gradients: dict[str, Tensor] = gradients) -> None:
+            (gradients[kind],) = torch.autograd.grad(
+                outputs[kind].square().sum() + outputs[kind][:, 0].sum(), x, retain_graph=True
+            )
+
+        seconds = take_turns(
+            {kind: lambda kind=kind, backward=backward: backward(kind) for kind in outputs}, 1 if settings.quick else 3
+        )
+        error = float((gradients["structured"] - gradients["generic"]).abs().max())
+        note = (
+            f"{1e3 * seconds['structured']:.2f} and {1e3 * seconds['generic']:.2f} ms; gradients differ by {error:.0e}"
+        )
+        title = f"projection, {name}, batch {batch}, n {n}: generic implicit backward / structured"
+        yield Target(title, 1.0, None, seconds["generic"] / seconds["structured"], note=note)
+
+
+def run(settings: Settings) -> Iterator[Target]:
+    yield from pooling(settings)
+    yield from projections(settings)
