@@ -55,3 +55,7 @@ def _one(node: Any, inputs: list[Tensor], y: Tensor, cotangent: Tensor) -> tuple
     along = slope @ s + equality(free) @ t
     found = torch.autograd.grad(along, data, allow_unused=True)
     return tuple(torch.zeros_like(part) if grad is None else -grad for part, grad in zip(data, found, strict=True))
+
+
+ROUNDING = 1e-12
+"""Two solves of the same problem: sums of MKL depend on how memory is aligned, so that bits can differ."""

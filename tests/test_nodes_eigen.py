@@ -18,6 +18,7 @@ from lpgd.solvers.nodes.eigen import (
 )
 from lpgd.solvers.nodes.principal_vector import PrincipalVector, principal_vjp_symmetric
 from lpgd.status import LpgdWarning, SolverError, Status
+from tests.node_reference import ROUNDING
 
 from .node_reference import bordered_gradient, stationarity
 
@@ -106,10 +107,12 @@ def test_signs_follow_the_reference():
     matrix = symmetric(4, seed=5)
     y = PrincipalVector().solve((matrix,), None).y
     assert (y.sum(-1) > 0).all()
-    assert torch.equal(PrincipalVector(reference=(-1.0,) * 4).solve((matrix,), None).y, -y)
+    torch.testing.assert_close(
+        PrincipalVector(reference=(-1.0,) * 4).solve((matrix,), None).y, -y, rtol=0, atol=ROUNDING
+    )
     U = EigenDecomposition(2).solve((matrix,), None).y
     flipped = U * torch.tensor([-1.0, 1.0], dtype=torch.float64)
-    assert torch.equal(EigenDecomposition(2).solve((matrix,), flipped).y, flipped)
+    torch.testing.assert_close(EigenDecomposition(2).solve((matrix,), flipped).y, flipped, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("node", NODES, ids=repr)
@@ -242,7 +245,7 @@ def test_a_batch_is_its_elements_and_answers_are_repeatable(node):
     matrix = matrices(node, batch=4, seed=6)
     copy = matrix.clone()
     whole = node.solve((matrix,), None)
-    assert torch.equal(node.solve((matrix,), None).y, whole.y)
+    torch.testing.assert_close(node.solve((matrix,), None).y, whole.y, rtol=0, atol=ROUNDING)
     cotangent = random_like(whole.y)
     (gradient,) = node.vjp((matrix,), whole.y, cotangent, whole.aux)
     for index in range(4):
