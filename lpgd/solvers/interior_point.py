@@ -20,7 +20,6 @@ from lpgd.solvers.base import Capabilities, Solver, checked
 from lpgd.solvers.box_program import BoxProgram, Scaling
 from lpgd.solvers.clarabel import Clarabel
 from lpgd.solvers.equality_system import KeptSystem
-from lpgd.solvers.newton_system import newton_system
 from lpgd.solvers.predictor_corrector import Answers, Limits, solve_programs
 from lpgd.status import Status
 
@@ -180,8 +179,6 @@ class InteriorPoint(Solver):
         if min(workers, distinct) < 2 or work < CHUNKED:
             with all_torch_threads() if work > THREADED and workers > 1 else nullcontext():
                 return _solve_task(task)
-        # What the chunks share is worked out before they start.
-        newton_system(task.program)
         chunks = [torch.arange(chunk.start, chunk.stop) for chunk in split(distinct, executor, per_worker=1)]
         # The copies of an element stay together.
         rows = [torch.cat([chunk + start for start in range(0, size, distinct)]) for chunk in chunks]
@@ -226,8 +223,9 @@ def _active_set(problem: ConicProblem, states: Sequence[Any]) -> ActiveSet | Non
     if not states or not all(isinstance(state, _State) for state in states):
         return None
     batch = states[0].batch
-    if batch.rows.shape[1] != m or batch.upper.shape[1] != n or batch.rows.device != problem.device:
-        return None
+    for other in {id(state.batch): state.batch for state in states}.values():
+        if other.rows.shape[1] != m or other.upper.shape[1] != n or other.rows.device != problem.device:
+            return None
     if all(state.batch is batch for state in states):
         return batch.select(torch.tensor([state.row for state in states], device=problem.device))
     parts = [state.batch.select(torch.tensor([state.row], device=problem.device)) for state in states]
