@@ -104,6 +104,7 @@ class SmoothProblem:
         linear: (B, n) cost of the term ``<linear, y>``, or None.
         equality_shift, inequality_shift: (B, p) and (B, r), added to h and g, or None.
         rho, center: the term ``(ρ/2) |y - center|²``; center is (B, n), or None for ρ = 0.
+        unit: (B, 1), what the objective and its added terms are divided by, or None (:meth:`in_units`).
 
     Raises:
         ValueError: inputs of another number of rows, or of several dtypes.
@@ -117,6 +118,7 @@ class SmoothProblem:
     inequality_shift: Tensor | None = None
     rho: float = 0.0
     center: Tensor | None = None
+    unit: Tensor | None = None
 
     can_tilt: ClassVar[bool] = True
     can_augment: ClassVar[bool] = True
@@ -177,7 +179,9 @@ class SmoothProblem:
             )
         if self.linear is not None:
             value = value + (self.linear * x).sum(-1)
-        return value if self.center is None else value + 0.5 * self.rho * (x - self.center).square().sum(-1)
+        if self.center is not None:
+            value = value + 0.5 * self.rho * (x - self.center).square().sum(-1)
+        return value if self.unit is None else value / self.unit[:, 0]
 
     def constraints(self, x: Tensor, data: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The values of h (B, p) and g (B, r); no columns where there are none."""
@@ -222,6 +226,23 @@ class SmoothProblem:
         if not like.shape[-1]:
             return x.new_zeros(x.shape[0], 0, x.shape[-1])
         return _rows(self.jacobian_product(x), like)
+
+    def in_units(self, x: Tensor) -> tuple[SmoothProblem, Tensor]:
+        """The same minimisers with an objective whose curvature near x is of the order of one, and the unit.
+
+        What counts as zero must not depend on the units of the objective.  Multipliers of the answer are those of this
+        problem divided by the unit, a power of two (B, 1), so that nothing is rounded.  The curvature is that of a
+        finite step: the second derivative at x may be infinite (a logarithm at zero), or zero.
+        """
+        pattern = torch.arange(1, x.shape[-1] + 1, dtype=torch.float64, device=x.device)
+        direction = ((pattern.square() * math.sqrt(2)).frac() + 0.5).to(x.dtype)
+        slope = torch.func.grad(lambda x: self.objective(x).sum())
+        reach = 1 + _maximum(x)
+        here, there = slope(x), slope(x + 0.01 * reach[:, None] * direction)
+        sizes = torch.stack([_maximum(here), 100 * _maximum(there - here)]) / reach
+        size = torch.where(torch.isfinite(sizes), sizes, 0).amax(0)
+        unit = torch.where(size > 0, size, 1).log2().round().exp2()[:, None]
+        return replace(self, unit=unit if self.unit is None else self.unit * unit), unit
 
     # -- the two changes it can be solved again after ----------------------------------------------------------
 
@@ -353,7 +374,7 @@ class SmoothProblem:
         return fine
 
 
-_ADDED = ("linear", "equality_shift", "inequality_shift", "center")
+_ADDED = ("linear", "equality_shift", "inequality_shift", "center", "unit")
 
 
 def _rows(pull: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
