@@ -112,8 +112,7 @@ class NodeSolver(BaseSolver):
             start = node.initial(problem.structure.shape, *problem.data).reshape(problem.batch_size, -1)
         x = start.to(problem.dtype)
         if self.algorithm == "scipy":
-            answer = scipy_minimise(problem, x, self.tolerance or 1e-10, self.max_iterations or 2000)
-            return _Answer(*answer, None, None, None)
+            return self._by_scipy(problem, x)
         h, g = problem.constraints(x)
         if not h.shape[-1] and not g.shape[-1]:
             found = self._minimise(AugmentedLagrangian(problem), x)
@@ -125,6 +124,15 @@ class NodeSolver(BaseSolver):
             x = torch.where(fine[:, None], point.x, found.x)
             return _Answer(x, found.status, found.iterations + more, None, h, g)
         return self._constrained(problem, x, known)
+
+    def _by_scipy(self, problem: SmoothProblem, x: Tensor) -> _Answer:
+        problem, _ = problem.in_units(x)  # SciPy's tolerances are absolute
+        x, status, iterations = scipy_minimise(problem, x, self.tolerance or 1e-10, self.max_iterations or 2000)
+        h, g = problem.constraints(x)
+        if not h.shape[-1] and not g.shape[-1]:
+            saddle = ~is_minimiser(problem, SmoothPoint(x, h, g))  # where it started, by symmetry
+            status = torch.where(saddle & (status == int(Status.SOLVED)), int(Status.NUMERICAL_ERROR), status)
+        return _Answer(x, status, iterations, None, None, None)
 
     def _constrained(self, problem: SmoothProblem, x: Tensor, known: bool) -> _Answer:
         if not known:

@@ -24,6 +24,9 @@ from lpgd.status import Status
 
 __all__ = ["ConstrainedResult", "is_minimiser", "method_of_multipliers", "polish", "warm_point"]
 
+ENDLESS = 6
+"""So many penalties, each ten times the last, on which an objective falls without limit: it is unbounded."""
+
 Minimise = Callable[[AugmentedLagrangian, Tensor], Descent]
 
 
@@ -138,12 +141,14 @@ def method_of_multipliers(
     rows_squared = problem.jacobian_product(x)(signs).square().sum(-1) / signs.shape[-1]
     penalty = 10 * slope.abs().amax(-1).clamp(1e-2, 1e4) / rows_squared.clamp(min=1)
     violation = torch.full_like(penalty, torch.inf)
+    endless = torch.zeros_like(rows)  # rounds, one after the other, that fell without limit
     precision = torch.finfo(x.dtype).eps ** 0.6
     for _ in range(max_rounds):
         if not len(rows):
             break
         descent = minimise(AugmentedLagrangian(problem, point.nu, point.lam, penalty), point.x)
         iterations[rows] += descent.iterations
+        endless = torch.where(descent.status == int(Status.UNBOUNDED), endless + 1, 0)
         usable = torch.isfinite(descent.x).all(-1) & (descent.status != int(Status.UNBOUNDED))
         x = torch.where(usable[:, None], descent.x, point.x)
         h, g = problem.constraints(x)
@@ -169,7 +174,7 @@ def method_of_multipliers(
             status[rows[done]] = int(Status.SOLVED)
             solved[done] = True
         penalty = torch.where(slow, 10 * penalty, penalty)
-        hopeless = ~solved & (penalty > 1e12)
+        hopeless = ~solved & ((penalty > 1e12) | (endless >= ENDLESS))
         ended = solved | hopeless
         if ended.any() or not usable.all():
             lost = rows[hopeless]
@@ -185,6 +190,7 @@ def method_of_multipliers(
             own[rows[left]] = new[left]
         if ended.any():
             rows, point, penalty, violation = rows[left], point.select(left), penalty[left], violation[left]
+            endless = endless[left]
             problem = problem.select(left.tolist())
     residual = _residual(problem, point)[0] if len(rows) else penalty
     status[rows] = torch.where(residual <= precision**0.5, int(Status.INACCURATE), status[rows])

@@ -1,0 +1,120 @@
+"""Generic nodes at hard starts, in odd units, without a minimum, and under the modes of PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lpgd
+from tests.node_cases import random
+
+
+def squared_distance(x, y):
+    return 0.5 * (y - x).square().sum()
+
+
+def double_well(x, y):
+    return (y.square() - 1).square().sum() + 0.1 * (x * y).sum()
+
+
+# -- starts that are stationary, and no minimum ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["newton", "lbfgs"])
+def test_a_start_at_a_maximum_or_saddle_is_left(algorithm):
+    layer = lpgd.NodeLayer(lpgd.Node(double_well), solver=lpgd.NodeSolver(algorithm=algorithm))
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(layer.solve(x).x.abs(), torch.ones_like(x))
+    # (y₁ - 1)² + (y₂² - 1)²: Newton's method never sees the second variable's slope
+    saddle = lpgd.Node(lambda x, y: (y[0] - 1) ** 2 + (y[1] ** 2 - 1) ** 2, shape=(2,))
+    if algorithm == "newton":
+        found = lpgd.NodeLayer(saddle).solve(torch.zeros(1, 1, dtype=torch.float64)).x
+        torch.testing.assert_close(found.abs(), torch.ones_like(found))
+
+
+def test_scipy_does_not_call_a_maximum_solved():
+    layer = lpgd.NodeLayer(lpgd.Node(double_well), solver=lpgd.NodeSolver(algorithm="scipy"))
+    assert layer.solve(torch.zeros(1, 3, dtype=torch.float64)).failed == [0]
+
+
+@pytest.mark.parametrize("algorithm", ["newton", "lbfgs"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_eigenvector_is_found_from_zero_where_neither_objective_nor_constraint_has_a_slope(algorithm, dtype):
+    node = lpgd.Node(
+        lambda A, y: -0.5 * y @ A @ y, equality=lambda A, y: y @ y - 1, shape=lambda shape: shape[:1], ndims=2
+    )
+    A = random(1, 3, 4, 4).to(dtype)
+    A = A + A.mT
+    y = lpgd.NodeLayer(node, solver=lpgd.NodeSolver(algorithm=algorithm))(A)
+    largest = torch.linalg.eigvalsh(A)[:, -1]
+    torch.testing.assert_close((y[:, None] @ A @ y[..., None]).squeeze(), largest, atol=1e-5, rtol=1e-5)
+
+
+def test_a_ball_and_a_sphere_are_reached_from_their_centre():
+    x = random(0, 4, 3)
+    for constraint in ("equality", "inequality"):
+        node = lpgd.Node(lambda x, y: (x * y).sum(), **{constraint: lambda x, y: y @ y - 1})
+        torch.testing.assert_close(lpgd.NodeLayer(node)(x), -x / x.norm(dim=-1, keepdim=True))
+
+
+def test_a_minimum_at_the_start_and_flat_functions_stay_there():
+    x = random(0, 2, 3)
+    for objective in (lambda x, y: y.square().sum() + 0 * x.sum(), lambda x, y: x.sum()):
+        solution = lpgd.NodeLayer(lpgd.Node(objective)).solve(x)
+        assert not solution.failed
+        assert not solution.x.any()
+
+
+# -- no minimum --------------------------------------------------------------------------------------------------------
+
+
+def test_what_falls_without_limit_is_unbounded():
+    x = random(0, 2, 3)
+    nodes = {
+        "linear": lpgd.Node(lambda x, y: (x * y).sum()),
+        "on a hyperplane": lpgd.Node(lambda x, y: (x * y).sum(), equality=lambda x, y: y[0] - 1),
+        "along a ray": lpgd.Node(lambda x, y: y[0] - 0 * x.sum(), inequality=lambda x, y: y[0] - 1),
+    }
+    for name, node in nodes.items():
+        statuses = lpgd.NodeLayer(node).solve(x).statuses
+        assert statuses == (lpgd.Status.UNBOUNDED,) * 2, name
+
+
+def test_a_linear_objective_with_a_far_minimum_has_one():
+    node = lpgd.Node(lambda x, y: (x * y).sum(), inequality=lambda x, y: y.abs() - 1e6)
+    x = random(0, 2, 3)
+    torch.testing.assert_close(lpgd.NodeLayer(node)(x), -1e6 * x.sign())
+
+
+# -- units ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("unit", [1e-12, 1e-6, 1e6, 1e12])
+def test_the_units_of_the_objective_change_neither_solution_nor_gradient(unit, dtype):
+    nodes = [
+        lpgd.Node(
+            lambda x, y: unit * squared_distance(x, y), equality=lambda x, y: y.sum() - 1, inequality=lambda x, y: -y
+        ),
+        lpgd.Node(lambda x, y: unit * squared_distance(x, y), equality=lambda x, y: y @ y - 1),
+    ]
+    x, weights = random(0, 20, 6).to(dtype), random(1, 20, 6).to(dtype)
+    for node, onto in zip(nodes, ("simplex", "l2_sphere"), strict=True):
+        answers = []
+        for layer in (lpgd.NodeLayer(node), lpgd.NodeLayer(lpgd.nodes.Projection(onto))):
+            own = x.clone().requires_grad_()
+            y = layer(own)
+            answers.append((y.detach(), *torch.autograd.grad((y * weights).sum(), own)))
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-9
+        for ours, expected in zip(*answers, strict=True):
+            torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_multipliers_are_those_of_the_objective_as_it_is():
+    node = lpgd.Node(lambda x, y: 1e-8 * squared_distance(x, y), equality=lambda x, y: y.sum() - 1)
+    x = random(0, 3, 4)
+    expected = 1e-8 * (x.sum(-1, keepdim=True) - 1) / 4  # y = x - ν/u, u the unit
+    for algorithm in ("newton", "lbfgs", "scipy"):
+        solution = lpgd.NodeLayer(node, solver=lpgd.NodeSolver(algorithm=algorithm)).solve(x)
+        torch.testing.assert_close(solution.point.nu, expected, atol=1e-13, rtol=0)
+        assert float(solution.residual.max()) < 1e-12
