@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lpgd.problems.base import PointOperations
 from lpgd.problems.node import BaseNode, Tilt, is_shared
+from lpgd.status import SolverError
 
 __all__ = [
     "SmoothOutput",
@@ -319,7 +320,19 @@ class SmoothProblem:
         return self._in_data(lambda data: (weight * (self.lagrangian(plus, data) - self.lagrangian(minus, data))).sum())
 
     def directional_gradient(self, point: SmoothPoint, change: SmoothPoint) -> Any:
-        """``∇_w <∇_z L(point), change>``: what a change of the solution is worth in the data."""
+        """``∇_w <∇_z L(point), change>``: what a change of the solution is worth in the data.
+
+        Raises:
+            SolverError: the change of some elements is not finite, as a second derivative of f, h or g is not.
+        """
+        good = torch.stack([torch.isfinite(part).all(-1) for part in change]).all(0)
+        if not good.all():
+            failed = (~good).nonzero()[:, 0].tolist()
+            raise SolverError(
+                f"the second derivatives of {self.node.name} are not finite at the solutions of elements "
+                f"{failed[:10]}: there is no derivative there.",
+                indices=failed,
+            )
 
         def along(data: tuple[Tensor, ...]) -> Tensor:
             slope = torch.func.grad(lambda x: self.lagrangian(point._replace(x=x), data).sum())(point.x)

@@ -85,7 +85,8 @@ class NodeSolver(BaseSolver):
         if start is not None:
             start = torch.where(torch.isfinite(start), start, 0).to(problem.dtype)
             start = start if rows is None else start[rows]
-        with torch.no_grad():
+        # Autocast would compute products of float32 in half precision.
+        with torch.no_grad(), torch.autocast(problem.device.type, enabled=False):
             answer = self._answer(part, start)
         seconds = time.perf_counter() - started
         solution = self._solution(part, answer, seconds)

@@ -305,7 +305,13 @@ class OptimalTransport(BaseNode):
         product = rows[:, :, None] * columns[:, None, :]
         # Not of y / product: its derivative in the marginals exists where y underflows to zero.
         logarithms = rows.log()[:, :, None] + columns.log()[:, None, :]
-        divergence = torch.xlogy(y, y) - y * logarithms - y + product
+        # Of what has underflowed, y log y is continued by its parabola: its derivatives are large there, not infinite.
+        floor = torch.finfo(y.dtype).tiny / torch.finfo(y.dtype).eps
+        held = y.clamp(min=floor)
+        entropy = held * held.log() + torch.where(
+            y < floor, (math.log(floor) + 1.0) * (y - floor) + (y - floor).square() / (2.0 * floor), 0.0
+        )
+        divergence = entropy - y * logarithms - y + product
         return (y * cost + divergence / self.gamma).sum((-2, -1))
 
     def equality(self, y: Tensor, *inputs: Tensor) -> Tensor:
