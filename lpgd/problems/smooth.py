@@ -188,8 +188,7 @@ class SmoothProblem:
         """The values of h (B, p) and g (B, r); no columns where there are none."""
         inputs, y = self.data if data is None else data, self.shaped(x)
         h, g = self.node.equality(y, *inputs), self.node.inequality(y, *inputs)
-        h = x.new_zeros(x.shape[0], 0) if h is None else h.reshape(x.shape[0], -1)
-        g = x.new_zeros(x.shape[0], 0) if g is None else g.reshape(x.shape[0], -1)
+        h, g = (x.new_zeros(x.shape[0], 0) if part is None else _flat(part) for part in (h, g))
         h = h if self.equality_shift is None else h + self.equality_shift
         return h, g if self.inequality_shift is None else g + self.inequality_shift
 
@@ -394,6 +393,10 @@ def _rows(pull: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """(B, k, n): a linear map (B, k) to (B, n) of each element, applied to the k unit vectors."""
     units = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
     return torch.func.vmap(lambda unit: pull(unit.expand(like.shape)))(units).transpose(0, 1)
+
+
+def _flat(values: Tensor) -> Tensor:
+    return values.flatten(1) if values.ndim > 1 else values[:, None]
 
 
 def _maximum(rows: Tensor) -> Tensor:
