@@ -118,3 +118,48 @@ def test_multipliers_are_those_of_the_objective_as_it_is():
         solution = lpgd.NodeLayer(node, solver=lpgd.NodeSolver(algorithm=algorithm)).solve(x)
         torch.testing.assert_close(solution.point.nu, expected, atol=1e-13, rtol=0)
         assert float(solution.residual.max()) < 1e-12
+
+
+# -- modes of PyTorch, and values that are not finite ---------------------------------------------------------------
+
+
+def regression(A, b, y):
+    return 0.5 * (A @ y - b).square().sum() + 0.1 * (y**4).sum()
+
+
+@pytest.mark.parametrize(
+    "node",
+    [lpgd.nodes.LeastSquares(), lpgd.nodes.SphereLeastSquares(), lpgd.Node(regression, ndims=(2, 1), shape=(3,))],
+    ids=lambda node: node.name,
+)
+def test_autocast_does_not_reach_the_solver(node):
+    A, b = random(0, 4, 6, 3).float().requires_grad_(), random(1, 4, 6).float()
+    expected = lpgd.NodeLayer(node)(A, b)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = lpgd.NodeLayer(node)(A, b)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-6)
+    gradients = [torch.autograd.grad(own.sum(), A)[0] for own in (y, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+def test_infinite_second_derivatives_are_an_error_that_names_the_elements():
+    # √y at y = 0, where the constraint holds it
+    node = lpgd.Node(
+        lambda x, y: (x * y.clamp(min=0).sqrt()).sum() + y.square().sum(), solve=lambda x: torch.zeros_like(x)
+    )
+    x = torch.ones(2, 1, dtype=torch.float64, requires_grad=True)
+    y = lpgd.NodeLayer(node, lpgd.ImplicitKKT())(x)
+    with (
+        pytest.warns(lpgd.LpgdWarning, match="singular"),
+        pytest.raises(lpgd.SolverError, match=r"not finite at the solutions of elements \[0, 1\]"),
+    ):
+        y.sum().backward()
+
+
+def test_functions_whose_second_derivatives_are_nan_fail_by_their_status():
+    node = lpgd.Node(lambda x, y: (y.square().sum().sqrt() - x.sum()) ** 2)  # |y| has no derivative at the start, zero
+    x = torch.ones(2, 3, dtype=torch.float64)
+    assert lpgd.NodeLayer(node).solve(x).statuses == (lpgd.Status.NUMERICAL_ERROR,) * 2
+    constrained = lpgd.Node(lambda x, y: (y - x).square().sum(), equality=lambda x, y: y.square().sum().sqrt() - 1)
+    assert lpgd.NodeLayer(constrained).solve(x).failed == [0, 1]

@@ -37,7 +37,9 @@ def bordered_response(
     rho: float = 0.0,
     matrix_free: bool | None = None,
 ) -> tuple[SmoothPoint, Tensor]:
-    """The change of the solutions along a tilt, (B, ·) each, and (B,) whether their systems were regular; NaN where a derivative is.
+    """The change of the solutions along a tilt, (B, ·) each, and (B,) whether their systems were regular.
+
+    It is NaN where a derivative is not finite.
 
     Args:
         problem: B elements.

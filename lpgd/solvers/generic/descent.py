@@ -103,7 +103,7 @@ class _Run:
         self.leave_saddles(direction, torch.where(flat & (curve < 0), curve, 0))
 
     def stretch(self, direction: Tensor, hessian: Tensor) -> None:
-        """Step on, further and further, where the last step was along a straight line down: it has no end, or a far one.
+        """Step on, further and further, where the last step was along a straight line down: its end is far, if any.
 
         Args:
             direction: (B, n) of the last step.

@@ -100,7 +100,7 @@ class Projection(BaseNode):
             if self.onto == "l1_sphere":
                 return -signed
             outside = x.abs().sum(-1, keepdim=True) > r  # inside the ball coordinates may change their signs
-            return torch.cat([signed.sum(-1, keepdim=True) - r, -signed * outside], -1)
+            return torch.cat([signed.sum(-1, keepdim=True) - r, torch.where(outside, -signed, -1.0)], -1)
         # On the sphere the largest coordinate of x is at its bound; that row is absent here.
         free = torch.ones_like(x) if self.onto == "linf_ball" else 1 - _largest(x)
         return torch.cat([free * y - r, -free * y - r], -1)
