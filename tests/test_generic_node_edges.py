@@ -157,9 +157,78 @@ def test_infinite_second_derivatives_are_an_error_that_names_the_elements():
         y.sum().backward()
 
 
-def test_functions_whose_second_derivatives_are_nan_fail_by_their_status():
-    node = lpgd.Node(lambda x, y: (y.square().sum().sqrt() - x.sum()) ** 2)  # |y| has no derivative at the start, zero
+def test_functions_without_a_derivative_at_the_start_fail_and_say_why():
     x = torch.ones(2, 3, dtype=torch.float64)
-    assert lpgd.NodeLayer(node).solve(x).statuses == (lpgd.Status.NUMERICAL_ERROR,) * 2
-    constrained = lpgd.Node(lambda x, y: (y - x).square().sum(), equality=lambda x, y: y.square().sum().sqrt() - 1)
-    assert lpgd.NodeLayer(constrained).solve(x).failed == [0, 1]
+    distance = lpgd.Node(lambda x, y: (y.square().sum().sqrt() - x.sum()) ** 2)
+    sphere = lpgd.Node(lambda x, y: (y - x).square().sum(), equality=lambda x, y: y.square().sum().sqrt() - 1)
+    logarithm = lpgd.Node(lambda x, y: (x - y).sum() - y.log().sum())
+    for node, role in ((distance, "objective"), (sphere, "constraints"), (logarithm, "objective")):
+        with pytest.warns(lpgd.LpgdWarning, match=f"the {role} of <lambda>.* not finite where the solver starts"):
+            assert lpgd.NodeLayer(node).solve(x).failed == [0, 1]
+    inside = lpgd.Node(lambda x, y: (x * y).sum() - y.log().sum(), initial=lambda x: torch.ones(3))
+    torch.testing.assert_close(lpgd.NodeLayer(inside)(x), 1 / x)
+
+
+# -- what first users write -----------------------------------------------------------------------------------------
+
+
+def test_a_variable_without_entries_and_a_name_with_an_underscore():
+    x = random(0, 2, 3)
+    assert lpgd.NodeLayer(lpgd.Node(lambda x, y: y.square().sum() + 0 * x.sum(), shape=(0,)))(x).shape == (2, 0)
+    torch.testing.assert_close(lpgd.NodeLayer(lpgd.Node(lambda _, y: squared_distance(_, y)))(x), x)
+
+
+class Energy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+
+    def forward(self, x, y):
+        return squared_distance(self.weight * x, y)
+
+
+def test_a_frozen_module_is_an_objective_and_one_that_learns_is_refused():
+    energy, x = Energy(), random(0, 2, 3)
+    with pytest.raises(ValueError, match=r"uses Energy\.weight, which requires a gradient"):
+        lpgd.NodeLayer(lpgd.Node(energy))(x)
+    energy.requires_grad_(False)
+    torch.testing.assert_close(lpgd.NodeLayer(lpgd.Node(energy))(x), energy.weight * x)
+
+
+def square(x, y):
+    return (y - x).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("node", "error", "message"),
+    [
+        (lpgd.Node(lambda x, y: 1.0), TypeError, "objective of <lambda> returned a float"),
+        (lpgd.Node(lambda x, y: None), TypeError, "objective of <lambda> returned a NoneType"),
+        (lpgd.Node(square, equality=lambda x, y: [y[0], y[1]]), TypeError, "equality of square returned a list"),
+        (lpgd.Node(square, inequality=lambda x, y: y <= 1), TypeError, r"torch.bool values.*no comparison"),
+        (lpgd.Node(lambda x, y: y.sum() if y.sum() > 0 else -y.sum()), RuntimeError, "torch.where in the place of"),
+        (lpgd.Node(lambda x, y: y.square().sum() * x.sum().item()), RuntimeError, "no .item()"),
+        (lpgd.Node(square, batched=True), ValueError, r"shape \(\) for a batch of 2"),
+        (
+            lpgd.Node(lambda x, y: (y - x).square().sum(-1), equality=lambda x, y: y.sum() - 1, batched=True),
+            ValueError,
+            r"equality of <lambda> has shape \(\) for a batch of 2",
+        ),
+        (lpgd.Node(square, initial=lambda x: torch.zeros(2)), ValueError, r"initial of square has shape \(2,\)"),
+        (lpgd.Node(square, shape=3), TypeError, r"shape of y of square is 3; it must be a tuple"),
+        (lpgd.Node(square, solve=lambda x: "done"), TypeError, "solver of square answered str"),
+        (lpgd.Node(square, solve=lambda x: (x, 1)), TypeError, "solver of square answered tuple"),
+        (lpgd.Node(square, solve=lambda x: x[0], batched=True), ValueError, r"answered shape \(3,\); with batched"),
+    ],
+)
+def test_what_functions_return_is_looked_at(node, error, message):
+    with pytest.raises(error, match=message):
+        lpgd.NodeLayer(node).solve(random(0, 2, 3))
+
+
+def test_a_batched_solver_of_the_users_own_may_leave_elements_unsolved():
+    node = lpgd.Node(
+        lambda x, y: (y - x).square().sum(-1), solve=lambda x: torch.where(x[:, :1] > 0, x, torch.nan), batched=True
+    )
+    x = torch.tensor([[1.0, 2.0], [-1.0, 2.0]], dtype=torch.float64)
+    assert lpgd.NodeLayer(node).solve(x).statuses == (lpgd.Status.SOLVED, lpgd.Status.NO_SOLUTION)

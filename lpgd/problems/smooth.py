@@ -82,7 +82,7 @@ class SmoothStructure:
 @lru_cache(maxsize=256)
 def input_class(names: tuple[str, ...]) -> type[Any]:
     """The named tuple of a node's inputs; also of their gradients and tangents."""
-    fields = cast(Any, namedtuple("SmoothData", names))  # pyright: ignore[reportUntypedNamedTuple]
+    fields = cast(Any, namedtuple("SmoothData", names, rename=True))  # pyright: ignore[reportUntypedNamedTuple]
     return type("SmoothData", (fields,), {"__slots__": (), "__reduce__": _reduce, "__module__": __name__})
 
 
