@@ -51,7 +51,7 @@ def bordered_response(
     """
     x, n, p = point.x, point.x.shape[-1], point.nu.shape[-1]
     keep = torch.cat([torch.ones_like(point.nu, dtype=torch.bool), active], -1)
-    problem, unit = problem.in_units(x)
+    problem, unit = problem.in_units(x) if problem.unit is None else (problem, x.new_ones(len(x), 1))
     point = SmoothPoint(x, point.nu / unit, point.lam / unit)
     right = -torch.cat([tilt.x / unit, tilt.nu, tilt.lam], -1)
     damping = rho / unit

@@ -71,12 +71,14 @@ class _Run:
             direction: (B, n), of length 1.
             curvature: (B,) that along it; elements with 0 stay.
         """
+        pending, moved = curvature < 0, torch.zeros_like(curvature, dtype=torch.bool)
+        if not pending.any():
+            return moved
         fall = (direction * self.slope).sum(-1)
         largest = direction.gather(-1, direction.abs().argmax(-1, keepdim=True))[:, 0]
         side = torch.where(fall != 0, -fall, largest)  # where both are downhill: the largest entry grows
         direction = torch.where(side < 0, -1.0, 1.0).to(direction.dtype)[:, None] * direction
         step = 1 + self.x.abs().amax(-1)
-        pending, moved = curvature < 0, torch.zeros_like(curvature, dtype=torch.bool)
         new = self.x
         for _ in range(40):
             if not pending.any():
@@ -180,7 +182,8 @@ def newton(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max
         bad = ~(torch.isfinite(run.value) & torch.isfinite(size))
         hessian = run.function.hessian(run.x)
         bad = bad | ~torch.isfinite(hessian).all(-1).all(-1)
-        hessian = torch.where(bad[:, None, None], 0, hessian)
+        if bad.any():
+            hessian = torch.where(bad[:, None, None], 0, hessian)
         direction, curved, lowest, curvature = _newton_direction(hessian, run.slope)
         scale = torch.maximum(scale, (hessian @ run.x[..., None]).abs().sum(-1).amax(-1))
         eps = torch.finfo(x.dtype).eps

@@ -207,20 +207,29 @@ def stay_on_branch(gram: Tensor, vector: Tensor, found: SphereSolution, start: T
     apart = _is_uphill(gram, vector, start, found.u).nonzero()[:, 0]
     if not len(apart):
         return found
-    G, c = gram[apart], vector[apart]
-    local = descend(G, c, start[apart], max_iterations=1000)
-    u = local.u
-    for _ in range(6):
-        mu = multiplier(G, c, u)
-        u = normalised(u + _solve_any_bordered(G, mu, u, c - product(G, u) + mu[:, None] * u, None))
-    left = c - product(G, u) + multiplier(G, c, u)[:, None] * u
-    fine = left.norm(dim=-1) <= torch.finfo(u.dtype).eps ** 0.7 * (product(G, u).norm(dim=-1) + c.norm(dim=-1))
-    return SphereSolution(
-        found.u.index_copy(0, apart, torch.where(fine[:, None], u, found.u[apart])),
-        found.iterations.index_add(0, apart, local.iterations),
-        found.converged,
-        None if found.free is None else found.free.index_copy(0, apart, found.free[apart] & ~fine),
+    G = gram[apart] if gram.shape[0] > 1 else gram.expand(len(apart), -1, -1)
+    c, start = vector[apart], start[apart]
+    u, fine = _newton(G, c, start)
+    # Newton's method alone is enough from near, and might go anywhere else: up, or far.
+    rest = (~fine | _is_uphill(G, c, start, u)).nonzero()[:, 0]
+    if len(rest):
+        local = descend(G[rest], c[rest], start[rest], max_iterations=1000)
+        u[rest], fine[rest] = _newton(G[rest], c[rest], local.u)
+    return found._replace(
+        u=found.u.index_copy(0, apart, torch.where(fine[:, None], u, found.u[apart])),
+        free=None if found.free is None else found.free.index_copy(0, apart, found.free[apart] & ~fine),
     )
+
+
+def _newton(gram: Tensor, vector: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Newton's method on ``(G - μI)u = c, |u| = 1``: points, and (B,) whether it converged."""
+    for _ in range(6):
+        mu = multiplier(gram, vector, u)
+        left = vector - product(gram, u) + mu[:, None] * u
+        u = normalised(u + _solve_any_bordered(gram, mu, u, left, None))
+    left = vector - product(gram, u) + multiplier(gram, vector, u)[:, None] * u
+    size = product(gram, u).norm(dim=-1) + vector.norm(dim=-1)
+    return u, left.norm(dim=-1) <= torch.finfo(u.dtype).eps ** 0.7 * size
 
 
 def _is_uphill(gram: Tensor, vector: Tensor, start: Tensor, end: Tensor) -> Tensor:
