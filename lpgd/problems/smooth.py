@@ -241,7 +241,7 @@ class SmoothProblem:
         here, there = slope(x), slope(x + 0.01 * reach[:, None] * direction)
         sizes = torch.stack([_maximum(here), 100 * _maximum(there - here)]) / reach
         size = torch.where(torch.isfinite(sizes), sizes, 0).amax(0)
-        unit = torch.where(size > 0, size, 1).log2().round().exp2()[:, None]
+        unit = torch.where(size > 0, size, 1).log2().round().exp2()[:, None].detach()
         return replace(self, unit=unit if self.unit is None else self.unit * unit), unit
 
     # -- the two changes it can be solved again after ----------------------------------------------------------
