@@ -232,3 +232,18 @@ def test_a_batched_solver_of_the_users_own_may_leave_elements_unsolved():
     )
     x = torch.tensor([[1.0, 2.0], [-1.0, 2.0]], dtype=torch.float64)
     assert lpgd.NodeLayer(node).solve(x).statuses == (lpgd.Status.SOLVED, lpgd.Status.NO_SOLUTION)
+
+
+def test_the_fallback_of_lpgd_names_elements_by_their_places_in_the_batch():
+    # Element 2 is flat along a direction: tilted, it is unbounded on both sides.
+    A = random(0, 4, 3, 3)
+    A[2] = 1.0
+    x, v = random(1, 4, 3).requires_grad_(), random(2, 4, 3)
+    node = lpgd.Node(lambda x, A, y: 0.5 * (A @ y - x).square().sum(), ndims=(1, 2))
+    y = lpgd.NodeLayer(node, lpgd.LPGD(tau=1e-3))(x, A)
+    with pytest.warns(lpgd.LpgdWarning) as warned:
+        (gradient,) = torch.autograd.grad((y * v).sum(), x)
+    assert all("elements [2]" in str(own.message) for own in warned)
+    assert y.info.gradients[0].used == ["average", "average", "implicit, regularised", "average"]
+    expected = torch.linalg.pinv(A).mT @ v[..., None]
+    torch.testing.assert_close(gradient, expected[..., 0], atol=1e-6, rtol=1e-6)
