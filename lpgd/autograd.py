@@ -162,7 +162,7 @@ class _DerivativeFunction(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, solution: BatchSolution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         started = time.perf_counter()
-        with _threads(call.solver):
+        with _threads(call.solver), torch.autocast(solution.x.device.type, enabled=False):
             answer, info = _derivative(call, solution, reverse, tensors)
         call.info.gradients.append(info)
         call.info.backward_seconds += time.perf_counter() - started
@@ -212,7 +212,7 @@ class _SecondFunction(torch.autograd.Function):
         started = time.perf_counter()
         count = len(solution.outputs) + len(call.data_class._fields) + len(solution.outputs)
         direction, own = tensors[:-count], tensors[-count:]
-        with torch_threads(1), torch.enable_grad():
+        with torch_threads(1), torch.enable_grad(), torch.autocast(solution.x.device.type, enabled=False):
             answer = _second_derivative(call, solution, reverse, direction, own)
         call.info.backward_seconds += time.perf_counter() - started
         return answer
