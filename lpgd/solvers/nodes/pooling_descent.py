@@ -1,0 +1,303 @@
+"""Minimisers of sums of penalties: Newton's method with safeguards, each element converging alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpgd.problems.node import Tilt
+from lpgd.solvers.nodes.penalties import PenaltyFunction, Slope, Sums, Terms
+
+__all__ = ["Descent", "NumberSum", "VectorSum", "blocks", "descend", "find_root", "hessian"]
+
+BLOCK = 2**17
+"""Numbers that are worked on at once on a CPU, where temporaries of this size stay in its cache."""
+LIMIT = 200
+"""Of iterations."""
+
+
+class Descent(NamedTuple):
+    """Where a descent ended.
+
+    Attributes:
+        u: (B, d) minimisers.
+        value: (B,) the objective there, up to a constant; zero from :func:`find_root`, which does not read it.
+        iterations: (B,).
+        converged: (B,).
+    """
+
+    u: Tensor
+    value: Tensor
+    iterations: Tensor
+    converged: Tensor
+
+    def better(self, other: Descent) -> Descent:
+        """The lower of two ends, element by element; iterations add up."""
+        lower = other.value < self.value
+        return Descent(
+            torch.where(lower[:, None], other.u, self.u),
+            torch.where(lower, other.value, self.value),
+            self.iterations + other.iterations,
+            torch.where(lower, other.converged, self.converged),
+        )
+
+    def updated(self, rows: Tensor, other: Descent) -> Descent:
+        """This with other ends of some rows."""
+        return Descent(*(own.index_copy(0, rows, new) for own, new in zip(self, other, strict=True)))
+
+
+class Step(NamedTuple):
+    """At a point: the objective (B,), its slope, the step of Newton's method and that to the weighted mean, (B, d)."""
+
+    value: Tensor
+    slope: Tensor
+    newton: Tensor
+    mean: Tensor
+
+
+def blocks(x: Tensor) -> Iterator[slice]:
+    """The rows of x in blocks of about BLOCK numbers; on a GPU one block."""
+    size = x.shape[0]
+    step = size if x.is_cuda else max(1, BLOCK // max(1, x[0].numel()))
+    for first in range(0, size, step):
+        yield slice(first, min(first + step, size))
+
+
+@dataclass(frozen=True, eq=False)
+class NumberSum:
+    """``Σ_i φ(u - x_i)`` of numbers, with the terms of LPGD.
+
+    Args:
+        penalty: φ.
+        x: (B, N).
+        tilt: with ``linear`` and ``center`` (B, 1), or None.
+    """
+
+    penalty: PenaltyFunction
+    x: Tensor
+    tilt: Tilt | None = None
+
+    def slope(self, u: Tensor, rows: Tensor | None = None) -> Slope:
+        """At u (R, 1), one for each of these rows (None is all), of a convex penalty."""
+        slope, curvature = self._over_blocks(self.penalty.slope, u, rows)
+        if self.tilt is None:
+            return Slope(slope, curvature)
+        linear, rho, center = _chosen(self.tilt, rows)
+        return Slope(slope + linear + rho * (u - center), curvature + rho)
+
+    def sums(self, u: Tensor, rows: Tensor | None = None) -> Sums:
+        """The same and more of a penalty that is not convex."""
+        slope, curvature, total, value = self._over_blocks(self.penalty.sums, u, rows)
+        if self.tilt is None:
+            return Sums(slope, curvature, total, value)
+        linear, rho, center = _chosen(self.tilt, rows)
+        away = u - center
+        value = value + linear * u + 0.5 * rho * away.square()
+        return Sums(slope + linear + rho * away, curvature + rho, total + rho, value)
+
+    def _over_blocks(
+        self, function: Callable[[Tensor], Sequence[Tensor]], u: Tensor, rows: Tensor | None
+    ) -> list[Tensor]:
+        parts = []
+        for block in blocks(self.x[: len(u)]):
+            x = self.x[block] if rows is None else self.x[rows[block]]
+            parts.append(function(u[block] - x))
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+    def at(self, rows: Tensor) -> NumberSum:
+        """Those of some rows, without the terms of LPGD."""
+        return NumberSum(self.penalty, self.x[rows])
+
+    def surroundings(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """``Σκ₁`` (B,), and how far around u the objective is convex for certain, (B, 1)."""
+        _, curvature, total, _ = self.sums(u)
+        bound = self.penalty.third * self.x.shape[-1]
+        return total[:, 0], curvature.clamp(min=0) / bound if bound else torch.zeros_like(u)
+
+    def median_beyond(self, u: Tensor, radius: Tensor) -> Tensor:
+        """Rows whose median is farther from u than the radius (B, 1): by counting, which is faster than medians."""
+        below, within = [], []
+        for block in blocks(self.x):
+            own, low, high = self.x[block], (u - radius)[block], (u + radius)[block]
+            count = torch.empty_like(own)
+            below.append(torch.lt(own, low, out=count).sum(-1))
+            within.append(torch.le(own, high, out=count).sum(-1))
+        rank = (self.x.shape[-1] - 1) // 2
+        return ((torch.cat(below) > rank) | (torch.cat(within) <= rank)).nonzero()[:, 0]
+
+    def step(self, u: Tensor, rows: Tensor | None = None) -> Step:
+        slope, curvature, total, value = self.sums(u, rows)
+        mean = -slope / total.clamp(min=torch.finfo(u.dtype).eps * self.penalty.curvature)
+        fine = curvature > 1e-3 * total
+        return Step(value[:, 0], slope, torch.where(fine, -slope / torch.where(fine, curvature, 1), mean), mean)
+
+
+def _chosen(tilt: Tilt, rows: Tensor | None) -> Tilt:
+    return tilt if rows is None else Tilt(tilt.linear[rows], tilt.rho, tilt.center[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class VectorSum:
+    """``Σ_i φ(|u - x_i|)`` of vectors, with the terms of LPGD.
+
+    Args:
+        penalty: φ.
+        x: (B, N, d).
+        tilt: with ``linear`` and ``center`` (B, d), or None.
+    """
+
+    penalty: PenaltyFunction
+    x: Tensor
+    tilt: Tilt | None = None
+
+    def at(self, rows: Tensor) -> VectorSum:
+        """Those of some rows, without the terms of LPGD."""
+        return VectorSum(self.penalty, self.x[rows])
+
+    def surroundings(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """``Σκ₁`` (B,), and a radius of zero (B, 1): where the objective is convex is not known."""
+        terms = self.penalty.terms((u[:, None] - self.x).square().sum(-1))
+        return terms.first.sum(-1), torch.zeros_like(u[:, :1])
+
+    def median_beyond(self, u: Tensor, radius: Tensor) -> Tensor:
+        """Rows whose median is farther from u than the radius (B, 1)."""
+        return ((self.x.median(1).values - u).abs() > radius).any(-1).nonzero()[:, 0]
+
+    def step(self, u: Tensor, rows: Tensor | None = None) -> Step:
+        """At u (R, d), one for each of these rows; None is all."""
+        x = self.x if rows is None else self.x[rows]
+        z = u[:, None] - x
+        square = z.square().sum(-1)
+        terms = self.penalty.terms(square)
+        value, total = self.penalty.value(square).sum(-1), terms.first.sum(-1, keepdim=True)
+        slope = (terms.first[:, None] @ z)[:, 0]
+        rho = 0.0
+        if self.tilt is not None:
+            linear, rho, center = _chosen(self.tilt, rows)
+            away = u - center
+            value = value + (linear * u).sum(-1) + 0.5 * rho * away.square().sum(-1)
+            slope = slope + linear + rho * away
+        # The tiny part keeps points that are outliers to all others where they are.
+        mean = -slope / (total + rho).clamp(min=torch.finfo(x.dtype).eps)
+        unit = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        factor, failed = torch.linalg.cholesky_ex(hessian(z, terms) + rho * unit)
+        pivot = factor.diagonal(dim1=-2, dim2=-1).amin(-1, keepdim=True)
+        fine = (failed == 0)[:, None] & (pivot > 0.03 * (total + rho).sqrt())
+        factor = torch.where(fine[..., None], factor, unit)
+        newton = torch.where(fine, -torch.cholesky_solve(slope[..., None], factor)[..., 0], mean)
+        return Step(value, slope, newton, mean)
+
+
+def hessian(z: Tensor, terms: Terms) -> Tensor:
+    """``Σ κ₁ I + κ₂ z zᵀ`` of differences (B, N, d): (B, d, d)."""
+    unit = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+    return terms.first.sum(-1)[:, None, None] * unit + (terms.second[..., None] * z).mT @ z
+
+
+def descend(function: NumberSum | VectorSum, u: Tensor) -> Descent:
+    """A local minimiser near u (B, d): Newton steps, which a weighted mean replaces where they do not descend."""
+    penalty, size = function.penalty, len(u)
+    whole, values = u.clone(), u.new_full((size,), torch.inf)
+    counts = torch.zeros(size, dtype=torch.int64, device=u.device)
+    converged = torch.zeros(size, dtype=torch.bool, device=u.device)
+    rows = torch.arange(size, device=u.device)
+    eps = torch.finfo(u.dtype).eps
+
+    def step(u: Tensor, rows: Tensor) -> Step:
+        return function.step(u, None if len(rows) == size else rows)
+
+    now = step(u, rows)
+    for _ in range(LIMIT):
+        value, slope, newton, mean = now
+        small = newton.abs().amax(-1) <= 4 * eps * u.abs().amax(-1).clamp(min=torch.finfo(u.dtype).tiny)
+        # Newton's error is the square of its step over α, where the penalty has no kinks: such a step is the last.
+        reach = 0.1 * eps * penalty.alpha * u.abs().amax(-1)
+        last = newton.square().sum(-1) <= (reach if penalty.is_smooth else 0)
+        ended = small | last | (slope == 0).all(-1)
+        if ended.any():
+            done, left = rows[ended], ~ended
+            whole[done], values[done], converged[done] = (u + newton)[ended], value[ended], True
+            rows, u, *now = (part[left] for part in (rows, u, *now))
+            value, slope, newton, mean = now = Step(*now)
+        if not len(rows):
+            break
+        counts[rows] += 1
+        new = step(u + newton, rows)
+        # Within the noise of the objective a smaller slope decides.
+        precise = (newton * slope).sum(-1).abs() <= 10 * eps * value.abs()
+        less = new.slope.abs().amax(-1) <= 0.5 * slope.abs().amax(-1)
+        good = torch.where(precise, less, new.value < value)
+        ended = precise & ~less
+        other = (~good & ~ended).nonzero()[:, 0]
+        u = torch.where(good[:, None], u + newton, u)
+        now = Step(
+            *(
+                torch.where(good.reshape(-1, *(1,) * (part.ndim - 1)), part, own)
+                for part, own in zip(new, now, strict=True)
+            )
+        )
+        if len(other):
+            u[other] += mean[other]
+            for own, row in zip(now, step(u[other], rows[other]), strict=True):
+                own[other] = row
+        now = now._replace(newton=torch.where(ended[:, None], 0, now.newton))
+    whole[rows], values[rows] = u, now.value
+    return Descent(whole, values, counts, converged)
+
+
+def find_root(function: NumberSum, u: Tensor) -> Descent:
+    """The minimiser of a convex sum of numbers, from u (B, 1): its slope's root by Newton's method within a bracket.
+
+    No step reads the objective.  A Newton step that leaves the bracket, or is not half as long as the step before it,
+    gives way to the middle of the bracket.
+    """
+    penalty, (size, count) = function.penalty, function.x.shape
+    whole, iterations = u.clone(), torch.zeros(size, dtype=torch.int64, device=u.device)
+    converged = torch.zeros(size, dtype=torch.bool, device=u.device)
+    rows = torch.arange(size, device=u.device)
+    eps = torch.finfo(u.dtype).eps
+    # What rounding of N differences moves the root by.
+    noise = 4 * eps / count**0.5 * _spread(function.x, u).clamp(max=penalty.alpha)
+    if function.tilt is None:
+        low, high = function.x.amin(-1, keepdim=True), function.x.amax(-1, keepdim=True)
+    else:
+        low, high = torch.full_like(u, -torch.inf), torch.full_like(u, torch.inf)
+    move = torch.full_like(u, torch.inf)
+    for _ in range(LIMIT):
+        slope, curvature = function.slope(u, None if len(rows) == size else rows)
+        low, high = torch.where(slope < 0, u, low), torch.where(slope > 0, u, high)
+        newton = (-slope / curvature).nan_to_num(0.0, torch.inf, -torch.inf)
+        length, tolerance = newton.abs(), 2 * eps * u.abs() + noise
+        # A Newton step leaves an error of its square times f'''/2f''.
+        last = 0.5 * penalty.third * count * newton.square() <= tolerance * curvature
+        last = last if penalty.is_smooth else length <= tolerance
+        stalled = (length > 0.5 * move) & (length <= 64 * tolerance)
+        ended = (last | stalled | (slope == 0) | (high - low <= tolerance))[:, 0]
+        if ended.any():
+            done, left = rows[ended], ~ended
+            whole[done], converged[done] = torch.clamp(u + newton, low, high)[ended], True
+            state = (rows, u, slope, newton, length, low, high, move, noise)
+            rows, u, slope, newton, length, low, high, move, noise = (part[left] for part in state)
+        if not len(rows):
+            break
+        iterations[rows] += 1
+        to = u + newton
+        good = torch.isfinite(newton) & (to >= low) & (to <= high) & (length <= 0.5 * move)
+        if not good.all():
+            bounded = torch.isfinite(high - low)
+            # Without a bracket, which only a tilt leaves open, ever longer steps.
+            away = u - slope.sign() * torch.where(torch.isfinite(move), 2 * move, penalty.alpha)
+            to = torch.where(good, to, torch.where(bounded, low + 0.5 * (high - low), away))
+        move, u = (to - u).abs(), to
+    whole[rows] = u
+    return Descent(whole, torch.zeros_like(whole[:, 0]), iterations, converged)
+
+
+def _spread(x: Tensor, u: Tensor) -> Tensor:
+    """(B, 1) root of the mean square of ``u - x_i``."""
+    parts = [torch.linalg.vector_norm(u[block] - x[block], dim=-1, keepdim=True) for block in blocks(x)]
+    return torch.cat(parts) / x.shape[-1] ** 0.5
