@@ -213,8 +213,8 @@ def check_solution(solution: BatchSolution, on_error: OnError) -> None:
             f"no solution for {describe_failures(statuses, failed)}. Their rows are the solver's last iterate or NaN, "
             "with a zero gradient."
         )
-    inaccurate = [index for index, status in enumerate(statuses) if status is Status.INACCURATE]
-    if inaccurate:
+    if Status.INACCURATE in statuses:
+        inaccurate = [index for index, status in enumerate(statuses) if status is Status.INACCURATE]
         warn(describe_failures(statuses, inaccurate))
 
 

@@ -349,7 +349,10 @@ class SmoothProblem:
         """(B,) whether an element's inputs are finite."""
         fine = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
         for datum in self.data:
-            fine = fine & torch.isfinite(datum).reshape(datum.shape[0], math.prod(datum.shape[1:])).all(-1)
+            rows = datum[:1] if is_shared(datum) else datum
+            # NaN and infinity survive a sum, which reads a large tensor once and writes nothing.
+            if not math.isfinite(float(rows.sum())):
+                fine = fine & torch.isfinite(rows).reshape(rows.shape[0], math.prod(rows.shape[1:])).all(-1)
         return fine
 
 

@@ -51,12 +51,20 @@ class Descent(NamedTuple):
 
 
 class Step(NamedTuple):
-    """At a point: the objective (B,), its slope, the step of Newton's method and that to the weighted mean, (B, d)."""
+    """What there is to know at a point.
+
+    Attributes:
+        value: (B,) the objective.
+        slope: (B, d) its gradient.
+        newton, mean: (B, d) the step of Newton's method, and that to the weighted mean.
+        error: (B,) what Newton's step leaves of the distance to the minimiser, at most.
+    """
 
     value: Tensor
     slope: Tensor
     newton: Tensor
     mean: Tensor
+    error: Tensor
 
 
 def blocks(x: Tensor) -> Iterator[slice]:
@@ -133,7 +141,21 @@ class NumberSum:
         slope, curvature, total, value = self.sums(u, rows)
         mean = -slope / total.clamp(min=torch.finfo(u.dtype).eps * self.penalty.curvature)
         fine = curvature > 1e-3 * total
-        return Step(value[:, 0], slope, torch.where(fine, -slope / torch.where(fine, curvature, 1), mean), mean)
+        newton = torch.where(fine, -slope / torch.where(fine, curvature, 1), mean)
+        error = torch.where(fine, self.error(newton, curvature), newton.abs())
+        return Step(value[:, 0], slope, newton, mean, error[:, 0])
+
+    def error(self, newton: Tensor, curvature: Tensor) -> Tensor:
+        """(B, 1) what a Newton step leaves at most: its square, times the third derivative over twice the second."""
+        if not self.penalty.is_smooth:
+            return newton.abs()
+        return 0.5 * self.penalty.third * self.x.shape[-1] * newton.square() / curvature
+
+    def noise(self, u: Tensor) -> Tensor:
+        """(B, 1) what rounding moves a minimiser by: that of N slopes, which are at most ``|z|`` and about α."""
+        parts = [torch.linalg.vector_norm(u[block] - self.x[block], dim=-1, keepdim=True) for block in blocks(self.x)]
+        count, eps = self.x.shape[-1], torch.finfo(u.dtype).eps
+        return 4 * eps / count**0.5 * (torch.cat(parts) / count**0.5).clamp(max=self.penalty.alpha)
 
 
 def _chosen(tilt: Tilt, rows: Tensor | None) -> Tilt:
@@ -189,7 +211,15 @@ class VectorSum:
         fine = (failed == 0)[:, None] & (pivot > 0.03 * (total + rho).sqrt())
         factor = torch.where(fine[..., None], factor, unit)
         newton = torch.where(fine, -torch.cholesky_solve(slope[..., None], factor)[..., 0], mean)
-        return Step(value, slope, newton, mean)
+        # Newton's error is about the square of its step over α, where the penalty has no kinks.
+        length = torch.linalg.vector_norm(newton, dim=-1)
+        return Step(
+            value, slope, newton, mean, 10 / self.penalty.alpha * length**2 if self.penalty.is_smooth else length
+        )
+
+    def noise(self, u: Tensor) -> Tensor:
+        """(B, 1) zero: only rounding of u counts."""
+        return torch.zeros_like(u[:, :1])
 
 
 def hessian(z: Tensor, terms: Terms) -> Tensor:
@@ -200,32 +230,29 @@ def hessian(z: Tensor, terms: Terms) -> Tensor:
 
 def descend(function: NumberSum | VectorSum, u: Tensor) -> Descent:
     """A local minimiser near u (B, d): Newton steps, which a weighted mean replaces where they do not descend."""
-    penalty, size = function.penalty, len(u)
+    size = len(u)
     whole, values = u.clone(), u.new_full((size,), torch.inf)
     counts = torch.zeros(size, dtype=torch.int64, device=u.device)
     converged = torch.zeros(size, dtype=torch.bool, device=u.device)
     rows = torch.arange(size, device=u.device)
-    eps = torch.finfo(u.dtype).eps
+    eps, noise = torch.finfo(u.dtype).eps, function.noise(u)[:, 0]
 
     def step(u: Tensor, rows: Tensor) -> Step:
         return function.step(u, None if len(rows) == size else rows)
 
     now = step(u, rows)
     for _ in range(LIMIT):
-        value, slope, newton, mean = now
-        small = newton.abs().amax(-1) <= 4 * eps * u.abs().amax(-1).clamp(min=torch.finfo(u.dtype).tiny)
-        # Newton's error is the square of its step over α, where the penalty has no kinks: such a step is the last.
-        reach = 0.1 * eps * penalty.alpha * u.abs().amax(-1)
-        last = newton.square().sum(-1) <= (reach if penalty.is_smooth else 0)
-        ended = small | last | (slope == 0).all(-1)
+        length, size_of_u = now.newton.abs().amax(-1), u.abs().amax(-1).clamp(min=torch.finfo(u.dtype).tiny)
+        ended = (length <= 4 * eps * size_of_u) | (now.error <= eps * size_of_u + noise) | (now.slope == 0).all(-1)
         if ended.any():
             done, left = rows[ended], ~ended
-            whole[done], values[done], converged[done] = (u + newton)[ended], value[ended], True
-            rows, u, *now = (part[left] for part in (rows, u, *now))
-            value, slope, newton, mean = now = Step(*now)
+            whole[done], values[done], converged[done] = (u + now.newton)[ended], now.value[ended], True
+            rows, u, noise, *parts = (part[left] for part in (rows, u, noise, *now))
+            now = Step(*parts)
         if not len(rows):
             break
         counts[rows] += 1
+        value, slope, newton, mean, _ = now
         new = step(u + newton, rows)
         # Within the noise of the objective a smaller slope decides.
         precise = (newton * slope).sum(-1).abs() <= 10 * eps * value.abs()
@@ -255,13 +282,10 @@ def find_root(function: NumberSum, u: Tensor) -> Descent:
     No step reads the objective.  A Newton step that leaves the bracket, or is not half as long as the step before it,
     gives way to the middle of the bracket.
     """
-    penalty, (size, count) = function.penalty, function.x.shape
+    size, eps, noise = len(u), torch.finfo(u.dtype).eps, function.noise(u)
     whole, iterations = u.clone(), torch.zeros(size, dtype=torch.int64, device=u.device)
     converged = torch.zeros(size, dtype=torch.bool, device=u.device)
     rows = torch.arange(size, device=u.device)
-    eps = torch.finfo(u.dtype).eps
-    # What rounding of N differences moves the root by.
-    noise = 4 * eps / count**0.5 * _spread(function.x, u).clamp(max=penalty.alpha)
     if function.tilt is None:
         low, high = function.x.amin(-1, keepdim=True), function.x.amax(-1, keepdim=True)
     else:
@@ -272,9 +296,7 @@ def find_root(function: NumberSum, u: Tensor) -> Descent:
         low, high = torch.where(slope < 0, u, low), torch.where(slope > 0, u, high)
         newton = (-slope / curvature).nan_to_num(0.0, torch.inf, -torch.inf)
         length, tolerance = newton.abs(), 2 * eps * u.abs() + noise
-        # A Newton step leaves an error of its square times f'''/2f''.
-        last = 0.5 * penalty.third * count * newton.square() <= tolerance * curvature
-        last = last if penalty.is_smooth else length <= tolerance
+        last = function.error(newton, curvature) <= tolerance
         stalled = (length > 0.5 * move) & (length <= 64 * tolerance)
         ended = (last | stalled | (slope == 0) | (high - low <= tolerance))[:, 0]
         if ended.any():
@@ -290,14 +312,8 @@ def find_root(function: NumberSum, u: Tensor) -> Descent:
         if not good.all():
             bounded = torch.isfinite(high - low)
             # Without a bracket, which only a tilt leaves open, ever longer steps.
-            away = u - slope.sign() * torch.where(torch.isfinite(move), 2 * move, penalty.alpha)
+            away = u - slope.sign() * torch.where(torch.isfinite(move), 2 * move, function.penalty.alpha)
             to = torch.where(good, to, torch.where(bounded, low + 0.5 * (high - low), away))
         move, u = (to - u).abs(), to
     whole[rows] = u
     return Descent(whole, torch.zeros_like(whole[:, 0]), iterations, converged)
-
-
-def _spread(x: Tensor, u: Tensor) -> Tensor:
-    """(B, 1) root of the mean square of ``u - x_i``."""
-    parts = [torch.linalg.vector_norm(u[block] - x[block], dim=-1, keepdim=True) for block in blocks(x)]
-    return torch.cat(parts) / x.shape[-1] ** 0.5
