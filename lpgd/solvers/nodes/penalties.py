@@ -13,6 +13,9 @@ __all__ = ["Penalty", "PenaltyFunction", "Slope", "Sums", "Terms"]
 
 Penalty = Literal["quadratic", "pseudo_huber", "huber", "welsch", "truncated_quadratic"]
 
+LOG2_HALF_DECAY = -0.5 / math.log(2)
+"""``exp(-t/2) = 2**(LOG2_HALF_DECAY t)``: torch 2.13 takes powers of two in a third of the time of exponentials."""
+
 
 class Terms(NamedTuple):
     """Of squared distances: ``κ₁ = φ'/z`` and ``κ₂ = (φ'' - φ'/z)/z²``, without a division by z."""
@@ -117,7 +120,7 @@ class PenaltyFunction:
             return root * root * root
         if self.name == "welsch":
             square = z * z * a**-2
-            return (-0.5 * square).exp() * (1 - square) * a**-2
+            return (LOG2_HALF_DECAY * square).exp2() * (1 - square) * a**-2
         return (z.abs() <= a).to(z.dtype)
 
     def slope(self, z: Tensor) -> Slope:
@@ -138,7 +141,7 @@ class PenaltyFunction:
         a = self.alpha
         if self.name == "welsch":
             square = z * z
-            decay = torch.mul(square, -0.5 * a**-2).exp_()
+            decay = torch.mul(square, LOG2_HALF_DECAY * a**-2).exp2_()
             weight = _sum(decay)
             total, slope = weight * a**-2, _sum(z.mul_(decay)) * a**-2
             return Sums(slope, total - _sum(square.mul_(decay)) * a**-4, total, -weight)

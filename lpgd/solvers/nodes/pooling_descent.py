@@ -14,7 +14,7 @@ from lpgd.solvers.nodes.penalties import PenaltyFunction, Slope, Sums, Terms
 
 __all__ = ["Descent", "NumberSum", "VectorSum", "blocks", "descend", "find_root", "hessian"]
 
-BLOCK = 2**17
+BLOCK = 2**18
 """Numbers that are worked on at once on a CPU, where temporaries of this size stay in its cache."""
 LIMIT = 200
 """Of iterations."""
@@ -67,10 +67,10 @@ class Step(NamedTuple):
     error: Tensor
 
 
-def blocks(x: Tensor) -> Iterator[slice]:
-    """The rows of x in blocks of about BLOCK numbers; on a GPU one block."""
+def blocks(x: Tensor, numbers: int = BLOCK) -> Iterator[slice]:
+    """The rows of x in blocks of about so many numbers; on a GPU one block."""
     size = x.shape[0]
-    step = size if x.is_cuda else max(1, BLOCK // max(1, x[0].numel()))
+    step = size if x.is_cuda else max(1, numbers // max(1, x[0].numel()))
     for first in range(0, size, step):
         yield slice(first, min(first + step, size))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lpgd.problems.node import BaseNode, NodeAnswer, Tilt
 from lpgd.solvers.nodes.penalties import Penalty, PenaltyFunction
 from lpgd.solvers.nodes.pooling_descent import Descent, NumberSum, VectorSum, blocks, descend, find_root, hessian
+from lpgd.solvers.nodes.truncated_quadratic import minimise_truncated
 from lpgd.status import Status
 
 __all__ = ["Penalty", "RobustPooling"]
@@ -105,7 +106,7 @@ class RobustPooling(BaseNode):
         if self.penalty == "quadratic":
             return self._answer(inputs[0], x.mean(1))
         if self.penalty == "truncated_quadratic" and x.shape[-1] == 1:
-            return self._answer(inputs[0], self._exact(x[..., 0])[:, None])
+            return self._answer(inputs[0], minimise_truncated(x[..., 0], self.alpha))
         known = None if start is None else start.reshape(x.shape[0], x.shape[-1])
         function = self._sum(x)
         if not self.function.is_convex:
@@ -208,31 +209,6 @@ class RobustPooling(BaseNode):
         """The better of what is known and where some rows' descents from other starts end."""
         found = descend(function.at(rows), starts)
         return best.updated(rows, Descent(*(own[rows] for own in best)).better(found))
-
-    def _exact(self, x: Tensor) -> Tensor:
-        """(B,) global minimisers of truncated quadratics of numbers (B, N).
-
-        In sorted order the points within α of u are a window, whose best u is their mean.  The window changes where u
-        passes some ``x_i - α``, which lets x_i in, or ``x_i + α``, which lets it out: 2N windows in all.
-        """
-        x = x.sort(-1).values
-        middle = x[:, x.shape[-1] // 2, None]
-        x = (x - middle).contiguous()
-        starts = torch.searchsorted(x, x - 2 * self.alpha)
-        stops = torch.searchsorted(x, x + 2 * self.alpha, right=True)
-        places = torch.arange(x.shape[-1], device=x.device).expand(x.shape)
-        low, high = torch.cat([places + 1, starts], -1), torch.cat([stops, places + 1], -1)
-        zero = x.new_zeros(x.shape[0], 1)
-        sums, squares = (torch.cat([zero, part.cumsum(-1)], -1) for part in (x, x.square()))
-        count = (high - low).to(x.dtype)
-        total = sums.gather(-1, high) - sums.gather(-1, low)
-        square = squares.gather(-1, high) - squares.gather(-1, low)
-        cost = 0.5 * (square - total.square() / count.clamp(min=1)) - 0.5 * self.alpha**2 * count
-        best = cost.argmin(-1, keepdim=True)
-        low, high = low.gather(-1, best), high.gather(-1, best)
-        inside = (places >= low) & (places < high)
-        # The mean again, without the rounding of running sums.
-        return (torch.where(inside, x, 0).sum(-1, keepdim=True) / (high - low) + middle)[:, 0]
 
     def _answer(self, x: Tensor, u: Tensor, end: Descent | None = None) -> NodeAnswer:
         y = u.reshape(x.shape[0], *self.variable_shape(tuple(x.shape[1:])))
