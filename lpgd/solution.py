@@ -61,12 +61,12 @@ class BatchSolution:
     iterations: NDArray[np.int64]
     setup_seconds: NDArray[np.float64]
     solve_seconds: NDArray[np.float64]
-    states: tuple[Any, ...]
+    states: Sequence[Any]
 
     _tensors: ClassVar[tuple[str, ...]]
     """Names of fields with one row for each element."""
     _tuples: ClassVar[tuple[str, ...]] = ("statuses", "states")
-    """Names of fields that are tuples with one entry for each element."""
+    """Names of fields that are tuples, or sequences, with one entry for each element."""
 
     @property
     def point(self) -> Any:
@@ -163,7 +163,7 @@ class Solution(BatchSolution):
     iterations: NDArray[np.int64]
     setup_seconds: NDArray[np.float64]
     solve_seconds: NDArray[np.float64]
-    states: tuple[Any, ...]
+    states: Sequence[Any]
     systems: tuple[Any, ...] = ()
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds")
@@ -239,7 +239,7 @@ class LinearSolution(BatchSolution):
     iterations: NDArray[np.int64]
     setup_seconds: NDArray[np.float64]
     solve_seconds: NDArray[np.float64]
-    states: tuple[Any, ...]
+    states: Sequence[Any]
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "iterations", "setup_seconds", "solve_seconds")
     _tuples: ClassVar[tuple[str, ...]] = ("statuses", "states", "answers")
@@ -270,7 +270,7 @@ class SmoothSolution(BatchSolution):
     iterations: NDArray[np.int64]
     setup_seconds: NDArray[np.float64]
     solve_seconds: NDArray[np.float64]
-    states: tuple[Any, ...]
+    states: Sequence[Any]
     aux: Any = None
     nu: Tensor | None = None
     lam: Tensor | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from lpgd.problems.node import Tilt
 from lpgd.solvers.nodes.penalties import PenaltyFunction, Slope, Sums, Terms
 
-__all__ = ["Descent", "NumberSum", "VectorSum", "blocks", "descend", "find_root", "hessian"]
+__all__ = ["Descent", "NumberSum", "Root", "VectorSum", "blocks", "descend", "find_root", "hessian"]
 
 BLOCK = 2**18
 """Numbers that are worked on at once on a CPU, where temporaries of this size stay in its cache."""
@@ -20,44 +20,53 @@ LIMIT = 200
 """Of iterations."""
 
 
+class Root(NamedTuple):
+    """Minimisers u (B, d), iterations (B,) and whether they converged (B,)."""
+
+    u: Tensor
+    iterations: Tensor
+    converged: Tensor
+
+
 class Descent(NamedTuple):
     """Where a descent ended.
 
     Attributes:
-        u: (B, d) minimisers.
-        value: (B,) the objective there, up to a constant; zero from :func:`find_root`, which does not read it.
-        iterations: (B,).
-        converged: (B,).
+        u, iterations, converged: as of :class:`Root`.
+        value: (B,) the objective there, up to a constant.
+        total: (B,) ``Σκ₁`` there.
+        radius: (B,) how far around u the objective is convex for certain.
     """
 
     u: Tensor
-    value: Tensor
     iterations: Tensor
     converged: Tensor
+    value: Tensor
+    total: Tensor
+    radius: Tensor
 
-    def better(self, other: Descent) -> Descent:
-        """The lower of two ends, element by element; iterations add up."""
-        lower = other.value < self.value
-        return Descent(
-            torch.where(lower[:, None], other.u, self.u),
-            torch.where(lower, other.value, self.value),
-            self.iterations + other.iterations,
-            torch.where(lower, other.converged, self.converged),
+    def improved(self, rows: Tensor, other: Descent) -> Descent:
+        """The lower ones of these ends and of others of some rows, where iterations add up."""
+        known = Descent(*(part[rows] for part in self))
+        lower = other.value < known.value
+        found = (
+            torch.where(lower.reshape(-1, *(1,) * (new.ndim - 1)), new, own)
+            for new, own in zip(other, known, strict=True)
         )
-
-    def updated(self, rows: Tensor, other: Descent) -> Descent:
-        """This with other ends of some rows."""
-        return Descent(*(own.index_copy(0, rows, new) for own, new in zip(self, other, strict=True)))
+        best = Descent(*found)._replace(iterations=known.iterations + other.iterations)
+        return Descent(*(own.index_copy(0, rows, new) for own, new in zip(self, best, strict=True)))
 
 
 class Step(NamedTuple):
     """What there is to know at a point.
 
     Attributes:
-        value: (B,) the objective.
+        value: (B,) the objective, up to a constant.
         slope: (B, d) its gradient.
         newton, mean: (B, d) the step of Newton's method, and that to the weighted mean.
         error: (B,) what Newton's step leaves of the distance to the minimiser, at most.
+        total: (B,) ``Σκ₁``.
+        radius: (B,) how far around this point the objective is convex for certain.
     """
 
     value: Tensor
@@ -65,6 +74,8 @@ class Step(NamedTuple):
     newton: Tensor
     mean: Tensor
     error: Tensor
+    total: Tensor
+    radius: Tensor
 
 
 def blocks(x: Tensor, numbers: int = BLOCK) -> Iterator[slice]:
@@ -120,20 +131,14 @@ class NumberSum:
         """Those of some rows, without the terms of LPGD."""
         return NumberSum(self.penalty, self.x[rows])
 
-    def surroundings(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """``Σκ₁`` (B,), and how far around u the objective is convex for certain, (B, 1)."""
-        _, curvature, total, _ = self.sums(u)
-        bound = self.penalty.third * self.x.shape[-1]
-        return total[:, 0], curvature.clamp(min=0) / bound if bound else torch.zeros_like(u)
-
     def median_beyond(self, u: Tensor, radius: Tensor) -> Tensor:
-        """Rows whose median is farther from u than the radius (B, 1): by counting, which is faster than medians."""
+        """Rows whose median is farther from u (B, 1) than the radius (B,), by counting: faster than medians."""
         below, within = [], []
         for block in blocks(self.x):
-            own, low, high = self.x[block], (u - radius)[block], (u + radius)[block]
+            own, middle, reach = self.x[block], u[block], radius[block, None]
             count = torch.empty_like(own)
-            below.append(torch.lt(own, low, out=count).sum(-1))
-            within.append(torch.le(own, high, out=count).sum(-1))
+            below.append(torch.lt(own, middle - reach, out=count).sum(-1))
+            within.append(torch.le(own, middle + reach, out=count).sum(-1))
         rank = (self.x.shape[-1] - 1) // 2
         return ((torch.cat(below) > rank) | (torch.cat(within) <= rank)).nonzero()[:, 0]
 
@@ -143,7 +148,9 @@ class NumberSum:
         fine = curvature > 1e-3 * total
         newton = torch.where(fine, -slope / torch.where(fine, curvature, 1), mean)
         error = torch.where(fine, self.error(newton, curvature), newton.abs())
-        return Step(value[:, 0], slope, newton, mean, error[:, 0])
+        bound = self.penalty.third * self.x.shape[-1]
+        radius = curvature.clamp(min=0) / bound if bound else torch.zeros_like(u)
+        return Step(value[:, 0], slope, newton, mean, error[:, 0], total[:, 0], radius[:, 0])
 
     def error(self, newton: Tensor, curvature: Tensor) -> Tensor:
         """(B, 1) what a Newton step leaves at most: its square, times the third derivative over twice the second."""
@@ -180,14 +187,9 @@ class VectorSum:
         """Those of some rows, without the terms of LPGD."""
         return VectorSum(self.penalty, self.x[rows])
 
-    def surroundings(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """``Σκ₁`` (B,), and a radius of zero (B, 1): where the objective is convex is not known."""
-        terms = self.penalty.terms((u[:, None] - self.x).square().sum(-1))
-        return terms.first.sum(-1), torch.zeros_like(u[:, :1])
-
     def median_beyond(self, u: Tensor, radius: Tensor) -> Tensor:
-        """Rows whose median is farther from u than the radius (B, 1)."""
-        return ((self.x.median(1).values - u).abs() > radius).any(-1).nonzero()[:, 0]
+        """Rows whose median is farther from u (B, d) than the radius (B,)."""
+        return ((self.x.median(1).values - u).abs().amax(-1) > radius).nonzero()[:, 0]
 
     def step(self, u: Tensor, rows: Tensor | None = None) -> Step:
         """At u (R, d), one for each of these rows; None is all."""
@@ -213,9 +215,8 @@ class VectorSum:
         newton = torch.where(fine, -torch.cholesky_solve(slope[..., None], factor)[..., 0], mean)
         # Newton's error is about the square of its step over α, where the penalty has no kinks.
         length = torch.linalg.vector_norm(newton, dim=-1)
-        return Step(
-            value, slope, newton, mean, 10 / self.penalty.alpha * length**2 if self.penalty.is_smooth else length
-        )
+        error = 10 / self.penalty.alpha * length**2 if self.penalty.is_smooth else length
+        return Step(value, slope, newton, mean, error, total[:, 0], torch.zeros_like(value))
 
     def noise(self, u: Tensor) -> Tensor:
         """(B, 1) zero: only rounding of u counts."""
@@ -231,9 +232,8 @@ def hessian(z: Tensor, terms: Terms) -> Tensor:
 def descend(function: NumberSum | VectorSum, u: Tensor) -> Descent:
     """A local minimiser near u (B, d): Newton steps, which a weighted mean replaces where they do not descend."""
     size = len(u)
-    whole, values = u.clone(), u.new_full((size,), torch.inf)
-    counts = torch.zeros(size, dtype=torch.int64, device=u.device)
-    converged = torch.zeros(size, dtype=torch.bool, device=u.device)
+    zero = torch.zeros(size, dtype=torch.int64, device=u.device)
+    ends = Descent(u.clone(), zero, zero.to(torch.bool), u.new_full((size,), torch.inf), *u.new_zeros(2, size))
     rows = torch.arange(size, device=u.device)
     eps, noise = torch.finfo(u.dtype).eps, function.noise(u)[:, 0]
 
@@ -246,13 +246,14 @@ def descend(function: NumberSum | VectorSum, u: Tensor) -> Descent:
         ended = (length <= 4 * eps * size_of_u) | (now.error <= eps * size_of_u + noise) | (now.slope == 0).all(-1)
         if ended.any():
             done, left = rows[ended], ~ended
-            whole[done], values[done], converged[done] = (u + now.newton)[ended], now.value[ended], True
+            ends.u[done], ends.converged[done], ends.value[done] = (u + now.newton)[ended], True, now.value[ended]
+            ends.total[done], ends.radius[done] = now.total[ended], (now.radius - length)[ended]
             rows, u, noise, *parts = (part[left] for part in (rows, u, noise, *now))
             now = Step(*parts)
         if not len(rows):
             break
-        counts[rows] += 1
-        value, slope, newton, mean, _ = now
+        ends.iterations[rows] += 1
+        value, slope, newton, mean, *_ = now
         new = step(u + newton, rows)
         # Within the noise of the objective a smaller slope decides.
         precise = (newton * slope).sum(-1).abs() <= 10 * eps * value.abs()
@@ -272,11 +273,11 @@ def descend(function: NumberSum | VectorSum, u: Tensor) -> Descent:
             for own, row in zip(now, step(u[other], rows[other]), strict=True):
                 own[other] = row
         now = now._replace(newton=torch.where(ended[:, None], 0, now.newton))
-    whole[rows], values[rows] = u, now.value
-    return Descent(whole, values, counts, converged)
+    ends.u[rows], ends.value[rows], ends.total[rows] = u, now.value, now.total
+    return ends
 
 
-def find_root(function: NumberSum, u: Tensor) -> Descent:
+def find_root(function: NumberSum, u: Tensor) -> Root:
     """The minimiser of a convex sum of numbers, from u (B, 1): its slope's root by Newton's method within a bracket.
 
     No step reads the objective.  A Newton step that leaves the bracket, or is not half as long as the step before it,
@@ -316,4 +317,4 @@ def find_root(function: NumberSum, u: Tensor) -> Descent:
             to = torch.where(good, to, torch.where(bounded, low + 0.5 * (high - low), away))
         move, u = (to - u).abs(), to
     whole[rows] = u
-    return Descent(whole, torch.zeros_like(whole[:, 0]), iterations, converged)
+    return Root(whole, iterations, converged)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lpgd.problems.node import BaseNode, NodeAnswer, Tilt
 from lpgd.solvers.nodes.penalties import Penalty, PenaltyFunction
-from lpgd.solvers.nodes.pooling_descent import Descent, NumberSum, VectorSum, blocks, descend, find_root, hessian
+from lpgd.solvers.nodes.pooling_descent import Descent, NumberSum, Root, VectorSum, blocks, descend, find_root, hessian
 from lpgd.solvers.nodes.truncated_quadratic import minimise_truncated
 from lpgd.status import Status
 
@@ -109,11 +109,10 @@ class RobustPooling(BaseNode):
             return self._answer(inputs[0], minimise_truncated(x[..., 0], self.alpha))
         known = None if start is None else start.reshape(x.shape[0], x.shape[-1])
         function = self._sum(x)
-        if not self.function.is_convex:
-            end = self._search(function, known)
+        if self.function.is_convex:
+            end = self._local(function, x.mean(1) if known is None else known)
         else:
-            begin = x.mean(1) if known is None else known
-            end = find_root(function, begin) if isinstance(function, NumberSum) else descend(function, begin)
+            end = self._search(function, known)
         return self._answer(inputs[0], end.u, end)
 
     def solve_tilted(self, inputs: tuple[Tensor, ...], tilt: Tilt, start: Tensor | None) -> NodeAnswer:
@@ -121,9 +120,7 @@ class RobustPooling(BaseNode):
         x = self._points(inputs[0])
         size, d = x.shape[0], x.shape[-1]
         function = self._sum(x, Tilt(tilt.linear.reshape(size, d), tilt.rho, tilt.center.reshape(size, d)))
-        begin = x.mean(1) if start is None else start.reshape(size, d)
-        convex = self.function.is_convex and isinstance(function, NumberSum)
-        end = find_root(function, begin) if convex else descend(function, begin)
+        end = self._local(function, x.mean(1) if start is None else start.reshape(size, d))
         return self._answer(inputs[0], end.u, end)
 
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
@@ -185,32 +182,32 @@ class RobustPooling(BaseNode):
 
     # -- the solvers ---------------------------------------------------------------------------------------------------
 
+    def _local(self, function: NumberSum | VectorSum, start: Tensor) -> Root | Descent:
+        """The minimiser near the start."""
+        if self.function.is_convex and isinstance(function, NumberSum):
+            return find_root(function, start)
+        return descend(function, start)
+
     def _search(self, function: NumberSum | VectorSum, known: Tensor | None) -> Descent:
         """The best end of descents from mean, median and a warm start, where they are not known to end alike."""
         points = function.x if isinstance(function, VectorSum) else function.x[..., None]
         best = descend(function, points.mean(1))
-        total, radius = function.surroundings(best.u)
-        rows = function.median_beyond(best.u, radius)
+        rows = function.median_beyond(best.u, best.radius)
         if len(rows):
-            best = self._improved(function, best, rows, points[rows].median(1).values)
+            best = best.improved(rows, descend(function.at(rows), points[rows].median(1).values))
         if known is not None:
-            rows = ((known - best.u).abs() > radius).any(-1).nonzero()[:, 0]
+            rows = ((known - best.u).abs().amax(-1) > best.radius).nonzero()[:, 0]
             if len(rows):
-                best = self._improved(function, best, rows, known[rows])
+                best = best.improved(rows, descend(function.at(rows), known[rows]))
         # Where no point is within reach, the objective is flat: from the point that is nearest to the median.
-        rows = (total < 0.5 * self.function.curvature).nonzero()[:, 0]
+        rows = (best.total < 0.5 * self.function.curvature).nonzero()[:, 0]
         if len(rows):
             medians = points[rows].median(1, keepdim=True).values
             place = (points[rows] - medians).square().sum(-1).argmin(-1)
-            best = self._improved(function, best, rows, points[rows, place])
+            best = best.improved(rows, descend(function.at(rows), points[rows, place]))
         return best
 
-    def _improved(self, function: NumberSum | VectorSum, best: Descent, rows: Tensor, starts: Tensor) -> Descent:
-        """The better of what is known and where some rows' descents from other starts end."""
-        found = descend(function.at(rows), starts)
-        return best.updated(rows, Descent(*(own[rows] for own in best)).better(found))
-
-    def _answer(self, x: Tensor, u: Tensor, end: Descent | None = None) -> NodeAnswer:
+    def _answer(self, x: Tensor, u: Tensor, end: Root | Descent | None = None) -> NodeAnswer:
         y = u.reshape(x.shape[0], *self.variable_shape(tuple(x.shape[1:])))
         solved = [Status.SOLVED] * len(u)
         if end is None:
