@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lpgd.problems.base import PointOperations
+from lpgd.problems.base import PointOperations, is_surely_finite
 from lpgd.problems.node import BaseNode, Tilt, is_shared
 
 __all__ = [
@@ -350,8 +350,7 @@ class SmoothProblem:
         fine = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
         for datum in self.data:
             rows = datum[:1] if is_shared(datum) else datum
-            # NaN and infinity survive a sum, which reads a large tensor once and writes nothing.
-            if not math.isfinite(float(rows.sum())):
+            if not is_surely_finite(rows):
                 fine = fine & torch.isfinite(rows).reshape(rows.shape[0], math.prod(rows.shape[1:])).all(-1)
         return fine
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.problems.base import is_surely_finite
 from lpgd.problems.node import NodeAnswer
 from lpgd.problems.smooth import SmoothPoint, SmoothProblem
 from lpgd.solution import Rows, SmoothSolution
@@ -150,8 +151,8 @@ class NodeSolver(BaseSolver):
         size = problem.batch_size
         codes = answer.status.tolist()
         statuses = tuple(map(Status, codes)) if any(codes) else (Status.SOLVED,) * size
-        missing = ~torch.isfinite(answer.x).all(-1)
-        if missing.any():
+        if not is_surely_finite(answer.x):
+            missing = ~torch.isfinite(answer.x).all(-1)
             statuses = tuple(
                 Status.NUMERICAL_ERROR if lost and status.usable else status
                 for status, lost in zip(statuses, missing.tolist(), strict=True)
@@ -201,8 +202,10 @@ class _Answer(NamedTuple):
             raise ValueError(
                 f"the solver of {problem.node.name} answered {len(own.statuses)} statuses for {size} elements."
             )
-        solved = own.statuses.count(Status.SOLVED) == size
-        status = torch.tensor([0] * size if solved else list(map(int, own.statuses)), dtype=torch.int64)
+        if own.statuses.count(Status.SOLVED) == size:
+            status = torch.zeros(size, dtype=torch.int64)
+        else:
+            status = torch.tensor([int(status) for status in own.statuses], dtype=torch.int64)
         iterations = torch.as_tensor(own.iterations).to(torch.int64)
         x = own.y.detach().to(problem.dtype).reshape(size, problem.structure.n)
         return cls(x, status, iterations.expand(size), own.aux, own.nu, own.lam)
