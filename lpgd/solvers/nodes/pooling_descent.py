@@ -297,8 +297,10 @@ def find_root(function: NumberSum, u: Tensor) -> Root:
         low, high = torch.where(slope < 0, u, low), torch.where(slope > 0, u, high)
         newton = (-slope / curvature).nan_to_num(0.0, torch.inf, -torch.inf)
         length, tolerance = newton.abs(), 2 * eps * u.abs() + noise
-        last = function.error(newton, curvature) <= tolerance
-        stalled = (length > 0.5 * move) & (length <= 64 * tolerance)
+        # Steps over many kinks say nothing: where u has no more digits than α has, the bracket decides.
+        near = tolerance.clamp(max=0.01 * function.penalty.alpha)
+        last = function.error(newton, curvature) <= near
+        stalled = (length > 0.5 * move) & (length <= 64 * near)
         ended = (last | stalled | (slope == 0) | (high - low <= tolerance))[:, 0]
         if ended.any():
             done, left = rows[ended], ~ended
