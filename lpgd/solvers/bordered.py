@@ -25,8 +25,14 @@ from torch import Tensor
 from lpgd.problems.multipliers import LARGE
 from lpgd.problems.smooth import SmoothPoint, SmoothProblem
 from lpgd.solvers.minres import minres
+from lpgd.torch_threads import torch_threads
 
-__all__ = ["bordered_response"]
+__all__ = ["bordered_response", "is_large"]
+
+
+def is_large(problem: SmoothProblem, point: SmoothPoint) -> bool:
+    """Whether the matrices of a whole batch would take more than 2²⁶ numbers."""
+    return problem.batch_size * sum(part.shape[-1] for part in point) ** 2 > LARGE
 
 
 def bordered_response(
@@ -50,8 +56,7 @@ def bordered_response(
     x, n, p = point.x, point.x.shape[-1], point.nu.shape[-1]
     keep = torch.cat([torch.ones_like(point.nu, dtype=torch.bool), active], -1)
     right = -torch.cat(tuple(tilt), -1)
-    large = x.shape[0] * (n + keep.shape[-1]) ** 2 > LARGE if matrix_free is None else matrix_free
-    if large:
+    if is_large(problem, point) if matrix_free is None else matrix_free:
         answer, exact = _matrix_free(problem, point, keep, right, rho)
     else:
         hessian = problem.hessian(point) + rho * torch.eye(n, dtype=x.dtype, device=x.device)
@@ -80,15 +85,16 @@ def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor) -> tu
     # solve_ex takes no zero rows of a batch on every device: an empty batch has nothing to solve.
     if not scaled.shape[0] or not scaled.shape[-1]:
         return torch.zeros_like(right), right.new_ones(right.shape[0], dtype=torch.bool)
-    factors, pivots, failed = torch.linalg.lu_factor_ex(scaled)
-    answers = torch.linalg.lu_solve(factors, pivots, both)
-    answer = answers[..., 0]
-    residual = target - (scaled @ answer[..., None])[..., 0]
+    with torch_threads(1):  # see there what LU needs
+        factors, pivots, failed = torch.linalg.lu_factor_ex(scaled)
+        answers = torch.linalg.lu_solve(factors, pivots, both)
+        answer = answers[..., 0]
+        residual = target - (scaled @ answer[..., None])[..., 0]
+        correction = torch.linalg.lu_solve(factors, pivots, residual[..., None])[..., 0]
     exact = (failed == 0) & (answers[..., 1].norm(dim=-1) < 1e-3 / eps) & torch.isfinite(answer).all(-1)
     small = eps**0.6 * target.abs().amax(-1).clamp(min=torch.finfo(right.dtype).tiny)
     exact = exact & (residual.abs().amax(-1) <= small)
-    refined = answer + torch.linalg.lu_solve(factors, pivots, residual[..., None])[..., 0]
-    answer = weight * torch.where(exact[:, None], refined, 0)
+    answer = weight * torch.where(exact[:, None], answer + correction, 0)
     rest = (~exact).nonzero()[:, 0]
     if len(rest):
         # The pseudo-inverse of the matrix itself: least norm in the units of the variables.
