@@ -240,7 +240,7 @@ def _second_derivative(
     return tuple(answer)
 
 
-for _function in (_SolveFunction, _DerivativeFunction):
+for _function in (_SolveFunction, _DerivativeFunction, _SecondFunction):
     # Torch 2.13 looks it up in every call, which takes as long as a small layer's arithmetic.
     cast(Any, _function.forward).__signature__ = inspect.signature(_function.forward)
 

@@ -45,10 +45,11 @@ class RobustPooling(BaseNode):
     groups) the derivative is that of the weighted mean with weights κ₁.
 
     Convex sums of numbers are solved by Newton's method for the root of the slope, within a bracket that it cannot
-    leave; others by Newton steps that a weighted mean replaces where they do not descend, O(n) each.  What is not convex
-    starts from mean and median, a warm start in addition (and where those are out of reach of all points, from the
-    point nearest to the median), and the best end is kept; starts within the convex surroundings of a solution, which
-    curvature and third derivative tell, are left out.  Truncated quadratics of numbers are solved exactly, by sorting.
+    leave; others by Newton steps that a weighted mean replaces where they do not descend, O(n) each.  What is not
+    convex starts from mean and median, a warm start in addition (and where those are out of reach of all points, from
+    the point nearest to the median), and the best end is kept; starts within the convex surroundings of a solution,
+    which curvature and third derivative tell, are left out.  Truncated quadratics of numbers are solved exactly, by
+    sorting.
 
     [DDN] Gould, Hartley, Campbell: Deep Declarative Networks (arXiv 1909.04866).
     """
