@@ -17,7 +17,7 @@ def minimise_truncated(x: Tensor, alpha: float) -> Tensor:
     In sorted order the points within α of u are a window, whose best u is their mean.  The window changes where u
     passes some ``x_i - α``, which lets x_i in, or ``x_i + α``, which lets it out: 2N windows in all.
     """
-    return torch.cat([_best_mean(x[block], alpha) for block in blocks(x, BLOCK // 4)])  # with a dozen temporaries
+    return torch.cat([_best_mean(x[block], alpha) for block in blocks(x, BLOCK // 2)])  # with a dozen temporaries
 
 
 def _best_mean(x: Tensor, alpha: float) -> Tensor:
