@@ -61,7 +61,7 @@ def leading_eigenvector(matrix: Tensor, start: Tensor, tolerance: float) -> Lead
     identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     length, value = _residual(matrix, vector)
     proven, count, enough = torch.ones_like(value, dtype=torch.bool), STEPS, 0.1 * tolerance * norm
-    rows, own = torch.arange(len(matrix), device=matrix.device), matrix
+    rows, own, going = torch.arange(len(matrix), device=matrix.device), matrix, proven
     for _ in range(ROUNDS):
         above = torch.maximum(2.0 * length, 1e-3 * (top - second))[rows] + 1e-12 * norm[rows]
         factor, info = torch.linalg.cholesky_ex((value[rows] + above)[:, None, None] * identity - own)

@@ -97,7 +97,10 @@ class Projection(BaseNode):
             return None
         if self.onto in ("l1_sphere", "l1_ball"):  # the nearest point has the signs of x
             signed = _signs(x) * y
-            return -signed if self.onto == "l1_sphere" else torch.cat([signed.sum(-1, keepdim=True) - r, -signed], -1)
+            if self.onto == "l1_sphere":
+                return -signed
+            outside = x.abs().sum(-1, keepdim=True) > r  # inside the ball coordinates may change their signs
+            return torch.cat([signed.sum(-1, keepdim=True) - r, torch.where(outside, -signed, -1.0)], -1)
         # On the sphere the largest coordinate of x is at its bound; that row is absent here.
         free = torch.ones_like(x) if self.onto == "linf_ball" else 1 - _largest(x)
         return torch.cat([free * y - r, -free * y - r], -1)
@@ -140,9 +143,9 @@ class Projection(BaseNode):
         x, r, v = inputs[0], self._radius(inputs), cotangent
         if self.onto in ("l2_sphere", "l2_ball"):
             size = _norm(x)
-            along = (y * v).sum(-1, keepdim=True)
-            dx = torch.where(size > 0, (r / torch.where(size > 0, size, 1)) * (v - y * along / r.square()), 0)
-            dr = along / r
+            unit = y / r  # squares of r might overflow
+            dr = (unit * v).sum(-1, keepdim=True)
+            dx = torch.where(size > 0, (r / torch.where(size > 0, size, 1)) * (v - unit * dr), 0)
             inside = size <= r
         elif self.onto in ("linf_sphere", "linf_ball"):
             bound = x.abs() >= r
