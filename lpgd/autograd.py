@@ -7,17 +7,19 @@ differentiable operations.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo, GradientMethod
+from lpgd.problems.base import is_surely_finite
 from lpgd.solution import BatchSolution
 from lpgd.solvers.base import BaseSolver
 from lpgd.status import SolverError, Status, describe_failures, warn
@@ -266,6 +268,11 @@ def _second_derivative(
     return tuple(answer)
 
 
+for _function in (_SolveFunction, _DerivativeFunction, _SecondFunction):
+    # Torch 2.13 looks it up in every call, which takes as long as a small layer's arithmetic.
+    cast(Any, _function.forward).__signature__ = inspect.signature(_function.forward)
+
+
 def _derivative(
     call: Call, solution: BatchSolution, reverse: bool, tensors: Sequence[Tensor]
 ) -> tuple[Any, GradientInfo]:
@@ -315,14 +322,16 @@ def check_solution(solution: BatchSolution, on_error: OnError) -> None:
             f"no solution for {describe_failures(statuses, failed)}. Their rows are the solver's last iterate or NaN, "
             "with a zero gradient."
         )
-    inaccurate = [index for index, status in enumerate(statuses) if status is Status.INACCURATE]
-    if inaccurate:
+    if Status.INACCURATE in statuses:
+        inaccurate = [index for index, status in enumerate(statuses) if status is Status.INACCURATE]
         warn(describe_failures(statuses, inaccurate))
 
 
 def _check_cotangent(cotangent: Any) -> None:
     for name, part in zip(cotangent._fields, cotangent, strict=True):
-        bad = (~torch.isfinite(part).all(-1)).nonzero()[:, 0].tolist() if part.shape[-1] else []
+        if is_surely_finite(part):
+            continue
+        bad = (~torch.isfinite(part).all(-1)).nonzero()[:, 0].tolist()
         if bad:
             raise ValueError(
                 f"the loss gradient with respect to {name} is NaN or infinite for elements {bad[:10]}: "
