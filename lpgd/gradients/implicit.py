@@ -260,6 +260,7 @@ def _check_stationary(problem: SmoothProblem, point: SmoothPoint, elements: list
     left = (problem.gradient(point) / unit).abs()
     if not left.shape[-1]:
         return
+    left = torch.where(left.isfinite(), left, 0)  # infinite derivatives are refused elsewhere
     bad = left.amax(-1) > NOT_STATIONARY * (1 + point.x.abs().amax(-1))
     if bad.any():
         named = [element for element, wrong in zip(elements, bad.tolist(), strict=True) if wrong]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpgd.problems.node import BaseNode, NodeAnswer, Tilt
+from lpgd.problems.node import BaseNode, NodeAnswer, Tilt, is_traced
 from lpgd.solvers.nodes.penalties import Penalty, PenaltyFunction
 from lpgd.solvers.nodes.pooling_descent import Descent, NumberSum, Root, VectorSum, blocks, descend, find_root, hessian
 from lpgd.solvers.nodes.truncated_quadratic import minimise_truncated
@@ -132,7 +132,7 @@ class RobustPooling(BaseNode):
             gradient = (v / x.shape[1])[:, None].expand(x.shape)
         elif x.shape[-1] > 1:
             gradient = self._gradient_of_vectors(x, u, v)
-        elif torch.is_grad_enabled():
+        elif is_traced(x, u, v):
             weights, scale = self._weights(x[..., 0], u, v)
             gradient = weights * scale
         else:
