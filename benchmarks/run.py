@@ -35,6 +35,7 @@ COMPARISONS = (
     "nodes_sphere",
     "nodes_transport",
     "nodes_eigen",
+    "nodes_backward",
 )
 
 
