@@ -44,6 +44,8 @@ class Row:
             variables.
         signs: the solution has no sign: losses are of its squares.
         comparable: the part of gradients that a problem determines.
+        iterated: autograd goes back through iterations; otherwise there is a formula, or all but the last iteration are
+            constants to it, and nothing that would have to be faster.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Row:
     generic: int
     signs: bool = False
     comparable: Callable[[Sequence[Tensor]], Sequence[Tensor]] = tuple
+    iterated: bool = True
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -118,13 +121,14 @@ def _pooling(penalty: Penalty, dimension: int = 0, iterations: int = 40) -> Row:
     return Row(
         f"robust pooling, {penalty.replace('_', ' ')}{vectors}",
         RobustPooling(penalty, dim=-2, vector_dim=-1) if dimension else RobustPooling(penalty),
-        lambda size, seed: with_outliers(16, size, seed, dimension),
+        lambda size, seed: with_outliers(8, size, seed, dimension),
         partial(unrolled.weighted_means, penalty=penalty, iterations=iterations),
-        f"{iterations} weighted means",
-        16,
+        f"{iterations} weighted means" + (", whose weights are constants" if penalty == "truncated_quadratic" else ""),
+        8,
         "points",
         (100, 1000, 10_000),
         10_000,
+        iterated=penalty != "truncated_quadratic",
     )
 
 
@@ -134,11 +138,12 @@ def _projection(onto: ProjectionSet) -> Row:
         Projection(onto),
         lambda size, seed: (3.0 * normal(seed, 16, size),),
         partial(unrolled.project, onto=onto),
-        "no iterations: the formula in torch",
+        "torch's autograd of the projection itself",
         16,
         "coordinates",
         (32, 128, 1024, 8192),
         128,
+        iterated=False,
     )
 
 

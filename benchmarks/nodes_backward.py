@@ -22,6 +22,7 @@ from .results import Curve, Target
 __all__ = ["Measured", "measure", "run"]
 
 STRUCTURED, GENERIC, UNROLLED = "lpgd, structured", "lpgd, generic implicit", "torch, unrolled"
+FIGURES = "nodes_backward", "nodes_memory"
 SECONDS, MOST = 0.3, 15
 """Short passes are repeated for so many seconds, and so often at most."""
 
@@ -119,23 +120,28 @@ def note(row: Row, size: int, structured: Measured, other: Measured, what: str) 
     return text
 
 
+def one_row(place: int, settings: Settings, ask: Callable[..., float | None]) -> Iterator[Target | Curve]:
+    """All that is measured of one node, whose memory the other process looks at."""
+    row = TABLE[place]
+    times = Curve(f"backward {row.name}", f"{row.name} (batch {row.batch})", row.size, "seconds", figure=FIGURES[0])
+    peaks = Curve(f"memory {row.name}", f"{row.name} (batch {row.batch})", row.size, "MiB", figure=FIGURES[1])
+    table: dict[int, dict[str, Measured]] = {}
+    for size in row.sizes[:1] if settings.quick else row.sizes:
+        table[size] = measure(row, size, settings.repeats)
+        for name, measured in table[size].items():
+            measured.memory = ask(memory, place, size, name)
+            times.add(name, size, measured.seconds)
+            peaks.add(name, size, measured.memory)
+    for name, against, what in ((UNROLLED, "unrolled", row.how), (GENERIC, "generic implicit", "generic implicit")):
+        size = max(size for size, found in table.items() if name in found)
+        ours, other = table[size][STRUCTURED], table[size][name]
+        title = f"{row.name}, backward pass: {against} / structured"
+        wanted = 1.0 if row.iterated or name == GENERIC else None
+        yield Target(title, wanted, None, other.seconds / ours.seconds, note=note(row, size, ours, other, what))
+    yield from (times, peaks)
+
+
 def run(settings: Settings) -> Iterator[Target | Curve]:
     with measuring_process() as ask:
-        for place, row in enumerate(TABLE):
-            sizes = row.sizes[:1] if settings.quick else row.sizes
-            times = Curve(f"backward {row.name}", f"{row.name} (batch {row.batch})", row.size, "seconds")
-            peaks = Curve(f"memory {row.name}", f"{row.name} (batch {row.batch})", row.size, "MiB")
-            times.figure, peaks.figure = "nodes_backward", "nodes_memory"
-            table: dict[int, dict[str, Measured]] = {}
-            for size in sizes:
-                table[size] = measure(row, size, settings.repeats)
-                for name, measured in table[size].items():
-                    measured.memory = ask(memory, place, size, name)
-                    times.add(name, size, measured.seconds)
-                    peaks.add(name, size, measured.memory)
-            for name, what in ((UNROLLED, row.how), (GENERIC, "generic implicit")):
-                size = max(size for size, found in table.items() if name in found)
-                ours, other = table[size][STRUCTURED], table[size][name]
-                title = f"{row.name}: {'unrolled' if name == UNROLLED else 'generic implicit'} backward / structured"
-                yield Target(title, 1.0, None, other.seconds / ours.seconds, note=note(row, size, ours, other, what))
-            yield from (times, peaks)
+        for place in range(len(TABLE)):
+            yield from one_row(place, settings, ask)
