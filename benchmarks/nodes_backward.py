@@ -37,6 +37,7 @@ class Measured:
         memory: MiB at the peak of a forward and a backward pass.
         solution_error: largest difference from the structured side, relative to the largest entry and to 1.
         gradient_error: norm of the difference from the structured side, relative.
+        error: what it raised.
     """
 
     backward: list[float] = field(default_factory=list)
@@ -45,6 +46,7 @@ class Measured:
     memory: float | None = None
     solution_error: float = 0.0
     gradient_error: float = 0.0
+    error: str | None = None
 
     @property
     def seconds(self) -> float:
@@ -74,26 +76,31 @@ def both_passes(row: Row, side: Callable[[Sequence[Tensor]], Tensor], data: Sequ
 
 def measure(row: Row, size: int, repeats: int) -> dict[str, Measured]:
     """All sides in turn, on other data with each repeat; a first round warms up."""
-    found: dict[str, Measured] = {}
     chosen = sides(row, size)
+    found = {name: Measured() for name in chosen}
     rounds, started = 0, time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the generic gradient warns at points that are not regular
         while rounds <= repeats or (repeats > 1 and rounds <= MOST and time.perf_counter() - started < SECONDS):
             data = row.draw(size, rounds)
-            for name, side in chosen.items():
-                both_passes(row, side, data, found.setdefault(name, Measured()))
+            for name, one in found.items():
+                if one.error is None:
+                    try:
+                        both_passes(row, chosen[name], data, one)
+                    except Exception as error:  # whatever a side raises, the others go on and the table says so
+                        one.error = f"{type(error).__name__}: {error}"
                 if not rounds:
-                    found[name].backward.clear()
+                    one.backward.clear()
             rounds += 1
     exact = found[STRUCTURED]
-    assert exact.y is not None
     for one in found.values():
-        assert one.y is not None
-        reference, value = (part.square() if row.signs else part for part in (exact.y, one.y))
-        one.solution_error = closeness(value, reference)
-        theirs, right = (torch.cat([part.ravel() for part in row.comparable(each.gradients)]) for each in (one, exact))
-        one.gradient_error = float((theirs - right).norm() / right.norm())
+        if one.error is None and exact.error is None:
+            assert exact.y is not None
+            assert one.y is not None
+            reference, value = (part.square() if row.signs else part for part in (exact.y, one.y))
+            one.solution_error = closeness(value, reference)
+            mine, right = (torch.cat([part.ravel() for part in row.comparable(it.gradients)]) for it in (one, exact))
+            one.gradient_error = float((mine - right).norm() / right.norm())
     for one in found.values():
         one.y, one.gradients = None, ()
     return found
@@ -109,6 +116,8 @@ def memory(place: int, size: int, name: str) -> float | None:
 
 
 def note(row: Row, size: int, structured: Measured, other: Measured, what: str) -> str:
+    if structured.error is not None or other.error is not None:
+        return f"{row.size} {size}: {structured.error or other.error}"
     text = (
         f"{row.size} {size}, batch {row.batch}: {1e3 * structured.seconds:.2f} ms against {what} "
         f"{1e3 * other.seconds:.2f} ms; its gradient differs by {other.gradient_error:.0e}"
@@ -129,15 +138,17 @@ def one_row(place: int, settings: Settings, ask: Callable[..., float | None]) ->
     for size in row.sizes[:1] if settings.quick else row.sizes:
         table[size] = measure(row, size, settings.repeats)
         for name, measured in table[size].items():
-            measured.memory = ask(memory, place, size, name)
-            times.add(name, size, measured.seconds)
-            peaks.add(name, size, measured.memory)
+            if measured.error is None:
+                measured.memory = ask(memory, place, size, name)
+                times.add(name, size, measured.seconds)
+                peaks.add(name, size, measured.memory)
     for name, against, what in ((UNROLLED, "unrolled", row.how), (GENERIC, "generic implicit", "generic implicit")):
         size = max(size for size, found in table.items() if name in found)
         ours, other = table[size][STRUCTURED], table[size][name]
         title = f"{row.name}, backward pass: {against} / structured"
         wanted = 1.0 if row.iterated or name == GENERIC else None
-        yield Target(title, wanted, None, other.seconds / ours.seconds, note=note(row, size, ours, other, what))
+        reached = None if ours.error or other.error else other.seconds / ours.seconds
+        yield Target(title, wanted, None, reached, note=note(row, size, ours, other, what))
     yield from (times, peaks)
 
 

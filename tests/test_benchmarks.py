@@ -267,6 +267,7 @@ class TestNodes:
         assert found[nodes_backward.GENERIC].gradient_error < 1e-12
         assert found[nodes_backward.GENERIC].solution_error == 0.0
         unrolled = found[nodes_backward.UNROLLED]
+        assert all(one.error is None and one.seconds > 0 for one in found.values())
         if "truncated" in row.name:  # the weighted means end in other local minima, which the node's exact solver beats
             assert unrolled.gradient_error > 0.01
         elif "total variation" in row.name:  # its dual converges slowly
@@ -275,6 +276,15 @@ class TestNodes:
         else:
             assert unrolled.solution_error < 1e-7
             assert unrolled.gradient_error < 1e-5
+
+    def test_what_a_side_raises_is_on_record(self):
+        def fail(data):
+            raise ArithmeticError("no luck")
+
+        found = nodes_backward.measure(dataclasses.replace(node_table.TABLE[0], unrolled=fail), 10, 1)
+        assert found[nodes_backward.UNROLLED].error == "ArithmeticError: no luck"
+        assert found[nodes_backward.STRUCTURED].error is None
+        assert found[nodes_backward.GENERIC].gradient_error < 1e-12
 
     def test_memory_of_a_backward_pass_does_not_grow_with_iterations(self):
         with memory.measuring_process() as ask:
