@@ -21,7 +21,7 @@ from .results import Curve, Target
 
 __all__ = ["Measured", "measure", "run"]
 
-STRUCTURED, GENERIC, UNROLLED = "lpgd, structured", "lpgd, generic implicit", "torch, unrolled"
+STRUCTURED, GENERIC, UNROLLED = "lpgd, structured", "lpgd, generic implicit", "torch, autograd through the solver"
 FIGURES = "nodes_backward", "nodes_memory"
 SECONDS, MOST = 0.3, 15
 """Short passes are repeated for so many seconds, and so often at most."""
@@ -142,7 +142,8 @@ def one_row(place: int, settings: Settings, ask: Callable[..., float | None]) ->
                 measured.memory = ask(memory, place, size, name)
                 times.add(name, size, measured.seconds)
                 peaks.add(name, size, measured.memory)
-    for name, against, what in ((UNROLLED, "unrolled", row.how), (GENERIC, "generic implicit", "generic implicit")):
+    autograd = "unrolled" if row.iterated else "autograd of the formula"
+    for name, against, what in ((UNROLLED, autograd, row.how), (GENERIC, "generic implicit", "generic implicit")):
         size = max(size for size, found in table.items() if name in found)
         ours, other = table[size][STRUCTURED], table[size][name]
         title = f"{row.name}, backward pass: {against} / structured"

@@ -155,6 +155,7 @@ def plot_panels(path: Path, curves: Sequence[Curve], columns: int = 4) -> None:
         _draw_lines(axes, curve, [palette[name] for name in curve.lines])
         axes.set_title(curve.title, fontsize=9)
         axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
         handles.update({str(line.get_label()): line for line in axes.get_lines()})
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
