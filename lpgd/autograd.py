@@ -148,8 +148,8 @@ class _SolveFunction(torch.autograd.Function):
 class _DerivativeFunction(torch.autograd.Function):
     """One reverse or forward pass.
 
-    As a function of its own it is given plain tensors under torch.func as well, and a derivative of this derivative,
-    which there is none of, is refused instead of being zero.
+    As a function of its own it is given plain tensors under torch.func as well, and can be differentiated once more
+    where the gradient method is able to; a derivative that there is none of is refused instead of being zero.
     """
 
     @staticmethod
@@ -163,15 +163,79 @@ class _DerivativeFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, ctx.solution, ctx.reverse, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        _check_twice(ctx.call.gradient, ctx.solution.problem, ctx.reverse)
+        return None, None, None, *_SecondFunction.apply(ctx.call, ctx.solution, True, *cotangents, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        _check_twice(ctx.call.gradient, ctx.solution.problem, ctx.reverse)
+        own = ctx.saved_tensors
+        known = (torch.zeros_like(one) if part is None else part for one, part in zip(own, tangents[3:], strict=True))
+        return _SecondFunction.apply(ctx.call, ctx.solution, False, *known, *own)
+
+
+class _SecondFunction(torch.autograd.Function):
+    """The derivative of a reverse pass, which is a function of cotangents, data and outputs."""
+
+    @staticmethod
+    def forward(call: Call, solution: BatchSolution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        started = time.perf_counter()
+        count = len(solution.outputs) + len(call.data_class._fields) + len(solution.outputs)
+        direction, own = tensors[:-count], tensors[-count:]
+        with _threads(call.solver), torch.enable_grad():
+            answer = _second_derivative(call, solution, reverse, direction, own)
+        call.info.backward_seconds += time.perf_counter() - started
+        return answer
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Nothing to keep: see backward."""
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        raise RuntimeError(_ONCE_DIFFERENTIABLE)
+        raise RuntimeError(_TWICE_DIFFERENTIABLE)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        raise RuntimeError(_ONCE_DIFFERENTIABLE)
+        raise RuntimeError(_TWICE_DIFFERENTIABLE)
+
+
+def _second_derivative(
+    call: Call, solution: BatchSolution, reverse: bool, direction: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The derivative, along or against ``direction``, of the gradient as a function of cotangents, data and outputs."""
+    outputs, usable, fields = type(solution.outputs), solution.usable[:, None], len(call.data_class._fields)
+    count = len(solution.outputs)
+
+    def gradient(*parts: Tensor) -> tuple[Tensor, ...]:
+        cotangents, data, points = parts[:count], parts[count : count + fields], parts[count + fields :]
+        known = (outputs(*(torch.where(usable, part, 0.0) for part in own)) for own in (points, cotangents))
+        return tuple(call.gradient.differentiable_vjp(solution, call.data_class(*data), *known))
+
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    parts = gradient(*leaves)
+    moving = [place for place, part in enumerate(parts) if part.requires_grad]
+    known = [parts[place] for place in moving]
+    if reverse:
+        if not moving:
+            return tuple(torch.zeros_like(leaf) for leaf in leaves)
+        return torch.autograd.grad(known, leaves, [direction[place] for place in moving], materialize_grads=True)
+    # The product with the derivative, by differentiating the one with its transpose, which is linear in its argument.
+    answer = [torch.zeros_like(part) for part in parts]
+    if moving:
+        weights = [torch.zeros_like(part, requires_grad=True) for part in known]
+        rows = torch.autograd.grad(known, leaves, weights, create_graph=True, materialize_grads=True)
+        rows, along = zip(*(pair for pair in zip(rows, direction, strict=True) if pair[0].requires_grad), strict=True)
+        found = torch.autograd.grad(rows, weights, along, materialize_grads=True)
+        for place, own in zip(moving, found, strict=True):
+            answer[place] = own
+    return tuple(answer)
 
 
 def _derivative(
@@ -188,9 +252,19 @@ def _derivative(
     return call.gradient.vjp(solution.problem, solution, cotangent, call.solver, call.executor)
 
 
-_ONCE_DIFFERENTIABLE = (
-    "the gradient of an optimization layer cannot be differentiated again (second derivatives of solutions are not "
-    "computed): detach it, or take finite differences of it."
+def _check_twice(method: GradientMethod, problem: Any, reverse: bool) -> None:
+    """Refuse a derivative of a derivative that there is none of."""
+    if not (reverse and method.is_differentiable(problem)):
+        what = str(method) if reverse else "forward mode"
+        raise RuntimeError(
+            f"the gradient of this optimization layer, by {what}, cannot be differentiated again: detach it, or take "
+            "finite differences of it (second derivatives are there for declarative nodes, by their closed forms and "
+            "by ImplicitKKT, of gradients in reverse mode)."
+        )
+
+
+_TWICE_DIFFERENTIABLE = (
+    "third derivatives of solutions are not computed: detach the second ones, or take finite differences of them."
 )
 
 

@@ -277,6 +277,11 @@ class SmoothSolution(BatchSolution):
             changes["aux"] = type(self.aux)(*parts) if hasattr(self.aux, "_fields") else tuple(parts)
         return replace(super().select(elements), **changes)
 
+    def traced(self, data: Any, outputs: SmoothOutput) -> Self:
+        """This solution with data and minimisers that have a graph; multipliers follow from them, differentiably."""
+        problem = replace(self.problem, data=data)
+        return replace(self, problem=problem, x=outputs.x, aux=None, nu=None, lam=None)
+
     @cached_property
     def residual(self) -> Tensor:
         """(B,) the worst of ``|∇L|``, ``|h|``, ``max(g, 0)`` and ``|λ g|``, in the maximum norm."""

@@ -263,14 +263,6 @@ def test_layers_of_nodes_pickle():
     torch.testing.assert_close(layer(x), x.relu())
 
 
-def test_second_derivatives_are_refused():
-    x = random(0, 2, 3).requires_grad_()
-    y = lpgd.NodeLayer(lpgd.nodes.Projection())(x)
-    (gradient,) = torch.autograd.grad(y[:, 0].sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        gradient.sum().backward()
-
-
 # -- gradients at points that are not regular ------------------------------------------------------------------------
 
 

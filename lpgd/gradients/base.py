@@ -110,6 +110,28 @@ class GradientMethod(ABC):
             The tangent of the point, (B, ·) each, and the record.
         """
 
+    def is_differentiable(self, problem: Any) -> bool:
+        """Whether there is a :meth:`differentiable_vjp` for this problem."""
+        return False
+
+    def differentiable_vjp(self, solution: Any, data: Any, outputs: Any, cotangent: Any) -> Any:
+        """The gradient of :meth:`vjp` by differentiable operations, for second derivatives.
+
+        Args:
+            solution: the solver's answer.
+            data: of the problem, with a graph of their own.
+            outputs: ``solution.outputs`` with theirs, zero for elements without a solution.  On the solution map a
+                gradient is a function of the data, through the outputs and directly; here both are told apart.
+            cotangent: as for :meth:`vjp`.
+
+        Returns:
+            The gradient, of the type and shapes of the data.
+
+        Raises:
+            RuntimeError: an element has no second derivative.
+        """
+        raise RuntimeError(f"gradients by {self} cannot be differentiated again.")
+
 
 _CAPABILITIES = {
     "can_tilt": "a linear tilt of its objective",

@@ -24,7 +24,7 @@ __all__ = ["ClosedForm", "by_formula"]
 class ClosedForm(GradientMethod):
     """The exact gradient of a node by its own formula, or by ``ImplicitKKT()`` where it has none: a node's default.
 
-    Forward mode is that of ``ImplicitKKT``.
+    Forward mode is that of ``ImplicitKKT``.  Gradients can be differentiated again.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"is_smooth"})
@@ -62,6 +62,16 @@ class ClosedForm(GradientMethod):
                 "use reverse mode, or LPGD."
             )
         return ImplicitKKT().jvp(problem, solution, tangent, solver, executor)
+
+    def is_differentiable(self, problem: Any) -> bool:
+        return True
+
+    def differentiable_vjp(self, solution: SmoothSolution, data: Any, outputs: Any, cotangent: Any) -> Any:
+        """The node's formula from its inputs and its solution alone."""
+        own = solution.traced(data, outputs)
+        elements = own.usable.nonzero()[:, 0].tolist()
+        gradient = by_formula(own.problem.node.vjp, own.problem, own, cotangent.x, elements)
+        return ImplicitKKT().differentiable_vjp(solution, data, outputs, cotangent) if gradient is None else gradient
 
 
 def by_formula(

@@ -27,7 +27,7 @@ from lpgd.problems.smooth import SmoothOutput, SmoothPoint, SmoothProblem
 from lpgd.problems.structure import ConicPoint, ConicStructure
 from lpgd.solution import SmoothSolution, Solution
 from lpgd.solvers.base import BaseSolver
-from lpgd.solvers.bordered import bordered_response
+from lpgd.solvers.bordered import bordered_response, is_large
 from lpgd.status import warn
 
 __all__ = ["ImplicitKKT", "is_linear_program"]
@@ -101,6 +101,35 @@ class ImplicitKKT(GradientMethod):
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         return self.response(problem, solution, problem.mixed_product(solution.point, tangent), executor)
+
+    def is_differentiable(self, problem: Any) -> bool:
+        """Of declarative nodes it is."""
+        return isinstance(problem, SmoothProblem)
+
+    def differentiable_vjp(self, solution: SmoothSolution, data: Any, outputs: Any, cotangent: Any) -> Any:
+        """The bordered system and the vjp of the optimality conditions as functions of data, minimisers and cotangent.
+
+        Raises:
+            RuntimeError: systems that are singular, or too large to be formed.
+        """
+        whole = solution.traced(data, outputs)
+        elements = whole.usable.nonzero()[:, 0].tolist()
+        rows = torch.as_tensor(elements, dtype=torch.int64, device=whole.problem.device)
+        own, tilt = whole.select(elements), SmoothPoint(cotangent.x, *(0.0 * part for part in whole.point[1:]))
+        if self.matrix_free or is_large(own.problem, own.point):
+            raise RuntimeError(
+                f"{self}: second derivatives need the matrix of the optimality conditions, which is too large here, or "
+                "switched off by matrix_free=True: detach the gradient."
+            )
+        binding, _ = self._active(own.problem, own.point)
+        change, exact = bordered_response(own.problem, own.point, tilt.select(rows), binding, self.rho, False)
+        if not exact.all():
+            singular = [element for element, fine in zip(elements, exact.tolist(), strict=True) if not fine]
+            raise RuntimeError(
+                f"{self}: the optimality conditions of elements {singular[:10]} are singular, and have no second "
+                "derivative: give rho > 0, or detach the gradient."
+            )
+        return whole.problem.scatter(elements, own.problem.directional_gradient(own.point, change))
 
     def response(
         self, problem: Any, solution: Any, tilt: Any, executor: Executor | None = None

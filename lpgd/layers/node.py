@@ -42,7 +42,8 @@ class NodeLayer(BaseLayer):
 
     Everything is computed in the dtype of the inputs and on their device.  Where a solution is not unique, or a local
     one, it is the one that the node's solver finds; a warm start (and the perturbed solves of LPGD) stay with its
-    branch.  Second derivatives are refused.
+    branch.  Gradients of closed forms and of ``ImplicitKKT`` can be differentiated again (``create_graph=True``, and
+    ``torch.func`` in both modes); second derivatives by other methods, and third ones, are refused.
 
     [DDN] Gould, Hartley, Campbell: Deep Declarative Networks (arXiv 1909.04866).
     """

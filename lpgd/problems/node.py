@@ -18,11 +18,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lpgd.status import Status
 
-__all__ = ["BaseNode", "NodeAnswer", "Tilt", "is_shared"]
+__all__ = ["BaseNode", "NodeAnswer", "Tilt", "is_shared", "is_traced"]
 
 
 class NodeAnswer(NamedTuple):
@@ -132,7 +133,8 @@ class BaseNode(ABC):
 
         Args:
             inputs, y, cotangent: (B, ...) each; y is a solution.
-            aux: what :meth:`solve` left, of these elements; None where the solution comes from elsewhere.
+            aux: what :meth:`solve` left, of these elements; None where the solution comes from elsewhere, and for
+                second derivatives, which differentiate this very function (:func:`is_traced` tells).
 
         Returns:
             One gradient of the shape of each input (None for one that is constant), or None where there is no closed
@@ -145,6 +147,11 @@ class BaseNode(ABC):
     ) -> tuple[Tensor | None, ...] | None:
         """The closed form of :class:`~lpgd.IgnoreConstraints`, arguments and answer as for :meth:`vjp`."""
         return None
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether autograd records what is done with one of these, so that it has to be differentiable."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def is_shared(tensor: Tensor) -> bool:

@@ -26,7 +26,12 @@ from lpgd.problems.multipliers import LARGE
 from lpgd.problems.smooth import SmoothPoint, SmoothProblem
 from lpgd.solvers.minres import minres
 
-__all__ = ["bordered_response"]
+__all__ = ["bordered_response", "is_large"]
+
+
+def is_large(problem: SmoothProblem, point: SmoothPoint) -> bool:
+    """Whether the matrices of a whole batch would take more than 2²⁶ numbers."""
+    return problem.batch_size * sum(part.shape[-1] for part in point) ** 2 > LARGE
 
 
 def bordered_response(
@@ -50,8 +55,7 @@ def bordered_response(
     x, n, p = point.x, point.x.shape[-1], point.nu.shape[-1]
     keep = torch.cat([torch.ones_like(point.nu, dtype=torch.bool), active], -1)
     right = -torch.cat(tuple(tilt), -1)
-    large = x.shape[0] * (n + keep.shape[-1]) ** 2 > LARGE if matrix_free is None else matrix_free
-    if large:
+    if is_large(problem, point) if matrix_free is None else matrix_free:
         answer, exact = _matrix_free(problem, point, keep, right, rho)
     else:
         hessian = problem.hessian(point) + rho * torch.eye(n, dtype=x.dtype, device=x.device)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lpgd.problems.node import BaseNode, NodeAnswer
+from lpgd.problems.node import BaseNode, NodeAnswer, is_traced
 from lpgd.status import Status, warn
 
 __all__ = [
@@ -91,6 +91,44 @@ def eigen_vjp(spectrum: Spectrum, cotangent: Tensor, tolerance: float) -> tuple[
     rotation.diagonal(dim1=-2, dim2=-1).zero_()
     size = torch.finfo(values.dtype).eps * values.shape[-1] * 10 * product.abs().amax((1, 2))
     return gradient, (equal & (rotation.abs() > size[:, None, None])).any(-1).any(-1)
+
+
+def eigen_vjp_differentiable(matrix: Tensor, vectors: Tensor, cotangent: Tensor, tolerance: float) -> Tensor:
+    """The gradient of :func:`eigen_vjp` from X (B, m, m) and its k eigenvectors alone, for second derivatives.
+
+    What the vectors owe to the others, ``(λ_j I - X)⁻¹`` on the complement of U, is one system for each of them, which
+    is regular however the other eigenvalues lie: ``λ_j I - X + U (Λ + (σ - λ_j) I) Uᵀ``, σ of the size of X.
+
+    Raises:
+        RuntimeError: an eigenvalue of U is equal to another one, to rounding.
+    """
+    matrix = symmetric_part(matrix)
+    count, size = vectors.shape[-1], matrix.shape[-1]
+    values = (vectors * (matrix @ vectors)).sum(-2)  # (B, k)
+    product = vectors.mT @ cotangent
+    gap = values[:, None, :] - values[:, :, None] + torch.eye(count, dtype=values.dtype, device=values.device)
+    bound = tolerance * torch.linalg.matrix_norm(matrix, 2)
+    tied = (gap.abs() <= bound[:, None, None]).any(-1).any(-1)
+    off = 1.0 - torch.eye(count, dtype=values.dtype, device=values.device)
+    change = vectors @ (off * product / gap)  # (B, m, k)
+    if count < size:
+        sigma = (1.0 + torch.linalg.matrix_norm(matrix)).detach()
+        shift = values[:, :, None] - values[:, None, :] - sigma[:, None, None]  # (B, k, k): λ_j - λ_i - σ
+        inside = (vectors[:, None] * shift[:, :, None]) @ vectors.mT[:, None]
+        unit = torch.eye(size, dtype=values.dtype, device=values.device)
+        systems = values[:, :, None, None] * unit - matrix[:, None] - inside  # (B, k, m, m)
+        outside = cotangent - vectors @ product
+        answer, information = torch.linalg.solve_ex(systems, outside.mT[..., None])
+        rest = answer[..., 0].mT
+        large = rest.norm(dim=-2) * bound[:, None] > outside.norm(dim=-2)
+        tied = tied | (information != 0).any(-1) | (large | ~rest.isfinite().all(-2)).any(-1)
+        change = change + rest
+    if tied.any():
+        raise RuntimeError(
+            f"eigenvalues of elements {tied.nonzero()[:10, 0].tolist()} are equal to others, to rounding: their "
+            "eigenvectors have no second derivative."
+        )
+    return symmetric_part(change @ vectors.mT)
 
 
 def eigen_vjp_approximate(spectrum: Spectrum, cotangent: Tensor, tolerance: float) -> Tensor:
@@ -190,6 +228,8 @@ class EigenDecomposition(BaseNode):
         return NodeAnswer(y, [Status.SOLVED] * count, [1] * count, aux=tuple(spectrum), nu=nu, lam=nu[:, :0])
 
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
+        if is_traced(inputs[0], y, cotangent):
+            return (eigen_vjp_differentiable(inputs[0], y, cotangent, self._tolerance(inputs[0])),)
         spectrum = self._spectrum(inputs[0], y) if aux is None else Spectrum(*aux)
         gradient, ambiguous = eigen_vjp(spectrum, cotangent, self._tolerance(inputs[0]))
         if ambiguous.any():

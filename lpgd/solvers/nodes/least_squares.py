@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lpgd.problems.node import BaseNode, NodeAnswer, Tilt, is_shared
+from lpgd.problems.node import BaseNode, NodeAnswer, Tilt, is_shared, is_traced
 from lpgd.status import Status
 
 __all__ = ["LeastSquares", "Regression", "differentiate_least_squares", "solve_least_squares"]
@@ -88,16 +88,39 @@ def differentiate_least_squares(
         Gradients for the design (B, m, n), targets (B, m, k), weights (B, m) and penalty (B, n).
     """
     design, targets, weights, _ = data
-    batch, shared = targets.shape[0], R.shape[0] == 1
-    right = _fold(cotangent) if shared else cotangent
-    s = torch.linalg.solve_triangular(R, torch.linalg.solve_triangular(R.mT, right, upper=False), upper=True)
-    s = _unfold(s, batch) if shared else s
+    s = _inverse_product(R, cotangent)
+    if is_traced(*(part for part in (*data, cotangent) if part is not None)):
+        # One step of refinement with a constant R: nothing in value, and the derivative of (DᵀWD + diag p) s = v.
+        product = _normal_product(data, s.detach())
+        s = s.detach() + _inverse_product(R.detach(), cotangent - product)
     moved, residual = design @ s, targets - design @ y
     for_weights = (residual * moved).sum(-1)
     if weights is not None:
         moved, residual = weights[..., None] * moved, weights[..., None] * residual
     for_design = torch.baddbmm(residual @ s.mT, moved, y.mT, alpha=-1)
     return for_design, moved, for_weights, -(y * s).sum(-1)
+
+
+@torch.no_grad()
+def _factor(data: Regression) -> Tensor:
+    """R of :func:`solve_least_squares`, as a constant."""
+    return solve_least_squares(data)[1]
+
+
+def _inverse_product(R: Tensor, columns: Tensor) -> Tensor:
+    """``R⁻¹R⁻ᵀ v``, (B, n, k)."""
+    shared = R.shape[0] == 1
+    right = _fold(columns) if shared else columns
+    s = torch.linalg.solve_triangular(R, torch.linalg.solve_triangular(R.mT, right, upper=False), upper=True)
+    return _unfold(s, columns.shape[0]) if shared else s
+
+
+def _normal_product(data: Regression, s: Tensor) -> Tensor:
+    """``(DᵀWD + diag(p)) s``, (B, n, k)."""
+    design, _, weights, penalty = data
+    moved = design @ s
+    product = design.mT @ (moved if weights is None else weights[..., None] * moved)
+    return product if penalty is None else product + penalty[..., None] * s
 
 
 def _fold(columns: Tensor) -> Tensor:
@@ -183,7 +206,7 @@ class LeastSquares(BaseNode):
         self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, ...]:
         data = self._regression(inputs)
-        R = solve_least_squares(data)[1] if aux is None else aux[0]
+        R = aux[0] if aux is not None else _factor(data)
         y, cotangent = (part if self.columns else part[..., None] for part in (y, cotangent))
         n = inputs[0].shape[-1]
         design, targets, weights, penalty = differentiate_least_squares(data, y, R, cotangent)

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lpgd.problems.node import BaseNode, NodeAnswer, Tilt, is_shared
+from lpgd.problems.node import BaseNode, NodeAnswer, Tilt, is_shared, is_traced
 from lpgd.solvers.nodes.sphere_descent import Direction, descend, starting_points
 from lpgd.solvers.nodes.sphere_global import SphereSolution, normalised, product, solve_secular
 from lpgd.status import Status
@@ -56,14 +56,44 @@ def differentiate_sphere(
     Returns:
         Gradients for A (B, m, n) and b (B, m).
     """
-    s, regular = _solve_bordered(gram, mu, y, cotangent)
-    rest = ~regular if free is None else ~regular | free
-    if rest.any():
-        own = gram.expand(len(y), -1, -1)[rest]
-        s[rest] = _solve_any_bordered(own, mu[rest], y[rest], cotangent[rest], None if free is None else free[rest])
+    if is_traced(gram, mu, y, cotangent):
+        s = _solve_differentiably(gram, mu, y, cotangent)
+    else:
+        s = _solve_by_parts(gram, mu, y, cotangent, free)
     pair = torch.stack([s, y], -1)  # two passes over matrices of the size of A are all that is left
     moved, fitted = (A @ pair).unbind(-1)
     return torch.stack([b - fitted, -moved], -1) @ pair.mT, moved
+
+
+def _solve_by_parts(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor, free: Tensor | None) -> Tensor:
+    """By :func:`_solve_bordered`, and by :func:`_solve_any_bordered` for elements that need it."""
+    s, regular = _solve_bordered(gram, mu, y, v)
+    rest = ~regular if free is None else ~regular | free
+    if rest.any():
+        own = gram.expand(len(y), -1, -1)[rest]
+        s[rest] = _solve_any_bordered(own, mu[rest], y[rest], v[rest], None if free is None else free[rest])
+    return s
+
+
+def _solve_differentiably(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor) -> Tensor:
+    """The same by operations that autograd differentiates, for second derivatives.
+
+    Raises:
+        RuntimeError: elements whose solution is one of a continuum, to rounding.
+    """
+    n = y.shape[-1]
+    hessian = gram - mu[:, None, None] * torch.eye(n, dtype=y.dtype, device=y.device)
+    system = torch.cat([torch.cat([hessian, y[:, :, None]], -1), torch.nn.functional.pad(y, (0, 1))[:, None]], 1)
+    answer, information = torch.linalg.solve_ex(system, torch.nn.functional.pad(v, (0, 1))[..., None])
+    s = answer[:, :n, 0]
+    rounding = 10 * torch.finfo(y.dtype).eps * torch.linalg.matrix_norm(hessian)
+    singular = (information != 0) | ~(s.norm(dim=-1) * rounding <= v.norm(dim=-1))
+    if singular.any():
+        raise RuntimeError(
+            f"the solutions on the sphere of elements {singular.nonzero()[:10, 0].tolist()} are not unique, to "
+            "rounding: they have no second derivative."
+        )
+    return s
 
 
 @torch.no_grad()

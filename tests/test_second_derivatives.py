@@ -1,0 +1,167 @@
+"""Gradients of declarative nodes that are differentiated again: against finite differences of the gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import lpgd
+from tests.node_cases import ALL, NodeCase, random
+
+
+def loss_of(layer: lpgd.NodeLayer, count: int):
+    """A loss that is not linear in y, of the first ``count`` inputs."""
+
+    def loss(*inputs: Tensor) -> Tensor:
+        y = layer(*inputs[:count])
+        weights = random(3, *y.shape)
+        return (weights * y + 0.3 * weights.flip(-1) * y.square()).sum()
+
+    return loss
+
+
+def finite_difference(gradient, inputs, along, step: float = 1e-5):
+    above, below = (gradient(*(x + side * step * d for x, d in zip(inputs, along, strict=True))) for side in (1, -1))
+    return tuple((a - b) / (2 * step) for a, b in zip(above, below, strict=True))
+
+
+@ALL
+@pytest.mark.parametrize("method", [None, lpgd.ImplicitKKT()], ids=["closed form", "implicit"])
+def test_second_derivatives_are_those_of_finite_differences(case: NodeCase, method):
+    layer, inputs = lpgd.NodeLayer(case.node, method), case.inputs()
+    assert torch.autograd.gradgradcheck(layer, inputs, atol=1e-6, rtol=1e-6, fast_mode=True)
+
+
+@ALL
+def test_hessian_products_agree_in_both_modes(case: NodeCase):
+    inputs = case.inputs(requires_grad=False)
+    gradient = torch.func.grad(loss_of(lpgd.NodeLayer(case.node), len(inputs)), tuple(range(len(inputs))))
+    along = tuple(random(5 + place, *tensor.shape) for place, tensor in enumerate(inputs))
+    forward = torch.func.jvp(gradient, inputs, along)[1]
+    reverse = torch.func.vjp(gradient, *inputs)[1](along)
+    for one, other, reference in zip(
+        forward, reverse, finite_difference(gradient, inputs, along), strict=True
+    ):  # a Hessian is symmetric
+        torch.testing.assert_close(one, reference, atol=1e-7, rtol=1e-7)
+        torch.testing.assert_close(other, one, atol=1e-9, rtol=1e-9)
+
+
+def test_a_loss_gradient_of_zero_has_a_second_derivative():
+    # The Hessian of ½|y(x) - t|² at y = t is JᵀJ: nothing to see in the first derivative.
+    x = random(0, 4).requires_grad_()
+    layer = lpgd.NodeLayer(lpgd.nodes.Projection("l2_sphere"))
+    target = layer(x).detach()
+    (gradient,) = torch.autograd.grad(0.5 * (layer(x) - target).square().sum(), x, create_graph=True)
+    jacobian = torch.autograd.functional.jacobian(layer, x.detach())
+    v = random(1, 4)
+    assert not gradient.any()
+    torch.testing.assert_close(torch.autograd.grad(gradient @ v, x)[0], jacobian.T @ (jacobian @ v))
+
+
+def test_a_shared_input_gets_the_sum_over_the_batch():
+    layer = lpgd.NodeLayer(lpgd.nodes.LeastSquares())
+    A, b = random(0, 6, 3).requires_grad_(), random(1, 4, 6).requires_grad_()
+    assert torch.autograd.gradgradcheck(layer, (A, b), atol=1e-6)
+
+
+def test_least_squares_that_fit_exactly_have_second_derivatives():
+    A = random(0, 2, 5, 3)
+    b = (A @ random(1, 2, 3, 1))[..., 0]
+    layer = lpgd.NodeLayer(lpgd.nodes.LeastSquares())
+    assert torch.autograd.gradgradcheck(layer, (A.requires_grad_(), b.requires_grad_()), atol=1e-6)
+
+
+def test_eigenvalues_that_were_not_asked_for_may_be_equal():
+    basis = torch.linalg.qr(random(0, 5, 5)).Q
+    matrix = basis @ torch.diag(torch.tensor([4.0, 2.5, 1.0, 1.0, 1.0], dtype=torch.float64)) @ basis.T
+    matrix = (0.5 * (matrix + matrix.T)).requires_grad_()
+    assert torch.autograd.gradgradcheck(lpgd.NodeLayer(lpgd.nodes.EigenDecomposition(2)), (matrix,), atol=1e-6)
+
+
+def test_elements_without_a_solution_add_nothing():
+    layer = lpgd.NodeLayer(lpgd.nodes.LeastSquares(), on_error="nan")
+    A = random(0, 3, 5, 2)
+    A[1] = 0
+    A, b = A.requires_grad_(), random(1, 3, 5)
+    y = layer(A, b)
+    (gradient,) = torch.autograd.grad(torch.where(y.isnan(), 0, y).square().sum(), A, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), A)
+    assert not second[1].any()
+    alone = A.detach()[[0, 2]].requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(alone, b[[0, 2]]).square().sum(), alone, create_graph=True)
+    torch.testing.assert_close(second[[0, 2]], torch.autograd.grad(gradient.square().sum(), alone)[0])
+
+
+def test_a_bilevel_gradient_is_learned_through():
+    # The learning rate of one gradient step on x, learned by the gradient of the loss after that step.
+    layer = lpgd.NodeLayer(lpgd.Node(lambda x, y: 0.5 * (y - x).square().sum() + 0.25 * (y**4).sum()))
+    x, rate = random(0, 3), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+    def after(rate: Tensor) -> Tensor:
+        start = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(layer(start).square().sum(), start, create_graph=True)
+        return layer(start - rate * gradient).square().sum()
+
+    assert torch.autograd.gradcheck(after, (rate,))
+
+
+@pytest.mark.parametrize("method", [lpgd.LPGD(tau=1e-3), lpgd.IgnoreConstraints()], ids=str)
+def test_methods_without_second_derivatives_refuse_them(method):
+    x = random(0, 2, 3).requires_grad_()
+    y = lpgd.NodeLayer(lpgd.nodes.Projection(), method)(x)
+    (gradient,) = torch.autograd.grad(y[:, 0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated again.*declarative nodes, by their closed"):
+        gradient.sum().backward()
+
+
+def test_third_derivatives_are_refused():
+    x = random(0, 3).requires_grad_()
+    (first,) = torch.autograd.grad(lpgd.NodeLayer(lpgd.nodes.Projection())(x)[0], x, create_graph=True)
+    (second,) = torch.autograd.grad(first[0], x, create_graph=True)
+    with pytest.raises(RuntimeError, match="third derivatives"):
+        second.sum().backward()
+
+
+def tied(*values: float) -> Tensor:
+    return torch.diag(torch.tensor(values, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs", "message"),
+    [
+        (
+            lpgd.NodeLayer(lpgd.nodes.EigenDecomposition()),
+            (torch.stack([tied(3.0, 2.0, 1.0), tied(2.0, 2.0, 1.0)]),),
+            r"elements \[1\] are equal",
+        ),
+        (
+            lpgd.NodeLayer(lpgd.nodes.EigenDecomposition(1)),
+            (torch.stack([tied(3.0, 2.0, 1.0), tied(2.0, 2.0, 1.0)]),),
+            r"elements \[1\] are equal",
+        ),
+        (
+            lpgd.NodeLayer(lpgd.nodes.SphereLeastSquares()),
+            (torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)),
+            r"elements \[0\] are not unique",
+        ),
+        (
+            lpgd.NodeLayer(lpgd.Node(lambda x, y: (y.sum() - x.sum()).square())),
+            (torch.ones(2, 3, dtype=torch.float64),),
+            r"elements \[0, 1\] are singular.*rho",
+        ),
+        (
+            lpgd.NodeLayer(lpgd.nodes.Projection(), lpgd.ImplicitKKT(matrix_free=True)),
+            (torch.ones(3, dtype=torch.float64),),
+            "matrix_free",
+        ),
+    ],
+    ids=["tied eigenvectors", "one of tied eigenvectors", "sphere", "flat objective", "matrix-free"],
+)
+@pytest.mark.filterwarnings("ignore::lpgd.LpgdWarning")
+def test_points_without_a_second_derivative_are_named(layer, inputs, message):
+    inputs = tuple(tensor.requires_grad_() for tensor in inputs)
+    y = layer(*inputs)
+    (gradient,) = torch.autograd.grad((y * random(1, *y.shape)).sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=message):
+        gradient.square().sum().backward()
