@@ -11,9 +11,12 @@ import argparse
 import importlib
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from lpgd.torch_threads import torch_threads
 
 from .harness import Settings
 from .report import environment, write_report
@@ -70,27 +73,31 @@ def show(item: Result | Target | Curve) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     settings, options = parse_arguments(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # ProxSuite's backward pass answers in the default type
-    setup = environment() | {"repeats": settings.repeats, "quick": settings.quick}
-    print(", ".join(f"{name} {value}" for name, value in setup.items()), flush=True)
     found: list[Result | Target | Curve] = []
-    started = time.perf_counter()
     try:
-        for name in options.only:
-            for item in importlib.import_module(f".{name}", __package__).run(settings):
-                show(item)
-                found.append(item)
-                setup["minutes"] = round((time.perf_counter() - started) / 60, 1)
-                write_report(settings.out, found, setup)
-            print(f"{name} done after {setup.get('minutes')} minutes", flush=True)
+        with torch_threads(options.threads or torch.get_num_threads()):
+            _compare(options.only, settings, found)
     finally:
         torch.set_default_dtype(default_dtype)
     print(f"Report: {settings.out / 'report.md'}")
     ours = [entry for item in found if isinstance(item, Result) for entry in item.entries if entry.library == "lpgd"]
     return int(any(entry.disagrees or entry.error for entry in ours))
+
+
+def _compare(names: Sequence[str], settings: Settings, found: list[Result | Target | Curve]) -> None:
+    """Run comparisons; the report grows with each."""
+    setup = environment() | {"repeats": settings.repeats, "quick": settings.quick}
+    print(", ".join(f"{name} {value}" for name, value in setup.items()), flush=True)
+    started = time.perf_counter()
+    for name in names:
+        for item in importlib.import_module(f".{name}", __package__).run(settings):
+            show(item)
+            found.append(item)
+            setup["minutes"] = round((time.perf_counter() - started) / 60, 1)
+            write_report(settings.out, found, setup)
+        print(f"{name} done after {setup.get('minutes')} minutes", flush=True)
 
 
 if __name__ == "__main__":

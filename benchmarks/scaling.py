@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import lpgd
 from lpgd.execution import core_count
+from lpgd.torch_threads import torch_threads
 
 from .dense_qp import dense_qp_case, our_qp_sides
 from .harness import Settings, Side, compare
@@ -51,24 +51,19 @@ def threads(settings: Settings) -> Iterator[Result | Curve]:
     def arguments(data: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         return tuple(data), {}
 
-    before = torch.get_num_threads()
     counts = sorted({1, *(2**k for k in range(1, 7) if 2**k < core_count()), core_count()})
-    try:
-        for count in counts:
-            torch.set_num_threads(count)
-            with ThreadPoolExecutor(count) as executor:
-                sides: list[Side] = [
-                    layer_side(lpgd.QPLayer(name, executor=executor), "exact", arguments, chosen=True)
-                    for name in (*solver_names(SOLVERS), "CLARABEL")
-                ]
-                result = compare(dense_qp_case(n, batch, "scaling"), [*sides, qpth_side()], settings)
-            result.case, result.title = f"threads{count}", f"dense QP, n {n}, threads {count}"
-            yield result
-            for entry in result.entries:
-                if entry.usable:
-                    curve.add(entry.label, count, entry.timing.total)
-    finally:
-        torch.set_num_threads(before)
+    for count in counts:
+        with torch_threads(count), ThreadPoolExecutor(count) as executor:
+            sides: list[Side] = [
+                layer_side(lpgd.QPLayer(name, executor=executor), "exact", arguments, chosen=True)
+                for name in (*solver_names(SOLVERS), "CLARABEL")
+            ]
+            result = compare(dense_qp_case(n, batch, "scaling"), [*sides, qpth_side()], settings)
+        result.case, result.title = f"threads{count}", f"dense QP, n {n}, threads {count}"
+        yield result
+        for entry in result.entries:
+            if entry.usable:
+                curve.add(entry.label, count, entry.timing.total)
     yield curve
 
 

@@ -17,11 +17,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lpgd.execution import one_torch_thread
 from lpgd.gradients.base import GradientInfo, GradientMethod
 from lpgd.solution import BatchSolution
 from lpgd.solvers.base import BaseSolver
 from lpgd.status import SolverError, Status, describe_failures, warn
+from lpgd.torch_threads import one_torch_thread, torch_threads
 
 __all__ = ["CallInfo", "OnError", "check_solution", "solve"]
 
@@ -188,7 +188,7 @@ class _SecondFunction(torch.autograd.Function):
         started = time.perf_counter()
         count = len(solution.outputs) + len(call.data_class._fields) + len(solution.outputs)
         direction, own = tensors[:-count], tensors[-count:]
-        with _threads(call.solver), torch.enable_grad():
+        with torch_threads(1), torch.enable_grad():
             answer = _second_derivative(call, solution, reverse, direction, own)
         call.info.backward_seconds += time.perf_counter() - started
         return answer

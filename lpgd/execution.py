@@ -17,15 +17,14 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, TypeVar
 
-import torch
 from threadpoolctl import OpenBLASController, ThreadpoolController
+
+from lpgd.torch_threads import torch_threads
 
 __all__ = [
     "SerialExecutor",
     "WorkspaceCache",
-    "all_torch_threads",
     "bounded_blas",
-    "one_torch_thread",
     "run_tasks",
     "split",
     "worker_count",
@@ -81,57 +80,13 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], executo
     """
     if len(tasks) <= 1 or isinstance(executor, SerialExecutor):
         return [function(task) for task in tasks]
-    threads = _threads_outside()
-    futures = [(executor or default_executor()).submit(_bounded, function, task, threads) for task in tasks]
+    futures = [(executor or default_executor()).submit(_bounded, function, task) for task in tasks]
     return [future.result() for future in futures]
 
 
-def _bounded(function: Callable[[Task], Result], task: Task, threads: int) -> Result:
-    torch.set_num_threads(1)
-    try:
-        with bounded_blas():
-            return function(task)
-    finally:
-        # A thread that meets torch for the first time takes over the number that any thread set last.
-        torch.set_num_threads(threads)
-
-
-_outside = threading.local()
-
-
-def _threads_outside() -> int:
-    return getattr(_outside, "threads", None) or torch.get_num_threads()
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Torch's operations use one thread while inside: the library's parallel work is in its tasks.
-
-    Torch's threads wait for each other actively after every operation: on small operations they gain nothing, and they
-    lose tenfold where another process wants the core.
-    """
-    before = torch.get_num_threads()
-    if before == 1 or getattr(_outside, "threads", None):
-        yield
-        return
-    _outside.threads = before
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        _outside.threads = None
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def all_torch_threads() -> Iterator[None]:
-    """Torch's operations use the caller's number of threads again, inside :func:`one_torch_thread`."""
-    torch.set_num_threads(_threads_outside())
-    try:
-        yield
-    finally:
-        if getattr(_outside, "threads", None):
-            torch.set_num_threads(1)
+def _bounded(function: Callable[[Task], Result], task: Task) -> Result:
+    with torch_threads(1), bounded_blas():
+        return function(task)
 
 
 def _take_control() -> None:

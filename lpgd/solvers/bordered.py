@@ -25,6 +25,7 @@ from torch import Tensor
 from lpgd.problems.multipliers import LARGE
 from lpgd.problems.smooth import SmoothPoint, SmoothProblem
 from lpgd.solvers.minres import minres
+from lpgd.torch_threads import torch_threads
 
 __all__ = ["bordered_response", "is_large"]
 
@@ -84,15 +85,16 @@ def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor) -> tu
     # solve_ex takes no zero rows of a batch on every device: an empty batch has nothing to solve.
     if not scaled.shape[0] or not scaled.shape[-1]:
         return torch.zeros_like(right), right.new_ones(right.shape[0], dtype=torch.bool)
-    factors, pivots, failed = torch.linalg.lu_factor_ex(scaled)
-    answers = torch.linalg.lu_solve(factors, pivots, both)
-    answer = answers[..., 0]
-    residual = target - (scaled @ answer[..., None])[..., 0]
+    with torch_threads(1):  # see there what LU needs
+        factors, pivots, failed = torch.linalg.lu_factor_ex(scaled)
+        answers = torch.linalg.lu_solve(factors, pivots, both)
+        answer = answers[..., 0]
+        residual = target - (scaled @ answer[..., None])[..., 0]
+        correction = torch.linalg.lu_solve(factors, pivots, residual[..., None])[..., 0]
     exact = (failed == 0) & (answers[..., 1].norm(dim=-1) < 1e-3 / eps) & torch.isfinite(answer).all(-1)
     small = eps**0.6 * target.abs().amax(-1).clamp(min=torch.finfo(right.dtype).tiny)
     exact = exact & (residual.abs().amax(-1) <= small)
-    refined = answer + torch.linalg.lu_solve(factors, pivots, residual[..., None])[..., 0]
-    answer = weight * torch.where(exact[:, None], refined, 0)
+    answer = weight * torch.where(exact[:, None], answer + correction, 0)
     rest = (~exact).nonzero()[:, 0]
     if len(rest):
         # The pseudo-inverse of the matrix itself: least norm in the units of the variables.

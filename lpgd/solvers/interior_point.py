@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from lpgd.execution import all_torch_threads, one_torch_thread, run_tasks, split, worker_count
+from lpgd.execution import run_tasks, split, worker_count
 from lpgd.problems.conic import ConicProblem
 from lpgd.solution import Solution
 from lpgd.solvers.active_set import ActiveSet, is_suitable
@@ -22,6 +22,7 @@ from lpgd.solvers.clarabel import Clarabel
 from lpgd.solvers.equality_system import KeptSystem
 from lpgd.solvers.predictor_corrector import Answers, Limits, solve_programs
 from lpgd.status import Status
+from lpgd.torch_threads import all_torch_threads, one_torch_thread
 
 __all__ = ["InteriorPoint"]
 

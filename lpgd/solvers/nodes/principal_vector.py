@@ -15,6 +15,7 @@ from torch import Tensor
 from lpgd.problems.node import BaseNode, NodeAnswer
 from lpgd.solvers.nodes.eigen import square_size
 from lpgd.status import SolverError, Status, describe_failures
+from lpgd.torch_threads import torch_threads
 
 __all__ = [
     "IterationMethod",
@@ -219,7 +220,8 @@ def principal_vjp_general(matrix: Tensor, vector: Tensor, value: Tensor, cotange
     transposed = matrix.mT
     along = transposed @ vector[:, :, None]
     system = torch.diag_embed(value[:, None].expand_as(vector)) - transposed + along * vector[:, None, :]
-    solution, info = torch.linalg.solve_ex(system, tangent[:, :, None])
+    with torch_threads(1):  # see there what LU needs
+        solution, info = torch.linalg.solve_ex(system, tangent[:, :, None])
     answer = _tangent(vector, solution[:, :, 0])
     _check(matrix, tangent, answer, info == 0)
     return answer[:, :, None] * vector[:, None, :]

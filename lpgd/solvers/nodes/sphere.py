@@ -15,6 +15,7 @@ from lpgd.problems.node import BaseNode, NodeAnswer, Tilt, is_shared, is_traced
 from lpgd.solvers.nodes.sphere_descent import Direction, descend, starting_points
 from lpgd.solvers.nodes.sphere_global import SphereSolution, normalised, product, solve_secular
 from lpgd.status import Status
+from lpgd.torch_threads import torch_threads
 
 __all__ = ["SphereLeastSquares", "differentiate_sphere", "multiplier", "normal_equations"]
 
@@ -123,7 +124,8 @@ def _solve_any_bordered(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor, free: Te
     system.diagonal(dim1=1, dim2=2)[:, :n].sub_(mu[:, None])
     system[:, :n, n] = system[:, n, :n] = y
     right = torch.nn.functional.pad(v, (0, 1))[..., None]
-    answer, information = torch.linalg.solve_ex(system, right)
+    with torch_threads(1):  # see there what LU needs
+        answer, information = torch.linalg.solve_ex(system, right)
     singular = information != 0 if free is None else (information != 0) | free
     if singular.any():
         answer[singular] = torch.linalg.pinv(system[singular], hermitian=True) @ right[singular]

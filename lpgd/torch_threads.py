@@ -1,0 +1,83 @@
+"""How many threads torch's operations use in this Python thread, changed for a while.
+
+Set in the OpenMP library that torch runs on, where it counts for the calling thread only.  Not by
+``torch.set_num_threads``: it counts for threads to come too, and it takes from MKL the choice not to nest its threads
+(``mkl_set_dynamic``), for good; after that LU factors of batches of matrices (order 150 and more, two threads) are
+wrong: MKL prints "Parameter 6 was incorrect on entry to DLASWP", and pivots are garbage (torch 2.13.0 with MKL 2024.2).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from threadpoolctl import ThreadpoolController
+
+__all__ = ["all_torch_threads", "one_torch_thread", "torch_threads"]
+
+_outside = threading.local()
+
+
+@cache
+def _openmp() -> Any | None:
+    """The OpenMP library that torch runs on; None where it has threads of another kind."""
+    before = torch.get_num_threads()
+    for library in ThreadpoolController().select(user_api="openmp").lib_controllers:
+        own = library.get_num_threads()
+        library.set_num_threads(before + 1)
+        heard = torch.get_num_threads() == before + 1
+        library.set_num_threads(own)
+        if heard:
+            return library
+    return None
+
+
+def _set(count: int) -> None:
+    library = _openmp()
+    if library is None:
+        torch.set_num_threads(count)
+    else:
+        library.set_num_threads(count)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Torch's operations in this thread use ``count`` threads while inside."""
+    before = torch.get_num_threads()  # in a new thread, this is also where torch sets its own number
+    if before == count:
+        yield
+        return
+    _set(count)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Torch's operations use one thread while inside: the library's parallel work is in its tasks.
+
+    Torch's threads wait for each other actively after every operation: on small operations they gain nothing, and they
+    lose tenfold where another process wants the core.
+    """
+    if torch.get_num_threads() == 1 or getattr(_outside, "threads", None):
+        yield
+        return
+    _outside.threads = torch.get_num_threads()
+    try:
+        with torch_threads(1):
+            yield
+    finally:
+        _outside.threads = None
+
+
+@contextmanager
+def all_torch_threads() -> Iterator[None]:
+    """Torch's operations use the caller's number of threads again, inside :func:`one_torch_thread`."""
+    with torch_threads(getattr(_outside, "threads", None) or torch.get_num_threads()):
+        yield
