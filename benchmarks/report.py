@@ -58,8 +58,10 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def write_report(folder: Path, found: Sequence[Result | Target | Curve], setup: Mapping[str, Any]) -> None:
-    """Write ``report.md``, ``report.json`` and the plots."""
+def write_report(
+    folder: Path, found: Sequence[Result | Target | Curve], setup: Mapping[str, Any], plots: bool = True
+) -> None:
+    """Write ``report.md``, ``report.json`` and, as they take seconds, if wanted the plots."""
     folder.mkdir(parents=True, exist_ok=True)
     results = [item for item in found if isinstance(item, Result)]
     targets = [item for item in found if isinstance(item, Target)]
@@ -72,6 +74,8 @@ def write_report(folder: Path, found: Sequence[Result | Target | Curve], setup: 
         "curves": [asdict(curve) for curve in curves],
     }
     (folder / "report.json").write_text(json.dumps(record, indent=2) + "\n")
+    if not plots:
+        return
     if any(entry.usable for result in results for entry in result.entries):
         plot_ratios(folder / "ratios.png", results)
         plot_split(folder / "split.png", results)
