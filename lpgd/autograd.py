@@ -144,6 +144,13 @@ class _SolveFunction(torch.autograd.Function):
         known = (torch.zeros_like(own) if part is None else part for own, part in zip(data, parts, strict=True))
         return _DerivativeFunction.apply(ctx.call, ctx.solution, False, *known, *ctx.saved_tensors)
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        raise RuntimeError(
+            "an optimization layer takes batches itself, and solves them at once: call it with tensors that have batch "
+            "dimensions instead of within torch.func.vmap."
+        )
+
 
 class _DerivativeFunction(torch.autograd.Function):
     """One reverse or forward pass.
@@ -179,6 +186,23 @@ class _DerivativeFunction(torch.autograd.Function):
         known = (torch.zeros_like(one) if part is None else part for one, part in zip(own, tangents[3:], strict=True))
         return _SecondFunction.apply(ctx.call, ctx.solution, False, *known, *own)
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _lane_by_lane(_DerivativeFunction, info, in_dims, inputs)
+
+
+def _lane_by_lane(function: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    """A vmap rule for derivatives: one pass for each of the vectors, as torch.func.jacrev and jacfwd ask for them."""
+
+    def lane(number: int) -> tuple[Any, ...]:
+        return tuple(
+            part if dim is None else part.select(dim, number) for part, dim in zip(inputs, in_dims, strict=True)
+        )
+
+    results = zip(*(function.apply(*lane(number)) for number in range(info.batch_size)), strict=True)
+    outputs = tuple(torch.stack(parts) for parts in results)
+    return outputs, (0,) * len(outputs)
+
 
 class _SecondFunction(torch.autograd.Function):
     """The derivative of a reverse pass, which is a function of cotangents, data and outputs."""
@@ -204,6 +228,10 @@ class _SecondFunction(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         raise RuntimeError(_TWICE_DIFFERENTIABLE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _lane_by_lane(_SecondFunction, info, in_dims, inputs)
 
 
 def _second_derivative(

@@ -112,3 +112,26 @@ def test_the_generic_solver_finds_no_better_point(case: NodeCase):
     generic = lpgd.NodeLayer(case.node, solver=lpgd.NodeSolver(algorithm="newton"))
     solution = generic.solve(*inputs, warm_start=False if start is None else start)
     torch.testing.assert_close(solution.x, own.x, atol=1e-8, rtol=1e-8)
+
+
+NO_CUDA = "torch.cuda.is_available() is false: this needs a CUDA device"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA)
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cuda_agrees_with_the_processor(case: NodeCase, dtype: torch.dtype):
+    layer, inputs = lpgd.NodeLayer(case.node), tuple(tensor.detach().to(dtype) for tensor in case.inputs())
+    here, there = (tuple(x.to(device).requires_grad_() for x in inputs) for device in ("cpu", "cuda"))
+    y, other = layer(*here), layer(*there)
+    assert other.is_cuda
+    single = dtype == torch.float32
+    torch.testing.assert_close(other.cpu(), y, atol=2e-5 if single else 1e-9, rtol=0)
+    weights = random(7, *y.shape).to(dtype)
+    own = torch.autograd.grad((y * weights).sum(), here)
+    theirs = torch.autograd.grad((other * weights.cuda()).sum(), there)
+    assert_close([part.cpu() for part in theirs], own, 4e-4 if single else 1e-8)
+    for method in (lpgd.ImplicitKKT(), lpgd.LPGD(tau=1e-3 if single else 1e-5)):
+        y = lpgd.NodeLayer(case.node, method)(*there)
+        (y * weights.cuda()).sum().backward()
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in there)

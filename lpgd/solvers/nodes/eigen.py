@@ -83,14 +83,17 @@ def eigen_vjp(spectrum: Spectrum, cotangent: Tensor, tolerance: float) -> tuple[
     count = cotangent.shape[-1]
     product = vectors.mT @ cotangent  # (B, m, k)
     gap = values[:, None, :count] - values[:, :, None]
-    equal = gap.abs() <= tolerance * values.abs().amax(-1)[:, None, None]
-    weights = torch.where(equal, 0.0, 1.0 / torch.where(equal, 1.0, gap)).to(values.dtype)
-    gradient = symmetric_part(vectors @ (weights * product) @ vectors[:, :, :count].mT)
-    rotation = product.clone()  # of one eigenvector into another of the same eigenvalue
-    rotation[:, :count] -= product[:, :count].mT
-    rotation.diagonal(dim1=-2, dim2=-1).zero_()
-    size = torch.finfo(values.dtype).eps * values.shape[-1] * 10 * product.abs().amax((1, 2))
-    return gradient, (equal & (rotation.abs() > size[:, None, None])).any(-1).any(-1)
+    near = tolerance * values.abs().amax(-1)
+    ambiguous = torch.zeros_like(near, dtype=torch.bool)
+    gap.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+    if (values.diff(dim=-1).abs() <= near[:, None]).any():
+        equal = gap.abs() <= near[:, None, None]
+        rotation = product.clone()  # of one eigenvector into another of the same eigenvalue
+        rotation[:, :count] -= product[:, :count].mT
+        size = torch.finfo(values.dtype).eps * values.shape[-1] * 10 * product.abs().amax((1, 2))
+        ambiguous = (equal & (rotation.abs() > size[:, None, None])).any(-1).any(-1)
+        gap = torch.where(equal, torch.inf, gap)
+    return symmetric_part(vectors @ product.div_(gap) @ vectors[:, :, :count].mT), ambiguous
 
 
 def eigen_vjp_differentiable(matrix: Tensor, vectors: Tensor, cotangent: Tensor, tolerance: float) -> Tensor:

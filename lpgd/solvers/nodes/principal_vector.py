@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lpgd.problems.node import BaseNode, NodeAnswer
 from lpgd.solvers.nodes.eigen import square_size
+from lpgd.solvers.nodes.lanczos import leading_eigenvector
 from lpgd.status import SolverError, Status, describe_failures
 from lpgd.torch_threads import torch_threads
 
@@ -21,14 +22,17 @@ __all__ = [
     "IterationMethod",
     "Principal",
     "PrincipalVector",
+    "lanczos",
     "power_iteration",
     "principal_vjp_general",
     "principal_vjp_symmetric",
     "simultaneous_iteration",
 ]
 
-IterationMethod = Literal["simultaneous", "power"]
+IterationMethod = Literal["lanczos", "simultaneous", "power"]
 
+WIDTH = 8
+"""Vectors of a block."""
 STEPS = 8
 """Products with the matrix between two looks at the residual."""
 
@@ -82,7 +86,7 @@ def simultaneous_iteration(
     matrix: Tensor,
     *,
     symmetric: bool,
-    width: int = 8,
+    width: int = WIDTH,
     reference: Tensor | None = None,
     start: Tensor | None = None,
     tolerance: float,
@@ -138,12 +142,49 @@ def _iterate(
         active = active[~(residual[active] <= tolerance)]
         if not len(active):
             break
-    direction = double.new_ones(size) if reference is None else reference.to(double)
+    dtype = matrix.dtype
+    return Principal(_oriented(vector, reference).to(dtype), value.to(dtype), residual.to(dtype), spent)
+
+
+def _oriented(vector: Tensor, reference: Tensor | None) -> Tensor:
+    """±y on the side of the reference."""
+    direction = torch.ones_like(vector) if reference is None else reference.to(vector)
     along = (vector * direction).sum(-1)
     largest = vector.gather(-1, vector.abs().argmax(-1, keepdim=True))[:, 0]
-    sign = torch.where(torch.where(along == 0, largest, along) < 0, -1.0, 1.0)
-    dtype = matrix.dtype
-    return Principal((sign[:, None] * vector).to(dtype), value.to(dtype), residual.to(dtype), spent)
+    return torch.where(torch.where(along == 0, largest, along) < 0, -1.0, 1.0)[:, None] * vector
+
+
+def lanczos(
+    matrix: Tensor,
+    *,
+    reference: Tensor | None = None,
+    start: Tensor | None = None,
+    tolerance: float,
+    iterations: int,
+) -> Principal:
+    """The vector of the largest eigenvalue of ``½(A + Aᵀ)`` by :func:`~lpgd.solvers.nodes.lanczos.leading_eigenvector`.
+
+    What that cannot prove to be the one goes to :func:`simultaneous_iteration`.
+    """
+    double = matrix.detach().double()
+    double = 0.5 * (double + double.mT)
+    count, size, _ = double.shape
+    begin = _generic(size, 1, double)[:, 0].repeat(count, 1)
+    if start is not None:
+        begin = start.double() + 0.01 * begin
+    found = leading_eigenvector(double, begin, tolerance)
+    dtype, spent = matrix.dtype, torch.full((count,), found.iterations, dtype=torch.int64, device=matrix.device)
+    answer = Principal(
+        _oriented(found.vector, reference).to(dtype), found.value.to(dtype), found.residual.to(dtype), spent
+    )
+    rest = (~(found.proven & (found.residual <= tolerance))).nonzero()[:, 0]
+    if len(rest):
+        own = None if start is None else start[rest]
+        again = _iterate(matrix[rest], min(WIDTH, size), True, reference, own, tolerance, iterations)
+        for whole, part in zip(answer, again, strict=True):
+            whole[rest] = part
+        spent[rest] += found.iterations
+    return answer
 
 
 def _ritz(projected: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -260,7 +301,9 @@ class PrincipalVector(BaseNode):
 
     Args:
         symmetric: A counts as ``½(A + Aᵀ)``, and the gradient is symmetric.
-        method: ``"simultaneous"`` iterates a block of vectors, ``"power"`` one.
+        method: ``"simultaneous"`` iterates a block of vectors, ``"power"`` one, ``"lanczos"`` (symmetric only) takes a
+            Krylov space, a Cholesky factor that proves that no eigenvalue is larger, and inverse iteration; None is
+            ``"lanczos"`` for symmetric matrices, else ``"simultaneous"``.
         width: of the block.
         reference: y points to its side; None is the vector of ones.
         tolerance: of ``|Ay - λy|`` relative to the eigenvalue (after the shift that makes it the dominant one).
@@ -275,15 +318,17 @@ class PrincipalVector(BaseNode):
     input_ndims = (2,)
 
     symmetric: bool = True
-    method: IterationMethod = "simultaneous"
-    width: int = 8
+    method: IterationMethod | None = None
+    width: int = WIDTH
     reference: tuple[float, ...] | None = None
     tolerance: float = 1e-13
     iterations: int = 10_000
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(IterationMethod):
-            raise ValueError(f"method is {self.method!r}; it must be 'simultaneous' or 'power'.")
+        if self.method is not None and self.method not in get_args(IterationMethod):
+            raise ValueError(f"method is {self.method!r}; it must be one of {', '.join(get_args(IterationMethod))}.")
+        if self.method == "lanczos" and not self.symmetric:
+            raise ValueError("method is 'lanczos', which is for symmetric matrices: leave it out, or symmetric=True.")
         if self.width < 1 or self.iterations < 1 or not self.tolerance > 0:
             raise ValueError(
                 f"width, iterations and tolerance are {self.width}, {self.iterations} and {self.tolerance}; "
@@ -307,15 +352,18 @@ class PrincipalVector(BaseNode):
     def solve(self, inputs: tuple[Tensor, ...], start: Tensor | None) -> NodeAnswer:
         matrix = inputs[0]
         reference = None if self.reference is None else matrix.new_tensor(self.reference)
-        answer = _iterate(
-            matrix,
-            min(self.width, matrix.shape[-1]) if self.method == "simultaneous" else 1,
-            self.symmetric,
-            reference,
-            start,
-            self.tolerance,
-            self.iterations,
-        )
+        options: dict[str, Any] = {
+            "reference": reference,
+            "start": start,
+            "tolerance": self.tolerance,
+            "iterations": self.iterations,
+        }
+        if self.method == "power":
+            answer = power_iteration(matrix, symmetric=self.symmetric, **options)
+        elif self.method == "simultaneous" or not self.symmetric:
+            answer = simultaneous_iteration(matrix, symmetric=self.symmetric, width=self.width, **options)
+        else:
+            answer = lanczos(matrix, **options)
         done = (answer.residual <= self.tolerance).tolist()
         statuses = [Status.SOLVED if good else Status.ITERATION_LIMIT for good in done]
         nu = answer.value if self.symmetric else torch.zeros_like(answer.value)

@@ -1,0 +1,47 @@
+"""Layers under torch.func: Jacobians and Hessians beside those of torch.autograd, one row at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import lpgd
+from tests.node_cases import random
+
+
+def program(q: Tensor) -> Tensor:
+    eye = torch.eye(3, dtype=torch.float64)
+    return lpgd.QPLayer()(eye, q, None, None, eye, torch.ones(3, dtype=torch.float64)).x
+
+
+FUNCTIONS = {"node": lpgd.NodeLayer(lpgd.nodes.Projection("l2_sphere")), "program": program}
+EVERY = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+
+
+@EVERY
+@pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.jacfwd])
+def test_jacobians(function: Callable[[Tensor], Tensor], transform: Callable[..., Callable[[Tensor], Tensor]]) -> None:
+    x = random(0, 2, 3)
+    expected = torch.autograd.functional.jacobian(function, x)
+    torch.testing.assert_close(transform(function)(x), expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("transform", [torch.func.hessian, lambda f: torch.func.jacrev(torch.func.jacrev(f))])
+def test_hessians(transform: Callable[..., Callable[[Tensor], Tensor]]) -> None:
+    def loss(x: Tensor) -> Tensor:
+        y = FUNCTIONS["node"](x)
+        return (y**3).sum() + y[0, 1]
+
+    x = random(0, 2, 3)
+    expected = torch.autograd.functional.hessian(loss, x)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(transform(loss)(x), expected, atol=1e-10, rtol=0)
+
+
+@EVERY
+def test_batches_are_passed_to_the_layer_itself(function: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(RuntimeError, match=r"call it with tensors that have batch dimensions.*vmap"):
+        torch.func.vmap(function)(random(0, 4, 3))
