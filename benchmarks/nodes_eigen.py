@@ -84,7 +84,8 @@ def principal_vectors(settings: Settings) -> Iterator[Result | Target | Curve]:
     curve = Curve("nodes_principal_vector", f"principal vector, batch {BATCH}: backward pass", "order", "seconds")
     for size in (8, 16) if settings.quick else SIZES:
         sides = [
-            node_side("simultaneous iteration, structured", NodeLayer(PrincipalVector())),
+            node_side("Lanczos (default), structured", NodeLayer(PrincipalVector())),
+            node_side("simultaneous iteration, structured", NodeLayer(PrincipalVector(method="simultaneous"))),
             node_side("power iteration, structured", NodeLayer(PrincipalVector(method="power"))),
             Side("torch", "eigh, autograd", "exact", lambda data: eigh(data, 1)),
             Side("torch", "eigh, Jacobian", "exact", lambda data: (ThroughJacobian.apply(data[0]), None)),
@@ -93,7 +94,7 @@ def principal_vectors(settings: Settings) -> Iterator[Result | Target | Curve]:
         yield result
         for entry in result.entries:
             curve.add(entry.label, size, entry.backward)
-        ours, theirs = result.backward("lpgd", "simultaneous"), result.backward("torch", "Jacobian")
+        ours, theirs = result.backward("lpgd", "default"), result.backward("torch", "Jacobian")
         if size == SIZES[-1] and ours and theirs:
             note = f"{1e3 * ours:.2f} ms and {1e3 * theirs:.2f} ms"
             autograd = result.backward("torch", "autograd")
