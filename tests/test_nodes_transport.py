@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
+import lpgd
 from lpgd.problems.node import Tilt
 from lpgd.solvers.nodes.transport import (
     OptimalTransport,
@@ -221,3 +222,50 @@ def test_options_and_shapes_that_do_not_fit_are_named():
         OptimalTransport(iterations=0)
     with pytest.raises(ValueError, match=r"rows and columns have shapes \(3, 4\), \(4,\) and \(3,\)"):
         OptimalTransport().variable_shape((3, 4), (4,), (3,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("gamma", [300.0, 1000.0, 3000.0])
+def test_implicit_differentiation_and_lpgd_take_plans_whose_entries_underflow(gamma, dtype):
+    inputs = tuple(part.to(dtype).requires_grad_() for part in draw(6, 7))
+    weights = torch.arange(42, dtype=dtype).sin().reshape(6, 7)
+    methods = [lpgd.ClosedForm(), lpgd.ImplicitKKT()] + [lpgd.LPGD(), lpgd.LPGD(rho=1e-6)] * (dtype == torch.float64)
+    answers = []
+    for method in methods:
+        plan = lpgd.NodeLayer(OptimalTransport(gamma), method)(*inputs)
+        answers.append(torch.autograd.grad((plan * weights).sum(), inputs))
+    if gamma >= 1000.0 or dtype == torch.float32:
+        assert (plan == 0).any()
+    exact, implicit, *perturbed = answers
+    close = 1e-10 if dtype == torch.float64 else 1e-3
+    for ours, tolerance in [(implicit, close), *((own, 1e-5) for own in perturbed)]:
+        for part, expected in zip(ours, exact, strict=True):
+            torch.testing.assert_close(part, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("gamma", [1e4, 1e5, 1e6])
+def test_a_very_large_gamma_gives_the_plan_of_the_linear_program(gamma, dtype):
+    cost, rows, columns = draw(6, 7)
+    plan = lpgd.NodeLayer(OptimalTransport(gamma))(cost.to(dtype), rows.to(dtype), columns.to(dtype)).double()
+    marginals = torch.cat([torch.eye(6).repeat_interleave(7, 1), torch.eye(7).repeat(1, 6)])
+    for element in range(3):
+        right = torch.cat([rows[element], columns[element]])
+        exact = linprog(cost[element].flatten().tolist(), A_eq=marginals.tolist(), b_eq=right.tolist())
+        tolerance = 1e-7 if dtype == torch.float64 else 2e-2  # γM has rounding errors of 1e-7 γ
+        assert float((plan[element] * cost[element]).sum()) == pytest.approx(exact.fun, abs=tolerance + 5 / gamma)
+        torch.testing.assert_close(plan[element].sum(-1), rows[element], atol=tolerance, rtol=0)
+
+
+def test_a_warm_start_that_leads_nowhere_begins_again():
+    cost, rows, columns = draw(6, 7)
+    layer = lpgd.NodeLayer(OptimalTransport(5000.0))
+    expected = layer(cost, rows, columns)
+    again = layer(cost, rows, columns, warm_start=layer(1.0 - cost, columns.new_ones(3, 6) / 6, columns))
+    torch.testing.assert_close(again, expected, atol=1e-9, rtol=0)
+
+
+def test_an_offset_of_the_cost_changes_nothing():
+    cost, rows, columns = draw(4, 5)
+    layer = lpgd.NodeLayer(OptimalTransport(50.0))
+    torch.testing.assert_close(layer(cost + 100.0, rows, columns), layer(cost, rows, columns), atol=1e-9, rtol=0)

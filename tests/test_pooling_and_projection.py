@@ -209,3 +209,28 @@ def test_a_cotangent_whose_sum_overflows_is_no_infinite_one() -> None:
     cotangent[1, 2] = torch.inf
     with pytest.raises(ValueError, match=r"NaN or infinite for elements \[1\]"):
         torch.autograd.grad(y, x, cotangent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_zeros_inside_an_l1_ball_move_freely_for_every_method(dtype):
+    x = torch.tensor([[0.1, 0.0, -0.2, 0.0], [0.0, 0.0, 0.0, 0.0]], dtype=dtype, requires_grad=True)
+    v = random(1, 2, 4).to(dtype)
+    for method in (None, lpgd.ImplicitKKT(), lpgd.LPGD(tau=1e-2)):
+        y = lpgd.NodeLayer(lpgd.nodes.Projection("l1_ball"), method)(x)
+        (gradient,) = torch.autograd.grad((y * v).sum(), x)
+        torch.testing.assert_close(gradient, v, atol=1e-4, rtol=1e-4)  # y = x in a neighbourhood
+
+
+@pytest.mark.parametrize("radius", [1e-30, 1e30])
+@pytest.mark.parametrize("onto", get_args(ProjectionSet))
+def test_radii_whose_squares_leave_the_range_of_the_dtype(onto, radius):
+    x = (radius * (2 + random(0, 3, 4))).float()  # outside of the balls
+    r = torch.full((3,), radius, dtype=torch.float32)
+    layer, v = lpgd.NodeLayer(lpgd.nodes.Projection(onto, None)), random(1, 3, 4)
+    answers = []
+    for scale, dtype in ((1.0, torch.float32), (1.0 / radius, torch.float64)):
+        own = tuple((scale * part.to(dtype)).requires_grad_() for part in (x, r))
+        y = layer(*own)
+        answers.append((y.detach().double() / (scale * radius), *torch.autograd.grad((y * v.to(dtype)).sum(), own)))
+    for single, double in zip(*answers, strict=True):  # the gradient does not depend on the unit of length
+        torch.testing.assert_close(single.double(), double, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The code in README.md runs as printed: each section's blocks in order, in one namespace."""
+"""The code in README.md and in docs/nodes.md runs as printed: each section's blocks in order, in one namespace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README, NODES = ROOT / "README.md", ROOT / "docs" / "nodes.md"
 FENCE = re.compile(r"^\s*(`{3,})\s*(\S*)")
 HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*$")
 NOT_RUN = re.compile(r"^<!-- not run: \S.* -->$")
@@ -67,6 +68,7 @@ def read_sections(text: str) -> list[Section]:
 
 
 SECTIONS = read_sections(README.read_text(encoding="utf-8"))
+NODE_SECTIONS = read_sections(NODES.read_text(encoding="utf-8"))
 
 
 def test_readme_has_code() -> None:
@@ -77,6 +79,11 @@ def test_readme_has_code() -> None:
 def test_readme_section_runs(section: Section, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     section.run(str(README))
+
+
+@pytest.mark.parametrize("section", NODE_SECTIONS, ids=lambda section: section.heading)
+def test_the_examples_of_nodes_run(section: Section) -> None:
+    section.run(str(NODES))
 
 
 EXAMPLE = """\

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lpgd
 from lpgd.problems.node import Tilt
 from lpgd.solvers.nodes.sphere import SphereLeastSquares, differentiate_sphere, multiplier, normal_equations
 from lpgd.solvers.nodes.sphere_descent import descend, starting_points
@@ -290,3 +291,32 @@ def test_options_that_make_no_sense_are_refused():
         SphereLeastSquares(decay=2.0)
     with pytest.raises(ValueError, match="b has 3 entries; A has 4 rows"):
         SphereLeastSquares().variable_shape((4, 2), (3,))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e-7])
+@pytest.mark.parametrize("method", [lpgd.LPGD(), lpgd.LPGD(tau=1e-3), lpgd.LPGD(tau=1e-3, rho=0.2)])
+def test_perturbed_solves_stay_on_the_branch_of_a_tied_solution(offset: float, method: lpgd.LPGD):
+    # AᵀA = diag(4, 9, 1), Aᵀb = (2b₁, 3b₂, offset): μ = 1, y = (2b₁/3, 3b₂/8, ±√…), which a tilt makes jump.
+    A = torch.diag(torch.tensor([2.0, 3.0, 1.0], dtype=torch.float64)).expand(4, 3, 3).contiguous().requires_grad_()
+    b = torch.tensor([[0.3, 0.5, offset], [-0.2, 0.4, offset], [0.5, 0.1, offset], [0.1, -0.3, offset]])
+    b = b.double().requires_grad_()
+    v = problem(3, 3, batch=4, seed=3)[1]
+    node = SphereLeastSquares()
+    y = lpgd.NodeLayer(node)(A, b)
+    first, second = 2 * b[:, 0] / 3, 3 * b[:, 1] / 8
+    last = (1 - first**2 - second**2).sqrt()
+    torch.testing.assert_close(y, torch.stack([first, second, last], -1), atol=1e-6, rtol=0)
+    gradients = [
+        torch.autograd.grad((lpgd.NodeLayer(node, own)(A, b) * v).sum(), (A, b))
+        for own in (method, lpgd.ImplicitKKT(rho=method.rho))
+    ]
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_a_large_step_may_leave_the_branch_downhill():
+    A, b = problem(4, 3, batch=6)
+    y = lpgd.NodeLayer(SphereLeastSquares())(A, b)
+    tilt = Tilt(1e4 * problem(4, 3, batch=6, seed=1)[0][:, 0], 0.0, torch.zeros_like(y))
+    answer = SphereLeastSquares().solve_tilted((A, b), tilt, y)
+    torch.testing.assert_close(answer.y, -tilt.linear / tilt.linear.norm(dim=-1, keepdim=True), atol=1e-3, rtol=0)

@@ -99,13 +99,9 @@ class LPGD(GradientMethod):
             part = pair.problem.gradient_difference(pair.plus, pair.minus, pair.weight)
             gradient = part if pair.is_whole else problem.scatter(pair.elements, part)
         if pair.unsolved:
-            rest = problem.select(pair.unsolved)
-            index = torch.as_tensor(pair.unsolved, device=problem.device)
-            method = pair.fallback()
-            part, info = method.vjp(rest, solution.select(pair.unsolved), cotangent.select(index), solver, executor)
+            part, info = pair.fallback().vjp(problem, solution, pair.of_unsolved(cotangent), solver, executor)
             pair.record_fallback(info)
-            scattered = problem.scatter(pair.unsolved, part)
-            gradient = type(gradient)(*(a + b for a, b in zip(gradient, scattered, strict=True)))
+            gradient = type(gradient)(*(a + b for a, b in zip(gradient, part, strict=True)))
         if self.tau is None and pair.is_still and is_linear_program(problem):
             pair.info.notices["q"] = _ZERO_GRADIENT
         return gradient, pair.info
@@ -126,13 +122,10 @@ class LPGD(GradientMethod):
         for whole, part in zip(change, pair.plus.minus(pair.minus).scaled(pair.weight), strict=True):
             whole[index] = part
         if pair.unsolved:
-            rest = problem.select(pair.unsolved)
-            index = torch.as_tensor(pair.unsolved, device=problem.device)
-            chosen = solution.select(pair.unsolved)
-            part, info = pair.fallback().response(rest, chosen, direction.select(index), executor)
+            part, info = pair.fallback().response(problem, solution, pair.of_unsolved(direction), executor)
             pair.record_fallback(info)
             for whole, rows in zip(change, part, strict=True):
-                whole[index] = rows
+                whole[pair.unsolved] = rows[pair.unsolved]
         return change, pair.info
 
 
@@ -293,10 +286,19 @@ class _Perturbed:
             )
         return ImplicitKKT(rho=self.method.rho)
 
+    def of_unsolved(self, cotangent: Any) -> Any:
+        """A cotangent, or a tilt, that is zero for all but the elements for the fallback.
+
+        The fallback is given the whole batch, so that what it says of elements names their places in it.
+        """
+        mask = torch.zeros(self.whole.batch_size, 1, dtype=torch.bool, device=self.whole.device)
+        mask[self.unsolved] = True
+        return type(cotangent)(*(torch.where(mask, part, 0.0) for part in cotangent))
+
     def record_fallback(self, info: GradientInfo) -> None:
         """Put on record, and warn, that the fallback was used."""
-        for place, element in enumerate(self.unsolved):
-            self.info.used[element] = info.used[place]
+        for element in self.unsolved:
+            self.info.used[element] = info.used[element]
         warn(
             f"{self.method}: no perturbed problem of elements {self.unsolved[:10]} has a solution (with a loss on dual "
             f"variables, redundant equalities do that); their gradients come from {info.method}."

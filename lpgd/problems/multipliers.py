@@ -38,6 +38,7 @@ def estimate_multipliers(problem: SmoothProblem, x: Tensor) -> tuple[Tensor, Ten
     p, rows = h.shape[-1], h.shape[-1] + g.shape[-1]
     if not rows or not x.shape[0]:
         return torch.zeros_like(h), torch.zeros_like(g)
+    problem, unit = problem.in_units(x)
     slope = torch.func.grad(lambda x: problem.objective(x).sum())(x)
     keep = torch.cat([torch.ones_like(h, dtype=torch.bool), active_rows(problem, x)], -1)
     large = x.shape[0] * rows * x.shape[-1] > LARGE
@@ -56,7 +57,7 @@ def estimate_multipliers(problem: SmoothProblem, x: Tensor) -> tuple[Tensor, Ten
             break
         worst = wrong & (lam == torch.where(wrong, lam, 0).amin(-1, keepdim=True))
         keep[:, p:] &= ~worst
-    return multipliers[:, :p], multipliers[:, p:].clamp(min=0)
+    return unit * multipliers[:, :p], unit * multipliers[:, p:].clamp(min=0)
 
 
 def _conjugate_gradients(problem: SmoothProblem, x: Tensor, slope: Tensor, keep: Tensor) -> Tensor:

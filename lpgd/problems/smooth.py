@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lpgd.problems.base import PointOperations
 from lpgd.problems.node import BaseNode, Tilt, is_shared
+from lpgd.status import SolverError
 
 __all__ = [
     "SmoothOutput",
@@ -81,7 +82,7 @@ class SmoothStructure:
 @lru_cache(maxsize=256)
 def input_class(names: tuple[str, ...]) -> type[Any]:
     """The named tuple of a node's inputs; also of their gradients and tangents."""
-    fields = cast(Any, namedtuple("SmoothData", names))  # pyright: ignore[reportUntypedNamedTuple]
+    fields = cast(Any, namedtuple("SmoothData", names, rename=True))  # pyright: ignore[reportUntypedNamedTuple]
     return type("SmoothData", (fields,), {"__slots__": (), "__reduce__": _reduce, "__module__": __name__})
 
 
@@ -104,6 +105,7 @@ class SmoothProblem:
         linear: (B, n) cost of the term ``<linear, y>``, or None.
         equality_shift, inequality_shift: (B, p) and (B, r), added to h and g, or None.
         rho, center: the term ``(ρ/2) |y - center|²``; center is (B, n), or None for ρ = 0.
+        unit: (B, 1), what the objective and its added terms are divided by, or None (:meth:`in_units`).
 
     Raises:
         ValueError: inputs of another number of rows, or of several dtypes.
@@ -117,6 +119,7 @@ class SmoothProblem:
     inequality_shift: Tensor | None = None
     rho: float = 0.0
     center: Tensor | None = None
+    unit: Tensor | None = None
 
     can_tilt: ClassVar[bool] = True
     can_augment: ClassVar[bool] = True
@@ -177,14 +180,15 @@ class SmoothProblem:
             )
         if self.linear is not None:
             value = value + (self.linear * x).sum(-1)
-        return value if self.center is None else value + 0.5 * self.rho * (x - self.center).square().sum(-1)
+        if self.center is not None:
+            value = value + 0.5 * self.rho * (x - self.center).square().sum(-1)
+        return value if self.unit is None else value / self.unit[:, 0]
 
     def constraints(self, x: Tensor, data: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The values of h (B, p) and g (B, r); no columns where there are none."""
         inputs, y = self.data if data is None else data, self.shaped(x)
         h, g = self.node.equality(y, *inputs), self.node.inequality(y, *inputs)
-        h = x.new_zeros(x.shape[0], 0) if h is None else h.reshape(x.shape[0], -1)
-        g = x.new_zeros(x.shape[0], 0) if g is None else g.reshape(x.shape[0], -1)
+        h, g = (x.new_zeros(x.shape[0], 0) if part is None else _flat(part) for part in (h, g))
         h = h if self.equality_shift is None else h + self.equality_shift
         return h, g if self.inequality_shift is None else g + self.inequality_shift
 
@@ -222,6 +226,23 @@ class SmoothProblem:
         if not like.shape[-1]:
             return x.new_zeros(x.shape[0], 0, x.shape[-1])
         return _rows(self.jacobian_product(x), like)
+
+    def in_units(self, x: Tensor) -> tuple[SmoothProblem, Tensor]:
+        """The same minimisers with an objective whose curvature near x is of the order of one, and the unit.
+
+        What counts as zero must not depend on the units of the objective.  Multipliers of the answer are those of this
+        problem divided by the unit, a power of two (B, 1), so that nothing is rounded.  The curvature is that of a
+        finite step: the second derivative at x may be infinite (a logarithm at zero), or zero.
+        """
+        pattern = torch.arange(1, x.shape[-1] + 1, dtype=torch.float64, device=x.device)
+        direction = ((pattern.square() * math.sqrt(2)).frac() + 0.5).to(x.dtype)
+        slope = torch.func.grad(lambda x: self.objective(x).sum())
+        reach = 1 + _maximum(x)
+        here, there = slope(x), slope(x + 0.01 * reach[:, None] * direction)
+        sizes = torch.stack([_maximum(here), 100 * _maximum(there - here)]) / reach
+        size = torch.where(torch.isfinite(sizes), sizes, 0).amax(0)
+        unit = torch.where(size > 0, size, 1).log2().round().exp2()[:, None].detach()
+        return replace(self, unit=unit if self.unit is None else self.unit * unit), unit
 
     # -- the two changes it can be solved again after ----------------------------------------------------------
 
@@ -298,7 +319,19 @@ class SmoothProblem:
         return self._in_data(lambda data: (weight * (self.lagrangian(plus, data) - self.lagrangian(minus, data))).sum())
 
     def directional_gradient(self, point: SmoothPoint, change: SmoothPoint) -> Any:
-        """``∇_w <∇_z L(point), change>``: what a change of the solution is worth in the data."""
+        """``∇_w <∇_z L(point), change>``: what a change of the solution is worth in the data.
+
+        Raises:
+            SolverError: the change of some elements is not finite, as a second derivative of f, h or g is not.
+        """
+        good = torch.stack([torch.isfinite(part).all(-1) for part in change]).all(0)
+        if not good.all():
+            failed = (~good).nonzero()[:, 0].tolist()
+            raise SolverError(
+                f"the second derivatives of {self.node.name} are not finite at the solutions of elements "
+                f"{failed[:10]}: there is no derivative there.",
+                indices=failed,
+            )
 
         def along(data: tuple[Tensor, ...]) -> Tensor:
             slope = torch.func.grad(lambda x: self.lagrangian(point._replace(x=x), data).sum())(point.x)
@@ -353,13 +386,17 @@ class SmoothProblem:
         return fine
 
 
-_ADDED = ("linear", "equality_shift", "inequality_shift", "center")
+_ADDED = ("linear", "equality_shift", "inequality_shift", "center", "unit")
 
 
 def _rows(pull: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """(B, k, n): a linear map (B, k) to (B, n) of each element, applied to the k unit vectors."""
     units = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
     return torch.func.vmap(lambda unit: pull(unit.expand(like.shape)))(units).transpose(0, 1)
+
+
+def _flat(values: Tensor) -> Tensor:
+    return values.flatten(1) if values.ndim > 1 else values[:, None]
 
 
 def _maximum(rows: Tensor) -> Tensor:

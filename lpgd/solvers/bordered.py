@@ -45,6 +45,8 @@ def bordered_response(
 ) -> tuple[SmoothPoint, Tensor]:
     """The change of the solutions along a tilt, (B, ·) each, and (B,) whether their systems were regular.
 
+    It is NaN where a derivative is not finite.
+
     Args:
         problem: B elements.
         point: minimisers and multipliers.
@@ -55,13 +57,16 @@ def bordered_response(
     """
     x, n, p = point.x, point.x.shape[-1], point.nu.shape[-1]
     keep = torch.cat([torch.ones_like(point.nu, dtype=torch.bool), active], -1)
-    right = -torch.cat(tuple(tilt), -1)
+    problem, unit = problem.in_units(x) if problem.unit is None else (problem, x.new_ones(len(x), 1))
+    point = SmoothPoint(x, point.nu / unit, point.lam / unit)
+    right = -torch.cat([tilt.x / unit, tilt.nu, tilt.lam], -1)
+    damping = rho / unit
     if is_large(problem, point) if matrix_free is None else matrix_free:
-        answer, exact = _matrix_free(problem, point, keep, right, rho)
+        answer, exact = _matrix_free(problem, point, keep, right, damping)
     else:
-        hessian = problem.hessian(point) + rho * torch.eye(n, dtype=x.dtype, device=x.device)
+        hessian = problem.hessian(point) + damping.expand_as(x).diag_embed()
         answer, exact = _dense(hessian, problem.jacobian(x), keep, right)
-    return SmoothPoint(answer[:, :n], answer[:, n : n + p], answer[:, n + p :]), exact
+    return SmoothPoint(answer[:, :n], unit * answer[:, n : n + p], unit * answer[:, n + p :]), exact
 
 
 def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,13 +103,16 @@ def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor) -> tu
     rest = (~exact).nonzero()[:, 0]
     if len(rest):
         # The pseudo-inverse of the matrix itself: least norm in the units of the variables.
-        inverse = torch.linalg.pinv(matrix[rest], hermitian=True, rtol=matrix.shape[-1] * eps**0.75)
+        own = matrix[rest]
+        finite = torch.isfinite(own).all(-1).all(-1)[:, None, None]
+        inverse = torch.linalg.pinv(torch.where(finite, own, 0), hermitian=True, rtol=matrix.shape[-1] * eps**0.75)
+        inverse = torch.where(finite, inverse, torch.nan)
         answer[rest] = (inverse @ right[rest][..., None])[..., 0]
     return torch.cat([answer[:, :n], torch.where(present, answer[:, n:], 0)], -1), exact
 
 
 def _matrix_free(
-    problem: SmoothProblem, point: SmoothPoint, keep: Tensor, right: Tensor, rho: float
+    problem: SmoothProblem, point: SmoothPoint, keep: Tensor, right: Tensor, damping: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same by MINRES; an answer whose residual stays large is not exact."""
     n, curve = point.x.shape[-1], problem.hessian_product(point)
@@ -114,7 +122,7 @@ def _matrix_free(
 
     def product(vector: Tensor) -> Tensor:
         dx, dmu = vector[:, :n], vector[:, n:]
-        upper = curve(dx) + rho * dx
+        upper = curve(dx) + damping * dx
         if transposed is None or forward is None:
             return upper
         return torch.cat([upper + transposed(weight * dmu), weight * forward(dx)[0]], -1)

@@ -20,7 +20,7 @@ from lpgd.solvers.generic.constrained import is_minimiser, method_of_multipliers
 from lpgd.solvers.generic.descent import Descent, lbfgs, newton
 from lpgd.solvers.generic.functions import AugmentedLagrangian
 from lpgd.solvers.generic.scipy_minimise import scipy_minimise
-from lpgd.status import Status
+from lpgd.status import Status, warn
 
 __all__ = ["Algorithm", "NodeSolver"]
 
@@ -85,7 +85,8 @@ class NodeSolver(BaseSolver):
         if start is not None:
             start = torch.where(torch.isfinite(start), start, 0).to(problem.dtype)
             start = start if rows is None else start[rows]
-        with torch.no_grad():
+        # Autocast would compute products of float32 in half precision.
+        with torch.no_grad(), torch.autocast(problem.device.type, enabled=False):
             answer = self._answer(part, start)
         seconds = time.perf_counter() - started
         solution = self._solution(part, answer, seconds)
@@ -93,9 +94,11 @@ class NodeSolver(BaseSolver):
 
     def _answer(self, problem: SmoothProblem, start: Tensor | None) -> _Answer:
         node = problem.node
-        if problem.batch_size == 0:
-            empty = torch.zeros(0, dtype=torch.int64, device=problem.device)
-            return _Answer(problem.data[0].new_zeros(0, problem.structure.n), empty, empty, None, None, None)
+        if problem.batch_size == 0 or problem.structure.n == 0:  # nothing to solve, or nothing to choose
+            size = problem.batch_size
+            zero = torch.zeros(size, dtype=torch.int64, device=problem.device)
+            solved = torch.full_like(zero, int(Status.SOLVED))
+            return _Answer(problem.data[0].new_zeros(size, problem.structure.n), solved, zero, None, None, None)
         if self.algorithm == "own" and not problem.is_shifted:
             y = None if start is None else problem.shaped(start)
             inputs = tuple(problem.data)
@@ -107,13 +110,18 @@ class NodeSolver(BaseSolver):
                 f"{node.name} is not smooth: the generic solvers cannot solve it with such terms added (give "
                 "its own solve_tilted)."
             )
-        known = start is not None
-        if start is None:
-            start = node.initial(problem.structure.shape, *problem.data).reshape(problem.batch_size, -1)
-        x = start.to(problem.dtype)
+        if start is not None:
+            return self._generic(problem, start, True)
+        start = node.initial(problem.structure.shape, *problem.data).reshape(problem.batch_size, -1).to(problem.dtype)
+        answer = self._generic(problem, start, False)
+        if (answer.status != int(Status.SOLVED)).any():
+            _warn_of_start(problem, start)
+        return answer
+
+    def _generic(self, problem: SmoothProblem, x: Tensor, known: bool) -> _Answer:
+        """Minimise from x; ``known`` tells that it is an earlier solution."""
         if self.algorithm == "scipy":
-            answer = scipy_minimise(problem, x, self.tolerance or 1e-10, self.max_iterations or 2000)
-            return _Answer(*answer, None, None, None)
+            return self._by_scipy(problem, x)
         h, g = problem.constraints(x)
         if not h.shape[-1] and not g.shape[-1]:
             found = self._minimise(AugmentedLagrangian(problem), x)
@@ -125,6 +133,18 @@ class NodeSolver(BaseSolver):
             x = torch.where(fine[:, None], point.x, found.x)
             return _Answer(x, found.status, found.iterations + more, None, h, g)
         return self._constrained(problem, x, known)
+
+    def _by_scipy(self, problem: SmoothProblem, x: Tensor) -> _Answer:
+        scaled, _ = problem.in_units(x)  # SciPy's tolerances are absolute
+        x, status, iterations = scipy_minimise(scaled, x, self.tolerance or 1e-10, self.max_iterations or 2000)
+        # Derivatives are as wrong as the solution is; and a line search at the end of precision ends as a failure.
+        known = torch.where(torch.isfinite(x), x, 0)
+        point, fine, more = polish(problem, warm_point(problem, known), 10)
+        reach = 1 + known.abs().amax(-1)
+        near = (fine == int(Status.SOLVED)) & ((point.x - x).abs().amax(-1) <= 1e-3 * reach)
+        solved = near & is_minimiser(problem, point)  # no saddle where it started, by symmetry
+        status = torch.where(solved, int(Status.SOLVED), torch.where(near, int(Status.NUMERICAL_ERROR), status))
+        return _Answer(torch.where(near[:, None], point.x, x), status, iterations + more, None, None, None)
 
     def _constrained(self, problem: SmoothProblem, x: Tensor, known: bool) -> _Answer:
         if not known:
@@ -169,6 +189,26 @@ class NodeSolver(BaseSolver):
             answer.nu,
             answer.lam,
         )
+
+
+def _warn_of_start(problem: SmoothProblem, x: Tensor) -> None:
+    """Warn about functions that are not finite, or have no derivative, where a generic solver starts."""
+    parts = {
+        "objective": (problem.objective(x)[:, None], torch.func.grad(lambda x: problem.objective(x).sum())(x)),
+        "constraints": (*problem.constraints(x), problem.jacobian_product(x)(torch.ones_like(_joined(problem, x)))),
+    }
+    for role, values in parts.items():
+        bad = (~torch.isfinite(torch.cat(values, -1)).all(-1)).nonzero()[:, 0].tolist()
+        if bad:
+            warn(
+                f"the {role} of {problem.node.name}, or the derivatives, are not finite where the solver starts, for "
+                f"{len(bad)} of {len(x)} elements: start inside of the domain (Node(initial=...); it is y = 0 if not "
+                "given), or make the functions smooth there."
+            )
+
+
+def _joined(problem: SmoothProblem, x: Tensor) -> Tensor:
+    return torch.cat(problem.constraints(x), -1)
 
 
 class _Answer(NamedTuple):

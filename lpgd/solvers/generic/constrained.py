@@ -24,6 +24,9 @@ from lpgd.status import Status
 
 __all__ = ["ConstrainedResult", "is_minimiser", "method_of_multipliers", "polish", "warm_point"]
 
+ENDLESS = 6
+"""So many penalties, each ten times the last, on which an objective falls without limit: it is unbounded."""
+
 Minimise = Callable[[AugmentedLagrangian, Tensor], Descent]
 
 
@@ -53,8 +56,9 @@ def polish(problem: SmoothProblem, point: SmoothPoint, max_iterations: int = 30)
         The best points; an element is SOLVED where the residuals of its optimality conditions, relative to their
         terms, are below the 0.6th power of the precision, and stay there or fall no more.
     """
-    point = SmoothPoint(*(part.clone() for part in point))
-    whole = point
+    problem, unit = problem.in_units(point.x)
+    point = SmoothPoint(point.x.clone(), point.nu / unit, point.lam / unit)
+    whole = SmoothPoint(*(part.clone() for part in point))
     size, _ = _residual(problem, point)
     best = size.clone()
     rows = torch.arange(size.shape[0], device=size.device)
@@ -85,6 +89,7 @@ def polish(problem: SmoothProblem, point: SmoothPoint, max_iterations: int = 30)
             rows, point, problem_left = rows[left], point.select(left), problem.select(left.tolist())
             problem = problem_left
     fine = best <= torch.finfo(best.dtype).eps ** 0.6
+    whole = SmoothPoint(whole.x, unit * whole.nu, unit * whole.lam)
     return ConstrainedResult(whole, torch.where(fine, int(Status.SOLVED), int(Status.NUMERICAL_ERROR)), iterations)
 
 
@@ -94,6 +99,8 @@ def is_minimiser(problem: SmoothProblem, point: SmoothPoint) -> Tensor:
     if size * n**2 > LARGE:
         return torch.ones(size, dtype=torch.bool, device=point.x.device)
     hessian = problem.hessian(point)
+    finite = torch.isfinite(hessian).all(-1).all(-1)
+    hessian = torch.where(finite[:, None, None], hessian, 0)
     keep = torch.cat([torch.ones_like(point.nu, dtype=torch.bool), point.lam > 0], -1)
     jacobian = problem.jacobian(point.x) * keep[..., None]
     jacobian = jacobian / jacobian.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(hessian.dtype).tiny)
@@ -101,7 +108,9 @@ def is_minimiser(problem: SmoothProblem, point: SmoothPoint) -> Tensor:
     # Directions that leave the constraints become so steep that only those along them can be negative.
     eps = torch.finfo(hessian.dtype).eps
     steep = hessian / scale[:, None, None] + eps**-0.3 * jacobian.mT @ jacobian
-    return torch.linalg.eigvalsh(steep).amin(-1) >= -10 * eps**0.3
+    finite = finite & torch.isfinite(jacobian).all(-1).all(-1)
+    steep = torch.where(finite[:, None, None], steep, 0)
+    return finite & (torch.linalg.eigvalsh(steep).amin(-1) >= -10 * eps**0.3)
 
 
 def method_of_multipliers(
@@ -120,6 +129,7 @@ def method_of_multipliers(
     """
     h, g = problem.constraints(x)
     size = x.shape[0]
+    problem, unit = problem.in_units(x)
     whole = SmoothPoint(x.clone(), torch.zeros_like(h), torch.zeros_like(g))
     point = whole
     status = torch.full((size,), int(Status.ITERATION_LIMIT), device=x.device)
@@ -131,12 +141,14 @@ def method_of_multipliers(
     rows_squared = problem.jacobian_product(x)(signs).square().sum(-1) / signs.shape[-1]
     penalty = 10 * slope.abs().amax(-1).clamp(1e-2, 1e4) / rows_squared.clamp(min=1)
     violation = torch.full_like(penalty, torch.inf)
+    endless = torch.zeros_like(rows)  # rounds, one after the other, that fell without limit
     precision = torch.finfo(x.dtype).eps ** 0.6
     for _ in range(max_rounds):
         if not len(rows):
             break
         descent = minimise(AugmentedLagrangian(problem, point.nu, point.lam, penalty), point.x)
         iterations[rows] += descent.iterations
+        endless = torch.where(descent.status == int(Status.UNBOUNDED), endless + 1, 0)
         usable = torch.isfinite(descent.x).all(-1) & (descent.status != int(Status.UNBOUNDED))
         x = torch.where(usable[:, None], descent.x, point.x)
         h, g = problem.constraints(x)
@@ -162,7 +174,7 @@ def method_of_multipliers(
             status[rows[done]] = int(Status.SOLVED)
             solved[done] = True
         penalty = torch.where(slow, 10 * penalty, penalty)
-        hopeless = ~solved & (penalty > 1e12)
+        hopeless = ~solved & ((penalty > 1e12) | (endless >= ENDLESS))
         ended = solved | hopeless
         if ended.any() or not usable.all():
             lost = rows[hopeless]
@@ -178,9 +190,11 @@ def method_of_multipliers(
             own[rows[left]] = new[left]
         if ended.any():
             rows, point, penalty, violation = rows[left], point.select(left), penalty[left], violation[left]
+            endless = endless[left]
             problem = problem.select(left.tolist())
     residual = _residual(problem, point)[0] if len(rows) else penalty
     status[rows] = torch.where(residual <= precision**0.5, int(Status.INACCURATE), status[rows])
+    whole = SmoothPoint(whole.x, unit * whole.nu, unit * whole.lam)
     return ConstrainedResult(whole, status, iterations)
 
 

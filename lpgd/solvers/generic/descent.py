@@ -1,11 +1,13 @@
 """Minimisers of batches of smooth functions without constraints: Newton's method, and L-BFGS where n is large.
 
 Each element converges, or fails, alone: those that have ended leave the batch.  Both descend by a line search, so that
-they end in local minima, and then go on until the gradient is as small as the dtype allows.
+they end in local minima, and then go on until the gradient is as small as the dtype allows.  A stationary point that is
+none, where a start often is by symmetry (zero), is left along its negative curvature.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -62,6 +64,69 @@ class _Run:
             self.function = self.function.select(left.nonzero()[:, 0])
         return left
 
+    def leave_saddles(self, direction: Tensor, curvature: Tensor) -> Tensor:
+        """Step to lower values along negative curvature; which elements moved.
+
+        Args:
+            direction: (B, n), of length 1.
+            curvature: (B,) that along it; elements with 0 stay.
+        """
+        pending, moved = curvature < 0, torch.zeros_like(curvature, dtype=torch.bool)
+        if not pending.any():
+            return moved
+        fall = (direction * self.slope).sum(-1)
+        largest = direction.gather(-1, direction.abs().argmax(-1, keepdim=True))[:, 0]
+        side = torch.where(fall != 0, -fall, largest)  # where both are downhill: the largest entry grows
+        direction = torch.where(side < 0, -1.0, 1.0).to(direction.dtype)[:, None] * direction
+        step = 1 + self.x.abs().amax(-1)
+        new = self.x
+        for _ in range(40):
+            if not pending.any():
+                break
+            trial = self.x + step[:, None] * direction
+            value = self.function.value(trial)
+            good = pending & (value <= self.value + 0.1 * curvature * step.square()) & (value < self.value)
+            new = torch.where(good[:, None], trial, new)
+            pending, moved = pending & ~good, moved | good
+            step = torch.where(pending, 0.5 * step, step)
+        if moved.any():
+            self.x, self.value, self.slope = new, self.function.value(new), self.function.gradient(new)
+        return moved
+
+    def leave_symmetry(self) -> None:
+        """Step off a start without any slope, where there is negative curvature along a direction like any other."""
+        flat = (self.slope == 0).all(-1)
+        if not flat.any():
+            return
+        pattern = torch.arange(1, self.x.shape[-1] + 1, dtype=torch.float64, device=self.x.device)
+        direction = ((pattern.square() * math.sqrt(2)).frac() - 0.5).to(self.x.dtype)
+        direction = (direction / direction.norm()).expand_as(self.x)
+        curve = (torch.func.vjp(self.function.gradient, self.x)[1](direction)[0] * direction).sum(-1)
+        self.leave_saddles(direction, torch.where(flat & (curve < 0), curve, 0))
+
+    def stretch(self, direction: Tensor, hessian: Tensor) -> None:
+        """Step on, further and further, where the last step was along a straight line down: its end is far, if any.
+
+        Args:
+            direction: (B, n) of the last step.
+            hessian: (B, n, n) where it began.
+        """
+        fall = (direction * self.slope).sum(-1)
+        bend = (direction * (hessian @ direction[..., None])[..., 0]).sum(-1)
+        going = (fall < 0) & (bend.abs() <= torch.finfo(fall.dtype).eps ** 0.5 * fall.abs())
+        if not going.any():
+            return
+        step, x, last = torch.ones_like(fall), self.x, self.value
+        for _ in range(60):
+            trial = self.x + step[:, None] * direction
+            value = self.function.value(trial)
+            going = going & (value <= last + 0.25 * step * fall) & (last > -UNBOUNDED * (1 + self.first.abs()))
+            if not going.any():
+                break
+            x, last = torch.where(going[:, None], trial, x), torch.where(going, value, last)
+            step = 2 * step
+        self.x, self.value, self.slope = x, self.function.value(x), self.function.gradient(x)
+
     def search(self, direction: Tensor, quick: bool = True) -> tuple[Tensor, Tensor]:
         """Step along a direction of descent.
 
@@ -115,19 +180,28 @@ def newton(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max
             break
         size = run.slope.abs().amax(-1) if x.shape[-1] else torch.zeros_like(run.value)
         bad = ~(torch.isfinite(run.value) & torch.isfinite(size))
-        ended = (size <= tolerance * scale) | bad
-        left = run.end(ended, _ends(bad, Status.NUMERICAL_ERROR))
+        hessian = run.function.hessian(run.x)
+        bad = bad | ~torch.isfinite(hessian).all(-1).all(-1)
+        if bad.any():
+            hessian = torch.where(bad[:, None, None], 0, hessian)
+        direction, curved, lowest, curvature = _newton_direction(hessian, run.slope)
+        scale = torch.maximum(scale, (hessian @ run.x[..., None]).abs().sum(-1).amax(-1))
+        eps = torch.finfo(x.dtype).eps
+        moved = run.leave_saddles(lowest, torch.where(~bad & (size <= eps**0.5 * scale), curvature, 0))
+        run.iterations[run.rows] += moved
+        left = run.end(bad | ((size <= tolerance * scale) & ~moved), _ends(bad, Status.NUMERICAL_ERROR))
         scale = scale[left]
+        if moved.any():
+            continue
         if not len(run.rows):
             break
-        hessian = run.function.hessian(run.x)
-        direction, curved = _newton_direction(hessian, run.slope)
-        scale = torch.maximum(scale, (hessian @ run.x[..., None]).abs().amax((-1, -2)))
+        direction, curved, hessian = direction[left], curved[left], hessian[left]
         run.iterations[run.rows] += 1
         ended, precise = run.search(direction)
+        if not curved.all():
+            run.stretch(direction, torch.where((curved | ended)[:, None, None], torch.inf, hessian))
         far = (run.x.abs().amax(-1) > UNBOUNDED) | (run.value < -UNBOUNDED * (1 + run.first.abs()))
         # A run that ends where values could still tell, with a large step left, has lost its way.
-        eps = torch.finfo(x.dtype).eps
         long = direction.abs().amax(-1) > eps**0.25 * (1 + run.x.abs().amax(-1))
         lost = ended & ~precise & (long | ~curved) & (run.slope.abs().amax(-1) > eps**0.5 * scale)
         status = torch.where(far, int(Status.UNBOUNDED), _ends(lost, Status.NUMERICAL_ERROR))
@@ -142,8 +216,11 @@ def _ends(mask: Tensor, status: Status) -> Tensor:
     return torch.where(mask, int(status), int(Status.SOLVED))
 
 
-def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """A direction of descent, (B, n), and (B,) where the Hessian is positive definite."""
+def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A direction of descent, (B, n), and (B,) where the Hessian is positive definite.
+
+    Where it is not even semidefinite: also the direction of its most negative curvature (B, n), and that (B,), else 0.
+    """
     factor, failed = torch.linalg.cholesky_ex(hessian)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     eps = torch.finfo(slope.dtype).eps
@@ -152,6 +229,7 @@ def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     safe = torch.where(curved[:, None, None], factor, unit)
     direction = -torch.cholesky_solve(slope[..., None], safe)[..., 0]
     rest = (~curved).nonzero()[:, 0]
+    lowest, curvature = torch.zeros_like(slope), torch.zeros_like(slope[:, 0])
     if len(rest):
         values, vectors = torch.linalg.eigh(0.5 * (hessian[rest] + hessian[rest].mT))
         sizes = values.abs()
@@ -159,13 +237,16 @@ def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         sizes = torch.where(top > 0, torch.maximum(sizes, 10 * eps**0.5 * top), 1)
         along = (vectors.mT @ slope[rest][..., None])[..., 0]
         direction[rest] = -(vectors @ (along / sizes)[..., None])[..., 0]
-    return direction, curved
+        lowest[rest] = vectors[..., 0]
+        curvature[rest] = torch.where(values[:, 0] < -(eps**0.4) * top[:, 0], values[:, 0], 0)
+    return direction, curved, lowest, curvature
 
 
 def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_iterations: int = 2000) -> Descent:
     """L-BFGS with a line search, each element with its own history; arguments are those of :func:`newton`."""
     run = _Run(function, x, tolerance)
     size, n = x.shape
+    run.leave_symmetry()
     curved = torch.func.vjp(function.gradient, x)[1](x)[0]
     scale = torch.maximum(run.slope.abs().amax(-1), curved.abs().amax(-1))
     steps, changes = x.new_zeros(MEMORY, size, n), x.new_zeros(MEMORY, size, n)

@@ -97,7 +97,10 @@ class Projection(BaseNode):
             return None
         if self.onto in ("l1_sphere", "l1_ball"):  # the nearest point has the signs of x
             signed = _signs(x) * y
-            return -signed if self.onto == "l1_sphere" else torch.cat([signed.sum(-1, keepdim=True) - r, -signed], -1)
+            if self.onto == "l1_sphere":
+                return -signed
+            outside = x.abs().sum(-1, keepdim=True) > r  # inside the ball coordinates may change their signs
+            return torch.cat([signed.sum(-1, keepdim=True) - r, torch.where(outside, -signed, -1.0)], -1)
         # On the sphere the largest coordinate of x is at its bound; that row is absent here.
         free = torch.ones_like(x) if self.onto == "linf_ball" else 1 - _largest(x)
         return torch.cat([free * y - r, -free * y - r], -1)
@@ -140,10 +143,10 @@ class Projection(BaseNode):
         x, r, v = inputs[0], self._radius(inputs), cotangent
         if self.onto in ("l2_sphere", "l2_ball"):
             size = _norm(x)
-            along = (y * v).sum(-1, keepdim=True)
+            unit = y / r  # squares of r might overflow
+            dr = (unit * v).sum(-1, keepdim=True)
             scale = torch.where(size > 0, r / torch.where(size > 0, size, 1), 0)
-            dx = scale * torch.addcmul(v, y, along / r.square(), value=-1)
-            dr = along / r
+            dx = scale * torch.addcmul(v, unit, dr, value=-1)
         elif self.onto in ("linf_sphere", "linf_ball"):
             bound = x.abs() >= r
             if self.onto == "linf_sphere":

@@ -209,7 +209,8 @@ class SphereLeastSquares(BaseNode):
             return None
         gram, vector = normal_equations(*inputs)
         vector = vector - tilt.linear + tilt.rho * tilt.center
-        return _answer(gram, vector, solve_secular(gram, vector, start))
+        found = solve_secular(gram, vector, start)
+        return _answer(gram, vector, found if start is None else stay_on_branch(gram, vector, found, start))
 
     def vjp(
         self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: tuple[Tensor, ...] | None
@@ -219,6 +220,65 @@ class SphereLeastSquares(BaseNode):
             return differentiate_sphere(A, b, y, cotangent, *aux)
         gram, vector = normal_equations(A, b)
         return differentiate_sphere(A, b, y, cotangent, gram, multiplier(gram, vector, y))
+
+
+def stay_on_branch(gram: Tensor, vector: Tensor, found: SphereSolution, start: Tensor) -> SphereSolution:
+    """The local minimum that descent from a start leads to, where the way from there to the global one goes uphill.
+
+    There is at most one local minimum beside the global one (Martínez 1994).  In and near the hard case the two have
+    nearly the same value, and a small tilt makes the other one the global minimum: a solution that jumps there would
+    say nothing of the derivative.
+
+    Args:
+        gram: G, (B, n, n).
+        vector: c, (B, n).
+        found: the global minima.
+        start: (B, n).
+    """
+    start = normalised(start)
+    apart = _is_uphill(gram, vector, start, found.u).nonzero()[:, 0]
+    if not len(apart):
+        return found
+    G = gram[apart] if gram.shape[0] > 1 else gram.expand(len(apart), -1, -1)
+    c, start = vector[apart], start[apart]
+    u, fine = _newton(G, c, start)
+    # Newton's method alone is enough from near, and might go anywhere else: up, or far.
+    rest = (~fine | _is_uphill(G, c, start, u)).nonzero()[:, 0]
+    if len(rest):
+        local = descend(G[rest], c[rest], start[rest], max_iterations=1000)
+        u[rest], fine[rest] = _newton(G[rest], c[rest], local.u)
+    return found._replace(
+        u=found.u.index_copy(0, apart, torch.where(fine[:, None], u, found.u[apart])),
+        free=None if found.free is None else found.free.index_copy(0, apart, found.free[apart] & ~fine),
+    )
+
+
+def _newton(gram: Tensor, vector: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Newton's method on ``(G - μI)u = c, |u| = 1``: points, and (B,) whether it converged."""
+    for _ in range(6):
+        mu = multiplier(gram, vector, u)
+        left = vector - product(gram, u) + mu[:, None] * u
+        u = normalised(u + _solve_any_bordered(gram, mu, u, left, None))
+    left = vector - product(gram, u) + multiplier(gram, vector, u)[:, None] * u
+    size = product(gram, u).norm(dim=-1) + vector.norm(dim=-1)
+    return u, left.norm(dim=-1) <= torch.finfo(u.dtype).eps ** 0.7 * size
+
+
+def _is_uphill(gram: Tensor, vector: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """(B,) whether ½uᵀGu - cᵀu rises on the shorter arc between two points, or they are opposite to each other."""
+    cosine = (start * end).sum(-1, keepdim=True)
+    t = torch.linspace(0.0, 1.0, 33, dtype=start.dtype, device=start.device)[:-1]
+    length = ((1 - t).square() + t.square() + 2 * t * (1 - t) * cosine).clamp_min(1e-12).sqrt()  # (B, T)
+    a, b = (1 - t) / length, t / length
+    from_start, from_end = product(gram, start), product(gram, end)
+
+    def along(first: Tensor, second: Tensor) -> Tensor:
+        return (first * second).sum(-1, keepdim=True)
+
+    curved = a * a * along(start, from_start) + 2 * a * b * along(start, from_end) + b * b * along(end, from_end)
+    values = 0.5 * curved - a * along(vector, start) - b * along(vector, end)
+    noise = 100 * torch.finfo(start.dtype).eps * (curved.abs().amax(-1) + vector.norm(dim=-1))
+    return (values.amax(-1) > values[:, 0] + noise) | (cosine[:, 0] < -0.999)
 
 
 def _answer(gram: Tensor, vector: Tensor, found: SphereSolution) -> NodeAnswer:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from lpgd.status import Status
 __all__ = ["Node"]
 
 Function = Callable[..., Any]
+
+_UNBATCHABLE = ("vmap", "have storage", ".item()", "data-dependent")
+"""What messages of PyTorch say of functions that it cannot batch (2.13)."""
 
 
 class Node(BaseNode):
@@ -82,7 +86,10 @@ class Node(BaseNode):
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         if self._shape is None:
             return shapes[0]
-        return tuple(self._shape(*shapes) if callable(self._shape) else self._shape)
+        shape = self._shape(*shapes) if callable(self._shape) else self._shape
+        if not isinstance(shape, Sequence) or not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise TypeError(f"the shape of y of {self.name} is {shape!r}; it must be a tuple, as (3,).")
+        return tuple(shape)
 
     def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Refuse functions that use tensors whose gradient would be lost."""
@@ -91,9 +98,9 @@ class Node(BaseNode):
         return inputs
 
     def objective(self, y: Tensor, *inputs: Tensor) -> Tensor:
-        value = self._call("objective", y, inputs)
-        if value is None or value.shape[1:].numel() != 1:
-            found = None if value is None else tuple(value.shape[1:])
+        value = cast(Tensor, self._call("objective", y, inputs))
+        if value.shape[1:].numel() != 1:
+            found = tuple(value.shape[1:])
             raise ValueError(f"the objective of {self.name} has shape {found} for one element; it must be a scalar.")
         return value.reshape(y.shape[0])
 
@@ -108,16 +115,55 @@ class Node(BaseNode):
         if function is None:
             return None
         if self._batched:
-            return function(*inputs, y)
-        return torch.func.vmap(function)(*inputs, y) if y.shape[0] else y.new_zeros(0, 1)
+            value = self._checked(role, function(*inputs, y))
+            if value.shape[:1] != y.shape[:1]:
+                raise ValueError(
+                    f"the {role} of {self.name} has shape {tuple(value.shape)} for a batch of {y.shape[0]}; with "
+                    "batched=True each value has a row for each element: sum over the last dimensions only."
+                )
+            return value
+        if not y.shape[0]:
+            return y.new_zeros(0, 1)
+        try:
+            return torch.func.vmap(lambda *arguments: self._checked(role, function(*arguments)))(*inputs, y)
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in _UNBATCHABLE):
+                raise
+            raise RuntimeError(
+                f"the {role} of {self.name} cannot be batched by torch.func.vmap ({str(error).splitlines()[0]}): use "
+                "torch.where in the place of branches on values, torch functions in the place of NumPy's, and no "
+                ".item(); or write it for whole batches, with Node(..., batched=True)."
+            ) from error
+
+    def _checked(self, role: str, value: Any) -> Tensor:
+        """What a function returned.
+
+        Raises:
+            TypeError: it is no tensor of floating-point numbers.
+        """
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"the {role} of {self.name} returned a {type(value).__name__}; it must return a tensor "
+                "(torch.stack makes one of several)."
+            )
+        if not value.is_floating_point():
+            raise TypeError(
+                f"the {role} of {self.name} returned {value.dtype} values; it must return floating-point numbers "
+                "(no comparison: y - 1 for y <= 1)."
+            )
+        return value
 
     def initial(self, shape: tuple[int, ...], *inputs: Tensor) -> Tensor:
         if self._initial is None:
             return super().initial(shape, *inputs)
         if self._batched:
-            return torch.as_tensor(self._initial(*inputs))
-        rows = [torch.as_tensor(self._initial(*row)) for row in zip(*inputs, strict=True)]
-        return torch.stack(rows).to(inputs[0]) if rows else super().initial(shape, *inputs)
+            start = torch.as_tensor(self._initial(*inputs)).to(inputs[0])
+        else:
+            rows = [torch.as_tensor(self._initial(*row)) for row in zip(*inputs, strict=True)]
+            start = torch.stack(rows).to(inputs[0]) if rows else super().initial(shape, *inputs)
+        if tuple(start.shape[1:]) != shape:
+            raise ValueError(f"initial of {self.name} has shape {tuple(start.shape[1:])}; y has shape {shape}.")
+        return start
 
     def solve(self, inputs: tuple[Tensor, ...], start: Tensor | None) -> NodeAnswer | None:
         if self._solve is None:
@@ -126,8 +172,15 @@ class Node(BaseNode):
         shape = self.variable_shape(*(tuple(tensor.shape[1:]) for tensor in inputs))
         size = inputs[0].shape[0]
         if self._batched:
-            y = self._solve(*inputs, **({"start": start} if self._takes_start else {}))
-            return NodeAnswer(torch.as_tensor(y).to(inputs[0]), (Status.SOLVED,) * size, torch.zeros(size))
+            y = self._tensor(self._solve(*inputs, **({"start": start} if self._takes_start else {})), inputs[0])
+            if tuple(y.shape) != (size, *shape):
+                raise ValueError(
+                    f"the solver of {self.name} answered shape {tuple(y.shape)}; with batched=True y has shape "
+                    f"{(size, *shape)} here."
+                )
+            known = torch.isfinite(y).reshape(size, math.prod(shape)).all(-1).tolist()
+            statuses = [Status.SOLVED if row else Status.NO_SOLUTION for row in known]
+            return NodeAnswer(y, statuses, torch.zeros(size))
         rows, statuses = [], []
         for element, row in enumerate(zip(*inputs, strict=True)):
             own = {"start": None if start is None else start[element].clone()} if self._takes_start else {}
@@ -145,12 +198,21 @@ class Node(BaseNode):
                     f"the solver of {self.name} answered {status.name} for element {element}, without a y."
                 )
             return like.new_full(shape, torch.nan), status
-        y = torch.as_tensor(answer).detach().to(like)
+        y = self._tensor(answer, like)
         if tuple(y.shape) != shape:
             raise ValueError(
                 f"the solver of {self.name} answered shape {tuple(y.shape)} for element {element}; y has shape {shape}."
             )
         return y.clone(), Status.SOLVED if torch.isfinite(y).all() else Status.NO_SOLUTION
+
+    def _tensor(self, answer: Any, like: Tensor) -> Tensor:
+        try:
+            return torch.as_tensor(answer).detach().to(like)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"the solver of {self.name} answered {type(answer).__name__}; it must answer y: a tensor, an array, or "
+                "numbers."
+            ) from error
 
     def _check_captured(self, inputs: tuple[Tensor, ...]) -> None:
         """Evaluate once with detached arguments: a result that still requires a gradient has it from elsewhere.
@@ -182,8 +244,9 @@ class Node(BaseNode):
 
 def _input_names(objective: Function) -> tuple[str, ...]:
     """The names of all arguments but the last, which is y."""
+    function = objective.forward if isinstance(objective, torch.nn.Module) else objective
     try:
-        parameters = list(inspect.signature(objective).parameters.values())
+        parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError) as error:
         raise TypeError(f"the arguments of {objective!r} cannot be read; write objective(*inputs, y).") from error
     names = []
