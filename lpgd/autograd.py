@@ -7,17 +7,19 @@ differentiable operations.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo, GradientMethod
+from lpgd.problems.base import is_surely_finite
 from lpgd.solution import BatchSolution
 from lpgd.solvers.base import BaseSolver
 from lpgd.status import SolverError, Status, describe_failures, warn
@@ -162,7 +164,7 @@ class _DerivativeFunction(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, solution: BatchSolution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         started = time.perf_counter()
-        with _threads(call.solver):
+        with _threads(call.solver), torch.autocast(solution.x.device.type, enabled=False):
             answer, info = _derivative(call, solution, reverse, tensors)
         call.info.gradients.append(info)
         call.info.backward_seconds += time.perf_counter() - started
@@ -212,7 +214,7 @@ class _SecondFunction(torch.autograd.Function):
         started = time.perf_counter()
         count = len(solution.outputs) + len(call.data_class._fields) + len(solution.outputs)
         direction, own = tensors[:-count], tensors[-count:]
-        with torch_threads(1), torch.enable_grad():
+        with torch_threads(1), torch.enable_grad(), torch.autocast(solution.x.device.type, enabled=False):
             answer = _second_derivative(call, solution, reverse, direction, own)
         call.info.backward_seconds += time.perf_counter() - started
         return answer
@@ -266,6 +268,11 @@ def _second_derivative(
     return tuple(answer)
 
 
+for _function in (_SolveFunction, _DerivativeFunction, _SecondFunction):
+    # Torch 2.13 looks it up in every call, which takes as long as a small layer's arithmetic.
+    cast(Any, _function.forward).__signature__ = inspect.signature(_function.forward)
+
+
 def _derivative(
     call: Call, solution: BatchSolution, reverse: bool, tensors: Sequence[Tensor]
 ) -> tuple[Any, GradientInfo]:
@@ -315,16 +322,16 @@ def check_solution(solution: BatchSolution, on_error: OnError) -> None:
             f"no solution for {describe_failures(statuses, failed)}. Their rows are the solver's last iterate or NaN, "
             "with a zero gradient."
         )
-    inaccurate = [index for index, status in enumerate(statuses) if status is Status.INACCURATE]
-    if inaccurate:
+    if Status.INACCURATE in statuses:
+        inaccurate = [index for index, status in enumerate(statuses) if status is Status.INACCURATE]
         warn(describe_failures(statuses, inaccurate))
 
 
 def _check_cotangent(cotangent: Any) -> None:
     for name, part in zip(cotangent._fields, cotangent, strict=True):
-        # A finite sum has finite terms, and is one pass over them; a sum that is not may only have overflowed.
-        fine = bool(torch.isfinite(part.sum()))
-        bad = [] if fine else (~torch.isfinite(part).all(-1)).nonzero()[:, 0].tolist()
+        if is_surely_finite(part):
+            continue
+        bad = (~torch.isfinite(part).all(-1)).nonzero()[:, 0].tolist()
         if bad:
             raise ValueError(
                 f"the loss gradient with respect to {name} is NaN or infinite for elements {bad[:10]}: "

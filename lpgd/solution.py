@@ -21,7 +21,26 @@ from lpgd.problems.structure import ConicPoint
 from lpgd.projections import distance
 from lpgd.status import Status
 
-__all__ = ["BatchSolution", "LinearSolution", "Residuals", "SmoothSolution", "Solution"]
+__all__ = ["BatchSolution", "LinearSolution", "Residuals", "Rows", "SmoothSolution", "Solution"]
+
+
+class Rows(Sequence[Tensor]):
+    """The rows of a tensor as a sequence, which makes them as they are asked for.
+
+    Args:
+        tensor: (B, ...).
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __len__(self) -> int:
+        return self.tensor.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tensor[index]
 
 
 class BatchSolution:
@@ -42,12 +61,12 @@ class BatchSolution:
     iterations: NDArray[np.int64]
     setup_seconds: NDArray[np.float64]
     solve_seconds: NDArray[np.float64]
-    states: tuple[Any, ...]
+    states: Sequence[Any]
 
     _tensors: ClassVar[tuple[str, ...]]
     """Names of fields with one row for each element."""
     _tuples: ClassVar[tuple[str, ...]] = ("statuses", "states")
-    """Names of fields that are tuples with one entry for each element."""
+    """Names of fields that are tuples, or sequences, with one entry for each element."""
 
     @property
     def point(self) -> Any:
@@ -62,14 +81,22 @@ class BatchSolution:
     def batch_size(self) -> int:
         return len(self.statuses)
 
+    @cached_property
+    def _all_solved(self) -> bool:
+        return self.statuses.count(Status.SOLVED) == len(self.statuses)
+
     @property
     def failed(self) -> list[int]:
         """Elements without a usable solution."""
+        if self._all_solved:
+            return []
         return [index for index, status in enumerate(self.statuses) if not status.usable]
 
     @property
     def usable(self) -> Tensor:
         """(B,) elements that have one."""
+        if self._all_solved:
+            return torch.ones(self.batch_size, dtype=torch.bool, device=self.x.device)
         return torch.tensor([status.usable for status in self.statuses], dtype=torch.bool, device=self.x.device)
 
     @cached_property
@@ -136,7 +163,7 @@ class Solution(BatchSolution):
     iterations: NDArray[np.int64]
     setup_seconds: NDArray[np.float64]
     solve_seconds: NDArray[np.float64]
-    states: tuple[Any, ...]
+    states: Sequence[Any]
     systems: tuple[Any, ...] = ()
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds")
@@ -212,7 +239,7 @@ class LinearSolution(BatchSolution):
     iterations: NDArray[np.int64]
     setup_seconds: NDArray[np.float64]
     solve_seconds: NDArray[np.float64]
-    states: tuple[Any, ...]
+    states: Sequence[Any]
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "iterations", "setup_seconds", "solve_seconds")
     _tuples: ClassVar[tuple[str, ...]] = ("statuses", "states", "answers")
@@ -243,7 +270,7 @@ class SmoothSolution(BatchSolution):
     iterations: NDArray[np.int64]
     setup_seconds: NDArray[np.float64]
     solve_seconds: NDArray[np.float64]
-    states: tuple[Any, ...]
+    states: Sequence[Any]
     aux: Any = None
     nu: Tensor | None = None
     lam: Tensor | None = None

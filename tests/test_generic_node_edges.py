@@ -247,3 +247,33 @@ def test_the_fallback_of_lpgd_names_elements_by_their_places_in_the_batch():
     assert y.info.gradients[0].used == ["average", "average", "implicit, regularised", "average"]
     expected = torch.linalg.pinv(A).mT @ v[..., None]
     torch.testing.assert_close(gradient, expected[..., 0], atol=1e-6, rtol=1e-6)
+
+
+def test_points_of_a_solver_that_are_no_solutions_are_named():
+    def solve(x):
+        return x + 0.3 if x.sum() > 0 else x
+
+    node = lpgd.Node(lambda x, y: 1e-9 * (y - x).square().sum(), solve=solve)
+    x = torch.stack([-torch.ones(3), torch.ones(3)]).double().requires_grad_()
+    with pytest.warns(lpgd.LpgdWarning, match=r"elements \[1\] do not satisfy.*LPGD needs no smoothness"):
+        lpgd.NodeLayer(node)(x).sum().backward()
+
+
+@pytest.mark.parametrize("method", [None, lpgd.ImplicitKKT(), lpgd.LPGD(tau=1e-3)], ids=str)
+def test_autocast_does_not_reach_the_backward_pass(method):
+    layer = lpgd.NodeLayer(lpgd.nodes.SphereLeastSquares(), method)
+    A, b = random(0, 4, 6, 3).float().requires_grad_(), random(1, 4, 6).float()
+    (expected,) = torch.autograd.grad(layer(A, b)[:, 0].sum(), A)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (gradient,) = torch.autograd.grad(layer(A, b)[:, 0].sum(), A)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e9])
+def test_a_multiplier_of_zero_is_one_in_the_units_of_the_objective(scale):
+    node = lpgd.Node(lambda x, y: scale * (y - x).square().sum(), inequality=lambda x, y: -y)
+    x = torch.tensor([[1.0, -1.0], [1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    y = lpgd.NodeLayer(node, lpgd.ImplicitKKT(weakly_active=False))(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64))
+    assert y.info.gradients[0].used == ["implicit", "implicit, one-sided"]

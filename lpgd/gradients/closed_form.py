@@ -109,6 +109,6 @@ def by_formula(
             f"the closed form of {node.name} answered {len(answer)} gradients for {len(problem.data)} inputs "
             f"({', '.join(problem.data._fields)})."
         )
-    rows = (zero if row is None else row for zero, row in zip(part.zero_gradient(), answer, strict=True))
+    rows = (datum.new_zeros(datum.shape) if row is None else row for datum, row in zip(part.data, answer, strict=True))
     gradient = type(problem.data)(*rows)
     return gradient if part is problem else problem.scatter(active, gradient)

@@ -200,6 +200,8 @@ class ImplicitKKT(GradientMethod):
         rows = torch.as_tensor(active, dtype=torch.int64, device=problem.device)
         tilt = change._replace(**tilt._asdict()).select(rows)
         part, point = problem.select(active), whole.select(rows)
+        if not part.node.is_exact and self.active_tolerance is None:  # with it a user knows of a rough solver
+            _check_stationary(part, point, active)
         binding, one_sided = self._active(part, point)
         response, exact = bordered_response(part, point, tilt, binding, self.rho, self.matrix_free)
         regularised = []
@@ -217,9 +219,10 @@ class ImplicitKKT(GradientMethod):
         """Inequalities that are active, and (B,) whether one of an element's has a multiplier of zero."""
         if not point.lam.shape[-1]:
             return torch.zeros_like(point.lam, dtype=torch.bool), point.x.new_zeros(len(point.x), dtype=torch.bool)
-        active = active_rows(problem, point.x, point.lam, self.active_tolerance)
-        zero = torch.finfo(point.x.dtype).eps ** 0.5 * (1 + point.lam.amax(-1, keepdim=True))
-        weak = active & (point.lam <= zero)
+        _, unit = problem.in_units(point.x)
+        lam = point.lam / unit
+        active = active_rows(problem, point.x, lam, self.active_tolerance)
+        weak = active & (lam <= torch.finfo(lam.dtype).eps ** 0.5 * (1 + lam.amax(-1, keepdim=True)))
         return active if self.weakly_active else active & ~weak, weak.any(-1)
 
     def _respond_at_once(
@@ -245,6 +248,26 @@ class ImplicitKKT(GradientMethod):
             else:
                 left.append(element)
         return left
+
+
+NOT_STATIONARY = 0.01
+"""An approximate solver may leave so much; it is of the order of the error of y relative to ``1 + max|y|``."""
+
+
+def _check_stationary(problem: SmoothProblem, point: SmoothPoint, elements: list[int]) -> None:
+    """Warn about points that are no solutions: the derivative of the optimality conditions says nothing of them."""
+    _, unit = problem.in_units(point.x)
+    left = (problem.gradient(point) / unit).abs()
+    if not left.shape[-1]:
+        return
+    bad = left.amax(-1) > NOT_STATIONARY * (1 + point.x.abs().amax(-1))
+    if bad.any():
+        named = [element for element, wrong in zip(elements, bad.tolist(), strict=True) if wrong]
+        warn(
+            f"the solutions of {problem.node.name} for elements {named[:10]} do not satisfy the optimality conditions, "
+            "so implicit differentiation says nothing of them: its solver ended too early, or elsewhere, or the "
+            "objective is not smooth there (LPGD needs no smoothness)."
+        )
 
 
 def _in_inputs(problem: SmoothProblem, solution: SmoothSolution, change: SmoothPoint) -> Any:

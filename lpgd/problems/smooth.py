@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lpgd.problems.base import PointOperations
+from lpgd.problems.base import PointOperations, is_surely_finite
 from lpgd.problems.node import BaseNode, Tilt, is_shared
 from lpgd.status import SolverError
 
@@ -382,7 +382,9 @@ class SmoothProblem:
         """(B,) whether an element's inputs are finite."""
         fine = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
         for datum in self.data:
-            fine = fine & torch.isfinite(datum).reshape(datum.shape[0], math.prod(datum.shape[1:])).all(-1)
+            rows = datum[:1] if is_shared(datum) else datum
+            if not is_surely_finite(rows):
+                fine = fine & torch.isfinite(rows).reshape(rows.shape[0], math.prod(rows.shape[1:])).all(-1)
         return fine
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.problems.base import is_surely_finite
 from lpgd.problems.node import NodeAnswer
 from lpgd.problems.smooth import SmoothPoint, SmoothProblem
-from lpgd.solution import SmoothSolution
+from lpgd.solution import Rows, SmoothSolution
 from lpgd.solvers.base import BaseSolver
 from lpgd.solvers.generic.constrained import is_minimiser, method_of_multipliers, polish, warm_point
 from lpgd.solvers.generic.descent import Descent, lbfgs, newton
@@ -75,9 +76,7 @@ class NodeSolver(BaseSolver):
     ) -> SmoothSolution:
         """Solve every element of a batch, in this thread and on the device of the inputs."""
         started = time.perf_counter()
-        start = (
-            torch.stack([states[element % len(states)] for element in range(problem.batch_size)]) if states else None
-        )
+        start = _starts(states, problem.batch_size) if len(states) else None
         finite = problem.finite()
         whole = bool(finite.all())
         rows = None if whole else finite.nonzero()[:, 0]
@@ -170,9 +169,10 @@ class NodeSolver(BaseSolver):
 
     def _solution(self, problem: SmoothProblem, answer: _Answer, seconds: float) -> SmoothSolution:
         size = problem.batch_size
-        statuses = tuple(Status(status) for status in answer.status.tolist())
-        missing = ~torch.isfinite(answer.x).all(-1)
-        if missing.any():
+        codes = answer.status.tolist()
+        statuses = tuple(map(Status, codes)) if any(codes) else (Status.SOLVED,) * size
+        if not is_surely_finite(answer.x):
+            missing = ~torch.isfinite(answer.x).all(-1)
             statuses = tuple(
                 Status.NUMERICAL_ERROR if lost and status.usable else status
                 for status, lost in zip(statuses, missing.tolist(), strict=True)
@@ -184,7 +184,7 @@ class NodeSolver(BaseSolver):
             np.asarray(answer.iterations.cpu(), dtype=np.int64),
             np.zeros(size),
             np.full(size, seconds / max(size, 1)),
-            tuple(answer.x.unbind(0)),
+            Rows(answer.x),
             answer.aux,
             answer.nu,
             answer.lam,
@@ -242,10 +242,20 @@ class _Answer(NamedTuple):
             raise ValueError(
                 f"the solver of {problem.node.name} answered {len(own.statuses)} statuses for {size} elements."
             )
-        status = torch.tensor([int(status) for status in own.statuses], dtype=torch.int64)
+        if own.statuses.count(Status.SOLVED) == size:
+            status = torch.zeros(size, dtype=torch.int64)
+        else:
+            status = torch.tensor([int(status) for status in own.statuses], dtype=torch.int64)
         iterations = torch.as_tensor(own.iterations).to(torch.int64)
         x = own.y.detach().to(problem.dtype).reshape(size, problem.structure.n)
         return cls(x, status, iterations.expand(size), own.aux, own.nu, own.lam)
+
+
+def _starts(states: Sequence[Any], size: int) -> Tensor:
+    """(B, n) minimisers to start from, which repeat where the batch is made of copies."""
+    if isinstance(states, Rows):
+        return states.tensor if len(states) == size else states.tensor.repeat(-(-size // len(states)), 1)[:size]
+    return torch.stack([states[element % len(states)] for element in range(size)])
 
 
 def _spread(problem: SmoothProblem, solution: SmoothSolution, rows: Tensor) -> SmoothSolution:
@@ -267,6 +277,4 @@ def _spread(problem: SmoothProblem, solution: SmoothSolution, rows: Tensor) -> S
         aux = type(aux)(*parts) if hasattr(aux, "_fields") else tuple(parts)
     own = (solution.nu, solution.lam)
     nu, lam = (part if part is None else spread(part, 0) for part in own)
-    return SmoothSolution(
-        problem, x, tuple(statuses), iterations, np.zeros(size), seconds, tuple(x.unbind(0)), aux, nu, lam
-    )
+    return SmoothSolution(problem, x, tuple(statuses), iterations, np.zeros(size), seconds, Rows(x), aux, nu, lam)

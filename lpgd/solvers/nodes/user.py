@@ -77,6 +77,7 @@ class Node(BaseNode):
                 f"ndims is {ndims}; the inputs are {', '.join(self.input_names)}: one number of dimensions for each."
             )
         self.name = name or str(getattr(objective, "__name__", type(objective).__name__))
+        self.is_exact = solve is None
         self._takes_start = solve is not None and "start" in inspect.signature(solve).parameters
 
     def __repr__(self) -> str:
