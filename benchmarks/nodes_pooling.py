@@ -1,4 +1,4 @@
-"""Robust pooling against one L-BFGS for all channels at once, and projections against the generic implicit gradient."""
+"""Robust pooling against one L-BFGS for all channels at once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from lpgd.gradients import ImplicitKKT
 from lpgd.layers.node import NodeLayer
-from lpgd.solvers.nodes.projection import Projection
 from lpgd.solvers.nodes.robust_pooling import Penalty, RobustPooling
 
 from .harness import Settings
@@ -20,7 +18,6 @@ from .results import Target
 __all__ = ["run"]
 
 SHAPE, QUICK_SHAPE = (32, 64, 28, 28), (4, 8, 28, 28)
-PROJECTIONS = ("l2_sphere", "l2_ball", "l1_sphere", "l1_ball", "linf_sphere", "linf_ball", "simplex")
 
 
 def images(shape: tuple[int, ...]) -> Tensor:
@@ -46,7 +43,7 @@ def shared_lbfgs(node: RobustPooling, x: Tensor) -> Tensor:
     return y.detach()
 
 
-def pooling(settings: Settings) -> Iterator[Target]:
+def run(settings: Settings) -> Iterator[Target]:
     shape = QUICK_SHAPE if settings.quick else SHAPE
     x = images(shape).requires_grad_()
     flat = x.detach().flatten(2).flatten(0, 1)
@@ -77,34 +74,3 @@ def pooling(settings: Settings) -> Iterator[Target]:
         )
         title = f"robust pooling, {penalty}, {'×'.join(map(str, shape))} float32: shared L-BFGS / ours, both passes"
         yield Target(title, 3.0, None, (seconds["lbfgs"] + seconds["backward"]) / both, note=note)
-
-
-def projections(settings: Settings) -> Iterator[Target]:
-    batch, n = (16, 32) if settings.quick else (256, 128)
-    x = torch.randn(batch, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
-    for name in PROJECTIONS:
-        outputs = {
-            "structured": NodeLayer(Projection(name))(3.0 * x),
-            "generic": NodeLayer(Projection(name), ImplicitKKT())(3.0 * x),
-        }
-        gradients = {}
-
-        def backward(kind: str, outputs: dict[str, Tensor] = outputs, gradients: dict[str, Tensor] = gradients) -> None:
-            (gradients[kind],) = torch.autograd.grad(
-                outputs[kind].square().sum() + outputs[kind][:, 0].sum(), x, retain_graph=True
-            )
-
-        seconds = take_turns(
-            {kind: lambda kind=kind, backward=backward: backward(kind) for kind in outputs}, 1 if settings.quick else 3
-        )
-        error = float((gradients["structured"] - gradients["generic"]).abs().max())
-        note = (
-            f"{1e3 * seconds['structured']:.2f} and {1e3 * seconds['generic']:.2f} ms; gradients differ by {error:.0e}"
-        )
-        title = f"projection, {name}, batch {batch}, n {n}: generic implicit backward / structured"
-        yield Target(title, 1.0, None, seconds["generic"] / seconds["structured"], note=note)
-
-
-def run(settings: Settings) -> Iterator[Target]:
-    yield from pooling(settings)
-    yield from projections(settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.gradients import ImplicitKKT
 from lpgd.layers.node import NodeLayer
 from lpgd.solvers.nodes.least_squares import LeastSquares
 from lpgd.solvers.nodes.total_variation import TotalVariationDenoising
@@ -69,15 +67,14 @@ def by_lstsq(data: Sequence[Tensor]) -> tuple[Tensor, None]:
 def least_squares(settings: Settings) -> Iterator[Result | Target]:
     for batch, m, n in SIZES[:1] if settings.quick else SIZES:
         for shared in (False, True):
-            layer, generic = NodeLayer(LeastSquares()), NodeLayer(LeastSquares(), ImplicitKKT())
+            layer = NodeLayer(LeastSquares())
             sides = [
                 Side("lpgd", "QR, structured", "exact", lambda data, layer=layer: (layer(*data), None)),
-                Side("lpgd", "QR, generic implicit", "exact", lambda data, layer=generic: (layer(*data), None)),
                 Side("torch", "lstsq, autograd", "exact", by_lstsq),
             ]
             result = compare(least_squares_case(batch, m, n, shared), sides, settings)
             yield result
-            ours, _, theirs = result.entries
+            ours, theirs = result.entries
             if ours.usable and theirs.usable:
                 title = f"{result.title}, batch {batch}: torch.linalg.lstsq with autograd / ours, both passes"
                 note = f"{ours.timing} against {theirs.timing} s; gradients agree with cosine {ours.accuracy.cosine}"
@@ -126,32 +123,6 @@ def denoising(settings: Settings) -> Iterator[Target | Curve]:
     yield curve
 
 
-def generic(settings: Settings) -> Iterator[Target]:
-    """The averages against the generic implicit gradient, whose system grows with the cube of the points."""
-    count = 32 if settings.quick else 200
-    signal = signals(count)["random walk"].repeat(4, 1).requires_grad_()
-    weight = torch.full((4,), 0.5, dtype=torch.float64, requires_grad=True)
-    seconds: dict[str, list[float]] = {}
-    gradients = {}
-    for name, method in (("structured", None), ("generic", ImplicitKKT())):
-        layer = NodeLayer(TotalVariationDenoising(), method)
-
-        def call(layer: NodeLayer = layer, name: str = name) -> None:
-            y = layer(signal, weight)
-            gradients[name] = torch.autograd.grad(y.square().sum(), (signal, weight))
-
-        seconds[name] = [take_turns({name: call}, 1 if settings.quick else 3)[name]]
-    error = max(
-        float((one - other).abs().max())
-        for one, other in zip(gradients["structured"], gradients["generic"], strict=True)
-    )
-    one, other = (statistics.median(seconds[name]) for name in ("structured", "generic"))
-    note = f"{1e3 * one:.2f} and {1e3 * other:.2f} ms, both passes; gradients differ by {error:.0e}"
-    title = f"total variation denoising, {count} points, batch 4: generic implicit gradient / structured"
-    yield Target(title, 1.0, None, other / one, note=note)
-
-
 def run(settings: Settings) -> Iterator[Result | Target | Curve]:
     yield from least_squares(settings)
     yield from denoising(settings)
-    yield from generic(settings)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.optimize
 import torch
 from torch import Tensor
 
-from lpgd.gradients import ImplicitKKT
-from lpgd.layers.node import NodeLayer
 from lpgd.solvers.nodes.sphere import SphereLeastSquares, differentiate_sphere, multiplier, normal_equations
 from lpgd.solvers.nodes.sphere_descent import starting_points
 from lpgd.solvers.nodes.sphere_global import solve_secular
 
-from .harness import Case, Settings, Side, compare
-from .results import Curve, Result, Target
+from .harness import Settings
+from .results import Target
 
 __all__ = ["run", "shares", "take_turns"]
 
@@ -27,7 +26,12 @@ BACKWARD = [(256, 8, 64, 444), (256, 16, 128, 432), (256, 64, 8, None), (256, 12
 """Batch, rows and columns, and the ratio of the paper; the last two are the same sizes with tall matrices."""
 JACOBIAN_BATCH = 16
 """Of the Jacobian side at the larger sizes: at 256 its matrices would need gigabytes."""
+FORWARD = [(2, 2, 1000, 0.938), (64, 32, 1000, 0.994), (1024, 256, 10, None)]
+"""Rows, columns and problems, and the share not worse than SciPy's of the paper's best solver."""
+QUICK_COUNT = 100
 WITHIN = 1e-6
+"""Objectives this near, relative to 1 + objective, are the same."""
+SLSQP = "SciPy SLSQP"
 
 
 def draw(batch: int, m: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -129,130 +133,83 @@ def by_slsqp(A: Tensor, b: Tensor, start: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(found))
 
 
-def shares(m: int, n: int, count: int) -> dict[str, tuple[float, float, float]]:
-    """For each solver: the share of global minima, the share not worse than SciPy's, and its seconds."""
+class Share(NamedTuple):
+    """What one solver found of some problems.
+
+    Attributes:
+        best: share of global minima.
+        not_worse: share of objectives that are not above SciPy's.
+        inside, outside: failures to find the global minimum where the minimiser without the constraint lies inside
+            the sphere, and outside of it.
+        error: mean of ``(f - f*)/(1 + f*)``.
+        seconds: for all problems.
+    """
+
+    best: float
+    not_worse: float
+    inside: int
+    outside: int
+    error: float
+    seconds: float
+
+
+def shares(m: int, n: int, count: int) -> tuple[dict[str, Share], int]:
+    """What each solver found, and for how many problems the minimiser without the constraint lies inside the sphere."""
     A, b = draw(count, m, n, seed=3)
     start = starting_points(A, b)
-    descent = {"solver": "descent"}
+    descent = partial(SphereLeastSquares, "descent")
     nodes = {
         "secular": SphereLeastSquares(),
-        "RM, BLS, exact step": SphereLeastSquares(**descent),
-        "RM, BLS, step 1": SphereLeastSquares(**descent, step=1.0),
-        "RM, exact step": SphereLeastSquares(**descent, backtracking=False),
-        "PGD, BLS, exact step": SphereLeastSquares(**descent, direction="gradient"),
-        "TWD, BLS, exact step": SphereLeastSquares(**descent, direction="decayed"),
-        "DW, BLS, exact step": SphereLeastSquares(**descent, direction="cosine"),
+        "RM, BLS, exact step": descent(),
+        "RM, BLS, step 1": descent(step=1.0),
+        "RM, exact step": descent(backtracking=False),
+        "PGD, BLS, exact step": descent(direction="gradient"),
+        "TWD, BLS, exact step": descent(direction="decayed"),
+        "DW, BLS, exact step": descent(direction="cosine"),
     }
     points, seconds = {}, {}
     calls = {name: lambda node=node: node.solve((A, b), None).y for name, node in nodes.items()}
-    for name, call in {**calls, "SciPy SLSQP": lambda: by_slsqp(A, b, start)}.items():
+    for name, call in {**calls, SLSQP: lambda: by_slsqp(A, b, start)}.items():
         started = time.perf_counter()
         points[name] = call()
         seconds[name] = time.perf_counter() - started
     values = {name: objective(A, b, u) for name, u in points.items()}
     best = torch.stack(list(values.values())).min(0).values
-    theirs = values["SciPy SLSQP"]
-
-    def share(value: Tensor, reference: Tensor) -> float:
-        return float((value <= reference + WITHIN * (1.0 + reference)).double().mean())
-
-    return {name: (share(value, best), share(value, theirs), seconds[name]) for name, value in values.items()}
+    inside = torch.linalg.lstsq(A, b[..., None]).solution[..., 0].norm(dim=-1) < 1.0
+    found = {}
+    for name, value in values.items():
+        missed = value > best + WITHIN * (1.0 + best)
+        not_worse = value <= values[SLSQP] + WITHIN * (1.0 + values[SLSQP])
+        found[name] = Share(
+            1.0 - float(missed.double().mean()),
+            float(not_worse.double().mean()),
+            int((missed & inside).sum()),
+            int((missed & ~inside).sum()),
+            float(((value - best) / (1.0 + best)).mean()),
+            seconds[name],
+        )
+    return found, int(inside.sum())
 
 
 def forward(settings: Settings) -> Iterator[Target]:
-    count = 100 if settings.quick else 1000
-    for m, n, paper in ((2, 2, 0.938), (64, 32, 0.994)):
-        found = shares(m, n, count)
-        for name, (best, not_worse, seconds) in found.items():
-            if name == "SciPy SLSQP":
-                continue
+    for m, n, several, paper in FORWARD[:1] if settings.quick else FORWARD:
+        count = QUICK_COUNT if settings.quick else several
+        found, inside = shares(m, n, count)
+        theirs = found.pop(SLSQP)
+        for name, ours in found.items():
             note = (
-                f"not worse than SciPy's SLSQP in {not_worse:.1%} (paper's best: {paper:.1%}); {seconds:.3f} s against "
-                f"{found['SciPy SLSQP'][2]:.3f} s, whose points are global minima in {found['SciPy SLSQP'][0]:.1%}"
+                f"not worse than SciPy's SLSQP in {ours.not_worse:.1%}"
+                + ("" if paper is None else f" (paper's best: {paper:.1%})")
+                + f"; failures: {ours.inside} of {inside} whose free minimiser is inside the sphere, {ours.outside} of "
+                f"{count - inside} outside; mean relative error {ours.error:.0e}; {ours.seconds:.3f} s against "
+                f"{theirs.seconds:.3f} s of SLSQP, whose points are global minima in {theirs.best:.1%}, mean relative "
+                f"error {theirs.error:.0e}"
             )
             wanted = {"secular": 1.0, "RM, BLS, exact step": 0.995}.get(name)
             title = f"sphere, {count} problems {m}×{n}, {name}: share of global minima"
-            yield Target(title, wanted or 0.0, None, best, note=note if wanted else f"no target; {note}")
+            yield Target(title, wanted, None, ours.best, note=note)
 
 
-def unrolled(data: Sequence[Tensor], iterations: int = 100) -> tuple[Tensor, None]:
-    """Tangential descent with exact steps, differentiated through its iterations."""
-    A, b = data
-    u = starting_points(A.detach(), b.detach())
-    for _ in range(iterations):
-        d = (A.mT @ (b[..., None] - A @ u[..., None]))[..., 0]
-        along = (d * u).sum(-1, keepdim=True)
-        p = d - along * u
-        curvature = (A @ p[..., None])[..., 0].square().sum(-1, keepdim=True) + along * p.square().sum(-1, keepdim=True)
-        u = u + 0.9 * p.square().sum(-1, keepdim=True) / curvature.clamp_min(1e-12) * p
-        u = u / u.norm(dim=-1, keepdim=True)
-    return u, None
-
-
-def sphere_case(batch: int, m: int, n: int) -> Case:
-    weight = torch.randn(batch, n, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-    def judge(data: Sequence[Tensor], points: Tensor, elements: Sequence[int]) -> tuple[Any, float]:
-        A, b = (part.detach()[list(elements)] for part in data)
-        return objective(A, b, points).numpy(), float((points.norm(dim=-1) - 1.0).abs().max())
-
-    def exactly(data: Sequence[Tensor], elements: Sequence[int]) -> Tensor:
-        """μ by bisection of the secular equation, on the singular values of A."""
-        found = []
-        for matrix, right in zip(*(part.detach()[list(elements)].numpy() for part in data), strict=True):
-            _, singular, vectors = np.linalg.svd(matrix)
-            c, squares = vectors @ (matrix.T @ right), np.square(singular)
-            low, high = squares[-1] - 2 * np.linalg.norm(c) - 1.0, squares[-1]
-            for _ in range(200):
-                middle = 0.5 * (low + high)
-                shorter = np.sum(np.square(c / (squares - middle))) < 1.0
-                low, high = (middle, high) if shorter else (low, middle)
-            u = vectors.T @ (c / (squares - low))
-            found.append(u / np.linalg.norm(u))
-        return torch.from_numpy(np.stack(found))
-
-    title = f"least squares on the sphere, A {m}×{n}"
-    return Case(
-        "nodes_sphere",
-        f"sphere{m}x{n}",
-        title,
-        batch,
-        lambda seed: draw(batch, m, n, seed),
-        lambda y: (weight * y).sum(),
-        judge,
-        exactly,
-        True,
-        n,
-    )
-
-
-def layers(settings: Settings) -> Iterator[Result | Curve]:
-    curves = {
-        kind: Curve(f"nodes_sphere_{kind}", f"least squares on the sphere: {kind}", "columns", unit)
-        for kind, unit in (("backward", "seconds"), ("memory", "MiB"))
-    }
-    for m, n in ((16, 8),) if settings.quick else ((16, 8), (64, 32), (128, 64)):
-        batch = 8 if settings.quick else 64
-        sides = [
-            Side("lpgd", "secular, structured", "exact", lambda data: (NodeLayer(SphereLeastSquares())(*data), None)),
-            Side(
-                "lpgd",
-                "secular, generic implicit",
-                "exact",
-                lambda data: (NodeLayer(SphereLeastSquares(), ImplicitKKT())(*data), None),
-            ),
-            Side("torch", "descent, unrolled", "exact", unrolled),
-        ]
-        result = compare(sphere_case(batch, m, n), sides, settings)
-        yield result
-        for entry in result.entries:
-            if entry.timing.count:
-                curves["backward"].add(entry.label, n, statistics.median(entry.timing.backward))
-                curves["memory"].add(entry.label, n, entry.memory)
-    yield from curves.values()
-
-
-def run(settings: Settings) -> Iterator[Result | Target | Curve]:
+def run(settings: Settings) -> Iterator[Target]:
     yield from backward(settings)
     yield from forward(settings)
-    yield from layers(settings)

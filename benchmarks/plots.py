@@ -5,10 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .results import Curve, Entry, Result, fastest
 
-__all__ = ["plot_curve", "plot_ratios", "plot_split"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["plot_curve", "plot_panels", "plot_ratios", "plot_split"]
 
 
 def plot_ratios(path: Path, results: Sequence[Result]) -> None:
@@ -104,19 +108,15 @@ def plot_split(path: Path, results: Sequence[Result]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def plot_curve(path: Path, curve: Curve) -> None:
-    """One line for each side; ours are solid."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
+MARKERS = "osvd^<>pX*hP"
 
-    figure = Figure(figsize=(8.5, 5), layout="constrained")
-    axes = figure.add_subplot()
-    colors = colormaps["tab20" if len(curve.lines) > 10 else "tab10"]
-    markers = "osvd^<>pX*hP"
+
+def _draw_lines(axes: Axes, curve: Curve, colors: Sequence[Any]) -> None:
+    """One line for each side on logarithmic axes; ours are solid."""
     for place, (name, points) in enumerate(curve.lines.items()):
         style = "-" if name.startswith("lpgd") else "--"
         x, y = zip(*sorted(points), strict=True)
-        axes.plot(x, y, style, color=colors(place), marker=markers[place % len(markers)], label=name, markersize=5)
+        axes.plot(x, y, style, color=colors[place], marker=MARKERS[place % len(MARKERS)], label=name, markersize=5)
     sizes = sorted({size for points in curve.lines.values() for size, _ in points})
     axes.set_yscale("log")
     axes.set_xscale("log")
@@ -125,5 +125,38 @@ def plot_curve(path: Path, curve: Curve) -> None:
     axes.set_xlabel(curve.size)
     axes.set_ylabel(curve.unit)
     axes.set_title(curve.title)
+
+
+def plot_curve(path: Path, curve: Curve) -> None:
+    """A plot of one curve."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    colors = colormaps["tab20" if len(curve.lines) > 10 else "tab10"].colors  # pyright: ignore[reportAttributeAccessIssue]
+    _draw_lines(figure.add_subplot(), curve, colors)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def plot_panels(path: Path, curves: Sequence[Curve], columns: int = 4) -> None:
+    """A panel for each curve, with one legend: a side has the same colour in all of them."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(3.6 * columns, 0.6 + 2.7 * rows), layout="constrained")
+    names = list(dict.fromkeys(name for curve in curves for name in curve.lines))
+    palette = dict(zip(names, colormaps["tab10"].colors, strict=False))  # pyright: ignore[reportAttributeAccessIssue]
+    handles: dict[str, Any] = {}
+    for place, curve in enumerate(curves):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        _draw_lines(axes, curve, [palette[name] for name in curve.lines])
+        axes.set_title(curve.title, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        handles.update({str(line.get_label()): line for line in axes.get_lines()})
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
+    figure.savefig(path, dpi=110)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .plots import plot_curve, plot_ratios, plot_split
+from .plots import plot_curve, plot_panels, plot_ratios, plot_split
 from .results import Curve, Entry, Result, Target, fastest
 
 __all__ = ["environment", "write_report"]
@@ -58,8 +58,10 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def write_report(folder: Path, found: Sequence[Result | Target | Curve], setup: Mapping[str, Any]) -> None:
-    """Write ``report.md``, ``report.json`` and the plots."""
+def write_report(
+    folder: Path, found: Sequence[Result | Target | Curve], setup: Mapping[str, Any], plots: bool = True
+) -> None:
+    """Write ``report.md``, ``report.json`` and, as they take seconds, if wanted the plots."""
     folder.mkdir(parents=True, exist_ok=True)
     results = [item for item in found if isinstance(item, Result)]
     targets = [item for item in found if isinstance(item, Target)]
@@ -72,11 +74,24 @@ def write_report(folder: Path, found: Sequence[Result | Target | Curve], setup: 
         "curves": [asdict(curve) for curve in curves],
     }
     (folder / "report.json").write_text(json.dumps(record, indent=2) + "\n")
+    if not plots:
+        return
     if any(entry.usable for result in results for entry in result.entries):
         plot_ratios(folder / "ratios.png", results)
         plot_split(folder / "split.png", results)
+    for name, drawn in _figures(curves).items():
+        if drawn[0].figure:
+            plot_panels(folder / f"{name}.png", drawn)
+        else:
+            plot_curve(folder / f"{name}.png", drawn[0])
+
+
+def _figures(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
+    """The files of plots without their ending, and the curves in each."""
+    found: dict[str, list[Curve]] = {}
     for curve in curves:
-        plot_curve(folder / f"{curve.name}.png", curve)
+        found.setdefault(curve.figure or curve.name, []).append(curve)
+    return found
 
 
 def markdown(
@@ -104,7 +119,7 @@ def markdown(
         lines += _table(COLUMNS, [_cells(result, entry) for entry in result.entries])
     if curves:
         lines += ["## Scaling", ""]
-        lines += [f"![{curve.title}]({curve.name}.png)" for curve in curves]
+        lines += [f"![{drawn[0].title}]({name}.png)" for name, drawn in _figures(curves).items()]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -140,7 +155,8 @@ def _text(value: float | None, form: str) -> str:
 def _target(target: Target) -> tuple[str, ...]:
     sign = "≤" if target.smaller else "≥"
     stretch = "–" if target.stretch is None else f"{sign} {target.stretch:g}"
-    return target.title, f"{sign} {target.target:g}", stretch, _text(target.reached, ".3g"), target.verdict, target.note
+    wanted = "–" if target.target is None else f"{sign} {target.target:g}"
+    return target.title, wanted, stretch, _text(target.reached, ".3g"), target.verdict, target.note
 
 
 def _summary(result: Result) -> list[str]:

@@ -112,6 +112,11 @@ class Entry:
         return bool(self.timing.count) and self.disagrees is None
 
     @property
+    def backward(self) -> float | None:
+        """Median seconds of the backward pass, where its time counts."""
+        return statistics.median(self.timing.backward) if self.usable else None
+
+    @property
     def overhead(self) -> float | None:
         """Seconds of the forward pass outside the solver, where a side says how long that took on the wall."""
         inside = self.details.get("solver_wall_seconds")
@@ -129,6 +134,11 @@ class Result:
     entries: list[Entry]
     unknowns: int = 0
 
+    def backward(self, library: str, mode: str) -> float | None:
+        """Median seconds of the backward pass of a library's first usable side with this in its mode."""
+        found = (entry.backward for entry in self.entries if entry.library == library and mode in entry.mode)
+        return next((seconds for seconds in found if seconds is not None), None)
+
     def record(self) -> dict[str, Any]:
         """For JSON, with the ratios."""
         return asdict(self) | {
@@ -142,14 +152,14 @@ class Target:
 
     Attributes:
         title: of the row.
-        target, stretch: numbers to reach.
+        target, stretch: numbers to reach; None where none was set.
         reached: None where it could not be measured.
         smaller: smaller is better.
         note: who was compared, accuracies, and why it is missed if it is.
     """
 
     title: str
-    target: float
+    target: float | None
     stretch: float | None
     reached: float | None
     smaller: bool = False
@@ -160,23 +170,33 @@ class Target:
         if self.reached is None:
             return "not measured"
 
-        def met(bound: float) -> bool:
-            return self.reached is not None and (self.reached <= bound if self.smaller else self.reached >= bound)
+        def met(bound: float | None) -> bool:
+            if bound is None or self.reached is None:
+                return False
+            return self.reached <= bound if self.smaller else self.reached >= bound
 
-        if self.stretch is not None and met(self.stretch):
+        if met(self.stretch):
             return "stretch"
-        return "met" if met(self.target) else "missed"
+        return "no target" if self.target is None else "met" if met(self.target) else "missed"
 
 
 @dataclass
 class Curve:
-    """Seconds or MiB against a size, one line for each side."""
+    """Seconds or MiB against a size, one line for each side.
+
+    Attributes:
+        name: of the file of the plot.
+        title, size, unit: of the plot and its axes.
+        lines: for each side the points (size, value).
+        figure: the file of a plot with a panel for each curve; empty where a curve has a plot of its own.
+    """
 
     name: str
     title: str
     size: str
     unit: str
     lines: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    figure: str = ""
 
     def add(self, line: str, size: float, value: float | None) -> None:
         if value is not None:

@@ -38,6 +38,7 @@ COMPARISONS = (
     "nodes_sphere",
     "nodes_transport",
     "nodes_eigen",
+    "nodes_backward",
 )
 
 
@@ -95,7 +96,8 @@ def _compare(names: Sequence[str], settings: Settings, found: list[Result | Targ
             show(item)
             found.append(item)
             setup["minutes"] = round((time.perf_counter() - started) / 60, 1)
-            write_report(settings.out, found, setup)
+            write_report(settings.out, found, setup, plots=False)
+        write_report(settings.out, found, setup)
         print(f"{name} done after {setup.get('minutes')} minutes", flush=True)
 
 

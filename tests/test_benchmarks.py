@@ -12,7 +12,17 @@ import scipy.optimize
 import torch
 
 import lpgd
-from benchmarks import blackbox, nodes_pooling, nodes_regression, nodes_sphere, run
+from benchmarks import (
+    blackbox,
+    memory,
+    node_table,
+    nodes_backward,
+    nodes_pooling,
+    nodes_regression,
+    nodes_sphere,
+    nodes_transport,
+    run,
+)
 from benchmarks.dense_qp import dense_qp_case, draw_qps, our_qp_sides
 from benchmarks.exact import solve_qp_exactly
 from benchmarks.harness import Case, Settings, Side, compare, time_limit
@@ -81,6 +91,10 @@ class TestStatistics:
     def test_verdicts(self, reached, smaller, verdict):
         bounds = (3.0, 1.5) if smaller else (3.0, 6.0)
         assert Target("t", *bounds, reached, smaller=smaller).verdict == verdict
+
+    def test_no_target_is_neither_met_nor_missed(self):
+        assert Target("t", None, None, 2.0).verdict == "no target"
+        assert Target("t", None, None, None).verdict == "not measured"
 
 
 class TestJudgement:
@@ -203,7 +217,8 @@ class TestReport:
             Entry("gone", "x", "exact", error="why"),
         ]
         curve = Curve("growth", "growth", "n", "seconds", {"lpgd": [(1, 0.1), (2, 0.2)]})
-        found = [Result("c", "case", "a case", 4, entries), Target("speed", 1.5, None, 2.0), curve]
+        panels = [Curve(f"panel {n}", f"panel {n}", "n", "MiB", {"lpgd": [(1, n)]}, "panels") for n in (1, 2)]
+        found = [Result("c", "case", "a case", 4, entries), Target("speed", 1.5, None, 2.0), curve, *panels]
         write_report(tmp_path, found, {"cores": 2})
         record = json.loads((tmp_path / "report.json").read_text())
         assert record["results"][0]["ratios"]["peer, x|y"] == 2.0
@@ -214,6 +229,8 @@ class TestReport:
         assert all(line.replace("\\|", "").count("|") == 14 for line in text.splitlines() if line.startswith("| peer"))
         assert (tmp_path / "ratios.png").stat().st_size > 0
         assert (tmp_path / "growth.png").stat().st_size > 0
+        assert text.count("](panels.png)") == 1
+        assert (tmp_path / "panels.png").stat().st_size > 0
 
     def test_nothing_measured(self):
         assert "# Benchmarks" in markdown([], [Target("t", 1.0, None, None, note="no file")], [], {})
@@ -236,9 +253,50 @@ class TestNodes:
             torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
     def test_shares_of_global_minima(self):
-        found = nodes_sphere.shares(2, 2, 20)
-        assert found["secular"][:2] == (1.0, 1.0)
-        assert all(0.0 <= best <= not_worse <= 1.0 for best, not_worse, _ in found.values())
+        found, inside = nodes_sphere.shares(2, 2, 20)
+        assert 0 < inside < 20
+        assert found["secular"].best == found["secular"].not_worse == 1.0
+        for share in found.values():
+            assert 0.0 <= share.best <= share.not_worse <= 1.0
+            assert share.inside + share.outside == round(20 * (1.0 - share.best))
+            assert share.error >= 0.0
+
+    @pytest.mark.parametrize("row", node_table.TABLE, ids=lambda row: row.name)
+    def test_three_ways_to_a_gradient_are_one(self, row):
+        found = nodes_backward.measure(row, row.sizes[0], 1)
+        assert found[nodes_backward.GENERIC].gradient_error < 1e-12
+        assert found[nodes_backward.GENERIC].solution_error == 0.0
+        unrolled = found[nodes_backward.UNROLLED]
+        assert all(one.error is None and one.seconds > 0 for one in found.values())
+        if "truncated" in row.name:  # the weighted means end in other local minima, which the node's exact solver beats
+            assert unrolled.gradient_error > 0.01
+        elif "total variation" in row.name:  # its dual converges slowly
+            assert unrolled.solution_error < 0.01
+            assert unrolled.gradient_error < 0.1
+        else:
+            assert unrolled.solution_error < 1e-7
+            assert unrolled.gradient_error < 1e-5
+
+    def test_what_a_side_raises_is_on_record(self):
+        def fail(data):
+            raise ArithmeticError("no luck")
+
+        found = nodes_backward.measure(dataclasses.replace(node_table.TABLE[0], unrolled=fail), 10, 1)
+        assert found[nodes_backward.UNROLLED].error == "ArithmeticError: no luck"
+        assert found[nodes_backward.STRUCTURED].error is None
+        assert found[nodes_backward.GENERIC].gradient_error < 1e-12
+
+    def test_memory_of_a_backward_pass_does_not_grow_with_iterations(self):
+        with memory.measuring_process() as ask:
+            ours, theirs = (
+                [ask(nodes_transport.peak, 200, iterations, structured) for iterations in (10, 60)]
+                for structured in (True, False)
+            )
+        if not Path("/proc/self/clear_refs").exists():
+            assert ours == theirs == [None, None]
+            return
+        assert ours[1] == pytest.approx(ours[0], rel=0.2)
+        assert theirs[1] == pytest.approx(6 * theirs[0], rel=0.3)
 
     def test_our_sides_of_least_squares_are_right(self):
         sides = [Side("torch", "lstsq", "exact", nodes_regression.by_lstsq)]

@@ -200,6 +200,17 @@ def test_lpgd_with_a_finite_step_projects_the_shifted_point():
     torch.testing.assert_close(gradient, (y - shifted).detach() / 0.7)  # ∇_x L = x - y
 
 
+def test_a_cotangent_whose_sum_overflows_is_no_infinite_one() -> None:
+    x = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)
+    y = lpgd.NodeLayer(lpgd.nodes.Projection("linf_ball"))(x)
+    cotangent = torch.full_like(x, 1e308)
+    (gradient,) = torch.autograd.grad(y, x, cotangent, retain_graph=True)
+    torch.testing.assert_close(gradient, cotangent, atol=0, rtol=0)
+    cotangent[1, 2] = torch.inf
+    with pytest.raises(ValueError, match=r"NaN or infinite for elements \[1\]"):
+        torch.autograd.grad(y, x, cotangent)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_zeros_inside_an_l1_ball_move_freely_for_every_method(dtype):
     x = torch.tensor([[0.1, 0.0, -0.2, 0.0], [0.0, 0.0, 0.0, 0.0]], dtype=dtype, requires_grad=True)

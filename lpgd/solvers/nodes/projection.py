@@ -145,21 +145,24 @@ class Projection(BaseNode):
             size = _norm(x)
             unit = y / r  # squares of r might overflow
             dr = (unit * v).sum(-1, keepdim=True)
-            dx = torch.where(size > 0, (r / torch.where(size > 0, size, 1)) * (v - unit * dr), 0)
-            inside = size <= r
+            scale = torch.where(size > 0, r / torch.where(size > 0, size, 1), 0)
+            dx = scale * torch.addcmul(v, unit, dr, value=-1)
         elif self.onto in ("linf_sphere", "linf_ball"):
             bound = x.abs() >= r
             if self.onto == "linf_sphere":
                 bound = bound | (_largest(x) > 0)
             dx = torch.where(bound, 0, v)
-            dr = torch.where(bound, y.sign() * v, 0).sum(-1, keepdim=True)
-            inside = torch.zeros_like(r, dtype=torch.bool)
+            if self.radius is not None:
+                return (dx,)
+            return dx, torch.where(bound, y.sign() * v, 0).sum(-1)
         else:
             a = y.sign()
-            dr = (a * v).sum(-1, keepdim=True) / a.abs().sum(-1, keepdim=True).clamp(min=1)
-            dx = torch.where(a != 0, v - a * dr, 0)
-            inside = x.abs().sum(-1, keepdim=True) <= r
+            support = a.abs()
+            dr = (a * v).sum(-1, keepdim=True) / support.sum(-1, keepdim=True).clamp(min=1)
+            dx = support * torch.addcmul(v, a, dr, value=-1)
+            size = x.abs().sum(-1, keepdim=True) if self.onto == "l1_ball" else r
         if self.onto in ("l1_ball", "l2_ball"):
+            inside = size <= r
             dx, dr = torch.where(inside, v, dx), torch.where(inside, 0, dr)
         return (dx,) if self.radius is not None else (dx, dr[:, 0])
 

@@ -61,11 +61,12 @@ def transport_vjp(plan: Tensor, gamma: float, cotangent: Tensor) -> tuple[Tensor
     mass = plan.sum(-2)
     weighted = plan * cotangent
     mean = weighted.sum(-2) / mass  # (B, n)
-    centred = torch.addcmul(weighted, plan, mean[:, None, :], value=-1.0)
-    alpha, good = solve_smaller_side(plan, centred.sum(-1))
+    right = weighted.addcmul_(plan, mean[:, None, :], value=-1.0).sum(-1)
+    del weighted  # as large as the plan
+    alpha, good = solve_smaller_side(plan, right)
     beta = mean - (plan.mT @ alpha[:, :, None])[:, :, 0] / mass
     _check_factor(good & beta.isfinite().all(-1))
-    on_cost = plan * (alpha[:, :, None] + beta[:, None, :] - cotangent) * gamma
+    on_cost = (alpha[:, :, None] + beta[:, None, :]).sub_(cotangent).mul_(plan).mul_(gamma)
     return on_cost, alpha + beta[:, -1:], beta - beta[:, -1:]
 
 

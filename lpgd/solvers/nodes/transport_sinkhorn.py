@@ -75,21 +75,24 @@ def sinkhorn(
     spent = torch.zeros(len(cost), dtype=torch.int64, device=cost.device)
     active = torch.arange(len(cost), device=cost.device)
     for turn in range(-(-iterations // STEPS)):
-        part = (scaled[active], rows[active], columns[active], log_rows[active], log_columns[active])
-        found = _ten_iterations(*part, g[active])
-        left = _residual(found[0], part[1])
-        if turn >= NEWTON_FROM:
-            start = g[active] + _newton_step(plan[active], part[1])
-            other = _ten_iterations(*part, start)
+        whole = len(active) == len(cost)  # then nothing is copied
+        kept = (scaled, rows, columns, log_rows, log_columns, g)
+        *part, start = kept if whole else [tensor[active] for tensor in kept]
+        step = _newton_step(plan if whole else plan[active], part[1]) if turn >= NEWTON_FROM else None
+        if whole:
+            plan = scaled  # lets go of the old plan before there are new ones
+        found = _ten_iterations(*part, start)
+        if step is not None:
+            other = _ten_iterations(*part, start + step)
             better = _is_better(other, found, part[1], part[2])
-            found = tuple(
-                torch.where(better.reshape(-1, *(1,) * (new.ndim - 1)), new, own)
-                for own, new in zip(found, other, strict=True)
-            )
-            left = _residual(found[0], part[1])
-        plan[active], f[active], g[active] = found
-        residual[active] = left
+            found = other if better.all() else _chosen(better, other, found)
+            del other
+        residual[active] = _residual(found[0], part[1])
         spent[active] += STEPS
+        if whole:
+            plan, f, g = found
+        else:
+            plan[active], f[active], g[active] = found
         active = active[~(residual[active] <= tolerance)]
         if not len(active):
             break
@@ -145,7 +148,7 @@ def _log_iteration(
 
 
 def _kernel(scaled: Tensor, log_rows: Tensor, log_columns: Tensor, f: Tensor, g: Tensor) -> Tensor:
-    return ((log_rows + f)[:, :, None] + (log_columns + g)[:, None, :] - scaled).exp_()
+    return ((log_rows + f)[:, :, None] + (log_columns + g)[:, None, :]).sub_(scaled).exp_()
 
 
 def _ten_iterations(
@@ -160,7 +163,7 @@ def _ten_iterations(
         u = rows[:, :, None] / (kernel @ v)
         v = columns[:, :, None] / (transposed @ u)
     f, g = first_f + u[:, :, 0].log(), first_g + v[:, :, 0].log()
-    plan = u * kernel * v.mT
+    plan = kernel.mul_(u).mul_(v.mT)
     # What underflows in the kernel must not count in the plan: scalings stay within a sixth of the exponent's range.
     limit = math.log(torch.finfo(scaled.dtype).max) / 6
     drift = torch.maximum(u.log().abs().amax((1, 2)), v.log().abs().amax((1, 2)))
@@ -186,6 +189,13 @@ def _is_better(new: _State, old: _State, rows: Tensor, columns: Tensor) -> Tenso
     return torch.where(near, _residual(new[0], rows) < _residual(old[0], rows), first > second)
 
 
+def _chosen(better: Tensor, new: _State, old: _State) -> _State:
+    """Of each element the new state where it is better, written into the old one."""
+    for own, other in zip(old, new, strict=True):
+        own[better] = other[better]
+    return old
+
+
 def _newton_step(plan: Tensor, rows: Tensor) -> Tensor:
     """The change of g (B, n), damped so that no entry of the plan changes by more than e⁴; zero where there is none."""
     missing, mass = rows - plan.sum(-1), plan.sum(-2)  # the columns of the plan are right
@@ -208,11 +218,14 @@ def solve_smaller_side(plan: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     cancellation however sharp the plan.  The row of largest mass, a redundant one, is dropped: its α is zero.
     """
     root = plan / plan.sum(-2).sqrt()[:, None, :]
-    shared = root @ root.mT
-    shared.diagonal(dim1=-2, dim2=-1).zero_()
-    laplacian = torch.diag_embed(shared.sum(-1)) - shared
+    laplacian = root @ root.mT
+    del root  # as large as the plan
+    diagonal = laplacian.diagonal(dim1=-2, dim2=-1)
+    diagonal.zero_()
+    degree = laplacian.sum(-1)
     free = torch.ones_like(right).scatter_(-1, plan.sum(-1).argmax(-1, keepdim=True), 0.0)
-    laplacian = laplacian * free[:, :, None] * free[:, None, :] + torch.diag_embed(1.0 - free)
+    laplacian.neg_().mul_(free[:, :, None]).mul_(free[:, None, :])
+    diagonal.copy_(degree * free + (1.0 - free))
     factor, info = torch.linalg.cholesky_ex(laplacian)
     alpha = torch.cholesky_solve((free * right)[:, :, None], factor)[:, :, 0]
     return alpha, (info == 0) & alpha.isfinite().all(-1)
