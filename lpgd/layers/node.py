@@ -58,7 +58,8 @@ class NodeLayer(BaseLayer):
         on_error: OnError = "raise",
     ) -> None:
         if not isinstance(node, BaseNode):
-            raise TypeError(f"node is {node!r}; it must be a declarative node, such as lpgd.Node(objective).")
+            made = f"{node.__name__}(...)" if isinstance(node, type) else "lpgd.Node(objective)"
+            raise TypeError(f"node is {node!r}; it must be a declarative node, such as {made}.")
         if solver is not None and not isinstance(solver, NodeSolver):
             raise TypeError(f"solver is {solver!r}; it must be an lpgd.NodeSolver, or None.")
         self._node, self._solver = node, solver or NodeSolver()

@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -116,7 +117,9 @@ class Node(BaseNode):
         if function is None:
             return None
         if self._batched:
-            value = self._checked(role, function(*inputs, y))
+            with self._explained(role, *inputs, y):
+                value = function(*inputs, y)
+            value = self._checked(role, value)
             if value.shape[:1] != y.shape[:1]:
                 raise ValueError(
                     f"the {role} of {self.name} has shape {tuple(value.shape)} for a batch of {y.shape[0]}; with "
@@ -125,8 +128,14 @@ class Node(BaseNode):
             return value
         if not y.shape[0]:
             return y.new_zeros(0, 1)
+
+        def one(*arguments: Tensor) -> Tensor:
+            with self._explained(role, *arguments):
+                value = function(*arguments)
+            return self._checked(role, value)
+
         try:
-            return torch.func.vmap(lambda *arguments: self._checked(role, function(*arguments)))(*inputs, y)
+            return torch.func.vmap(one)(*inputs, y)
         except RuntimeError as error:
             if not any(sign in str(error) for sign in _UNBATCHABLE):
                 raise
@@ -135,6 +144,21 @@ class Node(BaseNode):
                 "torch.where in the place of branches on values, torch functions in the place of NumPy's, and no "
                 ".item(); or write it for whole batches, with Node(..., batched=True)."
             ) from error
+
+    @contextmanager
+    def _explained(self, role: str, *arguments: Tensor) -> Iterator[None]:
+        """What a function of the user's raises gets a note with the shapes that it was called with."""
+        try:
+            yield
+        except Exception as error:
+            names = (*self.input_names, "y")
+            shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(names, arguments, strict=True))
+            error.add_note(
+                f"In the {role} of {self.name}, called for {'a batch' if self._batched else 'one element'} with "
+                f"{shapes}. Node's ndims= says how many dimensions an input has for one element, shape= what those of "
+                "y are."
+            )
+            raise
 
     def _checked(self, role: str, value: Any) -> Tensor:
         """What a function returned.
@@ -234,7 +258,8 @@ class Node(BaseNode):
         for role, function in self._functions.items():
             if function is None:
                 continue
-            value = function(*row, y)
+            with self._explained(role, *row, y):
+                value = function(*row, y)
             if isinstance(value, Tensor) and value.requires_grad:
                 names = ", ".join(dict.fromkeys(_captured(function))) or "a tensor that could not be named"
                 raise ValueError(
