@@ -16,7 +16,8 @@ from lpgd.cones import Cones
 from lpgd.problems.conic import ConicProblem, per_element
 from lpgd.problems.linear import LinearPoint, LinearProblem
 from lpgd.problems.multipliers import estimate_multipliers
-from lpgd.problems.smooth import SmoothOutput, SmoothPoint, SmoothProblem
+from lpgd.problems.smooth import SmoothProblem
+from lpgd.problems.smooth_structure import SmoothOutput, SmoothPoint
 from lpgd.problems.structure import ConicPoint
 from lpgd.projections import distance
 from lpgd.status import Status

@@ -15,7 +15,8 @@ import torch
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.closed_form import ClosedForm, by_formula
-from lpgd.problems.smooth import SmoothPoint, SmoothProblem
+from lpgd.problems.smooth import SmoothProblem
+from lpgd.problems.smooth_structure import SmoothPoint
 from lpgd.solution import SmoothSolution
 from lpgd.solvers.base import BaseSolver
 from lpgd.solvers.bordered import bordered_response

@@ -23,7 +23,8 @@ from lpgd.gradients.kkt import KKTPoints, KKTResponse, is_quick, respond
 from lpgd.gradients.polyhedral import is_batchable, kept_response, polyhedral_response
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.multipliers import active_rows
-from lpgd.problems.smooth import SmoothOutput, SmoothPoint, SmoothProblem
+from lpgd.problems.smooth import SmoothProblem
+from lpgd.problems.smooth_structure import SmoothOutput, SmoothPoint
 from lpgd.problems.structure import ConicPoint, ConicStructure
 from lpgd.solution import SmoothSolution, Solution
 from lpgd.solvers.base import BaseSolver

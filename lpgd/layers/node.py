@@ -15,7 +15,8 @@ from lpgd.layers.base import BaseLayer, CallOptions, WarmStart
 from lpgd.layers.inputs import Batch, Expected, check_inputs
 from lpgd.layers.oracle import record
 from lpgd.problems.node import BaseNode
-from lpgd.problems.smooth import SmoothProblem, SmoothStructure, input_class
+from lpgd.problems.smooth import SmoothProblem
+from lpgd.problems.smooth_structure import SmoothStructure, input_class
 from lpgd.solution import SmoothSolution
 from lpgd.solvers.node_solver import NodeSolver
 
