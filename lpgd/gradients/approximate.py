@@ -55,8 +55,7 @@ class IgnoreConstraints(GradientMethod):
         solver: BaseSolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
-        used = ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()]
-        info = GradientInfo(self, used)
+        info = GradientInfo.blank(self, solution)
         active = relevant_elements(solution, cotangent)
         gradient = problem.zero_gradient()
         formula = problem.node.vjp_ignoring_constraints
@@ -64,7 +63,7 @@ class IgnoreConstraints(GradientMethod):
         if closed is not None:
             gradient = closed
             for element in active:
-                used[element] = "constraints ignored"
+                info.used[element] = "constraints ignored"
         elif active:
             change, part = self._change(problem, solution, cotangent.x, active, info)
             gradient = problem.scatter(active, part.directional_gradient(_alone(solution.x[active]), change))
@@ -85,8 +84,7 @@ class IgnoreConstraints(GradientMethod):
         solver: BaseSolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
-        used = ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()]
-        info = GradientInfo(self, used)
+        info = GradientInfo.blank(self, solution)
         elements = [index for index, usable in enumerate(solution.usable.tolist()) if usable]
         change = torch.zeros_like(solution.x)
         if elements:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -51,6 +51,13 @@ class GradientInfo:
     iterations: Any = None
     descent: Tensor | None = None
     notices: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def blank(cls, method: GradientMethod, solution: Any, **more: Any) -> Self:
+        """The record while no element has a gradient yet: of those without a solution it stays what it is."""
+        return cls(
+            method, ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()], **more
+        )
 
     @property
     def counts(self) -> dict[str, int]:

@@ -182,10 +182,9 @@ class _Perturbed:
         executor: Executor | None,
     ) -> None:
         self.method, self.whole, size = method, problem, problem.batch_size
-        used = ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()]
-        self.info = GradientInfo(
+        self.info = GradientInfo.blank(
             method,
-            used,
+            solution,
             tau=torch.full((size,), torch.nan),
             unit=torch.full((size,), torch.nan),
             moved=torch.zeros(size, dtype=torch.bool),

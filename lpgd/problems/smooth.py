@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lpgd.problems.base import is_surely_finite
+from lpgd.problems.base import is_surely_finite, maximum_norm
 from lpgd.problems.node import BaseNode, Tilt, is_shared
 from lpgd.problems.smooth_structure import SmoothPoint, SmoothStructure
 from lpgd.status import SolverError
@@ -164,9 +164,9 @@ class SmoothProblem:
         pattern = torch.arange(1, x.shape[-1] + 1, dtype=torch.float64, device=x.device)
         direction = ((pattern.square() * math.sqrt(2)).frac() + 0.5).to(x.dtype)
         slope = torch.func.grad(lambda x: self.objective(x).sum())
-        reach = 1 + _maximum(x)
+        reach = 1 + maximum_norm(x)
         here, there = slope(x), slope(x + 0.01 * reach[:, None] * direction)
-        sizes = torch.stack([_maximum(here), 100 * _maximum(there - here)]) / reach
+        sizes = torch.stack([maximum_norm(here), 100 * maximum_norm(there - here)]) / reach
         size = torch.where(torch.isfinite(sizes), sizes, 0).amax(0)
         unit = torch.where(size > 0, size, 1).log2().round().exp2()[:, None].detach()
         return replace(self, unit=unit if self.unit is None else self.unit * unit), unit
@@ -231,8 +231,8 @@ class SmoothProblem:
         """(B,) ``max(|∇f|, |∇²L x|) / |g|`` in the maximum norm; a numerator of 0 counts as 1, g = 0 gives infinity."""
         slope = torch.func.grad(lambda x: self.objective(x).sum())(point.x)
         curved = self.hessian_product(point)(point.x) if self.node.has_kkt else slope
-        size = torch.maximum(_maximum(slope), _maximum(curved))
-        return torch.where((size > 0) & torch.isfinite(size), size, 1.0) / _maximum(cotangent.x)
+        size = torch.maximum(maximum_norm(slope), maximum_norm(curved))
+        return torch.where((size > 0) & torch.isfinite(size), size, 1.0) / maximum_norm(cotangent.x)
 
     # -- derivatives in the data ------------------------------------------------------------------------------
 
@@ -326,7 +326,3 @@ def _rows(pull: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
 
 def _flat(values: Tensor) -> Tensor:
     return values.flatten(1) if values.ndim > 1 else values[:, None]
-
-
-def _maximum(rows: Tensor) -> Tensor:
-    return rows.abs().amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[0])
