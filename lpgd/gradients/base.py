@@ -26,7 +26,7 @@ class GradientInfo:
         used: for each element what its gradient comes from: ``"average"``, ``"lower"``, ``"upper"``,
             ``"implicit"``, ``"implicit, regularised"`` (a singular system's minimum-norm answer),
             ``"implicit, one-sided"`` (an active inequality without a multiplier), ``"closed form"``,
-            ``"constraints ignored"``,
+            ``"constraints ignored"``, ``"constraints ignored, regularised"`` (by a pseudo-inverse),
             ``"zero cotangent"``, or ``"no solution"`` (gradient zero).
         fallbacks: elements whose gradient does not come from what the method asks for.
         tau: (B,) step τ used, NaN where none was.
@@ -70,7 +70,7 @@ class GradientMethod(ABC):
     """How to get the action of a solution map's derivative.  Methods hold options only and are shared freely."""
 
     needs: ClassVar[frozenset[str]]
-    """Capabilities that the problem must declare: ``can_tilt``, ``can_augment``, ``has_kkt``, ``is_continuous``."""
+    """What the problem must declare: ``can_tilt``, ``can_augment``, ``has_kkt``, ``is_continuous``, ``is_smooth``."""
 
     @property
     def required(self) -> frozenset[str]:

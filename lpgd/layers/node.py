@@ -41,8 +41,8 @@ class NodeLayer(BaseLayer):
     Raises:
         TypeError: something else than a node, or a gradient method that it does not have what it takes for.
 
-    Everything is computed in the dtype of the inputs and on their device.  Where a solution is not unique, or a local
-    one, it is the one that the node's solver finds; a warm start (and the perturbed solves of LPGD) stay with its
+    Results are in the dtype of the inputs and on their device.  Where a solution is not unique, or a local one, it is
+    the one that the node's solver finds; a warm start (and the perturbed solves of LPGD) stay with its
     branch.  Gradients of closed forms and of ``ImplicitKKT`` can be differentiated again (``create_graph=True``, and
     ``torch.func`` in both modes); second derivatives by other methods, and third ones, are refused.
 

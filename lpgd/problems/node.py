@@ -75,6 +75,7 @@ class BaseNode(ABC):
         has_kkt: f, h and g are twice differentiable at solutions, so that optimality conditions can be differentiated.
         is_exact: its solver's answers are solutions; where that is not known, implicit differentiation has a look.
         can_augment, can_tilt: LPGD may add its terms: by :meth:`solve_tilted`, or by the generic solver.
+        is_continuous, is_smooth: solutions move with small changes, and f, h and g are torch functions: of any node.
     """
 
     name: str
