@@ -231,7 +231,7 @@ class SphereLeastSquares(BaseNode):
 
 
 def leave_saddles(gram: Tensor, vector: Tensor, found: SphereSolution) -> tuple[Tensor, Tensor] | None:
-    """Elements whose descent ended on a saddle, and points (·, n) to the side of it that lies lower; None: there are none.
+    """Elements whose descent ended on a saddle, and points (·, n) at its side that lie lower; None: there are none.
 
     Descent converges to a saddle where it starts on its ridge, as in the hard case, where c has no part in the
     eigenspace of the smallest eigenvalue.  At a minimum ``G - μI + σuuᵀ`` is positive semidefinite.
