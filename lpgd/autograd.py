@@ -320,8 +320,8 @@ def check_solution(solution: BatchSolution, on_error: OnError) -> None:
         )
     if failed and on_error == "warn":
         warn(
-            f"no solution for {describe_failures(statuses, failed)}.{domain} Their rows are the solver's last iterate or NaN, "
-            "with a zero gradient."
+            f"no solution for {describe_failures(statuses, failed)}.{domain} Their rows are the solver's last iterate "
+            "or NaN, with a zero gradient."
         )
     if Status.INACCURATE in statuses:
         inaccurate = [index for index, status in enumerate(statuses) if status is Status.INACCURATE]
