@@ -69,4 +69,4 @@ def test_a_node_within_a_network_is_trained() -> None:
     slope, offset = layer(x[:, None], b, weight.sigmoid()).tolist()
     assert abs(slope - 2.0) < 0.02
     assert abs(offset) < 0.02
-    assert float(weight[outlier].mean()) < float(weight[~outlier].mean()) - 1.0
+    assert bool(weight[outlier].mean() < weight[~outlier].mean() - 1.0)
