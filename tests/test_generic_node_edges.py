@@ -292,3 +292,26 @@ def test_an_error_in_a_function_says_what_it_was_called_with(batched, rows, reco
     assert f"In the objective of residual, called for {'a batch' if batched else 'one element'}" in note
     assert f"A ({rows}4, 3), b ({rows}4{'' if batched else ','}), y ({rows}4, 3)" in note
     assert "shape=" in note
+
+
+ONES = torch.ones(2, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "hint"),
+    [
+        (
+            lpgd.nodes.OptimalTransport(),
+            (torch.rand(2, 3, 3, dtype=torch.float64), torch.tensor([[0.5, 0.5, 0.0], [1, 1, 1]]).double(), ONES),
+            "element 0 of 2.*rows and columns must be positive, with the same sum",
+        ),
+        (lpgd.nodes.LeastSquares(), (torch.zeros(5, 3), torch.ones(5)), "A must have independent columns"),
+        (lpgd.nodes.TotalVariationDenoising(), (ONES, torch.tensor([1.0, -1.0])), "element 1 of 2.*weight must not be"),
+        (lpgd.nodes.Projection("l2_ball", None), (ONES, torch.tensor([0.0, 1.0])), "element 0 of 2.*radius must be"),
+    ],
+    ids=lambda part: getattr(part, "name", None),
+)
+def test_the_message_of_a_failure_says_what_the_node_needs(node, inputs, hint):
+    inputs = tuple(part.double() for part in inputs)
+    with pytest.raises(lpgd.SolverError, match=hint):
+        lpgd.NodeLayer(node)(*inputs)

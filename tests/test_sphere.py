@@ -320,3 +320,27 @@ def test_a_large_step_may_leave_the_branch_downhill():
     tilt = Tilt(1e4 * problem(4, 3, batch=6, seed=1)[0][:, 0], 0.0, torch.zeros_like(y))
     answer = SphereLeastSquares().solve_tilted((A, b), tilt, y)
     torch.testing.assert_close(answer.y, -tilt.linear / tilt.linear.norm(dim=-1, keepdim=True), atol=1e-3, rtol=0)
+
+
+def test_descent_that_ends_on_a_saddle_goes_on() -> None:
+    # The hard case: b has no part along the first axis, so that descent never sees it.
+    A = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)).repeat(2, 1, 1)
+    b = torch.tensor([[0.0, 0.1, 0.1], [0.0, 1.0, 2.0]], dtype=torch.float64)
+    found = SphereLeastSquares("descent", tolerance=1e-12).solve((A, b), None)
+    assert list(found.statuses) == [Status.SOLVED] * 2
+    angles = torch.linspace(0, math.pi, 721, dtype=torch.float64)
+    polar, around = torch.meshgrid(angles, 2 * angles, indexing="ij")
+    points = torch.stack([polar.cos(), polar.sin() * around.cos(), polar.sin() * around.sin()], -1).reshape(-1, 3)
+    for matrix, right, y in zip(A, b, found.y, strict=True):
+        best = 0.5 * (points @ matrix.T - right).square().sum(-1).min()
+        assert float(objective(matrix[None], right[None], y[None])) <= float(best) + 1e-12
+
+
+@pytest.mark.parametrize("solver", ["secular", "descent"])
+def test_an_element_that_overflows_fails_alone(solver: str) -> None:
+    A, b = (part.float() for part in problem(5, 3, batch=3))
+    alone = lpgd.NodeLayer(SphereLeastSquares(solver))(A[1], b[1])
+    A[0] *= 1e25
+    y = lpgd.NodeLayer(SphereLeastSquares(solver), on_error="nan")(A, b)
+    assert [status.name for status in y.info.statuses] == ["NUMERICAL_ERROR", "SOLVED", "SOLVED"]
+    torch.testing.assert_close(y[1], alone)
