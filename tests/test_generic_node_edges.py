@@ -294,6 +294,13 @@ def test_an_error_in_a_function_says_what_it_was_called_with(batched, rows, reco
     assert "shape=" in note
 
 
+def test_an_error_in_the_shape_says_what_it_was_called_with():
+    node = lpgd.Node(lambda A, b, y: (A @ y - b).square().sum(), shape=lambda A, b: (A[1],))
+    with pytest.raises(IndexError) as error:  # ndims=(2, 1) was forgotten
+        lpgd.NodeLayer(node)(random(0, 7, 4, 3), random(1, 7, 4))
+    assert "called for one element with A (3,), b (4,). Node's ndims=" in error.value.__notes__[0]
+
+
 ONES = torch.ones(2, 3, dtype=torch.float64)
 
 

@@ -88,7 +88,10 @@ class Node(BaseNode):
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         if self._shape is None:
             return shapes[0]
-        shape = self._shape(*shapes) if callable(self._shape) else self._shape
+        shape = self._shape
+        if callable(shape):
+            with self._explained("shape", shapes):
+                shape = shape(*shapes)
         if not isinstance(shape, Sequence) or not all(isinstance(size, int) and size >= 0 for size in shape):
             raise TypeError(f"the shape of y of {self.name} is {shape!r}; it must be a tuple, as (3,).")
         return tuple(shape)
@@ -117,7 +120,7 @@ class Node(BaseNode):
         if function is None:
             return None
         if self._batched:
-            with self._explained(role, *inputs, y):
+            with self._explained(role, [part.shape for part in (*inputs, y)]):
                 value = function(*inputs, y)
             value = self._checked(role, value)
             if value.shape[:1] != y.shape[:1]:
@@ -130,7 +133,7 @@ class Node(BaseNode):
             return y.new_zeros(0, 1)
 
         def one(*arguments: Tensor) -> Tensor:
-            with self._explained(role, *arguments):
+            with self._explained(role, [part.shape for part in arguments]):
                 value = function(*arguments)
             return self._checked(role, value)
 
@@ -146,17 +149,17 @@ class Node(BaseNode):
             ) from error
 
     @contextmanager
-    def _explained(self, role: str, *arguments: Tensor) -> Iterator[None]:
+    def _explained(self, role: str, shapes: Sequence[tuple[int, ...]]) -> Iterator[None]:
         """What a function of the user's raises gets a note with the shapes that it was called with."""
         try:
             yield
         except Exception as error:
             names = (*self.input_names, "y")
-            shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(names, arguments, strict=True))
+            given = ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(names, shapes, strict=False))
+            whole = self._batched and role != "shape"
             error.add_note(
-                f"In the {role} of {self.name}, called for {'a batch' if self._batched else 'one element'} with "
-                f"{shapes}. Node's ndims= says how many dimensions an input has for one element, shape= what those of "
-                "y are."
+                f"In the {role} of {self.name}, called for {'a batch' if whole else 'one element'} with {given}. "
+                "Node's ndims= says how many dimensions an input has for one element, shape= what those of y are."
             )
             raise
 
@@ -258,7 +261,7 @@ class Node(BaseNode):
         for role, function in self._functions.items():
             if function is None:
                 continue
-            with self._explained(role, *row, y):
+            with self._explained(role, [part.shape for part in (*row, y)]):
                 value = function(*row, y)
             if isinstance(value, Tensor) and value.requires_grad:
                 names = ", ".join(dict.fromkeys(_captured(function))) or "a tensor that could not be named"
