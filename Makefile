@@ -40,7 +40,7 @@ endef
 .PHONY: help venv test lint format sudoku sudoku9 paths knapsack lpgd_vs_exact bench test-oldest build clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(VENV)/.installed ## Make the virtual environment for development (VENV, default .venv)
 

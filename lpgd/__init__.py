@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from lpgd import plotting
+from lpgd import nodes, plotting
 from lpgd.cones import Cones
 from lpgd.diagnostics import (
     Envelopes,
@@ -37,6 +37,7 @@ from lpgd.layers import (
     solve_lp,
     solve_qp,
 )
+from lpgd.nodes import Node
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solution import Solution
 from lpgd.solvers import (
@@ -52,9 +53,7 @@ from lpgd.solvers import (
     NodeSolver,
     ProxQP,
     available,
-    nodes,
 )
-from lpgd.solvers.nodes import Node
 from lpgd.status import LpgdWarning, MissingPackageError, SolverError, Status
 
 __version__ = version("lpgd")

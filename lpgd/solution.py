@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpgd.cones import Cones
+from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic import ConicProblem, per_element
 from lpgd.problems.linear import LinearPoint, LinearProblem
 from lpgd.problems.multipliers import estimate_multipliers
-from lpgd.problems.smooth import SmoothOutput, SmoothPoint, SmoothProblem
+from lpgd.problems.smooth import SmoothProblem
+from lpgd.problems.smooth_structure import SmoothOutput, SmoothPoint
 from lpgd.problems.structure import ConicPoint
 from lpgd.projections import distance
 from lpgd.status import Status
@@ -202,23 +204,25 @@ class Solution(BatchSolution):
             b - self.s,
         )
         primal = _distance(structure.cones, self.s, dual=False)
-        dual = torch.maximum(_norm(Px + q + Aty + self.z), _distance(structure.cones, self.y, dual=True))
+        dual = torch.maximum(maximum_norm(Px + q + Aty + self.z), _distance(structure.cones, self.y, dual=True))
         bound_terms = torch.zeros_like(self.x)
         if structure.has_bounds:
             lower, upper = problem.full_bounds()
-            primal = torch.maximum(primal, _norm(torch.relu(torch.maximum(self.x - upper, lower - self.x))))
+            primal = torch.maximum(primal, maximum_norm(torch.relu(torch.maximum(self.x - upper, lower - self.x))))
             above, below = self.z.clamp(min=0), (-self.z).clamp(min=0)
             has_upper, has_lower = torch.isfinite(upper), torch.isfinite(lower)
-            dual = torch.maximum(dual, _norm(torch.where(has_upper, 0.0, above) + torch.where(has_lower, 0.0, below)))
+            dual = torch.maximum(
+                dual, maximum_norm(torch.where(has_upper, 0.0, above) + torch.where(has_lower, 0.0, below))
+            )
             bound_terms = torch.where(has_upper, upper, 0.0) * above - torch.where(has_lower, lower, 0.0) * below
         if structure.has_integers:
             whole = self.x[:, structure.index("integer_index", self.x.device)]
-            primal = torch.maximum(primal, _norm(whole - whole.round()))
+            primal = torch.maximum(primal, maximum_norm(whole - whole.round()))
         terms = [(self.x * Px).sum(-1), (q * self.x).sum(-1), (b * self.y).sum(-1), bound_terms.sum(-1)]
         scale = torch.stack([term.abs() for term in terms]).amax(0)
         return Residuals(
-            primal / (1 + torch.maximum(_norm(b), _norm(Ax))),
-            dual / (1 + torch.maximum(_norm(Px), torch.maximum(_norm(q), _norm(Aty)))),
+            primal / (1 + torch.maximum(maximum_norm(b), maximum_norm(Ax))),
+            dual / (1 + torch.maximum(maximum_norm(Px), torch.maximum(maximum_norm(q), maximum_norm(Aty)))),
             sum(terms, torch.zeros_like(scale)).abs() / (1 + scale),
         )
 
@@ -323,7 +327,7 @@ class SmoothSolution(BatchSolution):
         """(B,) the worst of ``|∇L|``, ``|h|``, ``max(g, 0)`` and ``|λ g|``, in the maximum norm."""
         h, g = self.problem.constraints(self.x)
         parts = [self.problem.gradient(self.point), h, torch.relu(g), self.point.lam * g]
-        return torch.stack([_norm(part) for part in parts]).amax(0)
+        return torch.stack([maximum_norm(part) for part in parts]).amax(0)
 
 
 def _distance(cones: Cones, points: Tensor, *, dual: bool) -> Tensor:
@@ -333,8 +337,3 @@ def _distance(cones: Cones, points: Tensor, *, dual: bool) -> Tensor:
     rows = points[finite].cpu().numpy()
     distances[finite] = torch.from_numpy(np.asarray(distance(cones, rows, dual=dual))).to(points.device)
     return distances
-
-
-def _norm(vectors: Tensor) -> Tensor:
-    """Maximum norm of each row; 0 for empty rows."""
-    return vectors.abs().amax(-1) if vectors.shape[-1] else vectors.new_zeros(vectors.shape[:-1])

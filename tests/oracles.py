@@ -36,11 +36,26 @@ class OracleCase(NamedTuple):
         values = self.sign * costs.flatten(1).double() @ self.points.flatten(1).mT
         return self.points[values.argmin(-1)]
 
+    def difference(self, costs: Tensor, g: Tensor, tau: float, envelope: str) -> Tensor:
+        """The gradient for a cotangent g by the formula of an envelope, with solutions by enumeration."""
+        plus, minus = (self.best(costs + self.sign * step * g) for step in (tau, -tau))
+        here = self.best(costs)
+        ends = {"lower": (plus, here, tau), "upper": (here, minus, tau), "average": (plus, minus, 2 * tau)}
+        a, b, width = ends[envelope]
+        return self.sign * (a - b) / width
+
 
 def assignment(costs: FloatArray) -> NDArray[np.bool_]:
     chosen = np.zeros(costs.shape, dtype=bool)
     chosen[scipy.optimize.linear_sum_assignment(costs)] = True
     return chosen
+
+
+def nearest_in_box(costs: FloatArray, rho: float = 0.0, center: FloatArray | None = None) -> FloatArray:
+    """Minimises ``<c, x> + (ρ/2) |x - center|²`` over [0, 1]ⁿ."""
+    if center is None:
+        return (costs < 0).astype(float)
+    return np.clip(center - costs / rho, 0.0, 1.0)
 
 
 def assignments(size: int) -> Tensor:

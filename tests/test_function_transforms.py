@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import lpgd
+from lpgd.gradients import GradientMethod
 from tests.node_cases import random
 
 
@@ -45,3 +46,17 @@ def test_hessians(transform: Callable[..., Callable[[Tensor], Tensor]]) -> None:
 def test_batches_are_passed_to_the_layer_itself(function: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(RuntimeError, match=r"call it with tensors that have batch dimensions.*vmap"):
         torch.func.vmap(function)(random(0, 4, 3))
+
+
+@pytest.mark.parametrize("method", [lpgd.ClosedForm(), lpgd.ImplicitKKT(), lpgd.LPGD(0.1), lpgd.LPGD(0.1, rho=0.5)])
+def test_single_precision(method: GradientMethod) -> None:
+    def energy(x: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * (torch.tensor([1.0, 2.0, 4.0]) * y * y).sum() - (x * y).sum()
+
+    layer = lpgd.NodeLayer(lpgd.Node(energy), method)
+    rho = getattr(method, "rho", 0.0)
+    expected = (1.0 / (torch.tensor([1.0, 2.0, 4.0]) + rho)).diag()
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        jacobian = transform(layer)(random(0, 3).float())
+        assert jacobian.dtype == torch.float32
+        torch.testing.assert_close(jacobian, expected, atol=1e-5, rtol=0)

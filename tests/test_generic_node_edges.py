@@ -279,6 +279,28 @@ def test_a_multiplier_of_zero_is_one_in_the_units_of_the_objective(scale):
     assert y.info.gradients[0].used == ["implicit", "implicit, one-sided"]
 
 
+@pytest.mark.parametrize("recording", [False, True])
+@pytest.mark.parametrize(("batched", "rows"), [(False, ""), (True, "7, ")])
+def test_an_error_in_a_function_says_what_it_was_called_with(batched, rows, recording):
+    def residual(A, b, y):  # y is a matrix, as A is: nothing else is said
+        return ((A @ y[..., None])[..., 0] - b if batched else A @ y - b).square().sum(-1)
+
+    layer = lpgd.NodeLayer(lpgd.Node(residual, ndims=(2, 1), batched=batched))
+    with torch.set_grad_enabled(recording), pytest.raises(RuntimeError) as error:
+        layer(random(0, 7, 4, 3), random(1, 7, 4))
+    (note,) = error.value.__notes__
+    assert f"In the objective of residual, called for {'a batch' if batched else 'one element'}" in note
+    assert f"A ({rows}4, 3), b ({rows}4{'' if batched else ','}), y ({rows}4, 3)" in note
+    assert "shape=" in note
+
+
+def test_an_error_in_the_shape_says_what_it_was_called_with():
+    node = lpgd.Node(lambda A, b, y: (A @ y - b).square().sum(), shape=lambda A, b: (A[1],))
+    with pytest.raises(IndexError) as error:  # ndims=(2, 1) was forgotten
+        lpgd.NodeLayer(node)(random(0, 7, 4, 3), random(1, 7, 4))
+    assert "called for one element with A (3,), b (4,). Node's ndims=" in error.value.__notes__[0]
+
+
 ONES = torch.ones(2, 3, dtype=torch.float64)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import lpgd
+
 ROOT = Path(__file__).parent.parent
 README, NODES = ROOT / "README.md", ROOT / "docs" / "nodes.md"
 FENCE = re.compile(r"^\s*(`{3,})\s*(\S*)")
@@ -79,6 +81,13 @@ def test_readme_has_code() -> None:
 def test_readme_section_runs(section: Section, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     section.run(str(README))
+
+
+def test_every_node_is_described() -> None:
+    text, changes = NODES.read_text(encoding="utf-8"), (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    for name in lpgd.nodes.__all__:
+        assert f"| `{name}(" in text or f"| `nodes.{name}(" in text or f"`nodes.{name}(X, U)`" in text, name
+        assert f"`{name}`" in changes, name
 
 
 @pytest.mark.parametrize("section", NODE_SECTIONS, ids=lambda section: section.heading)

@@ -15,7 +15,8 @@ import torch
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.closed_form import ClosedForm, by_formula
-from lpgd.problems.smooth import SmoothPoint, SmoothProblem
+from lpgd.problems.smooth import SmoothProblem
+from lpgd.problems.smooth_structure import SmoothPoint
 from lpgd.solution import SmoothSolution
 from lpgd.solvers.base import BaseSolver
 from lpgd.solvers.bordered import bordered_response
@@ -54,8 +55,7 @@ class IgnoreConstraints(GradientMethod):
         solver: BaseSolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
-        used = ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()]
-        info = GradientInfo(self, used)
+        info = GradientInfo.blank(self, solution)
         active = relevant_elements(solution, cotangent)
         gradient = problem.zero_gradient()
         formula = problem.node.vjp_ignoring_constraints
@@ -63,7 +63,7 @@ class IgnoreConstraints(GradientMethod):
         if closed is not None:
             gradient = closed
             for element in active:
-                used[element] = "constraints ignored"
+                info.used[element] = "constraints ignored"
         elif active:
             change, part = self._change(problem, solution, cotangent.x, active, info)
             gradient = problem.scatter(active, part.directional_gradient(_alone(solution.x[active]), change))
@@ -84,8 +84,7 @@ class IgnoreConstraints(GradientMethod):
         solver: BaseSolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
-        used = ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()]
-        info = GradientInfo(self, used)
+        info = GradientInfo.blank(self, solution)
         elements = [index for index, usable in enumerate(solution.usable.tolist()) if usable]
         change = torch.zeros_like(solution.x)
         if elements:

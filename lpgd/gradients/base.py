@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ class GradientInfo:
         used: for each element what its gradient comes from: ``"average"``, ``"lower"``, ``"upper"``,
             ``"implicit"``, ``"implicit, regularised"`` (a singular system's minimum-norm answer),
             ``"implicit, one-sided"`` (an active inequality without a multiplier), ``"closed form"``,
-            ``"constraints ignored"``,
+            ``"constraints ignored"``, ``"constraints ignored, regularised"`` (by a pseudo-inverse),
             ``"zero cotangent"``, or ``"no solution"`` (gradient zero).
         fallbacks: elements whose gradient does not come from what the method asks for.
         tau: (B,) step τ used, NaN where none was.
@@ -52,6 +52,13 @@ class GradientInfo:
     descent: Tensor | None = None
     notices: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def blank(cls, method: GradientMethod, solution: Any, **more: Any) -> Self:
+        """The record while no element has a gradient yet: of those without a solution it stays what it is."""
+        return cls(
+            method, ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()], **more
+        )
+
     @property
     def counts(self) -> dict[str, int]:
         """How many elements used what."""
@@ -63,7 +70,7 @@ class GradientMethod(ABC):
     """How to get the action of a solution map's derivative.  Methods hold options only and are shared freely."""
 
     needs: ClassVar[frozenset[str]]
-    """Capabilities that the problem must declare: ``can_tilt``, ``can_augment``, ``has_kkt``, ``is_continuous``."""
+    """What the problem must declare: ``can_tilt``, ``can_augment``, ``has_kkt``, ``is_continuous``, ``is_smooth``."""
 
     @property
     def required(self) -> frozenset[str]:

@@ -37,16 +37,16 @@ class ClosedForm(GradientMethod):
         solver: BaseSolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
-        used = ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()]
+        info = GradientInfo.blank(self, solution)
         active = relevant_elements(solution, cotangent)
         if not active:
-            return problem.zero_gradient(), GradientInfo(self, used)
+            return problem.zero_gradient(), info
         gradient = by_formula(problem.node.vjp, problem, solution, cotangent.x, active)
         if gradient is None:
             return ImplicitKKT().vjp(problem, solution, cotangent, solver, executor)
         for element in active:
-            used[element] = "closed form"
-        return gradient, GradientInfo(self, used)
+            info.used[element] = "closed form"
+        return gradient, info
 
     def jvp(
         self,

@@ -23,7 +23,8 @@ from lpgd.gradients.kkt import KKTPoints, KKTResponse, is_quick, respond
 from lpgd.gradients.polyhedral import is_batchable, kept_response, polyhedral_response
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.multipliers import active_rows
-from lpgd.problems.smooth import SmoothOutput, SmoothPoint, SmoothProblem
+from lpgd.problems.smooth import SmoothProblem
+from lpgd.problems.smooth_structure import SmoothOutput, SmoothPoint
 from lpgd.problems.structure import ConicPoint, ConicStructure
 from lpgd.solution import SmoothSolution, Solution
 from lpgd.solvers.base import BaseSolver
@@ -44,6 +45,8 @@ class ImplicitKKT(GradientMethod):
             ``LPGD(tau, rho)`` as τ → 0, a regularised gradient.
         active_tolerance: for nodes: an inequality counts as active within ``active_tolerance (1 + |y|)`` of its bound;
             None is the square root of the dtype's precision.  One whose multiplier exceeds its slack is active anyhow.
+            Answers of a user's solver are then taken as they are; with None a warning names those that do not satisfy
+            the optimality conditions.
         weakly_active: for nodes: active inequalities with a multiplier of zero stay active, as in the derivative of
             ReLU at zero; False drops them, which is the other side.  The record says ``"implicit, one-sided"``.
         matrix_free: for nodes: True solves the system by products with it alone (MINRES), False by its matrix, None by
@@ -138,8 +141,8 @@ class ImplicitKKT(GradientMethod):
 
         Where :func:`~lpgd.gradients.polyhedral.is_batchable` says so, all at once, without the executor.
         """
-        used = ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()]
-        info = GradientInfo(self, used)
+        info = GradientInfo.blank(self, solution)
+        used = info.used
         active = relevant_elements(solution, tilt)
         if isinstance(problem, SmoothProblem):
             return self._respond_smooth(problem, solution, tilt, active, info), info

@@ -120,7 +120,7 @@ class LPGD(GradientMethod):
         change = type(point)(*(torch.zeros_like(part) for part in point))
         index = torch.as_tensor(pair.elements, device=problem.device, dtype=torch.int64)
         for whole, part in zip(change, pair.plus.minus(pair.minus).scaled(pair.weight), strict=True):
-            whole[index] = part
+            whole[index] = part.to(whole.dtype)  # steps are float64
         if pair.unsolved:
             part, info = pair.fallback().response(problem, solution, pair.of_unsolved(direction), executor)
             pair.record_fallback(info)
@@ -182,10 +182,9 @@ class _Perturbed:
         executor: Executor | None,
     ) -> None:
         self.method, self.whole, size = method, problem, problem.batch_size
-        used = ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()]
-        self.info = GradientInfo(
+        self.info = GradientInfo.blank(
             method,
-            used,
+            solution,
             tau=torch.full((size,), torch.nan),
             unit=torch.full((size,), torch.nan),
             moved=torch.zeros(size, dtype=torch.bool),

@@ -15,7 +15,8 @@ from lpgd.layers.base import BaseLayer, CallOptions, WarmStart
 from lpgd.layers.inputs import Batch, Expected, check_inputs
 from lpgd.layers.oracle import record
 from lpgd.problems.node import BaseNode
-from lpgd.problems.smooth import SmoothProblem, SmoothStructure, input_class
+from lpgd.problems.smooth import SmoothProblem
+from lpgd.problems.smooth_structure import SmoothStructure, input_class
 from lpgd.solution import SmoothSolution
 from lpgd.solvers.node_solver import NodeSolver
 
@@ -40,8 +41,8 @@ class NodeLayer(BaseLayer):
     Raises:
         TypeError: something else than a node, or a gradient method that it does not have what it takes for.
 
-    Everything is computed in the dtype of the inputs and on their device.  Where a solution is not unique, or a local
-    one, it is the one that the node's solver finds; a warm start (and the perturbed solves of LPGD) stay with its
+    Results are in the dtype of the inputs and on their device.  Where a solution is not unique, or a local one, it is
+    the one that the node's solver finds; a warm start (and the perturbed solves of LPGD) stay with its
     branch.  Gradients of closed forms and of ``ImplicitKKT`` can be differentiated again (``create_graph=True``, and
     ``torch.func`` in both modes); second derivatives by other methods, and third ones, are refused.
 
@@ -58,7 +59,8 @@ class NodeLayer(BaseLayer):
         on_error: OnError = "raise",
     ) -> None:
         if not isinstance(node, BaseNode):
-            raise TypeError(f"node is {node!r}; it must be a declarative node, such as lpgd.Node(objective).")
+            made = f"{node.__name__}(...)" if isinstance(node, type) else "lpgd.Node(objective)"
+            raise TypeError(f"node is {node!r}; it must be a declarative node, such as {made}.")
         if solver is not None and not isinstance(solver, NodeSolver):
             raise TypeError(f"solver is {solver!r}; it must be an lpgd.NodeSolver, or None.")
         self._node, self._solver = node, solver or NodeSolver()

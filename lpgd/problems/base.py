@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-__all__ = ["PointOperations", "Problem", "is_surely_finite"]
+__all__ = ["PointOperations", "Problem", "is_surely_finite", "maximum_norm"]
 
 
 def is_surely_finite(tensor: Tensor) -> bool:
@@ -19,6 +19,11 @@ def is_surely_finite(tensor: Tensor) -> bool:
     where ``torch.isfinite`` takes forty times as long.
     """
     return math.isfinite(float(tensor.sum()))
+
+
+def maximum_norm(rows: Tensor) -> Tensor:
+    """The largest magnitude in each row, (..., n) to (...); 0 for empty rows."""
+    return rows.abs().amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
 
 
 class PointOperations:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lpgd.problems.base import PointOperations
+from lpgd.problems.base import PointOperations, maximum_norm
 
 __all__ = ["LinearData", "LinearPoint", "LinearProblem", "LinearStructure"]
 
@@ -153,7 +153,7 @@ class LinearProblem:
 
     def tilt_unit(self, point: LinearPoint, cotangent: LinearPoint) -> Tensor:
         """(B,) ``|c| / |g|`` in the maximum norm; costs of 0 count as 1, and a zero cotangent gives infinity."""
-        size, direction = _maximum(self.data.c), _maximum(cotangent.x)
+        size, direction = maximum_norm(self.data.c), maximum_norm(cotangent.x)
         return torch.where(size > 0, size, 1.0) / direction
 
     # -- derivatives of the Lagrangian ------------------------------------------------------------------------
@@ -191,7 +191,3 @@ class LinearProblem:
     def finite(self) -> Tensor:
         """(B,) whether an element's costs are finite."""
         return torch.isfinite(self.data.c).all(-1)
-
-
-def _maximum(rows: Tensor) -> Tensor:
-    return rows.abs().amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[0])

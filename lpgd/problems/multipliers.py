@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lpgd.problems.base import maximum_norm
 from lpgd.problems.smooth import SmoothProblem
 
 __all__ = ["LARGE", "active_rows", "estimate_multipliers"]
@@ -28,7 +29,7 @@ def active_rows(problem: SmoothProblem, x: Tensor, lam: Tensor | None = None, to
     """
     g = problem.constraints(x)[1]
     reach = torch.finfo(x.dtype).eps ** 0.5 if tolerance is None else tolerance
-    near = g >= -reach * (1 + _maximum(x)[:, None])
+    near = g >= -reach * (1 + maximum_norm(x)[:, None])
     return near if lam is None else near | (lam > -g)
 
 
@@ -51,7 +52,7 @@ def estimate_multipliers(problem: SmoothProblem, x: Tensor) -> tuple[Tensor, Ten
             inverse = torch.linalg.pinv(jacobian * keep[..., None])  # (B, n, p + r)
             multipliers = -(slope[:, None] @ inverse)[:, 0]
         lam = multipliers[:, p:]
-        noise = 100 * torch.finfo(x.dtype).eps * (1 + _maximum(multipliers)[:, None])
+        noise = 100 * torch.finfo(x.dtype).eps * (1 + maximum_norm(multipliers)[:, None])
         wrong = keep[:, p:] & (lam < -noise)
         if not wrong.any():
             break
@@ -82,7 +83,3 @@ def _conjugate_gradients(problem: SmoothProblem, x: Tensor, slope: Tensor, keep:
         direction = residual + torch.where(moving, new / size, 0) * direction
         size = torch.where(moving, new, torch.zeros_like(new))
     return multipliers
-
-
-def _maximum(rows: Tensor) -> Tensor:
-    return rows.abs().amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[0])

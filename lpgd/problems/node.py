@@ -76,6 +76,7 @@ class BaseNode(ABC):
         domain: what inputs must be beside their shapes, in words; it is part of the message where an element fails.
         is_exact: its solver's answers are solutions; where that is not known, implicit differentiation has a look.
         can_augment, can_tilt: LPGD may add its terms: by :meth:`solve_tilted`, or by the generic solver.
+        is_continuous, is_smooth: solutions move with small changes, and f, h and g are torch functions: of any node.
     """
 
     name: str

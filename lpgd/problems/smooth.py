@@ -6,92 +6,19 @@ The mathematics is that of :mod:`lpgd.problems.node`.  Points are flattened, (B,
 from __future__ import annotations
 
 import math
-from collections import namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lpgd.problems.base import PointOperations, is_surely_finite
+from lpgd.problems.base import is_surely_finite, maximum_norm
 from lpgd.problems.node import BaseNode, Tilt, is_shared
+from lpgd.problems.smooth_structure import SmoothPoint, SmoothStructure
 from lpgd.status import SolverError
 
-__all__ = [
-    "SmoothOutput",
-    "SmoothPoint",
-    "SmoothProblem",
-    "SmoothStructure",
-    "input_class",
-]
-
-
-class SmoothOutput(NamedTuple("_SmoothOutput", [("x", Tensor)]), PointOperations):
-    """What losses see of the solutions: minimisers, (B, n) flattened; also their cotangent or tangent."""
-
-    __slots__ = ()
-
-
-class _SmoothPointFields(NamedTuple):
-    x: Tensor  # (B, n)
-    nu: Tensor  # (B, p)
-    lam: Tensor  # (B, r)
-
-
-class SmoothPoint(_SmoothPointFields, PointOperations):
-    """Minimisers and multipliers of a batch; also a tangent of them."""
-
-    __slots__ = ()
-
-
-@dataclass(frozen=True)
-class SmoothStructure:
-    """What is fixed while the inputs change.
-
-    Args:
-        node: what is minimised.
-        shapes: of the inputs of one element.
-    """
-
-    node: BaseNode
-    shapes: tuple[tuple[int, ...], ...]
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one element's y."""
-        return tuple(self.node.variable_shape(*self.shapes))
-
-    @property
-    def n(self) -> int:
-        """Number of variables."""
-        return math.prod(self.shape)
-
-    @property
-    def digest(self) -> bytes:
-        """A fingerprint of name and shapes: solutions of such problems can start each other."""
-        return repr((self.node.name, self.shapes, self.shape)).encode()
-
-    @property
-    def summary(self) -> str:
-        """Its sizes in words."""
-        return f"{self.node.name}: inputs {', '.join(map(str, self.shapes))} and a solution of shape {self.shape}"
-
-
-@lru_cache(maxsize=256)
-def input_class(names: tuple[str, ...]) -> type[Any]:
-    """The named tuple of a node's inputs; also of their gradients and tangents."""
-    fields = cast(Any, namedtuple("SmoothData", names, rename=True))  # pyright: ignore[reportUntypedNamedTuple]
-    return type("SmoothData", (fields,), {"__slots__": (), "__reduce__": _reduce, "__module__": __name__})
-
-
-def _reduce(data: Any) -> tuple[Any, ...]:
-    return _restore, (data._fields, tuple(data))
-
-
-def _restore(names: tuple[str, ...], parts: tuple[Tensor, ...]) -> Any:
-    return input_class(names)(*parts)
+__all__ = ["SmoothProblem"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,9 +164,9 @@ class SmoothProblem:
         pattern = torch.arange(1, x.shape[-1] + 1, dtype=torch.float64, device=x.device)
         direction = ((pattern.square() * math.sqrt(2)).frac() + 0.5).to(x.dtype)
         slope = torch.func.grad(lambda x: self.objective(x).sum())
-        reach = 1 + _maximum(x)
+        reach = 1 + maximum_norm(x)
         here, there = slope(x), slope(x + 0.01 * reach[:, None] * direction)
-        sizes = torch.stack([_maximum(here), 100 * _maximum(there - here)]) / reach
+        sizes = torch.stack([maximum_norm(here), 100 * maximum_norm(there - here)]) / reach
         size = torch.where(torch.isfinite(sizes), sizes, 0).amax(0)
         unit = torch.where(size > 0, size, 1).log2().round().exp2()[:, None].detach()
         return replace(self, unit=unit if self.unit is None else self.unit * unit), unit
@@ -304,8 +231,8 @@ class SmoothProblem:
         """(B,) ``max(|∇f|, |∇²L x|) / |g|`` in the maximum norm; a numerator of 0 counts as 1, g = 0 gives infinity."""
         slope = torch.func.grad(lambda x: self.objective(x).sum())(point.x)
         curved = self.hessian_product(point)(point.x) if self.node.has_kkt else slope
-        size = torch.maximum(_maximum(slope), _maximum(curved))
-        return torch.where((size > 0) & torch.isfinite(size), size, 1.0) / _maximum(cotangent.x)
+        size = torch.maximum(maximum_norm(slope), maximum_norm(curved))
+        return torch.where((size > 0) & torch.isfinite(size), size, 1.0) / maximum_norm(cotangent.x)
 
     # -- derivatives in the data ------------------------------------------------------------------------------
 
@@ -399,7 +326,3 @@ def _rows(pull: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
 
 def _flat(values: Tensor) -> Tensor:
     return values.flatten(1) if values.ndim > 1 else values[:, None]
-
-
-def _maximum(rows: Tensor) -> Tensor:
-    return rows.abs().amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[0])

@@ -1,6 +1,5 @@
 """Solvers: one interface, one file a backend."""
 
-from lpgd.solvers import nodes
 from lpgd.solvers.base import BaseSolver, Capabilities, Solver
 from lpgd.solvers.choose import SOLVERS, Situation, available, choose_solver, preference
 from lpgd.solvers.clarabel import Clarabel
@@ -38,6 +37,5 @@ __all__ = [
     "Solver",
     "available",
     "choose_solver",
-    "nodes",
     "preference",
 ]

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from lpgd.problems.multipliers import LARGE
-from lpgd.problems.smooth import SmoothPoint, SmoothProblem
+from lpgd.problems.smooth import SmoothProblem
+from lpgd.problems.smooth_structure import SmoothPoint
 from lpgd.solvers.minres import minres
 from lpgd.torch_threads import torch_threads
 

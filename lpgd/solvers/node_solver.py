@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lpgd.problems.base import is_surely_finite
 from lpgd.problems.node import NodeAnswer
-from lpgd.problems.smooth import SmoothPoint, SmoothProblem
+from lpgd.problems.smooth import SmoothProblem
+from lpgd.problems.smooth_structure import SmoothPoint
 from lpgd.solution import Rows, SmoothSolution
 from lpgd.solvers.base import BaseSolver
 from lpgd.solvers.generic.constrained import is_minimiser, method_of_multipliers, polish, warm_point

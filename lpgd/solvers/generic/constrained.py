@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lpgd.problems.multipliers import LARGE, estimate_multipliers
-from lpgd.problems.smooth import SmoothPoint, SmoothProblem
+from lpgd.problems.smooth import SmoothProblem
+from lpgd.problems.smooth_structure import SmoothPoint
 from lpgd.solvers.bordered import bordered_response
 from lpgd.solvers.generic.descent import Descent
 from lpgd.solvers.generic.functions import AugmentedLagrangian

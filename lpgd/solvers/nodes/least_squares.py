@@ -148,8 +148,8 @@ class LeastSquares(BaseNode):
 
     The solution is x (n,) or (n, k), with ``bias`` followed by t: (n + 1,) or (n + 1, k).
 
-    An element without a unique solution (dependent columns, or fewer rows than unknowns, and no ridge) fails with
-    ``Status.NUMERICAL_ERROR``; a negative weight or ridge with ``Status.INVALID_DATA``.
+    An element without a unique solution (dependent columns, and no ridge) fails with ``Status.NUMERICAL_ERROR``, a
+    negative weight or ridge with ``Status.INVALID_DATA``; fewer rows than unknowns without ``ridge`` are a ValueError.
 
     Args:
         weighted: there is an input ``weights``.

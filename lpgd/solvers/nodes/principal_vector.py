@@ -309,8 +309,9 @@ class PrincipalVector(BaseNode):
         tolerance: of ``|Ay - λy|`` relative to the eigenvalue (after the shift that makes it the dominant one).
         iterations: products with the matrix at most.
 
-    Elements whose eigenvalue is not separated from the others (equal, or a complex pair) end as ITERATION_LIMIT; a
-    backward pass where it is double to rounding raises SolverError.
+    Of an eigenvalue that is double y is one of its vectors, and a backward pass raises SolverError where it is so to
+    rounding.  Elements whose eigenvalue is complex, or so near to others that iterations do not end, are
+    ITERATION_LIMIT.
     """
 
     name = "principal vector"

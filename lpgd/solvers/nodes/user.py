@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -87,7 +88,10 @@ class Node(BaseNode):
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         if self._shape is None:
             return shapes[0]
-        shape = self._shape(*shapes) if callable(self._shape) else self._shape
+        shape = self._shape
+        if callable(shape):
+            with self._explained("shape", shapes):
+                shape = shape(*shapes)
         if not isinstance(shape, Sequence) or not all(isinstance(size, int) and size >= 0 for size in shape):
             raise TypeError(f"the shape of y of {self.name} is {shape!r}; it must be a tuple, as (3,).")
         return tuple(shape)
@@ -116,7 +120,9 @@ class Node(BaseNode):
         if function is None:
             return None
         if self._batched:
-            value = self._checked(role, function(*inputs, y))
+            with self._explained(role, [part.shape for part in (*inputs, y)]):
+                value = function(*inputs, y)
+            value = self._checked(role, value)
             if value.shape[:1] != y.shape[:1]:
                 raise ValueError(
                     f"the {role} of {self.name} has shape {tuple(value.shape)} for a batch of {y.shape[0]}; with "
@@ -125,8 +131,14 @@ class Node(BaseNode):
             return value
         if not y.shape[0]:
             return y.new_zeros(0, 1)
+
+        def one(*arguments: Tensor) -> Tensor:
+            with self._explained(role, [part.shape for part in arguments]):
+                value = function(*arguments)
+            return self._checked(role, value)
+
         try:
-            return torch.func.vmap(lambda *arguments: self._checked(role, function(*arguments)))(*inputs, y)
+            return torch.func.vmap(one)(*inputs, y)
         except RuntimeError as error:
             if not any(sign in str(error) for sign in _UNBATCHABLE):
                 raise
@@ -135,6 +147,21 @@ class Node(BaseNode):
                 "torch.where in the place of branches on values, torch functions in the place of NumPy's, and no "
                 ".item(); or write it for whole batches, with Node(..., batched=True)."
             ) from error
+
+    @contextmanager
+    def _explained(self, role: str, shapes: Sequence[tuple[int, ...]]) -> Iterator[None]:
+        """What a function of the user's raises gets a note with the shapes that it was called with."""
+        try:
+            yield
+        except Exception as error:
+            names = (*self.input_names, "y")
+            given = ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(names, shapes, strict=False))
+            whole = self._batched and role != "shape"
+            error.add_note(
+                f"In the {role} of {self.name}, called for {'a batch' if whole else 'one element'} with {given}. "
+                "Node's ndims= says how many dimensions an input has for one element, shape= what those of y are."
+            )
+            raise
 
     def _checked(self, role: str, value: Any) -> Tensor:
         """What a function returned.
@@ -234,7 +261,8 @@ class Node(BaseNode):
         for role, function in self._functions.items():
             if function is None:
                 continue
-            value = function(*row, y)
+            with self._explained(role, [part.shape for part in (*row, y)]):
+                value = function(*row, y)
             if isinstance(value, Tensor) and value.requires_grad:
                 names = ", ".join(dict.fromkeys(_captured(function))) or "a tensor that could not be named"
                 raise ValueError(
