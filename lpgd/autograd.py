@@ -281,8 +281,11 @@ def _derivative(
         change, info = call.gradient.jvp(solution.problem, solution, tangent, call.solver, call.executor)
         return tuple(change)[: len(solution.outputs)], info
     # A loss of a NaN row hands back NaN: zeroed before any sum over shared data.
-    usable, outputs = solution.usable[:, None], solution.outputs
-    cotangent = type(outputs)(*(torch.where(usable, part, 0.0) for part in tensors[: len(outputs)]))
+    outputs, parts = solution.outputs, tensors[: len(solution.outputs)]
+    if solution.failed:
+        usable = solution.usable[:, None]
+        parts = [torch.where(usable, part, 0.0) for part in parts]
+    cotangent = type(outputs)(*parts)
     _check_cotangent(cotangent)
     return call.gradient.vjp(solution.problem, solution, cotangent, call.solver, call.executor)
 
