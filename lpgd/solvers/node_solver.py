@@ -23,6 +23,7 @@ from lpgd.solvers.generic.descent import Descent, lbfgs, newton
 from lpgd.solvers.generic.functions import AugmentedLagrangian
 from lpgd.solvers.generic.scipy_minimise import scipy_minimise
 from lpgd.status import Status, warn
+from lpgd.torch_threads import without_autocast
 
 __all__ = ["Algorithm", "NodeSolver"]
 
@@ -85,7 +86,7 @@ class NodeSolver(BaseSolver):
             start = torch.where(torch.isfinite(start), start, 0).to(problem.dtype)
             start = start if rows is None else start[rows]
         # Autocast would compute products of float32 in half precision.
-        with torch.no_grad(), torch.autocast(problem.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(problem.device.type):
             answer = self._answer(part, start)
         seconds = time.perf_counter() - started
         solution = self._solution(part, answer, seconds)
@@ -249,7 +250,9 @@ class _Answer(NamedTuple):
         if statuses.count(Status.SOLVED) < size:
             statuses = tuple(map(Status, statuses))
         known = own.iterations.cpu() if isinstance(own.iterations, Tensor) else own.iterations
-        iterations = np.broadcast_to(np.asarray(known, dtype=np.int64), (size,))
+        iterations = np.asarray(known, dtype=np.int64)
+        if iterations.shape != (size,):
+            iterations = np.broadcast_to(iterations, (size,))
         x = own.y.detach().to(problem.dtype).reshape(size, problem.structure.n)
         return cls(x, statuses, iterations, own.aux, own.nu, own.lam)
 
