@@ -56,7 +56,7 @@ def eigen_decomposition(matrix: Tensor, largest: bool, reference: Tensor | None 
         count = reference.shape[-1]
         along = (vectors[:, :, :count] * reference).sum(-2)
         side = torch.cat([torch.where(along == 0, side[:, :count], along), side[:, count:]], -1)
-    return Spectrum(values, vectors.mul_(torch.where(side < 0, -torch.ones_like(side), 1.0)[:, None, :]))
+    return Spectrum(values, vectors.mul_(torch.where(side < 0, -1.0, torch.ones_like(side))[:, None, :]))
 
 
 def rayleigh_quotients(matrix: Tensor, vectors: Tensor) -> Tensor:

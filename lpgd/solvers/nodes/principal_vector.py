@@ -148,10 +148,11 @@ def _iterate(
 
 def _oriented(vector: Tensor, reference: Tensor | None) -> Tensor:
     """±y on the side of the reference."""
-    direction = torch.ones_like(vector) if reference is None else reference.to(vector)
-    along = (vector * direction).sum(-1)
-    largest = vector.gather(-1, vector.abs().argmax(-1, keepdim=True))[:, 0]
-    return torch.where(torch.where(along == 0, largest, along) < 0, -1.0, 1.0)[:, None] * vector
+    along = vector.sum(-1) if reference is None else (vector * reference.to(vector)).sum(-1)
+    if not along.all():
+        largest = vector.gather(-1, vector.abs().argmax(-1, keepdim=True))[:, 0]
+        along = torch.where(along == 0, largest, along)
+    return torch.where(along[:, None] < 0, -vector, vector)
 
 
 def lanczos(
@@ -319,8 +320,8 @@ class PrincipalVector(BaseNode):
     general:     minimise ``½|Ay - (yᵀAy) y|²`` subject to the same; the eigenvalue is the one of largest magnitude
 
     The latter must be real.  Forward ``O(m²)`` for each iteration, backward one factorisation, ``O(m³)``, [PMaF]
-    section 2.2, and eq. 40 with the inverse transposed.  The eigenvalue of a symmetric A is
-    :func:`~lpgd.solvers.nodes.eigen.rayleigh_quotients` of A and y.
+    section 2.2, and eq. 40 with the inverse transposed; small symmetric matrices are decomposed.  The eigenvalue of
+    a symmetric A is :func:`~lpgd.solvers.nodes.eigen.rayleigh_quotients` of A and y.
 
     Args:
         symmetric: A counts as ``½(A + Aᵀ)``, and the gradient is symmetric.
@@ -376,12 +377,8 @@ class PrincipalVector(BaseNode):
         matrix = inputs[0]
         reference = None if self.reference is None else matrix.new_tensor(self.reference)
         aux = None
-        options: dict[str, Any] = {
-            "reference": reference,
-            "start": start,
-            "tolerance": self.tolerance,
-            "iterations": self.iterations,
-        }
+        options: dict[str, Any] = {"reference": reference, "start": start}
+        options |= {"tolerance": self.tolerance, "iterations": self.iterations}
         if self.method == "power":
             answer = power_iteration(matrix, symmetric=self.symmetric, **options)
         elif self.method == "simultaneous" or not self.symmetric:
@@ -396,7 +393,7 @@ class PrincipalVector(BaseNode):
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
         matrix = inputs[0]
         if aux is not None:
-            return (_vjp_decomposed(*aux, y, cotangent),)
+            return (_vjp_decomposed(aux[0], aux[1], y, cotangent),)
         value = (y * (matrix @ y[:, :, None])[:, :, 0]).sum(-1) / y.square().sum(-1)
         rule = principal_vjp_symmetric if self.symmetric else principal_vjp_general
         return (rule(matrix, y, value, cotangent),)

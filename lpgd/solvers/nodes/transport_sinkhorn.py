@@ -196,7 +196,7 @@ def _iterations(
     far = (~(_drift(u, v) <= limit)).nonzero()[:, 0]
     if len(far):
         own = (scaled[far], log_rows[far], log_columns[far])
-        own_g = start[far]
+        own_f, own_g = f[far], start[far]
         for _ in range(STEPS):
             own_f, own_g = _log_iteration(*own, own_g)
         plan[far], f[far], g[far] = _kernel(*own, own_f, own_g), own_f, own_g
