@@ -72,5 +72,8 @@ def run(settings: Settings) -> Iterator[Target]:
             f"{seconds['forward']:.3f} + {seconds['backward']:.3f} s against {seconds['lbfgs']:.3f} s with the same "
             f"backward pass; objective above theirs by {worse:.0e} at most, relatively"
         )
+        if node.function.is_convex:
+            apart = float((found["ours"].detach().reshape(-1) - found["lbfgs"]).abs().max())
+            note += f"; values differ by {apart:.0e} at most"
         title = f"robust pooling, {penalty}, {'×'.join(map(str, shape))} float32: shared L-BFGS / ours, both passes"
         yield Target(title, 3.0, None, (seconds["lbfgs"] + seconds["backward"]) / both, note=note)

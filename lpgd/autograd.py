@@ -328,17 +328,18 @@ def check_solution(solution: BatchSolution, on_error: OnError) -> None:
         SolverError: with ``on_error="raise"`` and an element without a solution.
     """
     statuses, failed = solution.statuses, solution.failed
+    domain = f" {solution.domain}" if solution.domain else ""
     if failed and on_error == "raise":
         raise SolverError(
-            f"no solution for {describe_failures(statuses, failed)}. "
+            f"no solution for {describe_failures(statuses, failed)}.{domain} "
             "on_error='nan' keeps the other elements and gives these a zero gradient.",
             statuses,
             failed,
         )
     if failed and on_error == "warn":
         warn(
-            f"no solution for {describe_failures(statuses, failed)}. Their rows are the solver's last iterate or NaN, "
-            "with a zero gradient."
+            f"no solution for {describe_failures(statuses, failed)}.{domain} Their rows are the solver's last iterate "
+            "or NaN, with a zero gradient."
         )
     if Status.INACCURATE in statuses:
         inaccurate = [index for index, status in enumerate(statuses) if status is Status.INACCURATE]

@@ -78,6 +78,11 @@ class BatchSolution:
         return self.point
 
     @property
+    def domain(self) -> str:
+        """What data must be for there to be a solution, in words, where the class of problems can tell."""
+        return ""
+
+    @property
     def batch_size(self) -> int:
         return len(self.statuses)
 
@@ -276,6 +281,10 @@ class SmoothSolution(BatchSolution):
     lam: Tensor | None = None
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "iterations", "setup_seconds", "solve_seconds")
+
+    @property
+    def domain(self) -> str:
+        return self.problem.node.domain
 
     @property
     def outputs(self) -> SmoothOutput:

@@ -277,3 +277,26 @@ def test_a_multiplier_of_zero_is_one_in_the_units_of_the_objective(scale):
     (gradient,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(gradient, torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64))
     assert y.info.gradients[0].used == ["implicit", "implicit, one-sided"]
+
+
+ONES = torch.ones(2, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "hint"),
+    [
+        (
+            lpgd.nodes.OptimalTransport(),
+            (torch.rand(2, 3, 3, dtype=torch.float64), torch.tensor([[0.5, 0.5, 0.0], [1, 1, 1]]).double(), ONES),
+            "element 0 of 2.*rows and columns must be positive, with the same sum",
+        ),
+        (lpgd.nodes.LeastSquares(), (torch.zeros(5, 3), torch.ones(5)), "A must have independent columns"),
+        (lpgd.nodes.TotalVariationDenoising(), (ONES, torch.tensor([1.0, -1.0])), "element 1 of 2.*weight must not be"),
+        (lpgd.nodes.Projection("l2_ball", None), (ONES, torch.tensor([0.0, 1.0])), "element 0 of 2.*radius must be"),
+    ],
+    ids=lambda part: getattr(part, "name", None),
+)
+def test_the_message_of_a_failure_says_what_the_node_needs(node, inputs, hint):
+    inputs = tuple(part.double() for part in inputs)
+    with pytest.raises(lpgd.SolverError, match=hint):
+        lpgd.NodeLayer(node)(*inputs)

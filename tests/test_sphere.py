@@ -271,7 +271,8 @@ def test_an_element_without_convergence_says_so_alone():
 def test_nothing_moves_when_the_input_does_not():
     A, b = problem(5, 4, 6, seed=14)
     kept = A.clone(), b.clone()
-    for node in (SphereLeastSquares(), SphereLeastSquares(solver="descent")):
+    # Descent to the end of precision: on the way roundings, which depend on where memory lies, grow.
+    for node in (SphereLeastSquares(), SphereLeastSquares(solver="descent", tolerance=1e-14, max_iterations=1000)):
         y = node.solve((A, b), None).y
         torch.testing.assert_close(node.solve((A, b), None).y, y, rtol=0, atol=ROUNDING)
         again = node.solve((A, b), y).y
@@ -320,3 +321,28 @@ def test_a_large_step_may_leave_the_branch_downhill():
     tilt = Tilt(1e4 * problem(4, 3, batch=6, seed=1)[0][:, 0], 0.0, torch.zeros_like(y))
     answer = SphereLeastSquares().solve_tilted((A, b), tilt, y)
     torch.testing.assert_close(answer.y, -tilt.linear / tilt.linear.norm(dim=-1, keepdim=True), atol=1e-3, rtol=0)
+
+
+def test_descent_that_ends_on_a_saddle_goes_on() -> None:
+    # The hard case: b has no part along the first axis, so that descent never sees it.
+    A = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)).repeat(2, 1, 1)
+    b = torch.tensor([[0.0, 0.1, 0.1], [0.0, 1.0, 2.0]], dtype=torch.float64)
+    found = SphereLeastSquares("descent", tolerance=1e-12).solve((A, b), None)
+    assert list(found.statuses) == [Status.SOLVED] * 2
+    angles = torch.linspace(0, math.pi, 721, dtype=torch.float64)
+    polar, around = torch.meshgrid(angles, 2 * angles, indexing="ij")
+    points = torch.stack([polar.cos(), polar.sin() * around.cos(), polar.sin() * around.sin()], -1).reshape(-1, 3)
+    for matrix, right, y in zip(A, b, found.y, strict=True):
+        best = 0.5 * (points @ matrix.T - right).square().sum(-1).min()
+        assert float(objective(matrix[None], right[None], y[None])) <= float(best) + 1e-12
+
+
+@pytest.mark.parametrize("solver", ["secular", "descent"])
+def test_an_element_that_overflows_fails_alone(solver: str) -> None:
+    A, b = problem(5, 3, batch=3)
+    node = SphereLeastSquares(solver, tolerance=1e-14, max_iterations=1000)
+    alone = lpgd.NodeLayer(node)(A[1], b[1])
+    A[0] *= 1e200
+    y = lpgd.NodeLayer(node, on_error="nan")(A, b)
+    assert [status.name for status in y.info.statuses] == ["NUMERICAL_ERROR", "SOLVED", "SOLVED"]
+    torch.testing.assert_close(y[1], alone, rtol=0, atol=1e-10)

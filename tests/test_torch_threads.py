@@ -75,7 +75,7 @@ assert float(((hessian @ gradient[..., None])[..., 0] - 1).abs().max()) < 1e-9, 
 def test_lu_factors_of_batches_are_right_after_a_call_and_in_nodes() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", LU],
-        env={**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
+        env={**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
         capture_output=True,
         text=True,
         timeout=120,

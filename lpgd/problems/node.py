@@ -73,6 +73,7 @@ class BaseNode(ABC):
         input_names: names of the inputs, in the order of the call (in a subclass without annotation: it is no option).
         input_ndims: how many dimensions each input has for one element; all dimensions before them are the batch.
         has_kkt: f, h and g are twice differentiable at solutions, so that optimality conditions can be differentiated.
+        domain: what inputs must be beside their shapes, in words; it is part of the message where an element fails.
         is_exact: its solver's answers are solutions; where that is not known, implicit differentiation has a look.
         can_augment, can_tilt: LPGD may add its terms: by :meth:`solve_tilted`, or by the generic solver.
     """
@@ -81,6 +82,7 @@ class BaseNode(ABC):
     input_names: tuple[str, ...]
     input_ndims: tuple[int, ...]
 
+    domain: str = ""
     is_exact: bool = True
     can_tilt: ClassVar[bool] = True
     can_augment: ClassVar[bool] = True

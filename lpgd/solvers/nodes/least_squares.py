@@ -164,6 +164,7 @@ class LeastSquares(BaseNode):
     columns: bool = False
 
     name = "LeastSquares"
+    domain = "Here A must have independent columns, or ridge be positive; weights and ridge must not be negative."
     input_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
     input_ndims: tuple[int, ...] = field(init=False, repr=False, compare=False)
 

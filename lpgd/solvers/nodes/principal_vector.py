@@ -340,6 +340,7 @@ class PrincipalVector(BaseNode):
     name = "principal vector"
     input_names = ("matrix",)
     input_ndims = (2,)
+    domain = "Here the eigenvalue that leads must be apart from all others, and real."
 
     symmetric: bool = True
     method: IterationMethod | None = None

@@ -49,6 +49,7 @@ class Projection(BaseNode):
     radius: float | None = 1.0
 
     name = "Projection"
+    domain = "Here radius must be positive."
 
     def __post_init__(self) -> None:
         if self.onto not in get_args(ProjectionSet):

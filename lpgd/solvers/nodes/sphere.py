@@ -202,7 +202,15 @@ class SphereLeastSquares(BaseNode):
             name: getattr(self, name)
             for name in ("direction", "step", "relaxation", "backtracking", "decay", "max_iterations", "tolerance")
         }
-        return _answer(gram, vector, descend(gram, vector, start, **options))
+        found = descend(gram, vector, start, **options)
+        away = leave_saddles(gram, vector, found)
+        if away is not None:
+            rows, start = away
+            own = gram[rows] if gram.shape[0] > 1 else gram
+            again = descend(own, vector[rows], start, **options)
+            for whole, part in zip(found[:3], again[:3], strict=True):
+                whole[rows] = part
+        return _answer(gram, vector, found)
 
     def solve_tilted(self, inputs: tuple[Tensor, ...], tilt: Tilt, start: Tensor | None) -> NodeAnswer | None:
         if self.solver != "secular":
@@ -220,6 +228,27 @@ class SphereLeastSquares(BaseNode):
             return differentiate_sphere(A, b, y, cotangent, *aux)
         gram, vector = normal_equations(A, b)
         return differentiate_sphere(A, b, y, cotangent, gram, multiplier(gram, vector, y))
+
+
+def leave_saddles(gram: Tensor, vector: Tensor, found: SphereSolution) -> tuple[Tensor, Tensor] | None:
+    """Elements whose descent ended on a saddle, and points (·, n) at its side that lie lower; None: there are none.
+
+    Descent converges to a saddle where it starts on its ridge, as in the hard case, where c has no part in the
+    eigenspace of the smallest eigenvalue.  At a minimum ``G - μI + σuuᵀ`` is positive semidefinite.
+    """
+    u, n = found.u, found.u.shape[-1]
+    mu = multiplier(gram, vector, u)
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1) + mu.abs()
+    identity = torch.eye(n, dtype=u.dtype, device=u.device)
+    rounding = 100 * torch.finfo(u.dtype).eps * n * scale
+    shifted = (
+        torch.baddbmm(gram, (scale[:, None] * u)[..., None], u[:, None]) + (rounding - mu)[:, None, None] * identity
+    )
+    rows = ((torch.linalg.cholesky_ex(shifted).info != 0) & found.converged).nonzero()[:, 0]
+    if not len(rows):
+        return None
+    lowest = torch.linalg.eigh(shifted[rows]).eigenvectors[:, :, 0]
+    return rows, normalised(u[rows] + 0.1 * lowest)
 
 
 def stay_on_branch(gram: Tensor, vector: Tensor, found: SphereSolution, start: Tensor) -> SphereSolution:
@@ -284,5 +313,8 @@ def _is_uphill(gram: Tensor, vector: Tensor, start: Tensor, end: Tensor) -> Tens
 def _answer(gram: Tensor, vector: Tensor, found: SphereSolution) -> NodeAnswer:
     mu = multiplier(gram, vector, found.u)
     statuses = [Status.SOLVED if fine else Status.ITERATION_LIMIT for fine in found.converged.tolist()]
+    if not mu.isfinite().all():  # AᵀA overflowed
+        fine = mu.isfinite().tolist()
+        statuses = [own if good else Status.NUMERICAL_ERROR for own, good in zip(statuses, fine, strict=True)]
     aux = (gram, mu) if found.free is None else (gram, mu, found.free)
     return NodeAnswer(found.u, statuses, found.iterations, aux, nu=-mu[:, None])

@@ -53,6 +53,9 @@ def solve_secular(
     Returns:
         The solutions; ``iterations`` are those of Newton's method.
     """
+    fine = gram.sum((1, 2)).isfinite()  # an overflow of one element must not stop eigh for all
+    if not fine.all():
+        gram = torch.where(fine[:, None, None], gram, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
     values, vectors = torch.linalg.eigh(gram)
     rounding = torch.finfo(gram.dtype).eps * gram.shape[-1]
     values = values.expand_as(vector)
@@ -82,7 +85,8 @@ def solve_secular(
     if hard.any():
         p = torch.where(hard[:, None], p + missing[:, None] * _lowest_direction(vectors, lowest, start), p)
     u = product(vectors, p)
-    return SphereSolution(normalised(u), iterations, ~active, hard & (lowest.sum(-1) > 1))
+    u = torch.where(fine[:, None], normalised(u), torch.nan)
+    return SphereSolution(u, iterations, ~active, hard & (lowest.sum(-1) > 1))
 
 
 def _secular_norm(c: Tensor, gaps: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

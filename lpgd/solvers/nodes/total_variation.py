@@ -152,6 +152,7 @@ class TotalVariationDenoising(BaseNode):
     name = "TotalVariationDenoising"
     input_names = ("signal", "weight")
     input_ndims = (1, 0)
+    domain = "Here weight must not be negative."
 
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         if not shapes[0][0]:

@@ -120,6 +120,7 @@ class OptimalTransport(BaseNode):
     name = "optimal transport"
     input_names = ("cost", "rows", "columns")
     input_ndims = (2, 1, 1)
+    domain = "Here rows and columns must be positive, with the same sum (add a small mass to empty bins)."
 
     gamma: float = 10.0
     tolerance: float | None = None
