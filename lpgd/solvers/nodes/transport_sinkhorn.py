@@ -96,6 +96,7 @@ def sinkhorn(
             plan, f, g = found
         else:
             plan[active], f[active], g[active] = found
+        del found, part, start  # plans are large
         active = active[~(residual[active] <= tolerance)]
         if not len(active):
             break
@@ -146,8 +147,14 @@ def annealed_sinkhorn(
 def _log_iteration(
     scaled: Tensor, log_rows: Tensor, log_columns: Tensor, g: Tensor
 ) -> tuple[Tensor, Tensor]:  # potentials (B, m), (B, n)
-    f = -torch.logsumexp((log_columns + g)[:, None, :] - scaled, -1)
-    return f, -torch.logsumexp((log_rows + f)[:, :, None] - scaled, -2)
+    f = -_log_sum((log_columns + g)[:, None, :] - scaled, -1)
+    return f, -_log_sum((log_rows + f)[:, :, None] - scaled, -2)
+
+
+def _log_sum(exponents: Tensor, dim: int) -> Tensor:
+    """``log Σ exp`` of finite numbers, which are overwritten: plans are large."""
+    top = exponents.amax(dim, keepdim=True)
+    return exponents.sub_(top).exp_().sum(dim).log_() + top.squeeze(dim)
 
 
 def _kernel(scaled: Tensor, log_rows: Tensor, log_columns: Tensor, f: Tensor, g: Tensor) -> Tensor:
@@ -172,7 +179,7 @@ def _iterations(
     """
     # What underflows in the kernel must not count in the plan: scalings stay within a sixth of the exponent's range.
     limit = math.log(torch.finfo(scaled.dtype).max) / 6
-    first_f, first_g = -torch.logsumexp((log_columns + start)[:, None, :] - scaled, -1), start
+    first_f, first_g = -_log_sum((log_columns + start)[:, None, :] - scaled, -1), start
     kernel = _kernel(scaled, log_rows, log_columns, first_f, first_g)
     transposed, u = kernel.mT, torch.ones_like(rows)[:, :, None]
     v = columns[:, :, None] / (transposed @ u)
