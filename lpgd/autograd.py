@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from lpgd.problems.base import is_surely_finite
 from lpgd.solution import BatchSolution
 from lpgd.solvers.base import BaseSolver
 from lpgd.status import SolverError, Status, describe_failures, warn
-from lpgd.torch_threads import one_torch_thread, torch_threads
+from lpgd.torch_threads import one_torch_thread, torch_threads, without_autocast
 
 __all__ = ["CallInfo", "OnError", "check_solution", "solve"]
 
@@ -164,7 +164,7 @@ class _DerivativeFunction(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, solution: BatchSolution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         started = time.perf_counter()
-        with _threads(call.solver), torch.autocast(solution.x.device.type, enabled=False):
+        with _threads(call.solver), without_autocast(solution.x.device.type):
             answer, info = _derivative(call, solution, reverse, tensors)
         call.info.gradients.append(info)
         call.info.backward_seconds += time.perf_counter() - started
@@ -268,9 +268,24 @@ def _second_derivative(
     return tuple(answer)
 
 
+class _Positional(inspect.Signature):
+    """The signature of a function without default values, all of whose arguments are given by position."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        return _Bound(args, kwargs)
+
+
+class _Bound(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        """There are none."""
+
+
 for _function in (_SolveFunction, _DerivativeFunction, _SecondFunction):
-    # Torch 2.13 looks it up in every call, which takes as long as a small layer's arithmetic.
-    cast(Any, _function.forward).__signature__ = inspect.signature(_function.forward)
+    # Torch 2.13 looks it up and binds to it in every call, which takes as long as a small layer's arithmetic.
+    cast(Any, _function.forward).__signature__ = _Positional()
 
 
 def _derivative(
@@ -281,8 +296,11 @@ def _derivative(
         change, info = call.gradient.jvp(solution.problem, solution, tangent, call.solver, call.executor)
         return tuple(change)[: len(solution.outputs)], info
     # A loss of a NaN row hands back NaN: zeroed before any sum over shared data.
-    usable, outputs = solution.usable[:, None], solution.outputs
-    cotangent = type(outputs)(*(torch.where(usable, part, 0.0) for part in tensors[: len(outputs)]))
+    outputs, parts = solution.outputs, tensors[: len(solution.outputs)]
+    if solution.failed:
+        usable = solution.usable[:, None]
+        parts = [torch.where(usable, part, 0.0) for part in parts]
+    cotangent = type(outputs)(*parts)
     _check_cotangent(cotangent)
     return call.gradient.vjp(solution.problem, solution, cotangent, call.solver, call.executor)
 

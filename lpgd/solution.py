@@ -103,7 +103,7 @@ class BatchSolution:
     def usable(self) -> Tensor:
         """(B,) elements that have one."""
         if self._all_solved:
-            return torch.ones(self.batch_size, dtype=torch.bool, device=self.x.device)
+            return self.x.new_ones(self.batch_size, dtype=torch.bool)
         return torch.tensor([status.usable for status in self.statuses], dtype=torch.bool, device=self.x.device)
 
     @cached_property
@@ -304,7 +304,10 @@ class SmoothSolution(BatchSolution):
         if self.nu is not None and self.lam is not None:
             return SmoothPoint(self.x, self.nu, self.lam)
         x = torch.where(self.usable[:, None], self.x, 0)
-        return SmoothPoint(self.x, *estimate_multipliers(self.problem, x))
+        known = None
+        if self.aux is not None and self.problem.is_plain:
+            known = self.problem.node.multipliers(tuple(self.problem.data), self.problem.shaped(x), self.aux)
+        return SmoothPoint(self.x, *(known or estimate_multipliers(self.problem, x)))
 
     def select(self, elements: Sequence[int]) -> Self:
         """The solutions of these elements."""

@@ -1,6 +1,6 @@
-"""How many threads torch's operations use in this Python thread, changed for a while.
+"""How many threads torch's operations use in this Python thread, and in what precision, changed for a while.
 
-Set in the OpenMP library that torch runs on, where it counts for the calling thread only.  Not by
+The number is set in the OpenMP library that torch runs on, where it counts for the calling thread only.  Not by
 ``torch.set_num_threads``: it counts for threads to come too, and it takes from MKL the choice not to nest its threads
 (``mkl_set_dynamic``), for good; after that LU factors of batches of matrices (order 150 and more, two threads) are
 wrong: MKL prints "Parameter 6 was incorrect on entry to DLASWP", and pivots are garbage (torch 2.13.0 with MKL 2024.2).
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["all_torch_threads", "one_torch_thread", "torch_threads"]
+__all__ = ["all_torch_threads", "one_torch_thread", "torch_threads", "without_autocast"]
 
 _outside = threading.local()
 
@@ -74,6 +74,11 @@ def one_torch_thread() -> Iterator[None]:
             yield
     finally:
         _outside.threads = None
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """No automatic lower precision inside; where there is none anyway nothing is done, as that is what costs time."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 @contextmanager

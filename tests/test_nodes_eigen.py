@@ -62,7 +62,8 @@ def test_solutions_satisfy_the_optimality_conditions(node):
     inputs = (matrices(node),)
     answer = node.solve(inputs, None)
     assert set(answer.statuses) == {Status.SOLVED}
-    assert stationarity(node, inputs, answer.y, answer.nu) < 1e-9
+    nu = answer.nu if answer.nu is not None else node.multipliers(inputs, answer.y, answer.aux)[0]
+    assert stationarity(node, inputs, answer.y, nu) < 1e-9
 
 
 @pytest.mark.parametrize("node", EIGEN, ids=repr)
@@ -301,3 +302,13 @@ def test_options_and_shapes_that_do_not_fit_are_named():
     for node in (PrincipalVector(), EigenDecomposition()):
         with pytest.raises(ValueError, match=r"shape \(3, 2\); it must be square"):
             node.variable_shape((3, 2))
+
+
+def test_the_kept_decomposition_gives_the_gradient_of_the_cholesky_factor():
+    node, inputs = PrincipalVector(), (symmetric(7),)
+    answer = node.solve(inputs, None)
+    cotangent = random_like(answer.y)
+    (kept,) = node.vjp(inputs, answer.y, cotangent, answer.aux)
+    value = rayleigh_quotients(inputs[0], answer.y[:, :, None])[:, 0]
+    assert answer.aux is not None
+    assert torch.allclose(kept, principal_vjp_symmetric(*inputs, answer.y, value, cotangent), rtol=0, atol=1e-12)

@@ -269,3 +269,11 @@ def test_an_offset_of_the_cost_changes_nothing():
     cost, rows, columns = draw(4, 5)
     layer = lpgd.NodeLayer(OptimalTransport(50.0))
     torch.testing.assert_close(layer(cost + 100.0, rows, columns), layer(cost, rows, columns), atol=1e-9, rtol=0)
+
+
+def test_a_kernel_whose_columns_underflow_is_no_obstacle():
+    """Of costs this far apart all columns but one vanish in the first kernel."""
+    cost, rows, columns = draw(6, 5)
+    plan = sinkhorn(cost + 1e3 * torch.arange(5, dtype=cost.dtype), rows, columns, 20.0, tolerance=1e-9, iterations=500)
+    plain = sinkhorn(cost, rows, columns, 20.0, tolerance=1e-12, iterations=500)
+    assert torch.allclose(plan.plan, plain.plan, rtol=0, atol=1e-9)

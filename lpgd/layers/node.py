@@ -124,7 +124,7 @@ class NodeLayer(BaseLayer):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected (*batch, {ndim} dimensions).")
             expected.append(Expected(name, tuple(tensor.shape[tensor.ndim - ndim :])))
         batch = check_inputs(expected, arranged)
-        structure = SmoothStructure(node, tuple(tuple(map(int, item.shape)) for item in expected))
+        structure = SmoothStructure(node, tuple(cast("tuple[int, ...]", item.shape) for item in expected))
         _ = structure.shape  # where the node refuses shapes that do not fit together
         data = input_class(tuple(names))(
             *(_rows(batch, tensor, ndim) for tensor, ndim in zip(arranged, ndims, strict=True))

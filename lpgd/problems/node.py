@@ -131,6 +131,14 @@ class BaseNode(ABC):
         """Minimise with the terms of LPGD added; None leaves it to the generic solver, started from ``start``."""
         return None
 
+    def multipliers(self, inputs: tuple[Tensor, ...], y: Tensor, aux: Any) -> tuple[Tensor, Tensor] | None:
+        """The multipliers ν (B, p) and λ (B, r) at solutions y, from what :meth:`solve` left (of it: aux).
+
+        For a node whose solver does not answer them, as only implicit differentiation asks for them; None leaves it to
+        a least-squares estimate.
+        """
+        return None
+
     def vjp(
         self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any
     ) -> tuple[Tensor | None, ...] | None:

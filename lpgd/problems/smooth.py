@@ -305,6 +305,10 @@ class SmoothProblem:
         """A gradient of the data that is zero."""
         return type(self.data)(*(datum.new_zeros(datum.shape) for datum in self.data))
 
+    def is_surely_finite(self) -> bool:
+        """Whether all inputs are finite; False proves nothing, as of :func:`~lpgd.problems.base.is_surely_finite`."""
+        return all(is_surely_finite(datum[:1] if is_shared(datum) else datum) for datum in self.data)
+
     def finite(self) -> Tensor:
         """(B,) whether an element's inputs are finite."""
         fine = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lpgd.problems.base import is_surely_finite
@@ -23,6 +24,7 @@ from lpgd.solvers.generic.descent import Descent, lbfgs, newton
 from lpgd.solvers.generic.functions import AugmentedLagrangian
 from lpgd.solvers.generic.scipy_minimise import scipy_minimise
 from lpgd.status import Status, warn
+from lpgd.torch_threads import without_autocast
 
 __all__ = ["Algorithm", "NodeSolver"]
 
@@ -78,15 +80,14 @@ class NodeSolver(BaseSolver):
         """Solve every element of a batch, in this thread and on the device of the inputs."""
         started = time.perf_counter()
         start = _starts(states, problem.batch_size) if len(states) else None
-        finite = problem.finite()
-        whole = bool(finite.all())
-        rows = None if whole else finite.nonzero()[:, 0]
+        rows = None if problem.is_surely_finite() else problem.finite().nonzero()[:, 0]
+        rows = None if rows is not None and len(rows) == problem.batch_size else rows
         part = problem if rows is None else problem.select(rows.tolist())
         if start is not None:
             start = torch.where(torch.isfinite(start), start, 0).to(problem.dtype)
             start = start if rows is None else start[rows]
         # Autocast would compute products of float32 in half precision.
-        with torch.no_grad(), torch.autocast(problem.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(problem.device.type):
             answer = self._answer(part, start)
         seconds = time.perf_counter() - started
         solution = self._solution(part, answer, seconds)
@@ -96,9 +97,8 @@ class NodeSolver(BaseSolver):
         node = problem.node
         if problem.batch_size == 0 or problem.structure.n == 0:  # nothing to solve, or nothing to choose
             size = problem.batch_size
-            zero = torch.zeros(size, dtype=torch.int64, device=problem.device)
-            solved = torch.full_like(zero, int(Status.SOLVED))
-            return _Answer(problem.data[0].new_zeros(size, problem.structure.n), solved, zero, None, None, None)
+            nothing = problem.data[0].new_zeros(size, problem.structure.n)
+            return _Answer(nothing, (Status.SOLVED,) * size, np.zeros(size, dtype=np.int64))
         if self.algorithm == "own" and not problem.is_shifted:
             y = None if start is None else problem.shaped(start)
             inputs = tuple(problem.data)
@@ -114,7 +114,7 @@ class NodeSolver(BaseSolver):
             return self._generic(problem, start, True)
         start = node.initial(problem.structure.shape, *problem.data).reshape(problem.batch_size, -1).to(problem.dtype)
         answer = self._generic(problem, start, False)
-        if (answer.status != int(Status.SOLVED)).any():
+        if answer.statuses.count(Status.SOLVED) < problem.batch_size:
             _warn_of_start(problem, start)
         return answer
 
@@ -126,12 +126,12 @@ class NodeSolver(BaseSolver):
         if not h.shape[-1] and not g.shape[-1]:
             found = self._minimise(AugmentedLagrangian(problem), x)
             if self._is_newton(x) or self.tolerance:
-                return _Answer(*found, None, h, g)
+                return _Answer.generic(*found, h, g)
             # Where values cannot tell any more L-BFGS stops, and Newton's method goes on.
             fine = found.status == int(Status.SOLVED)
             point, _, more = polish(problem, SmoothPoint(torch.where(fine[:, None], found.x, 0), h, g), 5)
             x = torch.where(fine[:, None], point.x, found.x)
-            return _Answer(x, found.status, found.iterations + more, None, h, g)
+            return _Answer.generic(x, found.status, found.iterations + more, h, g)
         return self._constrained(problem, x, known)
 
     def _by_scipy(self, problem: SmoothProblem, x: Tensor) -> _Answer:
@@ -144,11 +144,12 @@ class NodeSolver(BaseSolver):
         near = (fine == int(Status.SOLVED)) & ((point.x - x).abs().amax(-1) <= 1e-3 * reach)
         solved = near & is_minimiser(problem, point)  # no saddle where it started, by symmetry
         status = torch.where(solved, int(Status.SOLVED), torch.where(near, int(Status.NUMERICAL_ERROR), status))
-        return _Answer(torch.where(near[:, None], point.x, x), status, iterations + more, None, None, None)
+        return _Answer.generic(torch.where(near[:, None], point.x, x), status, iterations + more)
 
     def _constrained(self, problem: SmoothProblem, x: Tensor, known: bool) -> _Answer:
         if not known:
-            return _Answer.joined(*method_of_multipliers(problem, x, self._minimise))
+            point, status, iterations = method_of_multipliers(problem, x, self._minimise)
+            return _Answer.generic(point.x, status, iterations, point.nu, point.lam)
         point, status, iterations = polish(problem, warm_point(problem, x))
         fine = (status == int(Status.SOLVED)) & is_minimiser(problem, point)
         rest = (~fine).nonzero()[:, 0]
@@ -158,7 +159,7 @@ class NodeSolver(BaseSolver):
                 own[rest] = new
             status[rest] = again.status
             iterations[rest] += again.iterations
-        return _Answer.joined(point, status, iterations)
+        return _Answer.generic(point.x, status, iterations, point.nu, point.lam)
 
     def _minimise(self, function: AugmentedLagrangian, x: Tensor) -> Descent:
         if self._is_newton(x):
@@ -170,8 +171,7 @@ class NodeSolver(BaseSolver):
 
     def _solution(self, problem: SmoothProblem, answer: _Answer, seconds: float) -> SmoothSolution:
         size = problem.batch_size
-        codes = answer.status.tolist()
-        statuses = tuple(map(Status, codes)) if any(codes) else (Status.SOLVED,) * size
+        statuses = answer.statuses
         if not is_surely_finite(answer.x):
             missing = ~torch.isfinite(answer.x).all(-1)
             statuses = tuple(
@@ -182,7 +182,7 @@ class NodeSolver(BaseSolver):
             problem,
             answer.x,
             statuses,
-            np.asarray(answer.iterations.cpu(), dtype=np.int64),
+            answer.iterations,
             np.zeros(size),
             np.full(size, seconds / max(size, 1)),
             Rows(answer.x),
@@ -216,15 +216,19 @@ class _Answer(NamedTuple):
     """An answer with flattened minimisers."""
 
     x: Tensor
-    status: Tensor
-    iterations: Tensor
-    aux: Any
-    nu: Tensor | None
-    lam: Tensor | None
+    statuses: tuple[Status, ...]
+    iterations: NDArray[np.int64]
+    aux: Any = None
+    nu: Tensor | None = None
+    lam: Tensor | None = None
 
     @classmethod
-    def joined(cls, point: SmoothPoint, status: Tensor, iterations: Tensor) -> _Answer:
-        return cls(point.x, status, iterations, None, point.nu, point.lam)
+    def generic(
+        cls, x: Tensor, status: Tensor, iterations: Tensor, nu: Tensor | None = None, lam: Tensor | None = None
+    ) -> _Answer:
+        """The answer of a generic solver, whose statuses are codes."""
+        statuses = tuple(map(Status, status.tolist()))
+        return cls(x, statuses, iterations.cpu().numpy().astype(np.int64), None, nu, lam)
 
     @classmethod
     def of(cls, own: NodeAnswer, problem: SmoothProblem) -> _Answer:
@@ -243,13 +247,15 @@ class _Answer(NamedTuple):
             raise ValueError(
                 f"the solver of {problem.node.name} answered {len(own.statuses)} statuses for {size} elements."
             )
-        if own.statuses.count(Status.SOLVED) == size:
-            status = torch.zeros(size, dtype=torch.int64)
-        else:
-            status = torch.tensor([int(status) for status in own.statuses], dtype=torch.int64)
-        iterations = torch.as_tensor(own.iterations).to(torch.int64)
+        statuses = tuple(own.statuses)
+        if statuses.count(Status.SOLVED) < size:
+            statuses = tuple(map(Status, statuses))
+        known = own.iterations.cpu() if isinstance(own.iterations, Tensor) else own.iterations
+        iterations = np.asarray(known, dtype=np.int64)
+        if iterations.shape != (size,):
+            iterations = np.broadcast_to(iterations, (size,))
         x = own.y.detach().to(problem.dtype).reshape(size, problem.structure.n)
-        return cls(x, status, iterations.expand(size), own.aux, own.nu, own.lam)
+        return cls(x, statuses, iterations, own.aux, own.nu, own.lam)
 
 
 def _starts(states: Sequence[Any], size: int) -> Tensor:

@@ -45,18 +45,18 @@ def eigen_decomposition(matrix: Tensor, largest: bool, reference: Tensor | None 
     Signs: each eigenvector points to the side of its column in ``reference`` (B, m, k), where there is one; the others
     have a positive entry of largest magnitude, the first of those that are equal to rounding.
     """
-    values, vectors = torch.linalg.eigh(symmetric_part(matrix))
-    if largest:
-        values, vectors = values.flip(-1), vectors.flip(-1)
-    magnitude = vectors.abs()
-    near = magnitude >= (1.0 - 1e-3) * magnitude.amax(-2, keepdim=True)
-    first = near.to(torch.uint8).argmax(-2, keepdim=True)
-    side = vectors.gather(-2, first)[:, 0]  # (B, m)
+    # Of -X the smallest come first: no eigenvectors have to be reversed.
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT).mul_(-0.5 if largest else 0.5))
+    values = -values if largest else values
+    rows = vectors.mT  # they lie one after the other
+    magnitude = rows.abs()
+    near = magnitude >= (1.0 - 1e-3) * magnitude.amax(-1, keepdim=True)
+    side = rows.gather(-1, near.view(torch.uint8).argmax(-1, keepdim=True))[:, :, 0]  # (B, m)
     if reference is not None:
         count = reference.shape[-1]
         along = (vectors[:, :, :count] * reference).sum(-2)
         side = torch.cat([torch.where(along == 0, side[:, :count], along), side[:, count:]], -1)
-    return Spectrum(values, torch.where(side < 0, -1.0, 1.0).to(vectors.dtype)[:, None, :] * vectors)
+    return Spectrum(values, vectors.mul_(torch.where(side < 0, -1.0, torch.ones_like(side))[:, None, :]))
 
 
 def rayleigh_quotients(matrix: Tensor, vectors: Tensor) -> Tensor:
@@ -93,7 +93,8 @@ def eigen_vjp(spectrum: Spectrum, cotangent: Tensor, tolerance: float) -> tuple[
         size = torch.finfo(values.dtype).eps * values.shape[-1] * 10 * product.abs().amax((1, 2))
         ambiguous = (equal & (rotation.abs() > size[:, None, None])).any(-1).any(-1)
         gap = torch.where(equal, torch.inf, gap)
-    return symmetric_part(vectors @ product.div_(gap) @ vectors[:, :, :count].mT), ambiguous
+    gradient = vectors @ product.div_(gap) @ vectors[:, :, :count].mT
+    return (gradient + gradient.mT).mul_(0.5), ambiguous
 
 
 def eigen_vjp_differentiable(matrix: Tensor, vectors: Tensor, cotangent: Tensor, tolerance: float) -> Tensor:
@@ -224,11 +225,14 @@ class EigenDecomposition(BaseNode):
         spectrum = eigen_decomposition(inputs[0], self.largest, start)
         size = inputs[0].shape[-1]
         k = size if self.k is None else self.k
-        y = spectrum.vectors[:, :, :k]
+        y, count = spectrum.vectors[:, :, :k], len(inputs[0])
+        return NodeAnswer(y, [Status.SOLVED] * count, [1] * count, aux=tuple(spectrum))
+
+    def multipliers(self, inputs: tuple[Tensor, ...], y: Tensor, aux: Any) -> tuple[Tensor, Tensor]:
+        k = y.shape[-1]
         first, second = torch.triu_indices(k, k, device=y.device)
-        nu = torch.where(first == second, (-self._weights(y) * spectrum.values[:, :k])[:, first], 0.0).to(y.dtype)
-        count = len(y)
-        return NodeAnswer(y, [Status.SOLVED] * count, [1] * count, aux=tuple(spectrum), nu=nu, lam=nu[:, :0])
+        nu = torch.where(first == second, (-self._weights(y) * aux[0][:, :k])[:, first], 0.0).to(y.dtype)
+        return nu, nu[:, :0]
 
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
         if is_traced(inputs[0], y, cotangent):

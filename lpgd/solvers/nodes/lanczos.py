@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Leading", "leading_eigenvector"]
+__all__ = ["SMALL", "Leading", "decomposed", "leading_eigenvector"]
 
 STEPS = 28
 """Dimension of the Krylov space."""
-SMALL = 96
+SMALL = 128
 """Up to this order the whole decomposition takes less time."""
 ROUNDS, SOLVES = 3, 4
 """Shifts at most, and solves with each; the second shift is as near to the eigenvalue as the solves before it came."""
@@ -35,6 +35,16 @@ class Leading(NamedTuple):
     iterations: int
 
 
+def decomposed(matrix: Tensor) -> tuple[Leading, Tensor, Tensor]:
+    """The same by the whole decomposition, with all its values (B, m) in ascending order and vectors (B, m, m)."""
+    values, vectors = torch.linalg.eigh(matrix)
+    answer, value = vectors[:, :, -1], values[:, -1]
+    norm = _positive(torch.maximum(value.abs(), values[:, 0].abs()))
+    left = (matrix @ answer[:, :, None])[:, :, 0] - value[:, None] * answer
+    length = torch.linalg.vector_norm(left / norm[:, None], dim=-1)
+    return Leading(answer, value, length, torch.ones_like(value, dtype=torch.bool), 1), values, vectors
+
+
 def leading_eigenvector(matrix: Tensor, start: Tensor, tolerance: float) -> Leading:
     """The eigenvector of the largest eigenvalue of A (B, m, m), symmetric.
 
@@ -51,12 +61,6 @@ def leading_eigenvector(matrix: Tensor, start: Tensor, tolerance: float) -> Lead
     size = matrix.shape[-1]
     scale = _positive(matrix.abs().amax((1, 2)))
     matrix = matrix / scale[:, None, None]  # squares of norms neither overflow nor vanish
-    if size <= SMALL:
-        values, vectors = torch.linalg.eigh(matrix)
-        answer, value = vectors[:, :, -1], values[:, -1]
-        norm = values.abs().amax(-1)
-        length, _ = _residual(matrix, answer, value)
-        return Leading(answer, scale * value, length / _positive(norm), torch.ones_like(value, dtype=torch.bool), 1)
     vector, top, second, norm = _krylov(matrix, start)
     identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     length, value = _residual(matrix, vector)
@@ -96,11 +100,13 @@ def _krylov(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
         known, ahead = basis[:, : step + 1], images[:, step]
         tiny = 1e-10 * torch.linalg.vector_norm(ahead, dim=-1, keepdim=True) if tiny is None else tiny
         ahead = _orthogonal(known, ahead)
-        ended = torch.linalg.vector_norm(ahead, dim=-1, keepdim=True) <= tiny
+        length = torch.linalg.vector_norm(ahead, dim=-1, keepdim=True)
+        ended = length <= tiny
         if ended.any():  # the space is invariant, and goes on with another vector
             other = torch.roll(start, step + 1, -1) + torch.roll(start.abs(), -step - 1, -1)
-            ahead = torch.where(ended, _orthogonal(known, other), ahead)
-        ahead = _unit(ahead)
+            ahead = _unit(torch.where(ended, _orthogonal(known, other), ahead))
+        else:
+            ahead = ahead / length
     basis, images = basis.mT, images.mT
     values, vectors = torch.linalg.eigh(basis.mT @ images)
     return _unit((basis @ vectors[:, :, -1:])[:, :, 0]), values[:, -1], values[:, -2], values.abs().amax(-1)
@@ -108,15 +114,16 @@ def _krylov(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
 
 def _orthogonal(basis: Tensor, vector: Tensor) -> Tensor:
     """The part of a vector (B, m) that is orthogonal to the rows of a basis (B, j, m), to rounding: twice is enough."""
+    row, columns = vector[:, None], basis.mT
     for _ in range(2):
-        vector = vector - ((basis @ vector[:, :, None]).mT @ basis)[:, 0]
-    return vector
+        row = torch.baddbmm(row, row @ columns, basis, alpha=-1.0)
+    return row[:, 0]
 
 
-def _residual(matrix: Tensor, vector: Tensor, value: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``|A y - λ y|`` and λ, (B,) each; λ is the Rayleigh quotient where none is given."""
+def _residual(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """``|A y - λ y|`` and its Rayleigh quotient λ, (B,) each."""
     image = (matrix @ vector[:, :, None])[:, :, 0]
-    value = (vector * image).sum(-1) if value is None else value
+    value = (vector * image).sum(-1)
     return torch.linalg.vector_norm(image - value[:, None] * vector, dim=-1), value
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lpgd.problems.node import BaseNode, NodeAnswer
 from lpgd.solvers.nodes.eigen import square_size
-from lpgd.solvers.nodes.lanczos import leading_eigenvector
+from lpgd.solvers.nodes.lanczos import SMALL, decomposed, leading_eigenvector
 from lpgd.status import SolverError, Status, describe_failures
 from lpgd.torch_threads import torch_threads
 
@@ -148,10 +148,11 @@ def _iterate(
 
 def _oriented(vector: Tensor, reference: Tensor | None) -> Tensor:
     """±y on the side of the reference."""
-    direction = torch.ones_like(vector) if reference is None else reference.to(vector)
-    along = (vector * direction).sum(-1)
-    largest = vector.gather(-1, vector.abs().argmax(-1, keepdim=True))[:, 0]
-    return torch.where(torch.where(along == 0, largest, along) < 0, -1.0, 1.0)[:, None] * vector
+    along = vector.sum(-1) if reference is None else (vector * reference.to(vector)).sum(-1)
+    if not along.all():
+        largest = vector.gather(-1, vector.abs().argmax(-1, keepdim=True))[:, 0]
+        along = torch.where(along == 0, largest, along)
+    return torch.where(along[:, None] < 0, -vector, vector)
 
 
 def lanczos(
@@ -164,15 +165,25 @@ def lanczos(
 ) -> Principal:
     """The vector of the largest eigenvalue of ``½(A + Aᵀ)`` by :func:`~lpgd.solvers.nodes.lanczos.leading_eigenvector`.
 
-    What that cannot prove to be the one goes to :func:`simultaneous_iteration`.
+    Small matrices are decomposed.  What cannot be proven to be the one goes to :func:`simultaneous_iteration`.
     """
+    return _lanczos(matrix, reference, start, tolerance, iterations)[0]
+
+
+def _lanczos(
+    matrix: Tensor, reference: Tensor | None, start: Tensor | None, tolerance: float, iterations: int
+) -> tuple[Principal, tuple[Tensor, Tensor] | None]:
+    """The answer of :func:`lanczos`, and in float64 the whole decomposition where there is one."""
     double = matrix.detach().double()
-    double = 0.5 * (double + double.mT)
+    double = (double + double.mT).mul_(0.5)
     count, size, _ = double.shape
-    begin = _generic(size, 1, double)[:, 0].repeat(count, 1)
-    if start is not None:
-        begin = start.double() + 0.01 * begin
-    found = leading_eigenvector(double, begin, tolerance)
+    spectrum = None
+    if size <= SMALL:
+        found, *spectrum = decomposed(double)
+    else:
+        begin = _generic(size, 1, double)[:, 0].repeat(count, 1)
+        begin = begin if start is None else start.double() + 0.01 * begin
+        found = leading_eigenvector(double, begin, tolerance)
     dtype, spent = matrix.dtype, torch.full((count,), found.iterations, dtype=torch.int64, device=matrix.device)
     answer = Principal(
         _oriented(found.vector, reference).to(dtype), found.value.to(dtype), found.residual.to(dtype), spent
@@ -184,7 +195,7 @@ def lanczos(
         for whole, part in zip(answer, again, strict=True):
             whole[rest] = part
         spent[rest] += found.iterations
-    return answer
+    return answer, None if spectrum is None else (spectrum[0], spectrum[1])
 
 
 def _ritz(projected: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -241,9 +252,22 @@ def principal_vjp_symmetric(matrix: Tensor, vector: Tensor, value: Tensor, cotan
     factor, info = torch.linalg.cholesky_ex(system)
     tangent = _tangent(vector, cotangent)
     answer = _tangent(vector, torch.cholesky_solve(tangent[:, :, None], factor)[:, :, 0])
-    _check(matrix, tangent, answer, info == 0)
+    _check(torch.linalg.matrix_norm(matrix), tangent, answer, info == 0)
     product = answer[:, :, None] * vector[:, None, :]
     return 0.5 * (product + product.mT)
+
+
+def _vjp_decomposed(values: Tensor, vectors: Tensor, vector: Tensor, cotangent: Tensor) -> Tensor:
+    """:func:`principal_vjp_symmetric` from the whole decomposition, in ascending order: two products with vectors."""
+    tangent = (cotangent.to(vectors.dtype)[:, None] @ vectors)[:, 0]
+    gap = values[:, -1:] - values
+    tangent[:, -1], gap[:, -1] = 0.0, 1.0
+    answer = tangent / gap
+    # The rounding errors that count are those of the data's dtype.
+    norm, good = torch.linalg.vector_norm(values, dim=-1), torch.ones_like(gap[:, 0], dtype=torch.bool)
+    _check(norm.to(vector.dtype), tangent, answer, good)
+    product = (vectors @ answer[:, :, None]).to(vector.dtype) * vector[:, None, :]
+    return (product + product.mT).mul_(0.5)
 
 
 def principal_vjp_general(matrix: Tensor, vector: Tensor, value: Tensor, cotangent: Tensor) -> Tensor:
@@ -264,7 +288,7 @@ def principal_vjp_general(matrix: Tensor, vector: Tensor, value: Tensor, cotange
     with torch_threads(1):  # see there what LU needs
         solution, info = torch.linalg.solve_ex(system, tangent[:, :, None])
     answer = _tangent(vector, solution[:, :, 0])
-    _check(matrix, tangent, answer, info == 0)
+    _check(torch.linalg.matrix_norm(matrix), tangent, answer, info == 0)
     return answer[:, :, None] * vector[:, None, :]
 
 
@@ -272,13 +296,13 @@ def _tangent(vector: Tensor, value: Tensor) -> Tensor:
     return value - (vector * value).sum(-1, keepdim=True) * vector
 
 
-def _check(matrix: Tensor, tangent: Tensor, answer: Tensor, factored: Tensor) -> None:
-    """Refuse an answer that is larger than the cotangent over a gap of rounding errors."""
-    smallest = 10 * torch.finfo(matrix.dtype).eps * torch.linalg.matrix_norm(matrix)
+def _check(norm: Tensor, tangent: Tensor, answer: Tensor, factored: Tensor) -> None:
+    """Refuse an answer that is larger than the cotangent over a gap of rounding errors in a matrix of this norm."""
+    smallest = 10 * torch.finfo(norm.dtype).eps * norm
     small = torch.linalg.vector_norm(answer, dim=-1) * smallest <= torch.linalg.vector_norm(tangent, dim=-1)
     good = factored & small
-    failed = (~good).nonzero()[:, 0].tolist()
-    if failed:
+    if not good.all():
+        failed = (~good).nonzero()[:, 0].tolist()
         statuses = [Status.SOLVED if ok else Status.NUMERICAL_ERROR for ok in good.tolist()]
         raise SolverError(
             "The principal vector has no derivative where its eigenvalue is double to rounding (or, of a symmetric "
@@ -296,8 +320,8 @@ class PrincipalVector(BaseNode):
     general:     minimise ``½|Ay - (yᵀAy) y|²`` subject to the same; the eigenvalue is the one of largest magnitude
 
     The latter must be real.  Forward ``O(m²)`` for each iteration, backward one factorisation, ``O(m³)``, [PMaF]
-    section 2.2, and eq. 40 with the inverse transposed.  The eigenvalue of a symmetric A is
-    :func:`~lpgd.solvers.nodes.eigen.rayleigh_quotients` of A and y.
+    section 2.2, and eq. 40 with the inverse transposed; small symmetric matrices are decomposed.  The eigenvalue of
+    a symmetric A is :func:`~lpgd.solvers.nodes.eigen.rayleigh_quotients` of A and y.
 
     Args:
         symmetric: A counts as ``½(A + Aᵀ)``, and the gradient is symmetric.
@@ -354,25 +378,24 @@ class PrincipalVector(BaseNode):
     def solve(self, inputs: tuple[Tensor, ...], start: Tensor | None) -> NodeAnswer:
         matrix = inputs[0]
         reference = None if self.reference is None else matrix.new_tensor(self.reference)
-        options: dict[str, Any] = {
-            "reference": reference,
-            "start": start,
-            "tolerance": self.tolerance,
-            "iterations": self.iterations,
-        }
+        aux = None
+        options: dict[str, Any] = {"reference": reference, "start": start}
+        options |= {"tolerance": self.tolerance, "iterations": self.iterations}
         if self.method == "power":
             answer = power_iteration(matrix, symmetric=self.symmetric, **options)
         elif self.method == "simultaneous" or not self.symmetric:
             answer = simultaneous_iteration(matrix, symmetric=self.symmetric, width=self.width, **options)
         else:
-            answer = lanczos(matrix, **options)
+            answer, aux = _lanczos(matrix, **options)
         done = (answer.residual <= self.tolerance).tolist()
         statuses = [Status.SOLVED if good else Status.ITERATION_LIMIT for good in done]
         nu = answer.value if self.symmetric else torch.zeros_like(answer.value)
-        return NodeAnswer(answer.vector, statuses, answer.iterations, nu=nu[:, None], lam=nu.new_zeros(len(nu), 0))
+        return NodeAnswer(answer.vector, statuses, answer.iterations, aux, nu[:, None], nu.new_zeros(len(nu), 0))
 
-    def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: object) -> tuple[Tensor | None, ...]:
+    def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
         matrix = inputs[0]
+        if aux is not None:
+            return (_vjp_decomposed(aux[0], aux[1], y, cotangent),)
         value = (y * (matrix @ y[:, :, None])[:, :, 0]).sum(-1) / y.square().sum(-1)
         rule = principal_vjp_symmetric if self.symmetric else principal_vjp_general
         return (rule(matrix, y, value, cotangent),)

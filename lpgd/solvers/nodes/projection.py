@@ -113,19 +113,27 @@ class Projection(BaseNode):
 
     def solve_tilted(self, inputs: tuple[Tensor, ...], tilt: Tilt, start: Tensor | None) -> NodeAnswer:
         """The projection of ``(x - linear + ρ center) / (1 + ρ)``."""
-        return self._answer((inputs[0] - tilt.linear + tilt.rho * tilt.center) / (1 + tilt.rho), inputs)
+        moved = (inputs[0] - tilt.linear + tilt.rho * tilt.center) / (1 + tilt.rho)
+        return self._answer(moved, inputs)._replace(aux=None)  # which would be that of another x
 
     def _answer(self, x: Tensor, inputs: tuple[Tensor, ...]) -> NodeAnswer:
-        r = self._radius(inputs)
-        positive = (r[:, 0] > 0).tolist() if self.radius is None else [True] * x.shape[0]
-        statuses = [Status.SOLVED if fine else Status.INVALID_DATA for fine in positive]
-        return NodeAnswer(self._project(x, r), statuses, torch.zeros(x.shape[0]))
+        r, count = self._radius(inputs), x.shape[0]
+        statuses = [Status.SOLVED] * count
+        if self.radius is None:
+            statuses = [Status.SOLVED if fine else Status.INVALID_DATA for fine in (r[:, 0] > 0).tolist()]
+        known = self._known(x)
+        return NodeAnswer(self._project(x, r, known), statuses, [0] * count, None if known is None else (known,))
 
-    def _project(self, x: Tensor, r: Tensor) -> Tensor:
+    def _known(self, x: Tensor) -> Tensor | None:
+        """What both the projection and its derivative need: |x|₂, or the place of the largest coordinate, (B, 1)."""
         if self.onto in ("l2_sphere", "l2_ball"):
-            size = _norm(x)
-            sphere = torch.where(size > 0, r * (x / torch.where(size > 0, size, 1)), r / math.sqrt(x.shape[-1]))
-            return sphere if self.onto == "l2_sphere" else torch.where(size <= r, x, sphere)
+            return _norm(x)
+        return _first_largest(x) if self.onto == "linf_sphere" else None
+
+    def _project(self, x: Tensor, r: Tensor, known: Any) -> Tensor:
+        if self.onto in ("l2_sphere", "l2_ball"):
+            sphere = torch.where(known > 0, r * (x / known), r / math.sqrt(x.shape[-1]))
+            return sphere if self.onto == "l2_sphere" else torch.where(known <= r, x, sphere)
         if self.onto == "simplex":
             return _shrunk(x, r)
         if self.onto in ("l1_sphere", "l1_ball"):
@@ -135,43 +143,39 @@ class Projection(BaseNode):
         clipped = torch.minimum(torch.maximum(x, -r), r)
         if self.onto == "linf_ball":
             return clipped
-        inside = x.abs().amax(-1, keepdim=True) < r
-        return torch.where(inside & (_largest(x) > 0), _signs(x) * r, clipped)
+        top = x.gather(-1, known)  # moves to the bound if that is not where it is
+        return clipped.scatter(-1, known, torch.where(top < 0, -r, r))
 
     # -- its derivative ------------------------------------------------------------------------------------------------
 
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
         x, r, v = inputs[0], self._radius(inputs), cotangent
-        if self.onto in ("l2_sphere", "l2_ball"):
-            size = _norm(x)
-            unit = y / r  # squares of r might overflow
-            dr = (unit * v).sum(-1, keepdim=True)
-            scale = torch.where(size > 0, r / torch.where(size > 0, size, 1), 0)
-            dx = scale * torch.addcmul(v, unit, dr, value=-1)
-        elif self.onto in ("linf_sphere", "linf_ball"):
+        known: Any = self._known(x) if aux is None else aux[0]
+        if self.onto in ("linf_sphere", "linf_ball"):
             bound = x.abs() >= r
             if self.onto == "linf_sphere":
-                bound = bound | (_largest(x) > 0)
+                bound = bound.scatter(-1, known, True)
             dx = torch.where(bound, 0, v)
-            if self.radius is not None:
-                return (dx,)
-            return dx, torch.where(bound, y.sign() * v, 0).sum(-1)
+            return (dx,) if self.radius is not None else (dx, (y.sign() * (v - dx)).sum(-1))
+        if self.onto in ("l2_sphere", "l2_ball"):
+            unit = y / r  # squares of r might overflow
+            dr = (unit * v).sum(-1, keepdim=True)
+            scale = torch.where(known > 0, r / torch.where(known > 0, known, 1), 0)
+            dx = scale * torch.addcmul(v, unit, dr, value=-1)
+            inside = known <= r if self.onto == "l2_ball" else None
         else:
             a = y.sign()
-            support = a.abs()
-            dr = (a * v).sum(-1, keepdim=True) / support.sum(-1, keepdim=True).clamp(min=1)
-            dx = support * torch.addcmul(v, a, dr, value=-1)
-            size = x.abs().sum(-1, keepdim=True) if self.onto == "l1_ball" else r
-        if self.onto in ("l1_ball", "l2_ball"):
-            inside = size <= r
+            along = a * v
+            dr = along.sum(-1, keepdim=True) / a.abs().sum(-1, keepdim=True).clamp(min=1)
+            dx = a * (along - dr)
+            inside = x.abs().sum(-1, keepdim=True) <= r if self.onto == "l1_ball" else None
+        if inside is not None and inside.any():
             dx, dr = torch.where(inside, v, dx), torch.where(inside, 0, dr)
         return (dx,) if self.radius is not None else (dx, dr[:, 0])
 
     def _radius(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """(B, 1)."""
-        if self.radius is None:
-            return inputs[1][:, None]
-        return inputs[0].new_full((1, 1), self.radius).expand(inputs[0].shape[0], 1)
+        """(B, 1), or (1, 1) where it is an option."""
+        return inputs[1][:, None] if self.radius is None else inputs[0].new_full((1, 1), self.radius)
 
 
 def _shrunk(x: Tensor, r: Tensor) -> Tensor:
@@ -190,15 +194,18 @@ def _signs(x: Tensor) -> Tensor:
     return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
 
 
+def _first_largest(x: Tensor) -> Tensor:
+    """(B, 1) the place of the first coordinate of largest magnitude."""
+    return x.abs().argmax(-1, keepdim=True)
+
+
 def _largest(x: Tensor) -> Tensor:
     """(B, n) one for the first coordinate of largest magnitude, else zero."""
-    size = x.abs()
-    first = (size == size.amax(-1, keepdim=True)).to(x.dtype)
-    return first * (first.cumsum(-1) == 1).to(x.dtype)
+    return torch.zeros_like(x).scatter(-1, _first_largest(x), 1.0)
 
 
 def _norm(x: Tensor) -> Tensor:
     """(B, 1), without overflow or underflow of squares."""
-    top = x.abs().amax(-1, keepdim=True)
-    top = torch.where(top > 0, top, 1)
-    return top * (x / top).norm(dim=-1, keepdim=True)
+    # The product does not depend on the unit, which needs no derivative.
+    unit = x.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return unit * torch.linalg.vector_norm(x / unit, dim=-1, keepdim=True)

@@ -51,12 +51,13 @@ def sinkhorn(
 ) -> Plan:
     """Minimise ``<P, M> + KL(P | r cᵀ)/γ`` subject to ``P 1 = r``, ``Pᵀ 1 = c``, each element until it has converged.
 
-    Every ten iterations start from potentials, so that nothing underflows however large γ M is; in between the kernel
-    that they make is scaled, which costs two products with it.  Where a scaling leaves the range in which the kernel
-    is accurate, the ten iterations are done on the potentials themselves.
+    Iterations start from potentials, so that nothing underflows however large γ M is; then the kernel that they make is
+    scaled, which costs two products with it, for ten iterations or more.  Where a scaling leaves the range in which the
+    kernel is accurate, ten iterations are done on the potentials themselves.
 
-    Sinkhorn's convergence is slow at large γ.  From the fourth ten on, each ten starts from a damped Newton step of the
-    dual problem where that is better; its system is that of :func:`~lpgd.solvers.nodes.transport.transport_vjp`.
+    Sinkhorn's convergence is slow at large γ.  From the fourth ten on, where it is not about to end, each ten starts
+    from a damped Newton step of the dual problem where that is better; its system is that of
+    :func:`~lpgd.solvers.nodes.transport.transport_vjp`.
 
     Args:
         cost: M.
@@ -74,25 +75,28 @@ def sinkhorn(
     plan, residual = torch.empty_like(cost), torch.full_like(total[:, 0], torch.inf)
     spent = torch.zeros(len(cost), dtype=torch.int64, device=cost.device)
     active = torch.arange(len(cost), device=cost.device)
-    for turn in range(-(-iterations // STEPS)):
+    most, turn = -(-iterations // STEPS), 0
+    while turn < most:
         whole = len(active) == len(cost)  # then nothing is copied
         kept = (scaled, rows, columns, log_rows, log_columns, g)
         *part, start = kept if whole else [tensor[active] for tensor in kept]
         step = _newton_step(plan if whole else plan[active], part[1]) if turn >= NEWTON_FROM else None
         if whole:
             plan = scaled  # lets go of the old plan before there are new ones
-        found = _ten_iterations(*part, start)
+        found, done = _iterations(*part, start, most - turn if step is None else 1, tolerance)
         if step is not None:
-            other = _ten_iterations(*part, start + step)
+            other, _ = _iterations(*part, start + step)
             better = _is_better(other, found, part[1], part[2])
             found = other if better.all() else _chosen(better, other, found)
             del other
         residual[active] = _residual(found[0], part[1])
-        spent[active] += STEPS
+        spent[active] += STEPS * done
+        turn += done
         if whole:
             plan, f, g = found
         else:
             plan[active], f[active], g[active] = found
+        del found, part, start  # plans are large
         active = active[~(residual[active] <= tolerance)]
         if not len(active):
             break
@@ -143,38 +147,79 @@ def annealed_sinkhorn(
 def _log_iteration(
     scaled: Tensor, log_rows: Tensor, log_columns: Tensor, g: Tensor
 ) -> tuple[Tensor, Tensor]:  # potentials (B, m), (B, n)
-    f = -torch.logsumexp((log_columns + g)[:, None, :] - scaled, -1)
-    return f, -torch.logsumexp((log_rows + f)[:, :, None] - scaled, -2)
+    f = -_log_sum((log_columns + g)[:, None, :] - scaled, -1)
+    return f, -_log_sum((log_rows + f)[:, :, None] - scaled, -2)
+
+
+def _log_sum(exponents: Tensor, dim: int) -> Tensor:
+    """``log Σ exp`` of finite numbers, which are overwritten: plans are large."""
+    top = exponents.amax(dim, keepdim=True)
+    return exponents.sub_(top).exp_().sum(dim).log_() + top.squeeze(dim)
 
 
 def _kernel(scaled: Tensor, log_rows: Tensor, log_columns: Tensor, f: Tensor, g: Tensor) -> Tensor:
     return ((log_rows + f)[:, :, None] + (log_columns + g)[:, None, :]).sub_(scaled).exp_()
 
 
-def _ten_iterations(
-    scaled: Tensor, rows: Tensor, columns: Tensor, log_rows: Tensor, log_columns: Tensor, start: Tensor
-) -> _State:
-    """The plan and the potentials, after one iteration on the potentials and nine scalings of the kernel."""
-    first_f, first_g = _log_iteration(scaled, log_rows, log_columns, start)
-    kernel = _kernel(scaled, log_rows, log_columns, first_f, first_g)
-    transposed, v = kernel.mT, torch.ones_like(columns)[:, :, None]
-    u = torch.ones_like(rows)[:, :, None]
-    for _ in range(STEPS - 1):
-        u = rows[:, :, None] / (kernel @ v)
-        v = columns[:, :, None] / (transposed @ u)
-    f, g = first_f + u[:, :, 0].log(), first_g + v[:, :, 0].log()
-    plan = kernel.mul_(u).mul_(v.mT)
+def _iterations(
+    scaled: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    log_rows: Tensor,
+    log_columns: Tensor,
+    start: Tensor,
+    blocks: int = 1,
+    tolerance: float = 0.0,
+) -> tuple[_State, int]:
+    """The plan and the potentials after up to ``blocks`` times ten iterations, and how many tens there were.
+
+    The kernel has the right row sums for the potential that it starts from; then its columns and rows are scaled.  More
+    than ten iterations follow each other while the worst residual falls so fast that those which are left to be done
+    take less time than a Newton step.
+    """
     # What underflows in the kernel must not count in the plan: scalings stay within a sixth of the exponent's range.
     limit = math.log(torch.finfo(scaled.dtype).max) / 6
-    drift = torch.maximum(u.log().abs().amax((1, 2)), v.log().abs().amax((1, 2)))
-    far = (~(drift <= limit)).nonzero()[:, 0]
+    first_f, first_g = -_log_sum((log_columns + start)[:, None, :] - scaled, -1), start
+    kernel = _kernel(scaled, log_rows, log_columns, first_f, first_g)
+    transposed, u = kernel.mT, torch.ones_like(rows)[:, :, None]
+    v = columns[:, :, None] / (transposed @ u)
+    total, done, worst = rows.sum(-1), 0, math.inf
+    patience = 1.5 + min(scaled.shape[1:]) / 80  # a Newton step is O(m n min(m, n))
+    while True:
+        for _ in range(STEPS - 1 if not done else STEPS):
+            u = rows[:, :, None] / (kernel @ v)
+            v = columns[:, :, None] / (transposed @ u)
+        done += 1
+        if done == blocks:
+            break
+        left = ((u * (kernel @ v))[:, :, 0] - rows).abs().sum(-1)
+        last, worst = worst, float((left / total).max())
+        if not worst > tolerance or (done > 1 and _tens_left(last, worst, tolerance) > patience):
+            break
+        if not _drift(u, v).max() <= limit / 2:  # not on into the range that has to be done again
+            break
+    f, g = first_f + u[:, :, 0].log(), first_g + v[:, :, 0].log()
+    plan = kernel.mul_(u).mul_(v.mT)
+    far = (~(_drift(u, v) <= limit)).nonzero()[:, 0]
     if len(far):
         own = (scaled[far], log_rows[far], log_columns[far])
-        own_f, own_g = first_f[far], first_g[far]
-        for _ in range(STEPS - 1):
+        own_f, own_g = f[far], start[far]
+        for _ in range(STEPS):
             own_f, own_g = _log_iteration(*own, own_g)
         plan[far], f[far], g[far] = _kernel(*own, own_f, own_g), own_f, own_g
-    return plan, f, g
+    return (plan, f, g), done
+
+
+def _drift(u: Tensor, v: Tensor) -> Tensor:
+    """(B,) the largest exponent of a scaling."""
+    return torch.maximum(u.log().abs().amax((1, 2)), v.log().abs().amax((1, 2)))
+
+
+def _tens_left(before: float, now: float, tolerance: float) -> float:
+    """How many tens of iterations are left, if residuals go on falling as they did."""
+    if not (0.0 < now < before and tolerance > 0.0):
+        return math.inf
+    return math.log(now / tolerance) / math.log(before / now)
 
 
 def _residual(plan: Tensor, rows: Tensor) -> Tensor:
