@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lpgd.problems.node import is_traced
 
 __all__ = ["Plan", "annealed_sinkhorn", "sinkhorn", "solve_smaller_side"]
 
@@ -18,6 +21,8 @@ STAGE_TOLERANCE, STAGE_ITERATIONS = 1e-4, 200
 """Of the solves at smaller γ before."""
 STEPS = 10
 """Sinkhorn iterations between two looks at the residual."""
+MIN_BLOCK = 64
+"""Columns of a product that is computed in blocks."""
 NEWTON_FROM = 3
 """So many times ``STEPS`` are without a Newton step."""
 
@@ -70,7 +75,7 @@ def sinkhorn(
     """
     total = rows.sum(-1, keepdim=True)
     columns = columns * (total / columns.sum(-1, keepdim=True))  # equal up to rounding, here exactly
-    log_rows, log_columns, scaled = rows.log(), columns.log(), gamma * cost
+    log_rows, log_columns = rows.log(), columns.log()
     f, g = torch.zeros_like(rows), torch.zeros_like(columns) if potential is None else potential.clone()
     plan, residual = torch.empty_like(cost), torch.full_like(total[:, 0], torch.inf)
     spent = torch.zeros(len(cost), dtype=torch.int64, device=cost.device)
@@ -78,17 +83,19 @@ def sinkhorn(
     most, turn = -(-iterations // STEPS), 0
     while turn < most:
         whole = len(active) == len(cost)  # then nothing is copied
-        kept = (scaled, rows, columns, log_rows, log_columns, g)
+        kept = (cost, rows, columns, log_rows, log_columns, g)
         *part, start = kept if whole else [tensor[active] for tensor in kept]
         step = _newton_step(plan if whole else plan[active], part[1]) if turn >= NEWTON_FROM else None
         if whole:
-            plan = scaled  # lets go of the old plan before there are new ones
-        found, done = _iterations(*part, start, most - turn if step is None else 1, tolerance)
+            plan = cost  # lets go of the old plan before there are new ones
+        found, done = _iterations(*part, start, gamma, most - turn if step is None else 1, tolerance)
         if step is not None:
-            other, _ = _iterations(*part, start + step)
-            better = _is_better(other, found, part[1], part[2])
-            found = other if better.all() else _chosen(better, other, found)
-            del other
+            known = (_residual(found[0], part[1]), *found[1:])
+            del found  # of two plans one is enough: that of the other potentials follows from them
+            found, _ = _iterations(*part, start + step, gamma)
+            worse = ~_is_better((_residual(found[0], part[1]), *found[1:]), known, part[1], part[2])
+            if worse.any():
+                _put_back(worse.nonzero()[:, 0], part, gamma, known, found)
         residual[active] = _residual(found[0], part[1])
         spent[active] += STEPS * done
         turn += done
@@ -145,10 +152,10 @@ def annealed_sinkhorn(
 
 
 def _log_iteration(
-    scaled: Tensor, log_rows: Tensor, log_columns: Tensor, g: Tensor
+    cost: Tensor, gamma: float, log_rows: Tensor, log_columns: Tensor, g: Tensor
 ) -> tuple[Tensor, Tensor]:  # potentials (B, m), (B, n)
-    f = -_log_sum((log_columns + g)[:, None, :] - scaled, -1)
-    return f, -_log_sum((log_rows + f)[:, :, None] - scaled, -2)
+    f = -_log_sum((log_columns + g)[:, None, :].sub(cost, alpha=gamma), -1)
+    return f, -_log_sum((log_rows + f)[:, :, None].sub(cost, alpha=gamma), -2)
 
 
 def _log_sum(exponents: Tensor, dim: int) -> Tensor:
@@ -157,17 +164,18 @@ def _log_sum(exponents: Tensor, dim: int) -> Tensor:
     return exponents.sub_(top).exp_().sum(dim).log_() + top.squeeze(dim)
 
 
-def _kernel(scaled: Tensor, log_rows: Tensor, log_columns: Tensor, f: Tensor, g: Tensor) -> Tensor:
-    return ((log_rows + f)[:, :, None] + (log_columns + g)[:, None, :]).sub_(scaled).exp_()
+def _kernel(cost: Tensor, gamma: float, log_rows: Tensor, log_columns: Tensor, f: Tensor, g: Tensor) -> Tensor:
+    return ((log_rows + f)[:, :, None] + (log_columns + g)[:, None, :]).sub_(cost, alpha=gamma).exp_()
 
 
 def _iterations(
-    scaled: Tensor,
+    cost: Tensor,
     rows: Tensor,
     columns: Tensor,
     log_rows: Tensor,
     log_columns: Tensor,
     start: Tensor,
+    gamma: float,
     blocks: int = 1,
     tolerance: float = 0.0,
 ) -> tuple[_State, int]:
@@ -178,13 +186,13 @@ def _iterations(
     take less time than a Newton step.
     """
     # What underflows in the kernel must not count in the plan: scalings stay within a sixth of the exponent's range.
-    limit = math.log(torch.finfo(scaled.dtype).max) / 6
-    first_f, first_g = -_log_sum((log_columns + start)[:, None, :] - scaled, -1), start
-    kernel = _kernel(scaled, log_rows, log_columns, first_f, first_g)
+    limit = math.log(torch.finfo(cost.dtype).max) / 6
+    first_f, first_g = -_log_sum((log_columns + start)[:, None, :].sub(cost, alpha=gamma), -1), start
+    kernel = _kernel(cost, gamma, log_rows, log_columns, first_f, first_g)
     transposed, u = kernel.mT, torch.ones_like(rows)[:, :, None]
     v = columns[:, :, None] / (transposed @ u)
     total, done, worst = rows.sum(-1), 0, math.inf
-    patience = 1.5 + min(scaled.shape[1:]) / 80  # a Newton step is O(m n min(m, n))
+    patience = 1.5 + min(cost.shape[1:]) / 80  # a Newton step is O(m n min(m, n))
     while True:
         for _ in range(STEPS - 1 if not done else STEPS):
             u = rows[:, :, None] / (kernel @ v)
@@ -202,7 +210,7 @@ def _iterations(
     plan = kernel.mul_(u).mul_(v.mT)
     far = (~(_drift(u, v) <= limit)).nonzero()[:, 0]
     if len(far):
-        own = (scaled[far], log_rows[far], log_columns[far])
+        own = (cost[far], gamma, log_rows[far], log_columns[far])
         own_f, own_g = f[far], start[far]
         for _ in range(STEPS):
             own_f, own_g = _log_iteration(*own, own_g)
@@ -227,18 +235,22 @@ def _residual(plan: Tensor, rows: Tensor) -> Tensor:
 
 
 def _is_better(new: _State, old: _State, rows: Tensor, columns: Tensor) -> Tensor:
-    """(B,) by the dual objective ``<r, f> + <c, g>`` (both plans have the right mass), near its end by the residual."""
+    """(B,) by the dual objective ``<r, f> + <c, g>`` (both plans have the right mass), near its end by the residual.
+
+    The states are residuals and potentials.
+    """
     first, second = ((rows * f).sum(-1) + (columns * g).sum(-1) for _, f, g in (new, old))
     noise = 1e3 * torch.finfo(rows.dtype).eps * (rows.sum(-1) + second.abs())
     near = (first - second).abs() <= noise
-    return torch.where(near, _residual(new[0], rows) < _residual(old[0], rows), first > second)
+    return torch.where(near, new[0] < old[0], first > second)
 
 
-def _chosen(better: Tensor, new: _State, old: _State) -> _State:
-    """Of each element the new state where it is better, written into the old one."""
-    for own, other in zip(old, new, strict=True):
-        own[better] = other[better]
-    return old
+def _put_back(rows: Tensor, part: Sequence[Tensor], gamma: float, known: _State, found: _State) -> None:
+    """Write the plans of these elements' known potentials, and those, over what was found."""
+    cost, _, _, log_rows, log_columns = (tensor[rows] for tensor in part)
+    f, g = known[1][rows], known[2][rows]
+    for whole, own in zip(found, (_kernel(cost, gamma, log_rows, log_columns, f, g), f, g), strict=True):
+        whole[rows] = own
 
 
 def _newton_step(plan: Tensor, rows: Tensor) -> Tensor:
@@ -262,15 +274,22 @@ def solve_smaller_side(plan: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     The matrix is the Laplacian of a graph: each row's diagonal is the sum of the others, and is computed so, with no
     cancellation however sharp the plan.  The row of largest mass, a redundant one, is dropped: its α is zero.
     """
-    root = plan / plan.sum(-2).sqrt()[:, None, :]
-    laplacian = root @ root.mT
-    del root  # as large as the plan
+    weight = plan.sum(-2).rsqrt()[:, None, :]
+    width = max(MIN_BLOCK, -(-plan.shape[-1] // 4))  # in blocks of columns: no further array as large as the plan
+    laplacian = plan.new_zeros(*plan.shape[:-1], plan.shape[-2])
+    for part, own in zip(plan.split(width, -1), weight.split(width, -1), strict=True):
+        root = part * own
+        laplacian.baddbmm_(root, root.mT)
     diagonal = laplacian.diagonal(dim1=-2, dim2=-1)
     diagonal.zero_()
     degree = laplacian.sum(-1)
     free = torch.ones_like(right).scatter_(-1, plan.sum(-1).argmax(-1, keepdim=True), 0.0)
     laplacian.neg_().mul_(free[:, :, None]).mul_(free[:, None, :])
     diagonal.copy_(degree * free + (1.0 - free))
-    factor, info = torch.linalg.cholesky_ex(laplacian)
+    if is_traced(laplacian, right):
+        factor, info = torch.linalg.cholesky_ex(laplacian)
+    else:  # in place: symmetric, and in the order that LAPACK works in
+        factor, info = laplacian.mT, torch.empty(len(plan), dtype=torch.int32, device=plan.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, info))
     alpha = torch.cholesky_solve((free * right)[:, :, None], factor)[:, :, 0]
     return alpha, (info == 0) & alpha.isfinite().all(-1)
