@@ -199,6 +199,36 @@ def test_a_double_principal_eigenvalue_is_an_error_that_names_the_element():
     assert caught.value.indices == (1,)
 
 
+@pytest.mark.parametrize("method", [None, "simultaneous", "power"])
+@pytest.mark.parametrize("m", [3, 50, 150])
+def test_an_eigenvalue_that_is_double_to_rounding_is_an_error_whatever_the_loss(method, m):
+    basis = torch.linalg.qr(random_like(torch.empty(4, m, m, dtype=torch.float64))).Q
+    values = torch.linspace(-1, 1, m, dtype=torch.float64)
+    values[-2] = values[-1]
+    matrix = basis @ torch.diag_embed(values.expand(4, m)) @ basis.mT
+    node = PrincipalVector(method=method)
+    answer = node.solve((matrix,), None)
+    cotangent = torch.zeros_like(answer.y)
+    cotangent[:, 0] = 1.0
+    with pytest.raises(SolverError) as caught:
+        node.vjp((matrix,), answer.y, cotangent, answer.aux)
+    assert caught.value.indices == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("method", [None, "simultaneous", "power"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_close_eigenvalues_are_no_double_ones(method, dtype):
+    m, gap = 150, 1e-3 if dtype == torch.float32 else 1e-10
+    basis = torch.linalg.qr(random_like(torch.empty(4, m, m, dtype=torch.float64))).Q
+    values = torch.linspace(-1, 1, m, dtype=torch.float64)
+    values[-2] = values[-1] - gap
+    matrix = (basis @ torch.diag_embed(values.expand(4, m)) @ basis.mT).to(dtype)
+    node = PrincipalVector(method=method)
+    y = basis[:, :, -1].to(dtype)
+    (gradient,) = node.vjp((matrix,), y, basis[:, :, -2].to(dtype), None)
+    assert torch.allclose(gradient.double().norm(dim=(-2, -1)) * gap, torch.tensor(0.5).double().sqrt(), rtol=0.05)
+
+
 def test_the_approximate_gradient_replaces_the_pseudoinverse():
     matrix = symmetric(4)
     spectrum = eigen_decomposition(matrix, largest=True)

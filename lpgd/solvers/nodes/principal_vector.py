@@ -250,9 +250,10 @@ def principal_vjp_symmetric(matrix: Tensor, vector: Tensor, value: Tensor, cotan
     outer = vector[:, :, None] * vector[:, None, :]
     system = torch.diag_embed(value[:, None].expand_as(vector)) - symmetric + gap[:, None, None] * outer
     factor, info = torch.linalg.cholesky_ex(system)
-    tangent = _tangent(vector, cotangent)
-    answer = _tangent(vector, torch.cholesky_solve(tangent[:, :, None], factor)[:, :, 0])
-    _check(torch.linalg.matrix_norm(matrix), tangent, answer, info == 0)
+    tangent, probe = _tangent(vector, cotangent), _probe(vector)
+    both = torch.cholesky_solve(torch.stack([tangent, probe], -1), factor)
+    answer = _tangent(vector, both[:, :, 0])
+    _check(matrix, value, probe, _tangent(vector, both[:, :, 1]), info == 0)
     product = answer[:, :, None] * vector[:, None, :]
     return 0.5 * (product + product.mT)
 
@@ -261,11 +262,11 @@ def _vjp_decomposed(values: Tensor, vectors: Tensor, vector: Tensor, cotangent: 
     """:func:`principal_vjp_symmetric` from the whole decomposition, in ascending order: two products with vectors."""
     tangent = (cotangent.to(vectors.dtype)[:, None] @ vectors)[:, 0]
     gap = values[:, -1:] - values
-    tangent[:, -1], gap[:, -1] = 0.0, 1.0
+    tangent[:, -1], gap[:, -1] = 0.0, torch.inf
     answer = tangent / gap
     # The rounding errors that count are those of the data's dtype.
-    norm, good = torch.linalg.vector_norm(values, dim=-1), torch.ones_like(gap[:, 0], dtype=torch.bool)
-    _check(norm.to(vector.dtype), tangent, answer, good)
+    near = 10 * values.shape[-1] ** 0.5 * torch.finfo(vector.dtype).eps * values.abs().amax(-1)
+    _refuse(gap.amin(-1) > near if values.shape[-1] > 1 else torch.ones_like(near, dtype=torch.bool))
     product = (vectors @ answer[:, :, None]).to(vector.dtype) * vector[:, None, :]
     return (product + product.mT).mul_(0.5)
 
@@ -286,9 +287,10 @@ def principal_vjp_general(matrix: Tensor, vector: Tensor, value: Tensor, cotange
     along = transposed @ vector[:, :, None]
     system = torch.diag_embed(value[:, None].expand_as(vector)) - transposed + along * vector[:, None, :]
     with torch_threads(1):  # see there what LU needs
-        solution, info = torch.linalg.solve_ex(system, tangent[:, :, None])
-    answer = _tangent(vector, solution[:, :, 0])
-    _check(torch.linalg.matrix_norm(matrix), tangent, answer, info == 0)
+        probe = _probe(vector)
+        both, info = torch.linalg.solve_ex(system, torch.stack([tangent, probe], -1))
+    answer = _tangent(vector, both[:, :, 0])
+    _check(matrix, value, probe, _tangent(vector, both[:, :, 1]), info == 0)
     return answer[:, :, None] * vector[:, None, :]
 
 
@@ -296,11 +298,27 @@ def _tangent(vector: Tensor, value: Tensor) -> Tensor:
     return value - (vector * value).sum(-1, keepdim=True) * vector
 
 
-def _check(norm: Tensor, tangent: Tensor, answer: Tensor, factored: Tensor) -> None:
-    """Refuse an answer that is larger than the cotangent over a gap of rounding errors in a matrix of this norm."""
-    smallest = 10 * torch.finfo(norm.dtype).eps * norm
-    small = torch.linalg.vector_norm(answer, dim=-1) * smallest <= torch.linalg.vector_norm(tangent, dim=-1)
-    good = factored & small
+def _probe(vector: Tensor) -> Tensor:
+    """A fixed direction with a part along every other eigenvector, (B, m).
+
+    It is none that iterations start from: of equal eigenvalues' vectors they find the part of their start, to which
+    the others are orthogonal.
+    """
+    return _tangent(vector, _generic(vector.shape[-1], 16, vector)[:, 15].to(vector.dtype).expand_as(vector))
+
+
+def _check(matrix: Tensor, value: Tensor, probe: Tensor, answer: Tensor, factored: Tensor) -> None:
+    """Refuse systems whose answer to the probe is that of a gap of rounding errors: then any cotangent's is one."""
+    m = matrix.shape[-1]
+    norm = torch.maximum(value.abs(), torch.linalg.matrix_norm(matrix) / m**0.5)
+    # A gap of 100 √m rounding errors, more than an iteration's tolerance leaves; of m directions the probe has about
+    # 1/√m along the one that matters.
+    smallest = 100 * m * torch.finfo(matrix.dtype).eps * norm
+    small = torch.linalg.vector_norm(answer, dim=-1) * smallest <= torch.linalg.vector_norm(probe, dim=-1)
+    _refuse(factored & (small | (probe == 0).all(-1)))
+
+
+def _refuse(good: Tensor) -> None:
     if not good.all():
         failed = (~good).nonzero()[:, 0].tolist()
         statuses = [Status.SOLVED if ok else Status.NUMERICAL_ERROR for ok in good.tolist()]
