@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -268,24 +268,9 @@ def _second_derivative(
     return tuple(answer)
 
 
-class _Positional(inspect.Signature):
-    """The signature of a function without default values, all of whose arguments are given by position."""
-
-    def bind(self, *args: Any, **kwargs: Any) -> Any:
-        return _Bound(args, kwargs)
-
-
-class _Bound(NamedTuple):
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def apply_defaults(self) -> None:
-        """There are none."""
-
-
 for _function in (_SolveFunction, _DerivativeFunction, _SecondFunction):
-    # Torch 2.13 looks it up and binds to it in every call, which takes as long as a small layer's arithmetic.
-    cast(Any, _function.forward).__signature__ = _Positional()
+    # Kept: torch 2.13 works it out in every call, which takes as long as a small layer's arithmetic.
+    cast(Any, _function.forward).__signature__ = inspect.signature(_function.forward)
 
 
 def _derivative(

@@ -15,6 +15,7 @@ __all__ = [
     "SolverError",
     "Status",
     "describe_failures",
+    "refuse_elements",
     "warn",
 ]
 
@@ -136,3 +137,19 @@ def describe_failures(statuses: Sequence[Status], failed: Sequence[int]) -> str:
         noun = "element" if len(indices) == 1 else "elements"
         sentences.append(f"{noun} {shown} of {len(statuses)}: {status.name} — {status.advice}")
     return "; ".join(sentences)
+
+
+def refuse_elements(good: Sequence[bool], message: str) -> None:
+    """Refuse a computation that broke down for some elements.
+
+    Args:
+        good: for each element of the batch, whether it is fine.
+        message: what broke down and what to do about it; the elements are added.
+
+    Raises:
+        SolverError: an element is not fine.
+    """
+    failed = [index for index, fine in enumerate(good) if not fine]
+    if failed:
+        statuses = [Status.SOLVED if fine else Status.NUMERICAL_ERROR for fine in good]
+        raise SolverError(f"{message}  {describe_failures(statuses, failed)}.", statuses, failed)

@@ -16,7 +16,8 @@ from lpgd.solvers.nodes.eigen import (
     eigen_vjp_approximate,
     rayleigh_quotients,
 )
-from lpgd.solvers.nodes.principal_vector import PrincipalVector, principal_vjp_symmetric
+from lpgd.solvers.nodes.principal_derivative import principal_vjp_symmetric
+from lpgd.solvers.nodes.principal_vector import PrincipalVector
 from lpgd.status import LpgdWarning, SolverError, Status
 from tests.node_reference import ROUNDING
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-__all__ = ["PointOperations", "Problem", "is_surely_finite", "maximum_norm"]
+__all__ = ["PointOperations", "Problem", "is_surely_finite", "maximum_norm", "sum_of_quadratics"]
 
 
 def is_surely_finite(tensor: Tensor) -> bool:
@@ -24,6 +24,13 @@ def is_surely_finite(tensor: Tensor) -> bool:
 def maximum_norm(rows: Tensor) -> Tensor:
     """The largest magnitude in each row, (..., n) to (...); 0 for empty rows."""
     return rows.abs().amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
+
+
+def sum_of_quadratics(rho: float, center: Tensor | None, more: float, other: Tensor) -> tuple[float, Tensor]:
+    """``(ρ/2)|x - c|² + (ρ'/2)|x - c'|²`` as one such term, up to a constant; c is None where ρ is 0."""
+    if center is None:
+        return more, other
+    return rho + more, (rho * center + more * other) / (rho + more)
 
 
 class PointOperations:

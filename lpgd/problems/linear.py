@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lpgd.problems.base import PointOperations, maximum_norm
+from lpgd.problems.base import PointOperations, maximum_norm, sum_of_quadratics
 
 __all__ = ["LinearData", "LinearPoint", "LinearProblem", "LinearStructure"]
 
@@ -147,9 +147,8 @@ class LinearProblem:
         """
         if rho == 0.0:
             return self
-        if self.center is not None:
-            center = (self.rho * self.center + rho * center) / (self.rho + rho)
-        return replace(self, rho=self.rho + rho, center=center)
+        rho, center = sum_of_quadratics(self.rho, self.center, rho, center)
+        return replace(self, rho=rho, center=center)
 
     def tilt_unit(self, point: LinearPoint, cotangent: LinearPoint) -> Tensor:
         """(B,) ``|c| / |g|`` in the maximum norm; costs of 0 count as 1, and a zero cotangent gives infinity."""

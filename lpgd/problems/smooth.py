@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lpgd.problems.base import is_surely_finite, maximum_norm
+from lpgd.problems.base import is_surely_finite, maximum_norm, sum_of_quadratics
 from lpgd.problems.node import BaseNode, Tilt, is_shared
 from lpgd.problems.smooth_structure import SmoothPoint, SmoothStructure
 from lpgd.status import SolverError
@@ -223,9 +223,8 @@ class SmoothProblem:
         """
         if rho == 0.0:
             return self
-        if self.center is not None:
-            center = (self.rho * self.center + rho * center) / (self.rho + rho)
-        return replace(self, rho=self.rho + rho, center=center)
+        rho, center = sum_of_quadratics(self.rho, self.center, rho, center)
+        return replace(self, rho=rho, center=center)
 
     def tilt_unit(self, point: SmoothPoint, cotangent: Any) -> Tensor:
         """(B,) ``max(|∇f|, |∇²L x|) / |g|`` in the maximum norm; a numerator of 0 counts as 1, g = 0 gives infinity."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lpgd.problems.node import BaseNode, NodeAnswer, Tilt
 from lpgd.solvers.nodes.transport_sinkhorn import Plan, annealed_sinkhorn, sinkhorn, solve_smaller_side
-from lpgd.status import SolverError, Status, describe_failures
+from lpgd.status import Status, refuse_elements
 
 __all__ = [
     "OptimalTransport",
@@ -83,15 +83,11 @@ def transport_vjp_approximate(
 
 
 def _check_factor(good: Tensor) -> None:
-    failed = (~good).nonzero()[:, 0].tolist()
-    if failed:
-        statuses = [Status.SOLVED if ok else Status.NUMERICAL_ERROR for ok in good.tolist()]
-        raise SolverError(
-            "The derivative of a transport plan has no Cholesky factor: the plan has fallen apart, to rounding, into "
-            f"parts that share no mass; lower gamma, or use float64.  {describe_failures(statuses, failed)}.",
-            statuses,
-            failed,
-        )
+    refuse_elements(
+        good.tolist(),
+        "The derivative of a transport plan has no Cholesky factor: the plan has fallen apart, to rounding, into parts "
+        "that share no mass; lower gamma, or use float64.",
+    )
 
 
 @dataclass(frozen=True)
