@@ -100,6 +100,14 @@ class Cones:
             start += size
         return sections
 
+    @cached_property
+    def blocks(self) -> IndexArray:
+        """(m,) the cone that each row belongs to, counted from 0; rows of the zero and nonnegative cones are their own."""
+        linear = self.zero + self.nonnegative
+        triples = self.exponential + self.dual_exponential + len(self.power)
+        sizes = [1] * linear + [*self.second_order, *map(svec_size, self.semidefinite)] + [3] * triples
+        return np.repeat(np.arange(len(sizes)), sizes)
+
     @property
     def is_polyhedral(self) -> bool:
         """Whether there are no curved cones."""

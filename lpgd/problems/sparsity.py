@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -183,6 +183,18 @@ class SparsityPattern:
         place = (np.arange(count)[:, None] * size + target).ravel()
         sums = np.bincount(place, weights=terms.ravel(), minlength=count * size)
         return sums.astype(np.float64, copy=False).reshape(count, size)
+
+    def maxima(self, values: Tensor, axis: Literal["rows", "columns"]) -> Tensor:
+        """The largest value in each row or column, (R, nnz) to (R, r) or (R, c); -inf, or 0 for magnitudes, where empty.
+
+        An empty row of values that are all nonnegative has the maximum 0, else -inf.
+        """
+        size = self.shape[0 if axis == "rows" else 1]
+        if self.is_dense and self.nnz:
+            return values.reshape(len(values), self.shape[1], self.shape[0]).amax(1 if axis == "rows" else 2)
+        least = 0.0 if not values.numel() or float(values.min()) >= 0 else -torch.inf
+        index = self._index(axis, values).expand(values.shape)
+        return values.new_full((len(values), size), least).scatter_reduce(1, index, values, "amax")
 
     def outer(self, y: Tensor, x: Tensor, rows: int | None) -> Tensor:
         """``Σ y xᵀ`` on the pattern, over all elements to (nnz,), or over those that share a row to (rows, nnz).
