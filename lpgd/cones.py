@@ -102,7 +102,7 @@ class Cones:
 
     @cached_property
     def blocks(self) -> IndexArray:
-        """(m,) the cone that each row belongs to, counted from 0; rows of the zero and nonnegative cones are their own."""
+        """(m,) the cone that each row belongs to, counted from 0; each zero or nonnegative row is one of its own."""
         linear = self.zero + self.nonnegative
         triples = self.exponential + self.dual_exponential + len(self.power)
         sizes = [1] * linear + [*self.second_order, *map(svec_size, self.semidefinite)] + [3] * triples

@@ -89,10 +89,6 @@ class Frame(ABC):
     def vectors(self, vectors: Vectors) -> Any:
         """The vectors of k elements in this form, a named tuple of (k, ·) arrays that are contiguous and new."""
 
-    def crossed(self, vectors: Any) -> NDArray[np.bool_]:
-        """(k,) whether an upper end is below its lower one: infeasible, and what some solvers cannot take."""
-        return np.zeros(len(vectors.q), dtype=bool)
-
     @abstractmethod
     def invert(self, point: Any, vectors: Any, A: FloatArray) -> Point:
         """The points of k elements, a named tuple of (k, ·) arrays, in the problem's own form.
@@ -295,9 +291,6 @@ class IntervalFrame(Frame):
         lower[:, self.structure.lower_index] = vectors.lower
         upper[:, self.structure.upper_index] = vectors.upper
         return IntervalVectors(q, row_lower, row_upper, lower, upper)
-
-    def crossed(self, vectors: IntervalVectors) -> NDArray[np.bool_]:
-        return np.any(vectors.lower > vectors.upper, axis=1)
 
     def invert(self, point: IntervalPoint, vectors: IntervalVectors, A: FloatArray) -> Point:
         slack = np.zeros_like(point.y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,10 +21,11 @@ from lpgd.problems.multipliers import estimate_multipliers
 from lpgd.problems.smooth import SmoothProblem
 from lpgd.problems.smooth_structure import SmoothOutput, SmoothPoint
 from lpgd.problems.structure import ConicPoint
+from lpgd.problems.units import Units
 from lpgd.projections import distance
 from lpgd.status import Status
 
-__all__ = ["BatchSolution", "LinearSolution", "Residuals", "Rows", "SmoothSolution", "Solution"]
+__all__ = ["BatchSolution", "LinearSolution", "Residuals", "Rows", "SmoothSolution", "Solution", "residuals_of"]
 
 
 class Rows(Sequence[Tensor]):
@@ -127,12 +129,14 @@ class BatchSolution:
 class Residuals(NamedTuple):
     """Relative violations of the optimality conditions, (B,) each, computed from the problem alone.
 
-    ``primal``: distance of ``b - A x`` to K, of x to its bounds and of its integer entries to whole numbers, over
-    ``1 + max(|b|, |A x|)``.
-    ``dual``: ``|P x + q + Aᵀy + z|``, distance of y to K*, and multipliers of absent bounds, over
-    ``1 + max(|P x|, |q|, |Aᵀy|)``.  ``gap``: ``|xᵀP x + qᵀx + bᵀy + upperᵀz₊ - lowerᵀz₋|`` over
-    ``1 + max`` of its terms.  All in the maximum norm.  Of an integer program, ``gap`` is that to the dual value of the
-    multipliers it was given, which is none of its accuracy.
+    They are taken in the problem's own units (:class:`~lpgd.problems.units.Units`), so that they do not depend on the
+    scale of the data, in the maximum norm, and relative to the largest of the terms that should cancel, if above 1.
+
+    ``primal``: distance of ``b - A x`` to K, of x to its bounds and of its integer entries to whole numbers, over the
+    largest of b, A x and x.  ``dual``: ``|P x + q + Aᵀy + z|``, distance of y to K*, and multipliers of absent bounds,
+    over the largest of q, P x, Aᵀy and z.  ``gap``: ``|xᵀP x + qᵀx + bᵀy + upperᵀz₊ - lowerᵀz₋|`` over the largest of
+    its terms.  Of an integer program, ``gap`` is that to the dual value of the multipliers it was given, which is none
+    of its accuracy.
     """
 
     primal: Tensor
@@ -159,6 +163,10 @@ class Solution(BatchSolution):
         setup_seconds, solve_seconds: (B,) time in set-up (0 where it was re-used) and in the solver.
         states: B opaque warm-start states; None where the solver has none.
         systems: what the solver factorised at the solutions, for implicit differentiation; it belongs to this call.
+        asked: the name of the solver that was asked.
+        solvers: B names of the solvers that answered: another one where that one gave up.
+        proofs: for each element without a solution what shows it: ``"certificate"``, ``"two solvers"`` that agree,
+            ``"data"`` (crossed bounds, an objective that is not convex), ``"search"`` (of integers), or nothing.
     """
 
     problem: ConicProblem
@@ -172,6 +180,9 @@ class Solution(BatchSolution):
     solve_seconds: NDArray[np.float64]
     states: Sequence[Any]
     systems: tuple[Any, ...] = ()
+    asked: str = ""
+    solvers: tuple[str, ...] = ()
+    proofs: tuple[str, ...] = ()
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds")
 
@@ -181,7 +192,14 @@ class Solution(BatchSolution):
 
     def select(self, elements: Sequence[int]) -> Self:
         """The solutions of these elements, without their systems."""
-        return replace(super().select(elements), systems=())
+        records = {name: getattr(self, name) for name in ("solvers", "proofs")}
+        kept = {name: tuple(own[i] for i in elements) if own else own for name, own in records.items()}
+        return replace(super().select(elements), systems=(), **kept)
+
+    @property
+    def rescued(self) -> dict[str, int]:
+        """How many elements were answered by another solver than the one that was asked, by its name."""
+        return {name: count for name, count in Counter(self.solvers).items() if name != self.asked}
 
     @cached_property
     def s(self) -> Tensor:
@@ -196,35 +214,40 @@ class Solution(BatchSolution):
     @cached_property
     def residuals(self) -> Residuals:
         """How far the solution is from optimal, whatever the solver said; NaN where there is none."""
-        problem, structure = self.problem, self.problem.structure
-        q, b = (per_element(datum, self.batch_size) for datum in (problem.data.q, problem.data.b))
-        Px, Aty, Ax = (
-            problem.quadratic_product(self.x),
-            structure.constraint.rmatvec(problem.data.A, self.y),
-            b - self.s,
-        )
-        primal = _distance(structure.cones, self.s, dual=False)
-        dual = torch.maximum(maximum_norm(Px + q + Aty + self.z), _distance(structure.cones, self.y, dual=True))
-        bound_terms = torch.zeros_like(self.x)
-        if structure.has_bounds:
-            lower, upper = problem.full_bounds()
-            primal = torch.maximum(primal, maximum_norm(torch.relu(torch.maximum(self.x - upper, lower - self.x))))
-            above, below = self.z.clamp(min=0), (-self.z).clamp(min=0)
-            has_upper, has_lower = torch.isfinite(upper), torch.isfinite(lower)
-            dual = torch.maximum(
-                dual, maximum_norm(torch.where(has_upper, 0.0, above) + torch.where(has_lower, 0.0, below))
-            )
-            bound_terms = torch.where(has_upper, upper, 0.0) * above - torch.where(has_lower, lower, 0.0) * below
-        if structure.has_integers:
-            whole = self.x[:, structure.index("integer_index", self.x.device)]
-            primal = torch.maximum(primal, maximum_norm(whole - whole.round()))
-        terms = [(self.x * Px).sum(-1), (q * self.x).sum(-1), (b * self.y).sum(-1), bound_terms.sum(-1)]
-        scale = torch.stack([term.abs() for term in terms]).amax(0)
-        return Residuals(
-            primal / (1 + torch.maximum(maximum_norm(b), maximum_norm(Ax))),
-            dual / (1 + torch.maximum(maximum_norm(Px), torch.maximum(maximum_norm(q), maximum_norm(Aty)))),
-            sum(terms, torch.zeros_like(scale)).abs() / (1 + scale),
-        )
+        units = Units.of(self.problem)
+        return residuals_of(units.apply(self.problem), units.point_in(self.problem, self.point))
+
+
+def residuals_of(problem: ConicProblem, point: ConicPoint) -> Residuals:
+    """The residuals of points of a problem that is in units of order 1."""
+    structure, size, (x, y, z) = problem.structure, problem.batch_size, point
+    q, b = (per_element(datum, size) for datum in (problem.data.q, problem.data.b))
+    Px, Aty = problem.quadratic_product(x), structure.constraint.rmatvec(problem.data.A, y)
+    Ax = structure.constraint.matvec(problem.data.A, x)
+    primal = _distance(structure.cones, b - Ax, dual=False)
+    dual = torch.maximum(maximum_norm(Px + q + Aty + z), _distance(structure.cones, y, dual=True))
+    bound_terms = torch.zeros_like(x)
+    if structure.has_bounds:
+        lower, upper = problem.full_bounds()
+        primal = torch.maximum(primal, maximum_norm(torch.relu(torch.maximum(x - upper, lower - x))))
+        above, below = z.clamp(min=0), (-z).clamp(min=0)
+        has_upper, has_lower = torch.isfinite(upper), torch.isfinite(lower)
+        absent = torch.where(has_upper, 0.0, above) + torch.where(has_lower, 0.0, below)
+        dual = torch.maximum(dual, maximum_norm(absent))
+        bound_terms = torch.where(has_upper, upper, 0.0) * above - torch.where(has_lower, lower, 0.0) * below
+    if structure.has_integers:
+        whole = x[:, structure.index("integer_index", x.device)]
+        primal = torch.maximum(primal, maximum_norm(whole - whole.round()))
+    terms = [(x * Px).sum(-1), (q * x).sum(-1), (b * y).sum(-1), bound_terms.sum(-1)]
+
+    def relative(residual: Tensor, *sizes: Tensor) -> Tensor:
+        return residual / torch.stack(sizes).amax(0).clamp(min=1.0)
+
+    return Residuals(
+        relative(primal, *map(maximum_norm, (b, Ax, x))),
+        relative(dual, *map(maximum_norm, (q, Px, Aty, z))),
+        relative(sum(terms, torch.zeros_like(primal)).abs(), *(term.abs() for term in terms)),
+    )
 
 
 @dataclass(frozen=True, eq=False)

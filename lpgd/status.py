@@ -11,7 +11,7 @@ from collections.abc import Sequence
 __all__ = [
     "LpgdWarning",
     "MissingPackageError",
-    "NotConvexError",
+    "SetUpError",
     "SolverError",
     "Status",
     "describe_failures",
@@ -105,8 +105,8 @@ class MissingPackageError(ImportError):
     """A solver's package is not installed; the message has the pip command."""
 
 
-class NotConvexError(ValueError):
-    """The quadratic objective of one element is not convex; a solver reports it as :attr:`Status.NOT_CONVEX`."""
+class SetUpError(RuntimeError):
+    """A solver cannot set up the matrices of one element, which is reported as :attr:`Status.NUMERICAL_ERROR`."""
 
 
 class SolverError(RuntimeError):

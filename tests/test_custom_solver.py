@@ -14,11 +14,12 @@ import scipy.optimize
 import torch
 
 import lpgd
-from lpgd import LPGD, ImplicitKKT, LpgdWarning, SerialExecutor, Status
+from lpgd import LPGD, ImplicitKKT, SerialExecutor, Status
 from lpgd.autograd import check_solution
 from lpgd.cones import Cones
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solvers import choose_solver
+from lpgd.status import SolverError
 from tests.problem_table import CASES, Case, planted
 from tests.test_gradients import inner, moved, norm, random_cotangent, random_tangent
 
@@ -153,10 +154,13 @@ def test_wrong_signs_are_noticed() -> None:
         x, y, z = linprog(*problem)
         return x, -y, -z
 
-    solution = lpgd.CustomSolver(wrong).solve(LP.problem)
-    assert solution.statuses == (Status.INACCURATE,) * 3
-    with pytest.warns(LpgdWarning, match="less accurately"):
+    solution = lpgd.CustomSolver(wrong, rescue=False).solve(LP.problem)
+    assert solution.statuses == (Status.NUMERICAL_ERROR,) * 3
+    with pytest.raises(SolverError, match="no solution"):
         check_solution(solution, "raise")
+    rescued = lpgd.CustomSolver(wrong).solve(LP.problem)
+    assert sum(rescued.rescued.values()) == 3
+    torch.testing.assert_close(rescued.x, LP.point.x, atol=1e-6, rtol=0)
 
 
 def test_copies_executors_and_options() -> None:

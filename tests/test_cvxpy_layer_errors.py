@@ -220,7 +220,7 @@ def test_solve_gives_the_whole_answer() -> None:
     assert (worst[good] < 1e-8).all()
     assert worst[[1, 3]].isnan().all()
     assert (solution.iterations[good] > 0).all()
-    assert (solution.solve_seconds > 0).all()
+    assert (solution.solve_seconds[good] > 0).all()
     assert (solution.setup_seconds >= 0).all()
     with_error = program(on_error="nan")(*tensors)
     assert with_error.info.solution is not None
@@ -270,7 +270,7 @@ def test_options_of_a_call_hold_for_that_call() -> None:
     assert layer.solver is before
     assert layer.gradient == lpgd.ImplicitKKT()
     with pytest.raises(lpgd.SolverError, match="ITERATION_LIMIT"):
-        layer(*tensors, solver_args={"max_iters": 1})
+        layer(*tensors, solver_args={"max_iters": 1, "rescue": False})
 
 
 def test_the_gradient_method_may_change_between_calls() -> None:

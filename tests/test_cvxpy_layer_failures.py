@@ -32,7 +32,7 @@ FAILURES = {
     "NaN": ([1.0, torch.nan, 1.0], 1.0, {}, Status.INVALID_DATA, "NaN or infinity"),
     "infinite cost": ([1.0, torch.inf, 1.0], 1.0, {}, Status.INVALID_DATA, "NaN or infinity"),
     "NaN bound": ([1.0, 1.0, 1.0], torch.nan, {}, Status.INVALID_DATA, "NaN or infinity"),
-    "iterations": ([1.0, 2.0, 3.0], 1.0, {"max_iters": 1}, Status.ITERATION_LIMIT, "raise it"),
+    "iterations": ([1.0, 2.0, 3.0], 1.0, {"max_iters": 1, "rescue": False}, Status.ITERATION_LIMIT, "raise it"),
     "time": ([1.0, 2.0, 3.0], 1.0, {"time_limit": 1e-9}, Status.TIME_LIMIT, "raise it"),
 }
 
@@ -127,7 +127,7 @@ def test_warn_returns_the_last_iterate() -> None:
     layer = program(on_error="warn", solver="CLARABEL")
     own = [leaf(tensor) for tensor in data(2)]
     with pytest.warns(lpgd.LpgdWarning, match="elements 0, 1 of 2: ITERATION_LIMIT.*last iterate"):
-        outputs = layer(*own, solver_args={"max_iters": 3})
+        outputs = layer(*own, solver_args={"max_iters": 3, "rescue": False})
     assert all(out.isfinite().all() for out in outputs)
     weighted(outputs).backward()
     assert all(tensor.grad is not None and not tensor.grad.any() for tensor in own)

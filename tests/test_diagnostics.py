@@ -114,7 +114,7 @@ def test_no_loss_gradient_is_told_so() -> None:
 def test_noise_of_a_loose_solver_is_measured() -> None:
     _, parameters, loss = quadratic()
     loose, fine = (
-        lpgd.diagnose(lpgd.QPLayer(solver=lpgd.Clarabel(tolerance=tolerance)), parameters, loss, directions=0)
+        lpgd.diagnose(lpgd.QPLayer(solver=lpgd.Clarabel(tolerance=tolerance, rescue=False)), parameters, loss, directions=0)
         for tolerance in (0.3, 1e-8)
     )
     assert loose.measurement.noise_is_measured
@@ -269,7 +269,7 @@ def test_gradcheck_of_a_solver_of_the_users_own() -> None:
         x, y, z = ridge(*arguments)
         return x, -y, z
 
-    wrong = lpgd.QPLayer(solver=lpgd.CustomSolver(wrong_sign), on_error="warn")
+    wrong = lpgd.QPLayer(solver=lpgd.CustomSolver(wrong_sign, rescue=False), on_error="warn")
     with pytest.raises(
         lpgd.GradientCheckError, match=r"WRONG: the derivative with respect to .* look at the signs"
     ) as error:

@@ -62,12 +62,14 @@ def random_cotangent(case: Case, seed: int = 0, *, duals: bool = True) -> ConicP
 
 
 def random_tangent(problem: ConicProblem, name: str, seed: int) -> ConicData:
-    """A random direction of one datum, symmetric for P."""
+    """A random direction of one datum, symmetric for P, along which it stays positive semidefinite to first order."""
     generator = torch.Generator().manual_seed(seed)
     tangent = problem.zero_gradient()
     direction = torch.randn(getattr(tangent, name).shape, generator=generator, dtype=torch.float64)
     if name == "P":
-        direction = 0.5 * (direction + direction[..., torch.from_numpy(problem.structure.transpose_position)])
+        pattern = problem.structure.quadratic
+        matrices = pattern.to_dense(direction) @ pattern.to_dense(problem.data.P)
+        direction = pattern.gather(0.5 * (matrices + matrices.mT))
     return tangent._replace(**{name: direction})
 
 

@@ -211,12 +211,12 @@ def test_the_solver_can_be_replaced() -> None:
     layer.solver = None
     close(layer(**data, solver_args={"solve_method": "ECOS", "eps": 1e-9}), expected, 1e-5)
     with pytest.raises(lpgd.SolverError, match="ITERATION_LIMIT"):
-        layer(**data, solver_args={"max_iters": 2})
+        layer(**data, solver_args={"max_iters": 2, "rescue": False})
     close(layer(**data), expected, 0.0)
 
 
 def test_options_without_a_solver_reach_the_one_that_is_chosen() -> None:
-    layer = lpgd.QPLayer(solver_args={"max_iters": 2})
+    layer = lpgd.QPLayer(solver_args={"max_iters": 2, "rescue": False})
     with pytest.raises(lpgd.SolverError, match="ITERATION_LIMIT"):
         layer(**program())
     layer(**program(), solver_args={"max_iters": 100})

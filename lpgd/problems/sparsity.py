@@ -185,9 +185,9 @@ class SparsityPattern:
         return sums.astype(np.float64, copy=False).reshape(count, size)
 
     def maxima(self, values: Tensor, axis: Literal["rows", "columns"]) -> Tensor:
-        """The largest value in each row or column, (R, nnz) to (R, r) or (R, c); -inf, or 0 for magnitudes, where empty.
+        """The largest value in each row or column, (R, nnz) to (R, r) or (R, c).
 
-        An empty row of values that are all nonnegative has the maximum 0, else -inf.
+        Where there is no entry it is 0 if all values are nonnegative, else -inf.
         """
         size = self.shape[0 if axis == "rows" else 1]
         if self.is_dense and self.nnz:

@@ -14,9 +14,11 @@ from typing import Any, ClassVar, Self
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicStructure
 from lpgd.solution import Solution
-from lpgd.status import MissingPackageError, Status
+from lpgd.solvers.posed import judged, pose
+from lpgd.solvers.rescue import settled
+from lpgd.status import MissingPackageError
 
-__all__ = ["BaseSolver", "Capabilities", "Solver", "checked"]
+__all__ = ["BaseSolver", "Capabilities", "Solver", "rescue_by"]
 
 POLYHEDRAL = frozenset({"zero", "nonnegative"})
 """The cones of linear and quadratic programs."""
@@ -92,12 +94,16 @@ class Solver(BaseSolver):
         max_iterations: iteration limit of one element.
         time_limit: seconds for one element; None is no limit.
         verbose: let the solver print.
+        rescue: elements that end without proof (at the iteration limit, by a numerical error, inaccurately, or with a
+            verdict that its own certificate does not show) are handed to the next installed solver that can take them;
+            ``Solution.solvers`` says who answered.
     """
 
     tolerance: float = 1e-8
     max_iterations: int = 1000
     time_limit: float | None = None
     verbose: bool = False
+    rescue: bool = True
 
     capabilities: ClassVar[Capabilities]
     package: ClassVar[str]
@@ -123,9 +129,39 @@ class Solver(BaseSolver):
     def takes_states(self) -> bool:
         return self.capabilities.warm_start
 
-    @abstractmethod
     def solve(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:
-        """Solve every element of a batch; an executor of None is the library's threads."""
+        """Solve every element of a batch; an executor of None is the library's threads.
+
+        Every solver is asked, and its answer judged, in the same way (:mod:`lpgd.solvers.posed`): in units of order 1,
+        with statuses that are shown by residuals and certificates.
+        """
+        reason = self.unsupported(problem.structure)
+        if reason is not None:
+            raise ValueError(f"{reason}; lpgd.available(structure) lists the solvers that can solve this problem.")
+        attempt = self.attempt(problem, states, executor)
+        return settled(attempt, self.others(problem.structure) if self.rescue else (), executor)
+
+    def attempt(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:
+        """This solver's own answer, judged; verdicts without a proof are still its claims (``Solution.proofs``)."""
+        posed = pose(problem, states)
+        return judged(posed, self.solve_posed(posed.inside, posed.states, executor), self.tolerance, self.name)
+
+    @abstractmethod
+    def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> Solution:
+        """Solve every element of a batch whose data are of order 1, and convex.
+
+        For elements that are infeasible or unbounded the point is what the solver takes for a proof: multipliers y, or
+        a direction x.
+        """
+
+    def others(self, structure: ConicStructure) -> tuple[Solver, ...]:
+        """Installed solvers to turn to for elements that this one leaves without proof, in order."""
+        limit = self.time_limit
+        return tuple(
+            kind(time_limit=limit if kind.capabilities.time_limit else None)
+            for kind in _RESCUERS
+            if kind is not type(self) and kind.unsupported(structure) is None and kind.is_installed()
+        )
 
     @classmethod
     def is_installed(cls) -> bool:
@@ -173,6 +209,14 @@ class Solver(BaseSolver):
         return replace(self, **changes) if changes else self
 
 
+_RESCUERS: list[type[Solver]] = []
+
+
+def rescue_by(kinds: Sequence[type[Solver]]) -> None:
+    """Say which solvers :meth:`Solver.others` turns to; called once, where all of them are known."""
+    _RESCUERS[:] = kinds
+
+
 _KINDS = {
     "bool": (bool, "True or False"),
     "int": (Integral, "a whole number"),
@@ -192,20 +236,3 @@ def _check_type(solver: Solver, name: str, annotation: str) -> None:
         object.__setattr__(solver, name, int(value))
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{name} of {solver.name} is {value!r}; it must be {text}{' or None' if optional else ''}.")
-
-
-RESIDUAL_CHECK = 1e-4
-"""A relative residual above this, and above ten tolerances, turns a solver's "solved" into INACCURATE."""
-
-
-def checked(solution: Solution, tolerance: float) -> Solution:
-    """A solver's word is not proof: the residuals of every solved element are computed from the problem.
-
-    Of an integer program they prove that it is feasible, not that there is no better one.
-    """
-    bad = (~(solution.error <= max(RESIDUAL_CHECK, 10 * tolerance))).cpu().numpy()
-    statuses = tuple(
-        Status.INACCURATE if status in (Status.SOLVED, Status.WITHIN_GAP) and bad[index] else status
-        for index, status in enumerate(solution.statuses)
-    )
-    return replace(solution, statuses=statuses) if statuses != solution.statuses else solution

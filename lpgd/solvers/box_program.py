@@ -186,7 +186,6 @@ class Scaling:
         row_scale: (R, m) factors of the rows of A.
         cost_scale: (B, 1) factor of the objective.
         offset: None, or (B, n) values of fixed variables, zero for others.
-        crossed: (B,) elements with a lower bound above its upper one, by more than a tolerance.
     """
 
     problem: ConicProblem
@@ -194,20 +193,17 @@ class Scaling:
     row_scale: Tensor
     cost_scale: Tensor
     offset: Tensor | None
-    crossed: Tensor
 
     @classmethod
-    def of(cls, problem: ConicProblem, dtype: torch.dtype, tolerance: float) -> Scaling:
+    def of(cls, problem: ConicProblem, dtype: torch.dtype) -> Scaling:
         """Scale rows to a largest entry of 1, and objectives to a largest coefficient of 1."""
         structure, data, size = problem.structure, problem.data, problem.batch_size
         P, A, row_scale = cls.matrices(problem, dtype)
         q, b = per_element(data.q, size), per_element(data.b, size)
-        crossed = torch.zeros(size, dtype=torch.bool, device=problem.device)
         free = offset = None
         if structure.lower_index.size and structure.upper_index.size:
             low, high = problem.full_bounds()
             magnitude = 1.0 + low.abs()
-            crossed = (low - high > tolerance * magnitude).any(-1)
             fixed = torch.isfinite(low) & (high - low <= FIXED * magnitude)
             if bool(fixed.any()):
                 offset = torch.where(fixed, 0.5 * (low + high), 0.0)
@@ -234,7 +230,7 @@ class Scaling:
             bounded=None if bool(finite.all()) else finite.to(dtype),
             free=free,
         )
-        return cls(problem, program, row_scale, cost_scale, offset, crossed)
+        return cls(problem, program, row_scale, cost_scale, offset)
 
     @staticmethod
     def matrices(problem: ConicProblem, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:

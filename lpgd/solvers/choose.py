@@ -8,7 +8,7 @@ from typing import Any
 
 from lpgd.execution import core_count
 from lpgd.problems.structure import ConicStructure
-from lpgd.solvers.base import Solver
+from lpgd.solvers.base import Solver, rescue_by
 from lpgd.solvers.clarabel import Clarabel
 from lpgd.solvers.daqp import DAQP
 from lpgd.solvers.ecos import ECOS
@@ -21,6 +21,9 @@ from lpgd.solvers.scs import SCS
 from lpgd.status import MissingPackageError
 
 __all__ = ["SOLVERS", "Situation", "available", "choose_solver", "preference"]
+
+rescue_by((Clarabel, InteriorPoint, DAQP, PIQP, HiGHS, ProxQP, OSQP, ECOS, SCS))
+"""Clarabel first, which has nearly every cone and hands over certificates."""
 
 SOLVERS: tuple[type[Solver], ...] = (Clarabel, SCS, ECOS, InteriorPoint, DAQP, HiGHS, PIQP, OSQP, ProxQP)
 """Every backend; where nothing of the situation is known, the first that can take a problem is chosen."""

@@ -12,7 +12,7 @@ from lpgd.problems.conic import ConicProblem
 from lpgd.reductions import Form, IntervalForm, IntervalPoint, IntervalVectors
 from lpgd.solvers.base import POLYHEDRAL, Capabilities
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
-from lpgd.status import NotConvexError, Status
+from lpgd.status import SetUpError, Status
 
 __all__ = ["DAQP"]
 
@@ -89,7 +89,7 @@ class _PreparedDAQP(Prepared):
         self.ended_at: FloatArray | None = None  # multipliers of the active set whose factors the workspace has
         self.singular = not form.has_quadratic or self._start(eps_prox=0.0) == _NOT_CONVEX
         if self.singular and self._start(eps_prox=_PROXIMAL) == _NOT_CONVEX:
-            raise NotConvexError("DAQP cannot factorise P: the objective is not convex.")
+            raise SetUpError("DAQP cannot factorise P.")
 
     def _start(self, eps_prox: float) -> int:
         """A model of these matrices.  DAQP copies what it is given."""

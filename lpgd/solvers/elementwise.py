@@ -26,8 +26,8 @@ from lpgd.problems.memo import TensorMemo
 from lpgd.problems.structure import ConicStructure
 from lpgd.reductions import Form, Matrices, RowForm, Vectors
 from lpgd.solution import Solution
-from lpgd.solvers.base import Solver, checked
-from lpgd.status import NotConvexError, Status
+from lpgd.solvers.base import Solver
+from lpgd.status import SetUpError, Status
 
 __all__ = ["ElementwiseSolver", "Outcome", "Prepared"]
 
@@ -40,7 +40,8 @@ class Outcome(NamedTuple):
     Attributes:
         status: what came of it.
         point: a named tuple of the solver's form, such as ``RowPoint``; it is kept, so nothing may write to it later.
-            None where there is none.
+            Of an infeasible problem multipliers that prove it, of an unbounded one a direction, where the solver tells;
+            None where there is nothing.
         iterations: of the solver.
         state: whatever the backend wants to be warm-started from.
     """
@@ -82,14 +83,11 @@ class ElementwiseSolver(Solver):
         """Set up, scale and factorise whatever depends on the matrices only.
 
         Raises:
-            NotConvexError: P has a negative eigenvalue, where the solver can tell.
+            SetUpError: the solver refuses them.
         """
 
-    def solve(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:
+    def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> Solution:
         self.module()
-        reason = self.unsupported(problem.structure)
-        if reason is not None:
-            raise ValueError(f"{reason}; lpgd.available(structure) lists the solvers that can solve this problem.")
         if executor is None and not self.capabilities.releases_gil:
             executor = SerialExecutor()
         view = ElementView(problem)
@@ -107,7 +105,7 @@ class ElementwiseSolver(Solver):
                 chunks = [[element for chunk in chunks for element in chunk]]
         rest = [_task(self, view, digests, elements, states) for elements in chunks if elements]
         results += run_tasks(_solve_elements, rest, executor)
-        return checked(_assemble(problem, tasks + rest, results), self.tolerance)
+        return _assemble(problem, tasks + rest, results)
 
 
 TRIAL, QUICK = 2, 6e-4
@@ -246,23 +244,20 @@ def _solve_group(
     family = (task.solver, task.structure.digest, finite_lower.tobytes(), finite_upper.tobytes())
     frame = task.solver.form.frame_of(task.structure, finite_lower, finite_upper)
     vectors = frame.vectors(part)
-    one, crossed = type(vectors), frame.crossed(vectors).tolist()
+    one = type(vectors)
     points, kept = [], []
     held: _Held | None = None
     clock = time.perf_counter
     for index, row in enumerate(zip(*vectors, strict=True)):
         place, pair = places[index], task.pairs[places[index]]
-        if crossed[index]:
-            results.statuses[place] = Status.INFEASIBLE
-            continue
         if held is None or held.pair != pair:
             held, started = _hand_back(held, family), clock()
             P, A, digest = task.matrices[pair]
             key = (*family, digest)
             try:
                 taken = _workspace(task, key, family, Matrices(task.structure, P, A, finite_lower, finite_upper))
-            except NotConvexError:
-                results.statuses[place] = Status.NOT_CONVEX
+            except SetUpError:
+                results.statuses[place] = Status.NUMERICAL_ERROR
                 continue
             held = _Held(pair, key, *taken)
             results.setup_seconds[place] = clock() - started
@@ -271,7 +266,7 @@ def _solve_group(
         results.solve_seconds[place] = clock() - started
         results.statuses[place], results.states[place] = outcome.status, outcome.state
         results.iterations[place] = outcome.iterations
-        if outcome.status.has_iterate and outcome.point is not None:
+        if outcome.point is not None:
             kept.append(index)
             points.append(outcome.point)
     _hand_back(held, family)

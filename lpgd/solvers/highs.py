@@ -229,12 +229,27 @@ class _PreparedHiGHS(Prepared):
         status = self.model.run(self.options.time_limit)
         info = solver.getInfo()
         iterations = max(info.qp_iteration_count if quadratic else info.simplex_iteration_count, 0)
+        if status in (Status.INFEASIBLE, Status.UNBOUNDED):
+            return Outcome(status, self._proof(status), iterations)
         if not status.has_iterate:
             return Outcome(status, None, iterations)
         found = solver.getSolution()
         x, y, z = (np.array(part) for part in (found.col_value, found.row_dual, found.col_dual))
         next_state = _Basis(solver.getBasis()) if status is Status.SOLVED and not quadratic else None
         return Outcome(status, IntervalPoint(x, -y, -z), iterations, next_state)
+
+    def _proof(self, status: Status) -> IntervalPoint | None:
+        """The ray of the simplex method that shows the verdict on a linear program."""
+        if self.quadratic:
+            return None
+        x, y, z = np.full(self.form.n, np.nan), np.full(self.form.m, np.nan), np.zeros(self.form.n)
+        if status is Status.INFEASIBLE:
+            _, known, ray = self.solver.getDualRay()
+            y = -np.array(ray)
+        else:
+            _, known, ray = self.solver.getPrimalRay()
+            x = np.array(ray)
+        return IntervalPoint(x, y, z) if known else None
 
 
 class _IntegerState(NamedTuple):

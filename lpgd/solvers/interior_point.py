@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -16,9 +16,8 @@ from lpgd.execution import run_tasks, split, worker_count
 from lpgd.problems.conic import ConicProblem
 from lpgd.solution import Solution
 from lpgd.solvers.active_set import ActiveSet, is_suitable
-from lpgd.solvers.base import Capabilities, Solver, checked
+from lpgd.solvers.base import Capabilities, Solver
 from lpgd.solvers.box_program import BoxProgram, Scaling
-from lpgd.solvers.clarabel import Clarabel
 from lpgd.solvers.equality_system import KeptSystem
 from lpgd.solvers.predictor_corrector import Answers, Limits, solve_programs
 from lpgd.status import Status
@@ -41,9 +40,6 @@ def _work(problem: ConicProblem) -> float:
     return float(problem.batch_size * (n + m) * min(n, m or n) * n)
 
 
-_BROKEN = (Status.NUMERICAL_ERROR, Status.INACCURATE)
-
-
 @dataclass(frozen=True)
 class InteriorPoint(Solver):
     """A primal-dual interior-point method that solves a whole batch of dense LPs and convex QPs at once.
@@ -59,7 +55,6 @@ class InteriorPoint(Solver):
 
     Args:
         precision: ``"float64"``, or ``"float32"``, which solves to 1e-4 at best; a finer tolerance is lifted to that.
-        rescue: elements on which the method breaks down numerically are solved by Clarabel, where that is installed.
 
     Raises:
         ValueError: the precision is unknown.
@@ -68,7 +63,6 @@ class InteriorPoint(Solver):
     tolerance: float = 1e-9
     max_iterations: int = 100
     precision: str = "float64"
-    rescue: bool = True
 
     name: ClassVar[str] = "INTERIOR"
     package: ClassVar[str] = "torch"
@@ -105,31 +99,9 @@ class InteriorPoint(Solver):
             regularization=regularization,
         )
 
-    def solve(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:
-        reason = self.unsupported(problem.structure)
-        if reason is not None:
-            raise ValueError(f"{reason}; lpgd.available(structure) lists the solvers that can solve this problem.")
+    def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> Solution:
         with torch.no_grad(), one_torch_thread():
-            solution = checked(self._solve(problem, states, executor), self._limits.tolerance)
-            broken = [index for index, status in enumerate(solution.statuses) if status in _BROKEN]
-            return self._rescued(solution, broken, executor) if self.rescue and broken else solution
-
-    def _rescued(self, solution: Solution, broken: list[int], executor: Executor | None) -> Solution:
-        """The solution, with what another solver makes of the elements that broke down."""
-        if not Clarabel.is_installed():
-            return solution
-        other = Clarabel(tolerance=self._limits.tolerance, time_limit=self.time_limit)
-        again = other.solve(solution.problem.select(broken), (), executor)
-        better = [k for k, status in enumerate(again.statuses) if status not in _BROKEN]
-        rows, statuses = [broken[k] for k in better], list(solution.statuses)
-        parts = {name: getattr(solution, name).clone() for name in ("x", "y", "z", "slack")}
-        for name, part in parts.items():
-            part[rows] = getattr(again, name)[better]
-        for k, row in zip(better, rows, strict=True):
-            statuses[row] = again.statuses[k]
-        seconds = solution.solve_seconds.copy()
-        seconds[broken] += again.setup_seconds + again.solve_seconds
-        return replace(solution, **parts, statuses=tuple(statuses), solve_seconds=seconds)
+            return self._solve(problem, states, executor)
 
     def _solve(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> Solution:
         started = time.perf_counter()
@@ -144,15 +116,14 @@ class InteriorPoint(Solver):
         kept: tuple[KeptSystem, ...] = ()
         if rows.shape[0]:
             part = problem if whole else problem.select(rows.tolist())
-            scaling = Scaling.of(part, _PRECISIONS[self.precision][0], self._limits.tolerance)
+            scaling = Scaling.of(part, _PRECISIONS[self.precision][0])
             start = _active_set(problem, states) if whole and is_suitable(scaling.program) else None
             answers = self._answers(_Task(scaling.program, start, self._limits, self.verbose), _work(part), executor)
             kept = tuple(own.scaled(scaling.row_scale).moved(rows) for own in answers.kept)
             solved, part_slack = scaling.invert(answers.x, answers.z, answers.s)
-            status = torch.where(scaling.crossed, int(Status.INFEASIBLE), answers.status)
-            nothing = ((status == Status.INFEASIBLE) | (status == Status.UNBOUNDED))[:, None]
+            status = answers.status
             for full, own in zip((*point, slack), (*solved, part_slack), strict=True):
-                full[rows] = torch.where(nothing, torch.nan, own)
+                full[rows] = own
             statuses[rows.cpu()], iterations[rows.cpu()] = status.cpu(), answers.iterations.cpu()
         lower, upper = problem.full_bounds()
         rows = point[1] > slack

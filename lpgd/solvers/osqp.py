@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lpgd.reductions import Form, IntervalForm, IntervalPoint, IntervalVectors
 from lpgd.solvers.base import POLYHEDRAL, Capabilities
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
-from lpgd.status import NotConvexError, Status
+from lpgd.status import SetUpError, Status
 
 __all__ = ["OSQP"]
 
@@ -109,7 +109,7 @@ class _PreparedOSQP(Prepared):
             )
         except osqp.OSQPException as error:
             if error.args and error.args[0] == _NOT_CONVEX:
-                raise NotConvexError("OSQP cannot factorise P: the objective is not convex.") from error
+                raise SetUpError("OSQP cannot factorise P.") from error
             raise
 
     def solve(self, vectors: IntervalVectors, state: _State | None) -> Outcome:
@@ -129,9 +129,14 @@ class _PreparedOSQP(Prepared):
         result = solver.solve(raise_error=False)
         status = _STATUSES.get(int(result.info.status_val), Status.NUMERICAL_ERROR)
         iterations = int(result.info.iter)
-        if not status.has_iterate:
+        if status is Status.INFEASIBLE:
+            x, y = np.full(self.n, np.nan), np.array(result.prim_inf_cert)
+        elif status is Status.UNBOUNDED:
+            x, y = np.array(result.dual_inf_cert), np.full(self.cold.y.size, np.nan)
+        elif status.has_iterate:
+            x, y = np.array(result.x), np.array(result.y)
+        else:
             return Outcome(status, None, iterations)
-        x, y = np.array(result.x), np.array(result.y)
         z = np.zeros(self.n)
         z[bounded] = y[self.m :]
         solved = status is Status.SOLVED

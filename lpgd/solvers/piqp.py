@@ -114,8 +114,9 @@ class _PreparedPIQP(Prepared):
         status = _STATUSES.get(self.solver.solve().name, Status.NUMERICAL_ERROR)
         result = self.solver.result
         iterations = int(result.info.iter)
-        if not status.has_iterate:
+        if not status.has_iterate and status not in (Status.INFEASIBLE, Status.UNBOUNDED):
             return Outcome(status, None, iterations)
+        # Iterates of a problem without a solution diverge along what proves it, more or less.
         # The result's vectors are those of the workspace: x is copied, the others are new.
         point = IntervalPoint(
             np.array(result.x), np.concatenate([result.y, result.z_u - result.z_l]), result.z_bu - result.z_bl

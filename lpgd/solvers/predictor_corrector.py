@@ -186,6 +186,7 @@ def _solve_cold(program: BoxProgram, limits: Limits, verbose: bool) -> Answers:
         rays = _Run(part.rays(), plain, homogeneous=False, verbose=verbose).answers
         falls = (rays.status == Status.SOLVED) & ((part.q * rays.x).sum(1) < -DESCENT * largest(part.q)[:, 0])
         answers.status[rows[falls]] = int(Status.UNBOUNDED)
+        answers.x[rows[falls]] = rays.x[falls]
     return answers
 
 
@@ -290,12 +291,15 @@ class _Run:
         return torch.where(self.best_quality <= limits.tolerance, int(Status.SOLVED), status)
 
     def _record(self, rows: Tensor, status: Tensor, iteration: int) -> None:
-        answers, elements, point = self.answers, self.elements[rows], self.best.select(rows)
-        tau = torch.where(point.tau > 0, point.tau, 1.0)
+        answers, elements, own = self.answers, self.elements[rows], status[rows]
+        # A proof that there is no solution is the iterate itself, whatever its residuals are.
+        proof = (own == Status.INFEASIBLE) | (own == Status.UNBOUNDED)
+        point = self.best.select(rows).replaced(proof[:, None], self.point.select(rows))
+        tau = torch.where((point.tau > 0) & ~proof[:, None], point.tau, 1.0)
         answers.x[elements] = point.x / tau
         answers.z[elements] = point.z / tau
         answers.s[elements] = torch.nn.functional.pad(point.s / tau, (self.program.equalities, 0))
-        answers.status[elements] = status[rows]
+        answers.status[elements] = own
         answers.iterations[elements] = iteration
 
     def _compact(self) -> None:

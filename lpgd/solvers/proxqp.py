@@ -118,8 +118,9 @@ class _PreparedProxQP(Prepared):
         results = solver.results
         status = _STATUSES.get(results.info.status.name, Status.NUMERICAL_ERROR)
         iterations = int(results.info.iter)
-        if not status.has_iterate:
+        if not status.has_iterate and status not in (Status.INFEASIBLE, Status.UNBOUNDED):
             return Outcome(status, None, iterations)
+        # Iterates of a problem without a solution diverge along what proves it, more or less.
         x, y, z = (np.array(part) for part in (results.x, results.y, results.z))  # views of the workspace
         bounds = np.zeros(self.n)
         bounds[bounded] = z[self.rows :]

@@ -12,7 +12,7 @@ from lpgd.cones import Cones
 from lpgd.reductions import RowForm, RowPoint, RowVectors
 from lpgd.solvers.base import Capabilities
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
-from lpgd.status import Status
+from lpgd.status import SetUpError, Status
 
 __all__ = ["SCS"]
 
@@ -104,6 +104,12 @@ class _PreparedSCS(Prepared):
     def _set_up(self) -> Any:
         options = self.options
         own = {name: getattr(options, name) for name in _OWN_DEFAULTS if getattr(options, name) is not None}
+        try:
+            return self._made(options, own)
+        except ValueError as error:  # "ScsWork allocation error!": its factorisation broke down (scs 3.3.1)
+            raise SetUpError(f"SCS cannot set up these matrices: {error}") from error
+
+    def _made(self, options: SCS, own: dict[str, Any]) -> Any:
         return options.module().SCS(
             self.data,
             _cones(self.cones),

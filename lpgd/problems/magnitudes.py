@@ -1,0 +1,204 @@
+"""How large the data of conic programs are, and the units that follow: see :mod:`lpgd.problems.units`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpgd.problems.base import maximum_norm
+from lpgd.problems.conic import ConicProblem, per_element
+from lpgd.problems.memo import TensorMemo
+from lpgd.problems.sparsity import SparsityPattern
+from lpgd.problems.structure import ConicStructure
+
+__all__ = ["INFINITE", "matrix_units", "pairs", "repeated", "times", "vector_units"]
+
+MODERATE = 6
+"""Exponents of two up to this size are left alone: a factor of 64."""
+EQUILIBRATIONS = 8
+"""Iterations of Ruiz's equilibration; each takes the root of what is left."""
+KEPT = 12
+"""Units of a warm-start state are kept as long as the data are within this exponent of them."""
+INFINITE = 1e20
+"""Bounds of this magnitude and beyond are infinite."""
+
+
+_memo = TensorMemo()
+
+
+def _exponent(sizes: Tensor) -> Tensor:
+    """``e`` with ``2^(e-1) ≤ size < 2^e``, as float64; NaN where the size is 0 or not finite."""
+    exponent = torch.frexp(sizes).exponent.double()
+    return torch.where((sizes > 0) & torch.isfinite(sizes), exponent, torch.nan)
+
+
+def power(exponents: Tensor) -> Tensor:
+    return torch.ldexp(torch.ones_like(exponents), exponents.to(torch.int32))
+
+
+def matrix_units(problem: ConicProblem) -> tuple[Tensor | None, Tensor | None]:
+    """D and E, by Ruiz's equilibration of P and A where a row or a column of theirs is far from order 1."""
+    structure, A, P = problem.structure, problem.data.A, problem.symmetric_P
+    rows, columns = _memo(A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A))
+    if not _is_wide(rows) and not _is_wide(columns):
+        if not structure.quadratic.nnz:
+            return None, None
+        _, curvature = _memo(P, ("maxima", structure.quadratic.digest), partial(_maxima, structure.quadratic, P))
+        # Variables that no row involves are known by their curvature alone.
+        count = max(columns.shape[0], curvature.shape[0])
+        columns, curvature = repeated(columns, count), repeated(curvature, count)
+        alone = torch.where(columns > 0, torch.nan, curvature / maximum_norm(curvature)[:, None])
+        if not bool((_exponent(alone) < -2 * MODERATE).any()):
+            return None, None
+    return _equilibrated(structure, A, P)
+
+
+def _maxima(pattern: SparsityPattern, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest magnitudes in the rows (·, r) and in the columns (·, c) of matrices on a pattern."""
+    magnitudes = torch.atleast_2d(values.detach().abs())
+    return pattern.maxima(magnitudes, "rows"), pattern.maxima(magnitudes, "columns")
+
+
+def _is_wide(sizes: Tensor) -> bool:
+    return bool((_exponent(sizes).abs() > MODERATE).any())
+
+
+def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Exponents e of E and d of D so that the rows of E A D and the columns of it and of D P D are of order 1."""
+    constraint, quadratic = structure.constraint, structure.quadratic
+    a, p = (torch.log2(torch.atleast_2d(values.detach().abs())) for values in (A, P))  # -inf for a zero
+    count = max(a.shape[0] if constraint.nnz else 1, p.shape[0] if quadratic.nnz else 1)
+    e, d = a.new_zeros(count, structure.m), a.new_zeros(count, structure.n)
+    a, p = (part if part.shape[0] in (1, count) else part.repeat(count // part.shape[0], 1) for part in (a, p))
+    blocks = torch.from_numpy(structure.cones.blocks).to(A.device)
+    row, column, first, second = (
+        torch.from_numpy(index).to(A.device)
+        for index in (constraint.rows, constraint.columns, quadratic.rows, quadratic.columns)
+    )
+    for _ in range(EQUILIBRATIONS):
+        own, curvature = a + e[:, row] + d[:, column], p + d[:, first] + d[:, second]
+        # The objective has a unit of its own, the largest entry of P.
+        curvature = curvature - curvature.amax(-1, keepdim=True).nan_to_num(neginf=0.0) if quadratic.nnz else curvature
+        rows = _by_block(constraint.maxima(own, "rows"), blocks)
+        columns = torch.maximum(constraint.maxima(own, "columns"), quadratic.maxima(curvature, "columns"))
+        e -= 0.5 * torch.where(torch.isfinite(rows), rows, 0.0)
+        d -= 0.5 * torch.where(torch.isfinite(columns), columns, 0.0)
+        d[:, structure.index("integer_index", d.device)] = 0.0
+    e, d = e.round(), d.round()
+    return (power(d) if bool(d.any()) else None), (power(e) if bool(e.any()) else None)
+
+
+def _by_block(rows: Tensor, blocks: Tensor) -> Tensor:
+    """The largest value of the cone that each row belongs to."""
+    if not blocks.shape[0]:
+        return rows
+    count = int(blocks[-1]) + 1
+    if count == blocks.shape[0]:
+        return rows
+    index = blocks.expand(rows.shape)
+    return rows.new_full((rows.shape[0], count), -torch.inf).scatter_reduce(1, index, rows, "amax").gather(1, index)
+
+
+def vector_units(
+    problem: ConicProblem, variable: Tensor | None, row: Tensor | None, exponents: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """β and σ: right sides and bounds of order 1, and an objective whose largest coefficient is."""
+    structure, data, size = problem.structure, problem.data, problem.batch_size
+    ones = problem.data.q.new_ones
+    D = ones(1, structure.n) if variable is None else repeated(variable, size)
+    E = ones(1, structure.m) if row is None else repeated(row, size)
+    q, P = maximum_norm(times(data.q, D, size)), problem.symmetric_P
+    if structure.quadratic.nnz:
+        if variable is not None:
+            P = times(P, pairs(variable, structure.quadratic.rows, structure.quadratic.columns), size)
+        P = maximum_norm(P)
+    else:
+        P = q.new_zeros(1)
+    right = maximum_norm(times(data.b, E, size))
+    for bound, name in ((data.lower, "lower_index"), (data.upper, "upper_index")):
+        if bound.shape[-1]:
+            finite = torch.where(bound.abs() < INFINITE, bound, 0.0)
+            right = _largest_of(right, maximum_norm(times(finite, 1.0 / D[:, structure.index(name, D.device)], size)))
+    e_q, e_P, e_b = (_exponent(_flat(part, size)) for part in (q, P, right))
+    # A length: of right sides and bounds, or of the minimiser without constraints where they are all (nearly) zero.
+    free = e_q - e_P
+    length = torch.fmax(e_b, torch.where(torch.isnan(e_b), free, free - 3 * MODERATE)).nan_to_num(0.0)
+    length, cost = _snapped(length, e_q, e_P, exponents)
+    if structure.quadratic.nnz and row_count(data.P) < size:
+        cost = _in_common(length, cost, row_count(data.P))
+    return _factors(length), _factors(cost)
+
+
+def _factors(exponents: Tensor) -> Tensor | None:
+    """(B,) exponents as (B, 1) factors; None where all are 1."""
+    return power(exponents)[:, None] if bool(exponents.any()) else None
+
+
+def _snapped(length: Tensor, e_q: Tensor, e_P: Tensor, exponents: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Exponents of length and cost: those of a state where they still fit, else zero where the data are moderate."""
+
+    def cost_of(length: Tensor) -> Tensor:
+        terms = torch.stack([e_q + length, e_P + 2 * length])
+        return -terms.nan_to_num(nan=-torch.inf).amax(0).nan_to_num(neginf=0.0)
+
+    chosen = torch.where(length.abs() <= MODERATE, 0.0, length)
+    cost = cost_of(chosen)
+    cost = torch.where(cost.abs() <= MODERATE, 0.0, cost)
+    if exponents is None:
+        return chosen, cost
+    known = exponents.to(length.device)
+    keep = ((known[:, 0] - length).abs() <= KEPT) & ((known[:, 1] - cost_of(known[:, 0])).abs() <= KEPT)
+    own = torch.where(keep, known[:, 0], chosen)
+    again = cost_of(own)
+    return own, torch.where(keep, known[:, 1], torch.where(again.abs() <= MODERATE, 0.0, again))
+
+
+def _in_common(length: Tensor, cost: Tensor, rows: int) -> Tensor:
+    """The cost with which ``σ β²`` is common to the elements that share a row of P, where it is nearly so anyhow."""
+    quadratic = (cost + 2 * length).reshape(-1, rows)
+    common = quadratic.median(0).values
+    close = (quadratic - common).abs() <= MODERATE
+    return torch.where(close, common - 2 * length.reshape(-1, rows), cost.reshape(-1, rows)).reshape(-1)
+
+
+def row_count(datum: Tensor) -> int:
+    return 1 if datum.ndim == 1 else datum.shape[0]
+
+
+def _flat(sizes: Tensor, size: int) -> Tensor:
+    """() or (R,) to (size,)."""
+    sizes = torch.atleast_1d(sizes)
+    return sizes.repeat(size // sizes.shape[0])
+
+
+def _largest_of(first: Tensor, second: Tensor) -> Tensor:
+    """The larger of two vectors () or (R,), rows repeating."""
+    first, second = torch.atleast_1d(first), torch.atleast_1d(second)
+    size = max(first.shape[0], second.shape[0])
+    return torch.maximum(_flat(first, size), _flat(second, size))
+
+
+def times(datum: Tensor, factor: Tensor, size: int) -> Tensor:
+    """Values times factors (1 or R, ·), shared where both are."""
+    if factor.shape[0] == 1:
+        return datum * factor[0]
+    if datum.ndim == 1 or datum.shape[0] == factor.shape[0]:
+        return datum * factor
+    return per_element(datum, size) * repeated(factor, size)
+
+
+def pairs(variable: Tensor, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Tensor:
+    """``D_i D_j`` for the entries (i, j) of a pattern: (R, n) to (R, nnz)."""
+    return (
+        variable[:, torch.from_numpy(rows).to(variable.device)]
+        * variable[:, torch.from_numpy(columns).to(variable.device)]
+    )
+
+
+def repeated(part: Tensor, size: int) -> Tensor:
+    """Factors with R rows, R dividing the batch, for each element; one row stays one."""
+    return part if part.shape[0] in (1, size) else part.repeat(size // part.shape[0], 1)

@@ -1,0 +1,98 @@
+"""Whether quadratic objectives are convex: asked once for each P that changed, on behalf of every solver.
+
+The residuals of a saddle point vanish as well as those of a minimum, and solvers differ in what they make of an
+indefinite P, so the question is settled before one sees it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse.linalg as spla
+import torch
+from torch import Tensor
+
+from lpgd.problems.conic import ConicProblem, per_element
+from lpgd.problems.memo import TensorMemo
+from lpgd.problems.sparsity import SparsityPattern
+
+__all__ = ["is_convex"]
+
+DENSE_LIMIT = 1500
+"""Matrices up to this size, and mostly filled ones, are factorised densely."""
+STACK_LIMIT = 8_000_000
+"""So many entries of dense matrices are held at once."""
+FINEST = 3e-8
+"""Negative eigenvalues up to this, relative to the largest entry of P, are taken for rounding of what computed P: the
+root of the precision of float64."""
+
+
+def is_convex(problem: ConicProblem) -> Tensor:
+    """(B,) whether ``½ (P + Pᵀ)`` is positive semidefinite, up to the rounding of the type that P came in.
+
+    A P whose entries are all numbers of float32 is judged with that precision.  Matrices with NaN pass: they are
+    refused elsewhere.
+    """
+    pattern, values = problem.structure.quadratic, problem.symmetric_P
+    if not pattern.nnz:
+        return values.new_ones(problem.batch_size, dtype=torch.bool)
+    rows = _memo(problem.data.P, ("convex", pattern.digest), lambda: _rows_convex(pattern, values))
+    return per_element(rows[:, None], problem.batch_size)[:, 0]
+
+
+_memo = TensorMemo()
+
+
+def _rows_convex(pattern: SparsityPattern, values: Tensor) -> Tensor:
+    """(R,) for each row of values."""
+    values = torch.atleast_2d(values.detach())
+    n = pattern.shape[0]
+    single = (values == values.float().double()).all(-1)
+    size = values.abs().amax(-1)
+    precision = torch.where(single, float(np.finfo(np.float32).eps) * max(n, 8), FINEST)
+    shift = precision * size
+    diagonal = torch.from_numpy(pattern.rows == pattern.columns).to(values.device)
+    # The sum of the other entries in a row bounds how far an eigenvalue can be from the diagonal (Gershgorin).
+    signed = torch.where(diagonal, values, -values.abs())
+    least = values.new_zeros(len(values), n).index_add(1, torch.from_numpy(pattern.rows).to(values.device), signed)
+    convex = (least >= -shift[:, None]).all(-1) | ~torch.isfinite(size)
+    left = (~convex).nonzero()[:, 0]
+    if left.shape[0]:
+        dense = n <= DENSE_LIMIT or pattern.nnz > 0.2 * n * n
+        convex[left] = (_by_cholesky if dense else _by_pivots)(pattern, values[left], shift[left])
+    return convex
+
+
+def _by_cholesky(pattern: SparsityPattern, values: Tensor, shift: Tensor) -> Tensor:
+    # Only variables that are in the objective: CVXPY's quadratics involve few of the program's.
+    used = np.unique(pattern.rows)
+    place = torch.from_numpy(np.searchsorted(used, pattern.rows) * used.size + np.searchsorted(used, pattern.columns))
+    whole, count = pattern.is_dense, max(1, STACK_LIMIT // used.size**2)
+    found = []
+    for part, own in zip(values.split(count), shift.split(count), strict=True):
+        if whole:
+            matrices = part.reshape(-1, used.size, used.size).clone()
+        else:
+            matrices = part.new_zeros(len(part), used.size * used.size)
+            matrices[:, place.to(part.device)] = part
+            matrices = matrices.reshape(-1, used.size, used.size)
+        matrices.diagonal(dim1=-2, dim2=-1).add_(own[:, None])
+        found.append(torch.linalg.cholesky_ex(matrices).info == 0)
+    return torch.cat(found)
+
+
+def _by_pivots(pattern: SparsityPattern, values: Tensor, shift: Tensor) -> Tensor:
+    """By the signs of the pivots of a sparse factorisation without exchanges of rows (Sylvester's law of inertia)."""
+    found = []
+    for row, own in zip(values.cpu().numpy(), shift.tolist(), strict=True):
+        matrix = pattern.csc(row)
+        matrix.setdiag(matrix.diagonal() + own)
+        try:
+            factor = spla.splu(
+                matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
+            )
+        except RuntimeError:  # SuperLU: "Factor is exactly singular": a pivot of zero, so not even semidefinite
+            found.append(False)
+            continue
+        unmoved = np.array_equal(factor.perm_r, factor.perm_c)
+        found.append(bool(unmoved and (factor.U.diagonal() > 0).all()))
+    return torch.tensor(found, device=values.device)

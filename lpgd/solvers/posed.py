@@ -1,0 +1,226 @@
+"""How a batch of conic programs is posed to a solver, and how its answer is judged, whichever solver it is.
+
+A solver sees data in units of order 1, bounds that are infinite or finite and never crossed, and convex objectives.
+What it answers counts as far as it can be checked: a solution by its residuals, "infeasible" and "unbounded" by their
+certificates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpgd.problems.conic import ConicProblem, per_element
+from lpgd.problems.magnitudes import INFINITE
+from lpgd.problems.structure import ConicPoint
+from lpgd.problems.units import Units
+from lpgd.solution import Residuals, Solution, residuals_of
+from lpgd.solvers.certificates import MARGIN, proves_infeasible, proves_unbounded
+from lpgd.solvers.convexity import is_convex
+from lpgd.status import Status
+
+__all__ = ["VERDICTS", "Posed", "judged", "pose"]
+
+ACCEPTED = 1e-6
+"""A relative residual above this, and above ten tolerances, turns a solver's "solved" into INACCURATE."""
+USELESS = 1e-2
+"""A point with a larger relative residual is no solution."""
+VERDICTS = (Status.INFEASIBLE, Status.UNBOUNDED)
+
+
+class _State(NamedTuple):
+    """A warm-start state of an element whose units are not 1, and their exponents."""
+
+    length: float
+    cost: float
+    state: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Posed:
+    """A batch as a solver sees it.
+
+    Attributes:
+        problem: the batch as it was given.
+        inside: what the solver sees.  Elements that it needs not see have NaN in q.
+        units: of ``inside``.
+        settled: elements whose outcome is known beforehand, and their statuses.
+        states: warm-start states in those units.
+    """
+
+    problem: ConicProblem
+    inside: ConicProblem
+    units: Units
+    settled: dict[int, Status]
+    states: Sequence[Any]
+
+
+def pose(problem: ConicProblem, states: Sequence[Any] = ()) -> Posed:
+    """What a solver is to see of a batch, started from the states of an earlier solution."""
+    cleaned, settled = _with_clean_bounds(problem)
+    convex = is_convex(cleaned)
+    if not bool(convex.all()):
+        settled |= dict.fromkeys((~convex).nonzero()[:, 0].tolist(), Status.NOT_CONVEX)
+    if settled and not bool(problem.finite().all()):
+        finite = problem.finite().tolist()
+        settled = {element: status for element, status in settled.items() if finite[element]}
+    exponents = _exponents(states, problem.batch_size)
+    units = Units.of(cleaned, exponents)
+    inside = units.apply(cleaned)
+    if settled:
+        hidden = torch.zeros(problem.batch_size, 1, dtype=torch.bool, device=problem.device)
+        hidden[list(settled)] = True
+        q = torch.where(hidden, torch.nan, per_element(inside.data.q, problem.batch_size))
+        inside = replace(inside, data=inside.data._replace(q=q))
+    return Posed(problem, inside, units, settled, _states_in(states, units, problem.batch_size))
+
+
+def _with_clean_bounds(problem: ConicProblem) -> tuple[ConicProblem, dict[int, Status]]:
+    """Bounds of 1e20 and more made infinite, those crossed by rounding made equal; elements with crossed bounds."""
+    data, structure = problem.data, problem.structure
+    if not structure.has_bounds:
+        return problem, {}
+    lower, upper = data.lower, data.upper
+    if bool((lower <= -INFINITE).any()) or bool((upper >= INFINITE).any()):
+        lower = torch.where(lower <= -INFINITE, -torch.inf, lower)
+        upper = torch.where(upper >= INFINITE, torch.inf, upper)
+    settled: dict[int, Status] = {}
+    both = np.intersect1d(structure.lower_index, structure.upper_index)
+    if both.size:
+        size = problem.batch_size
+        low_at, high_at = np.searchsorted(structure.lower_index, both), np.searchsorted(structure.upper_index, both)
+        low, high = per_element(lower, size)[:, low_at], per_element(upper, size)[:, high_at]
+        crossed = low > high
+        if bool(crossed.any()):
+            far = low - high > MARGIN * torch.maximum(low.abs(), high.abs())
+            settled = dict.fromkeys(far.any(-1).nonzero()[:, 0].tolist(), Status.INFEASIBLE)
+            middle = torch.where(crossed & ~far, 0.5 * (low + high), torch.nan)
+            lower, upper = per_element(lower, size).clone(), per_element(upper, size).clone()
+            lower[:, low_at] = torch.where(torch.isnan(middle), low, middle)
+            upper[:, high_at] = torch.where(torch.isnan(middle), high, middle)
+    if lower is data.lower and upper is data.upper:
+        return problem, settled
+    return replace(problem, data=data._replace(lower=lower, upper=upper)), settled
+
+
+def _exponents(states: Sequence[Any], size: int) -> Tensor | None:
+    """(B, 2) exponents of the units that states are in; NaN where there is none."""
+    if not states or size == 0:
+        return None
+    rows = []
+    for state in states:
+        if isinstance(state, _State):
+            rows.append([state.length, state.cost])
+        else:
+            rows.append([torch.nan, torch.nan] if state is None else [0.0, 0.0])
+    return torch.tensor(rows, dtype=torch.float64).repeat(size // len(rows), 1)
+
+
+def _states_in(states: Sequence[Any], units: Units, size: int) -> Sequence[Any]:
+    """The states that are in these units; None for others.  Factors D and E need no look: they belong to matrices."""
+    plain = units.length is None and units.cost is None
+    if not states or (plain and not any(isinstance(state, _State) for state in states)):
+        return states
+    own = units.exponents(size).tolist()
+    found = []
+    for element in range(size):
+        state = states[element % len(states)]
+        length, cost, inner = state if isinstance(state, _State) else (0.0, 0.0, state)
+        found.append(inner if [length, cost] == own[element] else None)
+    return found
+
+
+def _states_out(states: Sequence[Any], units: Units) -> Sequence[Any]:
+    if units.length is None and units.cost is None:
+        return states
+    own = units.exponents(len(states)).tolist()
+    return tuple(
+        None if state is None else _State(length, cost, state)
+        for state, (length, cost) in zip(states, own, strict=True)
+    )
+
+
+# -- answers ------------------------------------------------------------------------------------------------------
+
+
+def judged(posed: Posed, answer: Solution, tolerance: float, solver: str) -> Solution:
+    """A solver's answer to ``posed.inside`` as one to ``posed.problem``, with statuses that can be shown.
+
+    Points that are not finite, or far from optimal, are no solutions; points that satisfy the optimality conditions
+    are, however the solver ended.  Verdicts stay the solver's claims; ``proofs`` has those that its certificate proves.
+    """
+    residuals = residuals_of(answer.problem, answer.point)
+    answer = _by_residuals(answer, residuals, tolerance)
+    statuses, size = list(answer.statuses), answer.batch_size
+    proofs = _proofs(answer) if any(status in VERDICTS for status in statuses) else [""] * size
+    for element, status in posed.settled.items():
+        statuses[element], proofs[element] = status, "data"
+    units, problem = posed.units, posed.problem
+    point, slack, states = answer.point, answer.slack, answer.states
+    nothing = [index for index, status in enumerate(statuses) if not status.has_iterate]
+    if nothing:  # certificates are no points
+        mask = torch.zeros(size, 1, dtype=torch.bool, device=problem.device)
+        mask[nothing] = True
+        point = ConicPoint(*(torch.where(mask, torch.nan, part) for part in point))
+        slack = torch.where(mask, torch.nan, slack)
+        states = tuple(state if status.has_iterate else None for state, status in zip(states, statuses, strict=True))
+    point = units.point_out(problem, point)
+    result = replace(
+        answer,
+        problem=problem,
+        **point._asdict(),
+        slack=units.slack_out(problem, slack),
+        statuses=tuple(statuses),
+        states=_states_out(states, units),
+        systems=answer.systems if units.is_trivial else (),
+        asked=solver,
+        solvers=(solver,) * size,
+        proofs=tuple(proofs),
+    )
+    if not nothing:
+        result.__dict__["residuals"] = residuals  # what the cached property would compute
+    return result
+
+
+def _by_residuals(answer: Solution, residuals: Residuals, tolerance: float) -> Solution:
+    """Of an integer program residuals prove that a point is feasible, not that there is no better one."""
+    whole = answer.problem.structure.has_integers
+    error, accepted = (residuals.primal if whole else residuals.worst).cpu(), max(ACCEPTED, 10 * tolerance)
+    exact, useless = (error <= accepted).tolist(), (~(error <= max(USELESS, accepted))).tolist()
+    statuses = list(answer.statuses)
+    for index, status in enumerate(statuses):
+        if status.usable:
+            if useless[index]:
+                statuses[index] = Status.NUMERICAL_ERROR
+            elif not exact[index]:
+                statuses[index] = Status.INACCURATE
+            elif status is Status.INACCURATE:
+                statuses[index] = Status.SOLVED
+        elif status.has_iterate and exact[index] and not whole:
+            statuses[index] = Status.SOLVED
+    return answer if tuple(statuses) == answer.statuses else replace(answer, statuses=tuple(statuses))
+
+
+def _proofs(answer: Solution) -> list[str]:
+    """For each element ``"certificate"`` where y, if infeasible, or x, if unbounded, proves the verdict, else ``""``.
+
+    The search of a solver of integer programs leaves nothing that could be checked: it is its own proof.
+    """
+    proofs = [""] * answer.batch_size
+    for verdict, name, proves in (
+        (Status.INFEASIBLE, "y", proves_infeasible),
+        (Status.UNBOUNDED, "x", proves_unbounded),
+    ):
+        elements = [index for index, status in enumerate(answer.statuses) if status is verdict]
+        if elements and answer.problem.structure.has_integers:
+            proofs = ["search" if index in elements else proof for index, proof in enumerate(proofs)]
+        elif elements:
+            found = proves(answer.problem.select(elements), getattr(answer, name)[elements]).tolist()
+            for element, fine in zip(elements, found, strict=True):
+                proofs[element] = "certificate" if fine else ""
+    return proofs

@@ -1,0 +1,122 @@
+"""The rescue chain: what one solver leaves without proof goes to the next one, and who answered is on record.
+
+A batch without such elements passes through untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from lpgd.problems.conic import ConicProblem
+from lpgd.solution import Solution
+from lpgd.solvers.posed import VERDICTS
+from lpgd.status import Status
+
+__all__ = ["settled"]
+
+_OPEN = (Status.INACCURATE, Status.ITERATION_LIMIT, Status.NUMERICAL_ERROR)
+
+
+class Attempting(Protocol):
+    """A solver, as far as a rescue goes."""
+
+    def attempt(
+        self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None
+    ) -> Solution: ...
+
+
+def settled(attempt: Solution, others: Sequence[Attempting], executor: Executor | None = None) -> Solution:
+    """A solution in which every verdict is proven, by a certificate or by the consent of a second solver.
+
+    Args:
+        attempt: one solver's own answer (``Solver.attempt``).
+        others: the solvers to turn to, in order; none leaves elements as they are, but for verdicts without a proof,
+            which become numerical errors.
+        executor: where they run.
+    """
+    claims = {element: {attempt.statuses[element]} for element in _unproven(attempt)}
+    for other in others:
+        elements = [element for element, status in enumerate(attempt.statuses) if status in _OPEN or element in claims]
+        if not elements:
+            break
+        again = other.attempt(attempt.problem.select(elements), (), executor)
+        taken = [False] * len(elements)
+        proofs, better = list(again.proofs), _is_better(attempt, elements, again)
+        for place, element in enumerate(elements):
+            status = again.statuses[place]
+            if status in VERDICTS:
+                agreed = status in claims.get(element, ())
+                if not proofs[place] and agreed:
+                    proofs[place] = "two solvers"
+                taken[place] = bool(proofs[place])
+                if not taken[place]:
+                    claims.setdefault(element, set()).add(status)
+            else:
+                taken[place] = status in (Status.SOLVED, Status.NOT_CONVEX) or better[place]
+            if taken[place]:
+                claims.pop(element, None)
+        attempt = _merged(attempt, elements, replace(again, proofs=tuple(proofs)), taken)
+    if claims:
+        statuses = list(attempt.statuses)
+        for element in claims:
+            if statuses[element] in VERDICTS:
+                statuses[element] = Status.NUMERICAL_ERROR
+        attempt = replace(attempt, statuses=tuple(statuses))
+    return _with_feasible_unbounded(attempt, others, executor)
+
+
+def _unproven(solution: Solution) -> list[int]:
+    return [
+        element
+        for element, (status, proof) in enumerate(zip(solution.statuses, solution.proofs, strict=True))
+        if status in VERDICTS and not proof
+    ]
+
+
+def _is_better(solution: Solution, elements: Sequence[int], again: Solution) -> list[bool]:
+    """Whether an inaccurate answer is nearer to a solution than the one that there is; any is, where there is none."""
+    own = torch.where(solution.usable, solution.error, torch.inf)[list(elements)]
+    return (again.usable & (again.error < own)).tolist()
+
+
+def _with_feasible_unbounded(solution: Solution, others: Sequence[Attempting], executor: Executor | None) -> Solution:
+    """The solution, with those unbounded problems INFEASIBLE that have a descending ray but no feasible point."""
+    elements = [element for element, status in enumerate(solution.statuses) if status is Status.UNBOUNDED]
+    if not elements or not others or solution.problem.structure.has_integers:
+        return solution
+    problem = solution.problem.select(elements)
+    flat = replace(
+        problem, data=problem.data._replace(P=torch.zeros_like(problem.data.P), q=torch.zeros_like(problem.data.q))
+    )
+    feasible = others[0].attempt(flat, (), executor)
+    statuses = list(solution.statuses)
+    for element, status, proof in zip(elements, feasible.statuses, feasible.proofs, strict=True):
+        if status is Status.INFEASIBLE and proof:
+            statuses[element] = Status.INFEASIBLE
+    return replace(solution, statuses=tuple(statuses))
+
+
+def _merged(solution: Solution, elements: Sequence[int], other: Solution, taken: Sequence[bool]) -> Solution:
+    """A solution in which the elements that are ``taken`` come from another solve of ``elements`` alone."""
+    places = [place for place, own in enumerate(taken) if own]
+    rows, every = [elements[place] for place in places], list(elements)
+    changes: dict[str, Any] = {name: getattr(solution, name).clone() for name in ("x", "y", "z", "slack")}
+    for name, part in changes.items():
+        part[rows] = getattr(other, name)[places]
+    for name in ("iterations", "setup_seconds", "solve_seconds"):
+        changes[name] = getattr(solution, name).copy()
+        changes[name][every] += getattr(other, name)
+    for name in ("statuses", "solvers", "proofs"):
+        values = list(getattr(solution, name))
+        for place, row in zip(places, rows, strict=True):
+            values[row] = getattr(other, name)[place]
+        changes[name] = tuple(values)
+    states = list(solution.states)
+    for row in rows:
+        states[row] = None  # of another solver
+    return replace(solution, **changes, states=tuple(states), systems=())
