@@ -104,9 +104,13 @@ def _by_block(rows: Tensor, blocks: Tensor) -> Tensor:
 
 
 def vector_units(
-    problem: ConicProblem, variable: Tensor | None, row: Tensor | None, exponents: Tensor | None
+    problem: ConicProblem,
+    variable: Tensor | None,
+    row: Tensor | None,
+    exponents: Tensor | None,
+    lengths: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """β and σ: right sides and bounds of order 1, and an objective whose largest coefficient is."""
+    """β, where it is not given by ``lengths`` (B,), and σ: an objective whose largest coefficient is of order 1."""
     structure, data, size = problem.structure, problem.data, problem.batch_size
     ones = problem.data.q.new_ones
     D = ones(1, structure.n) if variable is None else repeated(variable, size)
@@ -127,7 +131,9 @@ def vector_units(
     # A length: of right sides and bounds, or of the minimiser without constraints where they are all (nearly) zero.
     free = e_q - e_P
     length = torch.fmax(e_b, torch.where(torch.isnan(e_b), free, free - 3 * MODERATE)).nan_to_num(0.0)
-    length, cost = _snapped(length, e_q, e_P, exponents)
+    if lengths is not None:
+        length = torch.where(torch.isfinite(lengths), lengths.to(length.device), length)
+    length, cost = _snapped(length, e_q, e_P, exponents, lengths is not None)
     if structure.quadratic.nnz and row_count(data.P) < size:
         cost = _in_common(length, cost, row_count(data.P))
     return _factors(length), _factors(cost)
@@ -138,14 +144,16 @@ def _factors(exponents: Tensor) -> Tensor | None:
     return power(exponents)[:, None] if bool(exponents.any()) else None
 
 
-def _snapped(length: Tensor, e_q: Tensor, e_P: Tensor, exponents: Tensor | None) -> tuple[Tensor, Tensor]:
+def _snapped(
+    length: Tensor, e_q: Tensor, e_P: Tensor, exponents: Tensor | None, is_given: bool
+) -> tuple[Tensor, Tensor]:
     """Exponents of length and cost: those of a state where they still fit, else zero where the data are moderate."""
 
     def cost_of(length: Tensor) -> Tensor:
         terms = torch.stack([e_q + length, e_P + 2 * length])
         return -terms.nan_to_num(nan=-torch.inf).amax(0).nan_to_num(neginf=0.0)
 
-    chosen = torch.where(length.abs() <= MODERATE, 0.0, length)
+    chosen = length if is_given else torch.where(length.abs() <= MODERATE, 0.0, length)
     cost = cost_of(chosen)
     cost = torch.where(cost.abs() <= MODERATE, 0.0, cost)
     if exponents is None:

@@ -49,18 +49,19 @@ class Units:
     cost: Tensor | None = None
 
     @classmethod
-    def of(cls, problem: ConicProblem, exponents: Tensor | None = None) -> Units:
+    def of(cls, problem: ConicProblem, exponents: Tensor | None = None, lengths: Tensor | None = None) -> Units:
         """The units of a problem.
 
         Args:
             problem: B elements with finite data.
             exponents: (B, 2) exponents of ``length`` and ``cost`` that a warm-start state is in, NaN where there is
                 none; they are kept where the data still allow.
+            lengths: (B,) exponents of ``length`` to take, of a solution say; NaN leaves the choice to the data.
         """
         if problem.batch_size == 0 or problem.structure.n == 0:
             return cls()
         variable, row = matrix_units(problem)
-        length, cost = vector_units(problem, variable, row, exponents)
+        length, cost = vector_units(problem, variable, row, exponents, lengths)
         return cls(variable, row, length, cost)
 
     @property
@@ -92,15 +93,6 @@ class Units:
         ]
         return torch.cat([column.double() for column in columns], 1)
 
-    def of_length(self, factor: Tensor) -> Units:
-        """The same units with another length, ``factor`` (B, 1) times this one, and the objective in proportion.
-
-        The factor of P, ``σ β²``, stays what it is.
-        """
-        length = factor if self.length is None else self.length * factor
-        cost = factor**-2 if self.cost is None else self.cost * factor**-2
-        return replace(self, length=length, cost=cost)
-
     # -- problems -------------------------------------------------------------------------------------------------
 
     def apply(self, problem: ConicProblem) -> ConicProblem:
@@ -121,7 +113,7 @@ class Units:
         if structure.constraint.nnz and not self.keeps_matrices:
             A = _memo(A, ("A", _key(self.variable), _key(self.row)), partial(self._constraint, problem))
         length, cost = self._length(problem), self._cost(problem)
-        D, E = self._variable(problem), self._row(problem)
+        D, E = self.variable_of(problem), self._row(problem)
         lower_index, upper_index = (structure.index(f"{end}_index", problem.device) for end in ("lower", "upper"))
         scaled = ConicData(
             P=P,
@@ -155,14 +147,14 @@ class Units:
         """A point of the problem, (B, ·) each, in these units."""
         if self.is_trivial:
             return point
-        length, cost, D, E = self._length(problem), self._cost(problem), self._variable(problem), self._row(problem)
+        length, cost, D, E = self._length(problem), self._cost(problem), self.variable_of(problem), self._row(problem)
         return ConicPoint(point.x / (length * D), point.y * (cost * length) / E, point.z * (cost * length * D))
 
     def point_out(self, problem: ConicProblem, point: ConicPoint) -> ConicPoint:
         """A point, or a change of one, that is in these units, in the problem's own."""
         if self.is_trivial:
             return point
-        length, cost, D, E = self._length(problem), self._cost(problem), self._variable(problem), self._row(problem)
+        length, cost, D, E = self._length(problem), self._cost(problem), self.variable_of(problem), self._row(problem)
         return ConicPoint(point.x * (length * D), point.y * E / (cost * length), point.z / (cost * length * D))
 
     def slack_in(self, problem: ConicProblem, slack: Tensor) -> Tensor:
@@ -177,7 +169,7 @@ class Units:
         """A tilt ``<g, point>`` of the Lagrangian as one of ``σ`` times it, in these units."""
         if self.is_trivial:
             return tilt
-        length, cost, D, E = self._length(problem), self._cost(problem), self._variable(problem), self._row(problem)
+        length, cost, D, E = self._length(problem), self._cost(problem), self.variable_of(problem), self._row(problem)
         return ConicPoint(tilt.x * (cost * length * D), tilt.y * E / length, tilt.z / (length * D))
 
     def _length(self, problem: ConicProblem) -> Tensor:
@@ -186,7 +178,8 @@ class Units:
     def _cost(self, problem: ConicProblem) -> Tensor:
         return _one(problem) if self.cost is None else self.cost
 
-    def _variable(self, problem: ConicProblem) -> Tensor:
+    def variable_of(self, problem: ConicProblem) -> Tensor:
+        """(1 or B, n) factors D."""
         if self.variable is None:
             return problem.data.q.new_ones(1, problem.structure.n)
         return repeated(self.variable, problem.batch_size)

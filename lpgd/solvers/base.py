@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Self
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicStructure
 from lpgd.solution import Solution
-from lpgd.solvers.posed import judged, pose
-from lpgd.solvers.rescue import settled
-from lpgd.status import MissingPackageError
+from lpgd.solvers.posed import better_lengths, judged, pose
+from lpgd.solvers.rescue import merged, settled
+from lpgd.status import MissingPackageError, Status
 
 __all__ = ["BaseSolver", "Capabilities", "Solver", "rescue_by"]
 
@@ -144,7 +144,15 @@ class Solver(BaseSolver):
     def attempt(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:
         """This solver's own answer, judged; verdicts without a proof are still its claims (``Solution.proofs``)."""
         posed = pose(problem, states)
-        return judged(posed, self.solve_posed(posed.inside, posed.states, executor), self.tolerance, self.name)
+        answer = judged(posed, self.solve_posed(posed.inside, posed.states, executor), self.tolerance, self.name)
+        lengths = better_lengths(posed, answer, self.tolerance)
+        if lengths is None:
+            return answer
+        elements = lengths.isfinite().nonzero()[:, 0].tolist()
+        posed = pose(problem.select(elements), (), lengths[elements])
+        again = judged(posed, self.solve_posed(posed.inside, posed.states, executor), self.tolerance, self.name)
+        taken = [status is Status.SOLVED for status in again.statuses]
+        return merged(answer, elements, again, taken, keep_states=True)
 
     @abstractmethod
     def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> Solution:

@@ -44,36 +44,42 @@ _memo = TensorMemo()
 
 def _rows_convex(pattern: SparsityPattern, values: Tensor) -> Tensor:
     """(R,) for each row of values."""
-    values = torch.atleast_2d(values.detach())
-    n = pattern.shape[0]
-    single = (values == values.float().double()).all(-1)
-    size = values.abs().amax(-1)
-    precision = torch.where(single, float(np.finfo(np.float32).eps) * max(n, 8), FINEST)
-    shift = precision * size
+    values, n = torch.atleast_2d(values.detach()), pattern.shape[0]
+    convex = values.new_zeros(len(values), dtype=torch.bool) if pattern.is_dense else _dominated(pattern, values)
+    dense = n <= DENSE_LIMIT or pattern.nnz > 0.2 * n * n
+    by_factors = _by_cholesky if dense else _by_pivots
+    for single in (False, True):
+        left = (~convex).nonzero()[:, 0]
+        if single and left.shape[0]:
+            part = values[left]
+            left = left[(part == part.float().double()).all(-1)]
+        if left.shape[0]:
+            part = values if left.shape[0] == len(values) else values[left]
+            precision = float(np.finfo(np.float32).eps) * max(n, 8) if single else FINEST
+            convex[left] = by_factors(pattern, part, (precision * part.abs().amax(-1)).clamp(min=1e-300))
+    return convex | ~torch.isfinite(values.sum(-1))
+
+
+def _dominated(pattern: SparsityPattern, values: Tensor) -> Tensor:
+    """(R,) whether each diagonal entry is at least the sum of the others in its row (Gershgorin)."""
     diagonal = torch.from_numpy(pattern.rows == pattern.columns).to(values.device)
-    # The sum of the other entries in a row bounds how far an eigenvalue can be from the diagonal (Gershgorin).
     signed = torch.where(diagonal, values, -values.abs())
-    least = values.new_zeros(len(values), n).index_add(1, torch.from_numpy(pattern.rows).to(values.device), signed)
-    convex = (least >= -shift[:, None]).all(-1) | ~torch.isfinite(size)
-    left = (~convex).nonzero()[:, 0]
-    if left.shape[0]:
-        dense = n <= DENSE_LIMIT or pattern.nnz > 0.2 * n * n
-        convex[left] = (_by_cholesky if dense else _by_pivots)(pattern, values[left], shift[left])
-    return convex
+    rows = torch.from_numpy(pattern.rows).to(values.device)
+    return (values.new_zeros(len(values), pattern.shape[0]).index_add(1, rows, signed) >= 0).all(-1)
 
 
 def _by_cholesky(pattern: SparsityPattern, values: Tensor, shift: Tensor) -> Tensor:
     # Only variables that are in the objective: CVXPY's quadratics involve few of the program's.
-    used = np.unique(pattern.rows)
-    place = torch.from_numpy(np.searchsorted(used, pattern.rows) * used.size + np.searchsorted(used, pattern.columns))
-    whole, count = pattern.is_dense, max(1, STACK_LIMIT // used.size**2)
+    used = np.arange(pattern.shape[0]) if pattern.is_dense else np.unique(pattern.rows)
+    count = max(1, STACK_LIMIT // used.size**2)
     found = []
     for part, own in zip(values.split(count), shift.split(count), strict=True):
-        if whole:
+        if pattern.is_dense:
             matrices = part.reshape(-1, used.size, used.size).clone()
         else:
+            place = np.searchsorted(used, pattern.rows) * used.size + np.searchsorted(used, pattern.columns)
             matrices = part.new_zeros(len(part), used.size * used.size)
-            matrices[:, place.to(part.device)] = part
+            matrices[:, torch.from_numpy(place).to(part.device)] = part
             matrices = matrices.reshape(-1, used.size, used.size)
         matrices.diagonal(dim1=-2, dim2=-1).add_(own[:, None])
         found.append(torch.linalg.cholesky_ex(matrices).info == 0)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic import ConicProblem, per_element
 from lpgd.problems.magnitudes import INFINITE
 from lpgd.problems.structure import ConicPoint
@@ -24,7 +25,7 @@ from lpgd.solvers.certificates import MARGIN, proves_infeasible, proves_unbounde
 from lpgd.solvers.convexity import is_convex
 from lpgd.status import Status
 
-__all__ = ["VERDICTS", "Posed", "judged", "pose"]
+__all__ = ["VERDICTS", "Posed", "better_lengths", "judged", "pose"]
 
 ACCEPTED = 1e-6
 """A relative residual above this, and above ten tolerances, turns a solver's "solved" into INACCURATE."""
@@ -60,8 +61,14 @@ class Posed:
     states: Sequence[Any]
 
 
-def pose(problem: ConicProblem, states: Sequence[Any] = ()) -> Posed:
-    """What a solver is to see of a batch, started from the states of an earlier solution."""
+def pose(problem: ConicProblem, states: Sequence[Any] = (), lengths: Tensor | None = None) -> Posed:
+    """What a solver is to see of a batch, started from the states of an earlier solution.
+
+    Args:
+        problem: B elements.
+        states: of B elements, or of a divisor of B that repeat; none is a cold start.
+        lengths: (B,) exponents of two of the length unit, where it should not be chosen by the data.
+    """
     cleaned, settled = _with_clean_bounds(problem)
     convex = is_convex(cleaned)
     if not bool(convex.all()):
@@ -70,7 +77,7 @@ def pose(problem: ConicProblem, states: Sequence[Any] = ()) -> Posed:
         finite = problem.finite().tolist()
         settled = {element: status for element, status in settled.items() if finite[element]}
     exponents = _exponents(states, problem.batch_size)
-    units = Units.of(cleaned, exponents)
+    units = Units.of(cleaned, exponents, lengths)
     inside = units.apply(cleaned)
     if settled:
         hidden = torch.zeros(problem.batch_size, 1, dtype=torch.bool, device=problem.device)
@@ -143,6 +150,20 @@ def _states_out(states: Sequence[Any], units: Units) -> Sequence[Any]:
         None if state is None else _State(length, cost, state)
         for state, (length, cost) in zip(states, own, strict=True)
     )
+
+
+def better_lengths(posed: Posed, answer: Solution, tolerance: float) -> Tensor | None:
+    """(B,) exponents of units for another try: where a point is so small that its residuals say little about it.
+
+    NaN for other elements; None where there is none.
+    """
+    size = maximum_norm(posed.units.point_in(posed.problem, answer.point).x)
+    residual = answer.residuals.worst
+    vague = answer.usable & (size > 0) & (residual > max(ACCEPTED, 10 * tolerance) * size.clamp(max=1.0))
+    if posed.problem.structure.has_integers or not bool(vague.any()):
+        return None
+    exponents = torch.frexp(maximum_norm(answer.x / posed.units.variable_of(posed.problem))).exponent.double()
+    return torch.where(vague, exponents, torch.nan)
 
 
 # -- answers ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from lpgd.solution import Solution
 from lpgd.solvers.posed import VERDICTS
 from lpgd.status import Status
 
-__all__ = ["settled"]
+__all__ = ["merged", "settled"]
 
 _OPEN = (Status.INACCURATE, Status.ITERATION_LIMIT, Status.NUMERICAL_ERROR)
 
@@ -60,7 +60,7 @@ def settled(attempt: Solution, others: Sequence[Attempting], executor: Executor 
                 taken[place] = status in (Status.SOLVED, Status.NOT_CONVEX) or better[place]
             if taken[place]:
                 claims.pop(element, None)
-        attempt = _merged(attempt, elements, replace(again, proofs=tuple(proofs)), taken)
+        attempt = merged(attempt, elements, replace(again, proofs=tuple(proofs)), taken)
     if claims:
         statuses = list(attempt.statuses)
         for element in claims:
@@ -101,8 +101,13 @@ def _with_feasible_unbounded(solution: Solution, others: Sequence[Attempting], e
     return replace(solution, statuses=tuple(statuses))
 
 
-def _merged(solution: Solution, elements: Sequence[int], other: Solution, taken: Sequence[bool]) -> Solution:
-    """A solution in which the elements that are ``taken`` come from another solve of ``elements`` alone."""
+def merged(
+    solution: Solution, elements: Sequence[int], other: Solution, taken: Sequence[bool], *, keep_states: bool = False
+) -> Solution:
+    """A solution in which the elements that are ``taken`` come from another solve of ``elements`` alone.
+
+    States of another solver are of no use to this one, and are dropped unless they should be kept.
+    """
     places = [place for place, own in enumerate(taken) if own]
     rows, every = [elements[place] for place in places], list(elements)
     changes: dict[str, Any] = {name: getattr(solution, name).clone() for name in ("x", "y", "z", "slack")}
@@ -117,6 +122,6 @@ def _merged(solution: Solution, elements: Sequence[int], other: Solution, taken:
             values[row] = getattr(other, name)[place]
         changes[name] = tuple(values)
     states = list(solution.states)
-    for row in rows:
-        states[row] = None  # of another solver
+    for place, row in zip(places, rows, strict=True):
+        states[row] = other.states[place] if keep_states else None
     return replace(solution, **changes, states=tuple(states), systems=())
