@@ -326,6 +326,13 @@ def check_solution(solution: BatchSolution, on_error: OnError) -> None:
             f"no solution for {describe_failures(statuses, failed)}.{domain} Their rows are the solver's last iterate "
             "or NaN, with a zero gradient."
         )
+    rescued = sum(solution.rescued.values())
+    if 2 * rescued > solution.batch_size:
+        others = " and ".join(f"{count} by {name}" for name, count in solution.rescued.items())
+        warn(
+            f"{solution.asked} left {rescued} of {solution.batch_size} elements without a solution; they were solved, "
+            f"{others}. Name that solver to be faster, or rescue=False for what the first one makes of them."
+        )
     if Status.INACCURATE in statuses:
         inaccurate = [index for index, status in enumerate(statuses) if status is Status.INACCURATE]
         warn(describe_failures(statuses, inaccurate))

@@ -86,6 +86,14 @@ class BatchSolution:
         """What data must be for there to be a solution, in words, where the class of problems can tell."""
         return ""
 
+    asked: str = ""
+    """The name of the solver that was asked, where another one may have answered."""
+
+    @property
+    def rescued(self) -> dict[str, int]:
+        """How many elements were solved by another solver than the one that was asked, by its name."""
+        return {}
+
     @property
     def batch_size(self) -> int:
         return len(self.statuses)
@@ -198,8 +206,9 @@ class Solution(BatchSolution):
 
     @property
     def rescued(self) -> dict[str, int]:
-        """How many elements were answered by another solver than the one that was asked, by its name."""
-        return {name: count for name, count in Counter(self.solvers).items() if name != self.asked}
+        """How many elements were solved by another solver than the one that was asked, by its name."""
+        solved = (name for name, status in zip(self.solvers, self.statuses, strict=False) if status.usable)
+        return {name: count for name, count in Counter(solved).items() if name != self.asked}
 
     @cached_property
     def s(self) -> Tensor:

@@ -19,8 +19,12 @@ __all__ = ["INFINITE", "matrix_units", "pairs", "repeated", "times", "vector_uni
 
 MODERATE = 6
 """Exponents of two up to this size are left alone: a factor of 64."""
-EQUILIBRATIONS = 8
-"""Iterations of Ruiz's equilibration; each takes the root of what is left."""
+SWEEPS, DAMPING = 30, 0.7
+"""Alternating steps of the fit of rows and variables, and the part of a step of variables that is taken."""
+ROUNDING = 1e-30
+"""Entries this much smaller than the largest one say nothing of scales."""
+LARGEST = 60
+"""The largest exponent of a row's or a variable's factor."""
 KEPT = 12
 """Units of a warm-start state are kept as long as the data are within this exponent of them."""
 INFINITE = 1e20
@@ -41,7 +45,7 @@ def power(exponents: Tensor) -> Tensor:
 
 
 def matrix_units(problem: ConicProblem) -> tuple[Tensor | None, Tensor | None]:
-    """D and E, by Ruiz's equilibration of P and A where a row or a column of theirs is far from order 1."""
+    """D and E, where a row or a column of P and A is far from order 1."""
     structure, A, P = problem.structure, problem.data.A, problem.symmetric_P
     rows, columns = _memo(A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A))
     if not _is_wide(rows) and not _is_wide(columns):
@@ -68,39 +72,56 @@ def _is_wide(sizes: Tensor) -> bool:
 
 
 def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Exponents e of E and d of D so that the rows of E A D and the columns of it and of D P D are of order 1."""
-    constraint, quadratic = structure.constraint, structure.quadratic
-    a, p = (torch.log2(torch.atleast_2d(values.detach().abs())) for values in (A, P))  # -inf for a zero
-    count = max(a.shape[0] if constraint.nnz else 1, p.shape[0] if quadratic.nnz else 1)
-    e, d = a.new_zeros(count, structure.m), a.new_zeros(count, structure.n)
-    a, p = (part if part.shape[0] in (1, count) else part.repeat(count // part.shape[0], 1) for part in (a, p))
-    blocks = torch.from_numpy(structure.cones.blocks).to(A.device)
-    row, column, first, second = (
-        torch.from_numpy(index).to(A.device)
-        for index in (constraint.rows, constraint.columns, quadratic.rows, quadratic.columns)
-    )
-    for _ in range(EQUILIBRATIONS):
-        own, curvature = a + e[:, row] + d[:, column], p + d[:, first] + d[:, second]
-        # The objective has a unit of its own, the largest entry of P.
-        curvature = curvature - curvature.amax(-1, keepdim=True).nan_to_num(neginf=0.0) if quadratic.nnz else curvature
-        rows = _by_block(constraint.maxima(own, "rows"), blocks)
-        columns = torch.maximum(constraint.maxima(own, "columns"), quadratic.maxima(curvature, "columns"))
-        e -= 0.5 * torch.where(torch.isfinite(rows), rows, 0.0)
-        d -= 0.5 * torch.where(torch.isfinite(columns), columns, 0.0)
-        d[:, structure.index("integer_index", d.device)] = 0.0
-    e, d = e.round(), d.round()
+    """Exponents e of E and d of D that bring the entries of E A D and of D P D, up to a factor c, nearest to 1.
+
+    They minimise ``Σ (log|A_ij| + e_i + d_j)² + Σ (log|P_ij| + d_i + d_j + c)²`` over the entries that are not zero,
+    approximately, so that factors of rows and of variables are found as such whatever the pattern is (Curtis and Reid,
+    On the automatic scaling of matrices for Gaussian elimination, 1972).  Largest entries would not tell one from the
+    other.
+    """
+    constraint, quadratic, device = structure.constraint, structure.quadratic, A.device
+    index = {
+        name: torch.from_numpy(np.asarray(own)).to(device)
+        for name, own in (
+            ("row", structure.cones.blocks[constraint.rows]),
+            ("column", constraint.columns),
+            ("first", quadratic.rows),
+            ("second", quadratic.columns),
+        )
+    }
+    blocks = torch.from_numpy(structure.cones.blocks).to(device)
+    a, in_a = _logarithms(A)
+    p, in_p = _logarithms(P)
+    count = max(len(part) for part in (a, p) if part.shape[-1])
+    a, in_a, p, in_p = (repeated(part, count) for part in (a, in_a, p, in_p))
+    e, d = a.new_zeros(count, int(blocks[-1]) + 1 if structure.m else 0), a.new_zeros(count, structure.n)
+    c = a.new_zeros(count, 1)
+    # Off the diagonal an entry of P stands for itself and its mirror image, on it for both of its variables.
+    twice = torch.where(index["first"] == index["second"], 4.0, 2.0) * in_p
+    rows, columns = _sums(in_a, index["row"], e), _sums(in_a, index["column"], d) + _sums(twice, index["second"], d)
+    for _ in range(SWEEPS):
+        e = -_sums(in_a * (a + d[:, index["column"]]), index["row"], e) / rows.clamp(min=1.0)
+        c = -(in_p * (p + d[:, index["first"]] + d[:, index["second"]])).sum(1, keepdim=True)
+        c = c / in_p.sum(1, keepdim=True).clamp(min=1.0)
+        others = torch.where(index["first"] == index["second"], 0.0, d[:, index["first"]])
+        terms = _sums(in_a * (a + e[:, index["row"]]), index["column"], d)
+        terms = terms + _sums(2.0 * in_p * (p + others + c), index["second"], d)
+        d = d - DAMPING * (d + terms / columns.clamp(min=1.0))
+        d[:, structure.index("integer_index", device)] = 0.0
+    e, d = e[:, blocks].round().clamp(-LARGEST, LARGEST), d.round().clamp(-LARGEST, LARGEST)
     return (power(d) if bool(d.any()) else None), (power(e) if bool(e.any()) else None)
 
 
-def _by_block(rows: Tensor, blocks: Tensor) -> Tensor:
-    """The largest value of the cone that each row belongs to."""
-    if not blocks.shape[0]:
-        return rows
-    count = int(blocks[-1]) + 1
-    if count == blocks.shape[0]:
-        return rows
-    index = blocks.expand(rows.shape)
-    return rows.new_full((rows.shape[0], count), -torch.inf).scatter_reduce(1, index, rows, "amax").gather(1, index)
+def _logarithms(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponents of the entries (R, nnz), and which of them count, as zeros and ones: those that are not rounding."""
+    magnitudes = torch.atleast_2d(values.detach().abs())
+    largest = magnitudes.amax(-1, keepdim=True) if values.shape[-1] else magnitudes
+    counts = (magnitudes > ROUNDING * largest) & torch.isfinite(magnitudes)
+    return torch.where(counts, torch.log2(magnitudes), 0.0), counts.to(values.dtype)
+
+
+def _sums(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(like).index_add(1, index, values)
 
 
 def vector_units(

@@ -1,0 +1,113 @@
+"""Answers, verdicts and gradients do not depend on the scale of the data.
+
+A problem with a planted solution is put into other units: lengths, objectives, rows and variables times powers of ten
+from 1e-8 to 1e8, one at a time and several at once.  Its solution and its gradients are those of the original, in the
+new units, exactly; nothing else is compared with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lpgd import LPGD, ImplicitKKT, SerialExecutor, Solution, Status
+from lpgd.problems import ConicData, ConicPoint, ConicProblem
+from lpgd.problems.units import Units
+from lpgd.solvers import Solver, choose_solver
+from lpgd.solvers.choose import Situation
+from tests.problem_table import BATCH, REGULAR, Case
+from tests.test_solvers import SOLVER_TABLE, supported
+
+KINDS = ["length", "cost", "rows", "variables", "everything"]
+FOR_ALL = [case for case in REGULAR if case.name in ("lp", "qp", "qp, batched matrices", "socp", "exponential", "sdp")]
+
+
+def in_other_units(case: Case, kind: str, seed: int) -> tuple[ConicProblem, Units]:
+    """The problem as it is in units that are powers of ten, and those units."""
+    structure, rng = case.problem.structure, np.random.default_rng(seed)
+
+    def powers(shape: tuple[int, ...], largest: int) -> torch.Tensor:
+        return torch.from_numpy(10.0 ** rng.integers(-largest, largest + 1, size=shape))
+
+    every, blocks = kind == "everything", structure.cones.blocks
+    length = powers((BATCH, 1), 3 if every else 8) if every or kind == "length" else None
+    cost = powers((BATCH, 1), 3 if every else 8) if every or kind == "cost" else None
+    if cost is None and length is not None and structure.quadratic.nnz:
+        cost = length**-2  # q and b are scaled, and P is not
+    row = variable = None
+    if structure.m and (every or kind == "rows"):
+        row = powers((1, structure.m), 2 if every else 8)[:, blocks]
+    if every or kind == "variables":
+        variable = powers((1, structure.n), 2 if every else 8)
+    units = Units(variable, row, length, cost)
+    return units.apply(case.problem), units
+
+
+def defaults(case: Case) -> Solver:
+    return choose_solver(case.problem.structure, situation=Situation())
+
+
+TABLE = [pytest.param(None, case, id=f"default-{case}") for case in FOR_ALL] + [
+    pytest.param(solver, case, id=f"{solver.name}{' sparse' if getattr(solver, 'sparse', False) else ''}-{case}")
+    for solver, _ in SOLVER_TABLE
+    for case in supported(solver)
+    if case in FOR_ALL
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("solver", "case"), TABLE)
+def test_solutions_are_the_same_in_any_units(solver: Solver | None, case: Case, kind: str) -> None:
+    chosen = solver or defaults(case)
+    problem, units = in_other_units(case, kind, seed=KINDS.index(kind))
+    solution = chosen.solve(problem)
+    assert solution.statuses == (Status.SOLVED,) * BATCH
+    x = units.point_out(case.problem, solution.point).x
+    torch.testing.assert_close(x, case.point.x, atol=1e-6 * float(case.point.x.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", [ImplicitKKT(), LPGD()], ids=["ImplicitKKT", "LPGD"])
+@pytest.mark.parametrize("case", FOR_ALL, ids=repr)
+def test_gradients_are_the_same_in_any_units(case: Case, method: Any, kind: str) -> None:
+    solver = defaults(case)
+    problem, units = in_other_units(case, kind, seed=7)
+    g = torch.from_numpy(np.random.default_rng(8).normal(size=case.point.x.shape))
+    cotangent = ConicPoint(g, torch.zeros_like(case.point.y), torch.zeros_like(case.point.z))
+    exact = Solution(
+        case.problem, *case.point, case.problem.slack(case.point.x), (Status.SOLVED,) * BATCH,
+        np.zeros(BATCH, int), np.zeros(BATCH), np.zeros(BATCH), (None,) * BATCH,
+    )  # fmt: skip
+    expected, _ = ImplicitKKT().vjp(case.problem, exact, cotangent, solver, SerialExecutor())
+    solution = solver.solve(problem)
+    # The loss is one of x in the old units; so a change of a new datum is worth what the old one's would be.
+    scaled = units.tilt_in(case.problem, cotangent)
+    loss = scaled._replace(x=scaled.x / _cost(units))
+    gradient, info = method.vjp(problem, solution, loss, solver, SerialExecutor())
+    assert not info.fallbacks
+    there = _data_in_old_units(case.problem, units, gradient)
+    for name, own, wanted in zip(ConicData._fields, there, expected, strict=True):
+        if wanted.numel():
+            size = float(wanted.abs().max()) or 1.0
+            torch.testing.assert_close(
+                own, wanted, atol=1e-4 * size, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def _cost(units: Units) -> torch.Tensor:
+    return torch.ones(1, 1, dtype=torch.float64) if units.cost is None else units.cost
+
+
+def _data_in_old_units(problem: ConicProblem, units: Units, gradient: ConicData) -> ConicData:
+    """dℓ/d(old data) from dℓ/d(new data), where new = factors × old."""
+    ones = ConicData(*(torch.ones_like(datum) for datum in problem.data))
+    factors = units.apply(replace(problem, data=ones)).data
+    parts = []
+    for own, factor, datum in zip(gradient, factors, problem.data, strict=True):
+        part = own * factor
+        parts.append(part.sum(0) if datum.ndim == 1 and part.ndim == 2 else part)
+    return ConicData(*parts)
