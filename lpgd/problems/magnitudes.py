@@ -93,7 +93,9 @@ def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor) -> tuple[Tens
     a, in_a = _logarithms(A)
     p, in_p = _logarithms(P)
     count = max(len(part) for part in (a, p) if part.shape[-1])
-    a, in_a, p, in_p = (repeated(part, count) for part in (a, in_a, p, in_p))
+    a, in_a, p, in_p = (
+        part.expand(count, -1) if len(part) == 1 else repeated(part, count) for part in (a, in_a, p, in_p)
+    )
     e, d = a.new_zeros(count, int(blocks[-1]) + 1 if structure.m else 0), a.new_zeros(count, structure.n)
     c = a.new_zeros(count, 1)
     # Off the diagonal an entry of P stands for itself and its mirror image, on it for both of its variables.
