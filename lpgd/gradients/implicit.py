@@ -1,7 +1,7 @@
 """Implicit differentiation of the optimality conditions of a problem, as an exact method and as the fallback.
 
 Reverse mode differentiates ``∇_w L`` along the change ``(dx, dy, dz)`` of the solution under a tilt by the cotangent;
-forward mode takes the tilt ``∇_z <∇_w L, dw>``: both are one solve of the system in :mod:`lpgd.gradients.kkt`,
+forward mode takes the tilt ``∇_z <∇_w L, dw>``: both are one solve of the system in :mod:`lpgd.solvers.kkt`,
 for declarative nodes of that in :mod:`lpgd.solvers.bordered`.
 """
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from lpgd.elements import ElementView
 from lpgd.execution import SerialExecutor, run_tasks
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
-from lpgd.gradients.kkt import KKTPoints, KKTResponse, is_quick, respond
 from lpgd.gradients.polyhedral import is_batchable, kept_response, polyhedral_response
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.multipliers import active_rows
@@ -29,6 +28,7 @@ from lpgd.problems.structure import ConicPoint, ConicStructure
 from lpgd.solution import SmoothSolution, Solution
 from lpgd.solvers.base import BaseSolver
 from lpgd.solvers.bordered import bordered_response, is_large
+from lpgd.solvers.kkt import KKTPoints, KKTResponse, Known, is_quick, respond
 from lpgd.status import warn
 
 __all__ = ["ImplicitKKT", "is_linear_program"]
@@ -165,7 +165,8 @@ class ImplicitKKT(GradientMethod):
             points = KKTPoints(**{name: values[elements] for name, values in rows.items()})
             matrices = (view.rows(name, elements) for name in ("P", "A"))
             P, A = (np.broadcast_to(rows, (len(elements), rows.shape[1])) for rows in matrices)
-            tasks.append(_Task(problem.structure, self.rho, elements, P, A, points))
+            known = Known(np.zeros(len(elements)), np.zeros(len(elements)))
+            tasks.append(_Task(problem.structure, self.rho, elements, P, A, points, known))
         results = run_tasks(_respond, tasks, executor)
         regularised = []
         for task, response in zip(tasks, results, strict=True):
@@ -316,10 +317,11 @@ class _Task(NamedTuple):
     P: FloatArray
     A: FloatArray
     points: KKTPoints
+    known: Known
 
 
 def _respond(task: _Task) -> KKTResponse:
-    return respond(task.structure, task.rho, task.P, task.A, task.points)
+    return respond(task.structure, task.rho, task.P, task.A, task.points, task.known)
 
 
 _ZERO_GRADIENT = (

@@ -1,6 +1,6 @@
 """Implicit differentiation of linear and quadratic programs, for all elements of a batch in one factorisation.
 
-The system of :mod:`lpgd.gradients.kkt` for zero and nonnegative cones, with the active rows C of A and the
+The system of :mod:`lpgd.solvers.kkt` for zero and nonnegative cones, with the active rows C of A and the
 variables that are not at a bound,
 
     [ P + ρI   Cᵀ ] [dx]     [ g_x ]

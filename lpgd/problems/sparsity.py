@@ -118,7 +118,7 @@ class SparsityPattern:
     def dense_matrices(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """(k, nnz) values to new (k, r, c) matrices."""
         if self.is_dense:
-            return np.ascontiguousarray(values.reshape(len(values), self.shape[1], self.shape[0]).swapaxes(1, 2))
+            return values.reshape(len(values), self.shape[1], self.shape[0]).swapaxes(1, 2).copy()
         matrices = np.zeros((len(values), *self.shape))
         matrices[:, self.rows, self.columns] = values
         return matrices
