@@ -175,6 +175,8 @@ class Solution(BatchSolution):
         solvers: B names of the solvers that answered: another one where that one gave up.
         proofs: for each element without a solution what shows it: ``"certificate"``, ``"two solvers"`` that agree,
             ``"data"`` (crossed bounds, an objective that is not convex), ``"search"`` (of integers), or nothing.
+        known_to: (B,) what is left of the optimality conditions, in units of order 1; NaN for integer programs.
+        refined: (B,) how many of Newton's steps were taken from the solver's answer.
     """
 
     problem: ConicProblem
@@ -191,6 +193,8 @@ class Solution(BatchSolution):
     asked: str = ""
     solvers: tuple[str, ...] = ()
     proofs: tuple[str, ...] = ()
+    known_to: Tensor | None = None
+    refined: Tensor | None = None
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds")
 
@@ -201,7 +205,10 @@ class Solution(BatchSolution):
     def select(self, elements: Sequence[int]) -> Self:
         """The solutions of these elements, without their systems."""
         records = {name: getattr(self, name) for name in ("solvers", "proofs")}
-        kept = {name: tuple(own[i] for i in elements) if own else own for name, own in records.items()}
+        kept: dict[str, Any] = {name: tuple(own[i] for i in elements) if own else own for name, own in records.items()}
+        for name in ("known_to", "refined"):
+            own = getattr(self, name)
+            kept[name] = own if own is None else own[list(elements)]
         return replace(super().select(elements), systems=(), **kept)
 
     @property

@@ -16,7 +16,8 @@ from lpgd.projections import project
 from lpgd.solvers import Solver
 from lpgd.solvers.certificates import proves_infeasible, proves_unbounded
 from lpgd.solvers.convexity import is_convex
-from tests.test_solvers import BY_NAME, box
+from tests.problem_table import CASES
+from tests.test_solvers import BY_NAME, LARGE, box
 
 QP_SOLVERS: list[Any] = [None, *BY_NAME]
 EVERY_CONE = Cones(2, 3, (3,), (2,), 1, 1, (0.4, -0.7))
@@ -123,16 +124,27 @@ def _solved(P: torch.Tensor, q: torch.Tensor, name: str | None, **data: torch.Te
 
 
 def test_another_solver_answers_and_is_on_record() -> None:
-    limited = Clarabel(max_iterations=2)
-    problem = box([[1.0, 4.0], [2.0, 1.0]], curvature=1.0)
-    alone = Clarabel(max_iterations=2, rescue=False).solve(problem)
-    assert alone.statuses == (Status.ITERATION_LIMIT,) * 2
-    solution = limited.solve(problem)
-    assert solution.statuses == (Status.SOLVED,) * 2
-    assert solution.asked == "CLARABEL"
-    assert sum(solution.rescued.values()) == 2
-    torch.testing.assert_close(solution.x, torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double(), atol=1e-6, rtol=0)
-    assert solution.select([1]).solvers == solution.solvers[1:]
+    # Two iterations of SCS are too far from a solution for Newton's steps.
+    problem = LARGE.problem
+    alone = SCS(max_iterations=2, rescue=False).solve(problem)
+    assert alone.statuses == (Status.ITERATION_LIMIT,) * 3
+    solution = SCS(max_iterations=2).solve(problem)
+    assert solution.statuses == (Status.SOLVED,) * 3
+    assert solution.asked == "SCS"
+    assert solution.rescued == {"CLARABEL": 3}
+    torch.testing.assert_close(solution.objective, problem.objective(LARGE.point.x), atol=0, rtol=1e-6)
+    assert solution.select([1]).solvers == ("CLARABEL",)
+
+
+def test_newtons_steps_finish_what_a_solver_left() -> None:
+    case = next(case for case in CASES if case.name == "socp")
+    solution = Clarabel(max_iterations=6, rescue=False).solve(case.problem)
+    assert solution.statuses == (Status.SOLVED,) * 3
+    assert solution.refined is not None
+    assert solution.known_to is not None
+    assert (solution.refined > 0).all()
+    assert solution.known_to.max() < 1e-12
+    torch.testing.assert_close(solution.x, case.point.x, atol=1e-10, rtol=0)
 
 
 def test_a_verdict_that_nobody_shares_is_none() -> None:
@@ -209,7 +221,7 @@ def test_bounds_that_cross_by_rounding_are_equal(name: str | None) -> None:
     lower = torch.tensor([[third, -1.0], [np.nextafter(0.3, 1), -1.0], [0.3 + 1e-6, -1.0]], dtype=torch.float64)
     upper = torch.tensor([[third, 1.0], [0.3, 1.0], [0.3, 1.0]], dtype=torch.float64)
     output = solve_qp(
-        P, q, G=torch.tensor([[1.0, 0.0]]).double(), h=torch.tensor([0.3]).double(), lb=lower, ub=upper,
+        P, q, G=torch.tensor([[1.0, 0.0]]).double(), h=torch.tensor([0.3], dtype=torch.float64), lb=lower, ub=upper,
         solver=qp_solver(name), on_error="nan",
     )  # fmt: skip
     assert output.info.statuses == (Status.SOLVED, Status.SOLVED, Status.INFEASIBLE)

@@ -23,10 +23,13 @@ from lpgd.problems.units import Units
 from lpgd.solution import Residuals, Solution, residuals_of
 from lpgd.solvers.certificates import MARGIN, proves_infeasible, proves_unbounded
 from lpgd.solvers.convexity import is_convex
+from lpgd.solvers.refinement import is_cheap, optimality_residual, refine
 from lpgd.status import Status
 
 __all__ = ["VERDICTS", "Posed", "better_lengths", "judged", "pose"]
 
+EXACT = 1e-12
+"""A point at which no more than this is left of the optimality conditions is not refined."""
 ACCEPTED = 1e-6
 """A relative residual above this, and above ten tolerances, turns a solver's "solved" into INACCURATE."""
 USELESS = 1e-2
@@ -175,6 +178,7 @@ def judged(posed: Posed, answer: Solution, tolerance: float, solver: str) -> Sol
     Points that are not finite, or far from optimal, are no solutions; points that satisfy the optimality conditions
     are, however the solver ended.  Verdicts stay the solver's claims; ``proofs`` has those that its certificate proves.
     """
+    answer = _refined(answer, max(USELESS, 10 * tolerance))
     residuals = residuals_of(answer.problem, answer.point)
     answer = _by_residuals(answer, residuals, tolerance)
     statuses, size = list(answer.statuses), answer.batch_size
@@ -206,6 +210,36 @@ def judged(posed: Posed, answer: Solution, tolerance: float, solver: str) -> Sol
     if not nothing:
         result.__dict__["residuals"] = residuals  # what the cached property would compute
     return result
+
+
+def _refined(answer: Solution, useless: float) -> Solution:
+    """The answer after a few of Newton's steps, where they are cheap, or a solver gave up.
+
+    What a solver calls solved and is useless stays as it is: the solver is wrong, and that should be seen.
+    """
+    size, structure, problem = answer.batch_size, answer.problem.structure, answer.problem
+    if structure.has_integers or not structure.n:
+        nothing = answer.x.new_full((size,), torch.nan)
+        return replace(answer, known_to=nothing, refined=torch.zeros(size, dtype=torch.int64))
+    known_to = optimality_residual(problem, answer.point, answer.slack)
+    taken = torch.zeros(size, dtype=torch.int64)
+    cheap = is_cheap(structure)
+    rough, wrong = (known_to > EXACT).tolist(), (known_to > useless).tolist()
+    elements = [
+        element
+        for element, status in enumerate(answer.statuses)
+        if rough[element] and status.has_iterate and not (status.usable and (wrong[element] or not cheap))
+    ]
+    if not elements:
+        return replace(answer, known_to=known_to, refined=taken)
+    found = refine(problem, answer.point, answer.slack, elements)
+    better = found.after < found.before
+    rows = torch.tensor(elements, device=problem.device)[better]
+    changes = {name: getattr(answer, name).clone() for name in ("x", "y", "z", "slack")}
+    for name, part in (*found.point._asdict().items(), ("slack", found.slack)):
+        changes[name][rows] = part[better]
+    known_to[elements], taken[elements] = found.after, found.taken.cpu()
+    return replace(answer, **changes, known_to=known_to, refined=taken)
 
 
 def _by_residuals(answer: Solution, residuals: Residuals, tolerance: float) -> Solution:

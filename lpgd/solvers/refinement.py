@@ -23,14 +23,16 @@ from torch import Tensor
 from lpgd.elements import ElementView
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic import ConicProblem, per_element
-from lpgd.problems.structure import ConicPoint
+from lpgd.problems.structure import ConicPoint, ConicStructure
 from lpgd.projections import project
 from lpgd.solvers.kkt import KKTPoints, Known, respond
 
-__all__ = ["Refined", "complementary", "optimality_residual", "refine"]
+__all__ = ["Refined", "complementary", "is_cheap", "optimality_residual", "refine"]
 
 ENOUGH = 1e-14
 """Points whose F is no larger than this are left alone."""
+DENSE, SPARSE, FILLED = 300, 50_000, 20
+"""Steps are cheap up to so many variables and rows, or so many entries with so many in a row on average."""
 LENGTHS = (1.0, 0.5, 0.25)
 """The lengths at which a step is tried."""
 
@@ -100,6 +102,15 @@ def refine(
         refined = refined.where(finite, point)
         own_slack = torch.where(finite[:, None], own_slack, slack)
     return Refined(refined, own_slack, before, error, taken)
+
+
+def is_cheap(structure: ConicStructure) -> bool:
+    """Whether a step takes no longer than an iteration of an interior-point method on a small problem."""
+    size = structure.n + structure.m
+    if size <= DENSE:
+        return True
+    filled = structure.constraint.nnz + structure.quadratic.nnz
+    return filled <= SPARSE and filled <= FILLED * size
 
 
 def complementary(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> tuple[ConicPoint, Tensor]:

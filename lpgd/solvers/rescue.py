@@ -121,6 +121,9 @@ def merged(
         for place, row in zip(places, rows, strict=True):
             values[row] = getattr(other, name)[place]
         changes[name] = tuple(values)
+    for name in ("known_to", "refined"):
+        changes[name] = getattr(solution, name).clone()
+        changes[name][rows] = getattr(other, name)[places]
     states = list(solution.states)
     for place, row in zip(places, rows, strict=True):
         states[row] = other.states[place] if keep_states else None
