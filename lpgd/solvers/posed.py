@@ -23,7 +23,7 @@ from lpgd.problems.units import Units
 from lpgd.solution import Residuals, Solution, residuals_of
 from lpgd.solvers.certificates import MARGIN, proves_infeasible, proves_unbounded
 from lpgd.solvers.convexity import is_convex
-from lpgd.solvers.refinement import is_cheap, optimality_residual, refine
+from lpgd.solvers.refinement import complementary, is_cheap, refine
 from lpgd.status import Status
 
 __all__ = ["VERDICTS", "Posed", "better_lengths", "judged", "pose"]
@@ -221,10 +221,16 @@ def _refined(answer: Solution, useless: float) -> Solution:
     if structure.has_integers or not structure.n:
         nothing = answer.x.new_full((size,), torch.nan)
         return replace(answer, known_to=nothing, refined=torch.zeros(size, dtype=torch.int64))
-    known_to = optimality_residual(problem, answer.point, answer.slack)
+    point, slack, known_to = complementary(problem, answer.point, answer.slack)
+    exact = known_to <= EXACT
+    answer = replace(
+        answer,
+        **point.where(exact, answer.point)._asdict(),
+        slack=torch.where(exact[:, None], slack, answer.slack),
+    )
     taken = torch.zeros(size, dtype=torch.int64)
     cheap = is_cheap(structure)
-    rough, wrong = (known_to > EXACT).tolist(), (known_to > useless).tolist()
+    rough, wrong = (~exact).tolist(), (known_to > useless).tolist()
     elements = [
         element
         for element, status in enumerate(answer.statuses)

@@ -113,10 +113,11 @@ def is_cheap(structure: ConicStructure) -> bool:
     return filled <= SPARSE and filled <= FILLED * size
 
 
-def complementary(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> tuple[ConicPoint, Tensor]:
-    """The point with y and s, x and z made complementary, and its slack; NaN where it was not finite."""
+def complementary(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> tuple[ConicPoint, Tensor, Tensor]:
+    """The point with y and s, x and z made complementary, its slack, and (B,) |F|; NaN where it was not finite."""
     own = _Points(problem)
-    return own.point(*own.start(point, slack))
+    start = own.start(point, slack)
+    return *own.point(*start), own.residual(*start)[0]
 
 
 def optimality_residual(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> Tensor:
