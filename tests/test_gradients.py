@@ -28,7 +28,7 @@ from lpgd import (
     SerialExecutor,
 )
 from lpgd.cones import Cones
-from lpgd.gradients import implicit
+from lpgd.gradients import implicit_conic
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solution import Solution
 from lpgd.solvers import Solver
@@ -357,7 +357,7 @@ def test_all_elements_at_once_agree_with_one_at_a_time(monkeypatch: pytest.Monke
             warnings.simplefilter("ignore", LpgdWarning)
             at_once, info = ImplicitKKT(rho).vjp(case.problem, solution, cotangent, TIGHT)
             with monkeypatch.context() as patch:
-                patch.setattr(implicit, "is_batchable", lambda problem, rho: False)
+                patch.setattr(implicit_conic, "is_batchable", lambda problem, rho: False)
                 singly, expected = ImplicitKKT(rho).vjp(case.problem, solution, cotangent, TIGHT)
         assert info.used == expected.used, case
         assert difference(at_once, singly) < 1e-9, case

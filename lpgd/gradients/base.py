@@ -24,7 +24,8 @@ class GradientInfo:
     Attributes:
         method: the method that was asked for.
         used: for each element what its gradient comes from: ``"average"``, ``"lower"``, ``"upper"``,
-            ``"implicit"``, ``"implicit, regularised"`` (a singular system's minimum-norm answer),
+            ``"implicit"``, ``"implicit, regularised"`` (a singular system's minimum-norm answer: where only
+            multipliers are not unique, what concerns the solution alone is exact, and there is no warning),
             ``"implicit, one-sided"`` (an active inequality without a multiplier), ``"closed form"``,
             ``"constraints ignored"``, ``"constraints ignored, regularised"`` (by a pseudo-inverse),
             ``"zero cotangent"``, or ``"no solution"`` (gradient zero).
@@ -38,6 +39,9 @@ class GradientInfo:
         iterations: (B,) solver iterations spent on perturbed solves, None where there were none.
         descent: (B,) the product of an approximate gradient with the exact one, where the method was asked for it: a
             positive one means that a small step along the approximate gradient descends.
+        doubt: (B,) the share of an exact answer that the error of the solution may change, which rounding and the
+            condition of the optimality conditions decide; at a kink the difference of its two sides; NaN where there
+            was no cotangent, None for other methods.
         notices: for a datum's name, what a user who asks for its gradient should know; a layer warns of these.
     """
 
@@ -50,6 +54,7 @@ class GradientInfo:
     tolerance: float | None = None
     iterations: Any = None
     descent: Tensor | None = None
+    doubt: Tensor | None = None
     notices: dict[str, str] = field(default_factory=dict)
 
     @classmethod

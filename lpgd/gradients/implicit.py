@@ -9,31 +9,25 @@ from __future__ import annotations
 
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from lpgd.elements import ElementView
-from lpgd.execution import SerialExecutor, run_tasks
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
-from lpgd.gradients.polyhedral import is_batchable, kept_response, polyhedral_response
+from lpgd.gradients.implicit_conic import conic_response
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.multipliers import active_rows
 from lpgd.problems.smooth import SmoothProblem
 from lpgd.problems.smooth_structure import SmoothOutput, SmoothPoint
-from lpgd.problems.structure import ConicPoint, ConicStructure
-from lpgd.solution import SmoothSolution, Solution
+from lpgd.problems.structure import ConicPoint
+from lpgd.solution import SmoothSolution
 from lpgd.solvers.base import BaseSolver
 from lpgd.solvers.bordered import bordered_response, is_large
-from lpgd.solvers.kkt import KKTPoints, KKTResponse, Known, is_quick, respond
 from lpgd.status import warn
 
 __all__ = ["ImplicitKKT", "is_linear_program"]
-
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -52,9 +46,13 @@ class ImplicitKKT(GradientMethod):
         matrix_free: for nodes: True solves the system by products with it alone (MINRES), False by its matrix, None by
             size.
 
-    Where the system is singular (degenerate or non-unique solutions, redundant equalities) the answer is its
-    minimum-norm least-squares solution; the record says ``"implicit, regularised"`` and a warning tells.  At a kink
-    (an inactive constraint with a zero multiplier) one side is taken, as for ReLU.
+    Rank and activity are decided relative to how well the solution is known, which is refined first where its error
+    could matter.  Where the system is singular (degenerate or non-unique solutions, constraints that depend on each
+    other) the answer is its minimum-norm least-squares solution; the record says ``"implicit, regularised"``, and a
+    warning tells where the answer depends on it: where only multipliers are not unique, the gradient with respect to
+    the objective is exact.  At a kink (an active constraint with a zero multiplier) both sides are looked at; where
+    their answers differ, one is taken, as for ReLU, and ``"implicit, one-sided"`` is on record, with a warning.
+    ``GradientInfo.doubt`` has the share of each answer that the solution's error may change.
     """
 
     rho: float = 0.0
@@ -139,45 +137,13 @@ class ImplicitKKT(GradientMethod):
     ) -> tuple[Any, GradientInfo]:
         """The derivative of the solution along a tilt ``<g, point>`` of the Lagrangian, (B, ·) each.
 
-        Where :func:`~lpgd.gradients.polyhedral.is_batchable` says so, all at once, without the executor.
+        Conic programs are in :mod:`lpgd.gradients.implicit_conic`.
         """
         info = GradientInfo.blank(self, solution)
-        used = info.used
         active = relevant_elements(solution, tilt)
         if isinstance(problem, SmoothProblem):
             return self._respond_smooth(problem, solution, tilt, active, info), info
-        change = ConicPoint(*(torch.zeros_like(part) for part in solution.point))
-        if self.rho == 0.0 and active:
-            active = _respond_by_kept_systems(problem, solution, tilt, active, change, used)
-        if active and is_batchable(problem, self.rho):
-            active = self._respond_at_once(problem, solution, tilt, active, change, used)
-        if not active:
-            return change, info
-        if executor is None and is_quick(problem.structure, len(active)):
-            executor = SerialExecutor()
-        view = ElementView(problem)
-        lower, upper = problem.full_bounds()
-        arrays = {**solution.point._asdict(), "slack": solution.slack, "lower": lower, "upper": upper}
-        arrays |= {f"g_{name}": part for name, part in tilt._asdict().items()}
-        rows = {name: tensor.detach().double().cpu().numpy() for name, tensor in arrays.items()}
-        tasks = []
-        for elements in view.groups(active, executor, per_worker=1):
-            points = KKTPoints(**{name: values[elements] for name, values in rows.items()})
-            matrices = (view.rows(name, elements) for name in ("P", "A"))
-            P, A = (np.broadcast_to(rows, (len(elements), rows.shape[1])) for rows in matrices)
-            known = Known(np.zeros(len(elements)), np.zeros(len(elements)))
-            tasks.append(_Task(problem.structure, self.rho, elements, P, A, points, known))
-        results = run_tasks(_respond, tasks, executor)
-        regularised = []
-        for task, response in zip(tasks, results, strict=True):
-            for whole, part in zip(change, response[:3], strict=True):
-                whole[task.elements] = torch.from_numpy(part).to(whole.device)
-            for element, exact in zip(task.elements, response.exact.tolist(), strict=True):
-                used[element] = "implicit" if exact else "implicit, regularised"
-                if not exact:
-                    regularised.append(element)
-        self._record_regularised(sorted(regularised), info)
-        return change, info
+        return conic_response(self, problem, solution, tilt, active, info, executor), info
 
     def _record_regularised(self, regularised: list[int], info: GradientInfo) -> None:
         info.fallbacks = regularised
@@ -229,30 +195,6 @@ class ImplicitKKT(GradientMethod):
         weak = active & (lam <= torch.finfo(lam.dtype).eps ** 0.5 * (1 + lam.amax(-1, keepdim=True)))
         return active if self.weakly_active else active & ~weak, weak.any(-1)
 
-    def _respond_at_once(
-        self,
-        problem: ConicProblem,
-        solution: Solution,
-        tilt: ConicPoint,
-        active: list[int],
-        change: ConicPoint,
-        used: list[str],
-    ) -> list[int]:
-        """Write the response of as many elements as possible; the others are returned."""
-        rows = torch.as_tensor(active, dtype=torch.int64, device=problem.device)
-        if len(active) < problem.batch_size:
-            problem, solution, tilt = problem.select(active), solution.select(active), tilt.select(rows)
-        response, exact = polyhedral_response(problem, solution, tilt, self.rho)
-        for whole, part in zip(change, response, strict=True):
-            whole[rows[exact]] = part[exact]
-        left = []
-        for element, fine in zip(active, exact.tolist(), strict=True):
-            if fine:
-                used[element] = "implicit"
-            else:
-                left.append(element)
-        return left
-
 
 NOT_STATIONARY = 0.01
 """An approximate solver may leave so much; it is of the order of the error of y relative to ``1 + max|y|``."""
@@ -284,44 +226,6 @@ def _in_inputs(problem: SmoothProblem, solution: SmoothSolution, change: SmoothP
     elements = rows.tolist()
     part = problem.select(elements).directional_gradient(solution.point.select(rows), change.select(rows))
     return problem.scatter(elements, part)
-
-
-def _respond_by_kept_systems(
-    problem: ConicProblem,
-    solution: Solution,
-    tilt: ConicPoint,
-    active: list[int],
-    change: ConicPoint,
-    used: list[str],
-) -> list[int]:
-    """Write the response of the elements whose systems the solver has left; the others are returned."""
-    wanted = torch.zeros(problem.batch_size, dtype=torch.bool, device=problem.device)
-    wanted[active] = True
-    for kept in solution.systems:
-        if not bool((kept.valid & wanted[kept.elements]).any()):
-            continue
-        elements, response, exact = kept_response(problem, solution, tilt, kept)
-        exact = exact & wanted[elements]
-        for whole, part in zip(change, response, strict=True):
-            whole[elements[exact]] = part[exact]
-        for element in elements[exact].tolist():
-            used[element] = "implicit"
-        wanted[elements[exact]] = False
-    return wanted.nonzero()[:, 0].tolist()
-
-
-class _Task(NamedTuple):
-    structure: ConicStructure
-    rho: float
-    elements: list[int]
-    P: FloatArray
-    A: FloatArray
-    points: KKTPoints
-    known: Known
-
-
-def _respond(task: _Task) -> KKTResponse:
-    return respond(task.structure, task.rho, task.P, task.A, task.points, task.known)
 
 
 _ZERO_GRADIENT = (

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicPoint
-from lpgd.solution import Solution
 from lpgd.solvers.box_program import BoxProgram, Scaling
 from lpgd.solvers.equality_system import EqualitySystem, KeptSystem, equality_program, equality_system
 from lpgd.solvers.newton_system import newton_system
@@ -46,36 +45,35 @@ def is_batchable(problem: ConicProblem, rho: float) -> bool:
 
 
 def kept_response(
-    problem: ConicProblem, solution: Solution, tilt: ConicPoint, kept: KeptSystem
-) -> tuple[Tensor, ConicPoint, Tensor]:
-    """The same by a system that the solver has left: the elements, and their response."""
+    problem: ConicProblem, point: ConicPoint, tilt: ConicPoint, kept: KeptSystem
+) -> tuple[ConicPoint, Tensor]:
+    """The same by a system that the solver has left, for its elements."""
     whole = torch.equal(kept.elements, torch.arange(problem.batch_size, device=problem.device))
     if not whole:
         rows = kept.elements.tolist()
-        problem, solution, tilt = problem.select(rows), solution.select(rows), tilt.select(kept.elements)
-    response, exact = _response(problem, solution, tilt, 0.0, kept.system, kept.row_scale)
-    return kept.elements, response, exact & kept.valid
+        problem, point, tilt = problem.select(rows), point.select(kept.elements), tilt.select(kept.elements)
+    response, exact = _response(problem, point, tilt, 0.0, kept.system, kept.row_scale)
+    return response, exact & kept.valid
 
 
 def polyhedral_response(
-    problem: ConicProblem, solution: Solution, tilt: ConicPoint, rho: float
+    problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint, rho: float
 ) -> tuple[ConicPoint, Tensor]:
     """The derivative of the solution along a tilt, and (B,) for which elements it is exact."""
-    point = solution.point
     lower, upper = problem.full_bounds()
-    at_bound = (point.z > upper - point.x) | (-point.z > point.x - lower)
-    active = point.y > solution.slack
+    at_bound = (point.z > upper - point.x) | (-point.z > point.x - lower) | (lower >= upper)
+    active = point.y > slack
     active[:, : problem.structure.cones.zero] = True
     program, row_scale = _program(problem, rho, ~at_bound)
     return _response(
-        problem, solution, tilt, rho, equality_system(program, active, newton_system(program), rough=True), row_scale
+        problem, point, tilt, rho, equality_system(program, active, newton_system(program), rough=True), row_scale
     )
 
 
 def _response(
-    problem: ConicProblem, solution: Solution, tilt: ConicPoint, rho: float, system: EqualitySystem, row_scale: Tensor
+    problem: ConicProblem, point: ConicPoint, tilt: ConicPoint, rho: float, system: EqualitySystem, row_scale: Tensor
 ) -> tuple[ConicPoint, Tensor]:
-    program, point = system.program, solution.point
+    program = system.program
     tilt = ConicPoint(*(part.to(point.x.dtype) for part in tilt))
     assert program.free is not None
     at_bound = program.free == 0

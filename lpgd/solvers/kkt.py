@@ -17,6 +17,7 @@ arithmetic is paid for once for all of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,8 +60,24 @@ class KKTResponse(NamedTuple):
     y: FloatArray
     z: FloatArray
     exact: NDArray[np.bool_]  # (k,) false for the minimum-norm answer of a singular system
-    unique: NDArray[np.bool_]  # (k,) true where the change of x is unique all the same
+    unique: NDArray[np.bool_]  # (k,) whether there is no freedom but that of multipliers
+    consistent: NDArray[np.bool_]  # (k,) whether the change is one that the system allows
     doubt: FloatArray  # (k,) the share of the answer that the point's error may change
+
+    @classmethod
+    def joined(cls, parts: Sequence[KKTResponse]) -> KKTResponse:
+        """Several, one after the other."""
+        columns: Any = zip(*parts, strict=True)
+        return cls(*(np.concatenate(rows) for rows in columns))
+
+    def select(self, rows: Any) -> KKTResponse:
+        """Some of them, in new arrays."""
+        columns: Any = self
+        return KKTResponse(*(part[rows] for part in columns))
+
+    def copy(self) -> KKTResponse:
+        """The same in arrays of its own."""
+        return self.select(np.arange(len(self.x)))
 
 
 def is_quick(structure: ConicStructure, count: int) -> bool:
@@ -75,13 +92,13 @@ def _is_dense(structure: ConicStructure) -> bool:
 
 
 def respond(
-    structure: ConicStructure, rho: float, P: FloatArray, A: FloatArray, points: KKTPoints, known: Known
+    structure: ConicStructure, rho: FloatArray | float, P: FloatArray, A: FloatArray, points: KKTPoints, known: Known
 ) -> KKTResponse:
     """The derivative of k solutions along tilts.
 
     Args:
         structure: patterns and cones.
-        rho: ρ ≥ 0 added to the diagonal of P.
+        rho: ρ ≥ 0 added to the diagonal of P; or (k, n) one for each variable.
         P: (k, nnz P) symmetric values; rows may be views of one.
         A: (k, nnz A).
         points: where, and which tilts.
@@ -93,12 +110,12 @@ def respond(
     for start in range(0, len(P), count):
         chosen = slice(start, start + count)
         part = KKTPoints(*(rows[chosen] for rows in points))
-        own = known.select(chosen)
+        own, own_rho = known.select(chosen), rho[chosen] if isinstance(rho, np.ndarray) else rho
         if dense and structure.cones.is_polyhedral:
-            parts.append(_respond_directly(structure, rho, P[chosen], A[chosen], part, own))
+            parts.append(_respond_directly(structure, own_rho, P[chosen], A[chosen], part, own))
         else:
-            parts.append(_respond(structure, rho, P[chosen], A[chosen], part, own, dense))
-    return KKTResponse(*(np.concatenate(rows) for rows in zip(*parts, strict=True)))
+            parts.append(_respond(structure, own_rho, P[chosen], A[chosen], part, own, dense))
+    return KKTResponse.joined(parts)
 
 
 def _held(points: KKTPoints) -> NDArray[np.bool_]:
@@ -109,7 +126,7 @@ def _held(points: KKTPoints) -> NDArray[np.bool_]:
 
 def _respond(
     structure: ConicStructure,
-    rho: float,
+    rho: FloatArray | float,
     P: FloatArray,
     A: FloatArray,
     points: KKTPoints,
@@ -120,8 +137,9 @@ def _respond(
     T, rest = projection_derivative(structure.cones, points.y - points.slack, dual=True).factor()
     constraint = structure.constraint.block_diagonal(A)
     quadratic: Any = structure.quadratic.block_diagonal(P)
-    if rho:
-        quadratic = quadratic + rho * sp.eye_array(count * n, format="csc")
+    added = np.broadcast_to(rho, (count, n)).ravel()
+    if added.any():
+        quadratic = quadratic + sp.diags_array(added, format="csc")
 
     at_bound = _held(points)
     dx = np.where(at_bound, -points.g_z, 0.0).ravel()
@@ -148,8 +166,7 @@ def _respond(
     dz = np.zeros(count * n)
     if at_bound.any():
         change = points.g_x.ravel() + constraint.T @ dy + structure.quadratic.block_diagonal(P) @ dx
-        if rho:
-            change = change + rho * dx
+        change += added * dx
         dz = np.where(at_bound.ravel(), -change, 0.0)
     return KKTResponse(
         dx.reshape(count, n),
@@ -157,12 +174,13 @@ def _respond(
         dz.reshape(count, n),
         found.exact,
         found.unique,
+        found.consistent,
         found.doubt,
     )
 
 
 def _respond_directly(
-    structure: ConicStructure, rho: float, P: FloatArray, A: FloatArray, points: KKTPoints, known: Known
+    structure: ConicStructure, rho: FloatArray | float, P: FloatArray, A: FloatArray, points: KKTPoints, known: Known
 ) -> KKTResponse:
     """The same where D is diagonal, a row is active or not: no sparse matrix in between."""
     count, n = points.x.shape
@@ -171,8 +189,7 @@ def _respond_directly(
     active[:, nonnegative] = points.y[:, nonnegative] >= points.slack[:, nonnegative]
     at_bound = _held(points)
     quadratic, constraint = structure.quadratic.dense_matrices(P), structure.constraint.dense_matrices(A)
-    if rho:
-        quadratic[:, range(n), range(n)] += rho
+    quadratic[:, range(n), range(n)] += rho
     dx = np.where(at_bound, -points.g_z, 0.0)
     g_x, g_y = points.g_x, points.g_y
     if dx.any():
@@ -206,7 +223,9 @@ def _respond_directly(
     dy = np.zeros_like(points.y)
     np.put_along_axis(dy, order, answer[:, split:], axis=1)
     change = points.g_x + _product(quadratic, dx) + _product(constraint.swapaxes(1, 2), dy)
-    return KKTResponse(dx, dy, np.where(at_bound, -change, 0.0), found.exact, found.unique, found.doubt)
+    return KKTResponse(
+        dx, dy, np.where(at_bound, -change, 0.0), found.exact, found.unique, found.consistent, found.doubt
+    )
 
 
 def _product(matrices: FloatArray, vectors: FloatArray) -> FloatArray:

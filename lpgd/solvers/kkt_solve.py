@@ -75,14 +75,15 @@ class Answers(NamedTuple):
     Attributes:
         answer: as the right-hand side was.
         exact: the system is regular.
-        unique: the primal part is unique, and the answer satisfies the system: a singular system's null space is
-            that of the multipliers alone.
+        unique: the null space, if there is one, is that of the multipliers alone.
+        consistent: the answer satisfies the system.
         doubt: the share of the answer that K's error may change; of a singular system's answer in what is kept.
     """
 
     answer: FloatArray
     exact: BoolArray
     unique: BoolArray
+    consistent: BoolArray
     doubt: FloatArray
 
 
@@ -118,6 +119,10 @@ class System:
         found = np.zeros(self.count)
         np.maximum.at(found, self.owner, values)
         return found
+
+
+_One = tuple[FloatArray, bool, bool, bool, float]
+"""The fields of :class:`Answers` for one element."""
 
 
 @cache
@@ -171,7 +176,8 @@ def solve_matrices(
     """
     count, side = right.shape
     if side == 0:
-        return Answers(right, np.ones(count, dtype=bool), np.ones(count, dtype=bool), np.zeros(count))
+        every = np.ones(count, dtype=bool)
+        return Answers(right, every, every, every, np.zeros(count))
     element, place = np.nonzero(idle)
     matrices[element, place, place] = 1.0
     scale = _equilibration(np.abs(matrices).max(2))
@@ -196,21 +202,19 @@ def solve_matrices(
     with np.errstate(over="ignore", invalid="ignore"):
         error = np.abs((matrices @ answer[:, :, None])[:, :, 0] - right).max(1)
     exact, doubt = _judged(known, inverse, size, error, np.abs(right).max(1))
-    unique = exact.copy()
+    unique, consistent = exact.copy(), exact.copy()
     for bad in np.flatnonzero(~exact):
         own = np.flatnonzero(~idle[bad])
         one = known.select(bad)
         is_primal = np.broadcast_to(primal, idle.shape)[bad, own]
         found = _by_eigenvalues(scaled[bad][np.ix_(own, own)], scale[bad, own], right[bad, own], is_primal, one)
         answer[bad] = 0.0
-        answer[bad, own], exact[bad], unique[bad], doubt[bad] = found
-    return Answers(answer, exact, unique, doubt)
+        answer[bad, own], exact[bad], unique[bad], consistent[bad], doubt[bad] = found
+    return Answers(answer, exact, unique, consistent, doubt)
 
 
-def _by_eigenvalues(
-    scaled: FloatArray, scale: FloatArray, right: FloatArray, primal: BoolArray, known: Known
-) -> tuple[FloatArray, bool, bool, float]:
-    """One system by the eigenvalues of its equilibrated matrix: answer, whether regular, whether unique, and doubt.
+def _by_eigenvalues(scaled: FloatArray, scale: FloatArray, right: FloatArray, primal: BoolArray, known: Known) -> _One:
+    """One system by the eigenvalues of its equilibrated matrix.
 
     The pseudo-inverse is that of the matrix itself, ``S⁻¹ scaled S⁻¹``: with N an orthonormal basis of its null space,
     the right-hand side and the answer lose their parts in N.
@@ -221,7 +225,7 @@ def _by_eigenvalues(
         # Levenberg and Marquardt's step, which converges quadratically to a manifold of solutions, whatever its rank.
         weights = eigenvalues / np.maximum(eigenvalues**2 + float(known.error) ** 2, 1e-300)
         weights[sizes <= RANK_CUTOFF * sizes.max(initial=0.0)] = 0.0
-        return scale * (vectors @ (weights * (vectors.T @ (scale * right)))), False, False, np.inf
+        return scale * (vectors @ (weights * (vectors.T @ (scale * right)))), False, False, False, np.inf
     kept, doubt, explained = _rank(sizes, known)
     null = vectors[:, ~kept] * scale[:, None]
     null, _ = np.linalg.qr(null)
@@ -234,7 +238,7 @@ def _by_eigenvalues(
     if not explained:
         doubt = np.inf
     regular = bool(kept.all()) and doubt < DOUBT
-    return answer, regular, explained and consistent and dual_only and doubt < DOUBT, doubt
+    return answer, regular, dual_only, consistent, doubt
 
 
 def _rank(sizes: FloatArray, known: Known) -> tuple[BoolArray, float, bool]:
@@ -270,7 +274,7 @@ def solve_sparse(system: System, ordering: int = 0) -> Answers:
     size, right, count = system.right.size, system.right, system.count
     every = np.ones(count, dtype=bool)
     if size == 0:
-        return Answers(right, every, every, np.zeros(count))
+        return Answers(right, every, every, every, np.zeros(count))
     K = system.sparse()
     scale = _row_scale(system)
     scaled = _scaled(K, scale)
@@ -278,7 +282,9 @@ def solve_sparse(system: System, ordering: int = 0) -> Answers:
         factor = spla.splu(scaled, **_ORDERINGS[ordering])
     except RuntimeError:  # SuperLU: "Factor is exactly singular"
         nothing = np.zeros(count, dtype=bool)
-        return _one_by_one(system, Answers(np.zeros(size), nothing, nothing, np.full(count, np.inf)), ordering)
+        return _one_by_one(
+            system, Answers(np.zeros(size), nothing, nothing.copy(), nothing.copy(), np.full(count, np.inf)), ordering
+        )
     solution = factor.solve(np.stack([scale * right, _probe(size)], axis=1))
     answer = solution[:, 0] + factor.solve(scale * right - scaled @ solution[:, 0])
     # Each element's part of the probe has a norm of its own.
@@ -291,7 +297,7 @@ def solve_sparse(system: System, ordering: int = 0) -> Answers:
     exact, doubt = _judged(
         system.known, inverse, system.largest(np.asarray(abs(scaled).sum(1)).ravel()), error, largest
     )
-    return _one_by_one(system, Answers(answer, exact, exact.copy(), doubt), ordering)
+    return _one_by_one(system, Answers(answer, exact, exact.copy(), exact.copy(), doubt), ordering)
 
 
 def _one_by_one(system: System, found: Answers, ordering: int) -> Answers:
@@ -310,11 +316,13 @@ def _one_by_one(system: System, found: Answers, ordering: int) -> Answers:
             part = _by_eigenvalues(scaled, scale, own.right, own.primal, known)
         else:
             part = _by_proximal_steps(own, scale)
-        found.answer[rows], found.exact[bad], found.unique[bad], found.doubt[bad] = part
+        found.answer[rows] = part[0]
+        for whole, own in zip(found[1:], part[1:], strict=True):
+            whole[bad] = own
     return found
 
 
-def _by_proximal_steps(system: System, scale: FloatArray) -> tuple[FloatArray, bool, bool, float]:
+def _by_proximal_steps(system: System, scale: FloatArray) -> _One:
     """A large singular system, regularised by ``±ε`` on its diagonal: ``w ← w + K_ε⁻¹ (right - K w)``.
 
     The regularised matrix is quasi-definite.  Each step leaves the share ``ε / (ε + σ)`` of the error in a direction
@@ -327,7 +335,7 @@ def _by_proximal_steps(system: System, scale: FloatArray) -> tuple[FloatArray, b
     factor = spla.splu(sp.csc_array(K + sp.diags_array(np.where(system.primal, shift, -shift))), **_ORDERINGS[0])
     right = scale * system.right
     if system.known.damped:
-        return scale * factor.solve(right), False, False, np.inf
+        return scale * factor.solve(right), False, False, False, np.inf
     direction = _probe(right.size)
     both = np.stack([right, K @ direction], axis=1)
     answer = np.zeros_like(both)
@@ -342,7 +350,7 @@ def _by_proximal_steps(system: System, scale: FloatArray) -> tuple[FloatArray, b
     lost = np.abs((answer[:, 1] - direction)[system.primal]).max(initial=0.0)
     dual_only = bool(lost <= 1e-6 * np.abs(direction).max())
     doubt = float(system.known.lipschitz[0]) * error / PROXIMAL + ROUNDING / PROXIMAL
-    return scale * answer[:, 0], False, consistent and dual_only and doubt < DOUBT, doubt
+    return scale * answer[:, 0], False, dual_only, consistent, doubt
 
 
 def _row_scale(system: System) -> FloatArray:

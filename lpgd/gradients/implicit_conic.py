@@ -1,0 +1,394 @@
+"""Implicit differentiation of conic programs: how well a point is known, which answers are exact, and what is not.
+
+One place decides, for all cones, solvers and ways to solve the systems.  In units of order 1,
+
+1. what is left of the optimality conditions, |F|, says how well a point is known; where its error could matter the
+   point is refined first (:mod:`lpgd.solvers.refinement`);
+2. rank is decided relative to that error (:mod:`lpgd.solvers.kkt_solve`);
+3. at kinks, where multiplier and slack vanish together, or a point is at the boundary of a curved cone, the system is
+   solved on both sides: equal answers are exact, others are one-sided;
+4. what remains is on record, with the size of the doubt, and warned about where the answer depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpgd.elements import ElementView
+from lpgd.execution import SerialExecutor, run_tasks
+from lpgd.gradients.base import GradientInfo
+from lpgd.gradients.polyhedral import is_batchable, kept_response, polyhedral_response
+from lpgd.problems.conic import ConicProblem
+from lpgd.problems.structure import ConicPoint, ConicStructure
+from lpgd.problems.units import Units
+from lpgd.projections import interior_direction, kinks
+from lpgd.solution import Solution
+from lpgd.solvers.kkt import KKTPoints, KKTResponse, Known, is_quick, respond
+from lpgd.solvers.kkt_solve import DOUBT
+from lpgd.solvers.refinement import complementary, optimality_residual, refine
+from lpgd.status import warn
+
+__all__ = ["conic_response"]
+
+FloatArray = NDArray[np.float64]
+
+KNOWN_WELL = 1e-10
+"""Points with a larger |F| are refined where their error matters: at curved cones, and near kinks."""
+KNOWN = 1e-7
+"""Points of linear and quadratic programs with a larger |F| are refined anyhow: it may hide which rows are active."""
+KINK = 1e-7
+"""Multipliers and slacks that both are smaller are taken to vanish; 100 |F| at a point that is known less well."""
+SAME = 1e-5
+"""Answers of the two sides of a kink that differ by a smaller share are one."""
+
+
+def conic_response(
+    method: Any,
+    problem: ConicProblem,
+    solution: Solution,
+    tilt: ConicPoint,
+    active: Sequence[int],
+    info: GradientInfo,
+    executor: Executor | None,
+) -> ConicPoint:
+    """The derivative of the solution along a tilt for the elements ``active``, zero for others; ``info`` is filled.
+
+    Args:
+        method: :class:`~lpgd.ImplicitKKT`, with its ρ.
+        problem, solution, tilt: of B elements.
+        active: elements with a solution and a tilt.
+        info: the record.
+        executor: where the work runs.
+    """
+    change = ConicPoint(*(torch.zeros_like(part) for part in solution.point))
+    info.doubt = torch.full((problem.batch_size,), torch.nan, dtype=torch.float64)
+    if not active:
+        return change
+    rows = torch.as_tensor(list(active), dtype=torch.int64, device=problem.device)
+    part, point, slack, own_tilt = problem, solution.point, solution.slack, tilt
+    if len(active) < problem.batch_size:
+        part, point, slack = problem.select(active), point.select(rows), slack[rows]
+        own_tilt = tilt.select(rows)
+    units = Units.of(part)
+    places = _known_point(
+        units.apply(part), units.point_in(part, point), units.slack_in(part, slack), units.tilt_in(part, own_tilt)
+    )
+    rho = _curvature(method.rho, part, units)
+    answer = ConicPoint(*(torch.zeros_like(own) for own in places.point))
+    left = ~places.weak
+    if solution.systems and method.rho == 0.0 and units.is_trivial:
+        _by_kept_systems(problem, solution, tilt, rows, left, answer)
+    if is_batchable(places.problem, method.rho) and (method.rho == 0.0 or units.is_trivial) and bool(left.any()):
+        _at_once(places, left, method.rho, answer)
+    findings = _Findings(len(active), bool(method.rho))
+    rest = (places.weak | left).nonzero()[:, 0].tolist()
+    if rest:
+        if executor is None and is_quick(part.structure, len(rest)):
+            executor = SerialExecutor()
+        _one_by_one(places, rest, rho, answer, findings, executor)
+    moved = units.point_out(part, answer)
+    for whole, own in zip(change, moved, strict=True):
+        whole[rows] = own
+    findings.record(method, active, info)
+    return change
+
+
+class _Places(NamedTuple):
+    """Points of E elements, refined where that matters, in units of order 1.
+
+    Attributes:
+        problem, point, slack, tilt: in those units.
+        error: (E,) |F|.
+        lipschitz: (E,) Lipschitz constant of the projection's derivative.
+        weak: (E,) elements at a kink.
+        xi_side, v_side: (E, n) and (E, m) steps that bring whatever is at a kink to its active side.
+    """
+
+    problem: ConicProblem
+    point: ConicPoint
+    slack: Tensor
+    tilt: ConicPoint
+    error: Tensor
+    lipschitz: FloatArray
+    weak: Tensor
+    xi_side: Tensor
+    v_side: Tensor
+
+
+def _known_point(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint) -> _Places:
+    tilt = ConicPoint(*(part.to(point.x.dtype) for part in tilt))
+    curved = not problem.structure.cones.is_polyhedral
+    error = optimality_residual(problem, point, slack)
+    places = _places(problem, point, slack, tilt, error)
+    rough = error > KNOWN_WELL if curved else (error > KNOWN) | (places.weak & (error > KNOWN_WELL))
+    if not bool(rough.any()):
+        return places
+    elements = rough.nonzero()[:, 0]
+    refined = refine(problem, point, slack, elements.tolist())
+    point, slack = ConicPoint(*(part.clone() for part in point)), slack.clone()
+    for whole, own in zip((*point, slack, error), (*refined.point, refined.slack, refined.after), strict=True):
+        whole[elements] = own
+    return _places(problem, point, slack, tilt, error)
+
+
+def _places(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint, error: Tensor) -> _Places:
+    """The kinks nearby."""
+    structure, cones = problem.structure, problem.structure.cones
+    tolerance = (100 * error).clamp(KINK, 1e-3)[:, None]
+    v = point.y - slack
+    if cones.is_polyhedral:
+        near = v.abs() <= tolerance
+        near[:, : cones.zero] = False
+        lipschitz = np.zeros(problem.batch_size)
+    else:
+        found, lipschitz = kinks(cones, v.detach().cpu().numpy(), tolerance[:, 0].cpu().numpy())
+        near = torch.from_numpy(found).to(v.device)
+    weak, xi_side = near.any(-1), torch.zeros_like(point.x)
+    if structure.has_bounds:
+        lower, upper = problem.full_bounds()
+        above = ((point.z - (upper - point.x)).abs() <= tolerance) & (lower < upper)
+        below = ((-point.z - (point.x - lower)).abs() <= tolerance) & (lower < upper)
+        weak = weak | above.any(-1) | below.any(-1)
+        xi_side = (above.double() - below.double()) * 2 * tolerance
+    v_side = torch.zeros_like(v)
+    if bool(weak.any()):
+        direction = torch.from_numpy(interior_direction(cones)).to(v.device)
+        v_side = torch.where(near, 2 * tolerance * direction, 0.0)
+    return _Places(problem, point, slack, tilt, error, lipschitz, weak, xi_side, v_side)
+
+
+def _curvature(rho: float, problem: ConicProblem, units: Units) -> FloatArray | float:
+    """ρ in these units: ``σ β² D² ρ`` for each variable of each element."""
+    if rho == 0.0 or units.is_trivial:
+        return rho
+    ones = torch.ones(problem.batch_size, problem.structure.n, dtype=torch.float64, device=problem.device)
+    point = ConicPoint(ones, ones.new_zeros(problem.batch_size, problem.structure.m), torch.zeros_like(ones))
+    # A tilt by ρ dx for dx = β D.
+    lengths = units.point_out(problem, point).x
+    return (rho * units.tilt_in(problem, point._replace(x=lengths)).x).cpu().numpy()
+
+
+# -- whole batches ------------------------------------------------------------------------------------------------
+
+
+def _by_kept_systems(
+    problem: ConicProblem, solution: Solution, tilt: ConicPoint, rows: Tensor, left: Tensor, answer: ConicPoint
+) -> None:
+    """Write the response of the elements whose systems the solver has left; those are left no more."""
+    place = torch.full((problem.batch_size,), -1, dtype=torch.int64, device=problem.device)
+    place[rows] = torch.arange(rows.shape[0], device=problem.device)
+    for kept in solution.systems:
+        own = place[kept.elements]
+        wanted = kept.valid & (own >= 0) & left[own.clamp(min=0)]
+        if not bool(wanted.any()):
+            continue
+        response, exact = kept_response(problem, solution.point, tilt, kept)
+        exact = exact & wanted
+        for whole, part in zip(answer, response, strict=True):
+            whole[own[exact]] = part[exact]
+        left[own[exact]] = False
+
+
+def _at_once(places: _Places, left: Tensor, rho: float, answer: ConicPoint) -> None:
+    """The same by one factorisation for all."""
+    elements = left.nonzero()[:, 0]
+    problem, point, slack, tilt = places[:4]
+    if elements.shape[0] < problem.batch_size:
+        problem, point = problem.select(elements.tolist()), point.select(elements)
+        slack, tilt = slack[elements], tilt.select(elements)
+    response, exact = polyhedral_response(problem, point, slack, tilt, rho)
+    for whole, part in zip(answer, response, strict=True):
+        whole[elements[exact]] = part[exact]
+    left[elements[exact]] = False
+
+
+# -- one by one ---------------------------------------------------------------------------------------------------
+
+
+class _Task(NamedTuple):
+    structure: ConicStructure
+    rho: FloatArray | float
+    P: FloatArray
+    A: FloatArray
+    points: KKTPoints
+    known: Known
+
+
+def _respond(task: _Task) -> KKTResponse:
+    return respond(*task)
+
+
+def _responses(
+    places: _Places, elements: Sequence[int], rho: FloatArray | float, side: float, executor: Executor | None
+) -> KKTResponse:
+    """The responses of some elements, increasing, with what is at a kink brought to one side."""
+    problem, point, slack = places.problem, places.point, places.slack
+    if side:
+        v, xi = point.y - slack + side * places.v_side, point.x + point.z + side * places.xi_side
+        moved = ConicPoint(xi, torch.where(v.isnan(), 0.0, v), torch.zeros_like(xi))
+        # ξ and v as a point whose complementary one is meant.
+        point, slack = complementary(problem, moved, torch.zeros_like(v))
+    view = ElementView(problem)
+    lower, upper = problem.full_bounds()
+    parts = (*point, slack, *places.tilt, lower, upper)
+    rows = [part.detach().cpu().numpy() for part in parts]
+    error = places.error.cpu().numpy()
+    tasks, order = [], []
+    for chunk in view.groups(list(elements), executor, per_worker=1):
+        matrices = (view.rows(name, chunk) for name in ("P", "A"))
+        P, A = (np.broadcast_to(own, (len(chunk), own.shape[1])) for own in matrices)
+        points = KKTPoints(*(own[chunk] for own in rows))
+        own_rho = rho[chunk] if isinstance(rho, np.ndarray) else rho
+        tasks.append(_Task(problem.structure, own_rho, P, A, points, Known(error[chunk], places.lipschitz[chunk])))
+        order += chunk
+    results = run_tasks(_respond, tasks, executor)
+    back = np.argsort(order)  # elements are increasing
+    return KKTResponse.joined(results).select(back)
+
+
+def _one_by_one(
+    places: _Places,
+    elements: list[int],
+    rho: FloatArray | float,
+    answer: ConicPoint,
+    findings: _Findings,
+    executor: Executor | None,
+) -> None:
+    """Write the response of some elements, and what there is to say about each."""
+    found = _responses(places, elements, rho, 0.0, executor)
+    weak = places.weak.tolist()
+    at_kink = [k for k, element in enumerate(elements) if weak[element]]
+    if at_kink:
+        chosen = [elements[k] for k in at_kink]
+        sides = [_responses(places, chosen, rho, side, executor) for side in (1.0, -1.0)]
+        tilt = places.tilt.x.abs().amax(-1) if places.tilt.x.shape[1] else places.error
+        size = 1e-9 * tilt.cpu().numpy()[chosen]
+        differ = [_differences(first, second, size) for first, second in zip(sides[0][:3], sides[1][:3], strict=True)]
+        found = found.copy()
+        for own, k in enumerate(at_kink):
+            findings.kink(elements[k], float(differ[0][own]), float(max(differ[1][own], differ[2][own])))
+            better = next((side for side in sides if side.exact[own]), None)
+            if better is not None and not found.exact[k]:
+                for whole, part in zip(found, better, strict=True):
+                    whole[k] = part[own]
+    for whole, part in zip(answer, found[:3], strict=True):
+        whole[elements] = torch.from_numpy(part).to(whole.device)
+    findings.add(elements, found)
+
+
+def _differences(first: FloatArray, second: FloatArray, size: FloatArray) -> FloatArray:
+    """(k,) relative differences of rows in the maximum norm."""
+    if first.shape[1] == 0:
+        return np.zeros(len(first))
+    largest = np.maximum(np.abs(first).max(1), np.abs(second).max(1))
+    return np.abs(first - second).max(1) / np.maximum(largest, np.maximum(size, 1e-300))
+
+
+# -- what to say --------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Findings:
+    """What is known of the answers of E elements."""
+
+    count: int
+    with_rho: bool
+
+    def __post_init__(self) -> None:
+        # What was settled for a whole batch is regular: only rounding is left.
+        self.used, self.doubt = ["implicit"] * self.count, np.zeros(self.count)
+        self.loose: list[int] = []  # primal solutions that are not unique
+        self.contradicted: list[int] = []  # tilts that a singular system cannot follow
+        self.doubtful: list[int] = []
+        self.dependent: list[int] = []  # multipliers that are not unique, and that the answer needs not
+        self.one_sided: list[int] = []
+        self.one_sided_multipliers: list[int] = []
+
+    def kink(self, element: int, primal: float, dual: float) -> None:
+        """An element at a kink, and by how much the answers on its two sides differ."""
+        if primal > SAME:
+            self.one_sided.append(element)
+            self.doubt[element] = primal
+        elif dual > SAME:
+            self.one_sided_multipliers.append(element)
+
+    def add(self, elements: Sequence[int], found: KKTResponse) -> None:
+        """What the systems of some elements say."""
+        kinds = (found.exact, found.unique, found.consistent, found.doubt)
+        sided = set(self.one_sided) | set(self.one_sided_multipliers)
+        for element, fine, single, follows, size in zip(elements, *kinds, strict=True):
+            self.doubt[element] = max(self.doubt[element], size)
+            if element in sided:
+                self.used[element] = "implicit, one-sided"
+                continue
+            if fine:
+                continue
+            self.used[element] = "implicit, regularised"
+            if not size < DOUBT:
+                self.doubtful.append(element)
+            elif not single:
+                self.loose.append(element)
+            elif not follows:
+                self.contradicted.append(element)
+            else:
+                self.dependent.append(element)
+
+    def record(self, method: Any, active: Sequence[int], info: GradientInfo) -> None:
+        """Fill the record, and warn of what the answer depends on."""
+        assert info.doubt is not None
+        for place, element in enumerate(active):
+            info.used[element] = self.used[place]
+        info.doubt[list(active)] = torch.from_numpy(self.doubt)
+        info.fallbacks = [element for element in active if info.used[element] == "implicit, regularised"]
+
+        def named(places: list[int]) -> str:
+            return str([active[place] for place in sorted(places)[:10]])
+
+        for places, text in (
+            (self.loose, _LOOSE_WITH_RHO if self.with_rho else _LOOSE),
+            (self.contradicted, _CONTRADICTED),
+        ):
+            if places:
+                warn(f"{method}: the optimality conditions of elements {named(places)} are singular: {text}")
+        if self.doubtful:
+            size = max(self.doubt[place] for place in self.doubtful)
+            share = f"a share of {size:.0e}" if np.isfinite(size) and size < 1 else "any amount"
+            warn(
+                f"{method}: the optimality conditions of elements {named(self.doubtful)} are nearly singular, and the "
+                f"error of their solutions could change their gradients by {share}. A smaller tolerance of the solver, "
+                "rho > 0, or LPGD with a finite tau helps."
+            )
+        if self.one_sided:
+            warn(
+                f"{method}: the solutions of elements {named(self.one_sided)} are at a kink, where a constraint "
+                "is active with a multiplier of zero: their gradients are those of one side. LPGD with a finite tau "
+                "averages both."
+            )
+        if self.dependent or self.one_sided_multipliers:
+            places = self.dependent + self.one_sided_multipliers
+            text = _MULTIPLIERS.format(method=method, elements=named(places))
+            info.notices |= dict.fromkeys(("A", "b"), text)
+
+
+_LOOSE = (
+    "their solutions are not unique, and their gradients are minimum-norm answers. rho > 0, or LPGD with a finite tau, "
+    "is well defined there."
+)
+_LOOSE_WITH_RHO = "their gradients are minimum-norm answers. LPGD with a finite tau is well defined there."
+_CONTRADICTED = (
+    "constraints depend on each other, so that multipliers are not unique and small changes may make them contradict "
+    "each other; the answer depends on it, and is the minimum-norm one. Leave out constraints that others imply."
+)
+_MULTIPLIERS = (
+    "{method}: the multipliers of elements {elements} are not unique, as constraints depend on each other. Gradients "
+    "with respect to the objective are exact; those with respect to the constraints are minimum-norm answers, shared "
+    "out among the constraints that imply each other. Leave out those that others imply to have them unique."
+)
