@@ -23,14 +23,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.problems.base import maximum_norm
 from lpgd.problems.memo import TensorMemo
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
+
+if TYPE_CHECKING:
+    from lpgd.problems.units import Units
 
 __all__ = ["ConicProblem", "per_element"]
 
@@ -70,6 +74,7 @@ class ConicProblem:
     # -- capabilities: what a GradientMethod may ask of this class of problems --------------------------------
 
     can_tilt: ClassVar[bool] = True
+    is_local: ClassVar[bool] = False
 
     @property
     def can_augment(self) -> bool:
@@ -266,16 +271,29 @@ class ConicProblem:
         """A gradient of the data that is zero."""
         return ConicData(*(torch.zeros_like(datum) for datum in self.data))
 
+    @cached_property
+    def units(self) -> Units:
+        """The units in which the data are of order 1."""
+        from lpgd.problems.units import Units  # it builds problems itself
+
+        return Units.of(self)
+
+    def in_own_units(self, point: ConicPoint) -> ConicPoint:
+        """A point, (B, ·) each, in which all variables count alike: in :attr:`units`."""
+        return self.units.point_in(self, point)
+
     def tilt_unit(self, point: ConicPoint, cotangent: ConicPoint) -> Tensor:
-        """(B,) the step at which a tilt is as large as the terms that it changes, in the maximum norm.
+        """(B,) the step at which a tilt is as large as the terms that it changes, in the maximum norm in own units.
 
         ``max(|q|, |P x|, |Aᵀy|, |z|) / |g_x|`` and, for dual losses, ``max(|b|, |A x|) / |g_y|`` and
         ``|x| / |g_z|``, the least of them; a numerator of 0 counts as 1.  Infinite where the cotangent is 0.
         """
-        structure, size = self.structure, self.batch_size
-        q, b = per_element(self.data.q, size), per_element(self.data.b, size)
-        Px, Aty = self.quadratic_product(point.x), structure.constraint.rmatvec(self.data.A, point.y)
-        Ax = structure.constraint.matvec(self.data.A, point.x)
+        problem = self.units.apply(self)
+        point, cotangent = self.units.point_in(self, point), self.units.tilt_in(self, cotangent)
+        structure, size = problem.structure, problem.batch_size
+        q, b = per_element(problem.data.q, size), per_element(problem.data.b, size)
+        Px, Aty = problem.quadratic_product(point.x), structure.constraint.rmatvec(problem.data.A, point.y)
+        Ax = structure.constraint.matvec(problem.data.A, point.x)
         units = torch.full((size,), torch.inf, dtype=point.x.dtype, device=self.device)
         for terms, direction in (
             ((q, Px, Aty, point.z), cotangent.x),
@@ -287,6 +305,17 @@ class ConicProblem:
                 size_of_terms = torch.where(size_of_terms > 0, size_of_terms, 1.0)
                 units = torch.minimum(units, size_of_terms / direction.abs().amax(-1))
         return units
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether these are linear programs, whose solutions are vertices: they stay, or jump to another one."""
+        return self.structure.cones.is_polyhedral and not self.structure.quadratic.nnz
+
+    def would_move(self, cotangent: ConicPoint) -> Tensor:
+        """(B,) whether a tilt of a linear program's cost may change its solution: it is not a multiple of the cost."""
+        q, g = per_element(self.data.q, self.batch_size), cotangent.x
+        multiple = (g * q).sum(-1, keepdim=True) / q.square().sum(-1, keepdim=True).clamp(min=1e-300)
+        return maximum_norm(g - multiple * q) > 1e-9 * maximum_norm(g)
 
     def finite(self) -> Tensor:
         """(B,) whether an element's data are finite; bounds may be infinite on their own side."""
