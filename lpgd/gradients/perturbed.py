@@ -1,8 +1,8 @@
 """Perturbed solutions: the tilted problem solved on one side or on both, and what the answers say of the step.
 
 With the solution ``z₀`` and perturbed ones ``z₊``, ``z₋`` after steps ±τ, a difference over τ is a derivative only
-where the solution map is smooth all along.  Two signs tell, and cost no solve: the active sets of z₊ and z₋ are that of z₀;
-and z₊ and z₋ mirror each other about z₀, ``z₊ + z₋ - 2 z₀ = O(τ) (z₊ - z₋)``.
+where the solution map is smooth all along.  Two signs tell, and cost no solve: the active sets of z₊ and z₋ are that of
+z₀; and z₊ and z₋ mirror each other about z₀, ``z₊ + z₋ - 2 z₀ = O(τ) (z₊ - z₋)``.
 
 A step that is chosen here is shortened where they do not hold.  With v = y - s and its distance to another piece of the
 projection at z₀, the first active set changes after about the share ``distance / |v(z±) - v(z₀)|`` of the step.
@@ -41,6 +41,8 @@ LOUDEST = 1e-2
 """Nor is it where the solver's error would be more than this share of the response."""
 CURVED = 1e-2
 """Sides that mirror each other up to this share of their difference give a central difference good to its square."""
+PRIMAL, DUALS = slice(0, 1), slice(1, None)
+"""Parts of points."""
 ERRONEOUS = 3.0
 """Kinks bend a response by no more than about its own size."""
 FINEST = 1e-14
@@ -139,8 +141,7 @@ class _Sides(NamedTuple):
     """Both ends of steps from E elements' solutions; (E,) each but for the points.
 
     ``crossing`` is the share of the step after which an active set changes, infinite where none does; ``apart`` says
-    whether the active sets of the ends differ.  ``skew`` is ``|x₊ + x₋ - 2 x₀| / |x₊ - x₋|``, and ``dual_skew`` the
-    same of the multipliers; 0 within the solver's error, and where a side is missing.
+    whether the active sets of the ends differ.  ``skew`` is :meth:`_Run.skew` of x.
     """
 
     plus: Any
@@ -150,7 +151,6 @@ class _Sides(NamedTuple):
     crossing: Tensor
     apart: Tensor
     skew: Tensor
-    dual_skew: Tensor
     iterations: Any
 
     def replaced(self, rows: Tensor, part: _Sides) -> _Sides:
@@ -230,34 +230,34 @@ class _Run:
         minus = results[-1.0].point.where(below, self.base) if -1.0 in results else self.base
         iterations = sum(result.iterations for result in results.values())
         crossing, apart = self._crossing(results, solved)
-        return _Sides(plus, minus, above, below, crossing, apart, *self._skews(plus, minus, above & below), iterations)
+        return _Sides(plus, minus, above, below, crossing, apart, self.skew(plus, minus, above & below), iterations)
 
     def _crossing(self, results: dict[float, Any], solved: dict[float, Tensor]) -> tuple[Tensor, Tensor]:
         crossing = torch.full_like(self.error, torch.inf)
-        apart = torch.zeros_like(self.error, dtype=torch.bool)
         if self.active is None:
-            return crossing, apart
-        noise = self._noise(self.base_error, maximum_norm(self.active.place))
-        pieces = []
+            return crossing, torch.zeros_like(self.error, dtype=torch.bool)
+        noise = self._noise(self.base_error, self.active.size())
+        ends = [self.active]
         for sign, result in results.items():
             end = result.active_set(self.problem)
-            crossing = torch.where(solved[sign], torch.minimum(crossing, self.active.crossing(end, noise)), crossing)
-            pieces.append(torch.where(solved[sign][:, None], end.piece, self.active.piece))
-        other = pieces[1] if len(pieces) == 2 else self.active.piece
-        return crossing, (pieces[0] != other).any(-1)
+            if not bool(solved[sign].all()):
+                end = end.where(solved[sign], self.active)
+            crossing = torch.minimum(crossing, self.active.crossing(end, noise))
+            ends.append(end)
+        return crossing, ends[-1].unequal(ends[-2]).any(-1)
 
-    def _skews(self, plus: Any, minus: Any, both: Tensor) -> tuple[Tensor, Tensor]:
-        shares = [torch.zeros_like(self.error), torch.zeros_like(self.error)]
-        if both.any():
-            points = (self.problem.in_own_units(point) for point in (self.base, plus, minus))
-            for place, (here, above, below) in enumerate(zip(*points, strict=True)):
-                difference, bend = maximum_norm(above - below), maximum_norm((above - here) + (below - here))
-                noise = self._noise(self.base_error, maximum_norm(here))
-                # A bend of far more than the difference is the error of the solution in the middle.
-                real = both & (bend > noise) & (bend < ERRONEOUS * difference)
-                share = torch.where(real, bend / difference, 0.0).to(self.error.dtype)
-                shares[min(place, 1)] = torch.maximum(shares[min(place, 1)], share)
-        return shares[0], shares[1]
+    def skew(self, plus: Any, minus: Any, both: Tensor, parts: slice = PRIMAL) -> Tensor:
+        """(E,) ``|z₊ + z₋ - 2 z₀| / |z₊ - z₋|`` of some parts; 0 within the solver's error and without ``both``."""
+        worst = torch.zeros_like(self.error)
+        if not both.any():
+            return worst
+        points = (self.problem.in_own_units(point)[parts] for point in (self.base, plus, minus))
+        for here, above, below in zip(*points, strict=True):
+            difference, bend = maximum_norm(above - below), maximum_norm((above - here) + (below - here))
+            # A bend of far more than the difference is the error of the solution in the middle.
+            real = both & (bend > self._noise(self.base_error, maximum_norm(here))) & (bend < ERRONEOUS * difference)
+            worst = torch.maximum(worst, torch.where(real, bend / difference, 0.0).to(worst.dtype))
+        return worst
 
     def _noise(self, error: Tensor, size: Tensor) -> Tensor:
         """(E,) what a relative error makes of numbers of some size (E,)."""
@@ -300,7 +300,8 @@ def _shortened(run: _Run, tau: Tensor, unit: Tensor, sides: _Sides) -> tuple[_Ru
         judged = _picked(found, left) if run.envelope == "average" else judge.sides(steps[left])
         both = judged.above & judged.below
         kinked[rows[left]] = (judged.skew > CURVED) | ~both
-        unclear[rows[left]] = both & (judged.skew <= CURVED) & (judged.dual_skew > CURVED)
+        dual_skew = judge.skew(judged.plus, judged.minus, both, DUALS)
+        unclear[rows[left]] = both & (judged.skew <= CURVED) & (dual_skew > CURVED)
     tau[rows] = steps
     base = run.base if own is part else _replaced(run.base, rows, own.base)
     return replace(run, base=base), tau, sides.replaced(rows, found), kinked, unclear
