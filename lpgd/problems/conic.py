@@ -285,25 +285,25 @@ class ConicProblem:
     def tilt_unit(self, point: ConicPoint, cotangent: ConicPoint) -> Tensor:
         """(B,) the step at which a tilt is as large as the terms that it changes, in the maximum norm in own units.
 
-        ``max(|q|, |P x|, |Aᵀy|, |z|) / |g_x|`` and, for dual losses, ``max(|b|, |A x|) / |g_y|`` and
-        ``|x| / |g_z|``, the least of them; a numerator of 0 counts as 1.  Infinite where the cotangent is 0.
+        ``max(|q|, |P| |x|, |Aᵀy|, |z|) / |g_x|`` and, for dual losses, ``max(|b|, |A| |x|) / |g_y|`` and
+        ``|x| / |g_z|``, the least of them; a numerator of 0 counts as 1.  Infinite where the cotangent is 0.  Products of
+        norms are what terms are made of: that P x or A x cancels, as at a minimum without constraints, makes no unit.
         """
         problem = self.units.apply(self)
         point, cotangent = self.units.point_in(self, point), self.units.tilt_in(self, cotangent)
-        structure, size = problem.structure, problem.batch_size
-        q, b = per_element(problem.data.q, size), per_element(problem.data.b, size)
-        Px, Aty = problem.quadratic_product(point.x), structure.constraint.rmatvec(problem.data.A, point.y)
-        Ax = structure.constraint.matvec(problem.data.A, point.x)
-        units = torch.full((size,), torch.inf, dtype=point.x.dtype, device=self.device)
+        data, size = problem.data, problem.batch_size
+        x, Aty = maximum_norm(point.x), problem.structure.constraint.rmatvec(data.A, point.y)
+        q, b, P, A = (_norms(part, size) for part in (data.q, data.b, problem.symmetric_P, data.A))
+        units = torch.full((size,), torch.inf, dtype=x.dtype, device=self.device)
         for terms, direction in (
-            ((q, Px, Aty, point.z), cotangent.x),
-            ((b, Ax), cotangent.y),
-            ((point.x,), cotangent.z),
+            ((q, P * x, maximum_norm(Aty), maximum_norm(point.z)), cotangent.x),
+            ((b, A * x), cotangent.y),
+            ((x,), cotangent.z),
         ):
             if direction.shape[-1]:
-                size_of_terms = torch.stack([term.abs().amax(-1) for term in terms]).amax(0)
+                size_of_terms = torch.stack([term.expand(size) for term in terms]).amax(0)
                 size_of_terms = torch.where(size_of_terms > 0, size_of_terms, 1.0)
-                units = torch.minimum(units, size_of_terms / direction.abs().amax(-1))
+                units = torch.minimum(units, size_of_terms / maximum_norm(direction))
         return units
 
     @property
@@ -337,6 +337,12 @@ def _finite_rows(datum: Tensor) -> Tensor:
 
 
 _BOUND_INDICES = ("lower_index", "upper_index")
+
+
+def _norms(datum: Tensor, size: int) -> Tensor:
+    """(B,) the largest magnitude of a datum of each element, or (1,) where it is shared."""
+    norms = torch.atleast_1d(maximum_norm(datum))
+    return norms if norms.shape[0] in (1, size) else norms.repeat(size // norms.shape[0])
 
 
 def per_element(datum: Tensor, batch_size: int) -> Tensor:
