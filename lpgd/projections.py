@@ -29,7 +29,9 @@ from lpgd.projections_nonsymmetric import exponential_spectrum, power_spectrum, 
 
 __all__ = [
     "BlockGroup",
+    "ConeBlock",
     "SpectralDerivative",
+    "cone_blocks",
     "distance",
     "interior_direction",
     "kinks",
@@ -154,7 +156,7 @@ def project(cones: Cones, points: FloatArray, *, dual: bool = False) -> FloatArr
     nonnegative = cones.sections["nonnegative"]
     np.maximum(points[..., nonnegative], 0.0, out=projected[..., nonnegative])
     projected[..., cones.sections["zero"]][~np.isfinite(points[..., cones.sections["zero"]])] = np.nan
-    for block in _blocks(cones):
+    for block in cone_blocks(cones):
         part = points[..., block.rows]
         finite = np.isfinite(part).all(axis=-1, keepdims=True)
         nearest = block.project(np.where(finite, part, 0.0))
@@ -186,7 +188,7 @@ def projection_derivative(cones: Cones, point: FloatArray, *, dual: bool = False
     eigenvalues[:, nonnegative] = points[:, nonnegative] > 0
     groups: list[BlockGroup] = []
     first = cones.rows * np.arange(len(points))[:, None, None]
-    for block in _blocks(cones):
+    for block in cone_blocks(cones):
         count, size = block.rows.shape
         values, basis = block.spectrum(points[:, block.rows].reshape(-1, size))
         eigenvalues[:, block.rows] = values.reshape(-1, count, size)
@@ -245,7 +247,7 @@ def _checked(cones: Cones, vectors: FloatArray) -> FloatArray:
 
 
 @dataclass(frozen=True, eq=False)
-class _Block:
+class ConeBlock:
     """All cones of one kind and size: their rows (k, t), and what else the kind needs.
 
     ``polar`` marks duals of the kind: ``P_K*(v) = v + P_K(-v)``.
@@ -324,9 +326,9 @@ class _Block:
 
 
 @lru_cache(maxsize=256)
-def _blocks(cones: Cones) -> tuple[_Block, ...]:
+def cone_blocks(cones: Cones) -> tuple[ConeBlock, ...]:
     """The cones that are not orthants, gathered by kind and size."""
-    blocks: list[_Block] = []
+    blocks: list[ConeBlock] = []
     for kind, sizes in (("second_order", cones.second_order), ("semidefinite", cones.semidefinite)):
         starts: defaultdict[int, list[int]] = defaultdict(list)
         start = cones.sections[kind].start
@@ -335,17 +337,17 @@ def _blocks(cones: Cones) -> tuple[_Block, ...]:
             start += size if kind == "second_order" else svec_size(size)
         for size, firsts in starts.items():
             length = size if kind == "second_order" else svec_size(size)
-            blocks.append(_Block(kind, np.array(firsts, dtype=np.int64)[:, None] + np.arange(length), side=size))
+            blocks.append(ConeBlock(kind, np.array(firsts, dtype=np.int64)[:, None] + np.arange(length), side=size))
     for kind in ("exponential", "dual_exponential"):
         rows = np.arange(cones.sections[kind].start, cones.sections[kind].stop, dtype=np.int64).reshape(-1, 3)
         if rows.size:
-            blocks.append(_Block("exponential", rows, polar=kind == "dual_exponential"))
+            blocks.append(ConeBlock("exponential", rows, polar=kind == "dual_exponential"))
     rows = np.arange(cones.sections["power"].start, cones.sections["power"].stop, dtype=np.int64).reshape(-1, 3)
     exponents = np.array(cones.power)
     for polar in (False, True):
         chosen = (exponents < 0) == polar
         if chosen.any():
-            blocks.append(_Block("power", rows[chosen], exponents=np.abs(exponents[chosen]), polar=polar))
+            blocks.append(ConeBlock("power", rows[chosen], exponents=np.abs(exponents[chosen]), polar=polar))
     return tuple(blocks)
 
 

@@ -23,7 +23,15 @@ from numpy.typing import NDArray
 
 from lpgd.cones import FloatArray
 
-__all__ = ["exponential_spectrum", "power_spectrum", "project_exponential", "project_power"]
+__all__ = [
+    "exponential_regions",
+    "exponential_spectrum",
+    "normalised",
+    "power_regions",
+    "power_spectrum",
+    "project_exponential",
+    "project_power",
+]
 
 Masks = tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]
 
@@ -40,8 +48,8 @@ MAXIMUM_ITERATIONS = 300
 
 def project_exponential(points: FloatArray) -> FloatArray:
     """Projection of (n, 3) points onto the closure of ``{(u, v, w): v exp(u / v) <= w, v > 0}``."""
-    unit, _ = _normalised(points)
-    inside, polar, face = _exponential_regions(unit)
+    unit, _ = normalised(points)
+    inside, polar, face = exponential_regions(unit)
     projected = np.where(inside[:, None], points, 0.0)
     projected[face, 0] = points[face, 0]
     projected[face, 2] = np.maximum(points[face, 2], 0.0)
@@ -59,8 +67,8 @@ def exponential_spectrum(points: FloatArray) -> tuple[FloatArray, FloatArray]:
     On the face ``{(u, 0, w): u <= 0 <= w}``, reached from ``u, v <= 0``, the derivative is
     ``diag([u < 0], 0, [w > 0])``; it is 0 on the polar cone and the identity in the interior only.
     """
-    unit, _ = _normalised(points)
-    inside, polar, face = _exponential_regions(unit)
+    unit, _ = normalised(points)
+    inside, polar, face = exponential_regions(unit)
     u, v, w = unit.T
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         interior = inside & (v > 0) & (v * np.exp(u / v) < w)
@@ -89,8 +97,8 @@ def exponential_spectrum(points: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 def project_power(points: FloatArray, exponents: FloatArray) -> FloatArray:
     """Projection of (n, 3) points onto ``{(u, v, w): u^a v^(1 - a) >= |w|, u, v >= 0}``, a of shape (n,)."""
-    unit, _ = _normalised(points)
-    inside, polar, face = _power_regions(unit, exponents)
+    unit, _ = normalised(points)
+    inside, polar, face = power_regions(unit, exponents)
     projected = np.where(inside[:, None], points, 0.0)
     projected[face, :2] = np.maximum(points[face, :2], 0.0)
     outside = ~(inside | polar | face)
@@ -106,8 +114,8 @@ def power_spectrum(points: FloatArray, exponents: FloatArray) -> tuple[FloatArra
     With ``w = 0`` and ``u > 0 >= v`` the projection is ``(u, 0, 0)``, and near it ``w`` keeps the share 0 if
     ``a < 1/2``, 1 if ``a > 1/2``, ``u / (u + 2 |v|)`` if ``a = 1/2``; likewise with u and v, a and 1 - a exchanged.
     """
-    unit, _ = _normalised(points)
-    inside, polar, _ = _power_regions(unit, exponents)
+    unit, _ = normalised(points)
+    inside, polar, _ = power_regions(unit, exponents)
     u, v, w = unit.T
     geometric_mean = np.maximum(u, 0.0) ** exponents * np.maximum(v, 0.0) ** (1.0 - exponents)
     interior = inside & (geometric_mean > np.abs(w))
@@ -124,8 +132,8 @@ def power_spectrum(points: FloatArray, exponents: FloatArray) -> tuple[FloatArra
         proper = np.any(nearest, axis=-1) & np.any(residual, axis=-1)
         curved[curved] = proper
         nearest, residual = nearest[proper], residual[proper]
-        ray, ray_length = _normalised(nearest)
-        outward, outward_length = _normalised(residual)
+        ray, ray_length = normalised(nearest)
+        outward, outward_length = normalised(residual)
         basis[curved] = _frame(ray, outward)
         ray, outward = basis[curved][:, :, 0], basis[curved][:, :, 1]
         # l = P |p1 p2 p3| / (P |p1 p2 p3| + N |n1 n2 n3|) with unit vectors p, n along the projection and the
@@ -139,7 +147,7 @@ def power_spectrum(points: FloatArray, exponents: FloatArray) -> tuple[FloatArra
     return eigenvalues, basis
 
 
-def _normalised(points: FloatArray) -> tuple[FloatArray, FloatArray]:
+def normalised(points: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Points over their largest absolute entry, negligible entries as 0, and that entry (1 for the origin)."""
     largest = np.max(np.abs(points), axis=-1, initial=0.0)
     largest = np.where(largest > 0, largest, 1.0)
@@ -154,7 +162,7 @@ def _frame(ray: FloatArray, outward: FloatArray) -> FloatArray:
     return np.stack([first, second, np.cross(first, second)], axis=-1)
 
 
-def _exponential_regions(unit: FloatArray) -> Masks:
+def exponential_regions(unit: FloatArray) -> Masks:
     """Masks: in K; in the polar cone; neither, but nearest to the face ``{(u, 0, w): u <= 0 <= w}``."""
     u, v, w = unit.T
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -220,7 +228,7 @@ def _exponential_equation(ratio: FloatArray, parameters: FloatArray) -> tuple[Fl
     return left - right, left_slope - right_slope
 
 
-def _power_regions(unit: FloatArray, exponents: FloatArray) -> Masks:
+def power_regions(unit: FloatArray, exponents: FloatArray) -> Masks:
     """Masks: in K; in the polar cone; neither, but in the plane ``w = 0``."""
     u, v, w = unit.T
     size = np.abs(w)

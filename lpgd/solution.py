@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpgd.cones import Cones
+from lpgd.problems.activity import ActiveSet, active_set
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic import ConicProblem, per_element
 from lpgd.problems.linear import LinearPoint, LinearProblem
@@ -80,6 +81,10 @@ class BatchSolution:
     def outputs(self) -> Any:
         """The first parts of the point: what losses see."""
         return self.point
+
+    def active_set(self, units_of: Any) -> ActiveSet | None:
+        """Which constraints are active, in the units of a problem; None where there are none to compare."""
+        return None
 
     @property
     def domain(self) -> str:
@@ -216,6 +221,13 @@ class Solution(BatchSolution):
         """How many elements were solved by another solver than the one that was asked, by its name."""
         solved = (name for name, status in zip(self.solvers, self.statuses, strict=False) if status.usable)
         return {name: count for name, count in Counter(solved).items() if name != self.asked}
+
+    def active_set(self, units_of: ConicProblem) -> ActiveSet | None:
+        """Which rows and bounds are active, in the units of a problem with the same matrices and B elements.
+
+        None for integer programs, whose multipliers are not their own.
+        """
+        return None if self.problem.structure.has_integers else active_set(units_of, self.point, self.slack)
 
     @cached_property
     def s(self) -> Tensor:

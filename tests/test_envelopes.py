@@ -172,10 +172,10 @@ def test_a_chosen_step_that_moves_no_vertex_is_warned_about(solver: str) -> None
 
 @pytest.mark.parametrize("gradient", [lpgd.LPGD(tau=1e-4), lpgd.LPGD(tau=3.0), lpgd.LPGD()], ids=str)
 def test_ordinary_use_is_not_warned_about(gradient: lpgd.LPGD) -> None:
-    """A step that the user gave, or one that was chosen where the solution moves."""
+    """A step that the user gave, or one that was chosen where the solution moves, away from kinks."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        costs = torch.tensor([[0.0, 1.0, 2.0], [3.0, 1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+        costs = torch.tensor([[0.0, 0.5, 2.0], [3.0, 1.0, 1.5]], dtype=torch.float64, requires_grad=True)
         if gradient.tau is None:
             output = lpgd.QPLayer(gradient=gradient)(torch.eye(3, dtype=torch.float64), costs, **SIMPLEX)
         else:

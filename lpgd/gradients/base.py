@@ -35,6 +35,9 @@ class GradientInfo:
             without units.  NaN where there was no cotangent, None for methods without a step.
         moved: (B,) whether a perturbed primal solution differs from the solution by more than the solver's error;
             None for methods without one.
+        crossed: (B,) whether an active set of a perturbed solution differs from that of the solution; None for methods
+            without one.
+        jumped: (B,) whether a perturbed solution of a node is another one than its tilt explains; None likewise.
         tolerance: the solver tolerance of the perturbed solves, None where there were none.
         iterations: (B,) solver iterations spent on perturbed solves, None where there were none.
         descent: (B,) the product of an approximate gradient with the exact one, where the method was asked for it: a
@@ -51,6 +54,8 @@ class GradientInfo:
     tau: Tensor | None = None
     unit: Tensor | None = None
     moved: Tensor | None = None
+    crossed: Tensor | None = None
+    jumped: Tensor | None = None
     tolerance: float | None = None
     iterations: Any = None
     descent: Tensor | None = None

@@ -235,7 +235,7 @@ def _responses(
         v, xi = point.y - slack + side * places.v_side, point.x + point.z + side * places.xi_side
         moved = ConicPoint(xi, torch.where(v.isnan(), 0.0, v), torch.zeros_like(xi))
         # ξ and v as a point whose complementary one is meant.
-        point, slack = complementary(problem, moved, torch.zeros_like(v))
+        point, slack, _ = complementary(problem, moved, torch.zeros_like(v))
     view = ElementView(problem)
     lower, upper = problem.full_bounds()
     parts = (*point, slack, *places.tilt, lower, upper)

@@ -7,7 +7,8 @@ With ``g = dℓ/dz`` at the solution ``z*``, and ``z_{±τ}`` the solution after
     upper    (∇_w L(z*)     - ∇_w L(z_{-τ})) / τ
     average  (∇_w L(z_{+τ}) - ∇_w L(z_{-τ})) / 2τ
 
-As τ → 0 they agree with implicit differentiation, of the augmented problem where ρ > 0 ([LPGD] eq. 46).
+As τ → 0 they agree with implicit differentiation, of the augmented problem where ρ > 0 ([LPGD] eq. 46).  The solves
+themselves, and the choice of τ, are in :mod:`lpgd.gradients.perturbed`.
 
 [LPGD] Paulus, Musil, Martius: Lagrangian Proximal Gradient Descent for Learning Convex Optimization Models
 (arXiv 2407.05920).
@@ -16,28 +17,20 @@ As τ → 0 they agree with implicit differentiation, of the augmented problem w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit import ImplicitKKT, is_linear_program
-from lpgd.solution import BatchSolution
+from lpgd.gradients.perturbed import Envelope, Perturbed, perturb
 from lpgd.solvers.base import BaseSolver
 from lpgd.status import SolverError, warn
 
-__all__ = ["LPGD", "BlackboxBackprop", "Domke"]
-
-Envelope = Literal["average", "lower", "upper"]
-
-_SIDES: dict[str, tuple[float, ...]] = {"average": (1.0, -1.0), "lower": (1.0,), "upper": (-1.0,)}
-
-ACCURACY = 1e-4
-"""Perturbed solves are asked for this accuracy relative to the size of the perturbation."""
+__all__ = ["LPGD", "BlackboxBackprop", "Domke", "Envelope"]
 
 
 @dataclass(frozen=True)
@@ -46,12 +39,13 @@ class LPGD(GradientMethod):
 
     Args:
         tau: the step τ > 0, which multiplies the cotangent as it arrives: a mean over a larger batch makes smaller
-            perturbations.  None chooses, for each element, ``√ε`` relative to the terms that the tilt changes, ε the
-            error of the solver's solutions: noise of the order of ε/τ and curvature of the order of τ (τ² for
-            ``"average"``) are then both small, few active sets change, and the result is close to the exact gradient
-            where there is one.  Such a step hardly ever moves the vertex that solves a linear program: where it moves
-            none of a batch, the zero gradient of the cost is warned about.  ``GradientInfo.tau`` has what was chosen.
-            where there is one.  Integer programs need a τ: solutions stay where they are for small ones.
+            perturbations.  None chooses a step for each element that is near to the exact gradient: ``√ε`` relative to
+            the terms that the tilt changes, ε the error of the solution, so that noise of the order of ε/τ and
+            curvature of the order of τ (τ² for ``"average"``) are both small.  Where an active set changes along it, it
+            is shortened; where that does not help, the solution has no derivative, and a warning names the element.
+            Steps so short hardly ever move the vertex that solves a linear program: where they move none of a batch, a
+            layer warns of it.  ``GradientInfo.tau`` has what was taken.  Integer programs need a τ: their solutions
+            stay where they are for small ones.
         rho: ρ ≥ 0 of the augmented Lagrangian; not scaled by τ.
         envelope: ``"average"`` (two solves), ``"lower"`` or ``"upper"`` (one solve each).
 
@@ -102,7 +96,7 @@ class LPGD(GradientMethod):
             part, info = pair.fallback().vjp(problem, solution, pair.of_unsolved(cotangent), solver, executor)
             pair.record_fallback(info)
             gradient = type(gradient)(*(a + b for a, b in zip(gradient, part, strict=True)))
-        if self.tau is None and pair.is_still and is_linear_program(problem):
+        if self.tau is None and pair.is_still(cotangent):
             pair.info.notices["q"] = _ZERO_GRADIENT
         return gradient, pair.info
 
@@ -181,95 +175,41 @@ class _Perturbed:
         solver: BaseSolver,
         executor: Executor | None,
     ) -> None:
-        self.method, self.whole, size = method, problem, problem.batch_size
-        self.info = GradientInfo.blank(
-            method,
-            solution,
-            tau=torch.full((size,), torch.nan),
-            unit=torch.full((size,), torch.nan),
-            moved=torch.zeros(size, dtype=torch.bool),
-        )
+        self.method, self.whole = method, problem
+        self.info = _blank(method, solution)
         active = relevant_elements(solution, cotangent)
-        if len(active) < size:
+        if len(active) < problem.batch_size:
             index = torch.as_tensor(active, dtype=torch.int64, device=problem.device)
             problem, solution, cotangent = problem.select(active), solution.select(active), cotangent.select(index)
-        base = solution.point
         self.elements, self.unsolved, self.problem = active, [], problem
-        self.plus, self.minus, self.weight = base, base, base.x.new_zeros(len(active))
+        self.plus, self.minus, self.weight = solution.point, solution.point, solution.x.new_zeros(len(active))
         if not active:
             return
-
-        units = problem.tilt_unit(base, cotangent)
-        if method.tau is None:
-            perturbed_solver = _refined(solver, problem)
-            tau = perturbed_solver.solution_error(problem) ** 0.5 * units
-        else:
-            tau = method.steps(method.tau, cotangent)
-            perturbed_solver = _tightened(solver, float((tau / units).min()))
-        augmented = problem.augment(method.rho, base.x) if method.rho else problem
-        sides = _SIDES[method.envelope]
-        if len(sides) == 1 and perturbed_solver != solver:
-            # Both ends of a difference are solved to one tolerance; the old end alone would be the noisier one.
-            base = _usable_or(perturbed_solver.solve(augmented, solution.states, executor), solution)
-        tilted = augmented.tilt(torch.cat([sign * tau for sign in sides]), cotangent)
-        results = perturbed_solver.solve(tilted, solution.states, executor).parts(len(sides))
-        solved = {sign: result.usable for sign, result in zip(sides, results, strict=True)}
-        points = {sign: result.point for sign, result in zip(sides, results, strict=True)}
-        if len(sides) == 1 and not solved[sides[0]].all():
-            # The asked-for side has no solution for some elements: try the other one.
-            other = -sides[0]
-            result = perturbed_solver.solve(augmented.tilt(other * tau, cotangent), solution.states, executor)
-            solved[other], points[other] = result.usable & ~solved[sides[0]], result.point
-        nothing = torch.zeros(len(active), dtype=torch.bool, device=problem.device)
-        above, below = solved.get(1.0, nothing), solved.get(-1.0, nothing)
-        plus = points[1.0].where(above, base) if 1.0 in points else base
-        minus = points[-1.0].where(below, base) if -1.0 in points else base
-        self._record(active, tau, units, above, below)
-        error = 30 * perturbed_solver.solution_error(problem) * (1 + base.x.abs().amax(-1))
-        distance = torch.maximum((plus.x - base.x).abs().amax(-1), (minus.x - base.x).abs().amax(-1))
-        assert self.info.moved is not None
-        self.info.moved[active] = (distance > error).cpu()
-        self.info.tolerance = perturbed_solver.tolerance
-        self.info.iterations = sum(result.iterations for result in results)
-
-        keep = above | below
-        self.weight = torch.where(keep, 1.0 / (tau * (above.double() + below.double()).clamp(min=1.0)), 0.0)
-        self.plus, self.minus = plus, minus
+        steps = None if method.tau is None else method.steps(method.tau, cotangent)
+        found = perturb(
+            problem, solution, cotangent, solver, executor, envelope=method.envelope, rho=method.rho, steps=steps
+        )
+        self.still = ~found.moved
+        _record(self.info, active, found)
+        keep = found.above | found.below
+        self.weight = torch.where(keep, 1.0 / (found.tau * (found.above.double() + found.below.double()).clamp(1)), 0.0)
+        self.plus, self.minus = found.plus, found.minus
         if not keep.all():
             self.unsolved = [element for element, fine in zip(active, keep.tolist(), strict=True) if not fine]
             rows = keep.nonzero()[:, 0]
             self.elements = [active[row] for row in rows.tolist()]
             self.problem = problem.select(rows.tolist())
-            self.plus, self.minus, self.weight = plus.select(rows), minus.select(rows), self.weight[rows]
+            self.plus, self.minus, self.weight = self.plus.select(rows), self.minus.select(rows), self.weight[rows]
 
     @property
     def is_whole(self) -> bool:
         return len(self.elements) == self.whole.batch_size
 
-    @property
-    def is_still(self) -> bool:
-        """Whether there were perturbed solutions and none of them moved."""
-        assert self.info.moved is not None
-        return bool(self.elements) and not self.unsolved and not bool(self.info.moved.any())
-
-    def _record(self, active: Sequence[int], tau: Tensor, unit: Tensor, above: Tensor, below: Tensor) -> None:
-        asked = self.method.envelope
-        assert self.info.tau is not None
-        assert self.info.unit is not None
-        self.info.tau[list(active)] = tau.cpu().to(self.info.tau.dtype)
-        self.info.unit[list(active)] = unit.cpu().to(self.info.unit.dtype)
-        names = {(True, True): "average", (True, False): "lower", (False, True): "upper"}
-        for element, *sides in zip(active, above.tolist(), below.tolist(), strict=True):
-            used = names.get((sides[0], sides[1]), "none")
-            self.info.used[element] = used
-            if used != asked:
-                self.info.fallbacks.append(element)
-        one_sided = [element for element in self.info.fallbacks if self.info.used[element] != "none"]
-        if one_sided:
-            warn(
-                f"{self.method}: the perturbed problem of elements {one_sided[:10]} has no solution on a side that was "
-                "asked for; their gradients come from the other side. A smaller tau may have both."
-            )
+    def is_still(self, cotangent: Any) -> bool:
+        """Whether there were perturbed solutions of a linear program, and none moved that could have."""
+        if not self.elements or self.unsolved or not is_linear_program(self.whole) or not bool(self.still.all()):
+            return False
+        return bool(self.whole.would_move(cotangent)[self.elements].any())
 
     def fallback(self) -> ImplicitKKT:
         """The method for elements without any perturbed solution.
@@ -304,29 +244,64 @@ class _Perturbed:
         )
 
 
+def _blank(method: LPGD, solution: Any) -> GradientInfo:
+    """The record before anything is solved."""
+    size = solution.batch_size
+    no, unknown = torch.zeros(size, dtype=torch.bool), torch.full((size,), torch.nan)
+    return GradientInfo.blank(
+        method, solution, tau=unknown, unit=unknown.clone(), moved=no, crossed=no.clone(), jumped=no.clone()
+    )
+
+
+def _record(info: GradientInfo, active: list[int], found: Perturbed) -> None:
+    """Put perturbed solves on record, and warn of those that are not what they should be."""
+    for name in ("tau", "unit", "moved", "crossed", "jumped"):
+        whole, part = getattr(info, name), getattr(found, name)
+        whole[active] = part.cpu().to(whole.dtype)
+    info.tolerance, info.iterations = found.tolerance, found.iterations
+    method: Any = info.method
+    names = {(True, True): "average", (True, False): "lower", (False, True): "upper"}
+    for element, above, below in zip(active, found.above.tolist(), found.below.tolist(), strict=True):
+        info.used[element] = names.get((above, below), "none")
+        if info.used[element] != method.envelope:
+            info.fallbacks.append(element)
+    one_sided = [element for element in info.fallbacks if info.used[element] != "none"]
+    if one_sided:
+        warn(
+            f"{method}: the perturbed problem of elements {one_sided[:10]} has no solution on a side that was asked "
+            "for; their gradients come from the other side. A smaller tau may have both."
+        )
+
+    def named(mask: Tensor) -> list[int]:
+        return [element for element, marked in zip(active, mask.tolist(), strict=True) if marked]
+
+    if kinked := named(found.kinked & (found.above | found.below)):
+        warn(f"{method}: elements {kinked[:10]} {_KINK}")
+    if unclear := named(found.unclear):
+        info.notices |= dict.fromkeys(("A", "b", "lower", "upper"), f"{method}: elements {unclear[:10]} {_UNCLEAR}")
+    if jumped := named(found.jumped):
+        warn(f"{method}: the solutions of elements {jumped[:10]} {_JUMP}")
+
+
+_KINK = (
+    "have no derivative that a step could find: however short it is, an active constraint changes along it (the "
+    "solution is at a kink, or too badly scaled for its solver), and their gradients are means of what lies on the "
+    "sides of the step. A tau of the order of output.info.gradients[-1].unit gives a smoothed gradient; ImplicitKKT "
+    "takes one side."
+)
+_UNCLEAR = (
+    "have multipliers that change abruptly (they are not unique, as where constraints are redundant): the gradient "
+    "with respect to single constraints is not well defined there. That of what moves the redundant constraints "
+    "together is, and so are those with respect to the objective."
+)
+_JUMP = (
+    "jumped: a small tilt moved them far, and its opposite did not move them back, so that another one of several "
+    "nearly equal solutions was found. Their gradients say nothing of small changes. A smaller tau stays with one "
+    "solution where they are not equal."
+)
 _ZERO_GRADIENT = (
     "LPGD(tau=None) takes a step that is small enough for the exact gradient, and no solution of this linear program "
-    "moved with it: the gradient with respect to its cost is zero. Give a tau of the order of "
-    "output.info.gradients[-1].unit, at which the loss gradient is as large as the cost; the tau that was taken is "
-    "beside it. lpgd.diagnose and lpgd.sweep compare several."
+    "moved with it: what reaches its cost through the solver is zero (a direct dependence of the loss on the cost is "
+    "not affected). Give a tau of the order of output.info.gradients[-1].unit, at which the loss gradient is as large "
+    "as the cost; the tau that was taken is beside it. lpgd.diagnose and lpgd.sweep compare several."
 )
-
-
-def _refined(solver: BaseSolver, problem: Any) -> BaseSolver:
-    """The solver, two digits tighter where its solutions are much less accurate than its tolerance."""
-    if solver.solution_error(problem) <= 10 * solver.tolerance:
-        return solver
-    return replace(solver, tolerance=min(solver.tolerance, max(0.01 * solver.tolerance, solver.finest_tolerance)))
-
-
-def _tightened(solver: BaseSolver, relative_step: float) -> BaseSolver:
-    """The solver, as tight as a difference of its solutions needs; by powers of ten, so that workspaces are shared."""
-    wanted = ACCURACY * relative_step
-    if wanted >= 0.1 * solver.tolerance:  # not worth the set-up of new workspaces
-        return solver
-    wanted = 10.0 ** math.floor(math.log10(wanted)) if wanted > 0 else 0.0
-    return replace(solver, tolerance=min(solver.tolerance, max(wanted, solver.finest_tolerance)))
-
-
-def _usable_or(result: BatchSolution, solution: BatchSolution) -> Any:
-    return result.point.where(result.usable, solution.point)

@@ -81,6 +81,11 @@ class Problem(Protocol):
         ...
 
     @property
+    def is_local(self) -> bool:
+        """Whether there may be several solutions, of which its solver finds one: another is no response to a tilt."""
+        ...
+
+    @property
     def batch_size(self) -> int: ...
 
     @property
@@ -96,6 +101,10 @@ class Problem(Protocol):
 
     def tilt_unit(self, point: Any, cotangent: Any) -> Tensor:
         """(B,) the step that makes a tilt as large as the terms it changes; infinite for a zero cotangent."""
+        ...
+
+    def in_own_units(self, point: Any) -> Any:
+        """A point in units in which its parts can be compared with each other."""
         ...
 
     def gradient_difference(self, plus: Any, minus: Any, weight: Tensor) -> Any:

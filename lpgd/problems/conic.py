@@ -23,14 +23,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.problems.base import maximum_norm
 from lpgd.problems.memo import TensorMemo
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
+
+if TYPE_CHECKING:
+    from lpgd.problems.units import Units
 
 __all__ = ["ConicProblem", "per_element"]
 
@@ -70,6 +74,7 @@ class ConicProblem:
     # -- capabilities: what a GradientMethod may ask of this class of problems --------------------------------
 
     can_tilt: ClassVar[bool] = True
+    is_local: ClassVar[bool] = False
 
     @property
     def can_augment(self) -> bool:
@@ -266,27 +271,51 @@ class ConicProblem:
         """A gradient of the data that is zero."""
         return ConicData(*(torch.zeros_like(datum) for datum in self.data))
 
-    def tilt_unit(self, point: ConicPoint, cotangent: ConicPoint) -> Tensor:
-        """(B,) the step at which a tilt is as large as the terms that it changes, in the maximum norm.
+    @cached_property
+    def units(self) -> Units:
+        """The units in which the data are of order 1."""
+        from lpgd.problems.units import Units  # it builds problems itself
 
-        ``max(|q|, |P x|, |Aᵀy|, |z|) / |g_x|`` and, for dual losses, ``max(|b|, |A x|) / |g_y|`` and
-        ``|x| / |g_z|``, the least of them; a numerator of 0 counts as 1.  Infinite where the cotangent is 0.
+        return Units.of(self)
+
+    def in_own_units(self, point: ConicPoint) -> ConicPoint:
+        """A point, (B, ·) each, in which all variables count alike: in :attr:`units`."""
+        return self.units.point_in(self, point)
+
+    def tilt_unit(self, point: ConicPoint, cotangent: ConicPoint) -> Tensor:
+        """(B,) the step at which a tilt is as large as the terms that it changes, in the maximum norm in own units.
+
+        ``max(|q|, |P| |x|, |Aᵀy|, |z|) / |g_x|`` and, for dual losses, ``max(|b|, |A| |x|) / |g_y|`` and
+        ``|x| / |g_z|``, the least of them; a numerator of 0 counts as 1.  Infinite where the cotangent is 0.  Products of
+        norms are what terms are made of: that P x or A x cancels, as at a minimum without constraints, makes no unit.
         """
-        structure, size = self.structure, self.batch_size
-        q, b = per_element(self.data.q, size), per_element(self.data.b, size)
-        Px, Aty = self.quadratic_product(point.x), structure.constraint.rmatvec(self.data.A, point.y)
-        Ax = structure.constraint.matvec(self.data.A, point.x)
-        units = torch.full((size,), torch.inf, dtype=point.x.dtype, device=self.device)
+        problem = self.units.apply(self)
+        point, cotangent = self.units.point_in(self, point), self.units.tilt_in(self, cotangent)
+        data, size = problem.data, problem.batch_size
+        x, Aty = maximum_norm(point.x), problem.structure.constraint.rmatvec(data.A, point.y)
+        q, b, P, A = (_norms(part, size) for part in (data.q, data.b, problem.symmetric_P, data.A))
+        units = torch.full((size,), torch.inf, dtype=x.dtype, device=self.device)
         for terms, direction in (
-            ((q, Px, Aty, point.z), cotangent.x),
-            ((b, Ax), cotangent.y),
-            ((point.x,), cotangent.z),
+            ((q, P * x, maximum_norm(Aty), maximum_norm(point.z)), cotangent.x),
+            ((b, A * x), cotangent.y),
+            ((x,), cotangent.z),
         ):
             if direction.shape[-1]:
-                size_of_terms = torch.stack([term.abs().amax(-1) for term in terms]).amax(0)
+                size_of_terms = torch.stack([term.expand(size) for term in terms]).amax(0)
                 size_of_terms = torch.where(size_of_terms > 0, size_of_terms, 1.0)
-                units = torch.minimum(units, size_of_terms / direction.abs().amax(-1))
+                units = torch.minimum(units, size_of_terms / maximum_norm(direction))
         return units
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether these are linear programs, whose solutions are vertices: they stay, or jump to another one."""
+        return self.structure.cones.is_polyhedral and not self.structure.quadratic.nnz
+
+    def would_move(self, cotangent: ConicPoint) -> Tensor:
+        """(B,) whether a tilt of a linear program's cost may change its solution: it is not a multiple of the cost."""
+        q, g = per_element(self.data.q, self.batch_size), cotangent.x
+        multiple = (g * q).sum(-1, keepdim=True) / q.square().sum(-1, keepdim=True).clamp(min=1e-300)
+        return maximum_norm(g - multiple * q) > 1e-9 * maximum_norm(g)
 
     def finite(self) -> Tensor:
         """(B,) whether an element's data are finite; bounds may be infinite on their own side."""
@@ -308,6 +337,12 @@ def _finite_rows(datum: Tensor) -> Tensor:
 
 
 _BOUND_INDICES = ("lower_index", "upper_index")
+
+
+def _norms(datum: Tensor, size: int) -> Tensor:
+    """(B,) the largest magnitude of a datum of each element, or (1,) where it is shared."""
+    norms = torch.atleast_1d(maximum_norm(datum))
+    return norms if norms.shape[0] in (1, size) else norms.repeat(size // norms.shape[0])
 
 
 def per_element(datum: Tensor, batch_size: int) -> Tensor:

@@ -97,6 +97,7 @@ class LinearProblem:
     can_augment: ClassVar[bool] = True
     has_kkt: ClassVar[bool] = False
     is_continuous: ClassVar[bool] = False
+    is_local: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         c, expected = self.data.c, (self.batch_size, self.structure.n)
@@ -149,6 +150,10 @@ class LinearProblem:
             return self
         rho, center = sum_of_quadratics(self.rho, self.center, rho, center)
         return replace(self, rho=rho, center=center)
+
+    def in_own_units(self, point: LinearPoint) -> LinearPoint:
+        """The point itself: all variables have one unit."""
+        return point
 
     def tilt_unit(self, point: LinearPoint, cotangent: LinearPoint) -> Tensor:
         """(B,) ``|c| / |g|`` in the maximum norm; costs of 0 count as 1, and a zero cotangent gives infinity."""

@@ -52,6 +52,7 @@ class SmoothProblem:
     can_augment: ClassVar[bool] = True
     has_kkt: ClassVar[bool] = True
     is_continuous: ClassVar[bool] = True
+    is_local: ClassVar[bool] = True
     is_smooth: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -225,6 +226,10 @@ class SmoothProblem:
             return self
         rho, center = sum_of_quadratics(self.rho, self.center, rho, center)
         return replace(self, rho=rho, center=center)
+
+    def in_own_units(self, point: SmoothPoint) -> SmoothPoint:
+        """The point itself: all variables have one unit."""
+        return point
 
     def tilt_unit(self, point: SmoothPoint, cotangent: Any) -> Tensor:
         """(B,) ``max(|∇f|, |∇²L x|) / |g|`` in the maximum norm; a numerator of 0 counts as 1, g = 0 gives infinity."""

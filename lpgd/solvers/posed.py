@@ -80,7 +80,7 @@ def pose(problem: ConicProblem, states: Sequence[Any] = (), lengths: Tensor | No
         finite = problem.finite().tolist()
         settled = {element: status for element, status in settled.items() if finite[element]}
     exponents = _exponents(states, problem.batch_size)
-    units = Units.of(cleaned, exponents, lengths)
+    units = cleaned.units if exponents is None and lengths is None else Units.of(cleaned, exponents, lengths)
     inside = units.apply(cleaned)
     if settled:
         hidden = torch.zeros(problem.batch_size, 1, dtype=torch.bool, device=problem.device)

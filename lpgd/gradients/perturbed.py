@@ -1,0 +1,371 @@
+"""Perturbed solutions: the tilted problem solved on one side or on both, and what the answers say of the step.
+
+With the solution ``z₀`` and perturbed ones ``z₊``, ``z₋`` after steps ±τ, a difference over τ is a derivative only
+where the solution map is smooth all along.  Two signs tell, and cost no solve: the active sets of z₊ and z₋ are that of
+z₀; and z₊ and z₋ mirror each other about z₀, ``z₊ + z₋ - 2 z₀ = O(τ) (z₊ - z₋)``.
+
+A step that is chosen here is shortened where they do not hold.  With v = y - s and its distance to another piece of the
+projection at z₀, the first active set changes after about the share ``distance / |v(z±) - v(z₀)|`` of the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpgd.problems.activity import ActiveSet
+from lpgd.problems.base import maximum_norm
+from lpgd.solvers.base import BaseSolver
+
+__all__ = ["Envelope", "Perturbed", "perturb"]
+
+Envelope = Literal["average", "lower", "upper"]
+
+_SIDES: dict[str, tuple[float, ...]] = {"average": (1.0, -1.0), "lower": (1.0,), "upper": (-1.0,)}
+
+ACCURACY = 1e-4
+"""Perturbed solves are asked for this accuracy relative to the size of the perturbation."""
+NOISE = 30.0
+"""Changes of this many times a solver's error, relative to ``1 + |x|``, are real."""
+ATTEMPTS = 2
+"""How often a chosen step is shortened."""
+SHORTEST = 1e-4
+"""The share of the first step below which it is not shortened: rounding has taken over."""
+LOUDEST = 1e-2
+"""Nor is it where the solver's error would be more than this share of the response."""
+CURVED = 1e-2
+"""Sides that mirror each other up to this share of their difference give a central difference good to its square."""
+PRIMAL, DUALS = slice(0, 1), slice(1, None)
+"""Parts of points."""
+ERRONEOUS = 3.0
+"""Kinks bend a response by no more than about its own size."""
+FINEST = 1e-14
+"""No solution is known better than this."""
+JUMP, SMALL_TILT = 0.1, 0.1
+"""A solution jumps where it moves by this share of ``1 + |x|``, ten times more than a tilt of at most that size."""
+
+
+@dataclass(eq=False)
+class Perturbed:
+    """Perturbed solutions of E elements, (E,) each; sides without a solution are the solution itself.
+
+    Attributes:
+        plus, minus: points, (E, ·) each.
+        above, below: whether there is one.
+        tau: the step.
+        unit: the step at which the tilt is as large as the terms that it changes.
+        moved: whether the solution moves, by more than the solver's error.
+        crossed: whether the active set of a side is not that of the solution.
+        kinked: elements whose chosen step could not be made small enough for x to be smooth along it.
+        unclear: the same for the multipliers alone.
+        jumped: elements of a local problem that found another solution.
+        tolerance: of the solver of the perturbed problems.
+        iterations: of the perturbed solves, together.
+    """
+
+    plus: Any
+    minus: Any
+    above: Tensor
+    below: Tensor
+    tau: Tensor
+    unit: Tensor
+    moved: Tensor
+    crossed: Tensor
+    kinked: Tensor
+    unclear: Tensor
+    jumped: Tensor
+    tolerance: float
+    iterations: Any
+
+
+def perturb(
+    problem: Any,
+    solution: Any,
+    cotangent: Any,
+    solver: BaseSolver,
+    executor: Executor | None,
+    *,
+    envelope: Envelope,
+    rho: float = 0.0,
+    steps: Tensor | None = None,
+) -> Perturbed:
+    """Solve the problem tilted by a cotangent again.
+
+    Args:
+        problem: E elements, each with a solution and a nonzero cotangent.
+        solution: theirs.
+        cotangent: (E, ·) each.
+        solver: solves them again, to a tolerance that fits the step.
+        executor: where the work runs.
+        envelope: which sides; one without a solution is replaced by the other one.
+        rho: of the augmentation.
+        steps: (E,) τ, or None: the root of the relative error of the solutions, in tilt units.
+    """
+    unit = problem.tilt_unit(solution.point, cotangent)
+    base_error = _error(solution, solver, problem)
+    if steps is None:
+        perturbed_solver = _refined(solver, base_error)
+        error = base_error if perturbed_solver is solver else _error(None, perturbed_solver, problem).expand_as(unit)
+        tau = error**0.5 * unit
+    else:
+        perturbed_solver = _tightened(solver, float((steps / unit).min()))
+        error = base_error if perturbed_solver is solver else _error(None, perturbed_solver, problem).expand_as(unit)
+        tau = steps
+    augmented = problem.augment(rho, solution.x) if rho else problem
+    run = _Run(
+        problem, augmented, solution.point, solution.active_set(problem), solution.states, cotangent,
+        base_error, error, perturbed_solver, perturbed_solver == solver, executor, envelope,
+    )  # fmt: skip
+    if len(_SIDES[envelope]) == 1:
+        # Both ends of a difference are solved to one tolerance; the old end alone would be the noisier one.
+        run = run.with_base_solved_again()
+    sides = run.sides(tau)
+    kinked = unclear = jumped = torch.zeros_like(sides.above)
+    if steps is None:
+        run, tau, sides, kinked, unclear = _shortened(run, tau, unit, sides)
+    if problem.is_local:
+        jumped = _jumps(run, tau, unit, sides)
+    return Perturbed(
+        sides.plus, sides.minus, sides.above, sides.below, tau, unit, run.moved(sides), sides.crossing <= 1.0, kinked,
+        unclear, jumped, perturbed_solver.tolerance, sides.iterations,
+    )  # fmt: skip
+
+
+class _Sides(NamedTuple):
+    """Both ends of steps from E elements' solutions; (E,) each but for the points.
+
+    ``crossing`` is the share of the step after which an active set changes, infinite where none does; ``apart`` says
+    whether the active sets of the ends differ.  ``skew`` is :meth:`_Run.skew` of x.
+    """
+
+    plus: Any
+    minus: Any
+    above: Tensor
+    below: Tensor
+    crossing: Tensor
+    apart: Tensor
+    skew: Tensor
+    iterations: Any
+
+    def replaced(self, rows: Tensor, part: _Sides) -> _Sides:
+        """With other sides for the elements ``rows``."""
+        iterations = self.iterations.copy()
+        iterations[rows.cpu().numpy()] += part.iterations
+        fields = (_replaced(whole, rows, own) for whole, own in zip(self[:-1], part[:-1], strict=True))
+        return _Sides._make((*fields, iterations))
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What perturbed solves of the same E elements have in common.
+
+    Attributes:
+        base, active: the solutions and their active sets, None where the problems have none.
+        base_error, error: (E,) of the solutions and of perturbed ones, relative to their size.
+        is_even: whether both were found by the same solver.
+    """
+
+    problem: Any
+    augmented: Any
+    base: Any
+    active: ActiveSet | None
+    states: Sequence[Any]
+    cotangent: Any
+    base_error: Tensor
+    error: Tensor
+    solver: BaseSolver
+    is_even: bool
+    executor: Executor | None
+    envelope: Envelope
+
+    def select(self, rows: Tensor) -> _Run:
+        """The same for some elements."""
+        elements = rows.tolist()
+        problem = self.problem.select(elements)
+        return replace(
+            self,
+            problem=problem,
+            augmented=problem if self.augmented is self.problem else self.augmented.select(elements),
+            base=self.base.select(rows),
+            active=None if self.active is None else self.active.select(rows),
+            states=tuple(self.states[element] for element in elements) if len(self.states) else (),
+            cotangent=self.cotangent.select(rows),
+            base_error=self.base_error[rows],
+            error=self.error[rows],
+        )
+
+    def with_base_solved_again(self) -> _Run:
+        """The same with solutions as accurate as the perturbed ones."""
+        if self.is_even:
+            return self
+        again = self.solver.solve(self.augmented, self.states, self.executor)
+        fine, active = again.usable, again.active_set(self.problem)
+        if active is not None and self.active is not None:
+            active = active.where(fine, self.active)
+        error = torch.where(fine, self.error, self.base_error)
+        return replace(self, base=again.point.where(fine, self.base), active=active, base_error=error, is_even=True)
+
+    def sides(self, tau: Tensor) -> _Sides:
+        """The ends of the steps τ (E,)."""
+        signs = _SIDES[self.envelope]
+        tilted = self.augmented.tilt(torch.cat([sign * tau for sign in signs]), self.cotangent)
+        parts = self.solver.solve(tilted, self.states, self.executor).parts(len(signs))
+        results = dict(zip(signs, parts, strict=True))
+        solved = {sign: result.usable for sign, result in results.items()}
+        if len(signs) == 1 and not solved[signs[0]].all():
+            # The asked-for side has no solution for some elements: try the other one.
+            other = -signs[0]
+            tilted = self.augmented.tilt(other * tau, self.cotangent)
+            results[other] = self.solver.solve(tilted, self.states, self.executor)
+            solved[other] = results[other].usable & ~solved[signs[0]]
+        nothing = torch.zeros(len(tau), dtype=torch.bool, device=tau.device)
+        above, below = solved.get(1.0, nothing), solved.get(-1.0, nothing)
+        plus = results[1.0].point.where(above, self.base) if 1.0 in results else self.base
+        minus = results[-1.0].point.where(below, self.base) if -1.0 in results else self.base
+        iterations = sum(result.iterations for result in results.values())
+        crossing, apart = self._crossing(results, solved)
+        return _Sides(plus, minus, above, below, crossing, apart, self.skew(plus, minus, above & below), iterations)
+
+    def _crossing(self, results: dict[float, Any], solved: dict[float, Tensor]) -> tuple[Tensor, Tensor]:
+        crossing = torch.full_like(self.error, torch.inf)
+        if self.active is None:
+            return crossing, torch.zeros_like(self.error, dtype=torch.bool)
+        noise = self._noise(self.base_error, self.active.size())
+        ends = [self.active]
+        for sign, result in results.items():
+            end = result.active_set(self.problem)
+            if not bool(solved[sign].all()):
+                end = end.where(solved[sign], self.active)
+            crossing = torch.minimum(crossing, self.active.crossing(end, noise))
+            ends.append(end)
+        return crossing, ends[-1].unequal(ends[-2]).any(-1)
+
+    def skew(self, plus: Any, minus: Any, both: Tensor, parts: slice = PRIMAL) -> Tensor:
+        """(E,) ``|z₊ + z₋ - 2 z₀| / |z₊ - z₋|`` of some parts; 0 within the solver's error and without ``both``."""
+        worst = torch.zeros_like(self.error)
+        if not both.any():
+            return worst
+        points = (self.problem.in_own_units(point)[parts] for point in (self.base, plus, minus))
+        for here, above, below in zip(*points, strict=True):
+            difference, bend = maximum_norm(above - below), maximum_norm((above - here) + (below - here))
+            # A bend of far more than the difference is the error of the solution in the middle.
+            real = both & (bend > self._noise(self.base_error, maximum_norm(here))) & (bend < ERRONEOUS * difference)
+            worst = torch.maximum(worst, torch.where(real, bend / difference, 0.0).to(worst.dtype))
+        return worst
+
+    def _noise(self, error: Tensor, size: Tensor) -> Tensor:
+        """(E,) what a relative error makes of numbers of some size (E,)."""
+        return NOISE * error * (1.0 + size)
+
+    def moved(self, sides: _Sides) -> Tensor:
+        """(E,) whether the ends differ.
+
+        Both are solved alike, so that they are compared with each other: equal ends are optimal for all tilts between
+        them, and so is one solution.  At a vertex of a linear program the active set tells, whatever the noise.
+        """
+        base, plus, minus = (self.problem.in_own_units(point)[0] for point in (self.base, sides.plus, sides.minus))
+        moved = maximum_norm(plus - minus) > self._noise(self.error, maximum_norm(base))
+        if self.active is not None and self.active.is_vertex and not any(part.any() for part in self.cotangent[1:]):
+            moved = moved & sides.apart
+        return moved
+
+
+def _shortened(run: _Run, tau: Tensor, unit: Tensor, sides: _Sides) -> tuple[_Run, Tensor, _Sides, Tensor, Tensor]:
+    """Steps within the reach of the solutions' active sets, where they were not, and which elements have none."""
+    kinked, unclear = torch.zeros_like(sides.above), torch.zeros_like(sides.above)
+    rows = _rough(sides).nonzero()[:, 0]
+    if not len(rows):
+        return run, tau, sides, kinked, unclear
+    part, steps, tau = run.select(rows), tau[rows], tau.clone()
+    own = part.with_base_solved_again()
+    found = _picked(sides, rows) if own is part else own.sides(steps)
+    shortest = torch.maximum(SHORTEST * steps, unit[rows] * own.error / LOUDEST)
+    for _ in range(ATTEMPTS):
+        curved = torch.where(found.skew > CURVED, (0.1 * CURVED / found.skew).clamp(min=0.01), 1.0)
+        shorter = steps * torch.minimum(0.5 * found.crossing, curved)
+        chosen = (_rough(found) & (shorter >= shortest)).nonzero()[:, 0]
+        if not len(chosen):
+            break
+        steps = _replaced(steps, chosen, shorter[chosen])
+        found = found.replaced(chosen, own.select(chosen).sides(steps[chosen]))
+    left = _rough(found).nonzero()[:, 0]
+    if len(left):
+        judge = replace(own.select(left), envelope="average")
+        judged = _picked(found, left) if run.envelope == "average" else judge.sides(steps[left])
+        both = judged.above & judged.below
+        kinked[rows[left]] = (judged.skew > CURVED) | ~both
+        dual_skew = judge.skew(judged.plus, judged.minus, both, DUALS)
+        unclear[rows[left]] = both & (judged.skew <= CURVED) & (dual_skew > CURVED)
+    tau[rows] = steps
+    base = run.base if own is part else _replaced(run.base, rows, own.base)
+    return replace(run, base=base), tau, sides.replaced(rows, found), kinked, unclear
+
+
+def _rough(sides: _Sides) -> Tensor:
+    """(E,) whether the solution map is not smooth along a step."""
+    return (sides.crossing <= 1.0) | (sides.skew > CURVED)
+
+
+def _jumps(run: _Run, tau: Tensor, unit: Tensor, sides: _Sides) -> Tensor:
+    """(E,) whether a solution went to another one: a small tilt moves it far, and its opposite not back."""
+    base = maximum_norm(run.base.x)
+    reach = torch.maximum(maximum_norm(sides.plus.x - run.base.x), maximum_norm(sides.minus.x - run.base.x)) / (
+        1 + base
+    )
+    tilt = tau / unit
+    jumped = (tilt <= SMALL_TILT) & (reach > JUMP) & (reach > 10 * tilt)
+    rows = jumped.nonzero()[:, 0]
+    if len(rows):
+        part = run.select(rows)
+        found = _picked(sides, rows)
+        if not (found.above & found.below).all():
+            found = replace(part, envelope="average").sides(tau[rows])
+        jumped[rows] = found.skew > 0.5
+    return jumped
+
+
+def _picked(sides: _Sides, rows: Tensor) -> _Sides:
+    """The sides of some elements, without the iterations that they took."""
+    plus, minus = sides.plus.select(rows), sides.minus.select(rows)
+    iterations = 0 * sides.iterations[rows.cpu().numpy()]
+    return _Sides._make((plus, minus, *(part[rows] for part in sides[2:-1]), iterations))
+
+
+def _replaced(whole: Any, rows: Tensor, part: Any) -> Any:
+    """A tensor, or a point, with other values in some rows."""
+    if isinstance(whole, tuple):
+        fields: Any = whole
+        return type(fields)(*(_replaced(own, rows, new) for own, new in zip(fields, part, strict=True)))
+    whole = whole.clone()
+    whole[rows] = part.to(whole.dtype)
+    return whole
+
+
+def _error(solution: Any, solver: BaseSolver, problem: Any) -> Tensor:
+    """(E,) the relative error of solutions: what is known of these, else what is typical of the solver."""
+    known = getattr(solution, "known_to", None)
+    typical = torch.full((problem.batch_size,), solver.solution_error(problem), dtype=torch.float64)
+    typical = typical.to(problem.device)
+    return typical if known is None else torch.where(torch.isfinite(known), known.clamp(min=FINEST), typical)
+
+
+def _refined(solver: BaseSolver, error: Tensor) -> BaseSolver:
+    """The solver, two digits tighter where its solutions are much less accurate than its tolerance."""
+    if bool((error <= 10 * solver.tolerance).all()):
+        return solver
+    return replace(solver, tolerance=min(solver.tolerance, max(0.01 * solver.tolerance, solver.finest_tolerance)))
+
+
+def _tightened(solver: BaseSolver, relative_step: float) -> BaseSolver:
+    """The solver, as tight as a difference of its solutions needs; by powers of ten, so that workspaces are shared."""
+    wanted = ACCURACY * relative_step
+    if wanted >= 0.1 * solver.tolerance:  # not worth the set-up of new workspaces
+        return solver
+    wanted = 10.0 ** math.floor(math.log10(wanted)) if wanted > 0 else 0.0
+    return replace(solver, tolerance=min(solver.tolerance, max(wanted, solver.finest_tolerance)))
