@@ -28,6 +28,7 @@ import scipy.sparse.linalg as spla
 from numpy.typing import NDArray
 
 from lpgd.execution import bounded_blas
+from lpgd.interrupts import pause
 from lpgd.problems.structure import ConicStructure
 from lpgd.projections import projection_derivative
 from lpgd.status import warn
@@ -99,6 +100,7 @@ def respond(structure: ConicStructure, rho: float, P: FloatArray, A: FloatArray,
     count = max(1, STACK_LIMIT // max(size, 1) ** 2) if dense else len(P)
     parts = []
     for start in range(0, len(P), count):
+        pause()
         chosen = slice(start, start + count)
         part = KKTPoints(*(rows[chosen] for rows in points))
         if dense and structure.cones.is_polyhedral:
