@@ -32,9 +32,9 @@ _STATUSES = {
     -1: Status.ITERATION_LIMIT,
     -2: Status.NUMERICAL_ERROR,
     -3: Status.NUMERICAL_ERROR,
-    -4: Status.NUMERICAL_ERROR,
+    -7: Status.NUMERICAL_ERROR,
 }
-_INTERRUPTED = -7
+_INTERRUPTED = -4
 _INACCURATE = (10, 11, 12)
 
 
