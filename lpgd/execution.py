@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from threadpoolctl import OpenBLASController, ThreadpoolController
 
+from lpgd.interrupts import abandon, hear, hearing, stoppable
 from lpgd.torch_threads import torch_threads
 
 __all__ = [
@@ -73,20 +74,50 @@ def split(count: int, executor: Executor | None, per_worker: int = 4) -> list[ra
     return [range(start, stop) for start, stop in pairwise(edges) if stop > start]
 
 
-def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], executor: Executor | None) -> list[Result]:
+def run_tasks(
+    function: Callable[[Task], Result], tasks: Sequence[Task], executor: Executor | None, takes_interrupts: bool = False
+) -> list[Result]:
     """``[function(task) for task in tasks]`` on an executor (None: threads), in order.
 
-    A single task runs in the calling thread.  An exception in a task is raised here.
+    A single task runs in the calling thread.  An exception in a task is raised here; it ends the others, and so does an
+    interrupt: those that have not begun never do, those in threads stop at their next
+    :func:`~lpgd.interrupts.pause`.
+
+    Args:
+        takes_interrupts: the tasks take the handler of interrupts away from Python while they run.  They then never
+            run in the main thread, which listens instead.
     """
+    listens = takes_interrupts and hearing()
     if len(tasks) <= 1 or isinstance(executor, SerialExecutor):
-        return [function(task) for task in tasks]
-    futures = [(executor or default_executor()).submit(_bounded, function, task) for task in tasks]
-    return [future.result() for future in futures]
+        if not tasks or not listens:
+            return [function(task) for task in tasks]
+        return _finished([(_in_turn, function, tasks)], None, listens)[0]
+    return _finished([(_bounded, function, task) for task in tasks], executor, listens)
 
 
-def _bounded(function: Callable[[Task], Result], task: Task) -> Result:
-    with torch_threads(1), bounded_blas():
+def _finished(calls: Sequence[tuple[Any, ...]], executor: Executor | None, listens: bool) -> list[Any]:
+    """What comes of calls on an executor; none of them goes on after this."""
+    stop = threading.Event() if executor is None or isinstance(executor, ThreadPoolExecutor) else None
+    futures: list[Future[Any]] = []
+    try:
+        for call in calls:
+            futures.append((executor or default_executor()).submit(call[0], stop, *call[1:]))
+        if listens:
+            hear(futures)
+        return [future.result() for future in futures]
+    finally:
+        if not all(future.done() for future in futures):
+            abandon(futures, stop)
+
+
+def _bounded(stop: threading.Event | None, function: Callable[[Task], Result], task: Task) -> Result:
+    with stoppable(stop), torch_threads(1), bounded_blas():
         return function(task)
+
+
+def _in_turn(stop: threading.Event | None, function: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
+    with stoppable(stop), torch_threads(1):
+        return [function(task) for task in tasks]
 
 
 def _take_control() -> None:
@@ -101,25 +132,26 @@ class _BlasBound:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.inside = 0
+        self.workers: set[object] = set()
         self.limiter: Any = None
         self.controller: ThreadpoolController | None = None
 
-    def enter(self) -> None:
+    def enter(self, worker: object) -> None:
         with self.lock:
-            self.inside += 1
-            if self.inside == 1:
+            self.workers.add(worker)
+            if self.limiter is None:
                 if self.controller is None:
                     self.controller = ThreadpoolController()
                 _take_control()
                 self.limiter = self.controller.limit(limits=1, user_api="blas")
 
-    def leave(self) -> None:
+    def leave(self, worker: object) -> None:
         with self.lock:
-            self.inside -= 1
-            if self.inside == 0:
+            self.workers.discard(worker)
+            if not self.workers and self.limiter is not None:
                 _take_control()
                 self.limiter.restore_original_limits()
+                self.limiter = None
                 _take_control()
 
 
@@ -129,12 +161,12 @@ _blas_bound = _BlasBound()
 @contextmanager
 def bounded_blas() -> Iterator[None]:
     """One BLAS thread while inside, so that workers times BLAS threads stay within the cores."""
-    bound = _blas_bound
-    bound.enter()
-    try:
+    bound, worker = _blas_bound, object()
+    try:  # an interrupt may come at any point, also inside of enter
+        bound.enter(worker)
         yield
     finally:
-        bound.leave()
+        bound.leave(worker)
 
 
 class WorkspaceCache:

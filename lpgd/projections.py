@@ -215,7 +215,7 @@ def kinks(cones: Cones, points: FloatArray, tolerance: FloatArray) -> tuple[NDAr
     near, lipschitz = np.zeros(points.shape, dtype=bool), np.zeros(len(points))
     nonnegative = cones.sections["nonnegative"]
     near[:, nonnegative] = np.abs(points[:, nonnegative]) <= tolerance[:, None]
-    for block in _blocks(cones) if len(points) else ():
+    for block in cone_blocks(cones) if len(points) else ():
         close, rate = block.kinks(points[:, block.rows], tolerance[:, None])
         near[:, block.rows] = close[:, :, None]
         np.maximum(lipschitz, np.where(close, 0.0, rate).max(axis=1, initial=0.0), out=lipschitz)
@@ -226,7 +226,7 @@ def interior_direction(cones: Cones) -> FloatArray:
     """(m,) a point that is inside both K and K*, apart from the zero cone, where it is 0: ``v + t e`` enters K*."""
     direction = np.zeros(cones.rows)
     direction[cones.sections["nonnegative"]] = 1.0
-    for block in _blocks(cones):
+    for block in cone_blocks(cones):
         direction[block.rows] = block.interior
     return direction
 

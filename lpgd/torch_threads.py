@@ -51,8 +51,8 @@ def torch_threads(count: int) -> Iterator[None]:
     if before == count:
         yield
         return
-    _set(count)
-    try:
+    try:  # an interrupt may come at any point
+        _set(count)
         yield
     finally:
         _set(before)
@@ -68,8 +68,8 @@ def one_torch_thread() -> Iterator[None]:
     if torch.get_num_threads() == 1 or getattr(_outside, "threads", None):
         yield
         return
-    _outside.threads = torch.get_num_threads()
     try:
+        _outside.threads = torch.get_num_threads()
         with torch_threads(1):
             yield
     finally:

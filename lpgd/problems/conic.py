@@ -286,8 +286,8 @@ class ConicProblem:
         """(B,) the step at which a tilt is as large as the terms that it changes, in the maximum norm in own units.
 
         ``max(|q|, |P| |x|, |Aᵀy|, |z|) / |g_x|`` and, for dual losses, ``max(|b|, |A| |x|) / |g_y|`` and
-        ``|x| / |g_z|``, the least of them; a numerator of 0 counts as 1.  Infinite where the cotangent is 0.  Products of
-        norms are what terms are made of: that P x or A x cancels, as at a minimum without constraints, makes no unit.
+        ``|x| / |g_z|``, the least of them; a numerator of 0 counts as 1.  Infinite where the cotangent is 0.  Products
+        of norms are what terms are made of: that P x or A x cancels, as at a minimum without constraints, makes none.
         """
         problem = self.units.apply(self)
         point, cotangent = self.units.point_in(self, point), self.units.tilt_in(self, cotangent)

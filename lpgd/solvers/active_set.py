@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lpgd.interrupts import pause
 from lpgd.solvers.box_program import BoxProgram, product_of
 from lpgd.solvers.equality_system import SOUND, EqualitySystem, KeptSystem, equality_program, equality_system
 from lpgd.solvers.newton_system import NewtonSystem, newton_system
@@ -96,6 +97,7 @@ def settle(program: BoxProgram, start: ActiveSet, tolerance: float, regularizati
     changes = torch.full((size,), NEAR * (program.n + program.m) / DECAY, device=device)
     limits, system = _limits(program), None
     for number in range(1, SYSTEMS + 1):
+        pause()
         x, z, sound, system, factorised = _point(
             program, sets, limits, copies if number == 1 else 1, system, regularization
         )

@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from lpgd.cone_form import ConeForm
+from lpgd.interrupts import InterruptedSolveError, hearing
 from lpgd.problems.conic import ConicProblem
 from lpgd.reductions import RowForm, RowPoint, RowVectors
 from lpgd.solvers.base import Capabilities
@@ -16,6 +18,8 @@ from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.status import Status
 
 __all__ = ["ECOS"]
+
+FloatArray = NDArray[np.float64]
 
 # ECOS 2.0 (include/ecos.h).
 _STATUSES = {
@@ -28,9 +32,10 @@ _STATUSES = {
     -1: Status.ITERATION_LIMIT,
     -2: Status.NUMERICAL_ERROR,
     -3: Status.NUMERICAL_ERROR,
-    -4: Status.NUMERICAL_ERROR,
     -7: Status.NUMERICAL_ERROR,
 }
+_INTERRUPTED = -4
+_INACCURATE = (10, 11, 12)
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class ECOS(ElementwiseSolver):
     name: ClassVar[str] = "ECOS"
     package: ClassVar[str] = "ecos"
     pip_name: ClassVar[str] = "ecos"
+    takes_interrupts: ClassVar[bool] = True
     finest_tolerance: ClassVar[float] = 1e-9  # below, some solves of quadratic objectives break down (ecos 2.0.14)
     capabilities: ClassVar[Capabilities] = Capabilities(
         cones=frozenset({"zero", "nonnegative", "second_order", "exponential"}), time_limit=False
@@ -101,12 +107,31 @@ class _PreparedECOS(Prepared):
         q, b = vectors
         cost, right = self.form.vectors(q, b)
         zero = self.form.cones.zero
+        result = self._run(cost, right)
+        info = result["info"]
+        if info["exitFlag"] in _INACCURATE and hearing():
+            # An iterate that is nearly optimal hides an interrupt (ecos 2.0.14).  The same solve ends the same way.
+            again = self._run(cost, right)["info"]
+            if any(again[name] != info[name] for name in ("exitFlag", "iter")):
+                raise InterruptedSolveError
+        if info["exitFlag"] == _INTERRUPTED:
+            raise InterruptedSolveError
+        y, s = np.zeros(right.size), np.zeros(right.size)
+        if zero:
+            y[:zero] = result["y"]
+        if self.conic.size:
+            y[self.conic], s[self.conic] = result["z"], result["s"]
+        status = _STATUSES.get(info["exitFlag"], Status.NUMERICAL_ERROR)
+        return Outcome(status, self.form.invert(RowPoint(np.asarray(result["x"]), y, s)), info["iter"])
+
+    def _run(self, cost: FloatArray, right: FloatArray) -> dict[str, Any]:
+        zero = self.form.cones.zero
         keywords: dict[str, Any] = {}
         if zero:
             keywords = {"A": self.equality.copy(), "b": right[:zero].copy()}
         options = self.options
         # ECOS scales the arrays it is given in place (ecos 2.0.14): it gets copies.
-        result = options.module().solve(
+        return options.module().solve(
             cost.copy(),
             self.inequality.copy() if self.conic.size else None,
             right[self.conic] if self.conic.size else None,
@@ -118,11 +143,3 @@ class _PreparedECOS(Prepared):
             feastol=options.tolerance,
             **keywords,
         )
-        y, s = np.zeros(right.size), np.zeros(right.size)
-        if zero:
-            y[:zero] = result["y"]
-        if self.conic.size:
-            y[self.conic], s[self.conic] = result["z"], result["s"]
-        info = result["info"]
-        status = _STATUSES.get(info["exitFlag"], Status.NUMERICAL_ERROR)
-        return Outcome(status, self.form.invert(RowPoint(np.asarray(result["x"]), y, s)), info["iter"])

@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from lpgd.elements import ElementView
 from lpgd.execution import SerialExecutor, run_tasks, workspaces
+from lpgd.interrupts import InterruptedSolveError, kept_handler, pause, send_on
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.memo import TensorMemo
 from lpgd.problems.structure import ConicStructure
@@ -60,6 +62,9 @@ class Prepared(ABC):
         """Solve for these vectors of the solver's form, from ``state`` (None: cold).
 
         The result depends on the data and the state only, up to the solver's tolerance.
+
+        Raises:
+            InterruptedSolveError: the solver has a handler of SIGINT of its own, and stopped because of it.
         """
 
     def update(self, form: Any) -> None:
@@ -72,6 +77,9 @@ class ElementwiseSolver(Solver):
 
     form: ClassVar[type[Form]] = RowForm
     """How it sees problems."""
+
+    takes_interrupts: ClassVar[bool] = False
+    """Whether it puts a handler of SIGINT of its own in place of Python's for the time of each solve."""
 
     @property
     def updates_matrices(self) -> bool:
@@ -96,21 +104,28 @@ class ElementwiseSolver(Solver):
         chunks = view.groups(view.valid, executor, len(states) or None)
         tasks: list[_Task] = []
         results: list[_Results] = []
-        if len(chunks) > 1 and (executor is None or isinstance(executor, ThreadPoolExecutor)):
+        threads, aside = executor is None or isinstance(executor, ThreadPoolExecutor), self.takes_interrupts
+        if chunks and ((threads and len(chunks) > 1) or aside):
             trial, started = chunks[0][:TRIAL], time.perf_counter()
             tasks.append(_task(self, view, digests, trial, states))
             results.append(_solve_elements(tasks[0]))
             chunks[0] = chunks[0][TRIAL:]
-            if time.perf_counter() - started < QUICK * len(trial):
+            seconds = (time.perf_counter() - started) / len(trial)
+            if seconds < QUICK and threads:
                 chunks = [[element for chunk in chunks for element in chunk]]
+            aside = aside and seconds * sum(map(len, chunks)) > ASIDE
         rest = [_task(self, view, digests, elements, states) for elements in chunks if elements]
-        results += run_tasks(_solve_elements, rest, executor)
+        results += run_tasks(_solve_elements, rest, executor, aside)
         return _assemble(problem, tasks + rest, results)
 
 
 TRIAL, QUICK = 2, 6e-4
 """How many elements are solved first; where one takes fewer seconds than this, so are the others, in this thread: to
 hand the interpreter over takes up to a tenth of a millisecond, several times for each element."""
+ASIDE = 2e-3
+"""A solver that takes interrupts works aside of the main thread if that is for more seconds than this: to hand it over
+takes a tenth of a millisecond, and as long as it lasts every interrupt is heard.  In the main thread, one that comes
+after the solver's last look is not."""
 
 
 class _Task(NamedTuple):
@@ -206,6 +221,12 @@ def _row_digests(tensor: Tensor, values: NDArray[np.float64]) -> list[bytes]:
 
 
 def _solve_elements(task: _Task) -> _Results:
+    """Solve some elements, and leave the handler of interrupts as it was."""
+    with kept_handler() if task.solver.takes_interrupts else nullcontext():
+        return _solve_groups(task)
+
+
+def _solve_groups(task: _Task) -> _Results:
     """Solve some elements, those with the same bounds at once as far as translation goes."""
     results = _Results.empty(len(task.elements), task.structure)
     vectors = Vectors(*(np.broadcast_to(datum, (len(task.elements), datum.shape[1])) for datum in task.vectors))
@@ -262,7 +283,7 @@ def _solve_group(
             held = _Held(pair, key, *taken)
             results.setup_seconds[place] = clock() - started
         started = clock()
-        outcome = held.prepared.solve(one(*row), task.states[place])
+        outcome = _solved(held.prepared, one(*row), task.states[place])
         results.solve_seconds[place] = clock() - started
         results.statuses[place], results.states[place] = outcome.status, outcome.state
         results.iterations[place] = outcome.iterations
@@ -280,6 +301,17 @@ def _solve_group(
         A = task.matrices[pairs[0]][1] if shared else np.stack([task.matrices[pair][1] for pair in pairs])
         for name, value in frame.invert(point, vectors, A)._asdict().items():
             getattr(results, name)[rows] = value
+
+
+def _solved(prepared: Prepared, vectors: Any, state: Any) -> Outcome:
+    """One solve; an interrupt that it took goes to Python, and where Python's handler goes on, so does the solve."""
+    while True:
+        pause()
+        try:
+            return prepared.solve(vectors, state)
+        except InterruptedSolveError:
+            pause()
+            send_on()
 
 
 def _hand_back(held: _Held | None, family: tuple[Any, ...]) -> None:

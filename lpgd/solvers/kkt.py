@@ -24,6 +24,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from lpgd.interrupts import pause
 from lpgd.problems.structure import ConicStructure
 from lpgd.projections import projection_derivative
 from lpgd.solvers.kkt_solve import Known, System, solve_dense, solve_matrices, solve_sparse
@@ -108,6 +109,7 @@ def respond(
     count = max(1, STACK_LIMIT // max(size, 1) ** 2) if dense else len(P)
     parts = []
     for start in range(0, len(P), count):
+        pause()
         chosen = slice(start, start + count)
         part = KKTPoints(*(rows[chosen] for rows in points))
         own, own_rho = known.select(chosen), rho[chosen] if isinstance(rho, np.ndarray) else rho

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lpgd.execution import SerialExecutor, run_tasks, split
+from lpgd.interrupts import pause
 from lpgd.problems.linear import LinearProblem
 from lpgd.solution import LinearSolution
 from lpgd.solvers.base import BaseSolver
@@ -219,6 +220,7 @@ def _solve_each(task: _Task) -> _Results | _Raised:
     results, clock = _Results(task), time.perf_counter
     with torch.no_grad():
         for index, place in enumerate(task.places):
+            pause()
             extra, center = [rows[index] for rows in task.extra], None if task.centers is None else task.centers[index]
             started = clock()
             try:

@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from lpgd.interrupts import InterruptedSolveError
 from lpgd.reductions import Form, IntervalForm, IntervalPoint, IntervalVectors
 from lpgd.solvers.base import POLYHEDRAL, Capabilities
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
@@ -29,9 +30,9 @@ _STATUSES = {
     7: Status.ITERATION_LIMIT,
     8: Status.TIME_LIMIT,
     9: Status.NOT_CONVEX,
-    10: Status.NUMERICAL_ERROR,
     11: Status.NUMERICAL_ERROR,
 }
+_INTERRUPTED = 10
 _NOT_CONVEX = 4
 
 
@@ -57,6 +58,7 @@ class OSQP(ElementwiseSolver):
     package: ClassVar[str] = "osqp"
     pip_name: ClassVar[str] = "osqp"
     finest_tolerance: ClassVar[float] = 1e-9
+    takes_interrupts: ClassVar[bool] = True
     form: ClassVar[type[Form]] = IntervalForm
     capabilities: ClassVar[Capabilities] = Capabilities(cones=POLYHEDRAL, quadratic=True, warm_start=True)
     aliases: ClassVar[dict[str, str]] = {
@@ -127,6 +129,8 @@ class _PreparedOSQP(Prepared):
             solver.update_settings(rho=start.rho)
         solver.warm_start(x=start.x, y=start.y)
         result = solver.solve(raise_error=False)
+        if int(result.info.status_val) == _INTERRUPTED:
+            raise InterruptedSolveError
         status = _STATUSES.get(int(result.info.status_val), Status.NUMERICAL_ERROR)
         iterations = int(result.info.iter)
         if status is Status.INFEASIBLE:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lpgd.interrupts import pause
 from lpgd.solvers.active_set import ActiveSet, is_suitable, settle
 from lpgd.solvers.box_program import BoxProgram
 from lpgd.solvers.equality_system import KeptSystem
@@ -221,6 +222,7 @@ class _Run:
         self.progress = q.new_full((size,), torch.inf)
         self.idle = torch.zeros(size, dtype=torch.int64, device=q.device)
         for iteration in range(limits.iterations + 1):
+            pause()
             state = assess(self.program, self.point, self.norms)
             status = self._judge(state, iteration)
             finished = self.left & (status >= 0)

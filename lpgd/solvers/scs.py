@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from lpgd.cones import Cones
+from lpgd.interrupts import InterruptedSolveError
 from lpgd.reductions import RowForm, RowPoint, RowVectors
 from lpgd.solvers.base import Capabilities
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
@@ -16,7 +17,7 @@ from lpgd.status import SetUpError, Status
 
 __all__ = ["SCS"]
 
-# SCS 3 (include/glbopts.h); -5 is an interrupt, which its binding raises itself.
+# SCS 3 (include/glbopts.h).
 _STATUSES = {
     1: Status.SOLVED,
     2: Status.INACCURATE,
@@ -24,10 +25,10 @@ _STATUSES = {
     -2: Status.INFEASIBLE,
     -3: Status.NUMERICAL_ERROR,
     -4: Status.NUMERICAL_ERROR,
-    -5: Status.NUMERICAL_ERROR,
     -6: Status.UNBOUNDED,
     -7: Status.INFEASIBLE,
 }
+_INTERRUPTED = -5
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class SCS(ElementwiseSolver):
     package: ClassVar[str] = "scs"
     pip_name: ClassVar[str] = "scs"
     finest_tolerance: ClassVar[float] = 1e-9
+    takes_interrupts: ClassVar[bool] = True
     capabilities: ClassVar[Capabilities] = Capabilities(
         cones=frozenset(
             {
@@ -138,6 +140,9 @@ class _PreparedSCS(Prepared):
             x, y, s = state
             result = self.solver.solve(warm_start=True, x=x.copy(), y=y.copy(), s=s.copy())
         info = result["info"]
+        if info["status_val"] == _INTERRUPTED:
+            self.solver, self.scale = self._set_up(), self.options.scale
+            raise InterruptedSolveError
         self.scale = info["scale"]
         status = _STATUSES.get(info["status_val"], Status.NUMERICAL_ERROR)
         if status is Status.INACCURATE:  # SCS calls every solve that reaches a limit inaccurate
