@@ -9,10 +9,11 @@ import numpy as np
 import scipy.sparse as sp
 
 from lpgd.cones import Cones
+from lpgd.quiet import quiet
 from lpgd.reductions import RowForm, RowPoint, RowVectors
 from lpgd.solvers.base import Capabilities
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
-from lpgd.status import Status
+from lpgd.status import NotConvexError, Status
 
 __all__ = ["SCS"]
 
@@ -104,18 +105,25 @@ class _PreparedSCS(Prepared):
     def _set_up(self) -> Any:
         options = self.options
         own = {name: getattr(options, name) for name in _OWN_DEFAULTS if getattr(options, name) is not None}
-        return options.module().SCS(
-            self.data,
-            _cones(self.cones),
-            max_iters=options.max_iterations,
-            eps_abs=options.eps_abs if options.eps_abs is not None else options.tolerance,
-            eps_rel=options.eps_rel if options.eps_rel is not None else options.tolerance,
-            time_limit_secs=options.time_limit or 0.0,
-            verbose=options.verbose,
-            scale=options.scale,
-            linear_solver=options.linear_solver,
-            **own,
-        )
+        try:
+            # It prints that it cannot factorise a matrix, whatever verbose is (scs 3.3.1).
+            with quiet(not options.verbose):
+                return options.module().SCS(
+                    self.data,
+                    _cones(self.cones),
+                    max_iters=options.max_iterations,
+                    eps_abs=options.eps_abs if options.eps_abs is not None else options.tolerance,
+                    eps_rel=options.eps_rel if options.eps_rel is not None else options.tolerance,
+                    time_limit_secs=options.time_limit if options.time_limit not in (None, np.inf) else 0.0,
+                    verbose=options.verbose,
+                    scale=options.scale,
+                    linear_solver=options.linear_solver,
+                    **own,
+                )
+        except ValueError as error:
+            if "P" in self.data and "ScsWork" in str(error):
+                raise NotConvexError("SCS cannot factorise P: the objective is not convex.") from error
+            raise
 
     def solve(self, vectors: RowVectors, state: Any) -> Outcome:
         q, b = vectors
