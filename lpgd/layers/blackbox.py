@@ -12,6 +12,7 @@ from torch import Tensor
 from lpgd.autograd import OnError
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import WarmStart
+from lpgd.layers.eager import eager
 from lpgd.layers.oracle import Arguments, OracleLayer, record
 from lpgd.solution import LinearSolution
 from lpgd.solvers.oracle import Oracle, Sense
@@ -94,6 +95,7 @@ class BlackboxLayer(OracleLayer):
         )
         super().__init__(oracle, ndim, gradient, on_error, executor)
 
+    @eager
     def forward(self, costs: Tensor, *extra: Any, warm_start: WarmStart = False) -> Tensor:
         """Solve for these costs.
 

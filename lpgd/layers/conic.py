@@ -13,6 +13,7 @@ from lpgd.autograd import CallInfo, OnError
 from lpgd.cones import Cones
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
+from lpgd.layers.eager import eager
 from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs
 from lpgd.layers.matrices import Pattern, plan, read_matrix
 from lpgd.problems.conic import per_element
@@ -81,6 +82,7 @@ class ConicLayer(OptimizationLayer):
         super().__init__(example, False, solver, gradient, solver_args, on_error, executor, False)
         self.cones = cones
 
+    @eager
     def forward(
         self,
         P: Tensor | None,
@@ -180,6 +182,7 @@ def _slack(structure: ConicStructure, data: ConicData, x: Tensor, info: CallInfo
     return torch.where(usable, s, solution.problem.slack(x.detach()))
 
 
+@eager
 def solve_conic(
     P: Tensor | None,
     q: Tensor,

@@ -18,6 +18,7 @@ from lpgd.gradients import GradientMethod
 from lpgd.layers.attributes import check_attributes
 from lpgd.layers.base import LayerOutput, OptimizationLayer, WarmStart
 from lpgd.layers.canonical import canonicalise
+from lpgd.layers.eager import eager
 from lpgd.layers.inputs import batch_inputs
 from lpgd.layers.layout import AffineMap, ParameterLayout, VariableLayout
 from lpgd.layers.maps import SparseMap
@@ -99,6 +100,7 @@ class CvxpyLayer(OptimizationLayer):
         both = np.isin(np.arange(program.n), program.lower_index) & np.isin(np.arange(program.n), program.upper_index)
         self._readers = [_Reader(layout, torch.from_numpy(both)) for layout in program.variables]
 
+    @eager
     def forward(
         self,
         *params: Tensor,

@@ -14,6 +14,7 @@ from torch import Tensor
 from lpgd.autograd import OnError
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import WarmStart
+from lpgd.layers.eager import eager
 from lpgd.layers.oracle import Arguments, OracleLayer, record
 from lpgd.problems.linear import LinearStructure
 from lpgd.solution import LinearSolution
@@ -84,6 +85,7 @@ class DirectLossLayer(OracleLayer):
         )
         super().__init__(oracle, ndim, gradient, on_error, executor)
 
+    @eager
     def forward(self, weights: Tensor, *inputs: Any, target: Any, warm_start: WarmStart = False) -> Tensor:
         """The losses for these weights.
 

@@ -12,6 +12,7 @@ from lpgd.autograd import OnError
 from lpgd.execution import SerialExecutor
 from lpgd.gradients import ClosedForm, GradientMethod, check_compatible
 from lpgd.layers.base import BaseLayer, CallOptions, WarmStart
+from lpgd.layers.eager import eager
 from lpgd.layers.inputs import Batch, Expected, check_inputs
 from lpgd.layers.oracle import record
 from lpgd.problems.node import BaseNode
@@ -82,6 +83,7 @@ class NodeLayer(BaseLayer):
     def extra_repr(self) -> str:
         return f"node={self._node}, gradient={self.gradient}"
 
+    @eager
     def forward(self, *inputs: Tensor, warm_start: WarmStart = False) -> Tensor:
         """Solve for these inputs.
 

@@ -14,6 +14,7 @@ from lpgd.autograd import OnError
 from lpgd.cones import Cones
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
+from lpgd.layers.eager import eager
 from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs
 from lpgd.layers.matrices import Pattern, join, plan, read_matrix
 from lpgd.problems.structure import ConicData, ConicStructure
@@ -199,6 +200,7 @@ class QPLayer(_ProgramLayer):
 
     _has_quadratic = True
 
+    @eager
     def forward(
         self,
         P: Tensor,
@@ -291,6 +293,7 @@ class LPLayer(_ProgramLayer):
     ) -> None:
         super().__init__(solver, gradient, solver_args, on_error, executor, integer)
 
+    @eager
     def forward(
         self,
         c: Tensor,
@@ -326,6 +329,7 @@ class LPLayer(_ProgramLayer):
         return self._solution(call.data, call.structure, call.batch, solver_args, warm_start)
 
 
+@eager
 def solve_qp(
     P: Tensor,
     q: Tensor,
@@ -351,6 +355,7 @@ def solve_qp(
     return layer(P, q, A, b, G, h, lb, ub, warm_start=False if warm_start is None else warm_start)
 
 
+@eager
 def solve_lp(
     c: Tensor,
     A: Tensor | None = None,

@@ -22,8 +22,11 @@ from lpgd.status import MissingPackageError
 
 __all__ = ["SOLVERS", "Situation", "available", "choose_solver", "preference"]
 
-SOLVERS: tuple[type[Solver], ...] = (Clarabel, SCS, ECOS, InteriorPoint, DAQP, HiGHS, PIQP, OSQP, ProxQP)
-"""Every backend; where nothing of the situation is known, the first that can take a problem is chosen."""
+SOLVERS: tuple[type[Solver], ...] = (Clarabel, SCS, InteriorPoint, DAQP, HiGHS, PIQP, OSQP, ProxQP, ECOS)
+"""Every backend; where nothing of the situation is known, the first that can take a problem is chosen.
+
+ECOS, under the GPLv3 and without a release since 2024, comes last: every problem of its has another solver.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
     Without a situation it is the order of :data:`SOLVERS`.  Integer variables leave HiGHS alone.  With a situation:
 
     - Cones beyond those of linear and quadratic programs: Clarabel, which takes nearly every cone and a quadratic
-      objective, needs no tuning, and is accurate; then SCS, for the cones that Clarabel lacks, and ECOS.
+      objective, needs no tuning, and is accurate; then SCS, for the cones that Clarabel lacks, and last ECOS.
     - Linear and quadratic programs on another device than the CPU: the interior-point method in torch, which stays
       on it.
     - Small linear and quadratic programs (200 variables and rows together; 400 where P has its whole diagonal): DAQP,

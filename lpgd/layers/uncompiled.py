@@ -1,0 +1,16 @@
+"""What ``torch.compile`` does not look into; importing this imports the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["run"]
+
+
+@torch.compiler.disable
+def run(function: Callable[..., Any], args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
+    """``function(*args, **keywords)``, eagerly."""
+    return function(*args, **keywords)
