@@ -1,14 +1,14 @@
-"""Layers within ``torch.compile``: a solve is no graph, so that the compiler is told to leave it alone."""
+"""How layers are called: by the signature of ``forward``, and left alone by ``torch.compile``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["eager"]
+__all__ = ["eager", "signature_of"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -29,3 +29,10 @@ def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         return function(*args, **keywords)
 
     return call
+
+
+def signature_of(
+    forward: Callable[Arguments, Result],
+) -> Callable[[Callable[..., Any]], Callable[Arguments, Result]]:
+    """A decorator: ``__call__``, whose types ``torch.nn.Module`` hides, has the signature of ``forward``."""
+    return lambda call: forward

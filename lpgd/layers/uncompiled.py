@@ -10,7 +10,9 @@ import torch
 __all__ = ["run"]
 
 
-@torch.compiler.disable
-def run(function: Callable[..., Any], args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
+def _run(function: Callable[..., Any], args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
     """``function(*args, **keywords)``, eagerly."""
     return function(*args, **keywords)
+
+
+run: Callable[..., Any] = torch.compiler.disable(_run)
