@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_BENCH ?= .venv-bench
 VENV_JAX ?= .venv-jax
+VENV_NEWEST ?= .venv-newest
 VENV_OLDEST ?= .venv-oldest
 WORKERS ?= 2
 PYTEST_FLAGS ?=
@@ -26,18 +27,19 @@ BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST = $(ONE_THREAD) $(1)/bin/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
 
-# $(call install,FOLDER,EXTRA,CONSTRAINTS): a virtual environment with the package and the versions in CONSTRAINTS.
-# torch comes first, by its exact version: pip takes that one build and never weighs others of several gigabytes.
+# torch by its exact version: pip takes that one build and never weighs others of several gigabytes.
+TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+
+# $(call install,FOLDER,EXTRA,CHOICE): a virtual environment with the package; CHOICE tells pip which versions to take.
 define install
 $(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "make PYTHON=... names a Python of at least 3.11"'
 $(PYTHON) -m venv $(1)
-$(1)/bin/python -m pip install --quiet -c $(3) torch==$(shell sed -n 's/^torch==//p' constraints.txt)
-$(1)/bin/python -m pip install --quiet -c $(3) -e '.[$(2)]'
-touch $@
+$(1)/bin/python -m pip install --quiet $(3) $(TORCH)
+$(1)/bin/python -m pip install --quiet $(3) $(TORCH) -e '.[$(2)]'
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format sudoku sudoku9 paths knapsack lpgd_vs_exact bench test-oldest build clean
+.PHONY: help venv test lint format sudoku sudoku9 paths knapsack lpgd_vs_exact bench test-oldest test-newest build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -45,10 +47,12 @@ help: ## Show this list
 venv: $(VENV)/.installed ## Make the virtual environment for development (VENV, default .venv)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(call install,$(VENV),dev,constraints.txt)
+	$(call install,$(VENV),dev,-c constraints.txt)
+	touch $@
 
 $(VENV_BENCH)/.installed: pyproject.toml constraints.txt
-	$(call install,$(VENV_BENCH),bench,constraints.txt)
+	$(call install,$(VENV_BENCH),bench,-c constraints.txt)
+	touch $@
 
 # Peers whose requirements clash with the versions that they run on.
 $(VENV_BENCH)/.peers: $(VENV_BENCH)/.installed benchmarks/peers.txt
@@ -61,7 +65,8 @@ $(MAROS_MESZAROS): benchmarks/extract_maros_meszaros.py benchmarks/maros_meszaro
 	$(VENV_JAX)/bin/python benchmarks/extract_maros_meszaros.py $@
 
 $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt
-	$(call install,$(VENV_OLDEST),test,constraints-oldest.txt)
+	$(call install,$(VENV_OLDEST),test,-c constraints-oldest.txt)
+	touch $@
 
 test: $(VENV)/.installed ## Run the tests
 	$(call PYTEST,$(VENV))
@@ -97,9 +102,16 @@ bench: $(VENV_BENCH)/.peers $(MAROS_MESZAROS) ## Compare with every peer (BENCH_
 test-oldest: $(VENV_OLDEST)/.installed ## Run the tests on the oldest versions of the dependencies
 	$(call PYTEST,$(VENV_OLDEST))
 
+test-newest: ## Run the tests on the newest versions of the dependencies, and list them in constraints-newest.txt
+	$(call install,$(VENV_NEWEST),test,--upgrade --upgrade-strategy eager)
+	echo '# The newest versions of the dependencies that make test-newest found last; torch is that of constraints.txt.' \
+		> constraints-newest.txt
+	$(VENV_NEWEST)/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' >> constraints-newest.txt
+	$(call PYTEST,$(VENV_NEWEST))
+
 build: $(VENV)/.installed ## Build the wheel and the source distribution in dist/
 	$(BIN)/python -m build
 
 clean: ## Remove virtual environments, builds and caches; results in runs/ stay
-	rm -rf .venv .venv-bench .venv-jax .venv-oldest build dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bench .venv-jax .venv-newest .venv-oldest build dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -69,7 +69,7 @@ def our_qp_sides(named: Sequence[str] = SOLVERS, lpgd_solvers: Sequence[str] = (
 
     def arguments(data: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         P, q, A, b, G, h = data
-        return (P, q, A, b, G, h), {}
+        return (P, q), {"A": A, "b": b, "G": G, "h": h}
 
     sides = [layer_side(lpgd.QPLayer(), "exact", arguments, chosen=False)]
     sides += [layer_side(lpgd.QPLayer(name), "exact", arguments, chosen=True) for name in solver_names(named)]

@@ -68,7 +68,12 @@ def backward_ratios(settings: Settings) -> Iterator[Result | Target]:
     n = 20 if settings.quick else 50
     (P, A, b, G, h), draw = shared_qp(n, batch)
     sides = [
-        layer_side(lpgd.QPLayer(name, gradient=lpgd.LPGD(tau=tau)), "LPGD", lambda d: ((P, *d, A, b, G, h), {}), True)
+        layer_side(
+            lpgd.QPLayer(name, gradient=lpgd.LPGD(tau=tau)),
+            "LPGD",
+            lambda d: ((P, *d), {"A": A, "b": b, "G": G, "h": h}),
+            True,
+        )
         for name in solver_names(("DAQP", "INTERIOR", "SCS", "PROXQP", "OSQP"))
         for tau in (1e-4,)
     ]
@@ -81,7 +86,7 @@ def backward_ratios(settings: Settings) -> Iterator[Result | Target]:
         layer_side(
             lpgd.LPLayer(name, gradient=lpgd.LPGD(tau=1e-2)),
             "LPGD",
-            lambda d: ((*d, A_lp, b_lp), {"lb": lower, "ub": upper}),
+            lambda d: (tuple(d), {"A": A_lp, "b": b_lp, "lb": lower, "ub": upper}),
             True,
         )
         for name in solver_names(("HIGHS", "SCS"))
@@ -278,7 +283,7 @@ def setups(settings: Settings) -> Iterator[Target]:
         optimiser, target = torch.optim.SGD([cost], lr=0.05), torch.full_like(c, 0.5)
         for _ in range(STEPS):
             optimiser.zero_grad()
-            (layer(cost, A, b, lb=lower, ub=upper).x - target).square().sum().backward()
+            (layer(cost, A=A, b=b, lb=lower, ub=upper).x - target).square().sum().backward()
             optimiser.step()
         title = f"set-ups over {STEPS} training steps of an LP, {base.name}, parameters only in the cost"
         yield Target(title, core_count(), None, len(counted), smaller=True, note=f"{core_count()} threads")

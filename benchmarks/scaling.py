@@ -49,7 +49,7 @@ def threads(settings: Settings) -> Iterator[Result | Curve]:
     curve = Curve("scaling_threads", f"dense QP, n {n}, batch {batch}: forward + backward", "threads", "seconds")
 
     def arguments(data: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        return tuple(data), {}
+        return tuple(data[:2]), dict(zip(("A", "b", "G", "h"), data[2:], strict=True))
 
     counts = sorted({1, *(2**k for k in range(1, 7) if 2**k < core_count()), core_count()})
     for count in counts:

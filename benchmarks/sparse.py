@@ -94,7 +94,7 @@ def qp_sides(matrices: Matrices) -> list[Side]:
 
     def arguments(data: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         q, b, h = data
-        return (P, q, A, b, G, h), {}
+        return (P, q), {"A": A, "b": b, "G": G, "h": h}
 
     sides = [layer_side(lpgd.QPLayer(), "exact", arguments, chosen=False)]
     for name in solver_names(("CLARABEL", "PIQP", "OSQP", "SCS")):
@@ -181,7 +181,7 @@ def lp_sides(n: int) -> tuple[list[Side], sp.csc_matrix]:
 
     def arguments(data: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         c, b = data
-        return (c, matrix, b), {"lb": torch.zeros_like(one), "ub": one}
+        return (c,), {"A": matrix, "b": b, "lb": torch.zeros_like(one), "ub": one}
 
     gradient = lpgd.LPGD(tau=TAU)
     sides = [layer_side(lpgd.LPLayer(gradient=gradient), "LPGD", arguments, chosen=False)]

@@ -30,7 +30,7 @@ __all__ = ["CallInfo", "OnError", "check_solution", "solve"]
 OnError = Literal["raise", "nan", "warn"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class CallInfo:
     """The record of one call of a layer.
 
@@ -38,15 +38,35 @@ class CallInfo:
         solution: the forward solution: statuses, times, and what its class has beside that; None before there is one.
         gradients: one record for each backward (or forward-mode) pass through this call, in order.
         backward_seconds: wall-clock time of those passes together.
+        choice: what :attr:`solver` is the text of.
     """
 
     solution: Any = None
     gradients: list[GradientInfo] = field(default_factory=list)
     backward_seconds: float = 0.0
+    choice: object = ""
+
+    @property
+    def solver(self) -> str:
+        """Which solver solved the problems, and why that one."""
+        return str(self.choice)
+
+    def __repr__(self) -> str:
+        lines = [f"solver: {self.solver}"] if self.solver else []
+        lines.append(f"solution: {self.solution}")
+        earlier = len(self.gradients) - _SHOWN
+        lines += [f"gradients: {earlier} earlier ones"] if earlier > 0 else []
+        lines += [f"gradient: {gradient}" for gradient in self.gradients[-_SHOWN:]]
+        lines += [f"backward_seconds: {self.backward_seconds:.3g}"] if self.gradients else []
+        return "\n  ".join(["CallInfo", *lines])
 
     @property
     def statuses(self) -> tuple[Status, ...]:
         return self.solution.statuses if self.solution is not None else ()
+
+
+_SHOWN = 3
+"""How many gradients a record prints."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ results come back in the order of the tasks.
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections import OrderedDict
@@ -229,6 +230,7 @@ class WorkspaceCache:
 
 
 workspaces = WorkspaceCache(capacity=2**29)
+atexit.register(workspaces.clear)  # else ProxQP's binding reports them as leaked on stderr (proxsuite 0.8.0)
 
 
 def _reset_after_fork() -> None:

@@ -24,7 +24,7 @@ from lpgd.problems.smooth_structure import SmoothOutput, SmoothPoint
 from lpgd.problems.structure import ConicPoint
 from lpgd.problems.units import Units
 from lpgd.projections import distance
-from lpgd.status import Status
+from lpgd.status import Status, describe_counts
 
 __all__ = ["BatchSolution", "LinearSolution", "Residuals", "Rows", "SmoothSolution", "Solution", "residuals_of"]
 
@@ -103,6 +103,14 @@ class BatchSolution:
     def batch_size(self) -> int:
         return len(self.statuses)
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in self.outputs._asdict().items())
+        parts = [describe_counts(self.statuses), shapes]
+        if self.batch_size and self.iterations.any():
+            parts.append(f"{self.iterations.min()} to {self.iterations.max()} iterations")
+        parts += [f"{self.setup_seconds.sum():.3g} s of set-up, {self.solve_seconds.sum():.3g} s of solving"]
+        return f"{type(self).__name__}({'; '.join(parts)})"
+
     @cached_property
     def _all_solved(self) -> bool:
         return self.statuses.count(Status.SOLVED) == len(self.statuses)
@@ -161,7 +169,7 @@ class Residuals(NamedTuple):
         return torch.stack(tuple(self)).amax(0)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Solution(BatchSolution):
     """Primal and dual solutions of a batch of B conic programs, with one status for each element.
 
@@ -278,7 +286,7 @@ def residuals_of(problem: ConicProblem, point: ConicPoint) -> Residuals:
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearSolution(BatchSolution):
     """Solutions of a batch of B linear problems, with one status for each element.
 
@@ -309,7 +317,7 @@ class LinearSolution(BatchSolution):
         return LinearPoint(self.x)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SmoothSolution(BatchSolution):
     """Solutions of a batch of B problems of a declarative node, with one status for each element.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "SetUpError",
     "SolverError",
     "Status",
+    "describe_counts",
     "describe_failures",
     "refuse_elements",
     "warn",
@@ -124,6 +125,12 @@ class SolverError(RuntimeError):
 
     def __reduce__(self) -> tuple[type[SolverError], tuple[str, tuple[Status, ...], tuple[int, ...]]]:
         return type(self), (str(self), self.statuses, self.indices)
+
+
+def describe_counts(statuses: Sequence[Status]) -> str:
+    """How many elements have which status: ``"150 SOLVED, 2 INFEASIBLE"``."""
+    counts = Counter(statuses)
+    return ", ".join(f"{counts[status]} {status.name}" for status in sorted(counts)) or "no elements"
 
 
 def describe_failures(statuses: Sequence[Status], failed: Sequence[int]) -> str:

@@ -34,7 +34,7 @@ def through_programs(x: Tensor) -> Tensor:
     share = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(y - q)), [cp.sum(y) == 1, y >= 0])
     (y,) = lpgd.CvxpyLayer(share, parameters=[q], variables=[y])(OWN(x))
     eye = torch.eye(3, dtype=torch.float64)
-    return OWN(lpgd.QPLayer()(eye, -y, None, None, eye, 0.6 * torch.ones(3, dtype=torch.float64)).x)
+    return OWN(lpgd.QPLayer()(eye, -y, G=eye, h=0.6 * torch.ones(3, dtype=torch.float64)).x)
 
 
 CASES = {

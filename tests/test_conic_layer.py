@@ -157,7 +157,7 @@ def test_the_conic_form_of_a_quadratic_program() -> None:
     cones, leaves = lpgd.Cones(zero=1, nonnegative=4), list(data.values())
     output = lpgd.solve_conic(**data, cones=cones, solver_args=FINE)
     A, b = data["A"], data["b"]
-    expected = lpgd.solve_qp(data["P"], data["q"], A[:, :1], b[:, :1], A[:, 1:], b[:, 1:], solver_args=FINE)
+    expected = lpgd.solve_qp(data["P"], data["q"], A=A[:, :1], b=b[:, :1], G=A[:, 1:], h=b[:, 1:], solver_args=FINE)
     wanted = [expected.x, torch.cat([expected.y, expected.z], -1)]
     close(output[:2], wanted, 1e-8)
     close(gradients(output[:2], leaves), gradients(wanted, leaves), 1e-7)

@@ -62,7 +62,7 @@ CONSTRUCTION = {
         r"HIGHS has no quadratic objective with integer variables.*Integer programs need",
     ),
     "geometric": (lambda: build(gp=True), ValueError, "not a geometric program"),
-    "unknown solver": (lambda: build(solver="GUROBI"), ValueError, "GUROBI.*CLARABEL, SCS, ECOS"),
+    "unknown solver": (lambda: build(solver="GUROBI"), ValueError, "GUROBI.*CLARABEL, SCS, INTERIOR"),
     "solver of another kind": (lambda: build(solver=3), TypeError, "solver"),
     "solver class": (lambda: build(solver=lpgd.SCS), TypeError, "solver"),
     "solver without the cone": (

@@ -74,7 +74,7 @@ def test_envelopes_over_a_simplex_are_those_of_its_vertices() -> None:
     ones = torch.ones(1, 4, dtype=torch.float64)
     found = lpgd.envelopes(
         lpgd.LPLayer(solver="HIGHS"),
-        [torch.from_numpy(c), ones, torch.ones(1, dtype=torch.float64), None, None, 0.0],
+        {"c": torch.from_numpy(c), "A": ones, "b": torch.ones(1, dtype=torch.float64), "lb": 0.0},
         lambda output: output.x @ torch.from_numpy(g),
         tau,
     )
@@ -127,14 +127,8 @@ def test_a_linear_loss_is_its_own_linearisation_for_every_cone(case: Case) -> No
 
 def test_envelopes_refuse_what_they_are_no_bounds_for() -> None:
     layer, one = lpgd.LPLayer(), torch.ones(1, 2, dtype=torch.float64)
-    parameters = [
-        torch.tensor([1.0, 2.0], dtype=torch.float64),
-        one,
-        torch.ones(1, dtype=torch.float64),
-        None,
-        None,
-        0.0,
-    ]
+    costs = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    parameters = {"c": costs, "A": one, "b": torch.ones(1, dtype=torch.float64), "lb": 0.0}
     with pytest.raises(ValueError, match="primal variables only"):
         lpgd.envelopes(layer, parameters, lambda output: output.y.sum(), 1.0)
     with pytest.raises(ValueError, match="tau must be positive"):

@@ -15,7 +15,7 @@ from tests.node_cases import random
 
 def program(q: Tensor) -> Tensor:
     eye = torch.eye(3, dtype=torch.float64)
-    return lpgd.QPLayer()(eye, q, None, None, eye, torch.ones(3, dtype=torch.float64)).x
+    return lpgd.QPLayer()(eye, q, G=eye, h=torch.ones(3, dtype=torch.float64)).x
 
 
 FUNCTIONS = {"node": lpgd.NodeLayer(lpgd.nodes.Projection("l2_sphere")), "program": program}

@@ -55,8 +55,7 @@ def test_envelopes_are_drawn_as_they_are() -> None:
 
 
 def test_solution_paths_step_where_the_vertex_changes() -> None:
-    arguments = [COSTS, SIMPLEX["A"], SIMPLEX["b"], None, None, 0.0]
-    axes = plotting.plot_solution_path(lpgd.LPLayer(), arguments, [ALONG, None, None, None, None, None], AT)
+    axes = plotting.plot_solution_path(lpgd.LPLayer(), {"c": COSTS, **SIMPLEX}, {"c": ALONG}, AT)
     drawn = lines(axes)
     np.testing.assert_allclose(drawn["0"], [1, 1, 1, 0, 0], atol=1e-6)
     np.testing.assert_allclose(drawn["1"], [0, 0, 0, 1, 1], atol=1e-6)

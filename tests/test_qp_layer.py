@@ -54,7 +54,7 @@ def simplex_projection(point: Tensor) -> Tensor:
 def test_projection_onto_the_simplex() -> None:
     point = leaf(normal(7, 5))
     ones, one = torch.ones(1, 5).double(), torch.ones(1).double()
-    output = lpgd.solve_qp(torch.eye(5).double(), -point, ones, one, lb=0.0, solver_args=FINE)
+    output = lpgd.solve_qp(torch.eye(5).double(), -point, A=ones, b=one, lb=0.0, solver_args=FINE)
     expected = simplex_projection(point)
     close([output.x], [expected], 1e-8)
     close(gradients([output.x], [point]), gradients([expected], [point]), 1e-7)
@@ -64,17 +64,17 @@ def test_a_linear_program_over_the_simplex_picks_the_least_cost() -> None:
     cost = leaf(normal(8, 5))
     ones, one = leaf(torch.ones(1, 5).double()), leaf(torch.ones(1).double())
     layer = lpgd.LPLayer(solver_args=FINE)
-    output = layer(cost, ones, one, lb=0.0)
+    output = layer(cost, A=ones, b=one, lb=0.0)
     least = cost.min(-1, keepdim=True).values
     close(output, [cost.eq(least).double(), -least, cost.new_zeros(8, 0), least - cost], 1e-8)
     # y = -min c: its gradient is minus the vertex; the vertex scales with b.
     expected = [-cost.eq(least).double(), torch.tensor([8.0]).double()]
     close(torch.autograd.grad(output.y.sum() + output.x.sum(), [cost, one]), expected, 1e-7)
     with pytest.warns(lpgd.LpgdWarning, match="is zero: its solution is a vertex"):
-        layer(cost, ones, one, lb=0.0).x.square().sum().backward()
+        layer(cost, A=ones, b=one, lb=0.0).x.square().sum().backward()
     layer.gradient = lpgd.LPGD(tau=10.0)
     weight = normal(5)
-    (gradient,) = torch.autograd.grad((layer(cost, ones, one, lb=0.0).x * weight).sum(), cost)
+    (gradient,) = torch.autograd.grad((layer(cost, A=ones, b=one, lb=0.0).x * weight).sum(), cost)
     plus, minus = (torch.nn.functional.one_hot((cost + s * weight).argmin(-1), 5) for s in (10.0, -10.0))
     close([gradient], [(plus - minus).double() / 20.0], 1e-8)
 

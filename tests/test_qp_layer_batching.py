@@ -76,7 +76,7 @@ def test_entries_that_are_stored_twice_are_added() -> None:
     A = torch.sparse_coo_tensor(indices, values, (1, 3), check_invariants=True).requires_grad_()
     dense = leaf(torch.tensor([[2.0, 0.0, 4.0]]).double())
     q, b = normal(3), torch.ones(1).double()
-    outputs = [lpgd.solve_qp(torch.eye(3).double(), q, matrix, b, solver_args=FINE) for matrix in (A, dense)]
+    outputs = [lpgd.solve_qp(torch.eye(3).double(), q, A=matrix, b=b, solver_args=FINE) for matrix in (A, dense)]
     close(outputs[0], outputs[1], 1e-9)
     own, expected = (torch.autograd.grad(weighted(out), m)[0] for out, m in zip(outputs, (A, dense), strict=True))
     close([own.to_dense()], [expected * torch.tensor([[1.0, 0.0, 1.0]])], 1e-8)

@@ -92,13 +92,23 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "empty": (lambda: LP(torch.zeros(0)), ValueError, r"c has shape \(0,\): there is nothing"),
     "cost": (lambda: LP([1.0, 2.0]), TypeError, "c is a list; pass a torch tensor"),
     "columns": (
-        lambda: QP(I2, V2, torch.ones(1, 3), ONE),
+        lambda: QP(I2, V2, A=torch.ones(1, 3), b=ONE),
         ValueError,
         r"A has shape \(1, 3\); expected \(.*, 2\)",
     ),
-    "flat rows": (lambda: QP(I2, V2, V2, ONE), ValueError, r"A has shape \(2,\); expected \(\*batch, m, 2\)"),
+    "flat rows": (lambda: QP(I2, V2, A=V2, b=ONE), ValueError, r"A has shape \(2,\); expected \(\*batch, m, 2\)"),
     "rows": (lambda: QP(I2, V2, G=ROW, h=V2), ValueError, r"h has shape \(2,\); expected \(\*batch, 1\)"),
-    "A alone": (lambda: QP(I2, V2, ROW), ValueError, "A is given but b is not"),
+    "order of another library": (
+        lambda: QP(I2, V2, ROW, ONE, ROW, ONE),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        r"QPLayer takes constraints and bounds by name only.*layer\(P, q, A=A, b=b, G=G, h=h, lb=lb, ub=ub\)",
+    ),
+    "order in a solve": (lambda: LP.solve(V2, ROW), TypeError, r"LPLayer takes .*layer\.solve\(c, A=A"),  # pyright: ignore[reportArgumentType]
+    "order in a function": (lambda: lpgd.solve_qp(I2, V2, ROW), TypeError, r"solve_qp\(P, q, A=A"),  # pyright: ignore[reportArgumentType]
+    "order in another": (lambda: lpgd.solve_lp(V2, ROW), TypeError, r"solve_lp\(c, A=A"),  # pyright: ignore[reportArgumentType]
+    "keyword": (lambda: QP(I2, V2, M=ROW), TypeError, r"QPLayer.forward\(\) got an unexpected keyword argument 'M'"),  # pyright: ignore[reportCallIssue]
+    "keyword of the layer": (lambda: lpgd.QPLayer(integer=[0]), TypeError, r"QPLayer.__init__\(\).*'integer'"),  # pyright: ignore[reportCallIssue]
+    "A alone": (lambda: QP(I2, V2, A=ROW), ValueError, "A is given but b is not"),
     "b alone": (lambda: QP(I2, V2, b=ONE), ValueError, "b is given but A is not"),
     "G alone": (lambda: LP(V2, G=ROW), ValueError, "G is given but h is not"),
     "h alone": (lambda: LP(V2, h=ONE), ValueError, "h is given but G is not"),

@@ -187,7 +187,7 @@ def test_the_exact_method_has_the_gradient_of_the_linear_program_which_is_zero()
     path = torch.from_numpy(np.eye(3))
     A, b, heads = (torch.from_numpy(part) for part in flow_program(3, 3))
     exact = torch.from_numpy(costs).requires_grad_()
-    program = lpgd.LPLayer(gradient=lpgd.ImplicitKKT())(exact.reshape(-1)[heads], A, b, lb=0.0)
+    program = lpgd.LPLayer(gradient=lpgd.ImplicitKKT())(exact.reshape(-1)[heads], A=A, b=b, lb=0.0)
     flows = torch.zeros(9, dtype=torch.float64).index_add(0, heads, program.x)
     flows = flows + torch.eye(9, dtype=torch.float64)[0]  # no edge of the path enters its first cell
     with warnings.catch_warnings():

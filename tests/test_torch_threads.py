@@ -56,7 +56,7 @@ def errors(count):
 torch.manual_seed(0)
 one = torch.ones(1, 1, dtype=torch.float64)
 layer = lpgd.QPLayer()
-layer(one, one[0], None, None, -one, one[0]).x
+layer(one, one[0], G=-one, h=one[0]).x
 assert torch.get_num_threads() == 2
 assert max(errors(10)) < 1e-6, "after a call of a layer"
 
@@ -89,5 +89,5 @@ def test_layers_leave_the_number_of_threads_alone() -> None:
     with torch_threads(2):
         lpgd.NodeLayer(lpgd.nodes.Projection())(x).sum().backward()
         eye = torch.eye(3, dtype=torch.float64)
-        lpgd.QPLayer()(eye, x, None, None, eye, torch.ones(3, dtype=torch.float64)).x.sum().backward()
+        lpgd.QPLayer()(eye, x, G=eye, h=torch.ones(3, dtype=torch.float64)).x.sum().backward()
         assert torch.get_num_threads() == 2

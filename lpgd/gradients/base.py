@@ -17,7 +17,7 @@ from lpgd.solvers.base import BaseSolver
 __all__ = ["GradientInfo", "GradientMethod", "check_compatible"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class GradientInfo:
     """What one gradient computation did, element by element.
 
@@ -68,6 +68,12 @@ class GradientInfo:
         return cls(
             method, ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()], **more
         )
+
+    def __repr__(self) -> str:
+        parts = [f"{number} {name}" for name, number in self.counts.items()]
+        parts += [f"{len(self.fallbacks)} fallbacks"] if self.fallbacks else []
+        parts += [f"{int(self.moved.sum())} moved"] if self.moved is not None else []
+        return f"GradientInfo({self.method}; {', '.join(parts) or 'no elements'})"
 
     @property
     def counts(self) -> dict[str, int]:

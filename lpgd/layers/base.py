@@ -19,7 +19,7 @@ from lpgd.layers.options import StandardOptions
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solution import BatchSolution, Solution
-from lpgd.solvers import BaseSolver, Situation, Solver, choose_solver
+from lpgd.solvers import BaseSolver, Choice, Situation, Solver, choose_solver
 
 __all__ = ["BaseLayer", "LayerOutput", "OptimizationLayer", "Recorded", "WarmStart"]
 
@@ -88,7 +88,7 @@ class BaseLayer(torch.nn.Module):
         warm_start: WarmStart,
     ) -> tuple[Any, CallInfo]:
         """Solve a batch, differentiably: the point and the record."""
-        info = CallInfo()
+        info = CallInfo(choice=call.choice)
         point = solve(
             data,
             make,
@@ -159,6 +159,8 @@ class CallOptions(NamedTuple):
     solver: BaseSolver
     executor: Executor | None
     gradient: GradientMethod
+    choice: object
+    """Whose text says which solver it is, and why."""
 
 
 def _exact(structure: ConicStructure) -> GradientMethod:
@@ -220,6 +222,7 @@ class OptimizationLayer(BaseLayer):
     def _set_solver(self, solver: Solver | str | None, options: Mapping[str, Any]) -> None:
         chosen = choose_solver(self._example, solver, options, self._situation())
         left_open = solver is None and not self._fixed
+        self._named = solver is not None
         self._solver: Solver | None = None if left_open else chosen
         self._options = dict(options) if left_open else {}
 
@@ -260,13 +263,14 @@ class OptimizationLayer(BaseLayer):
         self, structure: ConicStructure, solver_args: Mapping[str, Any] | None, device: torch.device
     ) -> CallOptions:
         if not solver_args and self._solver is not None and self._fixed:
-            return CallOptions(self._solver, self.executor, self.gradient)
-        standard = StandardOptions.parse(solver_args)
+            choice = Choice(self._solver, structure, self._situation(), self._named)
+            return CallOptions(self._solver, self.executor, self.gradient, choice)
+        standard, situation = StandardOptions.parse(solver_args), self._situation(device)
         if standard.solver is None:
-            options = {**self._options, **standard.options}
-            solver = choose_solver(structure, self._solver, options, self._situation(device))
+            solver = choose_solver(structure, self._solver, {**self._options, **standard.options}, situation)
         else:
-            solver = choose_solver(structure, standard.solver, standard.options, self._situation(device))
+            solver = choose_solver(structure, standard.solver, standard.options, situation)
+        choice = Choice(solver, structure, situation, self._named or standard.solver is not None)
         if standard.gradient is not None:
             self._check_gradient(standard.gradient)
-        return CallOptions(solver, standard.executor or self.executor, standard.gradient or self.gradient)
+        return CallOptions(solver, standard.executor or self.executor, standard.gradient or self.gradient, choice)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from lpgd.autograd import OnError
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import WarmStart
-from lpgd.layers.oracle import Arguments, OracleLayer, record
+from lpgd.layers.eager import eager, signature_of
+from lpgd.layers.oracle import Arguments, OracleLayer, TensorOutput, record
 from lpgd.solution import LinearSolution
 from lpgd.solvers.oracle import Oracle, Sense
 
@@ -94,7 +95,8 @@ class BlackboxLayer(OracleLayer):
         )
         super().__init__(oracle, ndim, gradient, on_error, executor)
 
-    def forward(self, costs: Tensor, *extra: Any, warm_start: WarmStart = False) -> Tensor:
+    @eager
+    def forward(self, costs: Tensor, *extra: Any, warm_start: WarmStart = False) -> TensorOutput:
         """Solve for these costs.
 
         Args:
@@ -117,6 +119,11 @@ class BlackboxLayer(OracleLayer):
         x, info = self._call(arguments, warm_start)
         batch = arguments.batch
         return record(batch.restore(x, arguments.structure.shape), info, batch)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...
 
     def solve(self, costs: Tensor, *extra: Any, warm_start: WarmStart = False) -> LinearSolution:
         """The solver's whole answer, not differentiable: statuses, times, and solutions x, flattened to (B, n).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Executor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from lpgd.autograd import CallInfo, OnError
 from lpgd.cones import Cones
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
+from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs
 from lpgd.layers.matrices import Pattern, plan, read_matrix
 from lpgd.problems.conic import per_element
@@ -81,6 +82,7 @@ class ConicLayer(OptimizationLayer):
         super().__init__(example, False, solver, gradient, solver_args, on_error, executor, False)
         self.cones = cones
 
+    @eager
     def forward(
         self,
         P: Tensor | None,
@@ -118,6 +120,11 @@ class ConicLayer(OptimizationLayer):
         )
         output.info, output.batch_shape = info, batch.batch_shape
         return output
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...
 
     def solve(
         self,
@@ -180,6 +187,7 @@ def _slack(structure: ConicStructure, data: ConicData, x: Tensor, info: CallInfo
     return torch.where(usable, s, solution.problem.slack(x.detach()))
 
 
+@eager
 def solve_conic(
     P: Tensor | None,
     q: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cvxpy as cp
 import numpy as np
@@ -18,6 +18,7 @@ from lpgd.gradients import GradientMethod
 from lpgd.layers.attributes import check_attributes
 from lpgd.layers.base import LayerOutput, OptimizationLayer, WarmStart
 from lpgd.layers.canonical import canonicalise
+from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.inputs import batch_inputs
 from lpgd.layers.layout import AffineMap, ParameterLayout, VariableLayout
 from lpgd.layers.maps import SparseMap
@@ -99,6 +100,7 @@ class CvxpyLayer(OptimizationLayer):
         both = np.isin(np.arange(program.n), program.lower_index) & np.isin(np.arange(program.n), program.upper_index)
         self._readers = [_Reader(layout, torch.from_numpy(both)) for layout in program.variables]
 
+    @eager
     def forward(
         self,
         *params: Tensor,
@@ -129,6 +131,11 @@ class CvxpyLayer(OptimizationLayer):
         output = LayerOutput(inputs.restore(reader(point), reader.layout.shape) for reader in self._readers)
         output.info, output.batch_shape = info, inputs.batch_shape
         return output
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...
 
     def solve(
         self,

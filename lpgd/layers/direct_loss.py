@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from lpgd.autograd import OnError
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import WarmStart
-from lpgd.layers.oracle import Arguments, OracleLayer, record
+from lpgd.layers.eager import eager, signature_of
+from lpgd.layers.oracle import Arguments, OracleLayer, TensorOutput, record
 from lpgd.problems.linear import LinearStructure
 from lpgd.solution import LinearSolution
 from lpgd.solvers.oracle import Oracle
@@ -56,6 +57,8 @@ class DirectLossLayer(OracleLayer):
         TypeError, ValueError: as for :class:`~lpgd.BlackboxLayer`.
     """
 
+    _choice = "the functions that were given."
+
     def __init__(
         self,
         solver: Callable[..., Any],
@@ -84,7 +87,8 @@ class DirectLossLayer(OracleLayer):
         )
         super().__init__(oracle, ndim, gradient, on_error, executor)
 
-    def forward(self, weights: Tensor, *inputs: Any, target: Any, warm_start: WarmStart = False) -> Tensor:
+    @eager
+    def forward(self, weights: Tensor, *inputs: Any, target: Any, warm_start: WarmStart = False) -> TensorOutput:
         """The losses for these weights.
 
         Args:
@@ -105,6 +109,11 @@ class DirectLossLayer(OracleLayer):
         arguments = self._read(weights, inputs, target)
         point, info = self._call(arguments, warm_start)
         return record(arguments.batch.restore(point[:, -1], ()), info, arguments.batch)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...
 
     def solve(self, weights: Tensor, *inputs: Any, target: Any, warm_start: WarmStart = False) -> LinearSolution:
         """The solver's whole answer, not differentiable: ``answers`` are the x*, ``x`` (B, n + 1) is (Ψ(x*), ℓ(x*))."""

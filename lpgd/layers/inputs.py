@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["MATRIX_LAYOUTS", "Batch", "Expected", "Inputs", "batch_inputs", "check_inputs"]
+__all__ = ["MATRIX_LAYOUTS", "Batch", "Expected", "Inputs", "batch_inputs", "check_inputs", "refuse_positional"]
 
 MATRIX_LAYOUTS = (torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 
@@ -147,3 +147,18 @@ def _check_kind(item: Expected, tensor: Tensor, what: str) -> None:
     if tensor.layout not in item.layouts:
         hint = "a dense tensor" if len(item.layouts) == 1 else "a dense, COO, CSR or CSC tensor"
         raise TypeError(f"{what}{item.name} is {tensor.layout}; pass {hint} (tensor.to_dense()).")
+
+
+def refuse_positional(name: str, call: str, misplaced: Sequence[Any]) -> None:
+    """Refuse constraints by position: in the order of some other library they would be read as something else.
+
+    Args:
+        name: what was called.
+        call: how it is called, up to where constraints begin: ``"layer(P, q"``.
+        misplaced: the arguments that should have had names.
+    """
+    if misplaced:
+        raise TypeError(
+            f"{name} takes constraints and bounds by name only, as libraries order them differently: "
+            f"{call}, A=A, b=b, G=G, h=h, lb=lb, ub=ub), with those that there are."
+        )

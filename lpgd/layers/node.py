@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -12,13 +12,14 @@ from lpgd.autograd import OnError
 from lpgd.execution import SerialExecutor
 from lpgd.gradients import ClosedForm, GradientMethod, check_compatible
 from lpgd.layers.base import BaseLayer, CallOptions, WarmStart
+from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.inputs import Batch, Expected, check_inputs
-from lpgd.layers.oracle import record
+from lpgd.layers.oracle import TensorOutput, record
 from lpgd.problems.node import BaseNode
 from lpgd.problems.smooth import SmoothProblem
 from lpgd.problems.smooth_structure import SmoothStructure, input_class
 from lpgd.solution import SmoothSolution
-from lpgd.solvers.node_solver import NodeSolver
+from lpgd.solvers.node_solver import NEWTON_LIMIT, NodeSolver
 
 __all__ = ["NodeLayer"]
 
@@ -82,7 +83,8 @@ class NodeLayer(BaseLayer):
     def extra_repr(self) -> str:
         return f"node={self._node}, gradient={self.gradient}"
 
-    def forward(self, *inputs: Tensor, warm_start: WarmStart = False) -> Tensor:
+    @eager
+    def forward(self, *inputs: Tensor, warm_start: WarmStart = False) -> TensorOutput:
         """Solve for these inputs.
 
         Args:
@@ -100,6 +102,11 @@ class NodeLayer(BaseLayer):
         data, make, structure, batch, call = problem
         point, info = self._differentiable(data, make, structure, batch, call, warm_start)
         return record(batch.restore(point.x, structure.shape), info, batch)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...
 
     def solve(self, *inputs: Tensor, warm_start: WarmStart = False) -> SmoothSolution:
         """The solver's whole answer, not differentiable: minimisers x (B, n), multipliers (``point``), statuses, times.
@@ -130,7 +137,17 @@ class NodeLayer(BaseLayer):
             *(_rows(batch, tensor, ndim) for tensor, ndim in zip(arranged, ndims, strict=True))
         )
         make = partial(SmoothProblem, structure, batch_size=batch.batch_size)
-        return data, make, structure, batch, CallOptions(self._solver, None, self.gradient)
+        return data, make, structure, batch, CallOptions(self._solver, None, self.gradient, self._choice(structure))
+
+    def _choice(self, structure: SmoothStructure) -> str:
+        """Which solver solves problems of this structure, and why."""
+        node, algorithm = self._node, self._solver.algorithm
+        if algorithm != "own":
+            return f"{algorithm}, as asked for."
+        if type(node).solve is not BaseNode.solve:
+            return f"{node.name}'s own, as it has one."
+        few = structure.n <= NEWTON_LIMIT
+        return f"{'newton' if few else 'lbfgs'}, as {node.name} has {structure.n} variables and no solver of its own."
 
 
 def _rows(batch: Batch, tensor: Tensor, ndim: int) -> Tensor:

@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 from torch import Tensor
 
 from lpgd.autograd import CallInfo, OnError
 from lpgd.gradients import GradientMethod
-from lpgd.layers.base import BaseLayer, CallOptions, WarmStart
+from lpgd.layers.base import BaseLayer, CallOptions, Recorded, WarmStart
 from lpgd.layers.inputs import Batch, Expected, check_inputs
 from lpgd.problems.linear import LinearData, LinearProblem, LinearStructure
 from lpgd.solution import LinearSolution
 from lpgd.solvers.oracle import Oracle
 
-__all__ = ["Arguments", "OracleLayer", "record"]
+__all__ = ["Arguments", "OracleLayer", "TensorOutput", "record"]
+
+if TYPE_CHECKING:
+
+    class TensorOutput(Tensor, Recorded):
+        """A tensor with the record of its call."""
+else:
+    TensorOutput = Tensor  # with attributes of its own
 
 
 class Arguments(NamedTuple):
@@ -43,6 +50,7 @@ class OracleLayer(BaseLayer):
 
     problem_class = LinearProblem
     _oracle: Oracle
+    _choice: ClassVar[str] = "the function that was given."
     ndim: int | None
 
     def __init__(
@@ -105,7 +113,7 @@ class OracleLayer(BaseLayer):
     def _problem(self, arguments: Arguments) -> tuple[LinearData, Any, LinearStructure, Batch, CallOptions]:
         c, structure, batch, extra, oracle = arguments
         make = partial(LinearProblem, structure, batch_size=batch.batch_size, extra=extra)
-        return LinearData(c), make, structure, batch, CallOptions(oracle, self.executor, self.gradient)
+        return LinearData(c), make, structure, batch, CallOptions(oracle, self.executor, self.gradient, self._choice)
 
     @staticmethod
     def _rows(name: str, values: Any, batch: Batch) -> Any:
@@ -139,7 +147,7 @@ def _wanted(shape: tuple[int, ...]) -> str:
     return "(" + ", ".join(map(str, shape)) + ", ...), a row for each element"
 
 
-def record(output: Tensor, info: CallInfo, batch: Batch) -> Tensor:
+def record(output: Tensor, info: CallInfo, batch: Batch) -> TensorOutput:
     """The output with the record of its call as attributes ``info`` and ``batch_shape``, as other outputs have."""
     vars(output).update(info=info, batch_shape=batch.batch_shape)
-    return output
+    return cast(TensorOutput, output)

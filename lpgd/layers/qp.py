@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Never
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from lpgd.autograd import OnError
 from lpgd.cones import Cones
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
-from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs
+from lpgd.layers.eager import eager, signature_of
+from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs, refuse_positional
 from lpgd.layers.matrices import Pattern, join, plan, read_matrix
 from lpgd.problems.structure import ConicData, ConicStructure
 from lpgd.solution import Solution
@@ -199,21 +200,32 @@ class QPLayer(_ProgramLayer):
 
     _has_quadratic = True
 
+    def __init__(
+        self,
+        solver: Solver | str | None = None,
+        gradient: GradientMethod | None = None,
+        solver_args: Mapping[str, Any] | None = None,
+        on_error: OnError = "raise",
+        executor: Executor | None = None,
+    ) -> None:
+        super().__init__(solver, gradient, solver_args, on_error, executor)
+
+    @eager
     def forward(
         self,
         P: Tensor,
         q: Tensor,
+        *misplaced: Never,
         A: Tensor | None = None,
         b: Tensor | None = None,
         G: Tensor | None = None,
         h: Tensor | None = None,
         lb: Bound = None,
         ub: Bound = None,
-        *,
         solver_args: Mapping[str, Any] | None = None,
         warm_start: WarmStart = False,
     ) -> ProgramOutput:
-        """Solve the program for these data.
+        """Solve the program for these data; constraints and bounds are given by name.
 
         Args:
             P: (*batch, n, n), dense or sparse.
@@ -231,21 +243,27 @@ class QPLayer(_ProgramLayer):
 
         Raises:
             SolverError: an element has no solution (``on_error="raise"``); it carries statuses and indices.
-            ValueError, TypeError: an argument has the wrong shape, type, layout or device.
+            ValueError, TypeError: an argument has the wrong shape, type, layout or device, or a constraint no name.
         """
+        refuse_positional("QPLayer", "layer(P, q", misplaced)
         return self._run(self._read({"q": q, "P": P}, A, b, G, h, lb, ub), solver_args, warm_start)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...
 
     def solve(
         self,
         P: Tensor,
         q: Tensor,
+        *misplaced: Never,
         A: Tensor | None = None,
         b: Tensor | None = None,
         G: Tensor | None = None,
         h: Tensor | None = None,
         lb: Bound = None,
         ub: Bound = None,
-        *,
         solver_args: Mapping[str, Any] | None = None,
         warm_start: WarmStart = False,
     ) -> Solution:
@@ -254,6 +272,7 @@ class QPLayer(_ProgramLayer):
         Arguments are those of a call; leading batch dimensions are flattened to one.  The rows of ``Solution.y`` are
         the equalities and then the inequalities, ``Solution.z`` is z_box.  Elements without a solution do not raise.
         """
+        refuse_positional("QPLayer", "layer.solve(P, q", misplaced)
         with torch.no_grad():
             call = self._read({"q": q, "P": P}, A, b, G, h, lb, ub)
         return self._solution(call.data, call.structure, call.batch, solver_args, warm_start)
@@ -291,51 +310,60 @@ class LPLayer(_ProgramLayer):
     ) -> None:
         super().__init__(solver, gradient, solver_args, on_error, executor, integer)
 
+    @eager
     def forward(
         self,
         c: Tensor,
+        *misplaced: Never,
         A: Tensor | None = None,
         b: Tensor | None = None,
         G: Tensor | None = None,
         h: Tensor | None = None,
         lb: Bound = None,
         ub: Bound = None,
-        *,
         solver_args: Mapping[str, Any] | None = None,
         warm_start: WarmStart = False,
     ) -> ProgramOutput:
-        """Solve the program for these data: c is (*batch, n), the others are as for :meth:`QPLayer.forward`."""
+        """Solve the program for these data: c is (*batch, n), the others, by name, as in :meth:`QPLayer.forward`."""
+        refuse_positional("LPLayer", "layer(c", misplaced)
         return self._run(self._read({"c": c}, A, b, G, h, lb, ub), solver_args, warm_start)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...
 
     def solve(
         self,
         c: Tensor,
+        *misplaced: Never,
         A: Tensor | None = None,
         b: Tensor | None = None,
         G: Tensor | None = None,
         h: Tensor | None = None,
         lb: Bound = None,
         ub: Bound = None,
-        *,
         solver_args: Mapping[str, Any] | None = None,
         warm_start: WarmStart = False,
     ) -> Solution:
         """The solver's whole answer, not differentiable, as :meth:`QPLayer.solve`."""
+        refuse_positional("LPLayer", "layer.solve(c", misplaced)
         with torch.no_grad():
             call = self._read({"c": c}, A, b, G, h, lb, ub)
         return self._solution(call.data, call.structure, call.batch, solver_args, warm_start)
 
 
+@eager
 def solve_qp(
     P: Tensor,
     q: Tensor,
+    *misplaced: Never,
     A: Tensor | None = None,
     b: Tensor | None = None,
     G: Tensor | None = None,
     h: Tensor | None = None,
     lb: Bound = None,
     ub: Bound = None,
-    *,
     solver: Solver | str | None = None,
     gradient: GradientMethod | None = None,
     solver_args: Mapping[str, Any] | None = None,
@@ -347,19 +375,21 @@ def solve_qp(
 
     What depends on the matrices is kept between calls here too; ``warm_start`` takes a previous result.
     """
+    refuse_positional("solve_qp", "solve_qp(P, q", misplaced)
     layer = QPLayer(solver, gradient, solver_args, on_error, executor)
-    return layer(P, q, A, b, G, h, lb, ub, warm_start=False if warm_start is None else warm_start)
+    return layer(P, q, A=A, b=b, G=G, h=h, lb=lb, ub=ub, warm_start=False if warm_start is None else warm_start)
 
 
+@eager
 def solve_lp(
     c: Tensor,
+    *misplaced: Never,
     A: Tensor | None = None,
     b: Tensor | None = None,
     G: Tensor | None = None,
     h: Tensor | None = None,
     lb: Bound = None,
     ub: Bound = None,
-    *,
     solver: Solver | str | None = None,
     gradient: GradientMethod | None = None,
     solver_args: Mapping[str, Any] | None = None,
@@ -369,5 +399,6 @@ def solve_lp(
     warm_start: Recorded | Solution | None = None,
 ) -> ProgramOutput:
     """Solve a linear program, differentiably: :class:`LPLayer` as a function; see :func:`solve_qp`."""
+    refuse_positional("solve_lp", "solve_lp(c", misplaced)
     layer = LPLayer(solver, gradient, solver_args, on_error, executor, integer)
-    return layer(c, A, b, G, h, lb, ub, warm_start=False if warm_start is None else warm_start)
+    return layer(c, A=A, b=b, G=G, h=h, lb=lb, ub=ub, warm_start=False if warm_start is None else warm_start)

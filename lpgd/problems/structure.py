@@ -45,7 +45,7 @@ class ConicData(NamedTuple):
     upper: Tensor  # (number of upper bounds,); +inf is no bound
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ConicStructure:
     """What is fixed while the data change: patterns, cones, and which variables have bounds.
 
@@ -81,6 +81,12 @@ class ConicStructure:
             if index.size and (index.min() < 0 or index.max() >= n or np.any(np.diff(index) <= 0)):
                 raise ValueError(f"{name} must be increasing and lie in [0, {n}).")
             object.__setattr__(self, name, index)
+
+    def __repr__(self) -> str:
+        entries = f"{self.quadratic.nnz} entries of P and {self.constraint.nnz} of A"
+        bounds = f"{self.lower_index.size} lower and {self.upper_index.size} upper bounds"
+        integers = f"; {self.integer_index.size} integers" if self.has_integers else ""
+        return f"ConicStructure({self.summary}; {self.cones}; {entries}; {bounds}{integers})"
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields alone: what was worked out from them is worked out again where it is needed."""

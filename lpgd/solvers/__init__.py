@@ -1,7 +1,7 @@
 """Solvers: one interface, one file a backend."""
 
 from lpgd.solvers.base import BaseSolver, Capabilities, Solver
-from lpgd.solvers.choose import SOLVERS, Situation, available, choose_solver, preference
+from lpgd.solvers.choose import SOLVERS, Choice, Situation, available, choose_solver, preference
 from lpgd.solvers.clarabel import Clarabel
 from lpgd.solvers.custom import CustomSolver
 from lpgd.solvers.daqp import DAQP
@@ -24,6 +24,7 @@ __all__ = [
     "SOLVERS",
     "BaseSolver",
     "Capabilities",
+    "Choice",
     "Clarabel",
     "CustomSolver",
     "ElementwiseSolver",

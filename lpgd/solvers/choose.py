@@ -20,13 +20,16 @@ from lpgd.solvers.proxqp import ProxQP
 from lpgd.solvers.scs import SCS
 from lpgd.status import MissingPackageError
 
-__all__ = ["SOLVERS", "Situation", "available", "choose_solver", "preference"]
+__all__ = ["SOLVERS", "Choice", "Situation", "available", "choose_solver", "preference"]
 
 rescue_by((Clarabel, InteriorPoint, DAQP, PIQP, HiGHS, ProxQP, OSQP, ECOS, SCS))
 """Clarabel first, which has nearly every cone and hands over certificates."""
 
-SOLVERS: tuple[type[Solver], ...] = (Clarabel, SCS, ECOS, InteriorPoint, DAQP, HiGHS, PIQP, OSQP, ProxQP)
-"""Every backend; where nothing of the situation is known, the first that can take a problem is chosen."""
+SOLVERS: tuple[type[Solver], ...] = (Clarabel, SCS, InteriorPoint, DAQP, HiGHS, PIQP, OSQP, ProxQP, ECOS)
+"""Every backend; where nothing of the situation is known, the first that can take a problem is chosen.
+
+ECOS, under the GPLv3 and without a release since 2024, comes last: every problem of its has another solver.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
     Without a situation it is the order of :data:`SOLVERS`.  Integer variables leave HiGHS alone.  With a situation:
 
     - Cones beyond those of linear and quadratic programs: Clarabel, which takes nearly every cone and a quadratic
-      objective, needs no tuning, and is accurate; then SCS, for the cones that Clarabel lacks, and ECOS.
+      objective, needs no tuning, and is accurate; then SCS, for the cones that Clarabel lacks, and last ECOS.
     - Linear and quadratic programs on another device than the CPU: the interior-point method in torch, which stays
       on it.
     - Small linear and quadratic programs (200 variables and rows together; 400 where P has its whole diagonal): DAQP,
@@ -78,23 +81,28 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
     LP 700, 1 % of A              16 + 32      45 + 102     424 + 190    14 + 9.8     18 + 31
     ============================  ===========  ===========  ===========  ===========  ===========
     """
-    if situation is None:
-        return SOLVERS
-    best: list[type[Solver]] = []
-    if structure.cones.is_polyhedral:
+    return tuple(solver for solver, _ in _ranked(structure, situation))
+
+
+def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tuple[type[Solver], str]]:
+    """Every solver, best first, and why it stands where it does."""
+    best: list[tuple[type[Solver], str]] = []
+    if situation is not None and structure.cones.is_polyhedral:
         size, linear = structure.n + structure.m, not structure.quadratic.nnz
         dense = size <= _SMALL or structure.constraint.nnz >= _FILLED * structure.n * structure.m
         if situation.device != "cpu":
-            best.append(InteriorPoint)
+            best.append((InteriorPoint, f"it stays on the device {situation.device}"))
         if size <= (_SMALL if structure.with_diagonal is structure else _TINY):
-            best.append(DAQP)
+            best.append((DAQP, "the fastest for small linear and quadratic programs"))
         if linear and not dense and situation.augmented is False:
-            best.append(HiGHS)
+            best.append((HiGHS, "the fastest for sparse linear programs without an added quadratic term"))
         if (not dense or (size > _SMALL and not linear)) and structure.n <= _MEDIUM and core_count() <= _FEW_CORES:
-            best.append(PIQP)
-        if dense and size <= _LARGE and InteriorPoint not in best:
-            best.append(InteriorPoint)
-    return (*best, *(solver for solver in SOLVERS if solver not in best))
+            best.append((PIQP, "the fastest for larger or sparse programs on few cores"))
+        if dense and size <= _LARGE and situation.device == "cpu":
+            best.append((InteriorPoint, "the fastest for dense programs in batches"))
+    ranked = {solver for solver, _ in best}
+    rest = [(solver, "the first that takes such problems") for solver in SOLVERS if solver not in ranked]
+    return best + rest
 
 
 _TINY, _SMALL, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 200, 400, 3000, 5000, 0.1, 4
@@ -154,6 +162,39 @@ def choose_solver(
         raise ValueError(f"{reason}; installed solvers that can solve this problem: {fitting_names}.{advice}")
     chosen.module()
     return chosen
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which solver a call uses, and why, as a sentence.
+
+    Args:
+        solver: the solver.
+        structure: of the problem it was chosen for.
+        situation: what else was known.
+        named: whether it was asked for.
+    """
+
+    solver: Solver
+    structure: ConicStructure
+    situation: Situation
+    named: bool
+
+    def __str__(self) -> str:
+        name = self.solver.name
+        if self.named:
+            return f"{name}, as asked for."
+        missing: list[str] = []
+        for candidate, reason in _ranked(self.structure, self.situation):
+            if candidate.unsupported(self.structure) is not None:
+                continue
+            if isinstance(self.solver, candidate):
+                better = f" of those installed (before it come {', '.join(missing)})" if missing else ""
+                return f"{name}, chosen by the rule{better}: {reason}."
+            if candidate.is_installed():
+                break
+            missing.append(candidate.name)
+        return f"{name}, whose own options were given."
 
 
 _INTEGER_ADVICE = (

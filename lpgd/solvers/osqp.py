@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from lpgd.interrupts import InterruptedSolveError
+from lpgd.quiet import quiet
 from lpgd.reductions import Form, IntervalForm, IntervalPoint, IntervalVectors
 from lpgd.solvers.base import POLYHEDRAL, Capabilities
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
@@ -95,20 +96,21 @@ class _PreparedOSQP(Prepared):
         self.solver = osqp.OSQP()
         try:
             # OSQP knows SciPy's matrices, not its arrays (osqp 1.1.3).
-            self.solver.setup(
-                sp.csc_matrix(form.upper_P()),
-                np.zeros(form.n),
-                sp.csc_matrix(A),
-                np.zeros(rows),
-                np.zeros(rows),
-                verbose=options.verbose,
-                max_iter=options.max_iterations,
-                eps_abs=options.tolerance,
-                eps_rel=options.tolerance,
-                rho=options.rho,
-                polishing=options.polishing,
-                time_limit=options.time_limit or 1e10,
-            )
+            with quiet(not options.verbose):
+                self.solver.setup(
+                    sp.csc_matrix(form.upper_P()),
+                    np.zeros(form.n),
+                    sp.csc_matrix(A),
+                    np.zeros(rows),
+                    np.zeros(rows),
+                    verbose=options.verbose,
+                    max_iter=options.max_iterations,
+                    eps_abs=options.tolerance,
+                    eps_rel=options.tolerance,
+                    rho=options.rho,
+                    polishing=options.polishing,
+                    time_limit=min(options.time_limit or 1e10, 1e10),
+                )
         except osqp.OSQPException as error:
             if error.args and error.args[0] == _NOT_CONVEX:
                 raise SetUpError("OSQP cannot factorise P.") from error
@@ -126,9 +128,12 @@ class _PreparedOSQP(Prepared):
             u=np.concatenate([vectors.row_upper, vectors.upper[bounded]]),
         )
         if self._rho() != start.rho:
-            solver.update_settings(rho=start.rho)
+            with quiet(not self.options.verbose):
+                solver.update_settings(rho=start.rho)
         solver.warm_start(x=start.x, y=start.y)
-        result = solver.solve(raise_error=False)
+        # It prints what it could not factorise, and that it need not polish, whatever verbose is (osqp 1.1.3).
+        with quiet(not self.options.verbose):
+            result = solver.solve(raise_error=False)
         if int(result.info.status_val) == _INTERRUPTED:
             raise InterruptedSolveError
         status = _STATUSES.get(int(result.info.status_val), Status.NUMERICAL_ERROR)

@@ -10,6 +10,7 @@ import scipy.sparse as sp
 
 from lpgd.cones import Cones
 from lpgd.interrupts import InterruptedSolveError
+from lpgd.quiet import quiet
 from lpgd.reductions import RowForm, RowPoint, RowVectors
 from lpgd.solvers.base import Capabilities
 from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
@@ -107,23 +108,24 @@ class _PreparedSCS(Prepared):
         options = self.options
         own = {name: getattr(options, name) for name in _OWN_DEFAULTS if getattr(options, name) is not None}
         try:
-            return self._made(options, own)
-        except ValueError as error:  # "ScsWork allocation error!": its factorisation broke down (scs 3.3.1)
-            raise SetUpError(f"SCS cannot set up these matrices: {error}") from error
-
-    def _made(self, options: SCS, own: dict[str, Any]) -> Any:
-        return options.module().SCS(
-            self.data,
-            _cones(self.cones),
-            max_iters=options.max_iterations,
-            eps_abs=options.eps_abs if options.eps_abs is not None else options.tolerance,
-            eps_rel=options.eps_rel if options.eps_rel is not None else options.tolerance,
-            time_limit_secs=options.time_limit or 0.0,
-            verbose=options.verbose,
-            scale=options.scale,
-            linear_solver=options.linear_solver,
-            **own,
-        )
+            # It prints that it cannot factorise a matrix, whatever verbose is (scs 3.3.1).
+            with quiet(not options.verbose):
+                return options.module().SCS(
+                    self.data,
+                    _cones(self.cones),
+                    max_iters=options.max_iterations,
+                    eps_abs=options.eps_abs if options.eps_abs is not None else options.tolerance,
+                    eps_rel=options.eps_rel if options.eps_rel is not None else options.tolerance,
+                    time_limit_secs=options.time_limit if options.time_limit not in (None, np.inf) else 0.0,
+                    verbose=options.verbose,
+                    scale=options.scale,
+                    linear_solver=options.linear_solver,
+                    **own,
+                )
+        except ValueError as error:
+            if "ScsWork" in str(error):  # "ScsWork allocation error!": its factorisation broke down (scs 3.3.1)
+                raise SetUpError(f"SCS cannot set up these matrices: {error}") from error
+            raise
 
     def solve(self, vectors: RowVectors, state: Any) -> Outcome:
         q, b = vectors

@@ -1,0 +1,38 @@
+"""How layers are called: by the signature of ``forward``, and left alone by ``torch.compile``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+__all__ = ["eager", "signature_of"]
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The same function, which ``torch.compile`` does not look into: one break of the graph.
+
+    ``torch.compiler.disable`` does it, and takes a second to import the compiler: only a compiler sees it.
+    """
+
+    @wraps(function)
+    def call(*args: Arguments.args, **keywords: Arguments.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            from lpgd.layers.uncompiled import run
+
+            return run(function, args, keywords)
+        return function(*args, **keywords)
+
+    return call
+
+
+def signature_of(
+    forward: Callable[Arguments, Result],
+) -> Callable[[Callable[..., Any]], Callable[Arguments, Result]]:
+    """A decorator: ``__call__``, whose types ``torch.nn.Module`` hides, has the signature of ``forward``."""
+    return lambda call: forward
