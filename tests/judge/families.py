@@ -65,6 +65,16 @@ class Trial:
         """(B,) programs whose gradients are judged."""
         return (self.reference.condition < WELL_CONDITIONED) & self.with_gradients
 
+    @property
+    def singular(self) -> NDArray[np.bool_]:
+        """(B,) programs whose solution is not unique, or has no derivative: a gradient needs a word."""
+        return ~self.reference.is_regular & self.with_gradients
+
+    @property
+    def is_differentiated(self) -> bool:
+        """Whether the gradient of any program is judged."""
+        return bool((self.differentiable | self.singular).any())
+
     def select(self, rows: NDArray[np.int64]) -> Trial:
         return replace(self, programs=self.programs.select(rows), statement=self.statement.select(rows))
 

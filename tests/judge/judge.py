@@ -8,6 +8,7 @@
 ``wrong status``    a verdict that is false
 ``wrong x``         SOLVED, with another x than the planted one
 ``wrong gradient``  no word about a gradient that is wrong
+``unsaid``          no word about the gradient of a program whose solution is not unique, by construction
 ``crash``           an exception
 ==================  =================================================================================================
 """
@@ -47,12 +48,14 @@ METHODS: dict[str, GradientMethod] = {
 }
 """Gradient methods by name; ``forward`` is forward mode."""
 
-SILENT = ("wrong status", "wrong x", "wrong gradient", "crash")
+SILENT = ("wrong status", "wrong x", "wrong gradient", "unsaid", "crash")
 """What must never happen."""
 
 GRADIENT_TOLERANCE = 1e-4
 X_TOLERANCE = {"scales": 1e-6}
 """Of x, relative to its largest entry, and 1e-4 for the other families."""
+X_ERROR = {"scales": 1e-9}
+"""What is allowed for each unit of the condition number, where it asks for more, and 1e-8 for the other families."""
 
 FALSE = (Status.INFEASIBLE, Status.UNBOUNDED, Status.NOT_CONVEX, Status.INVALID_DATA)
 """Verdicts on the program itself."""
@@ -133,7 +136,7 @@ def judge_trial(
 
 def _methods(trial: Trial, methods: tuple[str, ...]) -> tuple[str, ...]:
     """Those of the methods that say something of a trial: a fixed τ has the units of the data."""
-    if not trial.differentiable.any():
+    if not trial.is_differentiated:
         return ("implicit",)
     return tuple(name for name in methods if name != "small tau" or trial.family != "scales")
 
@@ -173,7 +176,8 @@ def _outcomes(
     warned = _warned(answer.info, caught, len(statuses))
     x = answer.x.detach().numpy()
     off = _x_error(trial, x)
-    tolerance = X_TOLERANCE.get(trial.family, 1e-4)
+    condition = np.minimum(trial.reference.condition, 1e5)
+    tolerance = np.maximum(X_TOLERANCE.get(trial.family, 1e-4), X_ERROR.get(trial.family, 1e-8) * condition)
     worst = np.max(np.stack(list(errors.values())), axis=0) if errors else np.zeros(len(statuses))
     outcomes, details = [], []
     for element, status in enumerate(statuses):
@@ -191,10 +195,12 @@ def _outcomes(
             outcomes.append("failed")
         elif status is Status.INACCURATE:
             outcomes.append("inaccurate")
-        elif not off[element] <= tolerance:
+        elif not off[element] <= tolerance[element]:
             outcomes.append("wrong x")
         elif gradient_wrong:
             outcomes.append("warned" if warned[element] else "wrong gradient")
+        elif trial.singular[element] and bool(errors):
+            outcomes.append("warned" if warned[element] else "unsaid")
         else:
             outcomes.append("right")
     return outcomes, details
@@ -205,7 +211,7 @@ def _differentiated(
 ) -> tuple[Answer, dict[str, FloatArray]]:
     """A call and its gradients, or its tangent: relative errors (B,) by datum."""
     leaves = leaves_of(trial)
-    if not trial.differentiable.any():
+    if not trial.is_differentiated:
         return call(leaves), {}
     rng = np.random.default_rng([trial.seed, trial.chunk, 1])
     used = {name: leaf for name, leaf in leaves.items() if leaf.numel() and (name != "P" or trial.programs.P.any())}
