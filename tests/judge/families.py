@@ -225,7 +225,9 @@ def _infeasible(rng: np.random.Generator, programs: Programs) -> Programs:
     size = (y * y).sum(axis=1)[:, None]
     A = programs.A - y[:, :, None] * np.einsum("bm,bmn->bn", y, programs.A)[:, None, :] / size[:, :, None]
     shift = (1.0 + np.einsum("bm,bm->b", programs.b, y))[:, None] / size
-    return replace(programs, plan=plan, A=A, b=programs.b - shift * y, y=y)
+    # The dual stays feasible, so that no ray may be claimed.
+    q = -np.einsum("bij,bj->bi", programs.P, programs.x) - np.einsum("bmn,bm->bn", A, programs.y) - programs.z
+    return replace(programs, plan=plan, A=A, q=q, b=programs.b - shift * y, y=y)
 
 
 def _unbounded(rng: np.random.Generator, plan: Plan) -> Programs:
