@@ -1,0 +1,317 @@
+"""Programs put to the layers, and what became of each element.
+
+==================  =================================================================================================
+``right``           status, x and every gradient are what they must be
+``warned``          a gradient is wrong, and the record, or a warning that names the element, says so
+``inaccurate``      the status is INACCURATE, which is warned about
+``failed``          a status that says that there is no answer (a limit, a numerical error)
+``wrong status``    a verdict that is false
+``wrong x``         SOLVED, with another x than the planted one
+``wrong gradient``  no word about a gradient that is wrong
+``unsaid``          no word about the gradient of a program whose solution is not unique, by construction
+``crash``           an exception
+==================  =================================================================================================
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lpgd import LPGD, ImplicitKKT, LpgdWarning
+from lpgd.gradients import GradientMethod
+from lpgd.status import Status
+from tests.judge.families import CHUNK, FAMILIES, Trial, draw_trial
+from tests.judge.front_ends import FRONT_ENDS, Answer, Call, Stated, as_gradients, leaves_of, names_of_solvers
+from tests.judge.references import Gradients
+
+__all__ = ["METHODS", "SILENT", "Finding", "Tally", "judge", "judge_trial"]
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+METHODS: dict[str, GradientMethod] = {
+    "implicit": ImplicitKKT(),
+    "forward": ImplicitKKT(),
+    "lpgd": LPGD(),
+    "small tau": LPGD(tau=1e-4),
+}
+"""Gradient methods by name; ``forward`` is forward mode."""
+
+SILENT = ("wrong status", "wrong x", "wrong gradient", "unsaid", "crash")
+"""What must never happen."""
+
+GRADIENT_TOLERANCE = 1e-4
+X_TOLERANCE = {"scales": 1e-6}
+"""Of x, relative to its largest entry, and 1e-4 for the other families."""
+X_ERROR = {"scales": 1e-9}
+"""What is allowed for each unit of the condition number, where it asks for more, and 1e-8 for the other families."""
+
+FALSE = (Status.INFEASIBLE, Status.UNBOUNDED, Status.NOT_CONVEX, Status.INVALID_DATA)
+"""Verdicts on the program itself."""
+
+PLAIN = frozenset({"implicit", "average", "zero cotangent"})
+"""What ``GradientInfo.used`` says of gradients that are what their methods ask for."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One element that was not right.
+
+    Attributes:
+        what: the kind of outcome.
+        where: front-end, solver, method, and the trial in words.
+        index: the number of the program in its family.
+        detail: sizes of errors, or the message of an exception.
+        command: repeats it.
+    """
+
+    what: str
+    where: str
+    index: int
+    detail: str
+    command: str
+
+
+@dataclass
+class Tally:
+    """Counts by family, front-end, solver and method, and the first findings of each."""
+
+    counts: dict[tuple[str, ...], Counter[str]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    keep: int = 4
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, key: tuple[str, ...], outcomes: Counter[str], findings: list[Finding]) -> None:
+        """Count the outcomes of one run."""
+        before = self.counts.setdefault(key, Counter())
+        for finding in findings:
+            if sum(other.what == finding.what and other.where == finding.where for other in self.findings) < self.keep:
+                self.findings.append(finding)
+        before.update(outcomes)
+
+    def total(self, *names: str) -> int:
+        return sum(counts[name] for counts in self.counts.values() for name in names)
+
+
+def judge_trial(
+    trial: Trial,
+    tally: Tally,
+    front_ends: tuple[str, ...] = tuple(FRONT_ENDS),
+    solvers: tuple[str, ...] | None = None,
+    methods: tuple[str, ...] = tuple(METHODS),
+    first: int = 0,
+) -> None:
+    """Put one trial to layers, solvers and methods.
+
+    Args:
+        trial: its programs and what must come out.
+        tally: gets the outcomes.
+        front_ends, methods: names.
+        solvers: names; ``default`` is the layer's own choice; None is all that can take the cones, and the default.
+        first: the number of the trial's first program within its chunk.
+    """
+    for front_name in front_ends:
+        front_end = FRONT_ENDS[front_name]
+        if not front_end.takes(trial):
+            continue
+        stated = Stated(trial, front_end.with_bounds)
+        fitting = ["default", *names_of_solvers(stated.cones)]
+        call: Call | None = None
+        for solver in fitting if solvers is None else [name for name in fitting if name in solvers]:
+            call = call or front_end.prepare(stated)
+            for method in _methods(trial, methods):
+                _run(trial, tally, (trial.family, front_name, solver, method), call, first)
+
+
+def _methods(trial: Trial, methods: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the methods that say something of a trial: a fixed τ has the units of the data."""
+    if not trial.is_differentiated:
+        return ("implicit",)
+    return tuple(name for name in methods if name != "small tau" or trial.family != "scales")
+
+
+def _run(trial: Trial, tally: Tally, key: tuple[str, ...], call: Call, first: int) -> None:
+    family, front_name, solver, method = key
+    command = f"python -m tests.judge --family {family} --seed {trial.seed} --front-end {front_name} --solver {solver}"
+    command += f" --method {method!r} --count 1 --start "
+    where, size = f"{front_name}, {solver}, {method}: {trial}", len(trial.programs)
+    indices = trial.chunk * CHUNK + first + np.arange(size)
+    try:
+        outcomes, details = _outcomes(trial, call, None if solver == "default" else solver, method, tally)
+    except Exception as error:  # noqa: BLE001  a crash is a finding like any other
+        message = f"{type(error).__name__}: {error}"
+        finding = Finding("crash", where, int(indices[0]), message, command + str(indices[0]))
+        tally.add(key, Counter({"crash": size}), [finding])
+        return
+    findings = [
+        Finding(outcome, where, int(index), detail, command + str(index))
+        for outcome, detail, index in zip(outcomes, details, indices, strict=True)
+        if outcome not in ("right", "warned")
+    ]
+    tally.add(key, Counter(outcomes), findings)
+
+
+def _outcomes(
+    trial: Trial, call: Call, solver: str | None, method: str, tally: Tally
+) -> tuple[list[str], list[str]]:
+    """What became of each element, and a detail."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        answer, errors = _differentiated(trial, lambda leaves: call(leaves, solver, METHODS[method]), method)
+    for warning in caught:
+        if not issubclass(warning.category, LpgdWarning):
+            tally.notes[f"{warning.category.__name__}: {str(warning.message)[:100]}"] += 1
+    statuses = answer.info.statuses
+    warned = _warned(answer.info, caught, len(statuses))
+    x = answer.x.detach().numpy()
+    off = _x_error(trial, x)
+    condition = np.minimum(trial.reference.condition, 1e5)
+    tolerance = np.maximum(X_TOLERANCE.get(trial.family, 1e-4), X_ERROR.get(trial.family, 1e-8) * condition)
+    worst = np.max(np.stack(list(errors.values())), axis=0) if errors else np.zeros(len(statuses))
+    outcomes, details = [], []
+    for element, status in enumerate(statuses):
+        parts = ", ".join(f"{name} {error[element]:.1e}" for name, error in errors.items())
+        details.append(f"{status.name}, x {off[element]:.1e}" + (f"; gradients: {parts}" if parts else ""))
+        judged = trial.differentiable[element] and bool(errors)
+        gradient_wrong = judged and not worst[element] <= GRADIENT_TOLERANCE
+        if trial.verdict is not Status.SOLVED:
+            ended = status is trial.verdict
+            false = status.usable or status in FALSE
+            outcomes.append("right" if ended else "wrong status" if false else "failed")
+        elif status in FALSE:
+            outcomes.append("wrong status")
+        elif not status.usable:
+            outcomes.append("failed")
+        elif status is Status.INACCURATE:
+            outcomes.append("inaccurate")
+        elif not off[element] <= tolerance[element]:
+            outcomes.append("wrong x")
+        elif gradient_wrong:
+            outcomes.append("warned" if warned[element] else "wrong gradient")
+        elif trial.singular[element] and bool(errors):
+            outcomes.append("warned" if warned[element] else "unsaid")
+        else:
+            outcomes.append("right")
+    return outcomes, details
+
+
+def _differentiated(
+    trial: Trial, call: Callable[[dict[str, Tensor]], Answer], method: str
+) -> tuple[Answer, dict[str, FloatArray]]:
+    """A call and its gradients, or its tangent: relative errors (B,) by datum."""
+    leaves = leaves_of(trial)
+    if not trial.is_differentiated:
+        return call(leaves), {}
+    rng = np.random.default_rng([trial.seed, trial.chunk, 1])
+    used = {name: leaf for name, leaf in leaves.items() if leaf.numel() and (name != "P" or trial.programs.P.any())}
+    if method == "forward":
+        tangent = {name: torch.from_numpy(rng.normal(size=(CHUNK, *leaf.shape[1:]))) for name, leaf in leaves.items()}
+        tangent = {name: part[: len(trial.programs)] for name, part in tangent.items()}
+        tangent["P"] = (tangent["P"] + tangent["P"].mT) / 2 if "P" in used else 0.0 * tangent["P"]
+        expected = trial.reference.change(as_gradients(tangent))
+        with forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(leaf, tangent[name]) for name, leaf in leaves.items()}
+            answer = call(duals)
+            found = forward_ad.unpack_dual(answer.x).tangent
+        assert found is not None
+        largest = np.abs(expected).max(axis=1)
+        error = np.abs(found.numpy() - expected).max(axis=1)
+        return Answer(answer.x.detach(), answer.info), {"x": error / np.maximum(largest, 1e-3)}
+    for leaf in used.values():
+        leaf.requires_grad_()
+    weights = rng.normal(size=(CHUNK, trial.programs.plan.n))[: len(trial.programs)]
+    answer = call(leaves)
+    found = torch.autograd.grad(answer.x, list(used.values()), torch.from_numpy(weights))
+    expected = trial.reference.gradients(weights)
+    return answer, _errors(dict(zip(used, found, strict=True)), expected)
+
+
+def _errors(found: dict[str, Tensor], expected: Gradients) -> dict[str, FloatArray]:
+    """Errors of each datum's gradient in the maximum norm, relative to it, or to a tenth of the largest of all."""
+    size = len(expected.q)
+    known = {name: part.reshape(size, -1) for name, part in expected.parts().items() if name in found}
+    largest = {name: np.abs(part).max(axis=1, initial=0.0) for name, part in known.items()}
+    overall = np.maximum(np.max(np.stack(list(largest.values())), axis=0), 1e-3)
+    errors = {}
+    for name, part in known.items():
+        own = found[name].detach().numpy().reshape(size, -1)
+        errors[name] = np.abs(own - part).max(axis=1, initial=0.0) / np.maximum(largest[name], 0.1 * overall)
+    return errors
+
+
+def _x_error(trial: Trial, x: FloatArray) -> FloatArray:
+    """(B,) the error of x; where x is not unique, the violation of constraints and the excess of the objective."""
+    programs = trial.programs
+    error = np.abs(x - programs.x).max(axis=1) / np.maximum(1.0, np.abs(programs.x).max(axis=1))
+    unique = trial.reference.condition < 1e7
+    if unique.all() or trial.verdict is not Status.SOLVED:
+        return error
+
+    def value(points: FloatArray) -> FloatArray:
+        return 0.5 * np.einsum("bi,bij,bj->b", points, programs.P, points) + (programs.q * points).sum(axis=1)
+
+    planted = value(programs.x)
+    excess = np.abs(value(x) - planted) / np.maximum(1.0, np.abs(planted))
+    outside = np.maximum(programs.lower - x, x - programs.upper).max(axis=1, initial=0.0)
+    slack = programs.b - np.einsum("bmn,bn->bm", programs.A, x)
+    cones = programs.cones
+    outside = np.maximum(outside, np.abs(slack[:, : cones.zero]).max(axis=1, initial=0.0))
+    start = cones.sections["second_order"].start
+    outside = np.maximum(outside, np.maximum(-slack[:, cones.zero : start], 0.0).max(axis=1, initial=0.0))
+    for size in cones.second_order:
+        part = slack[:, start : start + size]
+        outside = np.maximum(outside, np.linalg.norm(part[:, 1:], axis=1) - part[:, 0])
+        start += size
+    return np.where(unique, error, np.maximum(excess, outside))
+
+
+def _warned(info: Any, caught: list[warnings.WarningMessage], size: int) -> BoolArray:
+    """(B,) elements of which the record, or a warning by their index, says that their gradient is not what it should be."""
+    named = np.zeros(size, dtype=bool)
+    for record in info.gradients[-1:]:
+        named |= np.array([used not in PLAIN for used in record.used])
+        named[list(record.fallbacks)] = True
+    for warning in caught:
+        if issubclass(warning.category, LpgdWarning):
+            for listed in re.findall(r"elements? \[?((?:\d+(?:, )?)+)", str(warning.message)):
+                named[[int(place) for place in re.findall(r"\d+", listed) if int(place) < size]] = True
+    return named
+
+
+def judge(
+    family: str,
+    count: int,
+    seed: int = 0,
+    start: int = 0,
+    front_ends: tuple[str, ...] = tuple(FRONT_ENDS),
+    solvers: tuple[str, ...] | None = None,
+    methods: tuple[str, ...] = tuple(METHODS),
+    tally: Tally | None = None,
+) -> Iterator[tuple[int, Tally]]:
+    """Judge the programs ``start``, …, ``start + count - 1`` of a family; after each chunk, how many and the tally.
+
+    Raises:
+        ValueError: there is no such family, front-end or method.
+    """
+    for name, names in ((family, FAMILIES), *((f, FRONT_ENDS) for f in front_ends), *((m, METHODS) for m in methods)):
+        if name not in names:
+            raise ValueError(f"{name!r} is not one of {', '.join(names)}.")
+    tally = tally or Tally()
+    for chunk in range(start // CHUNK, (start + count - 1) // CHUNK + 1):
+        trial = draw_trial(family, seed, chunk)
+        first, last = max(start - chunk * CHUNK, 0), min(start + count - chunk * CHUNK, CHUNK)
+        if (first, last) != (0, CHUNK):
+            trial = trial.select(np.arange(first, last))
+        judge_trial(trial, tally, front_ends, solvers, methods, first)
+        yield last - first, tally
