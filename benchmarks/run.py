@@ -31,6 +31,7 @@ COMPARISONS = (
     "sparse",
     "maros_meszaros",
     "reuse",
+    "rescue",
     "scaling",
     "blackbox",
     "nodes_pooling",
