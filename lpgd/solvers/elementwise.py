@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lpgd.elements import ElementView
 from lpgd.execution import SerialExecutor, run_tasks, workspaces
-from lpgd.interrupts import InterruptedSolveError, kept_handler, pause, send_on
+from lpgd.interrupts import InterruptedSolveError, hearing, kept_handler, pause, send_on
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.memo import TensorMemo
 from lpgd.problems.structure import ConicStructure
@@ -106,18 +106,20 @@ class ElementwiseSolver(Solver):
         chunks = view.groups(view.valid, executor, len(states) or None)
         tasks: list[_Task] = []
         results: list[_Results] = []
-        threads, aside = executor is None or isinstance(executor, ThreadPoolExecutor), self.takes_interrupts
-        if chunks and ((threads and len(chunks) > 1) or aside):
-            trial, started = chunks[0][:TRIAL], time.perf_counter()
+        threads = executor is None or isinstance(executor, ThreadPoolExecutor)
+        key = (self, problem.structure.digest)
+        aside = self.takes_interrupts and hearing() and _seconds.get(key, np.inf) * len(view.valid) > ASIDE
+        if threads and len(chunks) > 1:
+            trial = chunks[0][:TRIAL]
             tasks.append(_task(self, view, digests, trial, states))
-            results.append(_solve_elements(tasks[0]))
+            results += run_tasks(_solve_elements, tasks, SerialExecutor(), aside)
             chunks[0] = chunks[0][TRIAL:]
-            seconds = (time.perf_counter() - started) / len(trial)
-            if seconds < QUICK and threads:
+            if results[0].seconds < QUICK:
                 chunks = [[element for chunk in chunks for element in chunk]]
-            aside = aside and seconds * sum(map(len, chunks)) > ASIDE
         rest = [_task(self, view, digests, elements, states) for elements in chunks if elements]
         results += run_tasks(_solve_elements, rest, executor, aside)
+        if self.takes_interrupts:
+            _remember(key, max((part.seconds for part in results), default=0.0))
         return checked(_assemble(problem, tasks + rest, results), self.tolerance)
 
 
@@ -128,6 +130,15 @@ ASIDE = 2e-3
 """A solver that takes interrupts works aside of the main thread if that is for more seconds than this: to hand it over
 takes a tenth of a millisecond, and as long as it lasts every interrupt is heard.  In the main thread, one that comes
 after the solver's last look is not."""
+_seconds: dict[Any, float] = {}
+"""How long an element took, by solver and structure; where that is not known, a solver works aside."""
+_KNOWN = 1024
+
+
+def _remember(key: Any, seconds: float) -> None:
+    if len(_seconds) >= _KNOWN and key not in _seconds:
+        _seconds.clear()
+    _seconds[key] = seconds
 
 
 class _Task(NamedTuple):
@@ -155,6 +166,11 @@ class _Results(NamedTuple):
     setup_seconds: FloatArray
     solve_seconds: FloatArray
     states: list[Any]
+
+    @property
+    def seconds(self) -> float:
+        """How long one of its elements took."""
+        return float((self.setup_seconds + self.solve_seconds).mean()) if self.statuses else 0.0
 
     @classmethod
     def empty(cls, count: int, structure: ConicStructure) -> _Results:
