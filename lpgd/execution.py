@@ -250,7 +250,6 @@ class WorkspaceCache:
         if not self.by_key[key]:
             del self.by_key[key]
         del self.by_family[family][ticket]
-        self.family_cost[family] -= cost
         if not self.by_family[family]:
             del self.by_family[family]
         self.cost -= cost
