@@ -347,7 +347,8 @@ def _solved(prepared: Prepared, vectors: Any, state: Any) -> Outcome:
 def _hand_back(held: _Held | None, family: tuple[Any, ...], task: _Task) -> None:
     if held is not None:
         form, prepared = held.form, held.prepared
-        workspaces.put(held.key, family, (form, prepared), prepared.memory(form), _room(task))
+        # One more than stay where it is given new data: that one is then the oldest.
+        workspaces.put(held.key, family, (form, prepared), prepared.memory(form), _room(task) + 1)
 
 
 def _room(task: _Task) -> int:
