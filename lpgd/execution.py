@@ -175,6 +175,10 @@ class WorkspaceCache:
 
     A task takes a workspace out, so that none is ever used by two threads, and puts it back when done.
 
+    Workspaces of one family differ in their matrices.  Where these are new in every call, idle workspaces are never
+    used again, so a family keeps only as many as it asks for; when one is missed that was dropped for this, the family
+    gets twice the room.
+
     Args:
         capacity: how much cost (bytes, roughly) of idle workspaces is kept.
     """
@@ -186,36 +190,60 @@ class WorkspaceCache:
         self.idle: OrderedDict[int, tuple[Hashable, Hashable, Any, int]] = OrderedDict()
         self.by_key: dict[Hashable, list[int]] = {}
         self.by_family: dict[Hashable, OrderedDict[int, None]] = {}
+        self.dropped: OrderedDict[Hashable, Hashable] = OrderedDict()
+        self.growth: OrderedDict[Hashable, int] = OrderedDict()
         self.tickets = 0
+        self.changing = False
 
     def take(self, key: Hashable) -> Any | None:
         """A workspace put back under this key, or None."""
-        with self.lock:
+        with self._whole():
             tickets = self.by_key.get(key)
-            return self._remove(tickets[-1]) if tickets else None
+            if tickets:
+                return self._remove(tickets[-1])
+            family = self.dropped.pop(key, None)
+            if family is not None:
+                self.growth[family] = min(2 * self.growth.get(family, 1), _REMEMBERED)
+                _shorten(self.growth)
+            return None
 
     def take_oldest(self, family: Hashable, keep: int) -> Any | None:
         """The longest idle workspace of a family if more than ``keep`` of them are idle: one to give new data."""
-        with self.lock:
+        with self._whole():
             members = self.by_family.get(family, ())
-            return self._remove(next(iter(members))) if len(members) > keep else None
+            return self._remove(next(iter(members))) if len(members) > self._room(family, keep) else None
 
-    def put(self, key: Hashable, family: Hashable, workspace: Any, cost: int) -> None:
-        """Hand a workspace back for later tasks with the same key."""
-        with self.lock:
+    def put(self, key: Hashable, family: Hashable, workspace: Any, cost: int, keep: int | None = None) -> None:
+        """Hand a workspace back for later tasks with the same key.
+
+        Args:
+            key, family: what it is found by.
+            workspace: the workspace.
+            cost: bytes that it holds, roughly.
+            keep: how many workspaces of this family are to be idle at most; None is any number.
+        """
+        with self._whole():
             self.tickets += 1
             self.idle[self.tickets] = (key, family, workspace, cost)
             self.by_key.setdefault(key, []).append(self.tickets)
-            self.by_family.setdefault(family, OrderedDict())[self.tickets] = None
+            members = self.by_family.setdefault(family, OrderedDict())
+            members[self.tickets] = None
             self.cost += cost
+            while keep is not None and len(members) > self._room(family, keep):
+                ticket = next(iter(members))
+                self.dropped[self.idle[ticket][0]] = family
+                self._remove(ticket)
+            _shorten(self.dropped)
             while self.cost > self.capacity and len(self.idle) > 1:
                 self._remove(next(iter(self.idle)))
 
     def clear(self) -> None:
         """Forget every idle workspace."""
-        with self.lock:
-            for ticket in list(self.idle):
-                self._remove(ticket)
+        with self._whole():
+            self._forget()
+
+    def _room(self, family: Hashable, keep: int) -> int:
+        return keep * self.growth.get(family, 1)
 
     def _remove(self, ticket: int) -> Any:
         key, family, workspace, cost = self.idle.pop(ticket)
@@ -227,6 +255,30 @@ class WorkspaceCache:
             del self.by_family[family]
         self.cost -= cost
         return workspace
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Held by one thread at a time; what an interrupt has left half done is forgotten."""
+        with self.lock:
+            if self.changing:
+                self._forget()
+            self.changing = True
+            yield
+            self.changing = False
+
+    def _forget(self) -> None:
+        for part in (self.idle, self.by_key, self.by_family, self.dropped, self.growth):
+            part.clear()
+        self.cost = 0
+
+
+_REMEMBERED = 4096
+
+
+def _shorten(memory: OrderedDict[Any, Any]) -> None:
+    """Forget the oldest of what is remembered about workspaces that are gone."""
+    while len(memory) > _REMEMBERED:
+        memory.popitem(last=False)
 
 
 workspaces = WorkspaceCache(capacity=2**29)

@@ -34,7 +34,7 @@ __all__ = [
 PATIENCE = 0.7
 """Seconds that an interrupt waits for elements that are being solved; after that they end by themselves."""
 SHORTEST, LONGEST, SHARE = 3e-5, 0.05, 0.02
-"""How long the main thread waits before it looks whether the work is done: this share of the time spent so far."""
+"""How long the main thread waits before it looks whether the work is done: at most a share of the time spent so far."""
 
 _CAN_LISTEN = hasattr(signal, "sigtimedwait") and hasattr(signal, "pthread_sigmask")
 _SIGACTION = ctypes.CDLL(None).sigaction if os.name == "posix" else None
@@ -168,6 +168,35 @@ def hearing() -> bool:
     return threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT))
 
 
+class _Wake:
+    """Wakes the main thread, which waits for SIGINT, by one, once all of some futures are done."""
+
+    def __init__(self, futures: Sequence[Future[Any]]) -> None:
+        self.lock = threading.Lock()
+        self.waiting, self.sent, self.left = True, False, len(futures)
+        self.main = threading.get_ident()
+        for future in futures:
+            future.add_done_callback(self.count)
+
+    def count(self, _: Future[Any]) -> None:
+        with self.lock:
+            self.left -= 1
+            if self.waiting and not self.left:
+                self.sent = True
+                signal.pthread_kill(self.main, signal.SIGINT)
+
+    def is_own(self) -> bool:
+        """Whether the signal that just came may be the one sent here: of two, one is."""
+        with self.lock:
+            own, self.sent = self.sent, False
+            return own
+
+    def end(self) -> None:
+        """Send nothing from now on."""
+        with self.lock:
+            self.waiting = False
+
+
 def hear(futures: Sequence[Future[Any]]) -> None:
     """Wait, in the main thread, for work that takes SIGINT's handler away from Python.
 
@@ -178,28 +207,33 @@ def hear(futures: Sequence[Future[Any]]) -> None:
         _look(futures)
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    wake = _Wake(futures)
     try:
-        for seconds in _waits(futures):
-            if signal.sigtimedwait((signal.SIGINT,), seconds) is not None:
-                _thread.interrupt_main()  # the user's handler runs here
+        while wake.left:
+            _take(wake, LONGEST)
     finally:
+        wake.end()
+        while _take(wake, 0.0):  # its own must not be left over
+            pass
         _handler.restore()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _take(wake: _Wake, seconds: float) -> bool:
+    """Take one signal: an interrupt goes to the user's handler, which runs here."""
+    taken = signal.sigtimedwait((signal.SIGINT,), seconds) is not None
+    if taken and not wake.is_own():
+        _thread.interrupt_main()
+    return taken
+
+
 def _look(futures: Sequence[Future[Any]]) -> None:
     """Where a signal cannot be taken, its handler is put back time and again."""
-    for seconds in _waits(futures):
-        time.sleep(seconds)
-        _handler.restore()
-
-
-def _waits(futures: Sequence[Future[Any]]) -> Iterator[float]:
-    """How long to wait until the next look, as long as there is anything to wait for."""
     started = time.perf_counter()
     for future in futures:
         while not future.done():
-            yield min(SHORTEST + SHARE * (time.perf_counter() - started), LONGEST)
+            time.sleep(min(SHORTEST + SHARE * (time.perf_counter() - started), LONGEST))
+            _handler.restore()
 
 
 def abandon(futures: Sequence[Future[Any]], stop: threading.Event | None) -> None:

@@ -8,6 +8,7 @@ wrong: MKL prints "Parameter 6 was incorrect on entry to DLASWP", and pivots are
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,6 +35,22 @@ def _openmp() -> Any | None:
         if heard:
             return library
     return None
+
+
+def _end_openmp_threads() -> None:
+    """End the OpenMP threads of a thread that forks, for its child has none of them and waits for them without end.
+
+    GNU's OpenMP starts threads again when the next operation wants some, on both sides (the libgomp of torch 2.13.0).
+    """
+    library = _openmp()
+    end = getattr(library.dynlib, "omp_pause_resource_all", None) if library is not None else None
+    if end is not None and "gomp" in library.filepath:
+        soft = 1
+        end(soft)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_end_openmp_threads)
 
 
 def _set(count: int) -> None:

@@ -107,6 +107,10 @@ class _PreparedClarabel(Prepared):
     def update(self, form: RowForm) -> None:
         self.solver.update(P=form.upper_P().data, A=self._permute(form.A).data)
 
+    def memory(self, form: RowForm) -> int:
+        blocks = sum(svec_size(side) ** 2 for side in form.cones.semidefinite)  # dense, in its KKT matrix
+        return 10_000 + 600 * (form.n + self.rows.size) + 72 * form.size + 48 * blocks
+
     def solve(self, vectors: RowVectors, state: Any) -> Outcome:
         q, b = vectors
         self.solver.update(q=q, b=b if self.own is None else b[self.rows])

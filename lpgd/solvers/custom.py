@@ -127,6 +127,9 @@ class _PreparedInterval(Prepared):
     def __init__(self, options: CustomSolver, form: IntervalForm) -> None:
         self.options, self.form, self.P = options, form, form.full_P()
 
+    def memory(self, form: Form) -> int:
+        return 5_000 + 60 * form.size
+
     def solve(self, vectors: Any, state: Any) -> Outcome:
         form = self.form
         answer = self.options.function(
@@ -158,6 +161,9 @@ class _PreparedInterval(Prepared):
 class _PreparedConic(Prepared):
     def __init__(self, options: CustomSolver, form: RowForm) -> None:
         self.options, self.form, self.P = options, form, form.full_P()
+
+    def memory(self, form: Form) -> int:
+        return 5_000 + 60 * form.size
 
     def solve(self, vectors: Any, state: Any) -> Outcome:
         form = self.form

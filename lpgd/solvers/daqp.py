@@ -133,6 +133,9 @@ class _PreparedDAQP(Prepared):
         if self.model.setup(P, np.zeros(self.n), self.A, ends, ends, self.sense.copy())[0] == _NOT_CONVEX:
             raise SetUpError("DAQP cannot factorise P.")
 
+    def memory(self, form: IntervalForm) -> int:
+        return 14_000 + 16 * form.n * (form.n + form.m) + 8 * form.size
+
     def solve(self, vectors: IntervalVectors, state: _State | None) -> Outcome:
         q, row_lower, row_upper, lower, upper = vectors
         if self.bounds:

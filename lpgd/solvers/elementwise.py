@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from lpgd.elements import ElementView
 from lpgd.execution import SerialExecutor, run_tasks, workspaces
-from lpgd.interrupts import InterruptedSolveError, kept_handler, pause, send_on
+from lpgd.interrupts import InterruptedSolveError, hearing, kept_handler, pause, send_on
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.memo import TensorMemo
 from lpgd.problems.structure import ConicStructure
@@ -67,6 +68,14 @@ class Prepared(ABC):
             InterruptedSolveError: the solver has a handler of SIGINT of its own, and stopped because of it.
         """
 
+    @abstractmethod
+    def memory(self, form: Any) -> int:
+        """About how many bytes it and its form hold: what the cache of idle workspaces is bounded by.
+
+        Measured as the growth of the process, for each solver; within a factor of two for programs of 8 to 800
+        variables.
+        """
+
     def update(self, form: Any) -> None:
         """Take new values of P and A on the same pattern; only where the solver's ``updates_matrices`` is true."""
         raise TypeError(f"{type(self).__name__} declares no update of its matrices.")
@@ -104,18 +113,20 @@ class ElementwiseSolver(Solver):
         chunks = view.groups(view.valid, executor, len(states) or None)
         tasks: list[_Task] = []
         results: list[_Results] = []
-        threads, aside = executor is None or isinstance(executor, ThreadPoolExecutor), self.takes_interrupts
-        if chunks and ((threads and len(chunks) > 1) or aside):
-            trial, started = chunks[0][:TRIAL], time.perf_counter()
+        threads = executor is None or isinstance(executor, ThreadPoolExecutor)
+        key = (self, problem.structure.digest)
+        aside = self.takes_interrupts and hearing() and _seconds.get(key, np.inf) * len(view.valid) > ASIDE
+        if threads and len(chunks) > 1:
+            trial = chunks[0][:TRIAL]
             tasks.append(_task(self, view, digests, trial, states))
-            results.append(_solve_elements(tasks[0]))
+            results += run_tasks(_solve_elements, tasks, SerialExecutor(), aside)
             chunks[0] = chunks[0][TRIAL:]
-            seconds = (time.perf_counter() - started) / len(trial)
-            if seconds < QUICK and threads:
+            if results[0].seconds < QUICK:
                 chunks = [[element for chunk in chunks for element in chunk]]
-            aside = aside and seconds * sum(map(len, chunks)) > ASIDE
         rest = [_task(self, view, digests, elements, states) for elements in chunks if elements]
         results += run_tasks(_solve_elements, rest, executor, aside)
+        if self.takes_interrupts:
+            _remember(key, max((part.seconds for part in results), default=0.0))
         return _assemble(problem, tasks + rest, results)
 
 
@@ -126,6 +137,15 @@ ASIDE = 2e-3
 """A solver that takes interrupts works aside of the main thread if that is for more seconds than this: to hand it over
 takes a tenth of a millisecond, and as long as it lasts every interrupt is heard.  In the main thread, one that comes
 after the solver's last look is not."""
+_seconds: dict[Any, float] = {}
+"""How long an element took, by solver and structure; where that is not known, a solver works aside."""
+_KNOWN = 1024
+
+
+def _remember(key: Any, seconds: float) -> None:
+    if len(_seconds) >= _KNOWN and key not in _seconds:
+        _seconds.clear()
+    _seconds[key] = seconds
 
 
 class _Task(NamedTuple):
@@ -153,6 +173,11 @@ class _Results(NamedTuple):
     setup_seconds: FloatArray
     solve_seconds: FloatArray
     states: list[Any]
+
+    @property
+    def seconds(self) -> float:
+        """How long one of its elements took."""
+        return float((self.setup_seconds + self.solve_seconds).mean()) if self.statuses else 0.0
 
     @classmethod
     def empty(cls, count: int, structure: ConicStructure) -> _Results:
@@ -272,7 +297,7 @@ def _solve_group(
     for index, row in enumerate(zip(*vectors, strict=True)):
         place, pair = places[index], task.pairs[places[index]]
         if held is None or held.pair != pair:
-            held, started = _hand_back(held, family), clock()
+            held, started = _hand_back(held, family, task), clock()
             P, A, digest = task.matrices[pair]
             key = (*family, digest)
             try:
@@ -290,7 +315,7 @@ def _solve_group(
         if outcome.point is not None:
             kept.append(index)
             points.append(outcome.point)
-    _hand_back(held, family)
+    _hand_back(held, family, task)
     if kept:
         point = type(points[0])(*(np.array(parts) for parts in zip(*points, strict=True)))
         if len(kept) < len(places):
@@ -314,20 +339,26 @@ def _solved(prepared: Prepared, vectors: Any, state: Any) -> Outcome:
             send_on()
 
 
-def _hand_back(held: _Held | None, family: tuple[Any, ...]) -> None:
+def _hand_back(held: _Held | None, family: tuple[Any, ...], task: _Task) -> None:
     if held is not None:
-        # Sparse factors take several times the memory of the matrix; an estimate is enough to bound the cache.
-        workspaces.put(held.key, family, (held.form, held.prepared), 200 * held.form.size + 20_000)
+        form, prepared = held.form, held.prepared
+        # One more than stay where it is given new data: that one is then the oldest.
+        workspaces.put(held.key, family, (form, prepared), prepared.memory(form), _room(task) + 1)
+
+
+def _room(task: _Task) -> int:
+    """How many workspaces of a family stay idle: this batch's own matrices, and those of one augmentation."""
+    return 2 * task.distinct + 4
 
 
 def _workspace(task: _Task, key: tuple[Any, ...], family: tuple[Any, ...], matrices: Matrices) -> tuple[Form, Prepared]:
     found = workspaces.take(key)
     if found is not None:
         return found
-    form = task.solver.form(matrices)
+    # Copies: a view would keep the whole batch, and see what is written to it later.
+    form = task.solver.form(replace(matrices, P=matrices.P.copy(), A=matrices.A.copy()))
     if task.solver.updates_matrices:
-        # Room for this batch's own matrices and those of one augmentation; beyond that the oldest are stale.
-        stale = workspaces.take_oldest(family, keep=2 * task.distinct + 4)
+        stale = workspaces.take_oldest(family, _room(task))
         if stale is not None:
             prepared = stale[1]
             prepared.update(form)

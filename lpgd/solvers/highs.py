@@ -237,6 +237,11 @@ class _PreparedHiGHS(Prepared):
                 "passHessian",
             )
 
+    def memory(self, form: IntervalForm) -> int:
+        if self.quadratic:
+            return 75_000 + 20 * form.size
+        return 150_000 + 150 * (form.n + form.m) + 100 * form.size  # the factors of the last basis, mostly
+
     def solve(self, vectors: IntervalVectors, state: Any) -> Outcome:
         solver, quadratic = self.solver, self.quadratic
         self.model.set(vectors)
@@ -293,6 +298,9 @@ class _PreparedInteger(Prepared):
         }
         self.model = _Model(options, form, settings, self.integer)
         self.limited = options.time_limit is not None or options.max_iterations < HiGHS.max_iterations
+
+    def memory(self, form: IntervalForm) -> int:
+        return 2 * self.relaxation.memory(form)
 
     def solve(self, vectors: IntervalVectors, state: Any) -> Outcome:
         started = time.perf_counter()

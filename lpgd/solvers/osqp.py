@@ -116,6 +116,9 @@ class _PreparedOSQP(Prepared):
                 raise SetUpError("OSQP cannot factorise P.") from error
             raise
 
+    def memory(self, form: IntervalForm) -> int:
+        return 5_000 + 500 * (form.n + form.m + self.bounded.size) + 52 * form.size
+
     def solve(self, vectors: IntervalVectors, state: _State | None) -> Outcome:
         start = self.cold
         if state is not None and (state.x.size, state.y.size) == (self.cold.x.size, self.cold.y.size):

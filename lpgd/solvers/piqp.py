@@ -102,6 +102,11 @@ class _PreparedPIQP(Prepared):
         P, dense = np.asfortranarray(form.dense_P()), form.dense_A()
         return P, np.asfortranarray(dense[:zero]), np.asfortranarray(dense[zero:])
 
+    def memory(self, form: IntervalForm) -> int:
+        if self.sparse:
+            return 20_000 + 600 * (form.n + form.m) + 60 * form.size
+        return 10_000 + 24 * form.n * (form.n + form.m) + 8 * form.size
+
     def update(self, form: IntervalForm) -> None:
         P, A, G = self._matrices(form)
         self.solver.update(P=P, A=A, G=G)

@@ -98,6 +98,9 @@ class _PreparedProxQP(Prepared):
         A = form.dense_A()
         return A[: self.zero], np.concatenate([A[self.zero :], np.eye(form.n)[self.bounded]])
 
+    def memory(self, form: IntervalForm) -> int:
+        return 10_000 + 35 * form.n * (form.n + form.m + self.bounded.size) + 8 * form.size
+
     def update(self, form: IntervalForm) -> None:
         equalities, inequalities = self._rows(form)
         self.solver.update(H=form.dense_P(), A=equalities, C=inequalities, update_preconditioner=True)

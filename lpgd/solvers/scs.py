@@ -127,6 +127,10 @@ class _PreparedSCS(Prepared):
                 raise SetUpError(f"SCS cannot set up these matrices: {error}") from error
             raise
 
+    def memory(self, form: RowForm) -> int:
+        # Anderson acceleration keeps ten directions of n + m numbers, several times.
+        return 40_000 + 1300 * (form.n + self.rows) + 45 * form.size
+
     def solve(self, vectors: RowVectors, state: Any) -> Outcome:
         q, b = vectors
         if state is not None and state[1].size != b.size + self.b_padding.size:
