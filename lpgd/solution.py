@@ -164,6 +164,11 @@ class Residuals(NamedTuple):
     dual: Tensor
     gap: Tensor
 
+    def __repr__(self) -> str:
+        known = ((name, part[part.isfinite()]) for name, part in self._asdict().items())
+        worst = ", ".join(f"{name} {float(part.max()) if part.numel() else float('nan'):.1e}" for name, part in known)
+        return f"Residuals({self.primal.numel()} elements; worst {worst})"
+
     @property
     def worst(self) -> Tensor:
         return torch.stack(tuple(self)).amax(0)

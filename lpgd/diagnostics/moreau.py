@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from lpgd.diagnostics.passes import Loss, Parameters, Pass, collected_warnings
-from lpgd.diagnostics.proximal import lower_envelope_of_loss
 
 __all__ = ["Envelopes", "envelope_values", "envelopes"]
 
@@ -31,7 +30,7 @@ ACCURACY = 1e-6
 """Perturbed problems are solved to this accuracy relative to their step, as far as the solver goes."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Envelopes:
     """Envelope values, each of the loss's shape: one number, or (*batch,).
 
@@ -49,6 +48,11 @@ class Envelopes:
     lower: Tensor
     upper: Tensor
     proximal: Tensor | None = None
+
+    def __repr__(self) -> str:
+        means = ((name, getattr(self, name)) for name in ("lower", "loss", "upper", "proximal"))
+        values = ", ".join(f"{name} {float(value.mean()):.4g}" for name, value in means if value is not None)
+        return f"Envelopes(tau={self.tau}, rho={self.rho}, shape {tuple(self.loss.shape)}; means: {values})"
 
     @property
     def average(self) -> Tensor:
@@ -87,6 +91,8 @@ def envelopes(
     found = envelope_values(run, tau, rho)
     if convex_loss is None:
         return found
+    from lpgd.diagnostics.proximal import lower_envelope_of_loss  # it imports CVXPY
+
     values = lower_envelope_of_loss(layer, run.solution, tau, rho, convex_loss)
     proximal = values.to(found.loss).reshape(found.loss.shape) if found.loss.ndim else values.sum().to(found.loss)
     return Envelopes(tau, rho, found.loss, found.lower, found.upper, proximal)

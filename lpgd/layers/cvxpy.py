@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
-import cvxpy as cp
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from lpgd.autograd import OnError
 from lpgd.gradients import GradientMethod
 from lpgd.layers.attributes import check_attributes
 from lpgd.layers.base import LayerOutput, OptimizationLayer, WarmStart
-from lpgd.layers.canonical import canonicalise
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.inputs import batch_inputs
 from lpgd.layers.layout import AffineMap, ParameterLayout, VariableLayout
@@ -25,6 +23,9 @@ from lpgd.layers.maps import SparseMap
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solution import Solution
 from lpgd.solvers import Solver
+
+if TYPE_CHECKING:
+    import cvxpy as cp
 
 __all__ = ["CvxpyLayer"]
 
@@ -83,6 +84,8 @@ class CvxpyLayer(OptimizationLayer):
         *,
         verbose: bool = False,
     ) -> None:
+        from lpgd.layers.canonical import canonicalise  # CVXPY takes half a second to import
+
         program = canonicalise(problem, parameters, variables, gp=gp)
         structure = ConicStructure(
             program.quadratic,

@@ -20,6 +20,7 @@ from lpgd.problems.smooth import SmoothProblem
 from lpgd.problems.smooth_structure import SmoothStructure, input_class
 from lpgd.solution import SmoothSolution
 from lpgd.solvers.node_solver import NEWTON_LIMIT, NodeSolver
+from lpgd.solvers.nodes.user import Node
 
 __all__ = ["NodeLayer"]
 
@@ -144,7 +145,7 @@ class NodeLayer(BaseLayer):
         node, algorithm = self._node, self._solver.algorithm
         if algorithm != "own":
             return f"{algorithm}, as asked for."
-        if type(node).solve is not BaseNode.solve:
+        if type(node).solve is not BaseNode.solve and not (isinstance(node, Node) and not node.has_solver):
             return f"{node.name}'s own, as it has one."
         few = structure.n <= NEWTON_LIMIT
         return f"{'newton' if few else 'lbfgs'}, as {node.name} has {structure.n} variables and no solver of its own."

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["ConicProblem", "per_element"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ConicProblem:
     """A batch of conic programs of one structure (see the module's docstring for the mathematics).
 
@@ -57,6 +57,9 @@ class ConicProblem:
     structure: ConicStructure
     data: ConicData
     batch_size: int
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.batch_size} elements of {self.structure})"
 
     def __post_init__(self) -> None:
         for name, datum, size in zip(ConicData._fields, self.data, self.structure.sizes, strict=True):

@@ -68,7 +68,7 @@ class LinearStructure:
         return f"costs of shape {self.shape}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearProblem:
     """A batch of linear problems over sets that an oracle knows (see the module's docstring for the mathematics).
 
@@ -98,6 +98,9 @@ class LinearProblem:
     has_kkt: ClassVar[bool] = False
     is_continuous: ClassVar[bool] = False
     is_local: ClassVar[bool] = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.batch_size} elements of {self.structure})"
 
     def __post_init__(self) -> None:
         c, expected = self.data.c, (self.batch_size, self.structure.n)

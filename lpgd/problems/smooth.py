@@ -21,7 +21,7 @@ from lpgd.status import SolverError
 __all__ = ["SmoothProblem"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SmoothProblem:
     """A batch of a node's problems.
 
@@ -54,6 +54,9 @@ class SmoothProblem:
     is_continuous: ClassVar[bool] = True
     is_local: ClassVar[bool] = True
     is_smooth: ClassVar[bool] = True
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.batch_size} elements of {self.structure})"
 
     def __post_init__(self) -> None:
         for name, datum, shape in zip(self.data._fields, self.data, self.structure.shapes, strict=True):

@@ -83,10 +83,15 @@ class ConicStructure:
             object.__setattr__(self, name, index)
 
     def __repr__(self) -> str:
+        cones = ", ".join(
+            f"{size if isinstance(size, int) else len(size)} {name.replace('_', ' ')}"
+            for name, size in vars(self.cones).items()
+            if isinstance(size, int | tuple) and size
+        )
         entries = f"{self.quadratic.nnz} entries of P and {self.constraint.nnz} of A"
         bounds = f"{self.lower_index.size} lower and {self.upper_index.size} upper bounds"
         integers = f"; {self.integer_index.size} integers" if self.has_integers else ""
-        return f"ConicStructure({self.summary}; {self.cones}; {entries}; {bounds}{integers})"
+        return f"ConicStructure({self.summary}; cones: {cones or 'none'}; {entries}; {bounds}{integers})"
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields alone: what was worked out from them is worked out again where it is needed."""

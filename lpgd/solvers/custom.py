@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
-import scipy.optimize
 from numpy.typing import NDArray
 
 from lpgd.problems.structure import ConicStructure
@@ -154,7 +153,9 @@ class _PreparedInterval(Prepared):
         if active.size:
             rows = np.concatenate([form.dense_A(), np.eye(form.n)])[active]
             ends = np.where(at_lower[active], -np.inf, 0.0), np.where(at_upper[active], np.inf, 0.0)
-            multipliers[active] = scipy.optimize.lsq_linear(rows.T, -(self.P @ x + vectors.q), ends, "bvls").x
+            from scipy.optimize import lsq_linear  # it takes a while to import
+
+            multipliers[active] = lsq_linear(rows.T, -(self.P @ x + vectors.q), ends, "bvls").x
         return multipliers[: form.m], multipliers[form.m :]
 
 

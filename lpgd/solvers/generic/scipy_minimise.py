@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from lpgd.problems.smooth import SmoothProblem
@@ -68,6 +67,8 @@ def _minimise_one(
                 "jac": lambda point: -number(problem.jacobian(tensor(point)))[p:],
             }
         )
+    from scipy.optimize import minimize  # it takes a while to import
+
     answer = minimize(
         objective,
         number(x[None]),

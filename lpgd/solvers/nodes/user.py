@@ -81,6 +81,11 @@ class Node(BaseNode):
         self.is_exact = solve is None
         self._takes_start = solve is not None and "start" in inspect.signature(solve).parameters
 
+    @property
+    def has_solver(self) -> bool:
+        """Whether it was given a solver of its own."""
+        return self._solve is not None
+
     def __repr__(self) -> str:
         given = [role for role, function in self._functions.items() if function is not None]
         return f"Node({self.name}: {', '.join(given)}{', solve' if self._solve is not None else ''})"
