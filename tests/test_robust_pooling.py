@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import lpgd
-from lpgd.solvers.nodes.penalties import Penalty
+from lpgd.solvers.nodes.penalties import Penalty, PenaltyFunction
 from lpgd.solvers.nodes.pooling_descent import BLOCK
+from tests.judge_pooling import judge
 from tests.node_cases import random
 from tests.test_pooling_and_projection import penalty_of
 
@@ -144,3 +145,37 @@ def test_a_batch_of_copies_starts_from_the_rows_of_a_solution():
     again = layer.solver.solve(layer.solve(x.repeat(2, 1)).problem, solution.states)
     torch.testing.assert_close(again.x, solution.x.repeat(2, 1))
     assert again.iterations.sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize("penalty", get_args(Penalty))
+def test_random_sets_of_every_kind_are_solved(penalty: Penalty, dim: int, dtype: torch.dtype):
+    """A quick form of ``python -m tests.judge_pooling --sets 1000000``."""
+    *_, count = judge(penalty, dim, dtype, sets=1800, seed=1, rows=200)
+    assert count == (1800, 0, 0)
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_a_maximum_by_symmetry_is_no_end(vectors: bool):
+    """Mean and median are a local maximum of Welsch's sum, where its slope is zero."""
+    x = torch.tensor([[-2.0, -2.0, 0.0, 2.0, 2.0]], dtype=torch.float64)
+    points = torch.stack([x, 0 * x], -1) if vectors else x
+    node = lpgd.nodes.RobustPooling("welsch", dim=1, vector_dim=2 if vectors else None)
+    solution = lpgd.NodeLayer(node).solve(points)
+    grid = torch.linspace(-3, 3, 60001, dtype=torch.float64)[:, None]
+    least = (-torch.expm1(-0.5 * (grid - x) ** 2)).sum(-1).min()
+    torch.testing.assert_close(solution.objective[0], least, atol=1e-7, rtol=0)
+
+
+def test_differences_of_penalties_keep_the_digits_that_values_lose():
+    square, change = torch.rand(2, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for penalty in get_args(Penalty):
+        function = PenaltyFunction(penalty, 0.7)
+        for size in (1.0, 1e-12):
+            exact = function.terms(square).first * (0.5 * size * change)  # the derivative in the square, times two
+            found = function.difference(square, size * change)
+            if size == 1.0:
+                exact = function.value(square + change) - function.value(square)
+            near = (square - 0.49).abs() > 1e-9  # no kink
+            torch.testing.assert_close(found[near], exact[near], atol=0 if size < 1 else 1e-15, rtol=1e-9)

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["Penalty", "PenaltyFunction", "Slope", "Sums", "Terms"]
+__all__ = ["Penalty", "PenaltyFunction", "Slope", "Sums", "Terms", "hessian"]
 
 Penalty = Literal["quadratic", "pseudo_huber", "huber", "welsch", "truncated_quadratic"]
 
@@ -93,6 +93,29 @@ class PenaltyFunction:
         distance = torch.where(inside, a**2, square).sqrt()
         return torch.where(inside, 0.5 * square, a * (distance - 0.5 * a))
 
+    def difference(self, square: Tensor, change: Tensor) -> Tensor:
+        """``φ(square + change) - φ(square)`` of squared distances, without cancellation."""
+        a = self.alpha
+        if self.name == "quadratic":
+            return 0.5 * change
+        if self.name == "welsch":
+            before, move = -0.5 / a**2 * square, -0.5 / a**2 * change
+            small = move.abs() < 1  # of large ones 0 ∞ would be NaN
+            return torch.where(
+                small, -before.exp() * torch.where(small, move, 0).expm1(), before.exp() - (before + move).exp()
+            )
+        after = (square + change).clamp(min=0)
+        if self.name == "pseudo_huber":
+            return change / ((1 + square / a**2).sqrt() + (1 + after / a**2).sqrt())
+        inside, stays = square <= a**2, after <= a**2
+        if self.name == "truncated_quadratic":
+            return torch.where(inside & stays, 0.5 * change, 0.5 * (after.clamp(max=a**2) - square.clamp(max=a**2)))
+        # φ is z²/2 less half the square of what |z| exceeds α by.
+        roots = square.sqrt() + after.sqrt()
+        excess = (after.sqrt() - a).clamp(min=0).square() - (square.sqrt() - a).clamp(min=0).square()
+        linear = a * change / torch.where(roots > 0, roots, 1)
+        return torch.where(inside | stays, 0.5 * (change - excess), linear)
+
     def terms(self, square: Tensor) -> Terms:
         """κ₁ and κ₂ of squared distances."""
         a = self.alpha
@@ -149,6 +172,12 @@ class PenaltyFunction:
         total = _sum(torch.le(kept, a, out=kept))
         slope = _sum(kept.mul_(z))
         return Sums(slope, total, total, 0.5 * (_sum(kept.mul_(z)) - a**2 * total))
+
+
+def hessian(z: Tensor, terms: Terms) -> Tensor:
+    """``Σ κ₁ I + κ₂ z zᵀ`` of differences (B, N, d): (B, d, d)."""
+    unit = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+    return terms.first.sum(-1)[:, None, None] * unit + (terms.second[..., None] * z).mT @ z
 
 
 def _sum(rows: Tensor) -> Tensor:

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from lpgd.problems.node import Tilt
-from lpgd.solvers.nodes.penalties import PenaltyFunction, Slope, Sums, Terms
+from lpgd.solvers.nodes.penalties import PenaltyFunction, Slope, Sums, hessian
+from lpgd.solvers.nodes.pooling_end import finish, slope_noise
 
-__all__ = ["Descent", "NumberSum", "Root", "VectorSum", "blocks", "descend", "find_root", "hessian"]
+__all__ = ["Descent", "NumberSum", "Root", "VectorSum", "blocks", "descend", "find_root"]
 
 BLOCK = 2**18
 """Numbers that are worked on at once on a CPU, where temporaries of this size stay in its cache."""
 LIMIT = 200
 """Of iterations."""
+QUICK = 50
+"""Iterations after which a descent goes on with care."""
 
 
 class Root(NamedTuple):
@@ -65,6 +68,7 @@ class Step(NamedTuple):
         slope: (B, d) its gradient.
         newton, mean: (B, d) the step of Newton's method, and that to the weighted mean.
         error: (B,) what Newton's step leaves of the distance to the minimiser, at most.
+        curved: (B,) the objective is convex here, and not just so.
         total: (B,) ``Σκ₁``.
         radius: (B,) how far around this point the objective is convex for certain.
     """
@@ -74,6 +78,7 @@ class Step(NamedTuple):
     newton: Tensor
     mean: Tensor
     error: Tensor
+    curved: Tensor
     total: Tensor
     radius: Tensor
 
@@ -150,13 +155,22 @@ class NumberSum:
         error = torch.where(fine, self.error(newton, curvature), newton.abs())
         bound = self.penalty.third * self.x.shape[-1]
         radius = curvature.clamp(min=0) / bound if bound else torch.zeros_like(u)
-        return Step(value[:, 0], slope, newton, mean, error[:, 0], total[:, 0], radius[:, 0])
+        return Step(value[:, 0], slope, newton, mean, error[:, 0], fine[:, 0], total[:, 0], radius[:, 0])
 
     def error(self, newton: Tensor, curvature: Tensor) -> Tensor:
         """(B, 1) what a Newton step leaves at most: its square, times the third derivative over twice the second."""
         if not self.penalty.is_smooth:
             return newton.abs()
         return 0.5 * self.penalty.third * self.x.shape[-1] * newton.square() / curvature
+
+    def chosen(self, rows: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tilt | None]:
+        """The points (R, N, 1) of some rows, u itself, and their terms of LPGD."""
+        return self.x[rows][..., None], u, None if self.tilt is None else _chosen(self.tilt, rows)
+
+    def slope_noise(self, u: Tensor, rows: Tensor) -> Tensor:
+        """(R,) a rounding error of the slope at u (R, 1), without that of the terms of LPGD."""
+        x = self.x[rows][..., None]
+        return slope_noise(self.penalty.terms((u - x[..., 0]).square()).first, u, x)
 
     def noise(self, u: Tensor) -> Tensor:
         """(B, 1) what rounding moves a minimiser by: that of N slopes, which are at most ``|z|`` and about α."""
@@ -216,21 +230,27 @@ class VectorSum:
         # Newton's error is about the square of its step over α, where the penalty has no kinks.
         length = torch.linalg.vector_norm(newton, dim=-1)
         error = 10 / self.penalty.alpha * length**2 if self.penalty.is_smooth else length
-        return Step(value, slope, newton, mean, error, total[:, 0], torch.zeros_like(value))
+        return Step(value, slope, newton, mean, error, fine[:, 0], total[:, 0], torch.zeros_like(value))
+
+    def chosen(self, rows: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tilt | None]:
+        """The points (R, N, d) of some rows, u itself, and their terms of LPGD."""
+        return self.x[rows], u, None if self.tilt is None else _chosen(self.tilt, rows)
+
+    def slope_noise(self, u: Tensor, rows: Tensor) -> Tensor:
+        """(R,) a rounding error of the slope at u (R, d), without that of the terms of LPGD."""
+        x = self.x[rows]
+        return slope_noise(self.penalty.terms((u[:, None] - x).square().sum(-1)).first, u, x)
 
     def noise(self, u: Tensor) -> Tensor:
         """(B, 1) zero: only rounding of u counts."""
         return torch.zeros_like(u[:, :1])
 
 
-def hessian(z: Tensor, terms: Terms) -> Tensor:
-    """``Σ κ₁ I + κ₂ z zᵀ`` of differences (B, N, d): (B, d, d)."""
-    unit = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
-    return terms.first.sum(-1)[:, None, None] * unit + (terms.second[..., None] * z).mT @ z
-
-
 def descend(function: NumberSum | VectorSum, u: Tensor) -> Descent:
-    """A local minimiser near u (B, d): Newton steps, which a weighted mean replaces where they do not descend."""
+    """A local minimiser near u (B, d): Newton steps, which a weighted mean replaces where they do not descend.
+
+    What is no sure end, as its curvature is none or its slope is not zero to rounding, is left to :func:`finish`.
+    """
     size = len(u)
     zero = torch.zeros(size, dtype=torch.int64, device=u.device)
     ends = Descent(u.clone(), zero, zero.to(torch.bool), u.new_full((size,), torch.inf), *u.new_zeros(2, size))
@@ -241,12 +261,15 @@ def descend(function: NumberSum | VectorSum, u: Tensor) -> Descent:
         return function.step(u, None if len(rows) == size else rows)
 
     now = step(u, rows)
-    for _ in range(LIMIT):
+    for _ in range(QUICK):
         length, size_of_u = now.newton.abs().amax(-1), u.abs().amax(-1).clamp(min=torch.finfo(u.dtype).tiny)
-        ended = (length <= 4 * eps * size_of_u) | (now.error <= eps * size_of_u + noise) | (now.slope == 0).all(-1)
+        small = (length <= 4 * eps * size_of_u) | (now.error <= eps * size_of_u + noise)
+        flat = (now.slope == 0).all(-1)
+        ended = small | flat
         if ended.any():
             done, left = rows[ended], ~ended
-            ends.u[done], ends.converged[done], ends.value[done] = (u + now.newton)[ended], True, now.value[ended]
+            ends.u[done], ends.value[done] = (u + now.newton)[ended], now.value[ended]
+            ends.converged[done] = (now.curved | (flat & (now.total == 0)))[ended]
             ends.total[done], ends.radius[done] = now.total[ended], (now.radius - length)[ended]
             rows, u, noise, *parts = (part[left] for part in (rows, u, noise, *now))
             now = Step(*parts)
@@ -272,8 +295,18 @@ def descend(function: NumberSum | VectorSum, u: Tensor) -> Descent:
             u[other] += mean[other]
             for own, row in zip(now, step(u[other], rows[other]), strict=True):
                 own[other] = row
-        now = now._replace(newton=torch.where(ended[:, None], 0, now.newton))
-    ends.u[rows], ends.value[rows], ends.total[rows] = u, now.value, now.total
+        if ended.any():
+            place = ended.nonzero()[:, 0]
+            now.newton[place] = 0
+            now.curved[place] &= now.slope[place].abs().amax(-1) <= 4 * function.slope_noise(u[place], rows[place])
+    ends.u[rows] = u
+    doubtful = (~ends.converged).nonzero()[:, 0]
+    if len(doubtful):
+        end = finish(function.penalty, *function.chosen(doubtful, ends.u[doubtful]))
+        last = function.step(end.u, doubtful)
+        ends.u[doubtful], ends.converged[doubtful] = end.u, end.converged
+        ends.iterations[doubtful] += end.iterations
+        ends.value[doubtful], ends.total[doubtful], ends.radius[doubtful] = last.value, last.total, last.radius
     return ends
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lpgd.problems.node import BaseNode, NodeAnswer, Tilt, is_traced
-from lpgd.solvers.nodes.penalties import Penalty, PenaltyFunction
-from lpgd.solvers.nodes.pooling_descent import Descent, NumberSum, Root, VectorSum, blocks, descend, find_root, hessian
+from lpgd.solvers.nodes.penalties import Penalty, PenaltyFunction, hessian
+from lpgd.solvers.nodes.pooling_descent import Descent, NumberSum, Root, VectorSum, blocks, descend, find_root
 from lpgd.solvers.nodes.truncated_quadratic import minimise_truncated
 from lpgd.status import Status
 

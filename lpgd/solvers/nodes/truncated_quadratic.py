@@ -51,8 +51,32 @@ def _best_mean(x: Tensor, alpha: float) -> Tensor:
     high = torch.where(is_out, stops.gather(-1, place), first + m + other_place)
     # The mean again, without the rounding of running sums.
     places = torch.arange(size, device=x.device)
-    inside = (places >= low) & (places < high)
-    return x.mul_(inside).sum(-1, keepdim=True) / (high - low) + middle
+    mean = x.mul((places >= low) & (places < high)).sum(-1, keepdim=True) / (high - low)
+    return _settled(x, mean, low, high, alpha).add_(middle)
+
+
+def _settled(x: Tensor, mean: Tensor, low: Tensor, high: Tensor, alpha: float) -> Tensor:
+    """Means (B, 1) of windows of sorted rows, moved on while the points within α of one are other ones and cost less.
+
+    The rounding of running sums can prefer a window that is not that of its mean.
+    """
+    rows = ((torch.searchsorted(x, mean - alpha) != low) | (torch.searchsorted(x, mean + alpha, right=True) != high))[
+        :, 0
+    ].nonzero()[:, 0]
+    while len(rows):
+        own = x[rows].double()
+        old = mean[rows].double()
+        inside = (own - old).abs() <= alpha
+        new = (own * inside).sum(-1, keepdim=True) / inside.sum(-1, keepdim=True)
+        new = new.to(x.dtype).double()
+        lower = _value(own, new, alpha) < _value(own, old, alpha)  # not where none is inside, a quotient of zeros
+        mean[rows] = torch.where(lower, new, old).to(x.dtype)
+        rows = rows[lower[:, 0]]
+    return mean
+
+
+def _value(x: Tensor, u: Tensor, alpha: float) -> Tensor:
+    return (x - u).square().clamp(max=alpha**2).sum(-1, keepdim=True)
 
 
 def _cost(low: Tensor, high: Tensor, low_square: Tensor, high_square: Tensor, count: Tensor, alpha: float) -> Tensor:
