@@ -61,7 +61,7 @@ def report(family: str, tally: Tally, findings: int) -> None:
     print(f"\n{family}")
     for key, counts in sorted(tally.counts.items()):
         outcomes = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda pair: -pair[1]))
-        print(f"  {key[1]:8} {key[2]:9} {key[3]:9} {outcomes}")
+        print(f"  {key[1]:8} {key[2]:9} {key[3]:10} {outcomes}")
     order = {name: place for place, name in enumerate(SILENT)}
     seen: Counter[tuple[str, str]] = Counter()
     shown: list[Finding] = []

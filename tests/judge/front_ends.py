@@ -32,9 +32,13 @@ TENSORS = ("P", "q", "A", "b", "bounds")
 
 
 class Answer(NamedTuple):
-    """What a layer returned: x in the programs' units, (B, n), and the record of the call."""
+    """What a layer returned: x and y in the programs' units, (B, n) and (B, m), and the record of the call.
+
+    y is that of the irredundant programs, to which all rows of a statement add up; None where duals are not returned.
+    """
 
     x: Tensor
+    y: Tensor | None
     info: Any
 
 
@@ -100,8 +104,12 @@ class Stated:
             "upper": c * upper / D,
         }
 
-    def own_units(self, x: Tensor) -> Tensor:
-        return x * self.D / self.units[:, None]
+    def answer(self, x: Tensor, y: Tensor | None, info: Any) -> Answer:
+        """What a layer returned, in the programs' units."""
+        if y is not None:
+            m = self.programs.cones.rows
+            y = (self.T[:, :, :m].mT @ y[:, :, None])[:, :, 0] / (self.objective * self.units)[:, None]
+        return Answer(x * self.D / self.units[:, None], y, info)
 
 
 Call = Callable[[dict[str, Tensor], str | None, GradientMethod], Answer]
@@ -112,12 +120,14 @@ class FrontEnd(NamedTuple):
 
     Attributes:
         with_bounds: whether it has bounds.
+        with_duals: whether it returns multipliers in the order of the rows.
         takes: whether it can take a statement of a trial.
         prepare: of a statement: the differentiable function of the data, a solver (None for the layer's choice) and a
             gradient method.
     """
 
     with_bounds: bool
+    with_duals: bool
     takes: Callable[[Trial], bool]
     prepare: Callable[[Stated], Call]
 
@@ -132,7 +142,7 @@ def _conic(stated: Stated) -> Call:
         data = stated.data(leaves)
         layer = lpgd.ConicLayer(stated.cones, solver=solver, gradient=method, **OPTIONS)
         output = layer(None if linear else data["P"], data["q"], data["A"], data["b"])
-        return Answer(stated.own_units(output.x), output.info)
+        return stated.answer(output.x, output.y, output.info)
 
     return call
 
@@ -155,7 +165,7 @@ def _program(stated: Stated) -> Call:
             output = lpgd.LPLayer(solver=solver, gradient=method, **OPTIONS)(data["q"], **arguments)
         else:
             output = lpgd.QPLayer(solver=solver, gradient=method, **OPTIONS)(data["P"], data["q"], **arguments)
-        return Answer(stated.own_units(output.x), output.info)
+        return stated.answer(output.x, torch.cat([output.y, output.z], dim=1), output.info)
 
     return call
 
@@ -195,7 +205,7 @@ def _cvxpy(stated: Stated) -> Call:
         own = data | {name: data["upper" if name == "upper" else "lower"][:, index] for name, index in indices.items()}
         layer.gradient, layer.solver = method, solver
         output = layer(*(own[name] for name in parameters))
-        return Answer(stated.own_units(output[0]), output.info)
+        return stated.answer(output[0], None, output.info)
 
     return call
 
@@ -228,9 +238,9 @@ def _is_known_to_cvxpy(trial: Trial) -> bool:
 
 
 FRONT_ENDS: dict[str, FrontEnd] = {
-    "program": FrontEnd(True, _is_polyhedral, _program),
-    "conic": FrontEnd(False, lambda trial: True, _conic),
-    "cvxpy": FrontEnd(True, _is_known_to_cvxpy, _cvxpy),
+    "program": FrontEnd(True, True, _is_polyhedral, _program),
+    "conic": FrontEnd(False, True, lambda trial: True, _conic),
+    "cvxpy": FrontEnd(True, False, _is_known_to_cvxpy, _cvxpy),
 }
 
 

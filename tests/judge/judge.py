@@ -20,7 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,13 +40,22 @@ __all__ = ["METHODS", "SILENT", "Finding", "Tally", "judge", "judge_trial"]
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
-METHODS: dict[str, GradientMethod] = {
-    "implicit": ImplicitKKT(),
-    "forward": ImplicitKKT(),
-    "lpgd": LPGD(),
-    "small tau": LPGD(tau=1e-4),
+class Method(NamedTuple):
+    """A gradient method and how it is used: in forward mode, or with a loss of x and y instead of one of x."""
+
+    gradient: GradientMethod
+    forward: bool = False
+    duals: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "implicit": Method(ImplicitKKT()),
+    "forward": Method(ImplicitKKT(), forward=True),
+    "lpgd": Method(LPGD()),
+    "small-tau": Method(LPGD(tau=1e-4)),
+    "duals": Method(ImplicitKKT(), duals=True),
+    "lpgd-duals": Method(LPGD(), duals=True),
 }
-"""Gradient methods by name; ``forward`` is forward mode."""
 
 SILENT = ("wrong status", "wrong x", "wrong gradient", "unsaid", "crash")
 """What must never happen."""
@@ -130,26 +139,31 @@ def judge_trial(
         call: Call | None = None
         for solver in fitting if solvers is None else [name for name in fitting if name in solvers]:
             call = call or front_end.prepare(stated)
-            for method in _methods(trial, methods):
+            for method in _methods(trial, methods, front_end.with_duals):
                 _run(trial, tally, (trial.family, front_name, solver, method), call, first)
 
 
-def _methods(trial: Trial, methods: tuple[str, ...]) -> tuple[str, ...]:
+def _methods(trial: Trial, methods: tuple[str, ...], with_duals: bool) -> tuple[str, ...]:
     """Those of the methods that say something of a trial: a fixed τ has the units of the data."""
     if not trial.is_differentiated:
         return ("implicit",)
-    return tuple(name for name in methods if name != "small tau" or trial.family != "scales")
+    left_out = {"small-tau"} if trial.family == "scales" else set()
+    if not with_duals or not trial.programs.cones.rows:
+        left_out |= {name for name, method in METHODS.items() if method.duals}
+    return tuple(name for name in methods if name not in left_out)
 
 
 def _run(trial: Trial, tally: Tally, key: tuple[str, ...], call: Call, first: int) -> None:
     family, front_name, solver, method = key
     command = f"python -m tests.judge --family {family} --seed {trial.seed} --front-end {front_name} --solver {solver}"
-    command += f" --method {method!r} --count 1 --start "
+    command += f" --method {method} --count 1 --start "
     where, size = f"{front_name}, {solver}, {method}: {trial}", len(trial.programs)
     indices = trial.chunk * CHUNK + first + np.arange(size)
     try:
         outcomes, details = _outcomes(trial, call, None if solver == "default" else solver, method, tally)
-    except Exception as error:  # noqa: BLE001  a crash is a finding like any other
+    except Exception as error:  # a crash is a finding like any other
+        if isinstance(error, ValueError) and "installed solvers that can solve this problem" in str(error):
+            return  # the layer refuses the solver
         message = f"{type(error).__name__}: {error}"
         finding = Finding("crash", where, int(indices[0]), message, command + str(indices[0]))
         tally.add(key, Counter({"crash": size}), [finding])
@@ -168,7 +182,7 @@ def _outcomes(
     """What became of each element, and a detail."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        answer, errors = _differentiated(trial, lambda leaves: call(leaves, solver, METHODS[method]), method)
+        answer, errors = _differentiated(trial, lambda leaves: call(leaves, solver, METHODS[method].gradient), METHODS[method])
     for warning in caught:
         if not issubclass(warning.category, LpgdWarning):
             tally.notes[f"{warning.category.__name__}: {str(warning.message)[:100]}"] += 1
@@ -182,7 +196,8 @@ def _outcomes(
     outcomes, details = [], []
     for element, status in enumerate(statuses):
         parts = ", ".join(f"{name} {error[element]:.1e}" for name, error in errors.items())
-        details.append(f"{status.name}, x {off[element]:.1e}" + (f"; gradients: {parts}" if parts else ""))
+        said = " with a word" if warned[element] else ""
+        details.append(f"{status.name}{said}, x {off[element]:.1e}" + (f"; gradients: {parts}" if parts else ""))
         judged = trial.differentiable[element] and bool(errors)
         gradient_wrong = judged and not worst[element] <= GRADIENT_TOLERANCE
         if trial.verdict is not Status.SOLVED:
@@ -207,7 +222,7 @@ def _outcomes(
 
 
 def _differentiated(
-    trial: Trial, call: Callable[[dict[str, Tensor]], Answer], method: str
+    trial: Trial, call: Callable[[dict[str, Tensor]], Answer], method: Method
 ) -> tuple[Answer, dict[str, FloatArray]]:
     """A call and its gradients, or its tangent: relative errors (B,) by datum."""
     leaves = leaves_of(trial)
@@ -215,7 +230,7 @@ def _differentiated(
         return call(leaves), {}
     rng = np.random.default_rng([trial.seed, trial.chunk, 1])
     used = {name: leaf for name, leaf in leaves.items() if leaf.numel() and (name != "P" or trial.programs.P.any())}
-    if method == "forward":
+    if method.forward:
         tangent = {name: torch.from_numpy(rng.normal(size=(CHUNK, *leaf.shape[1:]))) for name, leaf in leaves.items()}
         tangent = {name: part[: len(trial.programs)] for name, part in tangent.items()}
         tangent["P"] = (tangent["P"] + tangent["P"].mT) / 2 if "P" in used else 0.0 * tangent["P"]
@@ -227,13 +242,19 @@ def _differentiated(
         assert found is not None
         largest = np.abs(expected).max(axis=1)
         error = np.abs(found.numpy() - expected).max(axis=1)
-        return Answer(answer.x.detach(), answer.info), {"x": error / np.maximum(largest, 1e-3)}
+        return answer._replace(x=answer.x.detach()), {"x": error / np.maximum(largest, 1e-3)}
     for leaf in used.values():
         leaf.requires_grad_()
-    weights = rng.normal(size=(CHUNK, trial.programs.plan.n))[: len(trial.programs)]
+    size = len(trial.programs)
+    weights = rng.normal(size=(CHUNK, trial.programs.plan.n))[:size]
+    dual_weights = rng.normal(size=(CHUNK, trial.programs.cones.rows))[:size] if method.duals else None
     answer = call(leaves)
-    found = torch.autograd.grad(answer.x, list(used.values()), torch.from_numpy(weights))
-    expected = trial.reference.gradients(weights)
+    outputs, cotangents = [answer.x], [torch.from_numpy(weights)]
+    if dual_weights is not None and answer.y is not None:
+        outputs.append(answer.y)
+        cotangents.append(torch.from_numpy(dual_weights))
+    found = torch.autograd.grad(outputs, list(used.values()), cotangents)
+    expected = trial.reference.gradients(weights, dual_weights)
     return answer, _errors(dict(zip(used, found, strict=True)), expected)
 
 
