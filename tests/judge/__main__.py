@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1000, help="programs of each family")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0, help="the first program: resumes a run, or repeats one")
-    parser.add_argument("--solver", action="append", help="a name, or 'default' for the layer's choice (may be repeated)")
+    parser.add_argument(
+        "--solver", action="append", help="a name, or 'default' for the layer's choice (may be repeated)"
+    )
     parser.add_argument("--front-end", action="append", choices=list(FRONT_ENDS))
     parser.add_argument("--method", action="append", choices=list(METHODS))
     parser.add_argument("--findings", type=int, default=12, help="how many findings to print for each family")

@@ -20,6 +20,7 @@ from lpgd.execution import SerialExecutor
 from lpgd.gradients import GradientMethod
 from lpgd.solvers import Solver
 from lpgd.solvers.choose import SOLVERS
+from lpgd.status import Status
 from tests.judge.cone_points import rows_of
 from tests.judge.families import Trial
 from tests.judge.programs import AT_UPPER
@@ -62,9 +63,7 @@ class Stated:
     def __init__(self, trial: Trial, with_bounds: bool) -> None:
         programs = trial.programs
         self.programs = programs
-        self.statement: Statement = (
-            trial.statement if with_bounds else bounds_as_rows(programs, trial.statement)
-        )
+        self.statement: Statement = trial.statement if with_bounds else bounds_as_rows(programs, trial.statement)
         self.cones: Cones = self.statement.cones
         states = np.array(programs.plan.bounds)
         at_upper = states == AT_UPPER
@@ -100,8 +99,8 @@ class Stated:
             "q": sigma * c * D * data["q"],
             "A": rows * D[:, None, :],
             "b": c * values,
-            "lower": c * lower / D,
-            "upper": c * upper / D,
+            "lower": torch.where(torch.isinf(lower), -self.statement.absent, c * lower / D),
+            "upper": torch.where(torch.isinf(upper), self.statement.absent, c * upper / D),
         }
 
     def answer(self, x: Tensor, y: Tensor | None, info: Any) -> Answer:
@@ -234,7 +233,9 @@ def _is_polyhedral(trial: Trial) -> bool:
 
 
 def _is_known_to_cvxpy(trial: Trial) -> bool:
-    return not trial.statement.cones.kinds & {"dual_exponential", "dual_power"}
+    """No dual cones; and its parameter P is checked for definiteness before a solver sees it."""
+    dual = trial.statement.cones.kinds & {"dual_exponential", "dual_power"}
+    return not dual and trial.verdict is not Status.NOT_CONVEX
 
 
 FRONT_ENDS: dict[str, FrontEnd] = {

@@ -40,6 +40,7 @@ __all__ = ["METHODS", "SILENT", "Finding", "Tally", "judge", "judge_trial"]
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
+
 class Method(NamedTuple):
     """A gradient method and how it is used: in forward mode, or with a loss of x and y instead of one of x."""
 
@@ -176,13 +177,13 @@ def _run(trial: Trial, tally: Tally, key: tuple[str, ...], call: Call, first: in
     tally.add(key, Counter(outcomes), findings)
 
 
-def _outcomes(
-    trial: Trial, call: Call, solver: str | None, method: str, tally: Tally
-) -> tuple[list[str], list[str]]:
+def _outcomes(trial: Trial, call: Call, solver: str | None, method: str, tally: Tally) -> tuple[list[str], list[str]]:
     """What became of each element, and a detail."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        answer, errors = _differentiated(trial, lambda leaves: call(leaves, solver, METHODS[method].gradient), METHODS[method])
+        answer, errors = _differentiated(
+            trial, lambda leaves: call(leaves, solver, METHODS[method].gradient), METHODS[method]
+        )
     for warning in caught:
         if not issubclass(warning.category, LpgdWarning):
             tally.notes[f"{warning.category.__name__}: {str(warning.message)[:100]}"] += 1
@@ -298,7 +299,7 @@ def _x_error(trial: Trial, x: FloatArray) -> FloatArray:
 
 
 def _warned(info: Any, caught: list[warnings.WarningMessage], size: int) -> BoolArray:
-    """(B,) elements of which the record, or a warning by their index, says that their gradient is not what it should be."""
+    """(B,) elements whose gradient is not what it should be, by the record, or by a warning that names them."""
     named = np.zeros(size, dtype=bool)
     for record in info.gradients[-1:]:
         named |= np.array([used not in PLAIN for used in record.used])
