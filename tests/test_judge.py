@@ -278,7 +278,7 @@ def _infeasible(trial: Trial) -> Trial:
     return replace(draw_trial("certificates", 0, chunk), verdict=Status.SOLVED, seed=trial.seed)
 
 
-QUICK = {"redundant": 200, "compact": 200, "strict": 100, "scales": 200, "certificates": 200}
+QUICK = {"redundant": 100, "compact": 75, "strict": 50, "scales": 100, "certificates": 100}
 """How many programs are judged here."""
 
 
