@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -45,6 +45,8 @@ class Trial:
         statement: how they are stated.
         verdict: the status that every solver must end with.
         must_answer: whether an end without an answer is a fault, too.
+        with_gradients: whether gradients are judged.
+        places: (B,) of the programs in their chunk, where they are not all of it.
     """
 
     family: str
@@ -55,6 +57,7 @@ class Trial:
     verdict: Status = Status.SOLVED
     must_answer: bool = False
     with_gradients: bool = True
+    places: NDArray[np.int64] = field(default_factory=lambda: np.arange(CHUNK))
 
     @cached_property
     def reference(self) -> Reference:
@@ -76,7 +79,9 @@ class Trial:
         return bool((self.differentiable | self.singular).any())
 
     def select(self, rows: NDArray[np.int64]) -> Trial:
-        return replace(self, programs=self.programs.select(rows), statement=self.statement.select(rows))
+        return replace(
+            self, programs=self.programs.select(rows), statement=self.statement.select(rows), places=self.places[rows]
+        )
 
     def __str__(self) -> str:
         notes = f" ({', '.join(self.statement.notes)})" if self.statement.notes else ""

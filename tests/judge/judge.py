@@ -2,6 +2,7 @@
 
 ==================  =================================================================================================
 ``right``           status, x and every gradient are what they must be
+``cautious``        as ``right``, but a word was given of an element's gradient
 ``warned``          a gradient is wrong, and the record, or a warning that names the element, says so
 ``inaccurate``      the status is INACCURATE, which is warned about
 ``failed``          a status that says that there is no answer (a limit, a numerical error)
@@ -120,7 +121,6 @@ def judge_trial(
     front_ends: tuple[str, ...] = tuple(FRONT_ENDS),
     solvers: tuple[str, ...] | None = None,
     methods: tuple[str, ...] = tuple(METHODS),
-    first: int = 0,
 ) -> None:
     """Put one trial to layers, solvers and methods.
 
@@ -129,7 +129,6 @@ def judge_trial(
         tally: gets the outcomes.
         front_ends, methods: names.
         solvers: names; ``default`` is the layer's own choice; None is all that can take the cones, and the default.
-        first: the number of the trial's first program within its chunk.
     """
     for front_name in front_ends:
         front_end = FRONT_ENDS[front_name]
@@ -141,7 +140,7 @@ def judge_trial(
         for solver in fitting if solvers is None else [name for name in fitting if name in solvers]:
             call = call or front_end.prepare(stated)
             for method in _methods(trial, methods, front_end.with_duals):
-                _run(trial, tally, (trial.family, front_name, solver, method), call, first)
+                _run(trial, tally, (trial.family, front_name, solver, method), call)
 
 
 def _methods(trial: Trial, methods: tuple[str, ...], with_duals: bool) -> tuple[str, ...]:
@@ -154,12 +153,12 @@ def _methods(trial: Trial, methods: tuple[str, ...], with_duals: bool) -> tuple[
     return tuple(name for name in methods if name not in left_out)
 
 
-def _run(trial: Trial, tally: Tally, key: tuple[str, ...], call: Call, first: int) -> None:
+def _run(trial: Trial, tally: Tally, key: tuple[str, ...], call: Call) -> None:
     family, front_name, solver, method = key
     command = f"python -m tests.judge --family {family} --seed {trial.seed} --front-end {front_name} --solver {solver}"
     command += f" --method {method} --count 1 --start "
     where, size = f"{front_name}, {solver}, {method}: {trial}", len(trial.programs)
-    indices = trial.chunk * CHUNK + first + np.arange(size)
+    indices = trial.chunk * CHUNK + trial.places
     try:
         outcomes, details = _outcomes(trial, call, None if solver == "default" else solver, method, tally)
     except Exception as error:  # a crash is a finding like any other
@@ -172,7 +171,7 @@ def _run(trial: Trial, tally: Tally, key: tuple[str, ...], call: Call, first: in
     findings = [
         Finding(outcome, where, int(index), detail, command + str(index))
         for outcome, detail, index in zip(outcomes, details, indices, strict=True)
-        if outcome not in ("right", "warned")
+        if outcome not in ("right", "warned", "cautious")
     ]
     tally.add(key, Counter(outcomes), findings)
 
@@ -218,7 +217,7 @@ def _outcomes(trial: Trial, call: Call, solver: str | None, method: str, tally: 
         elif trial.singular[element] and bool(errors):
             outcomes.append("warned" if warned[element] else "unsaid")
         else:
-            outcomes.append("right")
+            outcomes.append("cautious" if warned[element] else "right")
     return outcomes, details
 
 
@@ -233,7 +232,7 @@ def _differentiated(
     used = {name: leaf for name, leaf in leaves.items() if leaf.numel() and (name != "P" or trial.programs.P.any())}
     if method.forward:
         tangent = {name: torch.from_numpy(rng.normal(size=(CHUNK, *leaf.shape[1:]))) for name, leaf in leaves.items()}
-        tangent = {name: part[: len(trial.programs)] for name, part in tangent.items()}
+        tangent = {name: part[trial.places] for name, part in tangent.items()}
         tangent["P"] = (tangent["P"] + tangent["P"].mT) / 2 if "P" in used else 0.0 * tangent["P"]
         expected = trial.reference.change(as_gradients(tangent))
         with forward_ad.dual_level():
@@ -246,9 +245,8 @@ def _differentiated(
         return answer._replace(x=answer.x.detach()), {"x": error / np.maximum(largest, 1e-3)}
     for leaf in used.values():
         leaf.requires_grad_()
-    size = len(trial.programs)
-    weights = rng.normal(size=(CHUNK, trial.programs.plan.n))[:size]
-    dual_weights = rng.normal(size=(CHUNK, trial.programs.cones.rows))[:size] if method.duals else None
+    weights = rng.normal(size=(CHUNK, trial.programs.plan.n))[trial.places]
+    dual_weights = rng.normal(size=(CHUNK, trial.programs.cones.rows))[trial.places] if method.duals else None
     answer = call(leaves)
     outputs, cotangents = [answer.x], [torch.from_numpy(weights)]
     if dual_weights is not None and answer.y is not None:
@@ -335,5 +333,5 @@ def judge(
         first, last = max(start - chunk * CHUNK, 0), min(start + count - chunk * CHUNK, CHUNK)
         if (first, last) != (0, CHUNK):
             trial = trial.select(np.arange(first, last))
-        judge_trial(trial, tally, front_ends, solvers, methods, first)
+        judge_trial(trial, tally, front_ends, solvers, methods)
         yield last - first, tally
