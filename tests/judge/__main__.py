@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1000, help="programs of each family")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0, help="the first program: resumes a run, or repeats one")
-    parser.add_argument("--solver", action="append", help="a name, or 'default' for the layer's choice (may be repeated)")
+    parser.add_argument(
+        "--solver", action="append", help="a name, or 'default' for the layer's choice (may be repeated)"
+    )
     parser.add_argument("--front-end", action="append", choices=list(FRONT_ENDS))
     parser.add_argument("--method", action="append", choices=list(METHODS))
     parser.add_argument("--findings", type=int, default=12, help="how many findings to print for each family")
@@ -61,7 +63,7 @@ def report(family: str, tally: Tally, findings: int) -> None:
     print(f"\n{family}")
     for key, counts in sorted(tally.counts.items()):
         outcomes = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda pair: -pair[1]))
-        print(f"  {key[1]:8} {key[2]:9} {key[3]:9} {outcomes}")
+        print(f"  {key[1]:8} {key[2]:9} {key[3]:10} {outcomes}")
     order = {name: place for place, name in enumerate(SILENT)}
     seen: Counter[tuple[str, str]] = Counter()
     shown: list[Finding] = []

@@ -87,9 +87,8 @@ def draw_pair(rng: np.random.Generator, block: Block, batch: int) -> Pair:
     if block.kind == "semidefinite":
         return _semidefinite(rng, block, batch)
     if block.kind == "nonnegative" or size == 1:
-        s, y, normals = _positive(rng, batch, 1), _positive(rng, batch, 1), np.zeros((batch, 1, 1))
-        normals = np.zeros((batch, 1, 1))
-        curvature = normals
+        s, y = _positive(rng, batch, 1), _positive(rng, batch, 1)
+        normals = curvature = np.zeros((batch, 1, 1))
     elif block.kind == "second_order":
         s, y, normals, curvature = _second_order(rng, size, batch)
     elif block.kind in ("exponential", "dual_exponential"):

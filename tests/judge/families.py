@@ -1,9 +1,9 @@
-"""The families of programs that are judged: for each a seeded chunk of programs, a statement, and what must come out."""
+"""The families of programs that are judged: a seeded chunk of programs, their statement, and what must come out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -28,7 +28,7 @@ from tests.judge.restatements import SCALINGS, Statement, plain, redundant, scal
 
 __all__ = ["CHUNK", "FAMILIES", "Trial", "draw_trial"]
 
-CHUNK = 50
+CHUNK = 25
 """Programs of one plan, which are solved as one batch."""
 
 WELL_CONDITIONED = 1e5
@@ -45,6 +45,8 @@ class Trial:
         statement: how they are stated.
         verdict: the status that every solver must end with.
         must_answer: whether an end without an answer is a fault, too.
+        with_gradients: whether gradients are judged.
+        places: (B,) of the programs in their chunk, where they are not all of it.
     """
 
     family: str
@@ -55,6 +57,7 @@ class Trial:
     verdict: Status = Status.SOLVED
     must_answer: bool = False
     with_gradients: bool = True
+    places: NDArray[np.int64] = field(default_factory=lambda: np.arange(CHUNK))
 
     @cached_property
     def reference(self) -> Reference:
@@ -76,7 +79,9 @@ class Trial:
         return bool((self.differentiable | self.singular).any())
 
     def select(self, rows: NDArray[np.int64]) -> Trial:
-        return replace(self, programs=self.programs.select(rows), statement=self.statement.select(rows))
+        return replace(
+            self, programs=self.programs.select(rows), statement=self.statement.select(rows), places=self.places[rows]
+        )
 
     def __str__(self) -> str:
         notes = f" ({', '.join(self.statement.notes)})" if self.statement.notes else ""
@@ -137,8 +142,9 @@ def _regular(rng: np.random.Generator, plan: Plan, count: int) -> Programs:
 
 def _regular_plan(rng: np.random.Generator, kinds: tuple[str, ...], scale: Callable[[Plan], Plan]) -> Programs:
     """Drawn until the plan has well-conditioned programs."""
+    kind = str(rng.choice(kinds))
     while True:
-        programs = _regular(rng, scale(_draw_plan(rng, str(rng.choice(kinds)))), CHUNK)
+        programs = _regular(rng, scale(_draw_plan(rng, kind)), CHUNK)
         if (Reference(programs).condition < WELL_CONDITIONED).all():
             return programs
 
@@ -171,7 +177,8 @@ def _strict(rng: np.random.Generator, place: tuple[str, int, int]) -> Trial:
     else:
         plan = replace(_draw_plan(rng, "qp"), strict=True)
     programs = plant(rng, plan, CHUNK)
-    return Trial(*place, programs, plain(programs), must_answer=True)
+    absent = float(rng.choice([np.inf, np.inf, 1e20, 1e30]))
+    return Trial(*place, programs, replace(plain(programs), absent=absent), must_answer=True)
 
 
 def _compact(rng: np.random.Generator, place: tuple[str, int, int]) -> Trial:
@@ -204,37 +211,50 @@ def _compact(rng: np.random.Generator, place: tuple[str, int, int]) -> Trial:
 
 
 def _certificates(rng: np.random.Generator, place: tuple[str, int, int]) -> Trial:
-    """Infeasible programs with a Farkas vector, and unbounded ones with a descending ray."""
+    """Infeasible programs with a Farkas vector, unbounded ones with a descending ray, and some that are not convex."""
     kind = str(rng.choice(["lp", "qp", "conic"]))
     plan = replace(_draw_plan(rng, kind, with_fixed=False), density=1.0)
-    programs = plant(rng, plan, CHUNK)
-    if rng.random() < 0.5 and plan.cones.rows:
-        programs = _infeasible(rng, programs)
+    draw = rng.random()
+    if draw < 0.45 and plan.cones.rows:
+        programs = _infeasible(rng, plant(rng, plan, CHUNK))
         verdict = Status.INFEASIBLE
-    else:
-        programs = _unbounded(rng, replace(plan, bounds=(FREE,) * plan.n, strict=False))
+    elif draw < 0.9 or not plan.rank:
+        bounds = tuple(int(rng.choice([FREE, FREE, LOWER])) for _ in range(plan.n))
+        programs = _unbounded(rng, replace(plan, bounds=bounds, strict=False))
         verdict = Status.UNBOUNDED
-    return Trial(*place, programs, plain(programs), verdict, with_gradients=False)
+    else:
+        programs = _not_convex(rng, plant(rng, plan, CHUNK))
+        return Trial(*place, programs, plain(programs), Status.NOT_CONVEX, with_gradients=False)
+    statement = scaled(rng, programs, str(rng.choice(SCALINGS))) if rng.random() < 0.5 else plain(programs)
+    return Trial(*place, programs, statement, verdict, with_gradients=False)
 
 
 def _infeasible(rng: np.random.Generator, programs: Programs) -> Programs:
-    """``y ∈ K*`` with ``Aᵀy = 0`` and ``bᵀy = -1``: the multipliers, after a change of A and b by one rank."""
+    """``y ∈ K*`` and z with ``Aᵀy + z = 0`` and ``bᵀy + upperᵀz₊ - lowerᵀz₋ = -1``.
+
+    y and z are drawn; A and b then change by one rank along y.
+    """
     blocks = tuple(replace(block, state="apex") for block in programs.plan.blocks)
     plan = replace(programs.plan, blocks=blocks)
     y = plant(rng, plan, len(programs)).y
+    sign = np.where(np.isfinite(programs.upper), 1.0, np.where(np.isfinite(programs.lower), -1.0, 0.0))
+    z = sign * rng.random(sign.shape) * (rng.random(plan.n) < 0.5)
     size = (y * y).sum(axis=1)[:, None]
-    A = programs.A - y[:, :, None] * np.einsum("bm,bmn->bn", y, programs.A)[:, None, :] / size[:, :, None]
-    shift = (1.0 + np.einsum("bm,bm->b", programs.b, y))[:, None] / size
+    left = np.einsum("bm,bmn->bn", y, programs.A) + z
+    A = programs.A - y[:, :, None] * left[:, None, :] / size[:, :, None]
+    bound = np.where(z > 0, programs.upper, np.where(z < 0, programs.lower, 0.0))
+    value = np.einsum("bm,bm->b", programs.b, y) + (bound * z).sum(axis=1)
     # The dual stays feasible, so that no ray may be claimed.
     q = -np.einsum("bij,bj->bi", programs.P, programs.x) - np.einsum("bmn,bm->bn", A, programs.y) - programs.z
-    return replace(programs, plan=plan, A=A, q=q, b=programs.b - shift * y, y=y)
+    b = programs.b - (1.0 + value)[:, None] / size * y
+    return replace(programs, plan=plan, A=A, q=q, b=b, y=y, z=z)
 
 
 def _unbounded(rng: np.random.Generator, plan: Plan) -> Programs:
-    """A ray d with ``P d = 0``, ``-A d ∈ K`` and ``qᵀd = -1``; a feasible point is known."""
+    """A ray d with ``P d = 0``, ``-A d ∈ K``, ``qᵀd = -1`` and d ≥ 0 at lower bounds; a feasible point is known."""
     programs = plant(rng, plan, CHUNK)
-    n = plan.n
-    ray = rng.normal(size=(CHUNK, n))
+    ray = rng.normal(size=programs.q.shape)
+    ray = np.where(np.array(plan.bounds) == LOWER, np.abs(ray), ray)
     ray /= np.linalg.norm(ray, axis=1, keepdims=True)
     inside = tuple(replace(block, state="inside" if block.kind != "zero" else "apex") for block in plan.blocks)
     target = plant(rng, replace(plan, blocks=inside), CHUNK).s
@@ -245,6 +265,15 @@ def _unbounded(rng: np.random.Generator, plan: Plan) -> Programs:
     b = np.einsum("bmn,bn->bm", A, programs.x) + programs.s
     q = programs.q - (1.0 + np.einsum("bn,bn->b", programs.q, ray))[:, None] * ray
     return replace(programs, plan=plan, A=A, factor=factor, P=P, b=b, q=q, x=ray)
+
+
+def _not_convex(rng: np.random.Generator, programs: Programs) -> Programs:
+    """P with one eigenvalue below zero, between a twentieth of its size and all of it."""
+    direction = rng.normal(size=programs.q.shape)
+    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+    along = np.einsum("bi,bij,bj->b", direction, programs.P, direction)
+    depth = along + rng.uniform(0.05, 1.0, along.shape) * np.abs(programs.P).max(axis=(1, 2))
+    return replace(programs, P=programs.P - depth[:, None, None] * direction[:, :, None] * direction[:, None, :])
 
 
 FAMILIES: dict[str, Callable[[np.random.Generator, tuple[str, int, int]], Trial]] = {

@@ -20,6 +20,7 @@ from lpgd.execution import SerialExecutor
 from lpgd.gradients import GradientMethod
 from lpgd.solvers import Solver
 from lpgd.solvers.choose import SOLVERS
+from lpgd.status import Status
 from tests.judge.cone_points import rows_of
 from tests.judge.families import Trial
 from tests.judge.programs import AT_UPPER
@@ -32,9 +33,13 @@ TENSORS = ("P", "q", "A", "b", "bounds")
 
 
 class Answer(NamedTuple):
-    """What a layer returned: x in the programs' units, (B, n), and the record of the call."""
+    """What a layer returned: x and y in the programs' units, (B, n) and (B, m), and the record of the call.
+
+    y is that of the irredundant programs, to which all rows of a statement add up; None where duals are not returned.
+    """
 
     x: Tensor
+    y: Tensor | None
     info: Any
 
 
@@ -58,9 +63,7 @@ class Stated:
     def __init__(self, trial: Trial, with_bounds: bool) -> None:
         programs = trial.programs
         self.programs = programs
-        self.statement: Statement = (
-            trial.statement if with_bounds else bounds_as_rows(programs, trial.statement)
-        )
+        self.statement: Statement = trial.statement if with_bounds else bounds_as_rows(programs, trial.statement)
         self.cones: Cones = self.statement.cones
         states = np.array(programs.plan.bounds)
         at_upper = states == AT_UPPER
@@ -96,12 +99,16 @@ class Stated:
             "q": sigma * c * D * data["q"],
             "A": rows * D[:, None, :],
             "b": c * values,
-            "lower": c * lower / D,
-            "upper": c * upper / D,
+            "lower": torch.where(torch.isinf(lower), -self.statement.absent, c * lower / D),
+            "upper": torch.where(torch.isinf(upper), self.statement.absent, c * upper / D),
         }
 
-    def own_units(self, x: Tensor) -> Tensor:
-        return x * self.D / self.units[:, None]
+    def answer(self, x: Tensor, y: Tensor | None, info: Any) -> Answer:
+        """What a layer returned, in the programs' units."""
+        if y is not None:
+            m = self.programs.cones.rows
+            y = (self.T[:, :, :m].mT @ y[:, :, None])[:, :, 0] / (self.objective * self.units)[:, None]
+        return Answer(x * self.D / self.units[:, None], y, info)
 
 
 Call = Callable[[dict[str, Tensor], str | None, GradientMethod], Answer]
@@ -112,12 +119,14 @@ class FrontEnd(NamedTuple):
 
     Attributes:
         with_bounds: whether it has bounds.
+        with_duals: whether it returns multipliers in the order of the rows.
         takes: whether it can take a statement of a trial.
         prepare: of a statement: the differentiable function of the data, a solver (None for the layer's choice) and a
             gradient method.
     """
 
     with_bounds: bool
+    with_duals: bool
     takes: Callable[[Trial], bool]
     prepare: Callable[[Stated], Call]
 
@@ -132,7 +141,7 @@ def _conic(stated: Stated) -> Call:
         data = stated.data(leaves)
         layer = lpgd.ConicLayer(stated.cones, solver=solver, gradient=method, **OPTIONS)
         output = layer(None if linear else data["P"], data["q"], data["A"], data["b"])
-        return Answer(stated.own_units(output.x), output.info)
+        return stated.answer(output.x, output.y, output.info)
 
     return call
 
@@ -155,7 +164,7 @@ def _program(stated: Stated) -> Call:
             output = lpgd.LPLayer(solver=solver, gradient=method, **OPTIONS)(data["q"], **arguments)
         else:
             output = lpgd.QPLayer(solver=solver, gradient=method, **OPTIONS)(data["P"], data["q"], **arguments)
-        return Answer(stated.own_units(output.x), output.info)
+        return stated.answer(output.x, torch.cat([output.y, output.z], dim=1), output.info)
 
     return call
 
@@ -195,7 +204,7 @@ def _cvxpy(stated: Stated) -> Call:
         own = data | {name: data["upper" if name == "upper" else "lower"][:, index] for name, index in indices.items()}
         layer.gradient, layer.solver = method, solver
         output = layer(*(own[name] for name in parameters))
-        return Answer(stated.own_units(output[0]), output.info)
+        return stated.answer(output[0], None, output.info)
 
     return call
 
@@ -224,13 +233,15 @@ def _is_polyhedral(trial: Trial) -> bool:
 
 
 def _is_known_to_cvxpy(trial: Trial) -> bool:
-    return not trial.statement.cones.kinds & {"dual_exponential", "dual_power"}
+    """No dual cones; and its parameter P is checked for definiteness before a solver sees it."""
+    dual = trial.statement.cones.kinds & {"dual_exponential", "dual_power"}
+    return not dual and trial.verdict is not Status.NOT_CONVEX
 
 
 FRONT_ENDS: dict[str, FrontEnd] = {
-    "program": FrontEnd(True, _is_polyhedral, _program),
-    "conic": FrontEnd(False, lambda trial: True, _conic),
-    "cvxpy": FrontEnd(True, _is_known_to_cvxpy, _cvxpy),
+    "program": FrontEnd(True, True, _is_polyhedral, _program),
+    "conic": FrontEnd(False, True, lambda trial: True, _conic),
+    "cvxpy": FrontEnd(True, False, _is_known_to_cvxpy, _cvxpy),
 }
 
 

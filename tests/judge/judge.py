@@ -2,6 +2,7 @@
 
 ==================  =================================================================================================
 ``right``           status, x and every gradient are what they must be
+``cautious``        as ``right``, but a word was given of an element's gradient
 ``warned``          a gradient is wrong, and the record, or a warning that names the element, says so
 ``inaccurate``      the status is INACCURATE, which is warned about
 ``failed``          a status that says that there is no answer (a limit, a numerical error)
@@ -20,7 +21,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,13 +41,23 @@ __all__ = ["METHODS", "SILENT", "Finding", "Tally", "judge", "judge_trial"]
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
-METHODS: dict[str, GradientMethod] = {
-    "implicit": ImplicitKKT(),
-    "forward": ImplicitKKT(),
-    "lpgd": LPGD(),
-    "small tau": LPGD(tau=1e-4),
+
+class Method(NamedTuple):
+    """A gradient method and how it is used: in forward mode, or with a loss of x and y instead of one of x."""
+
+    gradient: GradientMethod
+    forward: bool = False
+    duals: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "implicit": Method(ImplicitKKT()),
+    "forward": Method(ImplicitKKT(), forward=True),
+    "lpgd": Method(LPGD()),
+    "small-tau": Method(LPGD(tau=1e-4)),
+    "duals": Method(ImplicitKKT(), duals=True),
+    "lpgd-duals": Method(LPGD(), duals=True),
 }
-"""Gradient methods by name; ``forward`` is forward mode."""
 
 SILENT = ("wrong status", "wrong x", "wrong gradient", "unsaid", "crash")
 """What must never happen."""
@@ -110,7 +121,6 @@ def judge_trial(
     front_ends: tuple[str, ...] = tuple(FRONT_ENDS),
     solvers: tuple[str, ...] | None = None,
     methods: tuple[str, ...] = tuple(METHODS),
-    first: int = 0,
 ) -> None:
     """Put one trial to layers, solvers and methods.
 
@@ -119,7 +129,6 @@ def judge_trial(
         tally: gets the outcomes.
         front_ends, methods: names.
         solvers: names; ``default`` is the layer's own choice; None is all that can take the cones, and the default.
-        first: the number of the trial's first program within its chunk.
     """
     for front_name in front_ends:
         front_end = FRONT_ENDS[front_name]
@@ -130,26 +139,31 @@ def judge_trial(
         call: Call | None = None
         for solver in fitting if solvers is None else [name for name in fitting if name in solvers]:
             call = call or front_end.prepare(stated)
-            for method in _methods(trial, methods):
-                _run(trial, tally, (trial.family, front_name, solver, method), call, first)
+            for method in _methods(trial, methods, front_end.with_duals):
+                _run(trial, tally, (trial.family, front_name, solver, method), call)
 
 
-def _methods(trial: Trial, methods: tuple[str, ...]) -> tuple[str, ...]:
+def _methods(trial: Trial, methods: tuple[str, ...], with_duals: bool) -> tuple[str, ...]:
     """Those of the methods that say something of a trial: a fixed τ has the units of the data."""
     if not trial.is_differentiated:
         return ("implicit",)
-    return tuple(name for name in methods if name != "small tau" or trial.family != "scales")
+    left_out = {"small-tau"} if trial.family == "scales" else set()
+    if not with_duals or not trial.programs.cones.rows:
+        left_out |= {name for name, method in METHODS.items() if method.duals}
+    return tuple(name for name in methods if name not in left_out)
 
 
-def _run(trial: Trial, tally: Tally, key: tuple[str, ...], call: Call, first: int) -> None:
+def _run(trial: Trial, tally: Tally, key: tuple[str, ...], call: Call) -> None:
     family, front_name, solver, method = key
     command = f"python -m tests.judge --family {family} --seed {trial.seed} --front-end {front_name} --solver {solver}"
-    command += f" --method {method!r} --count 1 --start "
+    command += f" --method {method} --count 1 --start "
     where, size = f"{front_name}, {solver}, {method}: {trial}", len(trial.programs)
-    indices = trial.chunk * CHUNK + first + np.arange(size)
+    indices = trial.chunk * CHUNK + trial.places
     try:
         outcomes, details = _outcomes(trial, call, None if solver == "default" else solver, method, tally)
-    except Exception as error:  # noqa: BLE001  a crash is a finding like any other
+    except Exception as error:  # a crash is a finding like any other
+        if isinstance(error, ValueError) and "installed solvers that can solve this problem" in str(error):
+            return  # the layer refuses the solver
         message = f"{type(error).__name__}: {error}"
         finding = Finding("crash", where, int(indices[0]), message, command + str(indices[0]))
         tally.add(key, Counter({"crash": size}), [finding])
@@ -157,18 +171,18 @@ def _run(trial: Trial, tally: Tally, key: tuple[str, ...], call: Call, first: in
     findings = [
         Finding(outcome, where, int(index), detail, command + str(index))
         for outcome, detail, index in zip(outcomes, details, indices, strict=True)
-        if outcome not in ("right", "warned")
+        if outcome not in ("right", "warned", "cautious")
     ]
     tally.add(key, Counter(outcomes), findings)
 
 
-def _outcomes(
-    trial: Trial, call: Call, solver: str | None, method: str, tally: Tally
-) -> tuple[list[str], list[str]]:
+def _outcomes(trial: Trial, call: Call, solver: str | None, method: str, tally: Tally) -> tuple[list[str], list[str]]:
     """What became of each element, and a detail."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        answer, errors = _differentiated(trial, lambda leaves: call(leaves, solver, METHODS[method]), method)
+        answer, errors = _differentiated(
+            trial, lambda leaves: call(leaves, solver, METHODS[method].gradient), METHODS[method]
+        )
     for warning in caught:
         if not issubclass(warning.category, LpgdWarning):
             tally.notes[f"{warning.category.__name__}: {str(warning.message)[:100]}"] += 1
@@ -182,7 +196,8 @@ def _outcomes(
     outcomes, details = [], []
     for element, status in enumerate(statuses):
         parts = ", ".join(f"{name} {error[element]:.1e}" for name, error in errors.items())
-        details.append(f"{status.name}, x {off[element]:.1e}" + (f"; gradients: {parts}" if parts else ""))
+        said = " with a word" if warned[element] else ""
+        details.append(f"{status.name}{said}, x {off[element]:.1e}" + (f"; gradients: {parts}" if parts else ""))
         judged = trial.differentiable[element] and bool(errors)
         gradient_wrong = judged and not worst[element] <= GRADIENT_TOLERANCE
         if trial.verdict is not Status.SOLVED:
@@ -202,12 +217,12 @@ def _outcomes(
         elif trial.singular[element] and bool(errors):
             outcomes.append("warned" if warned[element] else "unsaid")
         else:
-            outcomes.append("right")
+            outcomes.append("cautious" if warned[element] else "right")
     return outcomes, details
 
 
 def _differentiated(
-    trial: Trial, call: Callable[[dict[str, Tensor]], Answer], method: str
+    trial: Trial, call: Callable[[dict[str, Tensor]], Answer], method: Method
 ) -> tuple[Answer, dict[str, FloatArray]]:
     """A call and its gradients, or its tangent: relative errors (B,) by datum."""
     leaves = leaves_of(trial)
@@ -215,9 +230,9 @@ def _differentiated(
         return call(leaves), {}
     rng = np.random.default_rng([trial.seed, trial.chunk, 1])
     used = {name: leaf for name, leaf in leaves.items() if leaf.numel() and (name != "P" or trial.programs.P.any())}
-    if method == "forward":
+    if method.forward:
         tangent = {name: torch.from_numpy(rng.normal(size=(CHUNK, *leaf.shape[1:]))) for name, leaf in leaves.items()}
-        tangent = {name: part[: len(trial.programs)] for name, part in tangent.items()}
+        tangent = {name: part[trial.places] for name, part in tangent.items()}
         tangent["P"] = (tangent["P"] + tangent["P"].mT) / 2 if "P" in used else 0.0 * tangent["P"]
         expected = trial.reference.change(as_gradients(tangent))
         with forward_ad.dual_level():
@@ -227,13 +242,18 @@ def _differentiated(
         assert found is not None
         largest = np.abs(expected).max(axis=1)
         error = np.abs(found.numpy() - expected).max(axis=1)
-        return Answer(answer.x.detach(), answer.info), {"x": error / np.maximum(largest, 1e-3)}
+        return answer._replace(x=answer.x.detach()), {"x": error / np.maximum(largest, 1e-3)}
     for leaf in used.values():
         leaf.requires_grad_()
-    weights = rng.normal(size=(CHUNK, trial.programs.plan.n))[: len(trial.programs)]
+    weights = rng.normal(size=(CHUNK, trial.programs.plan.n))[trial.places]
+    dual_weights = rng.normal(size=(CHUNK, trial.programs.cones.rows))[trial.places] if method.duals else None
     answer = call(leaves)
-    found = torch.autograd.grad(answer.x, list(used.values()), torch.from_numpy(weights))
-    expected = trial.reference.gradients(weights)
+    outputs, cotangents = [answer.x], [torch.from_numpy(weights)]
+    if dual_weights is not None and answer.y is not None:
+        outputs.append(answer.y)
+        cotangents.append(torch.from_numpy(dual_weights))
+    found = torch.autograd.grad(outputs, list(used.values()), cotangents)
+    expected = trial.reference.gradients(weights, dual_weights)
     return answer, _errors(dict(zip(used, found, strict=True)), expected)
 
 
@@ -277,7 +297,7 @@ def _x_error(trial: Trial, x: FloatArray) -> FloatArray:
 
 
 def _warned(info: Any, caught: list[warnings.WarningMessage], size: int) -> BoolArray:
-    """(B,) elements of which the record, or a warning by their index, says that their gradient is not what it should be."""
+    """(B,) elements whose gradient is not what it should be, by the record, or by a warning that names them."""
     named = np.zeros(size, dtype=bool)
     for record in info.gradients[-1:]:
         named |= np.array([used not in PLAIN for used in record.used])
@@ -313,5 +333,5 @@ def judge(
         first, last = max(start - chunk * CHUNK, 0), min(start + count - chunk * CHUNK, CHUNK)
         if (first, last) != (0, CHUNK):
             trial = trial.select(np.arange(first, last))
-        judge_trial(trial, tally, front_ends, solvers, methods, first)
+        judge_trial(trial, tally, front_ends, solvers, methods)
         yield last - first, tally

@@ -33,8 +33,8 @@ SINGULAR = 1e13
 class Gradients:
     """Of a loss ``<w, x> + <w_y, y>``, for each datum; (B, ...) in the shapes of the data.
 
-    ``bounds`` is that with respect to the bound at which a variable is, zero for others; of equal bounds it is that with
-    respect to both together.
+    ``bounds`` is that with respect to the bound at which a variable is, zero for others; of equal bounds it is that
+    with respect to both together.
     """
 
     P: FloatArray
@@ -123,9 +123,7 @@ class Reference:
         moved = tangent.b - np.einsum("bmn,bn->bm", tangent.A, programs.x)
         right = np.zeros(self.matrix.shape[:2])
         right[:, :n] = -(
-            np.einsum("bij,bj->bi", tangent.P, programs.x)
-            + tangent.q
-            + np.einsum("bmn,bm->bn", tangent.A, programs.y)
+            np.einsum("bij,bj->bi", tangent.P, programs.x) + tangent.q + np.einsum("bmn,bm->bn", tangent.A, programs.y)
         ) + np.einsum("bmn,bm->bn", self.turned, moved)
         right[:, n : n + r] = np.einsum("brm,bm->br", programs.normals, moved)
         right[:, n + r :] = tangent.bounds[:, programs.active]

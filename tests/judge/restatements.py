@@ -5,8 +5,8 @@ and (q, b) together in units of their own:
 
     x = D x' / c,   P' = σ D P D,   q' = σ c D q,   A' = R T [A; I; -I] D,   b' = c R (T [b; upper; -lower] + t),
 
-with bounds ``c lower / D`` and ``c upper / D``.  Whatever T is, Tᵀ maps the multipliers of the statement to those of the
-programs times σ c (R counted into T), and the same x solves both.
+with bounds ``c lower / D`` and ``c upper / D``.  Whatever T is, Tᵀ maps the multipliers of the statement to those of
+the programs times σ c (R counted into T), and the same x solves both.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Statement:
         variables: (B, n) D.
         objective, units: (B,) σ and c.
         with_bounds: whether variables have their bounds; otherwise these are rows.
+        absent: what stands for a bound that is not there.
         notes: what was done, for reports.
     """
 
@@ -47,6 +48,7 @@ class Statement:
     objective: FloatArray
     units: FloatArray
     with_bounds: bool = True
+    absent: float = np.inf
     notes: tuple[str, ...] = ()
 
     @property
@@ -282,7 +284,7 @@ def scaled(rng: np.random.Generator, programs: Programs, which: str) -> Statemen
         chosen = set(rng.choice(SCALINGS[:4], count, replace=False).tolist())
 
     def powers(*shape: int) -> FloatArray:
-        return 10.0 ** rng.integers(-8, 9, size=shape)
+        return np.power(10.0, rng.integers(-8, 9, size=shape).astype(np.float64))
 
     if "objective" in chosen:
         statement = replace(statement, objective=powers(batch))
