@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -151,4 +151,4 @@ def replace_y(point: ConicPoint, y: Tensor) -> ConicPoint:
     return point._replace(y=y)
 
 
-__all__ = ["KINDS", "Redundant", "cotangent", "of_single", "redundant", "replace"]
+__all__ = ["KINDS", "Redundant", "cotangent", "of_single", "redundant"]
