@@ -88,7 +88,7 @@ def conic_response(
         _by_kept_systems(problem, solution, tilt, rows, left, answer)
     if is_batchable(places.problem, method.rho) and (method.rho == 0.0 or units.is_trivial) and bool(left.any()):
         _at_once(places, left, method.rho, answer)
-    findings = _Findings(len(active), bool(method.rho))
+    findings = _Findings(len(active), bool(method.rho), part.structure)
     rest = (places.weak | left).nonzero()[:, 0].tolist()
     if rest:
         if executor is None and is_quick(part.structure, len(rest)):
@@ -271,10 +271,10 @@ def _one_by_one(
         sides = [_responses(places, chosen, rho, side, executor) for side in (1.0, -1.0)]
         tilt = places.tilt.x.abs().amax(-1) if places.tilt.x.shape[1] else places.error
         size = 1e-9 * tilt.cpu().numpy()[chosen]
-        differ = [_differences(first, second, size) for first, second in zip(sides[0][:3], sides[1][:3], strict=True)]
+        differ = _differences(sides[0].x, sides[1].x, size)
         found = found.copy()
         for own, k in enumerate(at_kink):
-            findings.kink(elements[k], float(differ[0][own]), float(max(differ[1][own], differ[2][own])))
+            findings.kink(elements[k], float(differ[own]), *(side.y[own] for side in sides))
             better = next((side for side in sides if side.exact[own]), None)
             if better is not None and not found.exact[k]:
                 for whole, part in zip(found, better, strict=True):
@@ -301,6 +301,7 @@ class _Findings:
 
     count: int
     with_rho: bool
+    structure: ConicStructure
 
     def __post_init__(self) -> None:
         # What was settled for a whole batch is regular: only rounding is left.
@@ -310,21 +311,24 @@ class _Findings:
         self.doubtful: list[int] = []
         self.dependent: list[int] = []  # multipliers that are not unique, and that the answer needs not
         self.one_sided: list[int] = []
-        self.one_sided_multipliers: list[int] = []
+        self.sided: set[int] = set()  # multipliers that move differently on both sides
 
-    def kink(self, element: int, primal: float, dual: float) -> None:
-        """An element at a kink, and by how much the answers on its two sides differ."""
+    def kink(self, element: int, primal: float, above: FloatArray, below: FloatArray) -> None:
+        """An element at a kink: by how much the changes of x on its two sides differ, and the changes of y there."""
+        differ = np.abs(above - below) > SAME * max(np.abs(above).max(initial=0.0), np.abs(below).max(initial=1e-300))
         if primal > SAME:
             self.one_sided.append(element)
             self.doubt[element] = primal
-        elif dual > SAME:
-            self.one_sided_multipliers.append(element)
+        elif differ.any():
+            self.sided.add(element)
+            if self.concerns(differ):
+                self.dependent.append(element)
 
     def add(self, elements: Sequence[int], found: KKTResponse) -> None:
         """What the systems of some elements say."""
-        kinds = (found.exact, found.unique, found.consistent, found.doubt)
-        sided = set(self.one_sided) | set(self.one_sided_multipliers)
-        for element, fine, single, follows, size in zip(elements, *kinds, strict=True):
+        kinds = (found.exact, found.unique, found.consistent, found.doubt, found.shared)
+        sided = self.sided | set(self.one_sided)
+        for element, fine, single, follows, size, shared in zip(elements, *kinds, strict=True):
             self.doubt[element] = max(self.doubt[element], size)
             if element in sided:
                 self.used[element] = "implicit, one-sided"
@@ -338,8 +342,12 @@ class _Findings:
                 self.loose.append(element)
             elif not follows:
                 self.contradicted.append(element)
-            else:
+            elif self.concerns(shared):
                 self.dependent.append(element)
+
+    def concerns(self, rows: NDArray[np.bool_]) -> bool:
+        """Whether anybody may ask for the gradient with respect to one of these rows (m,)."""
+        return bool(np.delete(rows, self.structure.constant_rows).any())
 
     def record(self, method: Any, active: Sequence[int], info: GradientInfo) -> None:
         """Fill the record, and warn of what the answer depends on."""
@@ -372,9 +380,8 @@ class _Findings:
                 "is active with a multiplier of zero: their gradients are those of one side. LPGD with a finite tau "
                 "averages both."
             )
-        if self.dependent or self.one_sided_multipliers:
-            places = self.dependent + self.one_sided_multipliers
-            text = _MULTIPLIERS.format(method=method, elements=named(places))
+        if self.dependent:
+            text = _MULTIPLIERS.format(method=method, elements=named(self.dependent))
             info.notices |= dict.fromkeys(("A", "b"), text)
 
 

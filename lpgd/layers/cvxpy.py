@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
@@ -18,7 +19,7 @@ from lpgd.layers.attributes import check_attributes
 from lpgd.layers.base import LayerOutput, OptimizationLayer, WarmStart
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.inputs import batch_inputs
-from lpgd.layers.layout import AffineMap, ParameterLayout, VariableLayout
+from lpgd.layers.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
 from lpgd.layers.maps import SparseMap
 from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solution import Solution
@@ -94,6 +95,7 @@ class CvxpyLayer(OptimizationLayer):
             program.lower_index,
             program.upper_index,
             program.integer_index,
+            _constant_rows(program),
         )
         super().__init__(structure, True, solver, gradient, solver_args, on_error, executor, verbose)
         self.structure = structure
@@ -165,6 +167,14 @@ class CvxpyLayer(OptimizationLayer):
         check_attributes(self.parameter_layouts, tensors)
         columns = _Columns(self.parameter_layouts, tensors, batch_size)
         return ConicData(*(data_map(columns) for data_map in self._data_maps))
+
+
+def _constant_rows(program: CanonicalProgram) -> NDArray[np.int64]:
+    """The rows of A and b that no parameter reaches."""
+    constant = np.ones(program.cones.rows, dtype=bool)
+    for affine, rows in ((program.A, program.constraint.rows), (program.b, np.arange(program.cones.rows))):
+        constant[rows[np.diff(affine.matrix[:, :-1].tocsr().indptr) > 0]] = False
+    return np.flatnonzero(constant)
 
 
 class _Columns:

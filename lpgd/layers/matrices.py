@@ -98,7 +98,8 @@ class _Stored:
             for size, along in zip(self.shape[:-2], index[:-2], strict=True):
                 leading = leading * size + along
             return leading, index[-2], index[-1]
-        pointers, minor = (part.reshape(-1, part.shape[-1]) for part in self.indices)
+        own = int(np.prod(self.shape[:-2], dtype=np.int64))
+        pointers, minor = (part.reshape(own, part.shape[-1]) for part in self.indices)
         lines = np.arange(pointers.shape[1] - 1)
         major = np.concatenate([np.repeat(lines, np.diff(row)) for row in pointers] or [lines[:0]])
         leading = np.repeat(np.arange(minor.shape[0]), minor.shape[1])

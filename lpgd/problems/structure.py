@@ -56,6 +56,8 @@ class ConicStructure:
         lower_index: variables that have a lower bound, increasing; the data ``lower`` belong to these.
         upper_index: the same for upper bounds.
         integer_index: variables that take whole numbers only, increasing; a binary one has the bounds 0 and 1.
+        constant_rows: rows of A and b that are always the same, increasing: nobody asks for a gradient with respect to
+            them.
 
     Raises:
         ValueError: the sizes do not fit, or the pattern of P is not symmetric.
@@ -67,6 +69,7 @@ class ConicStructure:
     lower_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     upper_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     integer_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    constant_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
         m, n = self.constraint.shape

@@ -36,6 +36,8 @@ IndexArray = NDArray[np.int64]
 
 DENSE_LIMIT = 400
 """Systems up to this size, or mostly filled ones, are factorised densely."""
+NULL = 1e-6
+"""Rows with a smaller part of the null space's unit vectors have nothing to do with it."""
 STACK_LIMIT = 400_000
 """So many entries of dense systems are held at once: what stays in a core's cache."""
 
@@ -64,6 +66,7 @@ class KKTResponse(NamedTuple):
     unique: NDArray[np.bool_]  # (k,) whether there is no freedom but that of multipliers
     consistent: NDArray[np.bool_]  # (k,) whether the change is one that the system allows
     doubt: FloatArray  # (k,) the share of the answer that the point's error may change
+    shared: NDArray[np.bool_]  # (k, m) rows whose multipliers are not unique
 
     @classmethod
     def joined(cls, parts: Sequence[KKTResponse]) -> KKTResponse:
@@ -178,6 +181,7 @@ def _respond(
         found.unique,
         found.consistent,
         found.doubt,
+        (abs(T).T @ found.null[free.size :] > NULL).reshape(count, structure.m),
     )
 
 
@@ -225,8 +229,10 @@ def _respond_directly(
     dy = np.zeros_like(points.y)
     np.put_along_axis(dy, order, answer[:, split:], axis=1)
     change = points.g_x + _product(quadratic, dx) + _product(constraint.swapaxes(1, 2), dy)
+    shared = np.zeros(dy.shape, dtype=bool)
+    np.put_along_axis(shared, order, found.null[:, split:] > NULL, axis=1)
     return KKTResponse(
-        dx, dy, np.where(at_bound, -change, 0.0), found.exact, found.unique, found.consistent, found.doubt
+        dx, dy, np.where(at_bound, -change, 0.0), found.exact, found.unique, found.consistent, found.doubt, shared
     )
 
 

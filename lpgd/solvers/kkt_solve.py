@@ -74,6 +74,7 @@ class Answers(NamedTuple):
 
     Attributes:
         answer: as the right-hand side was.
+        null: of the same shape, how much each row has to do with the null space.
         exact: the system is regular.
         unique: the null space, if there is one, is that of the multipliers alone.
         consistent: the answer satisfies the system.
@@ -81,6 +82,7 @@ class Answers(NamedTuple):
     """
 
     answer: FloatArray
+    null: FloatArray
     exact: BoolArray
     unique: BoolArray
     consistent: BoolArray
@@ -121,7 +123,7 @@ class System:
         return found
 
 
-_One = tuple[FloatArray, bool, bool, bool, float]
+_One = tuple[FloatArray, FloatArray, bool, bool, bool, float]
 """The fields of :class:`Answers` for one element."""
 
 
@@ -164,7 +166,7 @@ def solve_dense(system: System) -> Answers:
     primal = np.zeros((system.count, side), dtype=bool)
     primal[system.owner, local] = system.primal
     found = solve_matrices(matrices, right, np.arange(side) >= sizes[:, None], primal, system.known)
-    return found._replace(answer=found.answer[system.owner, local])
+    return found._replace(answer=found.answer[system.owner, local], null=found.null[system.owner, local])
 
 
 def solve_matrices(
@@ -177,7 +179,7 @@ def solve_matrices(
     count, side = right.shape
     if side == 0:
         every = np.ones(count, dtype=bool)
-        return Answers(right, every, every, every, np.zeros(count))
+        return Answers(right, right, every, every, every, np.zeros(count))
     element, place = np.nonzero(idle)
     matrices[element, place, place] = 1.0
     scale = _equilibration(np.abs(matrices).max(2))
@@ -202,15 +204,15 @@ def solve_matrices(
     with np.errstate(over="ignore", invalid="ignore"):
         error = np.abs((matrices @ answer[:, :, None])[:, :, 0] - right).max(1)
     exact, doubt = _judged(known, inverse, size, error, np.abs(right).max(1))
-    unique, consistent = exact.copy(), exact.copy()
+    unique, consistent, null = exact.copy(), exact.copy(), np.zeros_like(answer)
     for bad in np.flatnonzero(~exact):
         own = np.flatnonzero(~idle[bad])
         one = known.select(bad)
         is_primal = np.broadcast_to(primal, idle.shape)[bad, own]
         found = _by_eigenvalues(scaled[bad][np.ix_(own, own)], scale[bad, own], right[bad, own], is_primal, one)
         answer[bad] = 0.0
-        answer[bad, own], exact[bad], unique[bad], consistent[bad], doubt[bad] = found
-    return Answers(answer, exact, unique, consistent, doubt)
+        answer[bad, own], null[bad, own], exact[bad], unique[bad], consistent[bad], doubt[bad] = found
+    return Answers(answer, null, exact, unique, consistent, doubt)
 
 
 def _by_eigenvalues(scaled: FloatArray, scale: FloatArray, right: FloatArray, primal: BoolArray, known: Known) -> _One:
@@ -225,7 +227,14 @@ def _by_eigenvalues(scaled: FloatArray, scale: FloatArray, right: FloatArray, pr
         # Levenberg and Marquardt's step, which converges quadratically to a manifold of solutions, whatever its rank.
         weights = eigenvalues / np.maximum(eigenvalues**2 + float(known.error) ** 2, 1e-300)
         weights[sizes <= RANK_CUTOFF * sizes.max(initial=0.0)] = 0.0
-        return scale * (vectors @ (weights * (vectors.T @ (scale * right)))), False, False, False, np.inf
+        return (
+            scale * (vectors @ (weights * (vectors.T @ (scale * right)))),
+            np.zeros_like(right),
+            False,
+            False,
+            False,
+            np.inf,
+        )
     kept, doubt, explained = _rank(sizes, known)
     null = vectors[:, ~kept] * scale[:, None]
     null, _ = np.linalg.qr(null)
@@ -238,7 +247,7 @@ def _by_eigenvalues(scaled: FloatArray, scale: FloatArray, right: FloatArray, pr
     if not explained:
         doubt = np.inf
     regular = bool(kept.all()) and doubt < DOUBT
-    return answer, regular, dual_only, consistent, doubt
+    return answer, np.linalg.norm(null, axis=1), regular, dual_only, consistent, doubt
 
 
 def _rank(sizes: FloatArray, known: Known) -> tuple[BoolArray, float, bool]:
@@ -274,7 +283,7 @@ def solve_sparse(system: System, ordering: int = 0) -> Answers:
     size, right, count = system.right.size, system.right, system.count
     every = np.ones(count, dtype=bool)
     if size == 0:
-        return Answers(right, every, every, every, np.zeros(count))
+        return Answers(right, right, every, every, every, np.zeros(count))
     K = system.sparse()
     scale = _row_scale(system)
     scaled = _scaled(K, scale)
@@ -283,7 +292,9 @@ def solve_sparse(system: System, ordering: int = 0) -> Answers:
     except RuntimeError:  # SuperLU: "Factor is exactly singular"
         nothing = np.zeros(count, dtype=bool)
         return _one_by_one(
-            system, Answers(np.zeros(size), nothing, nothing.copy(), nothing.copy(), np.full(count, np.inf)), ordering
+            system,
+            Answers(np.zeros(size), np.zeros(size), nothing, nothing.copy(), nothing.copy(), np.full(count, np.inf)),
+            ordering,
         )
     solution = factor.solve(np.stack([scale * right, _probe(size)], axis=1))
     answer = solution[:, 0] + factor.solve(scale * right - scaled @ solution[:, 0])
@@ -297,7 +308,7 @@ def solve_sparse(system: System, ordering: int = 0) -> Answers:
     exact, doubt = _judged(
         system.known, inverse, system.largest(np.asarray(abs(scaled).sum(1)).ravel()), error, largest
     )
-    return _one_by_one(system, Answers(answer, exact, exact.copy(), exact.copy(), doubt), ordering)
+    return _one_by_one(system, Answers(answer, np.zeros(size), exact, exact.copy(), exact.copy(), doubt), ordering)
 
 
 def _one_by_one(system: System, found: Answers, ordering: int) -> Answers:
@@ -305,9 +316,9 @@ def _one_by_one(system: System, found: Answers, ordering: int) -> Answers:
     for bad in np.flatnonzero(~found.exact):
         own, rows = system.only(int(bad))
         if ordering + 1 < len(_ORDERINGS):
-            answer, *kind = solve_sparse(own, ordering + 1)
-            found.answer[rows] = answer
-            for whole, part in zip(found[1:], kind, strict=True):
+            again = solve_sparse(own, ordering + 1)
+            found.answer[rows], found.null[rows] = again.answer, again.null
+            for whole, part in zip(found[2:], again[2:], strict=True):
                 whole[bad] = part[0]
             continue
         scale = _row_scale(own)
@@ -316,9 +327,9 @@ def _one_by_one(system: System, found: Answers, ordering: int) -> Answers:
             part = _by_eigenvalues(scaled, scale, own.right, own.primal, known)
         else:
             part = _by_proximal_steps(own, scale)
-        found.answer[rows] = part[0]
-        for whole, own in zip(found[1:], part[1:], strict=True):
-            whole[bad] = own
+        found.answer[rows], found.null[rows] = part[:2]
+        for whole, one in zip(found[2:], part[2:], strict=True):
+            whole[bad] = one
     return found
 
 
@@ -335,7 +346,7 @@ def _by_proximal_steps(system: System, scale: FloatArray) -> _One:
     factor = spla.splu(sp.csc_array(K + sp.diags_array(np.where(system.primal, shift, -shift))), **_ORDERINGS[0])
     right = scale * system.right
     if system.known.damped:
-        return scale * factor.solve(right), False, False, False, np.inf
+        return scale * factor.solve(right), np.zeros_like(right), False, False, False, np.inf
     direction = _probe(right.size)
     both = np.stack([right, K @ direction], axis=1)
     answer = np.zeros_like(both)
@@ -347,10 +358,11 @@ def _by_proximal_steps(system: System, scale: FloatArray) -> _One:
             break
     consistent = bool(np.abs(left[:, 0]).max() <= RESIDUAL * np.abs(right).max())
     # What a known direction loses in being solved for is its part in the null space.
-    lost = np.abs((answer[:, 1] - direction)[system.primal]).max(initial=0.0)
-    dual_only = bool(lost <= 1e-6 * np.abs(direction).max())
+    lost = np.abs(answer[:, 1] - direction)
+    lost[lost <= 1e-6 * np.abs(direction).max()] = 0.0
+    dual_only = not lost[system.primal].any()
     doubt = float(system.known.lipschitz[0]) * error / PROXIMAL + ROUNDING / PROXIMAL
-    return scale * answer[:, 0], False, dual_only, consistent, doubt
+    return scale * answer[:, 0], lost, False, dual_only, consistent, doubt
 
 
 def _row_scale(system: System) -> FloatArray:
