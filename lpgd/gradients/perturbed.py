@@ -49,6 +49,8 @@ FINEST = 1e-14
 """No solution is known better than this."""
 JUMP, SMALL_TILT = 0.1, 0.1
 """A solution jumps where it moves by this share of ``1 + |x|``, ten times more than a tilt of at most that size."""
+ENORMOUS = 1e3
+"""Without a solution on the other side it jumps where it moves so many times more than the tilt."""
 
 
 @dataclass(eq=False)
@@ -314,19 +316,19 @@ def _rough(sides: _Sides) -> Tensor:
 
 def _jumps(run: _Run, tau: Tensor, unit: Tensor, sides: _Sides) -> Tensor:
     """(E,) whether a solution went to another one: a small tilt moves it far, and its opposite not back."""
-    base = maximum_norm(run.base.x)
-    reach = torch.maximum(maximum_norm(sides.plus.x - run.base.x), maximum_norm(sides.minus.x - run.base.x)) / (
-        1 + base
-    )
     tilt = tau / unit
-    jumped = (tilt <= SMALL_TILT) & (reach > JUMP) & (reach > 10 * tilt)
+    change = torch.maximum(maximum_norm(sides.plus.x - run.base.x), maximum_norm(sides.minus.x - run.base.x))
+    far = change / (1.0 + maximum_norm(run.base.x))
+    jumped = (tilt <= SMALL_TILT) & (far > JUMP) & (far > 10 * tilt)
     rows = jumped.nonzero()[:, 0]
     if len(rows):
-        part = run.select(rows)
-        found = _picked(sides, rows)
+        part, found = run.select(rows), _picked(sides, rows)
         if not (found.above & found.below).all():
             found = replace(part, envelope="average").sides(tau[rows])
-        jumped[rows] = found.skew > 0.5
+        bend = maximum_norm((found.plus.x - part.base.x) + (found.minus.x - part.base.x))
+        mirrored = bend <= 0.5 * maximum_norm(found.plus.x - found.minus.x)
+        lone = ~(found.above & found.below)
+        jumped[rows] = torch.where(lone, far[rows] > ENORMOUS * tilt[rows], ~mirrored)
     return jumped
 
 
