@@ -295,9 +295,9 @@ _UNCLEAR = (
     "together is, and so are those with respect to the objective."
 )
 _JUMP = (
-    "jumped: a small tilt moved them far, and its opposite did not move them back, so that another one of several "
-    "nearly equal solutions was found. Their gradients say nothing of small changes. A smaller tau stays with one "
-    "solution where they are not equal."
+    "jumped: a small tilt moved them far, and not in proportion to it, to another one of several nearly equal "
+    "solutions. Their gradients say nothing of small changes. A smaller tau stays with one solution, unless they are "
+    "equal."
 )
 _ZERO_GRADIENT = (
     "LPGD(tau=None) takes a step that is small enough for the exact gradient, and no solution of this linear program "

@@ -47,8 +47,8 @@ ERRONEOUS = 3.0
 """Kinks bend a response by no more than about its own size."""
 FINEST = 1e-14
 """No solution is known better than this."""
-JUMP, SMALL_TILT = 0.1, 0.1
-"""A solution jumps where it moves by this share of ``1 + |x|``, ten times more than a tilt of at most that size."""
+JUMP, SMALL_TILT = 0.01, 0.1
+"""A solution that moves by this share of ``1 + |x|``, and ten times more than a tilt of at most that size, may jump."""
 
 
 @dataclass(eq=False)
@@ -108,15 +108,11 @@ def perturb(
         steps: (E,) τ, or None: the root of the relative error of the solutions, in tilt units.
     """
     unit = problem.tilt_unit(solution.point, cotangent)
-    base_error = _error(solution, solver, problem)
-    if steps is None:
-        perturbed_solver = _refined(solver, base_error)
-        error = base_error if perturbed_solver is solver else _error(None, perturbed_solver, problem).expand_as(unit)
-        tau = error**0.5 * unit
-    else:
-        perturbed_solver = _tightened(solver, float((steps / unit).min()))
-        error = base_error if perturbed_solver is solver else _error(None, perturbed_solver, problem).expand_as(unit)
-        tau = steps
+    base_error = error = _error(solution, solver, problem)
+    perturbed_solver = _refined(solver, error) if steps is None else _tightened(solver, float((steps / unit).min()))
+    if perturbed_solver != solver:
+        error = torch.minimum(error, _error(None, perturbed_solver, problem))
+    tau = error**0.5 * unit if steps is None else steps
     augmented = problem.augment(rho, solution.x) if rho else problem
     run = _Run(
         problem, augmented, solution.point, solution.active_set(problem), solution.states, cotangent,
@@ -313,21 +309,30 @@ def _rough(sides: _Sides) -> Tensor:
 
 
 def _jumps(run: _Run, tau: Tensor, unit: Tensor, sides: _Sides) -> Tensor:
-    """(E,) whether a solution went to another one: a small tilt moves it far, and its opposite not back."""
-    base = maximum_norm(run.base.x)
-    reach = torch.maximum(maximum_norm(sides.plus.x - run.base.x), maximum_norm(sides.minus.x - run.base.x)) / (
-        1 + base
-    )
+    """(E,) whether a solution went to another one.
+
+    A response to a small tilt that is far is one only if the opposite tilt moves the solution the other way, and a
+    tenth of it a tenth as far.
+    """
     tilt = tau / unit
-    jumped = (tilt <= SMALL_TILT) & (reach > JUMP) & (reach > 10 * tilt)
+    far = _reach(run, sides)
+    jumped = (tilt <= SMALL_TILT) & (far > JUMP) & (far > 10 * tilt)
     rows = jumped.nonzero()[:, 0]
     if len(rows):
-        part = run.select(rows)
-        found = _picked(sides, rows)
-        if not (found.above & found.below).all():
-            found = replace(part, envelope="average").sides(tau[rows])
-        jumped[rows] = found.skew > 0.5
+        part, both = run.select(rows), _picked(sides, rows)
+        if not (both.above & both.below).all():
+            both = replace(part, envelope="average").sides(tau[rows])
+        bend = maximum_norm((both.plus.x - part.base.x) + (both.minus.x - part.base.x))
+        mirrored = (bend <= 0.5 * maximum_norm(both.plus.x - both.minus.x)) | ~(both.above & both.below)
+        share = _reach(part, part.sides(0.1 * tau[rows])) / far[rows]
+        jumped[rows] = ~(mirrored & (share > 0.05) & (share < 0.2))
     return jumped
+
+
+def _reach(run: _Run, sides: _Sides) -> Tensor:
+    """(E,) how far solutions move, relative to ``1 + |x|``."""
+    change = torch.maximum(maximum_norm(sides.plus.x - run.base.x), maximum_norm(sides.minus.x - run.base.x))
+    return change / (1.0 + maximum_norm(run.base.x))
 
 
 def _picked(sides: _Sides, rows: Tensor) -> _Sides:
