@@ -98,7 +98,7 @@ def run_tasks(
 
 def _finished(calls: Sequence[tuple[Any, ...]], executor: Executor | None, listens: bool) -> list[Any]:
     """What comes of calls on an executor; none of them goes on after this."""
-    stop = threading.Event() if executor is None or isinstance(executor, ThreadPoolExecutor) else None
+    stop = threading.Event() if executor is None or type(executor) is ThreadPoolExecutor else None
     futures: list[Future[Any]] = []
     try:
         for call in calls:

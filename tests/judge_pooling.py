@@ -91,7 +91,9 @@ def _is_minimum(node: RobustPooling, x: Tensor, u: Tensor) -> Tensor:
     return (slope <= PRECISE * rounding) & curved
 
 
-def judge(penalty: Penalty, dim: int, dtype: torch.dtype, sets: int, seed: int = 0, rows: int = 2000) -> Iterator[Count]:
+def judge(
+    penalty: Penalty, dim: int, dtype: torch.dtype, sets: int, seed: int = 0, rows: int = 2000
+) -> Iterator[Count]:
     """Draw and judge so many sets, in batches; the counts up to each of them."""
     generator = torch.Generator().manual_seed(seed)
     total = Count(0, 0, 0)

@@ -173,7 +173,7 @@ def test_inputs_and_the_problem_are_never_modified() -> None:
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - c)), [x <= u])
     for method in METHODS:
         layer = lpgd.CvxpyLayer(problem, [c, u], [x], gradient=method)
-        tensors = [leaf(normal(3, 2)), leaf(normal(3))]
+        tensors = [leaf(normal(3, 2)), leaf(normal(3, seed=1))]
         before, versions = [t.detach().clone() for t in tensors], [t._version for t in tensors]
         (output,) = layer(*tensors)
         kept, cotangent = output.detach().clone(), normal(3, 2, seed=4)

@@ -209,11 +209,12 @@ def test_cone_form_has_the_same_solution(case: Case) -> None:
     np.testing.assert_array_equal(back.y, own)
 
 
-def test_cone_form_refuses_a_nonconvex_objective() -> None:
+def test_the_cone_form_takes_eigenvalues_below_zero_for_rounding() -> None:
+    # Whether an objective is convex is asked before any form is made of it (tests/test_verdicts.py).
     structure = ConicStructure(SparsityPattern.dense(2, 2), SparsityPattern.empty(0, 2), Cones())
-    matrices = Matrices(structure, np.array([1.0, 0.0, 0.0, -1.0]), np.zeros(0), np.zeros(0, bool), np.zeros(0, bool))
-    with pytest.raises(ValueError, match="eigenvalue -1: the objective is not convex"):
-        ConeForm(RowForm(matrices))
+    values = np.array([1.0, 0.0, 0.0, -1e-12])
+    matrices = Matrices(structure, values, np.zeros(0), np.zeros(0, bool), np.zeros(0, bool))
+    assert ConeForm(RowForm(matrices)).rows == 3  # one row of the root, and the two of the epigraph
 
 
 # -- sparse operations

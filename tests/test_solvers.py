@@ -149,7 +149,7 @@ def test_each_element_has_its_own_status(solver: Solver, curvature: float) -> No
 @pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
 def test_limits_are_statuses(solver: Solver) -> None:
     case = next(case for case in (SOCP, LARGE, QP) if solver.unsupported(case.problem.structure) is None)
-    limited = replace(solver, max_iterations=2, rescue=False).solve(case.problem)
+    limited = replace(solver, max_iterations=2, rescue=False, refine=False).solve(case.problem)
     assert set(limited.statuses) == {Status.ITERATION_LIMIT}
     assert limited.statuses[0].has_iterate
     assert not limited.statuses[0].usable

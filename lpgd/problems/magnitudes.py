@@ -156,7 +156,9 @@ def vector_units(
     length = torch.fmax(e_b, torch.where(torch.isnan(e_b), free, free - 3 * MODERATE)).nan_to_num(0.0)
     if lengths is not None:
         length = torch.where(torch.isfinite(lengths), lengths.to(length.device), length)
-    length, cost = _snapped(length, e_q, e_P, exponents, lengths is not None)
+    # Where matrices are scaled nothing is gained by leaving vectors alone, and part of their scale may be in D and E.
+    moderate = 0 if lengths is not None or variable is not None or row is not None else MODERATE
+    length, cost = _snapped(length, e_q, e_P, exponents, moderate)
     if structure.quadratic.nnz and row_count(data.P) < size:
         cost = _in_common(length, cost, row_count(data.P))
     return _factors(length), _factors(cost)
@@ -168,7 +170,7 @@ def _factors(exponents: Tensor) -> Tensor | None:
 
 
 def _snapped(
-    length: Tensor, e_q: Tensor, e_P: Tensor, exponents: Tensor | None, is_given: bool
+    length: Tensor, e_q: Tensor, e_P: Tensor, exponents: Tensor | None, moderate: int
 ) -> tuple[Tensor, Tensor]:
     """Exponents of length and cost: those of a state where they still fit, else zero where the data are moderate."""
 
@@ -176,16 +178,16 @@ def _snapped(
         terms = torch.stack([e_q + length, e_P + 2 * length])
         return -terms.nan_to_num(nan=-torch.inf).amax(0).nan_to_num(neginf=0.0)
 
-    chosen = length if is_given else torch.where(length.abs() <= MODERATE, 0.0, length)
+    chosen = torch.where(length.abs() <= moderate, 0.0, length)
     cost = cost_of(chosen)
-    cost = torch.where(cost.abs() <= MODERATE, 0.0, cost)
+    cost = torch.where(cost.abs() <= moderate, 0.0, cost)
     if exponents is None:
         return chosen, cost
     known = exponents.to(length.device)
     keep = ((known[:, 0] - length).abs() <= KEPT) & ((known[:, 1] - cost_of(known[:, 0])).abs() <= KEPT)
     own = torch.where(keep, known[:, 0], chosen)
     again = cost_of(own)
-    return own, torch.where(keep, known[:, 1], torch.where(again.abs() <= MODERATE, 0.0, again))
+    return own, torch.where(keep, known[:, 1], torch.where(again.abs() <= moderate, 0.0, again))
 
 
 def _in_common(length: Tensor, cost: Tensor, rows: int) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicStructure
 from lpgd.solution import Solution
-from lpgd.solvers.posed import better_lengths, judged, pose
+from lpgd.solvers.posed import Posed, better_lengths, judged, pose
 from lpgd.solvers.rescue import merged, settled
 from lpgd.status import MissingPackageError, Status
 
@@ -97,6 +97,8 @@ class Solver(BaseSolver):
         rescue: elements that end without proof (at the iteration limit, by a numerical error, inaccurately, or with a
             verdict that its own certificate does not show) are handed to the next installed solver that can take them;
             ``Solution.solvers`` says who answered.
+        refine: answers are finished by Newton's steps on the optimality conditions, where those are cheap or the solver
+            gave up; ``Solution.refined`` counts them.  False gives the solver's own answers, to compare solvers.
     """
 
     tolerance: float = 1e-8
@@ -104,6 +106,7 @@ class Solver(BaseSolver):
     time_limit: float | None = None
     verbose: bool = False
     rescue: bool = True
+    refine: bool = True
 
     capabilities: ClassVar[Capabilities]
     package: ClassVar[str]
@@ -144,15 +147,19 @@ class Solver(BaseSolver):
     def attempt(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:
         """This solver's own answer, judged; verdicts without a proof are still its claims (``Solution.proofs``)."""
         posed = pose(problem, states)
-        answer = judged(posed, self.solve_posed(posed.inside, posed.states, executor), self.tolerance, self.name)
+        answer = self._judged(posed, executor)
         lengths = better_lengths(posed, answer, self.tolerance)
         if lengths is None:
             return answer
         elements = lengths.isfinite().nonzero()[:, 0].tolist()
         posed = pose(problem.select(elements), (), lengths[elements])
-        again = judged(posed, self.solve_posed(posed.inside, posed.states, executor), self.tolerance, self.name)
+        again = self._judged(posed, executor)
         taken = [status is Status.SOLVED for status in again.statuses]
         return merged(answer, elements, again, taken, keep_states=True)
+
+    def _judged(self, posed: Posed, executor: Executor | None) -> Solution:
+        answer = self.solve_posed(posed.inside, posed.states, executor)
+        return judged(posed, answer, self.tolerance, self.name, refined=self.refine)
 
     @abstractmethod
     def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> Solution:

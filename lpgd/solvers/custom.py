@@ -88,6 +88,7 @@ class CustomSolver(ElementwiseSolver):
         time_limit: None = None,
         verbose: bool = False,
         rescue: bool = True,
+        refine: bool = True,
     ) -> None:
         form = form_name or form
         if not callable(function):
@@ -99,7 +100,7 @@ class CustomSolver(ElementwiseSolver):
         values = {
             "function": function, "form_name": form, "quadratic": quadratic, "cones": cones, "threads": threads,
             "tolerance": tolerance, "max_iterations": max_iterations, "time_limit": time_limit, "verbose": verbose,
-            "rescue": rescue,
+            "rescue": rescue, "refine": refine,
             "capabilities": Capabilities(taken, quadratic=quadratic, time_limit=False, releases_gil=threads),
             "form": _FORMS[form],
         }  # fmt: skip

@@ -172,13 +172,13 @@ def better_lengths(posed: Posed, answer: Solution, tolerance: float) -> Tensor |
 # -- answers ------------------------------------------------------------------------------------------------------
 
 
-def judged(posed: Posed, answer: Solution, tolerance: float, solver: str) -> Solution:
+def judged(posed: Posed, answer: Solution, tolerance: float, solver: str, *, refined: bool = True) -> Solution:
     """A solver's answer to ``posed.inside`` as one to ``posed.problem``, with statuses that can be shown.
 
     Points that are not finite, or far from optimal, are no solutions; points that satisfy the optimality conditions
     are, however the solver ended.  Verdicts stay the solver's claims; ``proofs`` has those that its certificate proves.
     """
-    answer = _refined(answer, max(USELESS, 10 * tolerance))
+    answer = _refined(answer, max(USELESS, 10 * tolerance), refined)
     residuals = residuals_of(answer.problem, answer.point)
     answer = _by_residuals(answer, residuals, tolerance)
     statuses, size = list(answer.statuses), answer.batch_size
@@ -212,7 +212,7 @@ def judged(posed: Posed, answer: Solution, tolerance: float, solver: str) -> Sol
     return result
 
 
-def _refined(answer: Solution, useless: float) -> Solution:
+def _refined(answer: Solution, useless: float, wanted: bool) -> Solution:
     """The answer after a few of Newton's steps, where they are cheap, or a solver gave up.
 
     What a solver calls solved and is useless stays as it is: the solver is wrong, and that should be seen.
@@ -222,6 +222,8 @@ def _refined(answer: Solution, useless: float) -> Solution:
         nothing = answer.x.new_full((size,), torch.nan)
         return replace(answer, known_to=nothing, refined=torch.zeros(size, dtype=torch.int64))
     point, slack, known_to = complementary(problem, answer.point, answer.slack)
+    if not wanted:
+        return replace(answer, known_to=known_to, refined=torch.zeros(size, dtype=torch.int64))
     exact = known_to <= EXACT
     answer = replace(
         answer,

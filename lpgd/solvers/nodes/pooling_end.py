@@ -50,8 +50,8 @@ def slope_noise(first: Tensor, u: Tensor, x: Tensor) -> Tensor:
 def finish(penalty: PenaltyFunction, x: Tensor, u: Tensor, tilt: Tilt | None) -> End:
     """A minimiser downhill of u: Newton's method along the Hessian's eigenvectors, with a line search.
 
-    Negative curvature is turned around, and followed where there is no slope: no saddle and no maximum is an end.  Where
-    the objective is not convex the step to the weighted mean, which never ascends, is taken if it falls further.
+    Negative curvature is turned around, and followed where there is no slope: no saddle and no maximum is an end.
+    Where the objective is not convex the step to the weighted mean, which never ascends, is taken if it falls further.
 
     Args:
         penalty: φ.
