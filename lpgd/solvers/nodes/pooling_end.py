@@ -134,6 +134,7 @@ def _search(
     for _ in range(HALVINGS):
         if not pending.any():
             break
+        moves = torch.zeros_like(pending)
         for sign in (1.0, -1.0) if (bent & pending).any() else (1.0,):
             trial = (u + sign * step) - u  # as it is rounded
             wanted = 1e-4 * (now.slope * trial).sum(-1).clamp(max=0)
@@ -141,7 +142,8 @@ def _search(
             good = pending & ~found & (fall <= wanted) & (fall < 0) & ((sign > 0) | bent)
             best = torch.where(good[:, None], trial, best)
             found = found | good
-        pending = pending & ~found & (trial != 0).any(-1)
+            moves = (trial != 0).any(-1)
+        pending = pending & ~found & moves
         step = torch.where(pending[:, None], 0.5 * step, step)
     return best, found
 
