@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,13 +94,12 @@ def redundant(seed: int) -> Redundant:
             scales.append(np.full(sizes[0], 3.0))
         counts[name] = order
     row, scale = np.concatenate(rows), np.concatenate(scales)
-    fields = {name: getattr(cones, name) for name in cones.sections}
-    repeated = Cones(
-        **{
-            name: len(counts[name]) if isinstance(value, int) else tuple(value[cone] for cone in counts[name])
-            for name, value in fields.items()
-        }
-    )
+    fields: dict[str, Any] = {name: getattr(cones, name) for name in cones.sections}
+    sizes_of: dict[str, Any] = {
+        name: len(counts[name]) if isinstance(value, int) else tuple(value[cone] for cone in counts[name])
+        for name, value in fields.items()
+    }
+    repeated = Cones(**sizes_of)
     q, b = single.data.q.numpy()[0], single.data.b.numpy()[0]
     again = _problem(P, q, A[row] * scale[:, None], b[row] * scale, repeated, low)
     return Redundant(single, again, row, scale, torch.from_numpy(x)[None])
@@ -144,11 +144,7 @@ def cotangent(program: Redundant, seed: int) -> ConicPoint:
 
 def of_single(program: Redundant, point: ConicPoint) -> ConicPoint:
     """A primal cotangent for the single statement."""
-    return replace_y(point, point.x.new_zeros(1, program.single.structure.m))
-
-
-def replace_y(point: ConicPoint, y: Tensor) -> ConicPoint:
-    return point._replace(y=y)
+    return point._replace(y=point.x.new_zeros(1, program.single.structure.m))
 
 
 __all__ = ["KINDS", "Redundant", "cotangent", "of_single", "redundant"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import cvxpy as cp
 import numpy as np
@@ -65,7 +66,7 @@ def test_an_ellipsoid_stated_twice_has_the_gradient_of_one(solver: Solver, copie
     solution = solver.solve(problem)
     tilt = ConicPoint(torch.eye(2).double()[:1], torch.zeros(1, 3 * copies).double(), torch.zeros(1, 2).double())
     gradient, info = ImplicitKKT().vjp(problem, solution, tilt, solver)
-    np.testing.assert_allclose(-gradient.q[0].numpy(), exact_ellipsoid(), atol=1e-9)
+    np.testing.assert_allclose(-gradient.q.numpy(), exact_ellipsoid(), atol=1e-9)
     np.testing.assert_allclose(exact_ellipsoid(), [0.16156, -0.14084], atol=5e-6)
     assert info.used == ["implicit" if copies == 1 else "implicit, regularised"]
     assert info.doubt is not None
@@ -165,7 +166,7 @@ def test_a_semidefinite_constraint_with_an_implied_minor(solver: str) -> None:
     gradients = []
     for minors in ([], [slice(0, 2)], [slice(0, 2), slice(1, 3)]):
         X, C = cp.Variable((3, 3), symmetric=True), cp.Parameter((3, 3))
-        constraints = [X >> 0, *(X[part, part] >> 0 for part in minors)]
+        constraints: list[Any] = [X >> 0, *(X[part, part] >> 0 for part in minors)]
         layer = CvxpyLayer(cp.Problem(cp.Minimize(cp.sum_squares(X - C)), constraints), [C], [X], solver=solver)
         value = torch.from_numpy(target).clone().requires_grad_()
         (layer(value)[0] * weight).sum().backward()
@@ -180,7 +181,7 @@ def test_doubled_exponential_constraints(seed: int) -> None:
     # min |x - p|² over exp(x₁) ≤ x₂: dx/dp along the curve's tangent t = (1, e^{x₁}), with its curvature.
     p = np.random.default_rng(seed).normal(size=2) + np.array([1.0, -1.0])
     x, point = cp.Variable(2), cp.Parameter(2)
-    constraints = [cp.exp(x[0]) <= x[1], 2 * cp.exp(x[0]) <= 2 * x[1]]
+    constraints: list[Any] = [cp.exp(x[0]) <= x[1], 2 * cp.exp(x[0]) <= 2 * x[1]]
     layer = CvxpyLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - point)), constraints), [point], [x])
     value = torch.from_numpy(p).requires_grad_()
     (solution,) = layer(value)
@@ -202,7 +203,7 @@ def test_a_loss_on_a_dual_of_a_semidefinite_program(solver: str, copies: int) ->
     matrix = rng.normal(size=(3, 3))
     matrix = matrix + matrix.T
     X, C = cp.Variable((3, 3), symmetric=True), cp.Parameter((3, 3), symmetric=True)
-    trace = cp.trace(X) == 1
+    trace: Any = cp.trace(X) == 1
     problem = cp.Problem(cp.Minimize(cp.trace(C @ X)), [trace] + [X >> 0] * copies)
     layer = CvxpyLayer(problem, [C], [trace.dual_variables[0]], solver=solver)
     value = torch.from_numpy(matrix).clone().requires_grad_()
@@ -346,7 +347,8 @@ def test_sparse_singular_systems_agree_with_dense_ones(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("rho", [0.0, 0.1])
 def test_one_variable_one_row_one_element(rho: float) -> None:
     # min ½ p x² + q x, free, bounded, and by a row: x = -q / p or the bound.
-    for constraints, moves in (({}, True), ({"lb": 5.0}, False), ({"ub": 9.0}, True)):
+    cases: list[tuple[dict[str, Any], bool]] = [({}, True), ({"lb": 5.0}, False), ({"ub": 9.0}, True)]
+    for constraints, moves in cases:
         P = torch.ones(1, 1, dtype=torch.float64).expand(1, 1)
         q = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
         (x, *_) = QPLayer(gradient=ImplicitKKT(rho=rho))(P, q, **constraints)
