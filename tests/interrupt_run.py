@@ -152,7 +152,7 @@ def fork(name: str, size: int) -> None:
     """A child that solves what its parent has solved, with threads."""
     case = Case(name, size, None)
     torch.randn(3_000_000).exp()
-    torch.randn(600, 600) @ torch.randn(600, 600)
+    torch.mm(torch.randn(600, 600), torch.randn(600, 600))
     right = case.solve(304)
     child = os.fork()
     if child == 0:

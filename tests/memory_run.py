@@ -43,8 +43,8 @@ def held(name: str, n: int, dense: bool) -> dict[str, Any]:
     solver, random = SOLVERS[name], np.random.default_rng(0)
     entries = np.ones((n, n), bool) if dense else np.eye(n, dtype=bool) | (random.random((n, n)) < 3 / n)
     quadratic = np.ones((n, n), bool) if dense else np.eye(n, dtype=bool)
-    patterns = (SparsityPattern((n, n), *np.nonzero(part.T)[::-1]) for part in (quadratic, entries))
-    structure = ConicStructure(*patterns, Cones(nonnegative=n))
+    P_pattern, A_pattern = (SparsityPattern((n, n), *np.nonzero(part.T)[::-1]) for part in (quadratic, entries))
+    structure = ConicStructure(P_pattern, A_pattern, Cones(nonnegative=n))
     nothing = np.zeros(0, bool)
     frame = solver.form.frame_of(structure, nothing, nothing)
 
