@@ -85,6 +85,7 @@ class _Handler:
 
     Attributes:
         saved: the ``struct sigaction``, while anyone is at work.
+        replaced: the address of a solver's handler that was in its place.
         called: when :func:`abandon` last called a solver's handler.
     """
 
@@ -92,6 +93,7 @@ class _Handler:
         self.lock = threading.Lock()
         self.users: set[object] = set()
         self.saved: Any = None
+        self.replaced: int | None = None
         self.called = -1.0
 
     def enter(self, user: object) -> None:
@@ -99,7 +101,7 @@ class _Handler:
             return
         with self.lock:
             if not self.users:
-                self.saved = _current()
+                self.saved, self.replaced = _current(), None
             self.users.add(user)
 
     def leave(self, user: object) -> None:
@@ -112,14 +114,17 @@ class _Handler:
             self._restore()
 
     def _restore(self) -> None:
-        if self.users and _SIGACTION is not None and _address(_current()) != _address(self.saved):
-            _SIGACTION(int(signal.SIGINT), self.saved, None)
+        if self.users and _SIGACTION is not None:
+            found = _address(_current())
+            if found != _address(self.saved):
+                self.replaced = found if found > 1 else None  # 0 and 1 are no functions
+                _SIGACTION(int(signal.SIGINT), self.saved, None)
 
-    def foreign(self) -> int | None:
-        """The address of a handler that is not the one from before."""
+    def of_solver(self) -> int | None:
+        """The address of the handler of a solver that may be at work."""
         with self.lock:
-            found = _address(_current()) if self.users else 0
-            return found if found > 1 and found != _address(self.saved) else None  # 0 and 1 are no functions
+            self._restore()
+            return self.replaced if self.users else None
 
 
 def _current() -> Any:
@@ -243,7 +248,7 @@ def abandon(futures: Sequence[Future[Any]], stop: threading.Event | None) -> Non
     running = [future for future in futures if not future.cancel()]
     deadline = time.perf_counter() + PATIENCE
     while stop is not None and not all(future.done() for future in running) and time.perf_counter() < deadline:
-        address = _handler.foreign()
+        address = _handler.of_solver()
         if address is not None:  # a solver that listens: this makes it stop within an iteration
             _handler.called = time.perf_counter()
             ctypes.CFUNCTYPE(None, ctypes.c_int)(address)(int(signal.SIGINT))

@@ -43,8 +43,10 @@ def _end_openmp_threads() -> None:
     GNU's OpenMP starts threads again when the next operation wants some, on both sides (the libgomp of torch 2.13.0).
     """
     library = _openmp()
-    end = getattr(library.dynlib, "omp_pause_resource_all", None) if library is not None else None
-    if end is not None and "gomp" in library.filepath:
+    if library is None or "gomp" not in library.filepath:
+        return
+    end = getattr(library.dynlib, "omp_pause_resource_all", None)
+    if end is not None:
         soft = 1
         end(soft)
 

@@ -1,6 +1,7 @@
 """A process of its own that interrupts batches with real signals and prints what came of each as a line of JSON.
 
-Arguments: the size of a program, ``threads``, ``serial`` or ``pool``, and names of solvers.
+Arguments: the size of a program, what to do, and names of solvers.  ``threads``, ``serial`` and ``pool`` interrupt a
+batch, ``one`` a single element, ``handled`` interrupts batches by a handler that goes on, ``fork`` solves in a child.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from threadpoolctl import threadpool_info
 from lpgd import CustomSolver, QPLayer
 from lpgd.execution import SerialExecutor
 
-SECONDS = 2.0
+SECONDS = 1.5
 """How long a batch takes that nobody interrupts, or longer."""
-AFTER = 0.3
+AFTER = 0.2
 """When it is interrupted."""
 
 calls: list[int] = []
+TIMES = 8
+"""How often a handler that goes on is called."""
 
 
 def on_interrupt(number: int, frame: FrameType | None) -> None:
@@ -54,53 +57,109 @@ def program(size: int, batch: int, bound: float) -> tuple[torch.Tensor, ...]:
     return tuple(map(torch.from_numpy, (P, q, G, np.full(size, bound))))
 
 
+class Case:
+    """A layer and its data."""
+
+    def __init__(self, name: str, size: int, executor: Executor | None) -> None:
+        self.name = name
+        solver: Any = CustomSolver(unconstrained, threads=True) if name == "CUSTOM" else name
+        self.layer = QPLayer(solver=solver, on_error="nan", executor=executor)
+        self.P, self.q, self.G, self.h = program(size, 16, 1e3 if name == "CUSTOM" else 0.1)
+
+    def solve(self, batch: int, **options: Any) -> torch.Tensor:
+        q = self.q.repeat(-(-batch // 16), 1)[:batch]
+        return self.layer(self.P, q, G=self.G, h=self.h, solver_args=options).x
+
+    def lasting(self, seconds: float) -> int:
+        """A batch that takes so long, or longer."""
+        batch, taken = 16, 0.0
+        while taken < seconds / 8:
+            started = time.perf_counter()
+            self.solve(batch)
+            taken, batch = time.perf_counter() - started, 2 * batch
+        return 8 * batch
+
+    def interrupt(self, batch: int, **options: Any) -> dict[str, Any]:
+        calls.clear()
+        sent: list[float] = []
+
+        def send() -> None:
+            sent.append(time.perf_counter())
+            os.kill(os.getpid(), signal.SIGINT)
+
+        timer = threading.Timer(AFTER, send)
+        timer.start()
+        report: dict[str, Any] = {"solver": self.name, "raised": False, "batch": batch}
+        try:
+            self.solve(batch, **options)
+        except KeyboardInterrupt:
+            report |= {"raised": True, "latency": time.perf_counter() - sent[0]}
+        timer.join()
+        used = time.process_time()
+        time.sleep(0.1)
+        report |= {"busy": time.process_time() - used, "calls": len(calls), "again": False}
+        report["handler"] = signal.getsignal(signal.SIGINT) is on_interrupt
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        except KeyboardInterrupt:
+            report["again"] = True
+        return report
+
+
 def interrupted(name: str, size: int, executor: Executor | None) -> dict[str, Any]:
-    bound = 1e3 if name == "CUSTOM" else 0.1
-    solver: Any = CustomSolver(unconstrained, threads=True) if name == "CUSTOM" else name
-    layer = QPLayer(solver=solver, on_error="nan", executor=executor)
-    P, q, G, h = program(size, 16, bound)
+    case = Case(name, size, executor)
+    right, before = case.solve(16), settings()
+    report = case.interrupt(case.lasting(SECONDS))
+    return report | {"settings": settings() == before, "same": same(case.solve(16), right)}
 
-    def solve(batch: int) -> torch.Tensor:
-        return layer(P, q.repeat(-(-batch // 16), 1)[:batch], G=G, h=h).x
 
-    right, before = solve(16), settings()
-    batch, seconds = 16, 0.0
-    while seconds < SECONDS / 8:
-        started = time.perf_counter()
-        solve(batch)
-        seconds, batch = time.perf_counter() - started, 2 * batch
-    batch *= 8
+def same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return torch.allclose(first, second, atol=1e-4, rtol=0.0, equal_nan=True)
+
+
+def one(name: str, size: int) -> dict[str, Any]:
+    """A single element that would take very long: what a solver cannot reach, it looks for to its last iteration."""
+    case = Case(name, size, None)
+    return case.interrupt(1, tolerance=1e-30, max_iterations=10**6)
+
+
+def handled(name: str, size: int) -> dict[str, Any]:
+    case, count = Case(name, size, None), 0
+    right = case.solve(16)
+    batch = case.lasting(0.1)
+    wanted = right.repeat(batch // 16, 1)
     calls.clear()
-    sent: list[float] = []
+    signal.signal(signal.SIGINT, lambda number, frame: calls.append(number))
+    done = threading.Event()
 
     def send() -> None:
-        sent.append(time.perf_counter())
-        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(TIMES):
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+        done.set()
 
-    timer = threading.Timer(AFTER, send)
-    timer.start()
-    report: dict[str, Any] = {"solver": name, "raised": False, "batch": batch}
-    try:
-        solve(batch)
-    except KeyboardInterrupt:
-        report |= {"raised": True, "latency": time.perf_counter() - sent[0]}
-    timer.join()
-    used = time.process_time()
+    threading.Thread(target=send).start()
+    good = True
+    while not done.is_set():
+        good, count = good and same(case.solve(batch), wanted), count + 1
     time.sleep(0.1)
-    report |= {
-        "busy": time.process_time() - used,
-        "calls": len(calls),
-        "handler": signal.getsignal(signal.SIGINT) is on_interrupt,
-        "settings": settings() == before,
-        "again": False,
-    }
-    try:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1)
-    except KeyboardInterrupt:
-        report["again"] = True
-    report["difference"] = float((solve(16) - right).abs().max())
-    return report
+    signal.signal(signal.SIGINT, on_interrupt)
+    return {"solver": name, "sent": TIMES, "calls": len(calls), "same": good, "batches": count}
+
+
+def fork(name: str, size: int) -> None:
+    """A child that solves what its parent has solved, with threads."""
+    case = Case(name, size, None)
+    torch.randn(3_000_000).exp()
+    torch.mm(torch.randn(600, 600), torch.randn(600, 600))
+    right = case.solve(304)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # what waits for ever ends so
+        print("same" if same(case.solve(304), right) else "different", flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
 
 
 def main() -> None:
@@ -108,8 +167,14 @@ def main() -> None:
     signal.signal(signal.SIGINT, on_interrupt)
     torch.set_num_threads(2)
     executors = {"threads": None, "serial": SerialExecutor(), "pool": ThreadPoolExecutor(3)}
+    size, mode = int(sys.argv[1]), sys.argv[2]
     for name in sys.argv[3:]:
-        print(json.dumps(interrupted(name, int(sys.argv[1]), executors[sys.argv[2]])), flush=True)
+        if mode == "fork":
+            fork(name, size)
+            continue
+        run = {"one": one, "handled": handled}.get(mode)
+        report = run(name, size) if run is not None else interrupted(name, size, executors[mode])
+        print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ class _PreparedECOS(Prepared):
         )
 
     def memory(self, form: RowForm) -> int:
-        return 5_000 + 48 * form.size  # it sets up for each solve, and keeps nothing
+        return 3_000 + 48 * form.size  # it sets up for each solve, and keeps nothing
 
     def solve(self, vectors: RowVectors, state: Any) -> Outcome:
         q, b = vectors

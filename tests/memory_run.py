@@ -1,0 +1,100 @@
+"""A process of its own that measures what prepared solvers hold, or how a process grows; prints lines of JSON.
+
+Arguments: ``held`` or ``growth``, and names of solvers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+from lpgd import Cones, QPLayer
+from lpgd.execution import workspaces
+from lpgd.problems.sparsity import SparsityPattern
+from lpgd.problems.structure import ConicStructure
+from lpgd.reductions import Matrices, Vectors
+from lpgd.solvers import DAQP, ECOS, OSQP, PIQP, SCS, Clarabel, HiGHS, ProxQP
+
+SOLVERS: dict[str, Any] = {
+    solver.name: solver for solver in (SCS(), OSQP(), ECOS(), Clarabel(), DAQP(), HiGHS(), PIQP(), ProxQP())
+}
+STEPS, BATCH = 200, 2
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def held(name: str, n: int, dense: bool) -> dict[str, Any]:
+    """One workspace of a quadratic program with n variables and n rows: what it states, and what it holds."""
+    solver, random = SOLVERS[name], np.random.default_rng(0)
+    entries = np.ones((n, n), bool) if dense else np.eye(n, dtype=bool) | (random.random((n, n)) < 3 / n)
+    quadratic = np.ones((n, n), bool) if dense else np.eye(n, dtype=bool)
+    P_pattern, A_pattern = (SparsityPattern((n, n), *np.nonzero(part.T)[::-1]) for part in (quadratic, entries))
+    structure = ConicStructure(P_pattern, A_pattern, Cones(nonnegative=n))
+    nothing = np.zeros(0, bool)
+    frame = solver.form.frame_of(structure, nothing, nothing)
+
+    def workspace() -> tuple[Any, Any]:
+        root = random.standard_normal((n, n))
+        P = root @ root.T / n + np.eye(n)
+        A = random.standard_normal(structure.constraint.nnz)
+        form = solver.form(
+            Matrices(structure, P[structure.quadratic.rows, structure.quadratic.columns], A, *[nothing] * 2)
+        )
+        prepared = solver.prepare(form)
+        empty = np.zeros((1, 0))
+        vectors = frame.vectors(Vectors(random.standard_normal((1, n)), np.ones((1, n)), empty, empty))
+        prepared.solve(type(vectors)(*(part[0] for part in vectors)), None)
+        return form, prepared
+
+    kept = [workspace() for _ in range(5)]
+    before, count = resident(), 120 if n == 8 else 30
+    kept += [workspace() for _ in range(count)]
+    used = (resident() - before) / count
+    form, prepared = kept[-1]
+    return {"solver": name, "n": n, "dense": dense, "stated": prepared.memory(form), "held": used}
+
+
+def growth(name: str) -> dict[str, Any]:
+    """Training with new matrices in each step: how much the process grows after a quarter of the steps."""
+    torch.manual_seed(0)
+    layer, eye = QPLayer(solver=name, on_error="nan"), torch.eye(8, dtype=torch.float64)
+    start, most = 0, 0
+    for step in range(STEPS):
+        root = torch.randn(BATCH, 8, 8, dtype=torch.float64)
+        q, G = torch.randn(BATCH, 8, dtype=torch.float64), torch.randn(BATCH, 8, 8, dtype=torch.float64)
+        layer(root @ root.mT + eye, q, G=G, h=torch.ones(8, dtype=torch.float64))
+        most = max(most, len(workspaces.idle))
+        if step == STEPS // 4:
+            start = resident()
+    report = {"solver": name, "grown": (resident() - start) / 2**20, "idle": most}
+    workspaces.clear()
+    return report
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    for name in sys.argv[2:]:
+        if sys.argv[1] == "growth":
+            print(json.dumps(growth(name)), flush=True)
+            continue
+        for n, dense in ((8, True), (40, True), (60, False)):
+            print(json.dumps(held(name, n, dense)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
