@@ -80,6 +80,7 @@ CASES: dict[str, tuple[Any, Any]] = {
 
 
 # The compiler asks non-leaf tensors for their .grad, and hides the warning from all but those who make it an error.
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(("layer", "expected"), CASES.values(), ids=CASES)
 def test_a_compiled_model_breaks_once_and_has_the_same_gradient(
