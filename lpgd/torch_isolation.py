@@ -9,8 +9,6 @@ from typing import Any, cast
 
 import torch
 
-from lpgd.torch_threads import torch_threads
-
 __all__ = ["isolated_torch"]
 
 _autograd = cast(Any, torch._C)._autograd
@@ -29,22 +27,21 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def isolated_torch() -> Iterator[None]:
-    """Inside, saved tensors go through no hooks, and a forked process uses one thread.
+    """Inside, saved tensors go through no hooks; a process made by fork goes on with one thread of torch.
 
     ``torch.func`` refuses to run where there are hooks on saved tensors, as those of checkpointing and ``save_on_cpu``
-    (torch 2.13); what is differentiated inside is not part of the caller's graph, and is theirs to keep out of it.
-    In a child made by fork the threads of GNU OpenMP are gone, and its first parallel region waits for them forever.
+    (torch 2.13); what is differentiated inside is not part of the caller's graph, and is not theirs to keep.
+    After a fork the threads of GNU OpenMP, and of torch's MKL, which only ``set_num_threads`` reaches, are gone, and
+    the first parallel region waits for them forever; torch's own data loader does the same to its workers.
     """
+    if _forked:
+        torch.set_num_threads(1)
     hooks = []
     while (top := _autograd._top_saved_tensors_default_hooks(True)) is not None:
         hooks.append(top)
         _autograd._pop_saved_tensors_default_hooks()
     try:
-        if _forked:
-            with torch_threads(1):
-                yield
-        else:
-            yield
+        yield
     finally:
         for pack, unpack in reversed(hooks):
             _autograd._push_saved_tensors_default_hooks(pack, unpack)
