@@ -11,7 +11,7 @@ import inspect
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
@@ -23,6 +23,7 @@ from lpgd.problems.base import is_surely_finite
 from lpgd.solution import BatchSolution
 from lpgd.solvers.base import BaseSolver
 from lpgd.status import SolverError, Status, describe_failures, warn
+from lpgd.torch_isolation import isolated_torch
 from lpgd.torch_threads import one_torch_thread, torch_threads, without_autocast
 
 __all__ = ["CallInfo", "OnError", "check_solution", "solve"]
@@ -122,7 +123,7 @@ def solve(
 
 
 def _threads(solver: BaseSolver) -> AbstractContextManager[None]:
-    return nullcontext() if solver.is_torch else one_torch_thread()
+    return isolated_torch() if solver.is_torch else one_torch_thread()
 
 
 class _SolveFunction(torch.autograd.Function):
@@ -234,7 +235,8 @@ class _SecondFunction(torch.autograd.Function):
         started = time.perf_counter()
         count = len(solution.outputs) + len(call.data_class._fields) + len(solution.outputs)
         direction, own = tensors[:-count], tensors[-count:]
-        with torch_threads(1), torch.enable_grad(), torch.autocast(solution.x.device.type, enabled=False):
+        no_autocast = torch.autocast(solution.x.device.type, enabled=False)
+        with isolated_torch(), torch_threads(1), torch.enable_grad(), no_autocast:
             answer = _second_derivative(call, solution, reverse, direction, own)
         call.info.backward_seconds += time.perf_counter() - started
         return answer

@@ -2,6 +2,7 @@
 
 from lpgd.solvers.nodes.eigen import EigenDecomposition, rayleigh_quotients
 from lpgd.solvers.nodes.least_squares import LeastSquares
+from lpgd.solvers.nodes.matrix_function import matrix_function
 from lpgd.solvers.nodes.principal_vector import PrincipalVector
 from lpgd.solvers.nodes.projection import Projection
 from lpgd.solvers.nodes.robust_pooling import RobustPooling
@@ -20,5 +21,6 @@ __all__ = [
     "RobustPooling",
     "SphereLeastSquares",
     "TotalVariationDenoising",
+    "matrix_function",
     "rayleigh_quotients",
 ]

@@ -24,6 +24,7 @@ from lpgd.solvers.generic.descent import Descent, lbfgs, newton
 from lpgd.solvers.generic.functions import AugmentedLagrangian
 from lpgd.solvers.generic.scipy_minimise import scipy_minimise
 from lpgd.status import Status, warn
+from lpgd.torch_isolation import isolated_torch
 from lpgd.torch_threads import without_autocast
 
 __all__ = ["Algorithm", "NodeSolver"]
@@ -87,7 +88,7 @@ class NodeSolver(BaseSolver):
             start = torch.where(torch.isfinite(start), start, 0).to(problem.dtype)
             start = start if rows is None else start[rows]
         # Autocast would compute products of float32 in half precision.
-        with torch.no_grad(), without_autocast(problem.device.type):
+        with torch.no_grad(), without_autocast(problem.device.type), isolated_torch():
             answer = self._answer(part, start)
         seconds = time.perf_counter() - started
         solution = self._solution(part, answer, seconds)

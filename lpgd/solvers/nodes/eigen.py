@@ -64,9 +64,57 @@ def rayleigh_quotients(matrix: Tensor, vectors: Tensor) -> Tensor:
 
     ``u_iᵀ X u_i`` with u_i held fixed: its gradient ``u_i u_iᵀ`` is the exact one of λ_i, as the quotient is
     stationary in u_i, and as an eigenvalue it is accurate to the square of the vectors' error.
+
+    Where two eigenvalues are equal the gradients of vectors and values, each for itself, do not add up to that of a
+    loss that combines them, such as ``Σ f(λ_i) u_i u_iᵀ``: that of :func:`~lpgd.nodes.matrix_function` is right there.
+    A backward pass through both warns where that matters.
     """
-    vectors = vectors.detach()
-    return (vectors * (symmetric_part(matrix) @ vectors)).sum(-2)
+    fixed = vectors.detach()
+    values = (fixed * (symmetric_part(matrix) @ fixed)).sum(-2)
+    if vectors.requires_grad and values.requires_grad:
+        tied = _ties(values.detach())
+        if tied.any():
+            _watch(vectors, values, tied)
+    return values
+
+
+def _ties(values: Tensor) -> Tensor:
+    """(..., k, k) pairs of eigenvalues that are equal to rounding."""
+    size = values.shape[-1]
+    near = 10 * size**0.5 * torch.finfo(values.dtype).eps * values.abs().amax(-1)
+    tied = (values[..., :, None] - values[..., None, :]).abs() <= near[..., None, None]
+    tied.diagonal(dim1=-2, dim2=-1).fill_(False)
+    return tied
+
+
+def _watch(vectors: Tensor, values: Tensor, tied: Tensor) -> None:
+    """Warn in a backward pass that comes through values and vectors and would need what lies between tied ones."""
+    basis, seen = vectors.detach(), {"values": False, "vectors": False}
+
+    def look() -> None:
+        if all(seen.values()):
+            seen.update(values=False, vectors=False)
+            warn(
+                "Some eigenvalues of a matrix are equal to rounding, and the loss depends on their eigenvectors and, by "
+                "rayleigh_quotients, on the eigenvalues: the gradient is right only if what it does with these vectors "
+                "does not depend on these eigenvalues.  For a function of the matrix, as its inverse root, use "
+                "lpgd.nodes.matrix_function."
+            )
+
+    def of_vectors(cotangent: Tensor) -> None:
+        product = basis.mT @ cotangent
+        mixed = (product + product.mT).abs()  # the part that a common factor of both vectors would change
+        noise = 10 * basis.shape[-2] * torch.finfo(basis.dtype).eps * product.abs().amax((-2, -1), keepdim=True)
+        if (tied & (mixed > noise)).any():
+            seen["vectors"] = True
+            look()
+
+    def of_values(cotangent: Tensor) -> None:
+        seen["values"] = True
+        look()
+
+    vectors.register_hook(of_vectors)
+    values.register_hook(of_values)
 
 
 def eigen_vjp(spectrum: Spectrum, cotangent: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -74,7 +122,8 @@ def eigen_vjp(spectrum: Spectrum, cotangent: Tensor, tolerance: float) -> tuple[
 
     ``½(S + Sᵀ)`` with ``S = U_m (Λ̃ ∘ (U_mᵀ V)) U_kᵀ``, ``Λ̃_ij = 1 / (λ_j - λ_i)``, zero on the diagonal and where
     ``|λ_j - λ_i| <= tolerance max|λ|``.  Zero is the exact answer for losses that depend on the span of equal
-    eigenvalues' vectors only; another loss has no gradient there.  Lecture notes of Gould, section 4.3.
+    eigenvalues' vectors only, with weights that do not vary with the eigenvalues; another loss has no gradient there,
+    or one that vectors alone do not tell.  Lecture notes of Gould, section 4.3.
 
     Returns:
         The gradient (B, m, m), and (B,) whether equal eigenvalues had a part in it that was left out.
@@ -174,8 +223,9 @@ class EigenDecomposition(BaseNode):
     Differentiable Optimisation in Deep Learning*, section 4.3.
 
     Nearly equal eigenvalues: the derivative of a pair of eigenvectors grows with the inverse of the gap.  From a gap of
-    ``tie_tolerance max|λ|`` on the pair is left out: exact for losses that depend on its span only; for another
-    loss there is no gradient, and an LpgdWarning says so.
+    ``tie_tolerance max|λ|`` on the pair is left out: exact for losses that depend on its span only, with weights that
+    do not vary with the eigenvalues; for another loss there is no gradient, and an LpgdWarning says so.  Functions of
+    the matrix, ``Σ f(λ_i) u_i u_iᵀ``, have one: it is that of :func:`~lpgd.nodes.matrix_function`.
 
     Args:
         k: how many; None is all m.

@@ -171,7 +171,7 @@ class RobustPooling(BaseNode):
     def _points(self, x: Tensor) -> Tensor:
         """(B, N, d)."""
         d = 1 if self.vector_dim is None else x.shape[-1]
-        return x.reshape(x.shape[0], -1, d)
+        return x.reshape(x.shape[0], math.prod(x.shape[1 : 1 + len(self.dims)]), d)
 
     def _differences(self, y: Tensor, x: Tensor) -> Tensor:
         """``u - x_i``, (B, N, d)."""

@@ -80,7 +80,7 @@ def sinkhorn(
     plan, residual = torch.empty_like(cost), torch.full_like(total[:, 0], torch.inf)
     spent = torch.zeros(len(cost), dtype=torch.int64, device=cost.device)
     active = torch.arange(len(cost), device=cost.device)
-    most, turn = -(-iterations // STEPS), 0
+    most, turn = -(-iterations // STEPS) if len(cost) else 0, 0
     while turn < most:
         whole = len(active) == len(cost)  # then nothing is copied
         kept = (cost, rows, columns, log_rows, log_columns, g)
