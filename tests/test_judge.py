@@ -278,7 +278,7 @@ def _infeasible(trial: Trial) -> Trial:
     return replace(draw_trial("certificates", 0, chunk), verdict=Status.SOLVED, seed=trial.seed)
 
 
-QUICK = {"redundant": 100, "compact": 75, "strict": 50, "scales": 100, "certificates": 100}
+QUICK = {"redundant": 75, "compact": 50, "strict": 50, "scales": 75, "certificates": 75}
 """How many programs are judged here."""
 
 
