@@ -17,7 +17,7 @@ _forked = False
 
 
 def _after_fork() -> None:
-    global _forked  # noqa: PLW0603
+    global _forked
     _forked = True
 
 

@@ -95,9 +95,7 @@ INFEASIBLE: dict[str, tuple[lpgd.problems.node.BaseNode, Callable[[], tuple[Tens
         lambda: (random(0, 3, 4), torch.full((3,), -1.0, dtype=torch.float64)),
     ),
     "contradiction": (
-        lpgd.Node(
-            lambda x, y: (y - x).square().sum(), inequality=lambda x, y: torch.stack([y.sum() - 1, 2 - y.sum()])
-        ),
+        lpgd.Node(lambda x, y: (y - x).square().sum(), inequality=lambda x, y: torch.stack([y.sum() - 1, 2 - y.sum()])),
         lambda: (random(0, 3, 2),),
     ),
 }
