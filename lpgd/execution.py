@@ -16,7 +16,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from threadpoolctl import OpenBLASController, ThreadpoolController
 
@@ -98,27 +98,51 @@ def run_tasks(
 
 def _finished(calls: Sequence[tuple[Any, ...]], executor: Executor | None, listens: bool) -> list[Any]:
     """What comes of calls on an executor; none of them goes on after this."""
-    stop = threading.Event() if executor is None or type(executor) is ThreadPoolExecutor else None
+    here = executor is None or type(executor) is ThreadPoolExecutor
+    signals = _Signals(threading.Event(), threading.Event()) if here else None
     futures: list[Future[Any]] = []
     try:
         for call in calls:
-            futures.append((executor or default_executor()).submit(call[0], stop, *call[1:]))
+            futures.append((executor or default_executor()).submit(call[0], signals, *call[1:]))
         if listens:
-            hear(futures)
+            hear(futures, signals and signals.begin)
+        elif signals is not None:
+            signals.begin.set()
         return [future.result() for future in futures]
     finally:
-        if not all(future.done() for future in futures):
-            abandon(futures, stop)
+        left = not all(future.done() for future in futures)
+        if signals is not None:
+            if left:
+                signals.stop.set()
+            signals.begin.set()  # whoever still waits to begin stops at once
+        if left:
+            abandon(futures, signals and signals.stop)
 
 
-def _bounded(stop: threading.Event | None, function: Callable[[Task], Result], task: Task) -> Result:
-    with stoppable(stop), torch_threads(1), bounded_blas():
+class _Signals(NamedTuple):
+    """What tasks in threads of this process are told."""
+
+    begin: threading.Event
+    stop: threading.Event
+
+
+def _bounded(signals: _Signals | None, function: Callable[[Task], Result], task: Task) -> Result:
+    with _told(signals), torch_threads(1), bounded_blas():
         return function(task)
 
 
-def _in_turn(stop: threading.Event | None, function: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
-    with stoppable(stop), torch_threads(1):
+def _in_turn(signals: _Signals | None, function: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
+    with _told(signals), torch_threads(1):
         return [function(task) for task in tasks]
+
+
+@contextmanager
+def _told(signals: _Signals | None) -> Iterator[None]:
+    """Begin when told to, and stop when told to."""
+    if signals is not None:
+        signals.begin.wait()
+    with stoppable(signals and signals.stop):
+        yield
 
 
 def _take_control() -> None:

@@ -202,18 +202,24 @@ class _Wake:
             self.waiting = False
 
 
-def hear(futures: Sequence[Future[Any]]) -> None:
+def hear(futures: Sequence[Future[Any]], begin: threading.Event | None) -> None:
     """Wait, in the main thread, for work that takes SIGINT's handler away from Python.
 
     The system gives a process's signal to its main thread if that takes it, and to take it by ``sigtimedwait`` is to
     take it whatever the handler is.
+
+    Args:
+        futures: the work.
+        begin: set once this thread listens; None where the work is in other processes.
     """
     if not _CAN_LISTEN or signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
-        _look(futures)
+        _look(futures, begin)
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     wake = _Wake(futures)
     try:
+        if begin is not None:
+            begin.set()
         while wake.left:
             _take(wake, LONGEST)
     finally:
@@ -232,8 +238,10 @@ def _take(wake: _Wake, seconds: float) -> bool:
     return taken
 
 
-def _look(futures: Sequence[Future[Any]]) -> None:
+def _look(futures: Sequence[Future[Any]], begin: threading.Event | None) -> None:
     """Where a signal cannot be taken, its handler is put back time and again."""
+    if begin is not None:
+        begin.set()
     started = time.perf_counter()
     for future in futures:
         while not future.done():

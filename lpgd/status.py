@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import enum
 import sys
+import threading
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 __all__ = [
     "LpgdWarning",
@@ -17,6 +19,7 @@ __all__ = [
     "describe_counts",
     "describe_failures",
     "refuse_elements",
+    "silent",
     "warn",
 ]
 
@@ -94,8 +97,30 @@ class LpgdWarning(UserWarning):
     """Something was handled, but the caller should know: an inaccurate solution, a fallback, a zero gradient."""
 
 
+class _Silent(threading.local):
+    """Whether warnings of this thread are dropped."""
+
+    on: bool = False
+
+
+_silent = _Silent()
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Drop this library's warnings in this thread: what is asked of a second means only to check the first one."""
+    before = _silent.on
+    _silent.on = True
+    try:
+        yield
+    finally:
+        _silent.on = before
+
+
 def warn(message: str) -> None:
     """Give an :class:`LpgdWarning` that points at the user's line: the nearest outside of this library and torch."""
+    if _silent.on:
+        return
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("lpgd", "torch"):
         level, frame = level + 1, frame.f_back

@@ -26,7 +26,7 @@ from lpgd.solvers import DAQP, ECOS, OSQP, PIQP, SCS, Clarabel, HiGHS, ProxQP
 SOLVERS: dict[str, Any] = {
     solver.name: solver for solver in (SCS(), OSQP(), ECOS(), Clarabel(), DAQP(), HiGHS(), PIQP(), ProxQP())
 }
-STEPS, BATCH = 200, 2
+STEPS, BATCH = 120, 2
 
 
 def resident() -> int:

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd.gradients.implicit import is_linear_program
 from lpgd.problems.activity import ActiveSet
 from lpgd.problems.base import maximum_norm
 from lpgd.solvers.base import BaseSolver
@@ -47,8 +48,9 @@ ERRONEOUS = 3.0
 """Kinks bend a response by no more than about its own size."""
 FINEST = 1e-14
 """No solution is known better than this."""
-JUMP, SMALL_TILT = 0.01, 0.1
-"""A solution that moves by this share of ``1 + |x|``, and ten times more than a tilt of at most that size, may jump."""
+JUMP, SMALL_TILT, TINY_TILT = 0.01, 0.1, 1e-3
+"""A solution that moves by this share of ``1 + |x|``, and ten times more than a tilt of at most the second size (of a
+conic program, the third), may jump."""
 
 
 @dataclass(eq=False)
@@ -125,10 +127,17 @@ def perturb(
     kinked = unclear = jumped = torch.zeros_like(sides.above)
     if steps is None:
         run, tau, sides, kinked, unclear = _shortened(run, tau, unit, sides)
+    moved = run.moved(sides)
     if problem.is_local:
-        jumped = _jumps(run, tau, unit, sides)
+        jumped = _jumps(run, tau, unit, sides, SMALL_TILT)
+    elif problem.is_continuous and (steps is None or not is_linear_program(problem)):
+        # Of a linear program a given step is meant to find other vertices.
+        jumped = _jumps(run, tau, unit, sides, TINY_TILT)
+    if run.active is not None and run.active.is_vertex and not any(part.any() for part in cotangent[1:]):
+        # A vertex that stays does not move at all: what is left is noise, which a tiny step would magnify.
+        sides = sides._replace(plus=_at(sides.plus, run.base, moved), minus=_at(sides.minus, run.base, moved))
     return Perturbed(
-        sides.plus, sides.minus, sides.above, sides.below, tau, unit, run.moved(sides), sides.crossing <= 1.0, kinked,
+        sides.plus, sides.minus, sides.above, sides.below, tau, unit, moved, sides.crossing <= 1.0, kinked,
         unclear, jumped, perturbed_solver.tolerance, sides.iterations,
     )  # fmt: skip
 
@@ -308,7 +317,12 @@ def _rough(sides: _Sides) -> Tensor:
     return (sides.crossing <= 1.0) | (sides.skew > CURVED)
 
 
-def _jumps(run: _Run, tau: Tensor, unit: Tensor, sides: _Sides) -> Tensor:
+def _at(point: Any, base: Any, moved: Tensor) -> Any:
+    """The point, with x where it was for elements that have not moved."""
+    return point._replace(x=torch.where(moved[:, None], point.x, base.x))
+
+
+def _jumps(run: _Run, tau: Tensor, unit: Tensor, sides: _Sides, small: float) -> Tensor:
     """(E,) whether a solution went to another one.
 
     A response to a small tilt that is far is one only if the opposite tilt moves the solution the other way, and a
@@ -316,7 +330,7 @@ def _jumps(run: _Run, tau: Tensor, unit: Tensor, sides: _Sides) -> Tensor:
     """
     tilt = tau / unit
     far = _reach(run, sides)
-    jumped = (tilt <= SMALL_TILT) & (far > JUMP) & (far > 10 * tilt)
+    jumped = (tilt <= small) & (far > JUMP) & (far > 10 * tilt)
     rows = jumped.nonzero()[:, 0]
     if len(rows):
         part, both = run.select(rows), _picked(sides, rows)

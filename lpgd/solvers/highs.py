@@ -223,7 +223,8 @@ class _PreparedHiGHS(Prepared):
             "solver": "choose" if self.quadratic else "simplex",
             "presolve": "on" if options.presolve else "off",
             "simplex_iteration_limit": options.max_iterations,
-            "qp_iteration_limit": options.max_iterations,
+            # Its active-set method for quadratic programs cycles on some, to any limit (highspy 1.15.1).
+            "qp_iteration_limit": min(options.max_iterations, 1000 + 50 * (form.n + form.m)),
             # By default 1e-7 is added to P, which moves solutions by as much.
             "qp_regularization_value": 0.0,
         }
