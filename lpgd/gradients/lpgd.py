@@ -27,8 +27,9 @@ from torch import Tensor
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit import ImplicitKKT, is_linear_program
 from lpgd.gradients.perturbed import Envelope, Perturbed, perturb
+from lpgd.problems.base import maximum_norm
 from lpgd.solvers.base import BaseSolver
-from lpgd.status import SolverError, warn
+from lpgd.status import SolverError, silent, warn
 
 __all__ = ["LPGD", "BlackboxBackprop", "Domke", "Envelope"]
 
@@ -191,6 +192,8 @@ class _Perturbed:
         )
         self.still = ~found.moved
         _record(self.info, active, found)
+        if problem.is_curved:
+            _check(method, problem, solution, cotangent, found, active, executor)
         keep = found.above | found.below
         self.weight = torch.where(keep, 1.0 / (found.tau * (found.above.double() + found.below.double()).clamp(1)), 0.0)
         self.plus, self.minus = found.plus, found.minus
@@ -244,6 +247,44 @@ class _Perturbed:
         )
 
 
+SMALL_TILT, AGREEMENT = 1e-3, 1e-4
+"""A step up to the first size is meant to approach the exact gradient, and should do so up to the second."""
+
+
+def _check(
+    method: LPGD,
+    problem: Any,
+    solution: Any,
+    cotangent: Any,
+    found: Perturbed,
+    active: list[int],
+    executor: Executor | None,
+) -> None:
+    """Compare small steps at curved cones with the derivative of the optimality conditions, and warn where they differ.
+
+    Points of a curved cone and of a plane that touches it there differ by τ² in what they leave of the optimality
+    conditions, and by τ in x: no accuracy of perturbed solutions tells one from the other.
+    """
+    tilt = found.tau / found.unit
+    rows = ((tilt <= SMALL_TILT) & (found.above | found.below)).nonzero()[:, 0]
+    if not rows.shape[0]:
+        return
+    elements = rows.tolist()
+    part, tilts = problem.select(elements), cotangent.select(rows)
+    with silent():
+        change, _ = ImplicitKKT(rho=method.rho).response(part, solution.select(elements), tilts, executor)
+    count = (found.above.double() + found.below.double()).clamp(min=1)[rows]
+    step = (found.plus.x - found.minus.x)[rows] / (found.tau[rows] * count)[:, None]
+    step, exact = (part.in_own_units(change._replace(x=own)).x for own in (step, change.x))
+    size = torch.maximum(maximum_norm(step), maximum_norm(exact))
+    floor = 1e-6 * (1.0 + maximum_norm(part.in_own_units(solution.select(elements).point).x)) / found.unit[rows]
+    far = maximum_norm(step - exact) > (AGREEMENT + 3 * tilt[rows]) * torch.maximum(size, floor)
+    if bool(far.any()):
+        worst = float((maximum_norm(step - exact) / size)[far].max())
+        names = [active[element] for element, wrong in zip(elements, far.tolist(), strict=True) if wrong]
+        warn(f"{method}: elements {names[:10]} {_DISAGREE.format(share=worst)}")
+
+
 def _blank(method: LPGD, solution: Any) -> GradientInfo:
     """The record before anything is solved."""
     size = solution.batch_size
@@ -288,6 +329,12 @@ _KINK = (
     "solution is at a kink, or too badly scaled for its solver), and their gradients are means of what lies on the "
     "sides of the step. A tau of the order of output.info.gradients[-1].unit gives a smoothed gradient; ImplicitKKT "
     "takes one side."
+)
+_DISAGREE = (
+    "have perturbed solutions that move by other amounts than the optimality conditions say, by a share of up to "
+    "{share:.0e}: their multipliers or solutions are not unique, constraints that touch each other hide which one is "
+    "active, or the step is too short for the solver. ImplicitKKT says which of its answers are exact; a tau of the "
+    "order of output.info.gradients[-1].unit gives a smoothed gradient."
 )
 _UNCLEAR = (
     "have multipliers that change abruptly (they are not unique, as where constraints are redundant): the gradient "

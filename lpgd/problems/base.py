@@ -81,6 +81,11 @@ class Problem(Protocol):
         ...
 
     @property
+    def is_curved(self) -> bool:
+        """Whether there are curved cones, at which small steps are checked against the optimality conditions."""
+        ...
+
+    @property
     def is_local(self) -> bool:
         """Whether there may be several solutions, of which its solver finds one: another is no response to a tilt."""
         ...

@@ -80,6 +80,10 @@ class ConicProblem:
     is_local: ClassVar[bool] = False
 
     @property
+    def is_curved(self) -> bool:
+        return not self.structure.cones.is_polyhedral and not self.structure.has_integers
+
+    @property
     def can_augment(self) -> bool:
         return self.structure.can_augment
 

@@ -98,6 +98,7 @@ class LinearProblem:
     has_kkt: ClassVar[bool] = False
     is_continuous: ClassVar[bool] = False
     is_local: ClassVar[bool] = False
+    is_curved: ClassVar[bool] = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.batch_size} elements of {self.structure})"

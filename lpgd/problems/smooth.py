@@ -53,6 +53,7 @@ class SmoothProblem:
     has_kkt: ClassVar[bool] = True
     is_continuous: ClassVar[bool] = True
     is_local: ClassVar[bool] = True
+    is_curved: ClassVar[bool] = False
     is_smooth: ClassVar[bool] = True
 
     def __repr__(self) -> str:

@@ -96,8 +96,8 @@ def _watch(vectors: Tensor, values: Tensor, tied: Tensor) -> None:
             seen.update(values=False, vectors=False)
             warn(
                 "Some eigenvalues of a matrix are equal to rounding, and the loss depends on their eigenvectors and, "
-                "by rayleigh_quotients, on the eigenvalues: the gradient is right only if what it does with these vectors "
-                "does not depend on these eigenvalues.  For a function of the matrix, as its inverse root, use "
+                "by rayleigh_quotients, on the eigenvalues: the gradient is right only if what it does with these "
+                "vectors does not depend on these eigenvalues.  For a function of the matrix, as its inverse root, use "
                 "lpgd.nodes.matrix_function."
             )
 

@@ -54,7 +54,9 @@ class _MatrixFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+    # The decorator hides the names of the parameters.
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (cotangent,) = cotangents
         values, vectors, result, slopes, finite = ctx.saved_tensors
         gap = values[..., :, None] - values[..., None, :]
         size = torch.maximum(values.abs()[..., :, None], values.abs()[..., None, :])
