@@ -46,6 +46,8 @@ KNOWN = 1e-7
 """Points of linear and quadratic programs with a larger |F| are refined anyhow: it may hide which rows are active."""
 KINK = 1e-7
 """Multipliers and slacks that both are smaller are taken to vanish; 100 |F| at a point that is known less well."""
+NOTHING = 1e-7
+"""Changes of x by a smaller multiple of the tilt, in units of order 1, are none."""
 SAME = 1e-5
 """Answers of the two sides of a kink that differ by a smaller share are one."""
 
@@ -270,7 +272,7 @@ def _one_by_one(
         chosen = [elements[k] for k in at_kink]
         sides = [_responses(places, chosen, rho, side, executor) for side in (1.0, -1.0)]
         tilt = places.tilt.x.abs().amax(-1) if places.tilt.x.shape[1] else places.error
-        size = 1e-9 * tilt.cpu().numpy()[chosen]
+        size = NOTHING * tilt.cpu().numpy()[chosen]
         differ = _differences(sides[0].x, sides[1].x, size)
         found = found.copy()
         for own, k in enumerate(at_kink):
