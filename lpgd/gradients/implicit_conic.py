@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from torch import Tensor
 from lpgd.elements import ElementView
 from lpgd.execution import SerialExecutor, run_tasks
 from lpgd.gradients.base import GradientInfo
+from lpgd.gradients.findings import Findings
 from lpgd.gradients.polyhedral import is_batchable, kept_response, polyhedral_response
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicPoint, ConicStructure
@@ -32,9 +32,7 @@ from lpgd.problems.units import Units
 from lpgd.projections import interior_direction, kinks
 from lpgd.solution import Solution
 from lpgd.solvers.kkt import KKTPoints, KKTResponse, Known, is_quick, respond
-from lpgd.solvers.kkt_solve import DOUBT
 from lpgd.solvers.refinement import complementary, optimality_residual, refine
-from lpgd.status import warn
 
 __all__ = ["conic_response"]
 
@@ -46,8 +44,8 @@ KNOWN = 1e-7
 """Points of linear and quadratic programs with a larger |F| are refined anyhow: it may hide which rows are active."""
 KINK = 1e-7
 """Multipliers and slacks that both are smaller are taken to vanish; 100 |F| at a point that is known less well."""
-SAME = 1e-5
-"""Answers of the two sides of a kink that differ by a smaller share are one."""
+NOTHING = 1e-7
+"""Changes of x by a smaller multiple of the tilt, in units of order 1, are none."""
 
 
 def conic_response(
@@ -88,7 +86,7 @@ def conic_response(
         _by_kept_systems(problem, solution, tilt, rows, left, answer)
     if is_batchable(places.problem, method.rho) and (method.rho == 0.0 or units.is_trivial) and bool(left.any()):
         _at_once(places, left, method.rho, answer)
-    findings = _Findings(len(active), bool(method.rho), part.structure)
+    findings = Findings(len(active), bool(method.rho), part.structure)
     rest = (places.weak | left).nonzero()[:, 0].tolist()
     if rest:
         if executor is None and is_quick(part.structure, len(rest)):
@@ -259,7 +257,7 @@ def _one_by_one(
     elements: list[int],
     rho: FloatArray | float,
     answer: ConicPoint,
-    findings: _Findings,
+    findings: Findings,
     executor: Executor | None,
 ) -> None:
     """Write the response of some elements, and what there is to say about each."""
@@ -270,7 +268,7 @@ def _one_by_one(
         chosen = [elements[k] for k in at_kink]
         sides = [_responses(places, chosen, rho, side, executor) for side in (1.0, -1.0)]
         tilt = places.tilt.x.abs().amax(-1) if places.tilt.x.shape[1] else places.error
-        size = 1e-9 * tilt.cpu().numpy()[chosen]
+        size = NOTHING * tilt.cpu().numpy()[chosen]
         differ = _differences(sides[0].x, sides[1].x, size)
         found = found.copy()
         for own, k in enumerate(at_kink):
@@ -290,112 +288,3 @@ def _differences(first: FloatArray, second: FloatArray, size: FloatArray) -> Flo
         return np.zeros(len(first))
     largest = np.maximum(np.abs(first).max(1), np.abs(second).max(1))
     return np.abs(first - second).max(1) / np.maximum(largest, np.maximum(size, 1e-300))
-
-
-# -- what to say --------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _Findings:
-    """What is known of the answers of E elements."""
-
-    count: int
-    with_rho: bool
-    structure: ConicStructure
-
-    def __post_init__(self) -> None:
-        # What was settled for a whole batch is regular: only rounding is left.
-        self.used, self.doubt = ["implicit"] * self.count, np.zeros(self.count)
-        self.loose: list[int] = []  # primal solutions that are not unique
-        self.contradicted: list[int] = []  # tilts that a singular system cannot follow
-        self.doubtful: list[int] = []
-        self.dependent: list[int] = []  # multipliers that are not unique, and that the answer needs not
-        self.one_sided: list[int] = []
-        self.sided: set[int] = set()  # multipliers that move differently on both sides
-
-    def kink(self, element: int, primal: float, above: FloatArray, below: FloatArray) -> None:
-        """An element at a kink: by how much the changes of x on its two sides differ, and the changes of y there."""
-        differ = np.abs(above - below) > SAME * max(np.abs(above).max(initial=0.0), np.abs(below).max(initial=1e-300))
-        if primal > SAME:
-            self.one_sided.append(element)
-            self.doubt[element] = primal
-        elif differ.any():
-            self.sided.add(element)
-            if self.concerns(differ):
-                self.dependent.append(element)
-
-    def add(self, elements: Sequence[int], found: KKTResponse) -> None:
-        """What the systems of some elements say."""
-        kinds = (found.exact, found.unique, found.consistent, found.doubt, found.shared)
-        sided = self.sided | set(self.one_sided)
-        for element, fine, single, follows, size, shared in zip(elements, *kinds, strict=True):
-            self.doubt[element] = max(self.doubt[element], size)
-            if element in sided:
-                self.used[element] = "implicit, one-sided"
-                continue
-            if fine:
-                continue
-            self.used[element] = "implicit, regularised"
-            if not size < DOUBT:
-                self.doubtful.append(element)
-            elif not single:
-                self.loose.append(element)
-            elif not follows:
-                self.contradicted.append(element)
-            elif self.concerns(shared):
-                self.dependent.append(element)
-
-    def concerns(self, rows: NDArray[np.bool_]) -> bool:
-        """Whether anybody may ask for the gradient with respect to one of these rows (m,)."""
-        return bool(np.delete(rows, self.structure.constant_rows).any())
-
-    def record(self, method: Any, active: Sequence[int], info: GradientInfo) -> None:
-        """Fill the record, and warn of what the answer depends on."""
-        assert info.doubt is not None
-        for place, element in enumerate(active):
-            info.used[element] = self.used[place]
-        info.doubt[list(active)] = torch.from_numpy(self.doubt)
-        info.fallbacks = [element for element in active if info.used[element] == "implicit, regularised"]
-
-        def named(places: list[int]) -> str:
-            return str([active[place] for place in sorted(places)[:10]])
-
-        for places, text in (
-            (self.loose, _LOOSE_WITH_RHO if self.with_rho else _LOOSE),
-            (self.contradicted, _CONTRADICTED),
-        ):
-            if places:
-                warn(f"{method}: the optimality conditions of elements {named(places)} are singular: {text}")
-        if self.doubtful:
-            size = max(self.doubt[place] for place in self.doubtful)
-            share = f"a share of {size:.0e}" if np.isfinite(size) and size < 1 else "any amount"
-            warn(
-                f"{method}: the optimality conditions of elements {named(self.doubtful)} are nearly singular, and the "
-                f"error of their solutions could change their gradients by {share}. A smaller tolerance of the solver, "
-                "rho > 0, or LPGD with a finite tau helps."
-            )
-        if self.one_sided:
-            warn(
-                f"{method}: the solutions of elements {named(self.one_sided)} are at a kink, where a constraint "
-                "is active with a multiplier of zero: their gradients are those of one side. LPGD with a finite tau "
-                "averages both."
-            )
-        if self.dependent:
-            text = _MULTIPLIERS.format(method=method, elements=named(self.dependent))
-            info.notices |= dict.fromkeys(("A", "b"), text)
-
-
-_LOOSE = (
-    "their solutions are not unique, and their gradients are minimum-norm answers. rho > 0, or LPGD with a finite tau, "
-    "is well defined there."
-)
-_LOOSE_WITH_RHO = "their gradients are minimum-norm answers. LPGD with a finite tau is well defined there."
-_CONTRADICTED = (
-    "constraints depend on each other, so that multipliers are not unique and small changes may make them contradict "
-    "each other; the answer depends on it, and is the minimum-norm one. Leave out constraints that others imply."
-)
-_MULTIPLIERS = (
-    "{method}: the multipliers of elements {elements} are not unique, as constraints depend on each other. Gradients "
-    "with respect to the objective are exact; those with respect to the constraints are minimum-norm answers, shared "
-    "out among the constraints that imply each other. Leave out those that others imply to have them unique."
-)
