@@ -22,7 +22,6 @@ from lpgd.problems.multipliers import estimate_multipliers
 from lpgd.problems.smooth import SmoothProblem
 from lpgd.problems.smooth_structure import SmoothOutput, SmoothPoint
 from lpgd.problems.structure import ConicPoint
-from lpgd.problems.units import Units
 from lpgd.projections import distance
 from lpgd.status import Status, describe_counts
 
@@ -255,7 +254,7 @@ class Solution(BatchSolution):
     @cached_property
     def residuals(self) -> Residuals:
         """How far the solution is from optimal, whatever the solver said; NaN where there is none."""
-        units = Units.of(self.problem)
+        units = self.problem.units
         return residuals_of(units.apply(self.problem), units.point_in(self.problem, self.point))
 
 

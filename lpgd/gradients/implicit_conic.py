@@ -75,7 +75,7 @@ def conic_response(
     if len(active) < problem.batch_size:
         part, point, slack = problem.select(active), point.select(rows), slack[rows]
         own_tilt = tilt.select(rows)
-    units = Units.of(part)
+    units = part.units
     places = _known_point(
         units.apply(part), units.point_in(part, point), units.slack_in(part, slack), units.tilt_in(part, own_tilt)
     )
