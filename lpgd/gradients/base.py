@@ -43,8 +43,9 @@ class GradientInfo:
         descent: (B,) the product of an approximate gradient with the exact one, where the method was asked for it: a
             positive one means that a small step along the approximate gradient descends.
         doubt: (B,) the share of an exact answer that the error of the solution may change, which rounding and the
-            condition of the optimality conditions decide; at a kink the difference of its two sides; NaN where there
-            was no cotangent, None for other methods.
+            condition of the optimality conditions decide; at a kink the difference of its two sides.  Of small steps
+            of LPGD at curved cones, the share by which they differ from what the optimality conditions say, infinite
+            where those do not determine it.  NaN where nothing was checked, None for other methods.
         notices: for a datum's name, what a user who asks for its gradient should know; a layer warns of these.
     """
 

@@ -16,7 +16,7 @@ from lpgd.solvers.kkt import KKTResponse
 from lpgd.solvers.kkt_solve import DOUBT
 from lpgd.status import warn
 
-__all__ = ["Findings"]
+__all__ = ["CURVED", "Findings"]
 
 FloatArray = NDArray[np.float64]
 
@@ -39,6 +39,7 @@ class Findings:
         self.contradicted: list[int] = []  # tilts that a singular system cannot follow
         self.doubtful: list[int] = []
         self.dependent: list[int] = []  # multipliers that are not unique, and that the answer needs not
+        self.curved: list[int] = []  # the same at curved cones, whose curvature is weighted by them
         self.one_sided: list[int] = []
         self.sided: set[int] = set()  # multipliers that move differently on both sides
 
@@ -71,8 +72,14 @@ class Findings:
                 self.loose.append(element)
             elif not follows:
                 self.contradicted.append(element)
+            elif self.is_curved(shared):
+                self.curved.append(element)
             elif self.concerns(shared):
                 self.dependent.append(element)
+
+    def is_curved(self, rows: NDArray[np.bool_]) -> bool:
+        """Whether one of these rows (m,) is of a curved cone."""
+        return bool(rows[self.structure.cones.sections["nonnegative"].stop :].any())
 
     def concerns(self, rows: NDArray[np.bool_]) -> bool:
         """Whether anybody may ask for the gradient with respect to one of these rows (m,)."""
@@ -109,11 +116,18 @@ class Findings:
                 "is active with a multiplier of zero: their gradients are those of one side. LPGD with a finite tau "
                 "averages both."
             )
+        if self.curved:
+            warn(f"{method}: the multipliers of elements {named(self.curved)} {CURVED}")
         if self.dependent:
             text = _MULTIPLIERS.format(method=method, elements=named(self.dependent))
             info.notices |= dict.fromkeys(("A", "b"), text)
 
 
+CURVED = (
+    "are not unique, at constraints that curve: how far a solution moves along a curved constraint depends on the "
+    "share that it has of the multipliers. The gradient is right where one set is stated several times, and not where "
+    "a plane or another set touches a curved one. Leave out constraints that others imply."
+)
 _LOOSE = (
     "their solutions are not unique, and their gradients are minimum-norm answers. rho > 0, or LPGD with a finite tau, "
     "is well defined there."

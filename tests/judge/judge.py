@@ -71,6 +71,8 @@ X_ERROR = {"scales": 1e-9}
 FALSE = (Status.INFEASIBLE, Status.UNBOUNDED, Status.NOT_CONVEX, Status.INVALID_DATA)
 """Verdicts on the program itself."""
 
+DOUBTFUL = 1e-4
+"""A share of doubt on record above this counts as said; a warning names the first ten such elements."""
 PLAIN = frozenset({"implicit", "average", "zero cotangent"})
 """What ``GradientInfo.used`` says of gradients that are what their methods ask for."""
 
@@ -302,6 +304,10 @@ def _warned(info: Any, caught: list[warnings.WarningMessage], size: int) -> Bool
     for record in info.gradients[-1:]:
         named |= np.array([used not in PLAIN for used in record.used])
         named[list(record.fallbacks)] = True
+        if record.doubt is not None:
+            named |= (record.doubt > DOUBTFUL).numpy()
+        if record.jumped is not None:
+            named |= record.jumped.numpy()
     for warning in caught:
         if issubclass(warning.category, LpgdWarning):
             for listed in re.findall(r"elements? \[?((?:\d+(?:, )?)+)", str(warning.message)):
