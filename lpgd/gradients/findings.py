@@ -41,6 +41,7 @@ class Findings:
         self.dependent: list[int] = []  # multipliers that are not unique, and that the answer needs not
         self.curved: list[int] = []  # the same at curved cones, whose curvature is weighted by them
         self.one_sided: list[int] = []
+        self.freed: set[int] = set()  # not unique once constraints without a multiplier are dropped
         self.sided: set[int] = set()  # multipliers that move differently on both sides
 
     def kink(self, element: int, primal: float, above: FloatArray, below: FloatArray) -> None:
@@ -60,6 +61,10 @@ class Findings:
         sided = self.sided | set(self.one_sided)
         for element, fine, single, follows, size, shared in zip(elements, *kinds, strict=True):
             self.doubt[element] = max(self.doubt[element], size)
+            if element in self.freed and element not in self.one_sided:
+                self.used[element] = "implicit, regularised"
+                self.loose.append(element)
+                continue
             if element in sided:
                 self.used[element] = "implicit, one-sided"
                 continue

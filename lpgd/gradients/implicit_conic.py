@@ -273,6 +273,8 @@ def _one_by_one(
         found = found.copy()
         for own, k in enumerate(at_kink):
             findings.kink(elements[k], float(differ[own]), *(side.y[own] for side in sides))
+            if not all(side.unique[own] for side in sides):
+                findings.freed.add(elements[k])
             better = next((side for side in sides if side.exact[own]), None)
             if better is not None and not found.exact[k]:
                 for whole, part in zip(found, better, strict=True):

@@ -30,6 +30,7 @@ from lpgd.gradients.implicit import ImplicitKKT, is_linear_program
 from lpgd.gradients.perturbed import Envelope, Perturbed, perturb
 from lpgd.problems.base import maximum_norm
 from lpgd.solvers.base import BaseSolver
+from lpgd.solvers.convexity import is_definite
 from lpgd.status import SolverError, silent, warn
 
 __all__ = ["LPGD", "BlackboxBackprop", "Domke", "Envelope"]
@@ -193,8 +194,9 @@ class _Perturbed:
         )
         self.still = ~found.moved
         _record(self.info, active, found)
-        if problem.is_curved:
-            _check(method, problem, solution, cotangent, found, active, executor, self.info)
+        doubtful = _may_be_singular(method, problem)
+        if bool(doubtful.any()):
+            _check(method, problem, solution, cotangent, found, active, executor, self.info, doubtful)
         keep = found.above | found.below
         self.weight = torch.where(keep, 1.0 / (found.tau * (found.above.double() + found.below.double()).clamp(1)), 0.0)
         self.plus, self.minus = found.plus, found.minus
@@ -253,6 +255,19 @@ SMALL_TILT, AGREEMENT, ONE_SIDED = 1e-3, 1e-4, 1e-2
 if it is given and one-sided."""
 
 
+def _may_be_singular(method: LPGD, problem: Any) -> Tensor:
+    """(E,) elements whose small steps are to be checked: a definite curvature, and data of order 1, need no look.
+
+    Of a linear program a step that was given is meant to find other vertices.
+    """
+    none = torch.zeros(problem.batch_size, dtype=torch.bool, device=problem.device)
+    if problem.is_curved or not problem.has_kkt or problem.is_local or method.rho:
+        return none | problem.is_curved
+    if is_linear_program(problem):
+        return none | (method.tau is None)
+    return ~is_definite(problem) | (method.tau is None and not problem.units.is_trivial)
+
+
 def _check(
     method: LPGD,
     problem: Any,
@@ -262,14 +277,15 @@ def _check(
     active: list[int],
     executor: Executor | None,
     record: GradientInfo,
+    doubtful: Tensor,
 ) -> None:
-    """Compare small steps at curved cones with the derivative of the optimality conditions, and warn where they differ.
+    """Compare small steps with the derivative of the optimality conditions, where those may be singular.
 
     Points of a curved cone and of a plane that touches it there differ by τ² in what they leave of the optimality
     conditions, and by τ in x: no accuracy of perturbed solutions tells one from the other.
     """
     tilt = found.tau / found.unit
-    rows = ((tilt <= SMALL_TILT) & (found.above | found.below)).nonzero()[:, 0]
+    rows = (doubtful & (tilt <= SMALL_TILT) & (found.above | found.below)).nonzero()[:, 0]
     if not rows.shape[0]:
         return
     elements = rows.tolist()
@@ -277,8 +293,13 @@ def _check(
     with silent():
         change, info = ImplicitKKT(rho=method.rho).response(part, solution.select(elements), tilts, executor)
     count = (found.above.double() + found.below.double()).clamp(min=1)[rows]
-    step = (found.plus.x - found.minus.x)[rows] / (found.tau[rows] * count)[:, None]
-    step, exact = (part.in_own_units(change._replace(x=own)).x for own in (step, change.x))
+    weight = 1.0 / (found.tau[rows] * count)
+    moves = found.plus.select(rows).minus(found.minus.select(rows)).scaled(weight)
+    unique = torch.tensor([[used == "implicit"] for used in info.used], device=weight.device)
+    # Multipliers are compared where they are unique.
+    step, exact = (
+        torch.cat([own.x, torch.where(unique, own.y, 0.0)], 1) for own in map(part.in_own_units, (moves, change))
+    )
     size = torch.maximum(maximum_norm(step), maximum_norm(exact))
     floor = 1e-6 * (1.0 + maximum_norm(part.in_own_units(solution.select(elements).point).x)) / found.unit[rows]
     # A difference of one side alone is off in proportion to its step; one that was given is meant.
@@ -289,8 +310,11 @@ def _check(
     doubt = (maximum_norm(step - exact) / torch.maximum(size, floor)).double().cpu()
     record.doubt = torch.full((len(record.used),), torch.nan, dtype=torch.float64)
     record.doubt[[active[element] for element in elements]] = torch.where(loose, torch.inf, doubt)
-    if names := [active[e] for e, used in zip(elements, info.used, strict=True) if used == "implicit, regularised"]:
-        warn(f"{method}: the multipliers of elements {names[:10]} {CURVED}")
+    if names := [active[element] for element, singular in zip(elements, loose.tolist(), strict=True) if singular]:
+        if problem.is_curved:
+            warn(f"{method}: the multipliers of elements {names[:10]} {CURVED}")
+        else:
+            warn(f"{method}: the optimality conditions of elements {names[:10]} {_SINGULAR}")
     if bool(far.any()):
         worst = float((maximum_norm(step - exact) / size)[far].max())
         names = [active[element] for element, wrong in zip(elements, far.tolist(), strict=True) if wrong]
@@ -341,6 +365,10 @@ _KINK = (
     "solution is at a kink, or too badly scaled for its solver), and their gradients are means of what lies on the "
     "sides of the step. A tau of the order of output.info.gradients[-1].unit gives a smoothed gradient; ImplicitKKT "
     "takes one side."
+)
+_SINGULAR = (
+    "are singular: their solutions are not unique, or move at will, and their gradients say which way the solver went. "
+    "rho > 0, or a tau of the order of output.info.gradients[-1].unit, is well defined there."
 )
 _DISAGREE = (
     "have perturbed solutions that move by other amounts than the optimality conditions say, by a share of up to "

@@ -82,7 +82,7 @@ class Problem(Protocol):
 
     @property
     def is_curved(self) -> bool:
-        """Whether there are curved cones, at which small steps are checked against the optimality conditions."""
+        """Whether there are curved cones, on which solutions move by what multipliers make of the curvature."""
         ...
 
     @property

@@ -15,12 +15,14 @@ from lpgd.problems.conic import ConicProblem, per_element
 from lpgd.problems.memo import TensorMemo
 from lpgd.problems.sparsity import SparsityPattern
 
-__all__ = ["is_convex"]
+__all__ = ["is_convex", "is_definite"]
 
 DENSE_LIMIT = 1500
 """Matrices up to this size, and mostly filled ones, are factorised densely."""
 STACK_LIMIT = 8_000_000
 """So many entries of dense matrices are held at once."""
+DEFINITE = 1e-9
+"""The least eigenvalue, relative to the largest entry of P, of one that is not singular."""
 FINEST = 3e-8
 """Negative eigenvalues up to this, relative to the largest entry of P, are taken for rounding of what computed P: the
 root of the precision of float64."""
@@ -37,6 +39,23 @@ def is_convex(problem: ConicProblem) -> Tensor:
         return values.new_ones(problem.batch_size, dtype=torch.bool)
     rows = _memo(problem.data.P, ("convex", pattern.digest), lambda: _rows_convex(pattern, values))
     return per_element(rows[:, None], problem.batch_size)[:, 0]
+
+
+def is_definite(problem: ConicProblem) -> Tensor:
+    """(B,) whether P is positive definite, by more than rounding: its curvature alone makes solutions unique."""
+    pattern, values = problem.structure.quadratic, problem.symmetric_P
+    if not pattern.nnz:
+        return values.new_zeros(problem.batch_size, dtype=torch.bool)
+
+    def rows() -> Tensor:
+        known = torch.atleast_2d(values.detach())
+        dense = pattern.shape[0] <= DENSE_LIMIT or pattern.nnz > 0.2 * pattern.shape[0] ** 2
+        if np.unique(pattern.rows).size < pattern.shape[0]:  # a variable without curvature
+            return known.new_zeros(len(known), dtype=torch.bool)
+        return (_by_cholesky if dense else _by_pivots)(pattern, known, -DEFINITE * known.abs().amax(-1))
+
+    found = _memo(problem.data.P, ("definite", pattern.digest), rows)
+    return per_element(found[:, None], problem.batch_size)[:, 0]
 
 
 _memo = TensorMemo()
