@@ -41,6 +41,7 @@ class Findings:
         self.dependent: list[int] = []  # multipliers that are not unique, and that the answer needs not
         self.curved: list[int] = []  # the same at curved cones, whose curvature is weighted by them
         self.one_sided: list[int] = []
+        self.steady: set[int] = set()  # elements whose x moves alike with other multipliers
         self.freed: set[int] = set()  # not unique once constraints without a multiplier are dropped
         self.sided: set[int] = set()  # multipliers that move differently on both sides
 
@@ -64,6 +65,7 @@ class Findings:
             if element in self.freed and element not in self.one_sided:
                 self.used[element] = "implicit, regularised"
                 self.loose.append(element)
+                self.doubt[element] = np.inf
                 continue
             if element in sided:
                 self.used[element] = "implicit, one-sided"
@@ -75,10 +77,12 @@ class Findings:
                 self.doubtful.append(element)
             elif not single:
                 self.loose.append(element)
+                self.doubt[element] = np.inf
             elif not follows:
                 self.contradicted.append(element)
-            elif self.is_curved(shared):
+            elif self.is_curved(shared) and element not in self.steady:
                 self.curved.append(element)
+                self.doubt[element] = np.inf
             elif self.concerns(shared):
                 self.dependent.append(element)
 

@@ -25,6 +25,7 @@ from lpgd.elements import ElementView
 from lpgd.execution import SerialExecutor, run_tasks
 from lpgd.gradients.base import GradientInfo
 from lpgd.gradients.findings import Findings
+from lpgd.gradients.multipliers import other_multipliers
 from lpgd.gradients.polyhedral import is_batchable, kept_response, polyhedral_response
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicPoint, ConicStructure
@@ -42,6 +43,8 @@ KNOWN_WELL = 1e-10
 """Points with a larger |F| are refined where their error matters: at curved cones, and near kinks."""
 KNOWN = 1e-7
 """Points of linear and quadratic programs with a larger |F| are refined anyhow: it may hide which rows are active."""
+STEADY = 1e-5
+"""Answers with other multipliers that differ by a smaller share are one."""
 KINK = 1e-7
 """Multipliers and slacks that both are smaller are taken to vanish; 100 |F| at a point that is known less well."""
 NOTHING = 1e-7
@@ -279,9 +282,34 @@ def _one_by_one(
             if better is not None and not found.exact[k]:
                 for whole, part in zip(found, better, strict=True):
                     whole[k] = part[own]
+    for k, element in enumerate(elements):
+        singular = found.unique[k] and not found.exact[k] and findings.is_curved(found.shared[k])
+        if singular and _is_steady(places, element, rho, found.x[k]):
+            findings.steady.add(element)
     for whole, part in zip(answer, found[:3], strict=True):
         whole[elements] = torch.from_numpy(part).to(whole.device)
     findings.add(elements, found)
+
+
+def _is_steady(places: _Places, element: int, rho: FloatArray | float, dx: FloatArray) -> bool:
+    """Whether x moves alike with other multipliers of the same solution."""
+    row = torch.tensor([element], device=places.error.device)
+    problem, point, slack = places.problem.select([element]), places.point.select(row), places.slack[row]
+    A = problem.structure.constraint.dense_matrices(np.atleast_2d(problem.data.A.detach().cpu().numpy()))[0]
+    lower, upper = (bound[0] for bound in problem.full_bounds())
+    x, z = point.x[0], point.z[0]
+    held = ((z > upper - x) | (-z > x - lower) | (lower >= upper)).cpu().numpy()
+    others = other_multipliers(problem.structure.cones, A[:, ~held], point.y[0].cpu().numpy(), slack[0].cpu().numpy())
+    own_rho = rho[[element]] if isinstance(rho, np.ndarray) else rho
+    for y in others:
+        there = places._replace(
+            problem=problem, point=point._replace(y=torch.from_numpy(y)[None].to(point.y)), slack=slack,
+            tilt=places.tilt.select(row), error=places.error[row], lipschitz=places.lipschitz[[element]],
+        )  # fmt: skip
+        again = _responses(there, [0], own_rho, 0.0, SerialExecutor()).x[0]
+        if np.abs(again - dx).max() > STEADY * max(np.abs(dx).max(), np.abs(again).max(), 1e-300):
+            return False
+    return bool(others)
 
 
 def _differences(first: FloatArray, second: FloatArray, size: FloatArray) -> FloatArray:

@@ -305,8 +305,9 @@ def _check(
     # A difference of one side alone is off in proportion to its step; one that was given is meant.
     agreement = AGREEMENT if method.tau is None or method.envelope == "average" else ONE_SIDED
     far = maximum_norm(step - exact) > (agreement + 3 * tilt[rows]) * torch.maximum(size, floor)
-    far &= torch.tensor([used == "implicit" for used in info.used], device=far.device)
-    loose = torch.tensor([used == "implicit, regularised" for used in info.used])
+    assert info.doubt is not None
+    loose = ~(info.doubt <= AGREEMENT) & torch.tensor([used == "implicit, regularised" for used in info.used])
+    far &= ~loose.to(far.device) & torch.tensor(["one-sided" not in used for used in info.used], device=far.device)
     doubt = (maximum_norm(step - exact) / torch.maximum(size, floor)).double().cpu()
     record.doubt = torch.full((len(record.used),), torch.nan, dtype=torch.float64)
     record.doubt[[active[element] for element in elements]] = torch.where(loose, torch.inf, doubt)
