@@ -23,10 +23,16 @@ NULL = 1e-7
 """Singular values below this share of the largest are zero."""
 SHARE = 0.3
 """How far multipliers are moved, at most, relative to their size."""
+LEAST = 3e-3
+"""And at least: a smaller change would not show."""
+
+
+def _rank(matrix: FloatArray) -> int:
+    return int(np.linalg.matrix_rank(matrix, tol=1e-6)) if matrix.size else 0
 
 
 def other_multipliers(cones: Cones, A: FloatArray, y: FloatArray, slack: FloatArray) -> list[FloatArray]:
-    """Two other multipliers, on both sides of y along one direction; none where there is no such direction.
+    """Other multipliers, on the sides of y along one direction that are far enough; none where there is no such one.
 
     Args:
         cones: K.
@@ -42,18 +48,27 @@ def other_multipliers(cones: Cones, A: FloatArray, y: FloatArray, slack: FloatAr
     null = left[:, rank:]
     if not null.shape[1]:
         return []
+    moves = face.T @ null
+    flat = slice(0, cones.sections["nonnegative"].stop)
+    # A plane that shares a multiplier with a curved constraint touches it, and has no curvature to share.
+    if _rank(moves[flat]) + _rank(moves[flat.stop :]) > null.shape[1]:
+        return []
     weights = np.random.default_rng(null.shape[1]).standard_normal(null.shape[1])
-    direction = face.T @ (null @ weights)
+    direction = moves @ weights
     size = np.abs(direction).max(initial=0.0)
     if not size > 0:
         return []
-    step = SHARE * np.abs(y).max(initial=0.0) / size
+    largest = np.abs(y).max(initial=0.0)
     linear = np.arange(cones.zero, cones.zero + cones.nonnegative)
-    for _ in range(40):
-        ends = [y + sign * step * direction for sign in (1.0, -1.0)]
-        inside = max(float(distance(cones, end, dual=True)) for end in ends) <= 1e-9 * (1.0 + np.abs(y).max())
-        active = linear[y[linear] > slack[linear]]
-        if inside and all((end[active] > 0).all() for end in ends):
-            return ends
-        step *= 0.5
-    return []
+    active = linear[y[linear] > slack[linear]]
+    ends = []
+    for sign in (1.0, -1.0):
+        step = SHARE * largest / size
+        while step * size > LEAST * largest:
+            end = y + sign * step * direction
+            inside = float(distance(cones, end, dual=True)) <= 1e-9 * (1.0 + largest)
+            if inside and (end[active] > 0).all():
+                ends.append(end)
+                break
+            step *= 0.5
+    return ends
