@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit import ImplicitKKT, is_linear_program
+from lpgd.gradients.jumps import warn_of_jumps
 from lpgd.solution import BatchSolution
 from lpgd.solvers.base import BaseSolver
 from lpgd.status import SolverError, warn
@@ -225,6 +226,7 @@ class _Perturbed:
         plus = points[1.0].where(above, base) if 1.0 in points else base
         minus = points[-1.0].where(below, base) if -1.0 in points else base
         self._record(active, tau, units, above, below)
+        warn_of_jumps(method, augmented, base, (plus, minus), tau, cotangent, active)
         error = 30 * perturbed_solver.solution_error(problem) * (1 + base.x.abs().amax(-1))
         distance = torch.maximum((plus.x - base.x).abs().amax(-1), (minus.x - base.x).abs().amax(-1))
         assert self.info.moved is not None
