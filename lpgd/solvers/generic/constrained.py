@@ -3,8 +3,7 @@
 Newton's method on the optimality conditions, whose active rows are those with ``λ > -g`` (the primal-dual active set
 method, which is sequential quadratic programming near a solution), converges quadratically, but only from near.  So
 that is where a warm start begins.  What it does not finish, and every cold start, is minimised by the method of
-multipliers
-first: it descends, which Newton's method on optimality conditions does not.
+multipliers first: it descends, which Newton's method on optimality conditions does not.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from lpgd.problems.smooth_structure import SmoothPoint
 from lpgd.solvers.bordered import bordered_response
 from lpgd.solvers.generic.descent import Descent
 from lpgd.solvers.generic.functions import AugmentedLagrangian
+from lpgd.solvers.generic.infeasibility import verdict
 from lpgd.status import Status
 
 __all__ = ["ConstrainedResult", "is_minimiser", "method_of_multipliers", "polish", "warm_point"]
@@ -131,6 +131,7 @@ def method_of_multipliers(
     h, g = problem.constraints(x)
     size = x.shape[0]
     problem, unit = problem.in_units(x)
+    start, every = x, problem
     whole = SmoothPoint(x.clone(), torch.zeros_like(h), torch.zeros_like(g))
     point = whole
     status = torch.full((size,), int(Status.ITERATION_LIMIT), device=x.device)
@@ -178,14 +179,8 @@ def method_of_multipliers(
         hopeless = ~solved & ((penalty > 1e12) | (endless >= ENDLESS))
         ended = solved | hopeless
         if ended.any() or not usable.all():
-            lost = rows[hopeless]
             unbounded = (descent.status == int(Status.UNBOUNDED))[hopeless]
-            short = violation[hopeless] > precision**0.5
-            status[lost] = torch.where(
-                unbounded,
-                int(Status.UNBOUNDED),
-                torch.where(short, int(Status.INFEASIBLE), int(Status.NUMERICAL_ERROR)),
-            )
+            status[rows[hopeless]] = torch.where(unbounded, int(Status.UNBOUNDED), int(Status.NUMERICAL_ERROR))
         left = (~ended).nonzero()[:, 0]
         for own, new in zip(whole, point, strict=True):
             own[rows[left]] = new[left]
@@ -195,6 +190,11 @@ def method_of_multipliers(
             problem = problem.select(left.tolist())
     residual = _residual(problem, point)[0] if len(rows) else penalty
     status[rows] = torch.where(residual <= precision**0.5, int(Status.INACCURATE), status[rows])
+    lost = ((status == int(Status.NUMERICAL_ERROR)) | (status == int(Status.ITERATION_LIMIT))).nonzero()[:, 0]
+    if len(lost):
+        answer = verdict(every.select(lost.tolist()), (start[lost], whole.x[lost]), minimise)
+        proven = answer == int(Status.INFEASIBLE)
+        status[lost] = torch.where(proven, answer, status[lost])
     whole = SmoothPoint(whole.x, unit * whole.nu, unit * whole.lam)
     return ConstrainedResult(whole, status, iterations)
 
