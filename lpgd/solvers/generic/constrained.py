@@ -58,6 +58,7 @@ def polish(problem: SmoothProblem, point: SmoothPoint, max_iterations: int = 30)
         terms, are below the 0.6th power of the precision, and stay there or fall no more.
     """
     problem, unit = problem.in_units(point.x)
+    every = problem
     point = SmoothPoint(point.x.clone(), point.nu / unit, point.lam / unit)
     whole = SmoothPoint(*(part.clone() for part in point))
     size, _ = _residual(problem, point)
@@ -89,7 +90,12 @@ def polish(problem: SmoothProblem, point: SmoothPoint, max_iterations: int = 30)
             left = (~done).nonzero()[:, 0]
             rows, point, problem_left = rows[left], point.select(left), problem.select(left.tolist())
             problem = problem_left
-    fine = best <= torch.finfo(best.dtype).eps ** 0.6
+    enough = torch.finfo(best.dtype).eps ** 0.6
+    fine = best <= enough
+    rest = (~fine & torch.isfinite(best)).nonzero()[:, 0]
+    if len(rest) and len(rest) * whole.x.shape[-1] ** 2 <= LARGE:
+        part, own = every.select(rest.tolist()), whole.select(rest)
+        fine[rest] = _residual(part, own, _rounding(part, own))[0] <= enough
     whole = SmoothPoint(whole.x, unit * whole.nu, unit * whole.lam)
     return ConstrainedResult(whole, torch.where(fine, int(Status.SOLVED), int(Status.NUMERICAL_ERROR)), iterations)
 
@@ -208,8 +214,19 @@ def _active(problem: SmoothProblem, point: SmoothPoint) -> Tensor:
     return point.lam > -problem.constraints(point.x)[1]
 
 
-def _residual(problem: SmoothProblem, point: SmoothPoint) -> tuple[Tensor, SmoothPoint]:
-    """(B,) the residual relative to its terms, and the residuals of stationarity and of the constraints themselves."""
+def _rounding(problem: SmoothProblem, point: SmoothPoint) -> Tensor:
+    """(B, n) what the rounding of x alone does to ``∇L``: much at the end of a domain, as of ``log(1 - y)`` near 1."""
+    sizes = problem.hessian(point).abs() @ point.x.abs()[..., None]
+    return 4 * torch.finfo(point.x.dtype).eps * torch.where(torch.isfinite(sizes[..., 0]), sizes[..., 0], 0)
+
+
+def _residual(
+    problem: SmoothProblem, point: SmoothPoint, rounding: Tensor | None = None
+) -> tuple[Tensor, SmoothPoint]:
+    """(B,) the residual relative to its terms, and the residuals of stationarity and of the constraints themselves.
+
+    Of stationarity so much as rounding explains is left out of the first.
+    """
     h, g = problem.constraints(point.x)
     slope = problem.gradient(point)
     multipliers = torch.cat([point.nu, point.lam], -1)
@@ -217,7 +234,8 @@ def _residual(problem: SmoothProblem, point: SmoothPoint) -> tuple[Tensor, Smoot
     if multipliers.shape[-1]:
         forces = problem.jacobian_product(point.x)(multipliers)
         terms = torch.maximum(terms, forces.abs().amax(-1))
-    own = slope.abs().amax(-1) / terms
+    left = slope.abs() if rounding is None else torch.relu(slope.abs() - rounding)
+    own = left.amax(-1) / terms
     reach = 1 + point.x.abs().amax(-1)
     bad = [own]
     if h.shape[-1]:
