@@ -99,3 +99,34 @@ def test_losses_whose_gradient_is_right_at_a_tie_do_not_warn(loss: str):
             function = (vectors * values.square()) @ vectors.T
             (gradient,) = torch.autograd.grad(function.trace(), x)
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("envelope", ["average", "lower"])
+@pytest.mark.parametrize("tau", [None, 1e-6, 1e-3, 0.1])
+def test_lpgd_says_that_vectors_of_equal_eigenvalues_jump(tau: float | None, envelope: str):
+    x = torch.diag_embed(torch.tensor([[3.0, 2.0, 1.0], [2.0, 2.0, 1.0], [1.0, 1.0, 1.0]], dtype=torch.float64))
+    method = lpgd.LPGD(tau=tau, envelope=envelope)  # pyright: ignore[reportArgumentType]
+    vectors = lpgd.NodeLayer(lpgd.nodes.EigenDecomposition(), method)(x.requires_grad_())
+    with pytest.warns(lpgd.LpgdWarning, match=r"elements \[1, 2\] are far"):
+        torch.autograd.grad((vectors * random(3, 3, 3)).sum(), x)
+
+
+def test_lpgd_says_that_a_flat_objective_lets_the_solution_jump():
+    # y₁ - y₂ is determined, y₁ + y₂ is any number up to one.
+    node = lpgd.Node(
+        lambda x, y: 0.5 * (y[0] - y[1] - x[0]) ** 2, inequality=lambda x, y: y.square().sum()[None] - 1.0, shape=(2,)
+    )
+    x = torch.tensor([[0.3]], dtype=torch.float64).requires_grad_()
+    y = lpgd.NodeLayer(node, lpgd.LPGD(tau=1e-3))(x)
+    with pytest.warns(lpgd.LpgdWarning, match="not unique"):
+        torch.autograd.grad(y.sum(), x)
+
+
+def test_lpgd_is_silent_where_the_solution_responds():
+    x = random(0, 4, 3).requires_grad_()
+    node = lpgd.nodes.Projection("l2_ball", 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for tau in (None, 1e-2, 1.0, 30.0):
+            y = lpgd.NodeLayer(node, lpgd.LPGD(tau=tau))(x)
+            torch.autograd.grad((y * random(1, 4, 3)).sum(), x)

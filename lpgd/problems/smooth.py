@@ -172,6 +172,10 @@ class SmoothProblem:
         reach = 1 + maximum_norm(x)
         here, there = slope(x), slope(x + 0.01 * reach[:, None] * direction)
         sizes = torch.stack([maximum_norm(here), 100 * maximum_norm(there - here)]) / reach
+        if not is_surely_finite(sizes[1]):
+            # The step left the domain: near its end curvatures say nothing of the objective's size, but values do.
+            values = (self.objective(x) / reach).abs()
+            sizes[1] = torch.where(torch.isfinite(sizes[1]), sizes[1], values)
         size = torch.where(torch.isfinite(sizes), sizes, 0).amax(0)
         unit = torch.where(size > 0, size, 1).log2().round().exp2()[:, None].detach()
         return replace(self, unit=unit if self.unit is None else self.unit * unit), unit

@@ -3,8 +3,7 @@
 Newton's method on the optimality conditions, whose active rows are those with ``λ > -g`` (the primal-dual active set
 method, which is sequential quadratic programming near a solution), converges quadratically, but only from near.  So
 that is where a warm start begins.  What it does not finish, and every cold start, is minimised by the method of
-multipliers
-first: it descends, which Newton's method on optimality conditions does not.
+multipliers first: it descends, which Newton's method on optimality conditions does not.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from lpgd.problems.smooth_structure import SmoothPoint
 from lpgd.solvers.bordered import bordered_response
 from lpgd.solvers.generic.descent import Descent
 from lpgd.solvers.generic.functions import AugmentedLagrangian
+from lpgd.solvers.generic.infeasibility import verdict
 from lpgd.status import Status
 
 __all__ = ["ConstrainedResult", "is_minimiser", "method_of_multipliers", "polish", "warm_point"]
@@ -58,6 +58,7 @@ def polish(problem: SmoothProblem, point: SmoothPoint, max_iterations: int = 30)
         terms, are below the 0.6th power of the precision, and stay there or fall no more.
     """
     problem, unit = problem.in_units(point.x)
+    every = problem
     point = SmoothPoint(point.x.clone(), point.nu / unit, point.lam / unit)
     whole = SmoothPoint(*(part.clone() for part in point))
     size, _ = _residual(problem, point)
@@ -89,7 +90,12 @@ def polish(problem: SmoothProblem, point: SmoothPoint, max_iterations: int = 30)
             left = (~done).nonzero()[:, 0]
             rows, point, problem_left = rows[left], point.select(left), problem.select(left.tolist())
             problem = problem_left
-    fine = best <= torch.finfo(best.dtype).eps ** 0.6
+    enough = torch.finfo(best.dtype).eps ** 0.6
+    fine = best <= enough
+    rest = (~fine & torch.isfinite(best)).nonzero()[:, 0]
+    if len(rest) and len(rest) * whole.x.shape[-1] ** 2 <= LARGE:
+        part, own = every.select(rest.tolist()), whole.select(rest)
+        fine[rest] = _residual(part, own, _rounding(part, own))[0] <= enough
     whole = SmoothPoint(whole.x, unit * whole.nu, unit * whole.lam)
     return ConstrainedResult(whole, torch.where(fine, int(Status.SOLVED), int(Status.NUMERICAL_ERROR)), iterations)
 
@@ -131,6 +137,7 @@ def method_of_multipliers(
     h, g = problem.constraints(x)
     size = x.shape[0]
     problem, unit = problem.in_units(x)
+    start, every = x, problem
     whole = SmoothPoint(x.clone(), torch.zeros_like(h), torch.zeros_like(g))
     point = whole
     status = torch.full((size,), int(Status.ITERATION_LIMIT), device=x.device)
@@ -178,14 +185,8 @@ def method_of_multipliers(
         hopeless = ~solved & ((penalty > 1e12) | (endless >= ENDLESS))
         ended = solved | hopeless
         if ended.any() or not usable.all():
-            lost = rows[hopeless]
             unbounded = (descent.status == int(Status.UNBOUNDED))[hopeless]
-            short = violation[hopeless] > precision**0.5
-            status[lost] = torch.where(
-                unbounded,
-                int(Status.UNBOUNDED),
-                torch.where(short, int(Status.INFEASIBLE), int(Status.NUMERICAL_ERROR)),
-            )
+            status[rows[hopeless]] = torch.where(unbounded, int(Status.UNBOUNDED), int(Status.NUMERICAL_ERROR))
         left = (~ended).nonzero()[:, 0]
         for own, new in zip(whole, point, strict=True):
             own[rows[left]] = new[left]
@@ -195,6 +196,11 @@ def method_of_multipliers(
             problem = problem.select(left.tolist())
     residual = _residual(problem, point)[0] if len(rows) else penalty
     status[rows] = torch.where(residual <= precision**0.5, int(Status.INACCURATE), status[rows])
+    lost = ((status == int(Status.NUMERICAL_ERROR)) | (status == int(Status.ITERATION_LIMIT))).nonzero()[:, 0]
+    if len(lost):
+        answer = verdict(every.select(lost.tolist()), (start[lost], whole.x[lost]), minimise)
+        proven = answer == int(Status.INFEASIBLE)
+        status[lost] = torch.where(proven, answer, status[lost])
     whole = SmoothPoint(whole.x, unit * whole.nu, unit * whole.lam)
     return ConstrainedResult(whole, status, iterations)
 
@@ -208,8 +214,19 @@ def _active(problem: SmoothProblem, point: SmoothPoint) -> Tensor:
     return point.lam > -problem.constraints(point.x)[1]
 
 
-def _residual(problem: SmoothProblem, point: SmoothPoint) -> tuple[Tensor, SmoothPoint]:
-    """(B,) the residual relative to its terms, and the residuals of stationarity and of the constraints themselves."""
+def _rounding(problem: SmoothProblem, point: SmoothPoint) -> Tensor:
+    """(B, n) what the rounding of x alone does to ``∇L``: much at the end of a domain, as of ``log(1 - y)`` near 1."""
+    sizes = problem.hessian(point).abs() @ point.x.abs()[..., None]
+    return 4 * torch.finfo(point.x.dtype).eps * torch.where(torch.isfinite(sizes[..., 0]), sizes[..., 0], 0)
+
+
+def _residual(
+    problem: SmoothProblem, point: SmoothPoint, rounding: Tensor | None = None
+) -> tuple[Tensor, SmoothPoint]:
+    """(B,) the residual relative to its terms, and the residuals of stationarity and of the constraints themselves.
+
+    Of stationarity so much as rounding explains is left out of the first.
+    """
     h, g = problem.constraints(point.x)
     slope = problem.gradient(point)
     multipliers = torch.cat([point.nu, point.lam], -1)
@@ -217,7 +234,8 @@ def _residual(problem: SmoothProblem, point: SmoothPoint) -> tuple[Tensor, Smoot
     if multipliers.shape[-1]:
         forces = problem.jacobian_product(point.x)(multipliers)
         terms = torch.maximum(terms, forces.abs().amax(-1))
-    own = slope.abs().amax(-1) / terms
+    left = slope.abs() if rounding is None else torch.relu(slope.abs() - rounding)
+    own = left.amax(-1) / terms
     reach = 1 + point.x.abs().amax(-1)
     bad = [own]
     if h.shape[-1]:

@@ -221,6 +221,12 @@ def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, T
 
     Where it is not even semidefinite: also the direction of its most negative curvature (B, n), and that (B,), else 0.
     """
+    # Equilibrated: near the end of a domain, as of logarithms, curvatures differ by many orders of magnitude, and a
+    # direction with little of it must not be damped by that of another.
+    weight = hessian.abs().amax(-1)
+    weight = torch.where(weight > 0, weight, 1).rsqrt()
+    hessian = weight[..., :, None] * hessian * weight[..., None, :]
+    slope = weight * slope
     factor, failed = torch.linalg.cholesky_ex(hessian)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     eps = torch.finfo(slope.dtype).eps
@@ -237,9 +243,12 @@ def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, T
         sizes = torch.where(top > 0, torch.maximum(sizes, 10 * eps**0.5 * top), 1)
         along = (vectors.mT @ slope[rest][..., None])[..., 0]
         direction[rest] = -(vectors @ (along / sizes)[..., None])[..., 0]
-        lowest[rest] = vectors[..., 0]
-        curvature[rest] = torch.where(values[:, 0] < -(eps**0.4) * top[:, 0], values[:, 0], 0)
-    return direction, curved, lowest, curvature
+        negative = values[:, 0] < -(eps**0.4) * top[:, 0]
+        down = weight[rest] * vectors[..., 0]
+        length = torch.linalg.vector_norm(down, dim=-1)
+        lowest[rest] = down / length[:, None]
+        curvature[rest] = torch.where(negative, values[:, 0] / length.square(), 0)
+    return weight * direction, curved, lowest, curvature
 
 
 def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_iterations: int = 2000) -> Descent:

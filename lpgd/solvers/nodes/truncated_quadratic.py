@@ -23,7 +23,7 @@ def minimise_truncated(x: Tensor, alpha: float) -> Tensor:
 def _best_mean(x: Tensor, alpha: float) -> Tensor:
     x = _sorted(x)
     middle = x[:, x.shape[-1] // 2, None].clone()
-    x = x.sub_(middle)
+    ordered, x = x, x - middle
     size = x.shape[-1]
     # A point outside costs α²/2, and the best window no more than the median: so it has at least m points, and begins
     # at one of these.  Others need not be looked at; any window costs at least the minimum.
@@ -52,7 +52,14 @@ def _best_mean(x: Tensor, alpha: float) -> Tensor:
     # The mean again, without the rounding of running sums.
     places = torch.arange(size, device=x.device)
     mean = x.mul((places >= low) & (places < high)).sum(-1, keepdim=True) / (high - low)
-    return _settled(x, mean, low, high, alpha).add_(middle)
+    u = _settled(x, mean, low, high, alpha).add_(middle)
+    # Numbers much closer to zero than the middle have lost digits with it.
+    rows = (middle.abs() > 4 * u.abs())[:, 0].nonzero()[:, 0]
+    if len(rows):
+        away = ordered[rows] - u[rows]
+        inside = (away.abs() <= alpha).to(x.dtype)
+        u[rows] += (away * inside).sum(-1, keepdim=True) / inside.sum(-1, keepdim=True).clamp(min=1)
+    return u
 
 
 def _settled(x: Tensor, mean: Tensor, low: Tensor, high: Tensor, alpha: float) -> Tensor:
