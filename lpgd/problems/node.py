@@ -131,10 +131,6 @@ class BaseNode(ABC):
         """Minimise with the terms of LPGD added; None leaves it to the generic solver, started from ``start``."""
         return None
 
-    def is_unique(self, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
-        """(B,) whether solutions y are isolated, for a node that can tell; LPGD warns where others are as good."""
-        return None
-
     def multipliers(self, inputs: tuple[Tensor, ...], y: Tensor, aux: Any) -> tuple[Tensor, Tensor] | None:
         """The multipliers ν (B, p) and λ (B, r) at solutions y, from what :meth:`solve` left (of it: aux).
 

@@ -58,8 +58,8 @@ class Units:
                 none; they are kept where the data still allow.
             lengths: (B,) exponents of ``length`` to take, of a solution say; NaN leaves the choice to the data.
         """
-        if problem.batch_size == 0 or problem.structure.n == 0:
-            return cls()
+        if problem.batch_size == 0 or problem.structure.n == 0 or problem.structure.has_integers:
+            return cls()  # whole numbers have a unit of their own, and coefficients beside them as well
         variable, row = matrix_units(problem)
         length, cost = vector_units(problem, variable, row, exponents, lengths)
         return cls(variable, row, length, cost)

@@ -220,9 +220,7 @@ def _rounding(problem: SmoothProblem, point: SmoothPoint) -> Tensor:
     return 4 * torch.finfo(point.x.dtype).eps * torch.where(torch.isfinite(sizes[..., 0]), sizes[..., 0], 0)
 
 
-def _residual(
-    problem: SmoothProblem, point: SmoothPoint, rounding: Tensor | None = None
-) -> tuple[Tensor, SmoothPoint]:
+def _residual(problem: SmoothProblem, point: SmoothPoint, rounding: Tensor | None = None) -> tuple[Tensor, SmoothPoint]:
     """(B,) the residual relative to its terms, and the residuals of stationarity and of the constraints themselves.
 
     Of stationarity so much as rounding explains is left out of the first.

@@ -32,7 +32,7 @@ class _Violation(AugmentedLagrangian):
 def verdict(
     problem: SmoothProblem, points: tuple[Tensor, ...], minimise: Callable[[AugmentedLagrangian, Tensor], Descent]
 ) -> Tensor:
-    """(B,) values of Status for elements that were not solved: INFEASIBLE where there is evidence, else NUMERICAL_ERROR.
+    """(B,) values of Status of elements that were not solved: INFEASIBLE with evidence, else NUMERICAL_ERROR.
 
     An element is INFEASIBLE where none of the points satisfies the constraints, and neither does a stationary point of
     the violation, found from the last of them.  That is a proof where the violation is convex; elsewhere the evidence

@@ -278,14 +278,6 @@ class EigenDecomposition(BaseNode):
         y, count = spectrum.vectors[:, :, :k], len(inputs[0])
         return NodeAnswer(y, [Status.SOLVED] * count, [1] * count, aux=tuple(spectrum))
 
-    def is_unique(self, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        """Whether no eigenvalue of these vectors is equal to another one, to rounding."""
-        matrix = inputs[0]
-        values = torch.linalg.eigvalsh(symmetric_part(matrix))
-        values = values.flip(-1) if self.largest else values
-        near = self._tolerance(matrix) * values.abs().amax(-1, keepdim=True)
-        return (values.diff(dim=-1).abs()[:, : y.shape[-1]] > near).all(-1)
-
     def multipliers(self, inputs: tuple[Tensor, ...], y: Tensor, aux: Any) -> tuple[Tensor, Tensor]:
         k = y.shape[-1]
         first, second = torch.triu_indices(k, k, device=y.device)
