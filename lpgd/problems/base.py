@@ -18,7 +18,7 @@ def is_surely_finite(tensor: Tensor) -> bool:
     Sums of finite numbers may overflow, so that False proves nothing.  This reads a tensor once and writes nothing,
     where ``torch.isfinite`` takes forty times as long.
     """
-    return math.isfinite(float(tensor.sum()))
+    return math.isfinite(float(tensor.detach().sum()))
 
 
 def maximum_norm(rows: Tensor) -> Tensor:
