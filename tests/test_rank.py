@@ -185,6 +185,8 @@ def test_a_semidefinite_constraint_with_an_implied_minor(solver: str) -> None:
         np.testing.assert_allclose(gradient, gradients[0], atol=1e-8)
 
 
+# CVXPY 1.9.0 links its cones by rows, whose multipliers are shared as well: a word that later versions need not say.
+@pytest.mark.filterwarnings("ignore:.*are not unique, at constraints that curve:lpgd.LpgdWarning")
 @pytest.mark.parametrize("seed", range(12))
 def test_doubled_exponential_constraints(seed: int) -> None:
     # min |x - p|² over exp(x₁) ≤ x₂: dx/dp along the curve's tangent t = (1, e^{x₁}), with its curvature.
