@@ -22,7 +22,6 @@ from functools import lru_cache
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 
 from lpgd.cones import Cones, FloatArray, IndexArray, smat, svec, svec_indices, svec_size
 from lpgd.projections_nonsymmetric import exponential_spectrum, power_spectrum, project_exponential, project_power
@@ -33,17 +32,12 @@ __all__ = [
     "SpectralDerivative",
     "cone_blocks",
     "distance",
-    "interior_direction",
-    "kinks",
     "project",
     "projection_derivative",
 ]
 
 SMALLEST_EIGENVALUE = 1e-14
 """Eigenvalues of a projection's derivative up to this one are rounding, and are taken as 0 in the factor."""
-
-JUMP = 0.05
-"""Eigenvalues of a projection's derivative that differ by more between two points nearby have a jump between them."""
 
 
 @dataclass(frozen=True)
@@ -198,39 +192,6 @@ def projection_derivative(cones: Cones, point: FloatArray, *, dual: bool = False
     return SpectralDerivative(1.0 - eigenvalues if dual else eigenvalues, tuple(groups))
 
 
-def kinks(cones: Cones, points: FloatArray, tolerance: FloatArray) -> tuple[NDArray[np.bool_], FloatArray]:
-    """Where the derivative of the projection onto K* jumps nearby, and how fast it changes elsewhere.
-
-    Args:
-        cones: K.
-        points: (k, m).
-        tolerance: (k,) how near, in the maximum norm.
-
-    Returns:
-        (k, m) rows whose cone has its point within the tolerance of the boundary of K* or of -K, or of a face at which
-        the derivative jumps; and (k,) a bound, up to a small factor, of the derivative's Lipschitz constant at points
-        without such rows: 0 where all cones are orthants.
-    """
-    points = -_checked(cones, points)
-    near, lipschitz = np.zeros(points.shape, dtype=bool), np.zeros(len(points))
-    nonnegative = cones.sections["nonnegative"]
-    near[:, nonnegative] = np.abs(points[:, nonnegative]) <= tolerance[:, None]
-    for block in cone_blocks(cones) if len(points) else ():
-        close, rate = block.kinks(points[:, block.rows], tolerance[:, None])
-        near[:, block.rows] = close[:, :, None]
-        np.maximum(lipschitz, np.where(close, 0.0, rate).max(axis=1, initial=0.0), out=lipschitz)
-    return near, lipschitz
-
-
-def interior_direction(cones: Cones) -> FloatArray:
-    """(m,) a point that is inside both K and K*, apart from the zero cone, where it is 0: ``v + t e`` enters K*."""
-    direction = np.zeros(cones.rows)
-    direction[cones.sections["nonnegative"]] = 1.0
-    for block in cone_blocks(cones):
-        direction[block.rows] = block.interior
-    return direction
-
-
 def distance(cones: Cones, points: FloatArray, *, dual: bool = False) -> FloatArray:
     """``max_i |v - P(v)|_i`` for each of the points (..., m): 0 in K (with ``dual``, in K*); shape (...)."""
     points = _checked(cones, points)
@@ -280,29 +241,6 @@ class ConeBlock:
         if self.kind == "semidefinite":
             return svec(np.eye(self.side))
         return np.array([-1.0, 1.0, 1.0] if self.exponents is None else [1.0, 1.0, 0.0])
-
-    def kinks(self, points: FloatArray, tolerance: FloatArray) -> tuple[NDArray[np.bool_], FloatArray]:
-        """Points (j, k, t), tolerance (j, 1): see :func:`kinks`; (j, k) each."""
-        with np.errstate(divide="ignore"):
-            if self.kind == "second_order":
-                bound, length = points[..., 0], np.linalg.norm(points[..., 1:], axis=-1)
-                close = np.minimum(np.abs(bound - length), np.abs(bound + length)) <= tolerance
-                return close, np.where(np.abs(bound) < length, 1.0 / length, 0.0)
-            if self.kind == "semidefinite":
-                values = np.linalg.eigvalsh(smat(points, self.side))
-                positive = np.where(values > 0, values, np.inf).min(axis=-1)
-                negative = np.where(values <= 0, values, -np.inf).max(axis=-1)
-                return np.abs(values).min(axis=-1) <= tolerance, 1.0 / (positive - negative)
-            nearest = self.project(points)
-            sizes = [np.abs(part).max(axis=-1) for part in (nearest, points - nearest)]
-            close = np.minimum(np.minimum(*sizes), np.abs(points).min(axis=-1)) <= tolerance
-            if close.any():
-                steps = 2.0 * tolerance[..., None] * self.interior
-                ends = (points + sign * steps for sign in (1.0, -1.0))
-                flat = (np.sort(self.spectrum(end.reshape(-1, 3))[0], axis=-1) for end in ends)
-                jump = np.abs(np.subtract(*flat)).max(axis=-1).reshape(close.shape)
-                close &= jump > JUMP
-            return close, np.where(np.minimum(*sizes) > 0, 3.0 / np.abs(points).max(axis=-1), 0.0)
 
     def _project(self, points: FloatArray) -> FloatArray:
         if self.kind == "second_order":

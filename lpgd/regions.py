@@ -14,6 +14,7 @@ exponential and power cones         as second-order ones, and for exponential on
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lpgd.cones import Cones, FloatArray, IndexArray, smat
 from lpgd.projections import ConeBlock, cone_blocks
@@ -25,7 +26,10 @@ from lpgd.projections_nonsymmetric import (
     project_power,
 )
 
-__all__ = ["regions"]
+__all__ = ["interior_direction", "kinks", "regions"]
+
+JUMP = 0.05
+"""Eigenvalues of a projection's derivative that differ by more between two points nearby have a jump between them."""
 
 _BOUNDARY, _INSIDE, _POLAR, _FACE, _EDGE = range(5)
 
@@ -59,6 +63,39 @@ def regions(cones: Cones, points: FloatArray) -> tuple[IndexArray, FloatArray]:
         pieces[..., block.rows] = found.reshape(part.shape[:-1])[..., None]
         depths[..., block.rows] = depth.reshape(part.shape[:-1])[..., None]
     return pieces, depths
+
+
+def kinks(cones: Cones, points: FloatArray, tolerance: FloatArray) -> tuple[NDArray[np.bool_], FloatArray]:
+    """Where the derivative of the projection onto K* jumps nearby, and how fast it changes elsewhere.
+
+    Args:
+        cones: K.
+        points: (k, m).
+        tolerance: (k,) how near, in the maximum norm.
+
+    Returns:
+        (k, m) rows whose cone has its point within the tolerance of the boundary of K* or of -K, or of a face at which
+        the derivative jumps; and (k,) a bound, up to a small factor, of the derivative's Lipschitz constant at points
+        without such rows: 0 where all cones are orthants.
+    """
+    points = -np.asarray(points, dtype=np.float64)
+    near, lipschitz = np.zeros(points.shape, dtype=bool), np.zeros(len(points))
+    nonnegative = cones.sections["nonnegative"]
+    near[:, nonnegative] = np.abs(points[:, nonnegative]) <= tolerance[:, None]
+    for block in cone_blocks(cones) if len(points) else ():
+        close, rate = _kinks_of(block, points[:, block.rows], tolerance[:, None])
+        near[:, block.rows] = close[:, :, None]
+        np.maximum(lipschitz, np.where(close, 0.0, rate).max(axis=1, initial=0.0), out=lipschitz)
+    return near, lipschitz
+
+
+def interior_direction(cones: Cones) -> FloatArray:
+    """(m,) a point that is inside both K and K*, apart from the zero cone, where it is 0: ``v + t e`` enters K*."""
+    direction = np.zeros(cones.rows)
+    direction[cones.sections["nonnegative"]] = 1.0
+    for block in cone_blocks(cones):
+        direction[block.rows] = block.interior
+    return direction
 
 
 def _of_block(block: ConeBlock, points: FloatArray) -> tuple[IndexArray, FloatArray]:
@@ -127,3 +164,27 @@ def _below_mean(
 def _to_cones(points: FloatArray, projected: FloatArray) -> FloatArray:
     """From points in neither cone to K or to the polar cone, whichever is nearer."""
     return np.minimum(np.linalg.norm(points - projected, axis=-1), np.linalg.norm(projected, axis=-1))
+
+
+def _kinks_of(block: ConeBlock, points: FloatArray, tolerance: FloatArray) -> tuple[NDArray[np.bool_], FloatArray]:
+    """Points (j, k, t), tolerance (j, 1): see :func:`kinks`; (j, k) each."""
+    with np.errstate(divide="ignore"):
+        if block.kind == "second_order":
+            bound, length = points[..., 0], np.linalg.norm(points[..., 1:], axis=-1)
+            close = np.minimum(np.abs(bound - length), np.abs(bound + length)) <= tolerance
+            return close, np.where(np.abs(bound) < length, 1.0 / length, 0.0)
+        if block.kind == "semidefinite":
+            values = np.linalg.eigvalsh(smat(points, block.side))
+            positive = np.where(values > 0, values, np.inf).min(axis=-1)
+            negative = np.where(values <= 0, values, -np.inf).max(axis=-1)
+            return np.abs(values).min(axis=-1) <= tolerance, 1.0 / (positive - negative)
+        nearest = block.project(points)
+        sizes = [np.abs(part).max(axis=-1) for part in (nearest, points - nearest)]
+        close = np.minimum(np.minimum(*sizes), np.abs(points).min(axis=-1)) <= tolerance
+        if close.any():
+            steps = 2.0 * tolerance[..., None] * block.interior
+            ends = (points + sign * steps for sign in (1.0, -1.0))
+            flat = (np.sort(block.spectrum(end.reshape(-1, 3))[0], axis=-1) for end in ends)
+            jump = np.abs(np.subtract(*flat)).max(axis=-1).reshape(close.shape)
+            close &= jump > JUMP
+        return close, np.where(np.minimum(*sizes) > 0, 3.0 / np.abs(points).max(axis=-1), 0.0)

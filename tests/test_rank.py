@@ -15,6 +15,7 @@ import torch
 from lpgd import (
     DAQP,
     ECOS,
+    LPGD,
     OSQP,
     PIQP,
     SCS,
@@ -185,8 +186,29 @@ def test_a_semidefinite_constraint_with_an_implied_minor(solver: str) -> None:
         np.testing.assert_allclose(gradient, gradients[0], atol=1e-8)
 
 
-# CVXPY 1.9.0 links its cones by rows, whose multipliers are shared as well: a word that later versions need not say.
-@pytest.mark.filterwarnings("ignore:.*are not unique, at constraints that curve:lpgd.LpgdWarning")
+@pytest.mark.parametrize("method", [ImplicitKKT(), LPGD()], ids=["ImplicitKKT", "LPGD"])
+def test_a_plane_that_touches_a_ball_is_said(method: Any) -> None:
+    # min |x - p|² over the unit ball, and with a plane that touches it there: only the ball has curvature, and the
+    # share that it has of the multipliers is the solver's choice.  Alone it gives dx/dp = (I - u uᵀ) / |p|.
+    p = np.array([2.0, 1.5])
+    u = p / np.linalg.norm(p)
+    x, point = cp.Variable(2), cp.Parameter(2)
+    weights = np.array([1.0, -2.0])
+    for constraints, touched in (([cp.norm(x) <= 1], False), ([cp.norm(x) <= 1, u @ x <= 1], True)):
+        problem = cp.Problem(cp.Minimize(cp.sum_squares(x - point)), constraints)
+        layer = CvxpyLayer(problem, [point], [x], solver="CLARABEL", gradient=method)
+        value = torch.from_numpy(p.copy()).requires_grad_()
+        loss = (layer(value)[0] * torch.from_numpy(weights)).sum()
+        if touched:
+            with pytest.warns(LpgdWarning, match=r"elements \[0\] are not unique, at constraints that curve"):
+                loss.backward()
+        else:
+            loss.backward()
+            assert value.grad is not None
+            expected = (weights - u * (u @ weights)) / np.linalg.norm(p)
+            np.testing.assert_allclose(value.grad.numpy(), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_doubled_exponential_constraints(seed: int) -> None:
     # min |x - p|² over exp(x₁) ≤ x₂: dx/dp along the curve's tangent t = (1, e^{x₁}), with its curvature.

@@ -30,7 +30,7 @@ from lpgd.gradients.polyhedral import is_batchable, kept_response, polyhedral_re
 from lpgd.problems.conic import ConicProblem
 from lpgd.problems.structure import ConicPoint, ConicStructure
 from lpgd.problems.units import Units
-from lpgd.projections import interior_direction, kinks
+from lpgd.regions import interior_direction, kinks
 from lpgd.solution import Solution
 from lpgd.solvers.kkt import KKTPoints, KKTResponse, Known, is_quick, respond
 from lpgd.solvers.refinement import complementary, optimality_residual, refine
@@ -284,26 +284,34 @@ def _one_by_one(
                     whole[k] = part[own]
     for k, element in enumerate(elements):
         singular = found.unique[k] and not found.exact[k] and findings.is_curved(found.shared[k])
-        if singular and _is_steady(places, element, rho, found.x[k]):
+        if singular and _is_steady(places, element, rho, found.x[k], findings.concerns(found.shared[k])):
             findings.steady.add(element)
     for whole, part in zip(answer, found[:3], strict=True):
         whole[elements] = torch.from_numpy(part).to(whole.device)
     findings.add(elements, found)
 
 
-def _is_steady(places: _Places, element: int, rho: FloatArray | float, dx: FloatArray) -> bool:
-    """Whether x moves alike with other multipliers of the same solution."""
+def _is_steady(places: _Places, element: int, rho: FloatArray | float, dx: FloatArray, with_constraints: bool) -> bool:
+    """Whether x moves alike with other multipliers of the same solution.
+
+    ``with_constraints`` says that gradients of the constraints themselves may be asked for: where planes share
+    multipliers with curved ones those depend on more than x.
+    """
     row = torch.tensor([element], device=places.error.device)
     problem, point, slack = places.problem.select([element]), places.point.select(row), places.slack[row]
     A = problem.structure.constraint.dense_matrices(np.atleast_2d(problem.data.A.detach().cpu().numpy()))[0]
     lower, upper = (bound[0] for bound in problem.full_bounds())
     x, z = point.x[0], point.z[0]
     held = ((z > upper - x) | (-z > x - lower) | (lower >= upper)).cpu().numpy()
-    others = other_multipliers(problem.structure.cones, A[:, ~held], point.y[0].cpu().numpy(), slack[0].cpu().numpy())
+    others, coupled = other_multipliers(
+        problem.structure.cones, A[:, ~held], point.y[0].cpu().numpy(), slack[0].cpu().numpy()
+    )
+    if coupled and with_constraints:
+        return False
     own_rho = rho[[element]] if isinstance(rho, np.ndarray) else rho
-    for y in others:
+    for other in others:
         there = places._replace(
-            problem=problem, point=point._replace(y=torch.from_numpy(y)[None].to(point.y)), slack=slack,
+            problem=problem, point=point._replace(y=torch.from_numpy(other)[None].to(point.y)), slack=slack,
             tilt=places.tilt.select(row), error=places.error[row], lipschitz=places.lipschitz[[element]],
         )  # fmt: skip
         again = _responses(there, [0], own_rho, 0.0, SerialExecutor()).x[0]

@@ -7,13 +7,15 @@ same curvature then, a plane that touches a ball has not.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from lpgd.cones import Cones
 from lpgd.projections import distance, projection_derivative
 
-__all__ = ["other_multipliers"]
+__all__ = ["OtherMultipliers", "other_multipliers"]
 
 FloatArray = NDArray[np.float64]
 
@@ -21,18 +23,27 @@ FACE = 1e-6
 """Eigenvalues of the projection's derivative that differ from 1 by less are those of the face of y."""
 NULL = 1e-7
 """Singular values below this share of the largest are zero."""
-SHARE = 0.3
-"""How far multipliers are moved, at most, relative to their size."""
-LEAST = 3e-3
-"""And at least: a smaller change would not show."""
+SHARE, LEAST = 0.3, 3e-3
+"""How far multipliers are moved, at most and at least, relative to their size: less would not show."""
+DIRECTIONS = 4
+"""Along how many directions."""
 
 
-def _rank(matrix: FloatArray) -> int:
-    return int(np.linalg.matrix_rank(matrix, tol=1e-6)) if matrix.size else 0
+class OtherMultipliers(NamedTuple):
+    """Other multipliers of a solution.
+
+    Attributes:
+        ends: vectors (m,), along the directions that change those of curved cones most, on both sides of y.
+        coupled: whether rows of the zero and nonnegative cones share multipliers with curved ones, as planes do that
+            touch a curved constraint, or rows that lead to it.
+    """
+
+    ends: list[FloatArray]
+    coupled: bool
 
 
-def other_multipliers(cones: Cones, A: FloatArray, y: FloatArray, slack: FloatArray) -> list[FloatArray]:
-    """Other multipliers, on the sides of y along one direction that are far enough; none where there is no such one.
+def other_multipliers(cones: Cones, A: FloatArray, y: FloatArray, slack: FloatArray) -> OtherMultipliers:
+    """Other multipliers of the same solution; none where there is no direction that reaches far enough.
 
     Args:
         cones: K.
@@ -42,25 +53,24 @@ def other_multipliers(cones: Cones, A: FloatArray, y: FloatArray, slack: FloatAr
     T, rest = projection_derivative(cones, y - slack, dual=True).factor()
     face = T.toarray()[rest < FACE]
     if not face.shape[0]:
-        return []
+        return OtherMultipliers([], False)
     left, sizes, _ = np.linalg.svd(face @ A)
     rank = int((sizes > NULL * sizes.max(initial=0.0)).sum())
-    null = left[:, rank:]
-    if not null.shape[1]:
-        return []
-    moves = face.T @ null
-    flat = slice(0, cones.sections["nonnegative"].stop)
-    # A plane that shares a multiplier with a curved constraint touches it, and has no curvature to share.
-    if _rank(moves[flat]) + _rank(moves[flat.stop :]) > null.shape[1]:
-        return []
-    weights = np.random.default_rng(null.shape[1]).standard_normal(null.shape[1])
-    direction = moves @ weights
-    size = np.abs(direction).max(initial=0.0)
-    if not size > 0:
-        return []
-    largest = np.abs(y).max(initial=0.0)
-    linear = np.arange(cones.zero, cones.zero + cones.nonnegative)
-    active = linear[y[linear] > slack[linear]]
+    moves = face.T @ left[:, rank:]  # an orthonormal basis of the directions
+    linear = cones.sections["nonnegative"].stop
+    _, curved, right = np.linalg.svd(moves[linear:])
+    count = int((curved > NULL).sum())
+    coupled = count + _rank(moves[:linear]) > moves.shape[1]
+    directions = moves @ right[: min(count, DIRECTIONS)].T
+    ends = [end for move in directions.T for end in _ends(cones, move, y, slack)]
+    return OtherMultipliers(ends, coupled)
+
+
+def _ends(cones: Cones, direction: FloatArray, y: FloatArray, slack: FloatArray) -> list[FloatArray]:
+    """``y ± t direction`` in the face of y, as far as it goes."""
+    largest, size = np.abs(y).max(initial=0.0), np.abs(direction).max(initial=0.0)
+    rows = np.arange(cones.zero, cones.zero + cones.nonnegative)
+    active = rows[y[rows] > slack[rows]]
     ends = []
     for sign in (1.0, -1.0):
         step = SHARE * largest / size
@@ -72,3 +82,7 @@ def other_multipliers(cones: Cones, A: FloatArray, y: FloatArray, slack: FloatAr
                 break
             step *= 0.5
     return ends
+
+
+def _rank(matrix: FloatArray) -> int:
+    return int(np.linalg.matrix_rank(matrix, tol=NULL)) if matrix.size else 0

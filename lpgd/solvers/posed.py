@@ -18,9 +18,10 @@ from torch import Tensor
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic import ConicProblem, per_element
 from lpgd.problems.magnitudes import INFINITE
+from lpgd.problems.residuals import Residuals, residuals_of
 from lpgd.problems.structure import ConicPoint
 from lpgd.problems.units import Units
-from lpgd.solution import Residuals, Solution, residuals_of
+from lpgd.solution import Solution
 from lpgd.solvers.certificates import MARGIN, proves_infeasible, proves_unbounded
 from lpgd.solvers.convexity import is_convex
 from lpgd.solvers.refinement import complementary, is_cheap, refine
@@ -32,6 +33,9 @@ EXACT = 1e-12
 """A point at which no more than this is left of the optimality conditions is not refined."""
 ACCEPTED = 1e-6
 """A relative residual above this, and above ten tolerances, turns a solver's "solved" into INACCURATE."""
+FINISHED = 1e-10
+"""A solver that gave up has a solution all the same where no more than this is left: it has not converged, and where
+curvature is small its iterate may be far away at a residual that another solver's solutions have."""
 USELESS = 1e-2
 """A point with a larger relative residual is no solution."""
 VERDICTS = (Status.INFEASIBLE, Status.UNBOUNDED)
@@ -255,6 +259,7 @@ def _by_residuals(answer: Solution, residuals: Residuals, tolerance: float) -> S
     whole = answer.problem.structure.has_integers
     error, accepted = (residuals.primal if whole else residuals.worst).cpu(), max(ACCEPTED, 10 * tolerance)
     exact, useless = (error <= accepted).tolist(), (~(error <= max(USELESS, accepted))).tolist()
+    finished = (error <= FINISHED).tolist()
     statuses = list(answer.statuses)
     for index, status in enumerate(statuses):
         if status.usable:
@@ -264,7 +269,7 @@ def _by_residuals(answer: Solution, residuals: Residuals, tolerance: float) -> S
                 statuses[index] = Status.INACCURATE
             elif status is Status.INACCURATE:
                 statuses[index] = Status.SOLVED
-        elif status.has_iterate and exact[index] and not whole:
+        elif status.has_iterate and finished[index] and not whole:
             statuses[index] = Status.SOLVED
     return answer if tuple(statuses) == answer.statuses else replace(answer, statuses=tuple(statuses))
 
