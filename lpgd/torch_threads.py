@@ -8,6 +8,7 @@ wrong: MKL prints "Parameter 6 was incorrect on entry to DLASWP", and pivots are
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def _end_openmp_threads() -> None:
     library = _openmp()
     if library is None or "gomp" not in library.filepath:
         return
-    end = getattr(library.dynlib, "omp_pause_resource_all", None)
+    end = getattr(ctypes.CDLL(library.filepath), "omp_pause_resource_all", None)
     if end is not None:
         soft = 1
         end(soft)
