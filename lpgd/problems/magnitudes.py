@@ -15,7 +15,7 @@ from lpgd.problems.memo import TensorMemo
 from lpgd.problems.sparsity import SparsityPattern
 from lpgd.problems.structure import ConicStructure
 
-__all__ = ["INFINITE", "matrix_units", "pairs", "repeated", "times", "vector_units"]
+__all__ = ["INFINITE", "lonely_units", "lonely_variables", "matrix_units", "pairs", "repeated", "times", "vector_units"]
 
 MODERATE = 6
 """Exponents of two up to this size are left alone: a factor of 64."""
@@ -42,6 +42,32 @@ def _exponent(sizes: Tensor) -> Tensor:
 
 def power(exponents: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(exponents), exponents.to(torch.int32))
+
+
+def lonely_variables(problem: ConicProblem) -> Tensor | None:
+    """(n,) variables that neither P nor A involves, in no element: bounds and cost are all that there is of them.
+
+    None where there are none, or no others.  Each is a problem of its own, whose sizes say nothing of the others'.
+    """
+    structure, A, P = problem.structure, problem.data.A, problem.symmetric_P
+    _, columns = _memo(A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A))
+    lonely = (columns == 0).all(0)
+    if structure.quadratic.nnz and bool(lonely.any()):
+        _, curvature = _memo(P, ("maxima", structure.quadratic.digest), partial(_maxima, structure.quadratic, P))
+        lonely = lonely & (curvature == 0).all(0)
+    return lonely if bool(lonely.any()) and not bool(lonely.all()) else None
+
+
+def lonely_units(problem: ConicProblem, variable: Tensor | None, lonely: Tensor) -> Tensor | None:
+    """(B, n) factors of lonely variables that make their costs as large as the largest of the others; None if all 1."""
+    costs = torch.log2(per_element(problem.data.q.detach().abs(), problem.batch_size))
+    own = costs if variable is None else costs + torch.log2(repeated(variable, problem.batch_size))
+    others = torch.where(lonely, -torch.inf, own).amax(-1, keepdim=True)
+    factors = torch.where(lonely & torch.isfinite(costs) & torch.isfinite(others), (others - costs).round(), 0.0)
+    factors[:, problem.structure.index("integer_index", factors.device)] = 0.0
+    if not bool((factors.abs() > MODERATE).any()):
+        return None
+    return power(factors.clamp(-LARGEST, LARGEST))
 
 
 def matrix_units(problem: ConicProblem) -> tuple[Tensor | None, Tensor | None]:
@@ -130,6 +156,8 @@ def vector_units(
     problem: ConicProblem,
     variable: Tensor | None,
     row: Tensor | None,
+    lonely: Tensor | None,
+    alone: Tensor | None,
     exponents: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -137,6 +165,7 @@ def vector_units(
     structure, data, size = problem.structure, problem.data, problem.batch_size
     ones = problem.data.q.new_ones
     D = ones(1, structure.n) if variable is None else repeated(variable, size)
+    D = D if alone is None else D * alone
     E = ones(1, structure.m) if row is None else repeated(row, size)
     q, P = maximum_norm(times(data.q, D, size)), problem.symmetric_P
     if structure.quadratic.nnz:
@@ -148,8 +177,11 @@ def vector_units(
     right = maximum_norm(times(data.b, E, size))
     for bound, name in ((data.lower, "lower_index"), (data.upper, "upper_index")):
         if bound.shape[-1]:
+            index = structure.index(name, D.device)
             finite = torch.where(bound.abs() < INFINITE, bound, 0.0)
-            right = _largest_of(right, maximum_norm(times(finite, 1.0 / D[:, structure.index(name, D.device)], size)))
+            if lonely is not None:
+                finite = torch.where(lonely[index], 0.0, finite)
+            right = _largest_of(right, maximum_norm(times(finite, 1.0 / D[:, index], size)))
     e_q, e_P, e_b = (_exponent(_flat(part, size)) for part in (q, P, right))
     # A length: of right sides and bounds, or of the minimiser without constraints where they are all (nearly) zero.
     free = e_q - e_P
@@ -157,7 +189,8 @@ def vector_units(
     if lengths is not None:
         length = torch.where(torch.isfinite(lengths), lengths.to(length.device), length)
     # Where matrices are scaled nothing is gained by leaving vectors alone, and part of their scale may be in D and E.
-    moderate = 0 if lengths is not None or variable is not None or row is not None else MODERATE
+    scaled = any(part is not None for part in (lengths, variable, row, alone))
+    moderate = 0 if scaled else MODERATE
     length, cost = _snapped(length, e_q, e_P, exponents, moderate)
     if structure.quadratic.nnz and row_count(data.P) < size:
         cost = _in_common(length, cost, row_count(data.P))

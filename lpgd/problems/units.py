@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lpgd.problems.conic import ConicProblem, per_element
-from lpgd.problems.magnitudes import matrix_units, pairs, repeated, times, vector_units
+from lpgd.problems.magnitudes import lonely_units, lonely_variables, matrix_units, pairs, repeated, times, vector_units
 from lpgd.problems.memo import TensorMemo
 from lpgd.problems.structure import ConicData, ConicPoint
 
@@ -41,12 +41,15 @@ class Units:
         row: (1 or R, m) factors E; None where all are 1.
         length: (B, 1) β; None where all are 1.
         cost: (B, 1) σ; None where all are 1.
+        alone: (B, n) further factors of variables that no matrix involves, which leave shared matrices shared; None
+            where all are 1.
     """
 
     variable: Tensor | None = None
     row: Tensor | None = None
     length: Tensor | None = None
     cost: Tensor | None = None
+    alone: Tensor | None = None
 
     @classmethod
     def of(cls, problem: ConicProblem, exponents: Tensor | None = None, lengths: Tensor | None = None) -> Units:
@@ -60,14 +63,16 @@ class Units:
         """
         if problem.batch_size == 0 or problem.structure.n == 0 or problem.structure.has_integers:
             return cls()  # whole numbers have a unit of their own, and coefficients beside them as well
+        lonely = lonely_variables(problem)
         variable, row = matrix_units(problem)
-        length, cost = vector_units(problem, variable, row, exponents, lengths)
-        return cls(variable, row, length, cost)
+        alone = None if lonely is None else lonely_units(problem, variable, lonely)
+        length, cost = vector_units(problem, variable, row, lonely, alone, exponents, lengths)
+        return cls(variable, row, length, cost, alone)
 
     @property
     def is_trivial(self) -> bool:
         """Whether all factors are 1."""
-        return all(part is None for part in (self.variable, self.row, self.length, self.cost))
+        return all(part is None for part in (self.variable, self.row, self.length, self.cost, self.alone))
 
     @property
     def keeps_matrices(self) -> bool:
@@ -83,7 +88,7 @@ class Units:
                 return part
             return part[index.to(part.device) % part.shape[0]]
 
-        return Units(*(chosen(part) for part in (self.variable, self.row, self.length, self.cost)))
+        return Units(*(chosen(part) for part in (self.variable, self.row, self.length, self.cost, self.alone)))
 
     def exponents(self, batch_size: int) -> Tensor:
         """(B, 2) exponents of ``length`` and ``cost``."""
@@ -180,9 +185,9 @@ class Units:
 
     def variable_of(self, problem: ConicProblem) -> Tensor:
         """(1 or B, n) factors D."""
-        if self.variable is None:
-            return problem.data.q.new_ones(1, problem.structure.n)
-        return repeated(self.variable, problem.batch_size)
+        ones = problem.data.q.new_ones(1, problem.structure.n)
+        shared = ones if self.variable is None else repeated(self.variable, problem.batch_size)
+        return shared if self.alone is None else shared * self.alone
 
     def _row(self, problem: ConicProblem) -> Tensor:
         if self.row is None:
