@@ -60,7 +60,7 @@ def test_a_handler_that_goes_on_gets_every_interrupt_and_every_solution() -> Non
 
 
 def test_an_interrupted_solve_is_not_a_failure_of_the_solver() -> None:
-    line = run("tests.interrupt_run", "150", "one", "SCS", "ECOS", "OSQP")
+    line = run("tests.interrupt_run", "300", "one", "SCS", "ECOS", "OSQP")
     for report in map(json.loads, filter(lambda text: text.startswith("{"), line.splitlines())):
         assert report["raised"], report
         assert report["latency"] < 1.0, report
