@@ -32,6 +32,7 @@ COMPARISONS = (
     "maros_meszaros",
     "reuse",
     "rescue",
+    "choice",
     "scaling",
     "blackbox",
     "nodes_pooling",

@@ -201,11 +201,14 @@ class WorkspaceCache:
 
     Workspaces of one family differ in their matrices.  Where these are new in every call, idle workspaces are never
     used again, so a family keeps only as many as it asks for; when one is missed that was dropped for this, the family
-    gets twice the room.
+    gets twice the room.  In bytes no family takes more than its share, so that none drives out all others.
 
     Args:
         capacity: how much cost (bytes, roughly) of idle workspaces is kept.
     """
+
+    SHARE = 0.75
+    """Of the capacity, for one family."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -214,6 +217,7 @@ class WorkspaceCache:
         self.idle: OrderedDict[int, tuple[Hashable, Hashable, Any, int]] = OrderedDict()
         self.by_key: dict[Hashable, list[int]] = {}
         self.by_family: dict[Hashable, OrderedDict[int, None]] = {}
+        self.cost_of: dict[Hashable, int] = {}
         self.dropped: OrderedDict[Hashable, Hashable] = OrderedDict()
         self.growth: OrderedDict[Hashable, int] = OrderedDict()
         self.tickets = 0
@@ -253,11 +257,14 @@ class WorkspaceCache:
             members = self.by_family.setdefault(family, OrderedDict())
             members[self.tickets] = None
             self.cost += cost
+            self.cost_of[family] = self.cost_of.get(family, 0) + cost
             while keep is not None and len(members) > self._room(family, keep):
                 ticket = next(iter(members))
                 self.dropped[self.idle[ticket][0]] = family
                 self._remove(ticket)
             _shorten(self.dropped)
+            while len(members) > 1 and self.cost_of[family] > self.SHARE * self.capacity:
+                self._remove(next(iter(members)))
             while self.cost > self.capacity and len(self.idle) > 1:
                 self._remove(next(iter(self.idle)))
 
@@ -275,8 +282,9 @@ class WorkspaceCache:
         if not self.by_key[key]:
             del self.by_key[key]
         del self.by_family[family][ticket]
+        self.cost_of[family] -= cost
         if not self.by_family[family]:
-            del self.by_family[family]
+            del self.by_family[family], self.cost_of[family]
         self.cost -= cost
         return workspace
 
@@ -291,7 +299,7 @@ class WorkspaceCache:
             self.changing = False
 
     def _forget(self) -> None:
-        for part in (self.idle, self.by_key, self.by_family, self.dropped, self.growth):
+        for part in (self.idle, self.by_key, self.by_family, self.cost_of, self.dropped, self.growth):
             part.clear()
         self.cost = 0
 

@@ -70,17 +70,21 @@ def test_blas_is_held_at_one_thread_while_any_task_runs_and_then_restored() -> N
 
 
 def test_the_cache_hands_each_workspace_to_one_user_and_forgets_the_oldest() -> None:
-    cache = WorkspaceCache(capacity=30)
+    cache = WorkspaceCache(capacity=40)
     for number in range(3):
         cache.put(("key", number), "family", f"workspace {number}", cost=10)
     assert cache.take(("key", 0)) == "workspace 0"
     assert cache.take(("key", 0)) is None  # it is in use
     cache.put(("key", 0), "family", "workspace 0", cost=10)
-    cache.put(("key", 3), "family", "workspace 3", cost=10)  # past the capacity: the oldest, number 1, goes
+    cache.put(("key", 3), "family", "workspace 3", cost=10)  # past a family's share: the oldest, number 1, goes
     assert cache.take(("key", 1)) is None
     assert cache.take_oldest("family", keep=3) is None
     assert cache.take_oldest("family", keep=2) == "workspace 2"
     assert cache.take_oldest("other family", keep=0) is None
+    for number in range(4):  # past the capacity: the oldest of all go, of whatever family
+        cache.put(("other key", number), f"other family {number}", "workspace", cost=10)
+    assert cache.cost == 40
+    assert cache.take(("key", 3)) is None
     cache.clear()
     assert cache.cost == 0
-    assert cache.take(("key", 3)) is None
+    assert cache.take(("other key", 3)) is None

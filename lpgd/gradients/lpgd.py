@@ -166,6 +166,7 @@ class _Perturbed:
         plus, minus: their points, (E, ·) each.
         weight: (E,) 1/τ or 1/2τ.
         unsolved: elements without any, to be handed to the fallback.
+        lost: those of them that have one, whose small step is lost in rounding.
         info: the record.
     """
 
@@ -184,7 +185,7 @@ class _Perturbed:
         if len(active) < problem.batch_size:
             index = torch.as_tensor(active, dtype=torch.int64, device=problem.device)
             problem, solution, cotangent = problem.select(active), solution.select(active), cotangent.select(index)
-        self.elements, self.unsolved, self.problem = active, [], problem
+        self.elements, self.unsolved, self.lost, self.problem = active, [], set(), problem
         self.plus, self.minus, self.weight = solution.point, solution.point, solution.x.new_zeros(len(active))
         if not active:
             return
@@ -194,10 +195,12 @@ class _Perturbed:
         )
         self.still = ~found.moved
         _record(self.info, active, found)
+        keep = found.above | found.below
         doubtful = _may_be_singular(method, problem)
         if bool(doubtful.any()):
-            _check(method, problem, solution, cotangent, found, active, executor, self.info, doubtful)
-        keep = found.above | found.below
+            lost = _check(method, problem, solution, cotangent, found, active, executor, self.info, doubtful)
+            keep = keep & ~lost
+            self.lost = {active[row] for row in lost.nonzero()[:, 0].tolist()}
         self.weight = torch.where(keep, 1.0 / (found.tau * (found.above.double() + found.below.double()).clamp(1)), 0.0)
         self.plus, self.minus = found.plus, found.minus
         if not keep.all():
@@ -241,18 +244,21 @@ class _Perturbed:
         return type(cotangent)(*(torch.where(mask, part, 0.0) for part in cotangent))
 
     def record_fallback(self, info: GradientInfo) -> None:
-        """Put on record, and warn, that the fallback was used."""
+        """Put on record that the fallback was used, and warn where nothing could be solved."""
         for element in self.unsolved:
             self.info.used[element] = info.used[element]
-        warn(
-            f"{self.method}: no perturbed problem of elements {self.unsolved[:10]} has a solution (with a loss on dual "
-            f"variables, redundant equalities do that); their gradients come from {info.method}."
-        )
+        if without := [element for element in self.unsolved if element not in self.lost]:
+            warn(
+                f"{self.method}: no perturbed problem of elements {without[:10]} has a solution (with a loss on dual "
+                f"variables, redundant equalities do that); their gradients come from {info.method}."
+            )
 
 
 SMALL_TILT, AGREEMENT, ONE_SIDED = 1e-3, 1e-4, 1e-2
 """A step up to the first size is meant to approach the exact gradient, and should do so up to the second, or the third
 if it is given and one-sided."""
+FLOOR = 1e-8
+"""Numbers below this share of the largest of their kind are no more than rounding."""
 
 
 def _may_be_singular(method: LPGD, problem: Any) -> Tensor:
@@ -278,16 +284,18 @@ def _check(
     executor: Executor | None,
     record: GradientInfo,
     doubtful: Tensor,
-) -> None:
-    """Compare small steps with the derivative of the optimality conditions, where those may be singular.
+) -> Tensor:
+    """(E,) elements whose chosen step is lost in rounding, where the optimality conditions have a derivative.
 
-    Points of a curved cone and of a plane that touches it there differ by τ² in what they leave of the optimality
-    conditions, and by τ in x: no accuracy of perturbed solutions tells one from the other.
+    Small steps are compared with that derivative.  Points of a curved cone and of a plane that touches it there differ
+    by τ² in what they leave of the optimality conditions, and by τ in x: no accuracy of perturbed solutions tells one
+    from the other.  And a tilt that moves one part far and another hardly at all has no step that is long enough for
+    the second and short enough for the first.
     """
-    tilt = found.tau / found.unit
+    tilt, lost = found.tau / found.unit, torch.zeros_like(found.above)
     rows = (doubtful & (tilt <= SMALL_TILT) & (found.above | found.below)).nonzero()[:, 0]
     if not rows.shape[0]:
-        return
+        return lost
     elements = rows.tolist()
     part, tilts = problem.select(elements), cotangent.select(rows)
     with silent():
@@ -308,6 +316,11 @@ def _check(
     assert info.doubt is not None
     loose = ~(info.doubt <= AGREEMENT) & torch.tensor([used == "implicit, regularised" for used in info.used])
     far &= ~loose.to(far.device) & torch.tensor(["one-sided" not in used for used in info.used], device=far.device)
+    if method.tau is None:
+        smooth = unique[:, 0] & ~(found.kinked | found.unclear | found.jumped)[rows]
+        moves, change = part.in_own_units(moves), part.in_own_units(change)
+        lost[rows] = smooth & ((info.doubt <= AGREEMENT).to(smooth.device) & _differ(moves, change))
+        far &= ~lost[rows]
     doubt = (maximum_norm(step - exact) / torch.maximum(size, floor)).double().cpu()
     record.doubt = torch.full((len(record.used),), torch.nan, dtype=torch.float64)
     record.doubt[[active[element] for element in elements]] = torch.where(loose, torch.inf, doubt)
@@ -320,6 +333,19 @@ def _check(
         worst = float((maximum_norm(step - exact) / size)[far].max())
         names = [active[element] for element, wrong in zip(elements, far.tolist(), strict=True) if wrong]
         warn(f"{method}: elements {names[:10]} {_DISAGREE.format(share=worst)}")
+    return lost
+
+
+def _differ(step: Any, exact: Any) -> Tensor:
+    """(E,) whether any number of a step is far from the exact one, relative to that itself.
+
+    Data in other units magnify the small ones.  Numbers without any digit are compared with the largest of their kind.
+    """
+    parts = []
+    for own, right in zip(step, exact, strict=True):
+        floor = FLOOR * maximum_norm(right)[:, None]
+        parts.append(((own - right).abs() > AGREEMENT * torch.maximum(right.abs(), floor)).any(-1))
+    return torch.stack(parts).any(0)
 
 
 def _blank(method: LPGD, solution: Any) -> GradientInfo:

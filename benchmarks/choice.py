@@ -1,0 +1,200 @@
+"""Which solver is the fastest, forward and backward with new data in each call, and whether the rule chooses it.
+
+The rule is a ranking, whose first installed solver is taken.  So it is right for every set of installed solvers if no
+solver takes longer than one that it stands before: the target is the largest such ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lpgd
+from lpgd.solvers import Situation, preference
+
+from .dense_qp import draw_qps
+from .harness import Case, Settings, Side, compare
+from .ours import layer_side
+from .problems import PROGRAMS
+from .results import Result, Target
+
+__all__ = ["run"]
+
+Data = Sequence[Tensor]
+
+BOUND = 1.3
+SIGNIFICANT = 0.02
+"""Seconds a batch, forward and backward: less is no reason to prefer a solver."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """One class of programs.
+
+    Attributes:
+        name, title: for the report.
+        batch: of the full run, and of the quick one.
+        draw: batch size and seed to data.
+        layer: solver name and gradient method to a layer.
+        arguments: data to the arguments of its call.
+    """
+
+    name: str
+    title: str
+    batch: tuple[int, int]
+    draw: Callable[[int, int], tuple[Tensor, ...]]
+    layer: Callable[[str | None, Any], Any]
+    arguments: Callable[[Data], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def _qp(n: int, batch: int, shared: bool) -> _Task:
+    def draw(size: int, seed: int) -> tuple[Tensor, ...]:
+        P, q, A, b, G, h = draw_qps(n, size, seed)
+        if not shared:
+            return P, q, A, b, G, h
+        inside = np.random.default_rng(seed).standard_normal((size, n, 1))
+        inside = torch.from_numpy(inside)
+        b, h = (A[0] @ inside)[..., 0], (G[0] @ inside)[..., 0] + (h - (G @ inside)[..., 0]).abs().clamp(max=1.0) + 0.05
+        return P[0], q, A[0], b, G[0], h
+
+    kind = "shared matrices" if shared else "matrices for each element"
+    return _Task(
+        f"qp{n}_{'shared' if shared else 'own'}",
+        f"dense QP n {n}, {kind}",
+        (batch, min(batch, 8)),
+        draw,
+        lambda solver, gradient: lpgd.QPLayer(solver, gradient=gradient),
+        lambda data: ((data[0], data[1]), dict(zip(("A", "b", "G", "h"), data[2:], strict=True))),
+    )
+
+
+def _lp(n: int, batch: int, rows: int, filled: float = 1.0) -> _Task:
+    """Costs for each element; shared rows, a share of them filled, with a point inside, in a box."""
+
+    def draw(size: int, seed: int) -> tuple[Tensor, ...]:
+        rng = np.random.default_rng(seed)
+        G = rng.standard_normal((rows, n)) * (rng.random((rows, n)) < filled)
+        h = G @ rng.uniform(0.2, 0.8, n) + rng.uniform(0.05, 1.0, rows)
+        return torch.from_numpy(rng.standard_normal((size, n))), torch.from_numpy(G), torch.from_numpy(h)
+
+    def arguments(data: Data) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        c, G, h = data
+        zeros = torch.zeros(n, dtype=c.dtype)
+        return (c,), {"G": G if filled == 1.0 else G.to_sparse(), "h": h, "lb": zeros, "ub": zeros + 1.0}
+
+    return _Task(
+        f"lp{n}",
+        f"{'dense' if filled == 1.0 else 'sparse'} LP n {n}, {rows} rows",
+        (batch, min(batch, 8)),
+        draw,
+        lambda solver, gradient: lpgd.LPLayer(solver, gradient=gradient),
+        arguments,
+    )
+
+
+def _sparse_qp(n: int, batch: int) -> _Task:
+    """A shared tridiagonal P and rows of three entries."""
+
+    def draw(size: int, seed: int) -> tuple[Tensor, ...]:
+        rng = np.random.default_rng(seed)
+        P = np.diag(rng.uniform(1.0, 2.0, n))
+        off = np.diag(rng.uniform(-0.4, 0.4, n - 1), 1)
+        G = np.zeros((n, n))
+        for row in G:
+            row[rng.choice(n, 3, replace=False)] = rng.standard_normal(3)
+        h = G @ rng.standard_normal(n) + rng.uniform(0.05, 1.0, (size, n))
+        return tuple(map(torch.from_numpy, (P + off + off.T, rng.standard_normal((size, n)), G, h)))
+
+    def arguments(data: Data) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        P, q, G, h = data
+        return (P.to_sparse(), q), {"G": G.to_sparse(), "h": h}
+
+    return _Task(
+        f"sparse_qp{n}",
+        f"sparse QP n {n}, {n} rows",
+        (batch, min(batch, 2)),
+        draw,
+        lambda solver, gradient: lpgd.QPLayer(solver, gradient=gradient),
+        arguments,
+    )
+
+
+def _cvxpy(name: str, batch: int) -> _Task:
+    program = PROGRAMS[name]
+    instance = program.build(batch)
+
+    def layer(solver: str | None, gradient: Any) -> Any:
+        return lpgd.CvxpyLayer(
+            instance.problem, instance.parameters, [instance.variable], solver=solver, gradient=gradient
+        )
+
+    return _Task(
+        f"cvxpy_{name}",
+        f"CVXPY: {program.title}",
+        (batch, batch),
+        lambda size, seed: instance.draw(seed),
+        layer,
+        lambda data: (tuple(data), {}),
+    )
+
+
+def tasks(quick: bool) -> Iterator[_Task]:
+    yield _qp(10, 64, True)
+    yield _qp(10, 64, False)
+    yield _lp(10, 150, 10)
+    if quick:
+        return
+    yield _qp(50, 64, True)
+    yield _qp(50, 64, False)
+    yield _qp(100, 32, False)
+    yield _qp(200, 8, False)
+    yield _lp(100, 16, 50)
+    yield _lp(600, 4, 300, 0.01)
+    yield _sparse_qp(500, 4)
+    yield _cvxpy("nnls", 32)
+
+
+def run(settings: Settings) -> Iterator[Result | Target]:
+    for task in tasks(settings.quick):
+        for kind, gradient in (("exact", lpgd.ImplicitKKT()), ("LPGD", lpgd.LPGD(tau=0.1, envelope="lower"))):
+            yield from _judged(task, kind, gradient, settings)
+
+
+def _judged(task: _Task, kind: str, gradient: Any, settings: Settings) -> Iterator[Result | Target]:
+    batch = task.batch[settings.quick]
+    positional, named = task.arguments(task.draw(batch, 0))
+    structure = task.layer(None, gradient)(*positional, **named).info.solution.problem.structure
+    ranked = [solver.name for solver in preference(structure, Situation(augmented=False))]
+    names = [name for name in ranked if name in lpgd.available(structure)]
+    sides: list[Side] = [layer_side(task.layer(name, gradient), kind, task.arguments, True) for name in names]
+
+    def nothing(data: Data, points: Tensor, elements: Sequence[int]) -> tuple[Any, float]:
+        return np.zeros(len(elements)), 0.0  # the layer has checked the residuals
+
+    case = Case(
+        "choice", f"{task.name}_{kind.lower()}", f"{task.title}, {kind}", batch, lambda seed: task.draw(batch, seed),
+        lambda x: x.square().sum(), nothing, None, False,
+    )  # fmt: skip
+    result = compare(case, sides, settings)
+    yield result
+    seconds = {name: entry.timing.total for name, entry in zip(names, result.entries, strict=True) if entry.usable}
+    if len(seconds) < 2:
+        return
+    best = min(seconds, key=lambda name: seconds[name])
+    first = next(iter(seconds))
+    order = "; ".join(f"{name} {1e3 * time:.1f} ms" for name, time in seconds.items())
+    title = f"{case.title}, batch {batch}: chosen / best"
+    yield Target(title, BOUND, 1.0, seconds[first] / seconds[best], True, f"in the rule's order: {order}")
+    worst, pair = 1.0, ""
+    for before, after in combinations(seconds, 2):
+        significant = seconds[before] - seconds[after] > SIGNIFICANT
+        if significant and seconds[before] / seconds[after] > worst:
+            worst, pair = seconds[before] / seconds[after], f"where {before} is there and {after} is the best"
+    title = f"{case.title}, batch {batch}: chosen / best, for whichever solvers are installed"
+    yield Target(title, BOUND, 1.0, worst, True, pair)
