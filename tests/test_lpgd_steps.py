@@ -305,3 +305,13 @@ def test_multipliers_that_are_not_unique_matter_to_constraints_only() -> None:
         assert q.grad is not None
         assert abs(q.grad.item()) < 1e-4
         q.grad = None
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e-3, 1e-6, 1e-9, 1e-12])
+def test_a_loss_on_multipliers_that_stay_does_not_drown_that_on_x(weight: float) -> None:
+    # minimise |x|²/2 + <q, x> with a slack row: x = -q, whatever the loss on the row's multiplier, which is 0.
+    P, G = torch.eye(2, dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64)
+    q = torch.tensor([[0.3, 0.7]], dtype=torch.float64, requires_grad=True)
+    output = lpgd.QPLayer(gradient=lpgd.LPGD())(P, q, G=G, h=torch.tensor([[5.0]], dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(weight * output.x[0, 0] + output.z.sum(), q)
+    torch.testing.assert_close(gradient, torch.tensor([[-weight, 0.0]], dtype=torch.float64), rtol=1e-4, atol=0.0)

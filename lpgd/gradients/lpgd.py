@@ -46,6 +46,8 @@ class LPGD(GradientMethod):
             the terms that the tilt changes, ε the error of the solution, so that noise of the order of ε/τ and
             curvature of the order of τ (τ² for ``"average"``) are both small.  Where an active set changes along it, it
             is shortened; where that does not help, the solution has no derivative, and a warning names the element.
+            Where no step is right, as it moves some numbers far and is lost in the rounding of others, ``ImplicitKKT``
+            takes the element, on record.
             Steps so short hardly ever move the vertex that solves a linear program: where they move none of a batch, a
             layer warns of it.  ``GradientInfo.tau`` has what was taken.  Integer programs need a τ: their solutions
             stay where they are for small ones.
@@ -196,7 +198,7 @@ class _Perturbed:
         self.still = ~found.moved
         _record(self.info, active, found)
         keep = found.above | found.below
-        doubtful = _may_be_singular(method, problem)
+        doubtful = _may_be_singular(method, problem) | _is_faint(method, problem, cotangent, found)
         if bool(doubtful.any()):
             lost = _check(method, problem, solution, cotangent, found, active, executor, self.info, doubtful)
             keep = keep & ~lost
@@ -257,6 +259,8 @@ class _Perturbed:
 SMALL_TILT, AGREEMENT, ONE_SIDED = 1e-3, 1e-4, 1e-2
 """A step up to the first size is meant to approach the exact gradient, and should do so up to the second, or the third
 if it is given and one-sided."""
+FAINT = 1e-10
+"""Moves up to this size, relative to ``1 + |x|``, have less than about four digits."""
 FLOOR = 1e-8
 """Numbers below this share of the largest of their kind are no more than rounding."""
 
@@ -272,6 +276,22 @@ def _may_be_singular(method: LPGD, problem: Any) -> Tensor:
     if is_linear_program(problem):
         return none | (method.tau is None)
     return ~is_definite(problem) | (method.tau is None and not problem.units.is_trivial)
+
+
+def _is_faint(method: LPGD, problem: Any, cotangent: Any, found: Perturbed) -> Tensor:
+    """(E,) elements with a part that a chosen step moves by so little that rounding may show in the difference.
+
+    A loss on multipliers that stay as they are makes the step short, and says nothing of how far x moves.
+    """
+    faint = torch.zeros_like(found.above)
+    if method.tau is not None or not problem.has_kkt or problem.is_local:
+        return faint
+    faint |= torch.stack([(part != 0).any(-1) for part in cotangent]).sum(0) > 1
+    ends = (problem.in_own_units(point) for point in (found.plus, found.minus))
+    for plus, minus in zip(*ends, strict=True):
+        move = maximum_norm(plus - minus)
+        faint |= (move > 0) & (move < FAINT * (1.0 + maximum_norm(plus)))
+    return faint
 
 
 def _check(
