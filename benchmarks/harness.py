@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lpgd.execution import WorkspaceCache, workspaces
+from lpgd.execution.workspaces import WorkspaceCache, workspaces
 
 from .results import Accuracy, Entry, Result, Timing
 

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.problems.node import BaseNode
-from lpgd.solvers.nodes.eigen import EigenDecomposition
-from lpgd.solvers.nodes.least_squares import LeastSquares
-from lpgd.solvers.nodes.principal_vector import PrincipalVector
-from lpgd.solvers.nodes.projection import Projection, ProjectionSet
-from lpgd.solvers.nodes.robust_pooling import Penalty, RobustPooling
-from lpgd.solvers.nodes.sphere import SphereLeastSquares
-from lpgd.solvers.nodes.total_variation import TotalVariationDenoising
-from lpgd.solvers.nodes.transport import OptimalTransport
+from lpgd.nodes.base import BaseNode
+from lpgd.nodes.eigen import EigenDecomposition
+from lpgd.nodes.least_squares import LeastSquares
+from lpgd.nodes.pooling.node import Penalty, RobustPooling
+from lpgd.nodes.principal.node import PrincipalVector
+from lpgd.nodes.projection import Projection, ProjectionSet
+from lpgd.nodes.sphere.node import SphereLeastSquares
+from lpgd.nodes.total_variation import TotalVariationDenoising
+from lpgd.nodes.transport.node import OptimalTransport
 
 from . import unrolled
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lpgd.layers.node import NodeLayer
-from lpgd.solvers.nodes.eigen import EigenDecomposition
-from lpgd.solvers.nodes.principal_vector import PrincipalVector
+from lpgd.nodes.eigen import EigenDecomposition
+from lpgd.nodes.principal.node import PrincipalVector
 
 from .harness import Case, Settings, Side, compare
 from .results import Curve, Result, Target

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lpgd.layers.node import NodeLayer
-from lpgd.solvers.nodes.robust_pooling import Penalty, RobustPooling
+from lpgd.nodes.pooling.node import Penalty, RobustPooling
 
 from .harness import Settings
 from .nodes_sphere import take_turns

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lpgd.layers.node import NodeLayer
-from lpgd.solvers.nodes.least_squares import LeastSquares
-from lpgd.solvers.nodes.total_variation import TotalVariationDenoising
+from lpgd.nodes.least_squares import LeastSquares
+from lpgd.nodes.total_variation import TotalVariationDenoising
 
 from .harness import Case, Settings, Side, compare
 from .nodes_sphere import take_turns

@@ -13,9 +13,9 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from lpgd.solvers.nodes.sphere import SphereLeastSquares, differentiate_sphere, multiplier, normal_equations
-from lpgd.solvers.nodes.sphere_descent import starting_points
-from lpgd.solvers.nodes.sphere_global import solve_secular
+from lpgd.nodes.sphere.descent import starting_points
+from lpgd.nodes.sphere.node import SphereLeastSquares, differentiate_sphere, multiplier, normal_equations
+from lpgd.nodes.sphere.secular import solve_secular
 
 from .harness import Settings
 from .results import Target

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lpgd.gradients import LPGD
 from lpgd.layers.node import NodeLayer
-from lpgd.problems.node import NodeAnswer
-from lpgd.solvers.nodes.transport import OptimalTransport, sinkhorn
+from lpgd.nodes.base import NodeAnswer
+from lpgd.nodes.transport.node import OptimalTransport, sinkhorn
 from lpgd.status import Status
 
 from .harness import Case, Settings, Side, compare, installed

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 import lpgd
-from lpgd.execution import worker_count
+from lpgd.execution.tasks import worker_count
 from lpgd.solvers import SOLVERS, ElementwiseSolver
 
 from .harness import Side

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import lpgd
-from lpgd.execution import bounded_blas, core_count, split
+from lpgd.execution.tasks import core_count, split
+from lpgd.execution.threads import bounded_blas
 
 from .dense_qp import draw_qps
 from .harness import Case, Settings, compare

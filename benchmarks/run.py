@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lpgd.torch_threads import torch_threads
+from lpgd.execution.threads import torch_threads
 
 from .harness import Settings
 from .report import environment, write_report

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 import lpgd
-from lpgd.execution import core_count
-from lpgd.torch_threads import torch_threads
+from lpgd.execution.tasks import core_count
+from lpgd.execution.threads import torch_threads
 
 from .dense_qp import dense_qp_case, our_qp_sides
 from .harness import Settings, Side, compare

@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from lpgd import nodes, plotting
-from lpgd.cones import Cones
+from lpgd.cones.product import Cones
 from lpgd.diagnostics import (
     Envelopes,
     GradientCheck,
@@ -15,7 +15,7 @@ from lpgd.diagnostics import (
     gradcheck,
     sweep,
 )
-from lpgd.execution import SerialExecutor
+from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import (
     LPGD,
     BlackboxBackprop,
@@ -39,7 +39,7 @@ from lpgd.layers import (
 )
 from lpgd.nodes import Node
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
-from lpgd.solution import Solution
+from lpgd.problems.conic.solution import Solution
 from lpgd.solvers import (
     DAQP,
     ECOS,

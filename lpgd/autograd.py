@@ -18,13 +18,13 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from lpgd.execution.threads import one_torch_thread, torch_threads, without_autocast
+from lpgd.execution.torch_isolation import isolated_torch
 from lpgd.gradients.base import GradientInfo, GradientMethod
 from lpgd.problems.base import is_surely_finite
-from lpgd.solution import BatchSolution
+from lpgd.problems.solution import BatchSolution
 from lpgd.solvers.base import BaseSolver
 from lpgd.status import SolverError, Status, describe_failures, warn
-from lpgd.torch_isolation import isolated_torch
-from lpgd.torch_threads import one_torch_thread, torch_threads, without_autocast
 
 __all__ = ["CallInfo", "OnError", "check_solution", "solve"]
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 from lpgd import ECOS, MissingPackageError
-from lpgd.execution import workspaces
+from lpgd.execution.workspaces import workspaces
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # before matplotlib is imported: no test opens a window
 

@@ -23,7 +23,7 @@ import torch
 from threadpoolctl import threadpool_info
 
 from lpgd import CustomSolver, QPLayer, solvers
-from lpgd.execution import SerialExecutor
+from lpgd.execution.tasks import SerialExecutor
 
 SECONDS = 1.5
 """How long a batch takes that nobody interrupts, or longer."""

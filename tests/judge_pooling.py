@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lpgd.nodes import RobustPooling
-from lpgd.solvers.nodes.penalties import Penalty
+from lpgd.nodes.pooling.penalties import Penalty
 from lpgd.status import Status
 
 __all__ = ["Count", "draw", "judge"]

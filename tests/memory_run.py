@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from lpgd import Cones, QPLayer
-from lpgd.execution import workspaces
-from lpgd.problems.sparsity import SparsityPattern
-from lpgd.problems.structure import ConicStructure
-from lpgd.reductions import Matrices, Vectors
+from lpgd.execution.workspaces import workspaces
+from lpgd.problems.conic.sparsity import SparsityPattern
+from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers import DAQP, ECOS, OSQP, PIQP, SCS, Clarabel, HiGHS, ProxQP
+from lpgd.solvers.backends.forms import Matrices, Vectors
 
 SOLVERS: dict[str, Any] = {
     solver.name: solver for solver in (SCS(), OSQP(), ECOS(), Clarabel(), DAQP(), HiGHS(), PIQP(), ProxQP())

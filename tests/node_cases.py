@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import lpgd
-from lpgd.problems.node import BaseNode
-from lpgd.solvers.nodes.principal_vector import IterationMethod
-from lpgd.solvers.nodes.projection import ProjectionSet
-from lpgd.solvers.nodes.robust_pooling import Penalty
+from lpgd.nodes.base import BaseNode
+from lpgd.nodes.pooling.node import Penalty
+from lpgd.nodes.principal.node import IterationMethod
+from lpgd.nodes.projection import ProjectionSet
 
 __all__ = ["NODES", "NodeCase", "positive", "random", "spectral"]
 

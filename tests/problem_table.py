@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lpgd.cones import Cones
+from lpgd.cones.product import Cones
+from lpgd.cones.projections import project
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
-from lpgd.projections import project
 
 BATCH = 3
 

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lpgd.cones import Cones
+from lpgd.cones.product import Cones
+from lpgd.cones.projections import project
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
-from lpgd.projections import project
 
 
 @dataclass(frozen=True)

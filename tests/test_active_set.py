@@ -11,7 +11,7 @@ import torch
 
 from lpgd import Clarabel, ImplicitKKT, InteriorPoint, SerialExecutor, Status
 from lpgd.problems import ConicPoint, ConicProblem
-from lpgd.solution import Solution
+from lpgd.problems.conic.solution import Solution
 from tests.test_interior_point import program
 
 SIZE, N, EQUALITIES, ROWS = 12, 15, 3, 12
@@ -104,7 +104,7 @@ def test_states_of_other_problems_cost_time_only() -> None:
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_chunks_on_workers_give_what_the_whole_batch_gives(warm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lpgd.solvers.interior_point.CHUNKED", 0.0)
+    monkeypatch.setattr("lpgd.solvers.interior_point.solver.CHUNKED", 0.0)
     solver = InteriorPoint(tolerance=TOLERANCE)
     for batched in (False, True):
         problem = random_qp(10, batched=batched)

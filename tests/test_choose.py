@@ -16,7 +16,7 @@ from lpgd import (
     MissingPackageError,
     available,
 )
-from lpgd.cones import Cones
+from lpgd.cones.product import Cones
 from lpgd.problems import ConicStructure, SparsityPattern
 from lpgd.solvers import SOLVERS, Situation, choose_solver, preference
 from tests.problem_table import CASES
@@ -73,7 +73,7 @@ def test_a_known_situation_chooses_by_class_size_and_device() -> None:
     assert choose_solver(structures["qp"], situation=cpu) == DAQP()
     assert choose_solver(structures["qp"], situation=Situation("cuda")).name == "INTERIOR"
     assert choose_solver(structures["socp"], situation=Situation("cuda")).name == "CLARABEL"
-    assert choose_solver(large, situation=cpu).name == "INTERIOR"  # dense
+    assert choose_solver(large, situation=cpu).name == "INTERIOR"  # a dense linear program
     n, rows = 1000, np.arange(1000)
     sparse = ConicStructure(SparsityPattern.empty(n, n), SparsityPattern((n, n), rows, rows), Cones(nonnegative=n))
     assert choose_solver(sparse, situation=Situation(augmented=False)).name == "HIGHS"

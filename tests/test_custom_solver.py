@@ -16,7 +16,7 @@ import torch
 import lpgd
 from lpgd import LPGD, ImplicitKKT, SerialExecutor, Status
 from lpgd.autograd import check_solution
-from lpgd.cones import Cones
+from lpgd.cones.product import Cones
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solvers import choose_solver
 from lpgd.status import SolverError

@@ -9,7 +9,9 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from lpgd.execution import SerialExecutor, WorkspaceCache, bounded_blas, run_tasks, split, worker_count
+from lpgd.execution.tasks import SerialExecutor, run_tasks, split, worker_count
+from lpgd.execution.threads import bounded_blas
+from lpgd.execution.workspaces import WorkspaceCache
 
 
 def blas_threads() -> list[int]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import lpgd
-from lpgd.solvers.generic.descent import lbfgs, newton
-from lpgd.solvers.generic.functions import AugmentedLagrangian
-from lpgd.solvers.minres import minres
+from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
+from lpgd.solvers.node.descent import lbfgs, newton
+from lpgd.solvers.node.minres import minres
 from tests.node_cases import random
 
 

@@ -15,7 +15,7 @@ from lpgd import (
     ImplicitKKT,
     LpgdWarning,
 )
-from lpgd.cones import Cones
+from lpgd.cones.product import Cones
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.status import Status
 from tests.problem_table import CASES, planted

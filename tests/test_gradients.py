@@ -27,10 +27,10 @@ from lpgd import (
     ProxQP,
     SerialExecutor,
 )
-from lpgd.cones import Cones
-from lpgd.gradients import implicit_conic
+from lpgd.cones.product import Cones
+from lpgd.gradients.implicit import conic as implicit_conic
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
-from lpgd.solution import Solution
+from lpgd.problems.conic.solution import Solution
 from lpgd.solvers import Solver
 from lpgd.status import Status
 from tests.problem_table import CASES, REGULAR, Case, planted

@@ -17,8 +17,8 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 import lpgd
-from lpgd.layers.canonical import canonicalise
-from lpgd.solvers import highs
+from lpgd.layers.cvxpy.canonical import canonicalise
+from lpgd.solvers.backends import highs
 from lpgd.status import Status
 
 LOWER = lpgd.LPGD(tau=1.0, envelope="lower")

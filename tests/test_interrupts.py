@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from lpgd.execution import SerialExecutor, run_tasks
-from lpgd.interrupts import Stopped, kept_handler, pause, stoppable
+from lpgd.execution.interrupts import Stopped, kept_handler, pause, stoppable
+from lpgd.execution.tasks import SerialExecutor, run_tasks
 from lpgd.solvers import ECOS, OSQP, SCS
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are sent by kill")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lpgd import ImplicitKKT
-from lpgd.projections import distance
+from lpgd.cones.projections import distance
 from lpgd.status import Status
 from tests.judge import judge as judging
 from tests.judge.cone_points import STATES, Block, draw_pair, rows_of

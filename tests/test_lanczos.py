@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import lpgd
-from lpgd.solvers.nodes.lanczos import SMALL, leading_eigenvector
+from lpgd.nodes.principal.lanczos import SMALL, leading_eigenvector
 
 ORDER = 130
 assert ORDER > SMALL  # smaller matrices are decomposed

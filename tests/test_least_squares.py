@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpgd.problems.node import Tilt
-from lpgd.solvers.nodes.least_squares import LeastSquares
+from lpgd.nodes.base import Tilt
+from lpgd.nodes.least_squares import LeastSquares
 from lpgd.status import Status
 from tests.node_reference import ROUNDING
 

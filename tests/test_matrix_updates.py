@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lpgd import PIQP, Clarabel, Cones, ProxQP, SerialExecutor
-from lpgd.execution import workspaces
+from lpgd.execution.workspaces import workspaces
 from lpgd.solvers import ElementwiseSolver
 from tests.problem_table import planted
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lpgd.execution import WorkspaceCache
+from lpgd.execution.workspaces import WorkspaceCache
 from tests.test_interrupts import run
 
 LISTED = ["SCS", "OSQP", "ECOS", "CLARABEL", "DAQP", "HIGHS", "PIQP", "PROXQP"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lpgd.solvers.nodes.eigen import (
+from lpgd.nodes.eigen import (
     EigenDecomposition,
     Spectrum,
     eigen_decomposition,
@@ -16,8 +16,8 @@ from lpgd.solvers.nodes.eigen import (
     eigen_vjp_approximate,
     rayleigh_quotients,
 )
-from lpgd.solvers.nodes.principal_derivative import principal_vjp_symmetric
-from lpgd.solvers.nodes.principal_vector import PrincipalVector
+from lpgd.nodes.principal.derivative import principal_vjp_symmetric
+from lpgd.nodes.principal.node import PrincipalVector
 from lpgd.status import LpgdWarning, SolverError, Status
 from tests.node_reference import ROUNDING
 

@@ -85,7 +85,7 @@ def test_a_batch_without_elements(case: NodeCase, method: str, on_error: str):
     assert [part.shape for part in gradients] == [part.shape for part in inputs]
 
 
-INFEASIBLE: dict[str, tuple[lpgd.problems.node.BaseNode, Callable[[], tuple[Tensor, ...]]]] = {
+INFEASIBLE: dict[str, tuple[lpgd.nodes.base.BaseNode, Callable[[], tuple[Tensor, ...]]]] = {
     "transport": (
         lpgd.nodes.OptimalTransport(),
         lambda: (random(0, 3, 2, 3), torch.full((3, 2), 0.5, dtype=torch.float64), -random(1, 3, 3).abs()),

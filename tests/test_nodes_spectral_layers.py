@@ -7,10 +7,10 @@ import torch
 
 from lpgd.gradients import LPGD, IgnoreConstraints
 from lpgd.layers.node import NodeLayer
-from lpgd.solvers.node_solver import NodeSolver
-from lpgd.solvers.nodes.eigen import EigenDecomposition
-from lpgd.solvers.nodes.principal_vector import PrincipalVector
-from lpgd.solvers.nodes.transport import OptimalTransport
+from lpgd.nodes.eigen import EigenDecomposition
+from lpgd.nodes.principal.node import PrincipalVector
+from lpgd.nodes.transport.node import OptimalTransport
+from lpgd.solvers.node.solver import NodeSolver
 from lpgd.status import SolverError, Status
 
 from .test_nodes_eigen import random_like, symmetric

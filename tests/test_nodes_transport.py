@@ -7,8 +7,8 @@ import torch
 from scipy.optimize import linprog
 
 import lpgd
-from lpgd.problems.node import Tilt
-from lpgd.solvers.nodes.transport import (
+from lpgd.nodes.base import Tilt
+from lpgd.nodes.transport.node import (
     OptimalTransport,
     potentials_of,
     sinkhorn,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import lpgd
-from lpgd.solvers.nodes.projection import ProjectionSet
-from lpgd.solvers.nodes.robust_pooling import Penalty
+from lpgd.nodes.pooling.node import Penalty
+from lpgd.nodes.projection import ProjectionSet
 from tests.node_cases import random
 
 NONCONVEX = ("welsch", "truncated_quadratic")

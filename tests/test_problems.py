@@ -13,10 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lpgd.cone_form import ConeForm
-from lpgd.cones import Cones, smat, svec, svec_indices
+from lpgd.cones.product import Cones, smat, svec, svec_indices
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
-from lpgd.reductions import (
+from lpgd.solvers.backends.cone_form import ConeForm
+from lpgd.solvers.backends.forms import (
     IntervalForm,
     IntervalPoint,
     IntervalVectors,

@@ -9,8 +9,8 @@ import scipy.linalg
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lpgd.cones import Cones, smat, svec
-from lpgd.projections import distance, project, projection_derivative
+from lpgd.cones.product import Cones, smat, svec
+from lpgd.cones.projections import distance, project, projection_derivative
 
 EPSILON = 1e-14
 """Distances to a cone that count as rounding, relative to the point's largest entry and the cone's own geometry."""

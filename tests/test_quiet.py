@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 
 import pytest
 
-from lpgd.quiet import quiet
+from lpgd.execution.quiet import quiet
 
 EVERY_SOLVER = """
 import math, warnings

@@ -31,8 +31,8 @@ from lpgd import (
     QPLayer,
     SerialExecutor,
 )
-from lpgd.cones import Cones
-from lpgd.gradients import implicit_conic
+from lpgd.cones.product import Cones
+from lpgd.gradients.implicit import conic as implicit_conic
 from lpgd.problems import ConicData, ConicPoint
 from lpgd.solvers import Solver
 from tests.redundant import Redundant, cotangent, of_single, redundant
@@ -360,8 +360,8 @@ def test_solutions_that_are_not_unique_are_told_from_multipliers_that_are_not() 
 
 
 def test_sparse_singular_systems_agree_with_dense_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lpgd.solvers.kkt as kkt
-    import lpgd.solvers.kkt_solve as kkt_solve
+    import lpgd.solvers.kkt.factor as kkt_solve
+    import lpgd.solvers.kkt.system as kkt
 
     for seed in (3, 7, 11):
         program = redundant(seed)

@@ -78,7 +78,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         if solver.name != "OSQP":
             monkeypatch.setattr(solver, "is_installed", classmethod(lambda cls: False))
     info = lpgd.QPLayer()(EYE, COSTS[:3], lb=0.0).info
-    assert info.solver.startswith("OSQP, chosen by the rule of those installed (before it come DAQP, INTERIOR, ")
+    assert info.solver.startswith("OSQP, chosen by the rule of those installed (before it come DAQP, ")
 
 
 def test_representations_fit_on_a_screen() -> None:

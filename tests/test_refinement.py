@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from lpgd import DAQP, ECOS, OSQP, PIQP, SCS, Clarabel, HiGHS, InteriorPoint, ProxQP
-from lpgd.cones import Cones
+from lpgd.cones.product import Cones
+from lpgd.cones.projections import distance
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
-from lpgd.projections import distance
 from lpgd.solvers import Solver
-from lpgd.solvers.refinement import optimality_residual, refine
+from lpgd.solvers.kkt.refinement import optimality_residual, refine
 from tests.problem_table import CASES, REGULAR, Case
 
 SOLVERS = [

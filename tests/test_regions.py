@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lpgd.cones import Cones
-from lpgd.projections import project, projection_derivative
-from lpgd.regions import regions
+from lpgd.cones.product import Cones
+from lpgd.cones.projections import project, projection_derivative
+from lpgd.cones.regions import regions
 
 CONES = Cones(2, 3, (1, 3, 4), (3, 2), 2, 2, (0.3, 0.6, -0.4, 0.5))
 LINEAR = Cones(2, 3, (1, 3, 4), (3, 2))

@@ -24,8 +24,9 @@ from lpgd import (
     SerialExecutor,
 )
 from lpgd.autograd import solve
-from lpgd.cones import Cones
-from lpgd.execution import core_count, workspaces
+from lpgd.cones.product import Cones
+from lpgd.execution.tasks import core_count
+from lpgd.execution.workspaces import workspaces
 from lpgd.problems import ConicProblem
 from lpgd.solvers import Solver
 from tests.problem_table import CASES, REGULAR, planted

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import lpgd
-from lpgd.solvers.nodes.penalties import Penalty, PenaltyFunction
-from lpgd.solvers.nodes.pooling_descent import BLOCK
+from lpgd.nodes.pooling.descent import BLOCK
+from lpgd.nodes.pooling.penalties import Penalty, PenaltyFunction
 from tests.judge_pooling import judge
 from tests.node_cases import random
 from tests.test_pooling_and_projection import penalty_of

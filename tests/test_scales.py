@@ -16,7 +16,7 @@ import torch
 
 from lpgd import LPGD, ImplicitKKT, SerialExecutor, Solution, Status
 from lpgd.problems import ConicData, ConicPoint, ConicProblem
-from lpgd.problems.units import Units
+from lpgd.problems.conic.units import Units
 from lpgd.solvers import Solver, choose_solver
 from lpgd.solvers.choose import Situation
 from tests.problem_table import BATCH, REGULAR, Case

@@ -28,10 +28,10 @@ from lpgd import (
     Status,
 )
 from lpgd.autograd import check_solution
-from lpgd.cones import Cones
+from lpgd.cones.product import Cones
 from lpgd.problems import ConicData, ConicProblem, ConicStructure, SparsityPattern
-from lpgd.reductions import Matrices, RowForm
 from lpgd.solvers import Solver
+from lpgd.solvers.backends.forms import Matrices, RowForm
 from lpgd.status import SolverError
 from tests.problem_table import CASES, Case, planted
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import lpgd
-from lpgd.problems.node import Tilt
-from lpgd.solvers.nodes.sphere import SphereLeastSquares, differentiate_sphere, multiplier, normal_equations
-from lpgd.solvers.nodes.sphere_descent import descend, starting_points
-from lpgd.solvers.nodes.sphere_global import solve_secular
+from lpgd.nodes.base import Tilt
+from lpgd.nodes.sphere.descent import descend, starting_points
+from lpgd.nodes.sphere.node import SphereLeastSquares, differentiate_sphere, multiplier, normal_equations
+from lpgd.nodes.sphere.secular import solve_secular
 from lpgd.status import Status
 from tests.node_reference import ROUNDING
 from tests.test_least_squares import differentiable

@@ -23,7 +23,7 @@ from examples.sudoku.model import (
     gradient_method,
     sudoku_layer,
 )
-from lpgd.execution import workspaces
+from lpgd.execution.workspaces import workspaces
 from tests.sudoku_rules import rules
 
 # -- encoding, error, model

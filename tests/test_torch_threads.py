@@ -10,8 +10,8 @@ import threading
 import torch
 
 import lpgd
-from lpgd.execution import run_tasks
-from lpgd.torch_threads import all_torch_threads, one_torch_thread, torch_threads
+from lpgd.execution.tasks import run_tasks
+from lpgd.execution.threads import all_torch_threads, one_torch_thread, torch_threads
 
 
 def test_a_number_of_threads_holds_inside_only() -> None:

@@ -9,7 +9,7 @@ from scipy.optimize import lsq_linear
 from torch import Tensor
 
 import lpgd
-from lpgd.solvers.nodes.total_variation import denoise, differentiate_denoised
+from lpgd.nodes.total_variation import denoise, differentiate_denoised
 
 
 def signals(batch: int, count: int, seed: int = 0) -> Tensor:

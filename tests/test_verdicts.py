@@ -10,9 +10,9 @@ import torch
 
 import lpgd
 from lpgd import SCS, Clarabel, LpgdWarning, Status, solve_qp
-from lpgd.cones import Cones
+from lpgd.cones.product import Cones
+from lpgd.cones.projections import project
 from lpgd.problems import ConicData, ConicProblem, ConicStructure, SparsityPattern
-from lpgd.projections import project
 from lpgd.solvers import Solver
 from lpgd.solvers.certificates import proves_infeasible, proves_unbounded
 from lpgd.solvers.convexity import is_convex

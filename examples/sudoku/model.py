@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import lpgd
-from lpgd.layers.cvxpy import LayerOutput
+from lpgd.layers.cvxpy.layer import LayerOutput
 
 from .data import decode, obeys_rules
 

@@ -1,9 +1,10 @@
 """How good is a layer's gradient, which τ and ρ, and is a derivative right: measured, with advice."""
 
 from lpgd.diagnostics.checks import GradientCheck, GradientCheckError, gradcheck
+from lpgd.diagnostics.diagnose import diagnose
 from lpgd.diagnostics.measurement import Comparison, Measurement
 from lpgd.diagnostics.moreau import Envelopes, envelopes
-from lpgd.diagnostics.report import ParameterReport, Report, diagnose
+from lpgd.diagnostics.report import ParameterReport, Report
 from lpgd.diagnostics.sweeps import Sweep, SweepRow, sweep
 
 __all__ = [

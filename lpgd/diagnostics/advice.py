@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lpgd.diagnostics.tables import format_count, format_number, format_share
-from lpgd.gradients.implicit import ImplicitKKT
+from lpgd.gradients.implicit.method import ImplicitKKT
 
 if TYPE_CHECKING:
     from lpgd.diagnostics.report import Report

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lpgd.diagnostics.passes import Backward, Loss, Parameters, Pass, inner
 from lpgd.gradients.base import GradientMethod
-from lpgd.problems.structure import ConicStructure
+from lpgd.problems.conic.structure import ConicStructure
 from lpgd.status import SolverError
 
 __all__ = [

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lpgd.cones import Cones, svec_indices, svec_size
-from lpgd.elements import ElementView
-from lpgd.problems.structure import ConicStructure
-from lpgd.solution import Solution
+from lpgd.cones.product import Cones, svec_indices, svec_size
+from lpgd.problems.conic.elements import ElementView
+from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.structure import ConicStructure
 
 __all__ = ["lower_envelope_of_loss"]
 

@@ -1,25 +1,17 @@
-"""How good is the gradient of a layer at this point?  One report, with advice."""
+"""What is found of the gradient of a layer at one point, as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lpgd.diagnostics.advice import advise
 from lpgd.diagnostics.measurement import (
-    NEGLIGIBLE,
     Comparison,
     Measurement,
-    compare,
-    measure,
-    solver_error,
-    tighter,
 )
-from lpgd.diagnostics.passes import Loss, Parameters, Pass
 from lpgd.diagnostics.tables import (
     format_change,
     format_comparison,
@@ -30,11 +22,9 @@ from lpgd.diagnostics.tables import (
     format_share,
     format_table,
 )
-from lpgd.gradients.base import GradientMethod
-from lpgd.gradients.implicit import ImplicitKKT
-from lpgd.status import SolverError, Status
+from lpgd.status import Status
 
-__all__ = ["ParameterReport", "Report", "diagnose"]
+__all__ = ["ParameterReport", "Report"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,7 @@ class ParameterReport:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What :func:`diagnose` found; printed it is a table.
+    """What :func:`~lpgd.diagnostics.diagnose.diagnose` found; printed it is a table.
 
     Attributes:
         layer: the layer in words.
@@ -135,115 +125,6 @@ class Report:
         return "\n".join([*lines, *format_paragraph(f"Advice: {self.advice}")])
 
     __repr__ = __str__
-
-
-def diagnose(
-    layer: Any,
-    parameters: Parameters,
-    loss: Loss,
-    gradient: GradientMethod | None = None,
-    *,
-    directions: int = 8,
-    seed: int = 0,
-) -> Report:
-    """Measure how good the gradient of a loss of a layer's solution is, at these parameters.
-
-    Args:
-        layer: any layer of this library; it is not changed.
-        parameters: the arguments of its call: a list, or a dictionary by name.  Those tensors that require a gradient
-            are looked at, or all of them where none does; floating-point tensors are taken in float64.
-        loss: from the layer's output to one number, or to one for each element of the batch; called with float64.
-        gradient: the gradient method; None is the layer's own.
-        directions: how many directions of each parameter finite differences are taken along: its entries where there
-            are no more of them than that, else random orthonormal directions.  Each costs two forward passes; 0 takes
-            none.  Cosine and ratio are then those of the parts of both gradients in these directions.
-        seed: of the directions.
-
-    Returns:
-        A :class:`Report`; ``print`` shows it as a table with one sentence of advice.
-
-    Raises:
-        TypeError, ValueError: the layer is not one of this library, or the loss does not depend on its output.
-        SolverError: an element has no solution (``on_error="raise"``).
-    """
-    run = Pass(layer, parameters, loss)
-    method = layer.gradient if gradient is None else gradient
-    found = measure(run, tighter(layer, parameters, loss, run), method)
-    exact = None
-    if type(run.problem).has_kkt and method != ImplicitKKT():
-        exact = run.backward(ImplicitKKT())
-    numeric = _Differences(layer, parameters, loss, run, directions, seed) if directions else None
-    reports = []
-    for position, leaf in enumerate(run.leaves):
-        part = found.gradients[position]
-        natural = run.natural_size(leaf)
-        against = None if exact is None else compare([part], [exact.gradients[position]], 1e-8 * natural)
-        norm = float(part.norm())
-        reports.append(
-            ParameterReport(
-                leaf.name,
-                tuple(leaf.values.shape),
-                norm,
-                against,
-                None if numeric is None else numeric.compare(position, part, natural),
-                found.decreases[position],
-                norm <= NEGLIGIBLE * natural,
-            )
-        )
-    texts = dict.fromkeys((*run.warnings, *found.warnings, *(exact.warnings if exact and exact.info.fallbacks else ())))
-    report = Report(
-        type(layer).__name__,
-        run.solver.name,
-        tuple(run.solution.statuses),
-        float(run.losses.sum()),
-        tuple(reports),
-        found,
-        run.unit,
-        run.forward_seconds,
-        None if exact is None else exact.seconds,
-        tuple(texts),
-    )
-    return replace(report, advice=advise(report))
-
-
-class _Differences:
-    """Central differences of the loss along orthonormal directions of one parameter at a time.
-
-    The forward solves are as fine as the solver goes; the step is √ε of the parameter's size, ε their error.
-    """
-
-    def __init__(self, layer: Any, parameters: Parameters, loss: Loss, run: Pass, count: int, seed: int) -> None:
-        finest = replace(run.solver, tolerance=min(run.solver.tolerance, run.solver.finest_tolerance))
-        self.run = Pass(layer, parameters, loss, solver=finest) if finest != run.solver else run
-        self.relative = min(max(solver_error(self.run) ** 0.5, 1e-7), 1e-3)
-        self.count, self.generator = count, torch.Generator().manual_seed(seed)
-
-    def compare(self, position: int, gradient: Tensor, natural: float) -> Comparison | None:
-        values = [leaf.values.detach() for leaf in self.run.leaves]
-        own = values[position]
-        basis = self._basis(own.numel()).to(own)
-        step = self.relative * (float(own.abs().max()) or 1.0)
-        slopes = []
-        try:
-            for direction in basis:
-                # The largest entry moves by `step`.
-                length = step / float(direction.abs().max())
-                ends = []
-                for sign in (1.0, -1.0):
-                    values[position] = own + sign * length * direction.reshape(own.shape)
-                    ends.append(float(self.run.losses_at(values).sum()))
-                slopes.append((ends[0] - ends[1]) / (2 * length))
-        except SolverError:  # next to this point the problem has no solution: there is no derivative to take
-            return None
-        numeric = own.new_tensor(slopes)
-        return compare([basis @ gradient.flatten()], [numeric], 10 * self.relative * natural)
-
-    def _basis(self, size: int) -> Tensor:
-        """(k, size) orthonormal rows."""
-        if size <= self.count:
-            return torch.eye(size, dtype=torch.float64)
-        random = torch.randn(size, self.count, dtype=torch.float64, generator=self.generator)
-        return torch.linalg.qr(random).Q.T
 
 
 def _cells(comparison: Comparison | None) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from lpgd.solution import BatchSolution
+from lpgd.problems.solution import BatchSolution
 from lpgd.solvers.base import BaseSolver
 
 __all__ = ["GradientInfo", "GradientMethod", "check_compatible"]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
-from lpgd.gradients.implicit import ImplicitKKT
-from lpgd.problems.smooth import SmoothProblem
-from lpgd.solution import SmoothSolution
+from lpgd.gradients.implicit.method import ImplicitKKT
+from lpgd.problems.node.problem import SmoothProblem
+from lpgd.problems.node.solution import SmoothSolution
 from lpgd.solvers.base import BaseSolver
 from lpgd.status import SolverError, describe_failures
 

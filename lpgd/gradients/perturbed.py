@@ -19,9 +19,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lpgd.gradients.implicit import is_linear_program
-from lpgd.problems.activity import ActiveSet
 from lpgd.problems.base import maximum_norm
+from lpgd.problems.conic.activity import ActiveSet
 from lpgd.solvers.base import BaseSolver
 
 __all__ = ["Envelope", "Perturbed", "perturb"]
@@ -130,7 +129,7 @@ def perturb(
     moved = run.moved(sides)
     if problem.is_local:
         jumped = _jumps(run, tau, unit, sides, SMALL_TILT)
-    elif problem.is_continuous and (steps is None or not is_linear_program(problem)):
+    elif problem.is_continuous and (steps is None or not problem.is_linear_program):
         # Of a linear program a given step is meant to find other vertices.
         jumped = _jumps(run, tau, unit, sides, TINY_TILT)
     if run.active is not None and run.active.is_vertex and not any(part.any() for part in cotangent[1:]):

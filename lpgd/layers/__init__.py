@@ -3,7 +3,7 @@
 from lpgd.layers.base import LayerOutput
 from lpgd.layers.blackbox import BlackboxLayer
 from lpgd.layers.conic import ConicLayer, ConicOutput, solve_conic
-from lpgd.layers.cvxpy import CvxpyLayer
+from lpgd.layers.cvxpy.layer import CvxpyLayer
 from lpgd.layers.direct_loss import DirectLossLayer
 from lpgd.layers.node import NodeLayer
 from lpgd.layers.qp import LPLayer, ProgramOutput, QPLayer, solve_lp, solve_qp

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from lpgd.autograd import CallInfo, OnError, solve
-from lpgd.execution import SerialExecutor
+from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
 from lpgd.layers.inputs import Batch
-from lpgd.layers.options import StandardOptions
-from lpgd.problems.conic import ConicProblem
-from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
-from lpgd.solution import BatchSolution, Solution
+from lpgd.layers.standard_options import StandardOptions
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
+from lpgd.problems.solution import BatchSolution
 from lpgd.solvers import BaseSolver, Choice, Situation, Solver, choose_solver
 
 __all__ = ["BaseLayer", "LayerOutput", "OptimizationLayer", "Recorded", "WarmStart"]

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from lpgd.autograd import CallInfo, OnError
-from lpgd.cones import Cones
+from lpgd.cones.product import Cones
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs
 from lpgd.layers.matrices import Pattern, plan, read_matrix
-from lpgd.problems.conic import per_element
-from lpgd.problems.structure import ConicData, ConicStructure
-from lpgd.solution import Solution
+from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.structure import ConicData, ConicStructure, per_element
 from lpgd.solvers import Solver
 
 __all__ = ["ConicLayer", "ConicOutput", "solve_conic"]

@@ -16,8 +16,7 @@ from lpgd.gradients import GradientMethod
 from lpgd.layers.base import WarmStart
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.oracle import Arguments, OracleLayer, TensorOutput, record
-from lpgd.problems.linear import LinearStructure
-from lpgd.solution import LinearSolution
+from lpgd.problems.linear import LinearSolution, LinearStructure
 from lpgd.solvers.oracle import Oracle
 
 __all__ = ["DirectLossLayer"]

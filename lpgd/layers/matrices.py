@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lpgd.cones import Cones
+from lpgd.cones.product import Cones
 from lpgd.layers.inputs import Batch
-from lpgd.problems.sparsity import SparsityPattern
-from lpgd.problems.structure import ConicStructure
+from lpgd.problems.conic.sparsity import SparsityPattern
+from lpgd.problems.conic.structure import ConicStructure
 
 __all__ = ["Matrix", "Plan", "join", "plan", "read_matrix"]
 

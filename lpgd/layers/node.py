@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from lpgd.autograd import OnError
-from lpgd.execution import SerialExecutor
+from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import ClosedForm, GradientMethod, check_compatible
 from lpgd.layers.base import BaseLayer, CallOptions, WarmStart
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.inputs import Batch, Expected, check_inputs
 from lpgd.layers.oracle import TensorOutput, record
-from lpgd.problems.node import BaseNode
-from lpgd.problems.smooth import SmoothProblem
-from lpgd.problems.smooth_structure import SmoothStructure, input_class
-from lpgd.solution import SmoothSolution
-from lpgd.solvers.node_solver import NEWTON_LIMIT, NodeSolver
-from lpgd.solvers.nodes.user import Node
+from lpgd.nodes.base import BaseNode
+from lpgd.nodes.user import Node
+from lpgd.problems.node.problem import SmoothProblem
+from lpgd.problems.node.solution import SmoothSolution
+from lpgd.problems.node.structure import SmoothStructure, input_class
+from lpgd.solvers.node.solver import NEWTON_LIMIT, NodeSolver
 
 __all__ = ["NodeLayer"]
 

@@ -14,8 +14,7 @@ from lpgd.autograd import CallInfo, OnError
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import BaseLayer, CallOptions, Recorded, WarmStart
 from lpgd.layers.inputs import Batch, Expected, check_inputs
-from lpgd.problems.linear import LinearData, LinearProblem, LinearStructure
-from lpgd.solution import LinearSolution
+from lpgd.problems.linear import LinearData, LinearProblem, LinearSolution, LinearStructure
 from lpgd.solvers.oracle import Oracle
 
 __all__ = ["Arguments", "OracleLayer", "TensorOutput", "record"]

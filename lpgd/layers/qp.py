@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from lpgd.autograd import OnError
-from lpgd.cones import Cones
+from lpgd.cones.product import Cones
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs, refuse_positional
 from lpgd.layers.matrices import Pattern, join, plan, read_matrix
-from lpgd.problems.structure import ConicData, ConicStructure
-from lpgd.solution import Solution
+from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.structure import ConicData, ConicStructure
 from lpgd.solvers import Solver
 
 __all__ = ["LPLayer", "ProgramOutput", "QPLayer", "solve_lp", "solve_qp"]
@@ -180,7 +180,7 @@ class QPLayer(_ProgramLayer):
     Args:
         solver: a solver, the name of one, or None to choose for each problem.
         gradient: a gradient method; None is ``ImplicitKKT()``, the exact gradient.
-        solver_args: options of the solver, as for :class:`~lpgd.layers.cvxpy.CvxpyLayer`.
+        solver_args: options of the solver, as for :class:`~lpgd.layers.cvxpy.layer.CvxpyLayer`.
         on_error: ``"raise"``, ``"nan"`` or ``"warn"``: what becomes of elements without a solution.
         executor: a ``concurrent.futures.Executor`` for the elements of a batch; None is one thread for each core.
 

@@ -1,9 +1,9 @@
 """Problems: their data, the gradient of their Lagrangian, and how they tilt and augment."""
 
-from lpgd.problems.conic import ConicProblem
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.sparsity import SparsityPattern
+from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.problems.linear import LinearData, LinearPoint, LinearProblem, LinearStructure
-from lpgd.problems.sparsity import SparsityPattern
-from lpgd.problems.structure import ConicData, ConicPoint, ConicStructure
 
 __all__ = [
     "ConicData",

@@ -86,6 +86,16 @@ class Problem(Protocol):
         ...
 
     @property
+    def is_linear_program(self) -> bool:
+        """Whether solutions are vertices, which small changes of the cost leave where they are."""
+        ...
+
+    @property
+    def conditions(self) -> str:
+        """Which optimality conditions it has, for implicit differentiation: ``"conic"``, ``"node"`` or none."""
+        ...
+
+    @property
     def is_local(self) -> bool:
         """Whether there may be several solutions, of which its solver finds one: another is no response to a tilt."""
         ...

@@ -18,12 +18,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lpgd.problems.base import PointOperations, maximum_norm, sum_of_quadratics
+from lpgd.problems.solution import BatchSolution
+from lpgd.status import Status
 
-__all__ = ["LinearData", "LinearPoint", "LinearProblem", "LinearStructure"]
+__all__ = ["LinearData", "LinearPoint", "LinearProblem", "LinearSolution", "LinearStructure"]
 
 
 class LinearData(NamedTuple):
@@ -99,6 +103,8 @@ class LinearProblem:
     is_continuous: ClassVar[bool] = False
     is_local: ClassVar[bool] = False
     is_curved: ClassVar[bool] = False
+    is_linear_program: ClassVar[bool] = False
+    conditions: ClassVar[str] = ""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.batch_size} elements of {self.structure})"
@@ -199,3 +205,34 @@ class LinearProblem:
     def finite(self) -> Tensor:
         """(B,) whether an element's costs are finite."""
         return torch.isfinite(self.data.c).all(-1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LinearSolution(BatchSolution):
+    """Solutions of a batch of B linear problems, with one status for each element.
+
+    Attributes:
+        problem: the batch that was solved.
+        x: (B, n) minimisers, flattened; NaN where there is no solution.
+        answers: what the solver itself answered for each element, before any feature map; None where there is none.
+        statuses: B statuses.
+        iterations: (B,) zero: a solver that is a plain function has none to tell.
+        setup_seconds, solve_seconds: (B,) zero, and the time in the solver.
+        states: B warm-start states: answers, for a solver that takes them.
+    """
+
+    problem: LinearProblem
+    x: Tensor
+    answers: tuple[Any, ...]
+    statuses: tuple[Status, ...]
+    iterations: NDArray[np.int64]
+    setup_seconds: NDArray[np.float64]
+    solve_seconds: NDArray[np.float64]
+    states: Sequence[Any]
+
+    _tensors: ClassVar[tuple[str, ...]] = ("x", "iterations", "setup_seconds", "solve_seconds")
+    _tuples: ClassVar[tuple[str, ...]] = ("statuses", "states", "answers")
+
+    @property
+    def point(self) -> LinearPoint:
+        return LinearPoint(self.x)

@@ -1,19 +1,19 @@
 """Solvers: one interface, one file a backend."""
 
+from lpgd.solvers.backends.clarabel import Clarabel
+from lpgd.solvers.backends.custom import CustomSolver
+from lpgd.solvers.backends.daqp import DAQP
+from lpgd.solvers.backends.ecos import ECOS
+from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
+from lpgd.solvers.backends.highs import HiGHS
+from lpgd.solvers.backends.osqp import OSQP
+from lpgd.solvers.backends.piqp import PIQP
+from lpgd.solvers.backends.proxqp import ProxQP
+from lpgd.solvers.backends.scs import SCS
 from lpgd.solvers.base import BaseSolver, Capabilities, Solver
 from lpgd.solvers.choose import SOLVERS, Choice, Situation, available, choose_solver, preference
-from lpgd.solvers.clarabel import Clarabel
-from lpgd.solvers.custom import CustomSolver
-from lpgd.solvers.daqp import DAQP
-from lpgd.solvers.ecos import ECOS
-from lpgd.solvers.elementwise import ElementwiseSolver, Outcome, Prepared
-from lpgd.solvers.highs import HiGHS
-from lpgd.solvers.interior_point import InteriorPoint
-from lpgd.solvers.node_solver import NodeSolver
-from lpgd.solvers.osqp import OSQP
-from lpgd.solvers.piqp import PIQP
-from lpgd.solvers.proxqp import ProxQP
-from lpgd.solvers.scs import SCS
+from lpgd.solvers.interior_point.solver import InteriorPoint
+from lpgd.solvers.node.solver import NodeSolver
 
 __all__ = [
     "DAQP",

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
-from lpgd.problems.conic import ConicProblem
-from lpgd.problems.structure import ConicStructure
-from lpgd.solution import Solution
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.posed import Posed, better_lengths, judged, pose
 from lpgd.solvers.rescue import merged, settled
 from lpgd.status import MissingPackageError, Status
@@ -77,7 +77,7 @@ class BaseSolver(ABC):
             executor: where the work runs; None is the solver's own choice.
 
         Returns:
-            A :class:`~lpgd.solution.BatchSolution`.
+            A :class:`~lpgd.problems.solution.BatchSolution`.
         """
 
     def solution_error(self, problem: Any) -> float:

@@ -7,7 +7,7 @@ Of ``minimise ½xᵀP x + qᵀx  s.t.  A x + s = b, s ∈ K, lower ≤ x ≤ upp
 - a direction d with ``q·d = -v < 0``, ``-A d ∈ K`` and within the bounds' own directions lowers the objective at least
   until ``t = v / (dᵀP d)``, without limit where ``P d = 0``.
 
-Problems are given in units of order 1 (:class:`~lpgd.problems.units.Units`), in which points beyond ``REACH`` are
+Problems are given in units of order 1 (:class:`~lpgd.problems.conic.units.Units`), in which points beyond ``REACH`` are
 nowhere: a proof that holds up to there is accepted.
 """
 
@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.cones.projections import distance, project
 from lpgd.problems.base import maximum_norm
-from lpgd.problems.conic import ConicProblem, per_element
-from lpgd.projections import distance, project
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.structure import per_element
 
 __all__ = ["MARGIN", "proves_infeasible", "proves_unbounded"]
 

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lpgd.execution import core_count
-from lpgd.problems.structure import ConicStructure
+from lpgd.execution.tasks import core_count
+from lpgd.problems.conic.structure import ConicStructure
+from lpgd.solvers.backends.clarabel import Clarabel
+from lpgd.solvers.backends.daqp import DAQP
+from lpgd.solvers.backends.ecos import ECOS
+from lpgd.solvers.backends.highs import HiGHS
+from lpgd.solvers.backends.osqp import OSQP
+from lpgd.solvers.backends.piqp import PIQP
+from lpgd.solvers.backends.proxqp import ProxQP
+from lpgd.solvers.backends.scs import SCS
 from lpgd.solvers.base import Solver, rescue_by
-from lpgd.solvers.clarabel import Clarabel
-from lpgd.solvers.daqp import DAQP
-from lpgd.solvers.ecos import ECOS
-from lpgd.solvers.highs import HiGHS
-from lpgd.solvers.interior_point import InteriorPoint
-from lpgd.solvers.osqp import OSQP
-from lpgd.solvers.piqp import PIQP
-from lpgd.solvers.proxqp import ProxQP
-from lpgd.solvers.scs import SCS
+from lpgd.solvers.interior_point.solver import InteriorPoint
 from lpgd.status import MissingPackageError
 
 __all__ = ["SOLVERS", "Choice", "Situation", "available", "choose_solver", "preference"]
@@ -55,31 +55,36 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
       objective, needs no tuning, and is accurate; then SCS, for the cones that Clarabel lacks, and last ECOS.
     - Linear and quadratic programs on another device than the CPU: the interior-point method in torch, which stays
       on it.
-    - Small linear and quadratic programs (200 variables and rows together; 400 where P has its whole diagonal): DAQP,
+    - Small linear and quadratic programs (200 variables and rows together; 600 where P has its whole diagonal): DAQP,
       whose perturbed solves start from the active set of the solution.
     - Sparse linear programs that no gradient method augments: HiGHS, whose simplex starts from the basis.
-    - Larger quadratic programs, and sparse ones: PIQP, for up to 5000 variables, where there are few cores, as it holds
-      the interpreter's lock.
-    - Dense or small ones, linear or quadratic, for up to 3000 variables and rows together: the interior-point method
-      in torch, all elements at once.
-    - Everything else: Clarabel.
+    - Up to 5000 variables, where there are few cores, as they hold the interpreter's lock: PIQP, but for large dense
+      linear programs, and for dense quadratic programs ProxQP.
+    - Quadratic programs up to 1000 variables and rows together: DAQP; linear ones: HiGHS; tiny ones: Clarabel.
+    - Dense or small ones, for up to 3000 variables and rows together: the interior-point method in torch, all elements
+      at once.
+    - Everything else: Clarabel.  Methods of first order come after it: on well-conditioned sparse quadratic programs
+      OSQP and SCS take 0.5 to 0.8 of its time, on linear programs up to a hundred times as long.
 
-    What is not installed is passed over.  Measured in milliseconds an element, forward and LPGD's backward pass
-    (two cores, 2026-11, batches of 4 to 64, dense unless it says otherwise):
+    What is not installed is passed over.  Measured in milliseconds an element with new data in each call, forward and
+    LPGD's backward pass (two cores, 2026-11; ``make bench BENCH_FLAGS="--only choice"``):
 
-    ============================  ===========  ===========  ===========  ===========  ===========
-    problem (variables)           CLARABEL     INTERIOR     DAQP         HIGHS        PIQP
-    ============================  ===========  ===========  ===========  ===========  ===========
-    QP 10                         0.16 + 0.66  0.72 + 0.70  0.14 + 0.21  0.75 + 1.24  0.14 + 0.20
-    QP 50                         7.9 + 11.9   1.2 + 2.1    0.30 + 0.40  6.1 + 11.6   0.72 + 1.3
-    QP 100, batched matrices      28 + 62      8.4 + 17     1.9 + 2.5    42 + 81      2.4 + 4.2
-    QP 200                        145 + 274    26 + 59      17 + 8.3                  7.9 + 18
-    QP 500, 1 % of A              6.4 + 13     21 + 45      50 + 52                   4.5 + 10
-    QP 2000, 0.2 % of A           200 + 383                                           113 + 208
-    LP 20                         0.24 + 0.41  0.36 + 0.50  0.12 + 0.19  0.30 + 0.57  0.17 + 0.34
-    LP 100                        5.1 + 10     1.2 + 2.1    1.9 + 0.82   1.8 + 1.7    0.82 + 1.7
-    LP 700, 1 % of A              16 + 32      45 + 102     424 + 190    14 + 9.8     18 + 31
-    ============================  ===========  ===========  ===========  ===========  ===========
+    =============================  ====  ====  ======  ========  ========  =====  ====  ====
+    problem, batch                 DAQP  PIQP  PROXQP  INTERIOR  CLARABEL  HIGHS  OSQP  SCS
+    =============================  ====  ====  ======  ========  ========  =====  ====  ====
+    QP 10, shared matrices, 64     0.28  0.46  0.54    1.2       0.64      1.5    0.76  0.60
+    QP 10, 64                      0.46  0.44  0.62    1.1       0.93      1.6    1.9   0.70
+    QP 50, shared matrices, 64     0.29  1.3   1.4     2.1       4.2       7.1    1.2   1.7
+    QP 50, 64                      0.63  1.6   2.0     2.9       5.2       11     3.9   2.6
+    QP 100, 32                     3.0   4.8   4.6     12        26        48     8.7   6.2
+    QP 200, 8                      10    14    12      38        110       360    41    32
+    QP 400, 4                      69    93    58      130       903
+    LP 10, 150                     0.22  0.22          0.41      0.32      0.38   7.3   0.94
+    LP 100, 16                     3.0   3.7           5.3       8.0       3.4    1100  16
+    LP 600, 1 % of A, 4            202   30            83        38        9.2    3500  1300
+    QP 500, 0.6 % of A, 4          58    39    49      78        40        210    19    29
+    CVXPY's form of NNLS, 32       1.4   3.0   3.9     4.3       3.8       2.5    2.6   3.2
+    =============================  ====  ====  ======  ========  ========  =====  ====  ====
     """
     return tuple(solver for solver, _ in _ranked(structure, situation))
 
@@ -87,25 +92,38 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
 def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tuple[type[Solver], str]]:
     """Every solver, best first, and why it stands where it does."""
     best: list[tuple[type[Solver], str]] = []
-    if situation is not None and structure.cones.is_polyhedral:
-        size, linear = structure.n + structure.m, not structure.quadratic.nnz
+    polyhedral = situation is not None and structure.cones.is_polyhedral
+    linear = not structure.quadratic.nnz
+    if situation is not None and polyhedral:
+        size = structure.n + structure.m
         dense = size <= _SMALL or structure.constraint.nnz >= _FILLED * structure.n * structure.m
-        if situation.device != "cpu":
-            best.append((InteriorPoint, f"it stays on the device {situation.device}"))
-        if size <= (_SMALL if structure.with_diagonal is structure else _TINY):
-            best.append((DAQP, "the fastest for small linear and quadratic programs"))
-        if linear and not dense and situation.augmented is False:
-            best.append((HiGHS, "the fastest for sparse linear programs without an added quadratic term"))
-        if (not dense or (size > _SMALL and not linear)) and structure.n <= _MEDIUM and core_count() <= _FEW_CORES:
-            best.append((PIQP, "the fastest for larger or sparse programs on few cores"))
-        if dense and size <= _LARGE and situation.device == "cpu":
-            best.append((InteriorPoint, "the fastest for dense programs in batches"))
-    ranked = {solver for solver, _ in best}
-    rest = [(solver, "the first that takes such problems") for solver in SOLVERS if solver not in ranked]
-    return best + rest
+        on_cpu, simplex = situation.device == "cpu", linear and situation.augmented is False
+        few = structure.n <= _MEDIUM and core_count() <= _FEW_CORES
+        curved = structure.with_diagonal is structure
+        rules: list[tuple[bool, type[Solver], str]] = [
+            (not on_cpu, InteriorPoint, f"it stays on the device {situation.device}"),
+            (size <= (_SMALL if curved else _TINY), DAQP, "the fastest for small linear and quadratic programs"),
+            (simplex and not dense, HiGHS, "the fastest for sparse linear programs without an added quadratic term"),
+            (few and not (dense and linear and size > _TINY), PIQP, "fast on few cores"),
+            (few and dense and not linear, ProxQP, "fast for dense quadratic programs on few cores"),
+            (curved and size <= _MIDDLE, DAQP, "fast for dense quadratic programs"),
+            (simplex and size > _MINUTE, HiGHS, "fast for linear programs without an added quadratic term"),
+            (size <= _MINUTE, Clarabel, "fast for tiny programs"),
+            (dense and size <= _LARGE and on_cpu, InteriorPoint, "fast for dense programs in batches"),
+        ]
+        best = [(solver, reason) for applies, solver, reason in rules if applies]
+    ranked: dict[type[Solver], str] = {}
+    for solver, reason in best:
+        ranked.setdefault(solver, reason)
+    rest = SOLVERS if not polyhedral else _LINEAR_TAIL if linear else _QUADRATIC_TAIL
+    for solver in rest:
+        ranked.setdefault(solver, "the first that takes such problems")
+    return list(ranked.items())
 
 
-_TINY, _SMALL, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 200, 400, 3000, 5000, 0.1, 4
+_LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS, OSQP, ECOS)
+_QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS, ECOS)
+_MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 600, 1000, 3000, 5000, 0.1, 4
 
 _DEFAULT_NAMES = {"DIFFCP"}  # the standard layer's own default, which names no solver in particular
 

@@ -11,9 +11,10 @@ import scipy.sparse.linalg as spla
 import torch
 from torch import Tensor
 
-from lpgd.problems.conic import ConicProblem, per_element
-from lpgd.problems.memo import TensorMemo
-from lpgd.problems.sparsity import SparsityPattern
+from lpgd.execution.memo import TensorMemo
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.sparsity import SparsityPattern
+from lpgd.problems.conic.structure import per_element
 
 __all__ = ["is_convex", "is_definite"]
 

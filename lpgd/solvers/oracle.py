@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.execution import SerialExecutor, run_tasks, split
-from lpgd.interrupts import pause
-from lpgd.problems.linear import LinearProblem
-from lpgd.solution import LinearSolution
+from lpgd.execution.interrupts import pause
+from lpgd.execution.tasks import SerialExecutor, run_tasks, split
+from lpgd.execution.threads import all_torch_threads
+from lpgd.problems.linear import LinearProblem, LinearSolution
 from lpgd.solvers.base import BaseSolver
 from lpgd.status import SolverError, Status
-from lpgd.torch_threads import all_torch_threads
 
 __all__ = ["Oracle", "Sense"]
 

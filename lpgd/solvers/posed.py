@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from lpgd.problems.base import maximum_norm
-from lpgd.problems.conic import ConicProblem, per_element
-from lpgd.problems.magnitudes import INFINITE
-from lpgd.problems.residuals import Residuals, residuals_of
-from lpgd.problems.structure import ConicPoint
-from lpgd.problems.units import Units
-from lpgd.solution import Solution
+from lpgd.problems.conic.magnitudes import INFINITE
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.residuals import Residuals, residuals_of
+from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.structure import ConicPoint, per_element
+from lpgd.problems.conic.units import Units
 from lpgd.solvers.certificates import MARGIN, proves_infeasible, proves_unbounded
 from lpgd.solvers.convexity import is_convex
-from lpgd.solvers.refinement import complementary, is_cheap, refine
+from lpgd.solvers.kkt.refinement import complementary, is_cheap, refine
 from lpgd.status import Status
 
 __all__ = ["VERDICTS", "Posed", "better_lengths", "judged", "pose"]

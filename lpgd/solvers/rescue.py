@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
-from lpgd.problems.conic import ConicProblem
-from lpgd.solution import Solution
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.solution import Solution
 from lpgd.solvers.posed import VERDICTS
 from lpgd.status import Status
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import lpgd
-from lpgd.cones import Cones
-from lpgd.execution import SerialExecutor
+from lpgd.cones.product import Cones
+from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import GradientMethod
 from lpgd.solvers import Solver
 from lpgd.solvers.choose import SOLVERS

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lpgd.cones import Cones
+from lpgd.cones.product import Cones
 from tests.judge.cone_points import Block, Pair, draw_pair, rows_of
 
 __all__ = ["Plan", "Programs", "cones_of", "plant"]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lpgd.cones import Cones
+from lpgd.cones.product import Cones
 from tests.judge.cone_points import Block, rows_of
 from tests.judge.programs import ORDER, Programs, cones_of, row_starts
 

@@ -1,0 +1,1 @@
+"""The product of cones: sizes and row order, projections, and the pieces on which these are smooth."""

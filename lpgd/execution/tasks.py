@@ -1,0 +1,142 @@
+"""The one way batches are executed: tasks over a ``concurrent.futures.Executor``.
+
+Serial execution is an executor with one worker.  Tasks are plain functions of picklable arguments, so that
+threads, processes and cluster clients with the standard executor interface run the same code, and their
+results come back in the order of the tasks.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
+
+from lpgd.execution.interrupts import abandon, hear, hearing, stoppable
+from lpgd.execution.threads import bounded_blas, torch_threads
+
+__all__ = ["SerialExecutor", "core_count", "default_executor", "run_tasks", "split", "worker_count"]
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class SerialExecutor(Executor):
+    """An executor that runs each call at once, in the calling thread."""
+
+    _max_workers = 1
+
+    def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
+        future: Future[Result] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:  # handed to the caller by Future.result, as every executor does
+            future.set_exception(error)
+        return future
+
+
+def core_count() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def default_executor() -> Executor:
+    """Threads, one for each core; made on first use and again in a forked child, whose threads are gone."""
+    return ThreadPoolExecutor(core_count(), thread_name_prefix="lpgd")
+
+
+def worker_count(executor: Executor | None) -> int:
+    """How many tasks an executor runs at once; the number of cores where it does not say."""
+    workers = getattr(executor if executor is not None else default_executor(), "_max_workers", None)
+    return workers if isinstance(workers, int) else core_count()
+
+
+def split(count: int, executor: Executor | None, per_worker: int = 4) -> list[range]:
+    """Cut ``count`` elements into contiguous chunks: several for each worker, so that uneven ones even out."""
+    workers = worker_count(executor)
+    chunks = 1 if workers == 1 else min(count, per_worker * workers)
+    edges = [round(chunk * count / max(chunks, 1)) for chunk in range(chunks + 1)]
+    return [range(start, stop) for start, stop in pairwise(edges) if stop > start]
+
+
+def run_tasks(
+    function: Callable[[Task], Result], tasks: Sequence[Task], executor: Executor | None, takes_interrupts: bool = False
+) -> list[Result]:
+    """``[function(task) for task in tasks]`` on an executor (None: threads), in order.
+
+    A single task runs in the calling thread.  An exception in a task is raised here; it ends the others, and so does an
+    interrupt: those that have not begun never do, those in threads stop at their next
+    :func:`~lpgd.execution.interrupts.pause`.
+
+    Args:
+        takes_interrupts: the tasks take the handler of interrupts away from Python while they run.  They then never
+            run in the main thread, which listens instead.
+    """
+    listens = takes_interrupts and hearing()
+    if len(tasks) <= 1 or isinstance(executor, SerialExecutor):
+        if not tasks or not listens:
+            return [function(task) for task in tasks]
+        return _finished([(_in_turn, function, tasks)], None, listens)[0]
+    return _finished([(_bounded, function, task) for task in tasks], executor, listens)
+
+
+def _finished(calls: Sequence[tuple[Any, ...]], executor: Executor | None, listens: bool) -> list[Any]:
+    """What comes of calls on an executor; none of them goes on after this."""
+    here = executor is None or type(executor) is ThreadPoolExecutor
+    signals = _Signals(threading.Event(), threading.Event()) if here else None
+    futures: list[Future[Any]] = []
+    try:
+        for call in calls:
+            futures.append((executor or default_executor()).submit(call[0], signals, *call[1:]))
+        if listens:
+            hear(futures, signals and signals.begin)
+        elif signals is not None:
+            signals.begin.set()
+        return [future.result() for future in futures]
+    finally:
+        left = not all(future.done() for future in futures)
+        if signals is not None:
+            if left:
+                signals.stop.set()
+            signals.begin.set()  # whoever still waits to begin stops at once
+        if left:
+            abandon(futures, signals and signals.stop)
+
+
+class _Signals(NamedTuple):
+    """What tasks in threads of this process are told."""
+
+    begin: threading.Event
+    stop: threading.Event
+
+
+def _bounded(signals: _Signals | None, function: Callable[[Task], Result], task: Task) -> Result:
+    with _told(signals), torch_threads(1), bounded_blas():
+        return function(task)
+
+
+def _in_turn(signals: _Signals | None, function: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
+    with _told(signals), torch_threads(1):
+        return [function(task) for task in tasks]
+
+
+@contextmanager
+def _told(signals: _Signals | None) -> Iterator[None]:
+    """Begin when told to, and stop when told to."""
+    if signals is not None:
+        signals.begin.wait()
+    with stoppable(signals and signals.stop):
+        yield
+
+
+def _reset_after_fork() -> None:
+    default_executor.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_after_fork)

@@ -1,0 +1,337 @@
+"""Implicit differentiation of conic programs: how well a point is known, which answers are exact, and what is not.
+
+One place decides, for all cones, solvers and ways to solve the systems.  In units of order 1,
+
+1. what is left of the optimality conditions, |F|, says how well a point is known; where its error could matter the
+   point is refined first (:mod:`lpgd.solvers.kkt.refinement`);
+2. rank is decided relative to that error (:mod:`lpgd.solvers.kkt.factor`);
+3. at kinks, where multiplier and slack vanish together, or a point is at the boundary of a curved cone, the system is
+   solved on both sides: equal answers are exact, others are one-sided;
+4. what remains is on record, with the size of the doubt, and warned about where the answer depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpgd.cones.regions import interior_direction, kinks
+from lpgd.execution.tasks import SerialExecutor, run_tasks
+from lpgd.gradients.base import GradientInfo
+from lpgd.gradients.implicit.findings import Findings
+from lpgd.gradients.implicit.multipliers import other_multipliers
+from lpgd.problems.conic.elements import ElementView
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.structure import ConicPoint, ConicStructure
+from lpgd.problems.conic.units import Units
+from lpgd.solvers.interior_point.derivative import is_batchable, kept_response, polyhedral_response
+from lpgd.solvers.kkt.refinement import complementary, optimality_residual, refine
+from lpgd.solvers.kkt.system import KKTPoints, KKTResponse, Known, is_quick, respond
+
+__all__ = ["in_data", "response"]
+
+FloatArray = NDArray[np.float64]
+
+KNOWN_WELL = 1e-10
+"""Points with a larger |F| are refined where their error matters: at curved cones, and near kinks."""
+KNOWN = 1e-7
+"""Points of linear and quadratic programs with a larger |F| are refined anyhow: it may hide which rows are active."""
+STEADY = 1e-5
+"""Answers with other multipliers that differ by a smaller share are one."""
+KINK = 1e-7
+"""Multipliers and slacks that both are smaller are taken to vanish; 100 |F| at a point that is known less well."""
+NOTHING = 1e-7
+"""Changes of x by a smaller multiple of the tilt, in units of order 1, are none."""
+
+
+def response(
+    method: Any,
+    problem: ConicProblem,
+    solution: Solution,
+    tilt: ConicPoint,
+    active: Sequence[int],
+    info: GradientInfo,
+    executor: Executor | None,
+) -> ConicPoint:
+    """The derivative of the solution along a tilt for the elements ``active``, zero for others; ``info`` is filled.
+
+    Args:
+        method: :class:`~lpgd.ImplicitKKT`, with its ρ.
+        problem, solution, tilt: of B elements.
+        active: elements with a solution and a tilt.
+        info: the record.
+        executor: where the work runs.
+    """
+    change = ConicPoint(*(torch.zeros_like(part) for part in solution.point))
+    info.doubt = torch.full((problem.batch_size,), torch.nan, dtype=torch.float64)
+    if not active:
+        return change
+    rows = torch.as_tensor(list(active), dtype=torch.int64, device=problem.device)
+    part, point, slack, own_tilt = problem, solution.point, solution.slack, tilt
+    if len(active) < problem.batch_size:
+        part, point, slack = problem.select(active), point.select(rows), slack[rows]
+        own_tilt = tilt.select(rows)
+    units = part.units
+    places = _known_point(
+        units.apply(part), units.point_in(part, point), units.slack_in(part, slack), units.tilt_in(part, own_tilt)
+    )
+    rho = _curvature(method.rho, part, units)
+    answer = ConicPoint(*(torch.zeros_like(own) for own in places.point))
+    left = ~places.weak
+    if solution.systems and method.rho == 0.0 and units.is_trivial:
+        _by_kept_systems(problem, solution, tilt, rows, left, answer)
+    if is_batchable(places.problem, method.rho) and (method.rho == 0.0 or units.is_trivial) and bool(left.any()):
+        _at_once(places, left, method.rho, answer)
+    findings = Findings(len(active), bool(method.rho), part.structure)
+    rest = (places.weak | left).nonzero()[:, 0].tolist()
+    if rest:
+        if executor is None and is_quick(part.structure, len(rest)):
+            executor = SerialExecutor()
+        _one_by_one(places, rest, rho, answer, findings, executor)
+    moved = units.point_out(part, answer)
+    for whole, own in zip(change, moved, strict=True):
+        whole[rows] = own
+    findings.record(method, active, info)
+    return change
+
+
+def in_data(problem: ConicProblem, solution: Solution, change: ConicPoint) -> Any:
+    """What a change of the solutions is worth in the data; elements without a solution get zero."""
+    point, usable = solution.point, solution.usable[:, None]
+    x, y = (torch.where(usable, part, 0.0) for part in (point.x, point.y))
+    d_upper = torch.where(point.z > 0, -change.z, 0.0)
+    d_lower = torch.where(point.z < 0, -change.z, 0.0)
+    return problem.bilinear_gradient(change.x, change.y, x, y, d_lower, d_upper)
+
+
+class _Places(NamedTuple):
+    """Points of E elements, refined where that matters, in units of order 1.
+
+    Attributes:
+        problem, point, slack, tilt: in those units.
+        error: (E,) |F|.
+        lipschitz: (E,) Lipschitz constant of the projection's derivative.
+        weak: (E,) elements at a kink.
+        xi_side, v_side: (E, n) and (E, m) steps that bring whatever is at a kink to its active side.
+    """
+
+    problem: ConicProblem
+    point: ConicPoint
+    slack: Tensor
+    tilt: ConicPoint
+    error: Tensor
+    lipschitz: FloatArray
+    weak: Tensor
+    xi_side: Tensor
+    v_side: Tensor
+
+
+def _known_point(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint) -> _Places:
+    tilt = ConicPoint(*(part.to(point.x.dtype) for part in tilt))
+    curved = not problem.structure.cones.is_polyhedral
+    error = optimality_residual(problem, point, slack)
+    places = _places(problem, point, slack, tilt, error)
+    rough = error > KNOWN_WELL if curved else (error > KNOWN) | (places.weak & (error > KNOWN_WELL))
+    if not bool(rough.any()):
+        return places
+    elements = rough.nonzero()[:, 0]
+    refined = refine(problem, point, slack, elements.tolist())
+    point, slack = ConicPoint(*(part.clone() for part in point)), slack.clone()
+    for whole, own in zip((*point, slack, error), (*refined.point, refined.slack, refined.after), strict=True):
+        whole[elements] = own
+    return _places(problem, point, slack, tilt, error)
+
+
+def _places(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint, error: Tensor) -> _Places:
+    """The kinks nearby."""
+    structure, cones = problem.structure, problem.structure.cones
+    tolerance = (100 * error).clamp(KINK, 1e-3)[:, None]
+    v = point.y - slack
+    if cones.is_polyhedral:
+        near = v.abs() <= tolerance
+        near[:, : cones.zero] = False
+        lipschitz = np.zeros(problem.batch_size)
+    else:
+        found, lipschitz = kinks(cones, v.detach().cpu().numpy(), tolerance[:, 0].cpu().numpy())
+        near = torch.from_numpy(found).to(v.device)
+    weak, xi_side = near.any(-1), torch.zeros_like(point.x)
+    if structure.has_bounds:
+        lower, upper = problem.full_bounds()
+        above = ((point.z - (upper - point.x)).abs() <= tolerance) & (lower < upper)
+        below = ((-point.z - (point.x - lower)).abs() <= tolerance) & (lower < upper)
+        weak = weak | above.any(-1) | below.any(-1)
+        xi_side = (above.double() - below.double()) * 2 * tolerance
+    v_side = torch.zeros_like(v)
+    if bool(weak.any()):
+        direction = torch.from_numpy(interior_direction(cones)).to(v.device)
+        v_side = torch.where(near, 2 * tolerance * direction, 0.0)
+    return _Places(problem, point, slack, tilt, error, lipschitz, weak, xi_side, v_side)
+
+
+def _curvature(rho: float, problem: ConicProblem, units: Units) -> FloatArray | float:
+    """ρ in these units: ``σ β² D² ρ`` for each variable of each element."""
+    if rho == 0.0 or units.is_trivial:
+        return rho
+    ones = torch.ones(problem.batch_size, problem.structure.n, dtype=torch.float64, device=problem.device)
+    point = ConicPoint(ones, ones.new_zeros(problem.batch_size, problem.structure.m), torch.zeros_like(ones))
+    # A tilt by ρ dx for dx = β D.
+    lengths = units.point_out(problem, point).x
+    return (rho * units.tilt_in(problem, point._replace(x=lengths)).x).cpu().numpy()
+
+
+# -- whole batches ------------------------------------------------------------------------------------------------
+
+
+def _by_kept_systems(
+    problem: ConicProblem, solution: Solution, tilt: ConicPoint, rows: Tensor, left: Tensor, answer: ConicPoint
+) -> None:
+    """Write the response of the elements whose systems the solver has left; those are left no more."""
+    place = torch.full((problem.batch_size,), -1, dtype=torch.int64, device=problem.device)
+    place[rows] = torch.arange(rows.shape[0], device=problem.device)
+    for kept in solution.systems:
+        own = place[kept.elements]
+        wanted = kept.valid & (own >= 0) & left[own.clamp(min=0)]
+        if not bool(wanted.any()):
+            continue
+        response, exact = kept_response(problem, solution.point, tilt, kept)
+        exact = exact & wanted
+        for whole, part in zip(answer, response, strict=True):
+            whole[own[exact]] = part[exact]
+        left[own[exact]] = False
+
+
+def _at_once(places: _Places, left: Tensor, rho: float, answer: ConicPoint) -> None:
+    """The same by one factorisation for all."""
+    elements = left.nonzero()[:, 0]
+    problem, point, slack, tilt = places[:4]
+    if elements.shape[0] < problem.batch_size:
+        problem, point = problem.select(elements.tolist()), point.select(elements)
+        slack, tilt = slack[elements], tilt.select(elements)
+    response, exact = polyhedral_response(problem, point, slack, tilt, rho)
+    for whole, part in zip(answer, response, strict=True):
+        whole[elements[exact]] = part[exact]
+    left[elements[exact]] = False
+
+
+# -- one by one ---------------------------------------------------------------------------------------------------
+
+
+class _Task(NamedTuple):
+    structure: ConicStructure
+    rho: FloatArray | float
+    P: FloatArray
+    A: FloatArray
+    points: KKTPoints
+    known: Known
+
+
+def _respond(task: _Task) -> KKTResponse:
+    return respond(*task)
+
+
+def _responses(
+    places: _Places, elements: Sequence[int], rho: FloatArray | float, side: float, executor: Executor | None
+) -> KKTResponse:
+    """The responses of some elements, increasing, with what is at a kink brought to one side."""
+    problem, point, slack = places.problem, places.point, places.slack
+    if side:
+        v, xi = point.y - slack + side * places.v_side, point.x + point.z + side * places.xi_side
+        moved = ConicPoint(xi, torch.where(v.isnan(), 0.0, v), torch.zeros_like(xi))
+        # ξ and v as a point whose complementary one is meant.
+        point, slack, _ = complementary(problem, moved, torch.zeros_like(v))
+    view = ElementView(problem)
+    lower, upper = problem.full_bounds()
+    parts = (*point, slack, *places.tilt, lower, upper)
+    rows = [part.detach().cpu().numpy() for part in parts]
+    error = places.error.cpu().numpy()
+    tasks, order = [], []
+    for chunk in view.groups(list(elements), executor, per_worker=1):
+        matrices = (view.rows(name, chunk) for name in ("P", "A"))
+        P, A = (np.broadcast_to(own, (len(chunk), own.shape[1])) for own in matrices)
+        points = KKTPoints(*(own[chunk] for own in rows))
+        own_rho = rho[chunk] if isinstance(rho, np.ndarray) else rho
+        tasks.append(_Task(problem.structure, own_rho, P, A, points, Known(error[chunk], places.lipschitz[chunk])))
+        order += chunk
+    results = run_tasks(_respond, tasks, executor)
+    back = np.argsort(order)  # elements are increasing
+    return KKTResponse.joined(results).select(back)
+
+
+def _one_by_one(
+    places: _Places,
+    elements: list[int],
+    rho: FloatArray | float,
+    answer: ConicPoint,
+    findings: Findings,
+    executor: Executor | None,
+) -> None:
+    """Write the response of some elements, and what there is to say about each."""
+    found = _responses(places, elements, rho, 0.0, executor)
+    weak = places.weak.tolist()
+    at_kink = [k for k, element in enumerate(elements) if weak[element]]
+    if at_kink:
+        chosen = [elements[k] for k in at_kink]
+        sides = [_responses(places, chosen, rho, side, executor) for side in (1.0, -1.0)]
+        tilt = places.tilt.x.abs().amax(-1) if places.tilt.x.shape[1] else places.error
+        size = NOTHING * tilt.cpu().numpy()[chosen]
+        differ = _differences(sides[0].x, sides[1].x, size)
+        found = found.copy()
+        for own, k in enumerate(at_kink):
+            findings.kink(elements[k], float(differ[own]), *(side.y[own] for side in sides))
+            if not all(side.unique[own] for side in sides):
+                findings.freed.add(elements[k])
+            better = next((side for side in sides if side.exact[own]), None)
+            if better is not None and not found.exact[k]:
+                for whole, part in zip(found, better, strict=True):
+                    whole[k] = part[own]
+    for k, element in enumerate(elements):
+        singular = found.unique[k] and not found.exact[k] and findings.is_curved(found.shared[k])
+        if singular and _is_steady(places, element, rho, found.x[k], findings.concerns(found.shared[k])):
+            findings.steady.add(element)
+    for whole, part in zip(answer, found[:3], strict=True):
+        whole[elements] = torch.from_numpy(part).to(whole.device)
+    findings.add(elements, found)
+
+
+def _is_steady(places: _Places, element: int, rho: FloatArray | float, dx: FloatArray, with_constraints: bool) -> bool:
+    """Whether x moves alike with other multipliers of the same solution.
+
+    ``with_constraints`` says that gradients of the constraints themselves may be asked for: where planes share
+    multipliers with curved ones those depend on more than x.
+    """
+    row = torch.tensor([element], device=places.error.device)
+    problem, point, slack = places.problem.select([element]), places.point.select(row), places.slack[row]
+    A = problem.structure.constraint.dense_matrices(np.atleast_2d(problem.data.A.detach().cpu().numpy()))[0]
+    lower, upper = (bound[0] for bound in problem.full_bounds())
+    x, z = point.x[0], point.z[0]
+    held = ((z > upper - x) | (-z > x - lower) | (lower >= upper)).cpu().numpy()
+    others, coupled = other_multipliers(
+        problem.structure.cones, A[:, ~held], point.y[0].cpu().numpy(), slack[0].cpu().numpy()
+    )
+    if coupled and with_constraints:
+        return False
+    own_rho = rho[[element]] if isinstance(rho, np.ndarray) else rho
+    for other in others:
+        there = places._replace(
+            problem=problem, point=point._replace(y=torch.from_numpy(other)[None].to(point.y)), slack=slack,
+            tilt=places.tilt.select(row), error=places.error[row], lipschitz=places.lipschitz[[element]],
+        )  # fmt: skip
+        again = _responses(there, [0], own_rho, 0.0, SerialExecutor()).x[0]
+        if np.abs(again - dx).max() > STEADY * max(np.abs(dx).max(), np.abs(again).max(), 1e-300):
+            return False
+    return bool(others)
+
+
+def _differences(first: FloatArray, second: FloatArray, size: FloatArray) -> FloatArray:
+    """(k,) relative differences of rows in the maximum norm."""
+    if first.shape[1] == 0:
+        return np.zeros(len(first))
+    largest = np.maximum(np.abs(first).max(1), np.abs(second).max(1))
+    return np.abs(first - second).max(1) / np.maximum(largest, np.maximum(size, 1e-300))

@@ -1,0 +1,117 @@
+"""Implicit differentiation of the optimality conditions of a problem, as an exact method and as the fallback.
+
+Reverse mode differentiates ``∇_w L`` along the change ``(dx, dy, dz)`` of the solution under a tilt by the cotangent;
+forward mode takes the tilt ``∇_z <∇_w L, dw>``: both are one solve of the same system.  Which system that is the
+problem declares: that of conic programs is in :mod:`lpgd.gradients.implicit.conic`, that of declarative nodes in
+:mod:`lpgd.gradients.implicit.node`.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
+from lpgd.gradients.implicit import conic, node
+from lpgd.solvers.base import BaseSolver
+
+__all__ = ["ImplicitKKT"]
+
+_CLASSES: dict[str, Any] = {"conic": conic, "node": node}
+"""By what a problem declares: modules with ``response``, ``in_data``, and ``differentiable_vjp`` where there is one."""
+
+
+@dataclass(frozen=True)
+class ImplicitKKT(GradientMethod):
+    """The exact derivative of the solution map at regular points, by one linear solve for each element.
+
+    Args:
+        rho: ρ ≥ 0 differentiates the problem with ``(ρ/2) |x - x*|²`` added (x* held fixed): the limit of
+            ``LPGD(tau, rho)`` as τ → 0, a regularised gradient.
+        active_tolerance: for nodes: an inequality counts as active within ``active_tolerance (1 + |y|)`` of its bound;
+            None is the square root of the dtype's precision.  One whose multiplier exceeds its slack is active anyhow.
+            Answers of a user's solver are then taken as they are; with None a warning names those that do not satisfy
+            the optimality conditions.
+        weakly_active: for nodes: active inequalities with a multiplier of zero stay active, as in the derivative of
+            ReLU at zero; False drops them, which is the other side.  The record says ``"implicit, one-sided"``.
+        matrix_free: for nodes: True solves the system by products with it alone (MINRES), False by its matrix, None by
+            size.
+
+    Rank and activity are decided relative to how well the solution is known, which is refined first where its error
+    could matter.  Where the system is singular (degenerate or non-unique solutions, constraints that depend on each
+    other) the answer is its minimum-norm least-squares solution; the record says ``"implicit, regularised"``, and a
+    warning tells where the answer depends on it: where only multipliers are not unique, the gradient with respect to
+    the objective is exact.  At a kink (an active constraint with a zero multiplier) both sides are looked at; where
+    their answers differ, one is taken, as for ReLU, and ``"implicit, one-sided"`` is on record, with a warning.
+    ``GradientInfo.doubt`` has the share of each answer that the solution's error may change.
+    """
+
+    rho: float = 0.0
+    active_tolerance: float | None = None
+    weakly_active: bool = True
+    matrix_free: bool | None = None
+
+    needs: ClassVar[frozenset[str]] = frozenset({"has_kkt"})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rho < np.inf:
+            raise ValueError(f"rho is {self.rho}; it must be nonnegative and finite.")
+        if self.active_tolerance is not None and not 0 <= self.active_tolerance < np.inf:
+            raise ValueError(f"active_tolerance is {self.active_tolerance}; it must be finite, at least 0, or None.")
+
+    @property
+    def required(self) -> frozenset[str]:
+        for_nodes = (self.active_tolerance, self.weakly_active, self.matrix_free) != (None, True, None)
+        return self.needs | ({"is_smooth"} if for_nodes else set())
+
+    def vjp(
+        self,
+        problem: Any,
+        solution: Any,
+        cotangent: Any,
+        solver: BaseSolver,
+        executor: Executor | None = None,
+    ) -> tuple[Any, GradientInfo]:
+        change, info = self.response(problem, solution, cotangent, executor)
+        if self.rho == 0.0 and problem.stays_still(cotangent, change):
+            info.notices["q"] = _ZERO_GRADIENT
+        return _CLASSES[problem.conditions].in_data(problem, solution, change), info
+
+    def jvp(
+        self,
+        problem: Any,
+        solution: Any,
+        tangent: Any,
+        solver: BaseSolver,
+        executor: Executor | None = None,
+    ) -> tuple[Any, GradientInfo]:
+        return self.response(problem, solution, problem.mixed_product(solution.point, tangent), executor)
+
+    def is_differentiable(self, problem: Any) -> bool:
+        """Of declarative nodes it is."""
+        return hasattr(_CLASSES[problem.conditions], "differentiable_vjp")
+
+    def differentiable_vjp(self, solution: Any, data: Any, outputs: Any, cotangent: Any) -> Any:
+        """The vjp as a function of data, minimisers and cotangent.
+
+        Raises:
+            RuntimeError: systems that are singular, or too large to be formed.
+        """
+        return _CLASSES[solution.problem.conditions].differentiable_vjp(self, solution, data, outputs, cotangent)
+
+    def response(
+        self, problem: Any, solution: Any, tilt: Any, executor: Executor | None = None
+    ) -> tuple[Any, GradientInfo]:
+        """The derivative of the solution along a tilt ``<g, point>`` of the Lagrangian, (B, ·) each."""
+        info = GradientInfo.blank(self, solution)
+        active = relevant_elements(solution, tilt)
+        return _CLASSES[problem.conditions].response(self, problem, solution, tilt, active, info, executor), info
+
+
+_ZERO_GRADIENT = (
+    "the exact gradient of this linear program with respect to its cost is zero: its solution is a vertex, which does "
+    "not move with small changes of the cost. LPGD with a finite tau gives a gradient that teaches."
+)

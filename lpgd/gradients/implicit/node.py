@@ -1,0 +1,133 @@
+"""The derivative of the solutions of declarative nodes, by the bordered system of their optimality conditions."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpgd.gradients.base import GradientInfo
+from lpgd.problems.node.multipliers import active_rows
+from lpgd.problems.node.problem import SmoothProblem
+from lpgd.problems.node.solution import SmoothSolution
+from lpgd.problems.node.structure import SmoothOutput, SmoothPoint
+from lpgd.solvers.node.bordered import bordered_response, is_large
+from lpgd.status import warn
+
+__all__ = ["differentiable_vjp", "in_data", "response"]
+
+
+def response(
+    method: Any,
+    problem: SmoothProblem,
+    solution: SmoothSolution,
+    tilt: SmoothOutput | SmoothPoint,
+    active: list[int],
+    info: GradientInfo,
+    executor: Executor | None = None,
+) -> SmoothPoint:
+    """The response of a batch of a node's problems, all at once; other elements' is zero.
+
+    Args:
+        method: an :class:`~lpgd.gradients.ImplicitKKT`.
+        problem, solution: B elements.
+        tilt: (B, ·) each.
+        active: elements with a solution and a nonzero tilt.
+        info: the record, which is written.
+        executor: has nothing to do here.
+    """
+    whole = solution.point
+    change = SmoothPoint(*(torch.zeros_like(part) for part in whole))
+    if not active:
+        return change
+    rows = torch.as_tensor(active, dtype=torch.int64, device=problem.device)
+    tilt = change._replace(**tilt._asdict()).select(rows)
+    chosen, point = problem.select(active), whole.select(rows)
+    if not chosen.node.is_exact and method.active_tolerance is None:  # with it a user knows of a rough solver
+        _check_stationary(chosen, point, active)
+    binding, one_sided = _active(method, chosen, point)
+    answer, exact = bordered_response(chosen, point, tilt, binding, method.rho, method.matrix_free)
+    for element, regular, weak in zip(active, exact.tolist(), one_sided.tolist(), strict=True):
+        kind = "implicit, one-sided" if weak else "implicit"
+        info.used[element] = kind if regular else "implicit, regularised"
+    info.fallbacks = [element for element, regular in zip(active, exact.tolist(), strict=True) if not regular]
+    if info.fallbacks:
+        warn(
+            f"{method}: the optimality conditions of elements {info.fallbacks[:10]} are singular (degenerate or "
+            "non-unique solutions, or redundant equalities); their gradients are minimum-norm answers. "
+            "rho > 0, or LPGD with a finite tau, is well defined there."
+        )
+    for own, moved in zip(change, answer, strict=True):
+        own[rows] = moved
+    return change
+
+
+def in_data(problem: SmoothProblem, solution: SmoothSolution, change: SmoothPoint) -> Any:
+    """What a change of the solutions is worth in the inputs of a node; elements without a solution get zero."""
+    usable = solution.usable
+    if usable.all():
+        return problem.directional_gradient(solution.point, change)
+    rows = usable.nonzero()[:, 0]
+    elements = rows.tolist()
+    gradient = problem.select(elements).directional_gradient(solution.point.select(rows), change.select(rows))
+    return problem.scatter(elements, gradient)
+
+
+def differentiable_vjp(method: Any, solution: SmoothSolution, data: Any, outputs: Any, cotangent: Any) -> Any:
+    """The bordered system and the vjp of the optimality conditions as functions of data, minimisers and cotangent.
+
+    Raises:
+        RuntimeError: systems that are singular, or too large to be formed.
+    """
+    whole = solution.traced(data, outputs)
+    elements = whole.usable.nonzero()[:, 0].tolist()
+    rows = torch.as_tensor(elements, dtype=torch.int64, device=whole.problem.device)
+    own, tilt = whole.select(elements), SmoothPoint(cotangent.x, *(0.0 * part for part in whole.point[1:]))
+    if method.matrix_free or is_large(own.problem, own.point):
+        raise RuntimeError(
+            f"{method}: second derivatives need the matrix of the optimality conditions, which is too large here, or "
+            "switched off by matrix_free=True: detach the gradient."
+        )
+    binding, _ = _active(method, own.problem, own.point)
+    change, exact = bordered_response(own.problem, own.point, tilt.select(rows), binding, method.rho, False)
+    if not exact.all():
+        singular = [element for element, fine in zip(elements, exact.tolist(), strict=True) if not fine]
+        raise RuntimeError(
+            f"{method}: the optimality conditions of elements {singular[:10]} are singular, and have no second "
+            "derivative: give rho > 0, or detach the gradient."
+        )
+    return whole.problem.scatter(elements, own.problem.directional_gradient(own.point, change))
+
+
+def _active(method: Any, problem: SmoothProblem, point: SmoothPoint) -> tuple[Tensor, Tensor]:
+    """Inequalities that are active, and (B,) whether one of an element's has a multiplier of zero."""
+    if not point.lam.shape[-1]:
+        return torch.zeros_like(point.lam, dtype=torch.bool), point.x.new_zeros(len(point.x), dtype=torch.bool)
+    _, unit = problem.in_units(point.x)
+    lam = point.lam / unit
+    active = active_rows(problem, point.x, lam, method.active_tolerance)
+    weak = active & (lam <= torch.finfo(lam.dtype).eps ** 0.5 * (1 + lam.amax(-1, keepdim=True)))
+    return active if method.weakly_active else active & ~weak, weak.any(-1)
+
+
+NOT_STATIONARY = 0.01
+"""An approximate solver may leave so much; it is of the order of the error of y relative to ``1 + max|y|``."""
+
+
+def _check_stationary(problem: SmoothProblem, point: SmoothPoint, elements: list[int]) -> None:
+    """Warn about points that are no solutions: the derivative of the optimality conditions says nothing of them."""
+    _, unit = problem.in_units(point.x)
+    left = (problem.gradient(point) / unit).abs()
+    if not left.shape[-1]:
+        return
+    left = torch.where(left.isfinite(), left, 0)  # infinite derivatives are refused elsewhere
+    bad = left.amax(-1) > NOT_STATIONARY * (1 + point.x.abs().amax(-1))
+    if bad.any():
+        named = [element for element, wrong in zip(elements, bad.tolist(), strict=True) if wrong]
+        warn(
+            f"the solutions of {problem.node.name} for elements {named[:10]} do not satisfy the optimality conditions, "
+            "so implicit differentiation says nothing of them: its solver ended too early, or elsewhere, or the "
+            "objective is not smooth there (LPGD needs no smoothness)."
+        )

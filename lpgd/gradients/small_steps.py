@@ -1,0 +1,156 @@
+"""Small steps of LPGD, which are meant to approach the exact gradient, compared with the optimality conditions.
+
+A difference of solutions over a small step can be wrong in ways that the solutions do not tell: where the conditions
+are singular, where points of a curved cone stand for those of a plane, and where rounding is all that moves.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpgd.gradients.base import GradientInfo
+from lpgd.gradients.implicit.findings import CURVED
+from lpgd.gradients.implicit.method import ImplicitKKT
+from lpgd.gradients.perturbed import Perturbed
+from lpgd.problems.base import maximum_norm
+from lpgd.solvers.convexity import is_definite
+from lpgd.status import silent, warn
+
+__all__ = ["check_small_steps", "is_doubtful"]
+
+SMALL_TILT, AGREEMENT, ONE_SIDED = 1e-3, 1e-4, 1e-2
+"""A step up to the first size is meant to approach the exact gradient, and should do so up to the second, or the third
+if it is given and one-sided."""
+
+
+FAINT = 1e-10
+"""Moves up to this size, relative to ``1 + |x|``, have less than about four digits."""
+
+
+FLOOR = 1e-8
+"""Numbers below this share of the largest of their kind are no more than rounding."""
+
+
+def is_doubtful(method: Any, problem: Any, cotangent: Any, found: Perturbed) -> Tensor:
+    """(E,) elements whose small steps are to be checked."""
+    return _may_be_singular(method, problem) | _is_faint(method, problem, cotangent, found)
+
+
+def _may_be_singular(method: Any, problem: Any) -> Tensor:
+    """(E,) elements whose small steps are to be checked: a definite curvature, and data of order 1, need no look.
+
+    Of a linear program a step that was given is meant to find other vertices.
+    """
+    none = torch.zeros(problem.batch_size, dtype=torch.bool, device=problem.device)
+    if problem.is_curved or not problem.has_kkt or problem.is_local or method.rho:
+        return none | problem.is_curved
+    if problem.is_linear_program:
+        return none | (method.tau is None)
+    return ~is_definite(problem) | (method.tau is None and not problem.units.is_trivial)
+
+
+def _is_faint(method: Any, problem: Any, cotangent: Any, found: Perturbed) -> Tensor:
+    """(E,) elements with a part that a chosen step moves by so little that rounding may show in the difference.
+
+    A loss on multipliers that stay as they are makes the step short, and says nothing of how far x moves.
+    """
+    faint = torch.zeros_like(found.above)
+    if method.tau is not None or not problem.has_kkt or problem.is_local:
+        return faint
+    faint |= torch.stack([(part != 0).any(-1) for part in cotangent]).sum(0) > 1
+    ends = (problem.in_own_units(point) for point in (found.plus, found.minus))
+    for plus, minus in zip(*ends, strict=True):
+        move = maximum_norm(plus - minus)
+        faint |= (move > 0) & (move < FAINT * (1.0 + maximum_norm(plus)))
+    return faint
+
+
+def check_small_steps(
+    method: Any,
+    problem: Any,
+    solution: Any,
+    cotangent: Any,
+    found: Perturbed,
+    active: list[int],
+    executor: Executor | None,
+    record: GradientInfo,
+    doubtful: Tensor,
+) -> Tensor:
+    """(E,) elements whose chosen step is lost in rounding, where the optimality conditions have a derivative.
+
+    Small steps are compared with that derivative.  Points of a curved cone and of a plane that touches it there differ
+    by τ² in what they leave of the optimality conditions, and by τ in x: no accuracy of perturbed solutions tells one
+    from the other.  And a tilt that moves one part far and another hardly at all has no step that is long enough for
+    the second and short enough for the first.
+    """
+    tilt, lost = found.tau / found.unit, torch.zeros_like(found.above)
+    rows = (doubtful & (tilt <= SMALL_TILT) & (found.above | found.below)).nonzero()[:, 0]
+    if not rows.shape[0]:
+        return lost
+    elements = rows.tolist()
+    part, tilts = problem.select(elements), cotangent.select(rows)
+    with silent():
+        change, info = ImplicitKKT(rho=method.rho).response(part, solution.select(elements), tilts, executor)
+    count = (found.above.double() + found.below.double()).clamp(min=1)[rows]
+    weight = 1.0 / (found.tau[rows] * count)
+    moves = found.plus.select(rows).minus(found.minus.select(rows)).scaled(weight)
+    unique = torch.tensor([[used == "implicit"] for used in info.used], device=weight.device)
+    # Multipliers are compared where they are unique.
+    step, exact = (
+        torch.cat([own.x, torch.where(unique, own.y, 0.0)], 1) for own in map(part.in_own_units, (moves, change))
+    )
+    size = torch.maximum(maximum_norm(step), maximum_norm(exact))
+    floor = 1e-6 * (1.0 + maximum_norm(part.in_own_units(solution.select(elements).point).x)) / found.unit[rows]
+    # A difference of one side alone is off in proportion to its step; one that was given is meant.
+    agreement = AGREEMENT if method.tau is None or method.envelope == "average" else ONE_SIDED
+    far = maximum_norm(step - exact) > (agreement + 3 * tilt[rows]) * torch.maximum(size, floor)
+    assert info.doubt is not None
+    loose = ~(info.doubt <= AGREEMENT) & torch.tensor([used == "implicit, regularised" for used in info.used])
+    far &= ~loose.to(far.device) & torch.tensor(["one-sided" not in used for used in info.used], device=far.device)
+    if method.tau is None:
+        smooth = unique[:, 0] & ~(found.kinked | found.unclear | found.jumped)[rows]
+        moves, change = part.in_own_units(moves), part.in_own_units(change)
+        lost[rows] = smooth & ((info.doubt <= AGREEMENT).to(smooth.device) & _differ(moves, change))
+        far &= ~lost[rows]
+    doubt = (maximum_norm(step - exact) / torch.maximum(size, floor)).double().cpu()
+    record.doubt = torch.full((len(record.used),), torch.nan, dtype=torch.float64)
+    record.doubt[[active[element] for element in elements]] = torch.where(loose, torch.inf, doubt)
+    if names := [active[element] for element, singular in zip(elements, loose.tolist(), strict=True) if singular]:
+        if problem.is_curved:
+            warn(f"{method}: the multipliers of elements {names[:10]} {CURVED}")
+        else:
+            warn(f"{method}: the optimality conditions of elements {names[:10]} {_SINGULAR}")
+    if bool(far.any()):
+        worst = float((maximum_norm(step - exact) / size)[far].max())
+        names = [active[element] for element, wrong in zip(elements, far.tolist(), strict=True) if wrong]
+        warn(f"{method}: elements {names[:10]} {_DISAGREE.format(share=worst)}")
+    return lost
+
+
+def _differ(step: Any, exact: Any) -> Tensor:
+    """(E,) whether any number of a step is far from the exact one, relative to that itself.
+
+    Data in other units magnify the small ones.  Numbers without any digit are compared with the largest of their kind.
+    """
+    parts = []
+    for own, right in zip(step, exact, strict=True):
+        floor = FLOOR * maximum_norm(right)[:, None]
+        parts.append(((own - right).abs() > AGREEMENT * torch.maximum(right.abs(), floor)).any(-1))
+    return torch.stack(parts).any(0)
+
+
+_SINGULAR = (
+    "are singular: their solutions are not unique, or move at will, and their gradients say which way the solver went. "
+    "rho > 0, or a tau of the order of output.info.gradients[-1].unit, is well defined there."
+)
+
+
+_DISAGREE = (
+    "have perturbed solutions that move by other amounts than the optimality conditions say, by a share of up to "
+    "{share:.0e}: the step is too short for the solver's accuracy, or crosses a kink. ImplicitKKT is exact there; a "
+    "tau of the order of output.info.gradients[-1].unit gives a smoothed gradient."
+)

@@ -1,0 +1,1 @@
+"""CVXPY problems as layers."""

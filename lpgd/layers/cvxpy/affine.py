@@ -1,0 +1,224 @@
+"""Sparse maps from parameters to matrices, the rows that only bound a variable, and linear maps read off probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from lpgd.problems.conic.sparsity import SparsityPattern
+
+__all__ = ["AffineMatrix", "Bounds", "bound_map", "consecutive_rows", "reordered", "selection"]
+
+IndexArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class AffineMatrix:
+    """A matrix ``M(θ)`` whose entries are affine in θ: ``M[row, column] += value * (θ, 1)[parameter]``.
+
+    Args:
+        shape: ``(r, c)``.
+        width: p + 1, the length of ``(θ, 1)``.
+        row, column, parameter, value: (nnz,) each; combinations are unique and values nonzero.
+    """
+
+    shape: tuple[int, int]
+    width: int
+    row: IndexArray
+    column: IndexArray
+    parameter: IndexArray
+    value: FloatArray
+
+    @classmethod
+    def from_tensor(cls, tensor: sp.coo_array, shape: tuple[int, int], width: int, scale: float = 1.0) -> AffineMatrix:
+        """From ``scale`` times a map from ``(θ, 1)`` whose first r c rows are the matrix, column by column."""
+        position, parameter = (index.astype(np.int64) for index in tensor.coords)
+        inside = position < shape[0] * shape[1]
+        value = np.asarray(scale * tensor.data[inside], dtype=np.float64)
+        return cls._summed(shape, width, position[inside], parameter[inside], value)
+
+    @classmethod
+    def _summed(
+        cls, shape: tuple[int, int], width: int, position: IndexArray, parameter: IndexArray, value: FloatArray
+    ) -> AffineMatrix:
+        # Stacked matrices have r c rows, too many for the row pointers of a compressed matrix.
+        unique, entry = np.unique(position * width + parameter, return_inverse=True)
+        total = np.bincount(entry, value, minlength=unique.size).astype(np.float64)
+        stored = np.flatnonzero(total)
+        position, parameter = np.divmod(unique[stored], width)
+        column, row = np.divmod(position, max(shape[0], 1))
+        return cls(shape, width, row, column, parameter, total[stored])
+
+    def select_rows(self, rows: IndexArray) -> AffineMatrix:
+        """These rows, which must be increasing."""
+        place = np.full(self.shape[0], -1, dtype=np.int64)
+        place[rows] = np.arange(rows.size)
+        inside = np.flatnonzero(place[self.row] >= 0)
+        fields = (place[self.row[inside]], self.column[inside], self.parameter[inside], self.value[inside])
+        return AffineMatrix((rows.size, self.shape[1]), self.width, *fields)
+
+    def symmetrised(self) -> AffineMatrix:
+        """``½ (M + Mᵀ)``."""
+        side = self.shape[0]
+        position = np.concatenate([self.column * side + self.row, self.row * side + self.column])
+        return self._summed(self.shape, self.width, position, np.tile(self.parameter, 2), np.tile(0.5 * self.value, 2))
+
+    def compress(self) -> tuple[SparsityPattern, sp.csr_array]:
+        """The pattern of all entries that can be nonzero, and the map from ``(θ, 1)`` to the values on it."""
+        position = self.column * self.shape[0] + self.row
+        stored, entry = np.unique(position, return_inverse=True)
+        column, row = np.divmod(stored, max(self.shape[0], 1))
+        values = sp.csr_array((self.value, (entry, self.parameter)), shape=(stored.size, self.width))
+        return SparsityPattern(self.shape, row, column), values
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """The bounds of variables, and the rows ``a x_j + s = b, s >= 0`` with a constant ``a`` that they stand for.
+
+    Args:
+        lower_index, upper_index: the variables that have such a bound, increasing.
+        lower, upper: (k, p + 1) the map to one value for each.
+        rows: the rows that became bounds, increasing.
+        from_lower, from_upper: (m, n) each: the multipliers of those rows are ``from_lower @ max(-z, 0)`` and
+            ``from_upper @ max(z, 0)``, z the signed multipliers of the bounds.
+    """
+
+    lower_index: IndexArray
+    upper_index: IndexArray
+    lower: sp.csr_array
+    upper: sp.csr_array
+    rows: IndexArray
+    from_lower: sp.csr_array
+    from_upper: sp.csr_array
+
+    @classmethod
+    def find(
+        cls,
+        A: AffineMatrix,
+        b: sp.csr_array,
+        nonnegative: slice,
+        lower: sp.csr_array | None = None,
+        upper: sp.csr_array | None = None,
+    ) -> Bounds:
+        """Collect the bounds that are given as such, and those hidden in rows.
+
+        The first bound of a variable on a side wins.  Rows that repeat it exactly (a symmetric matrix is bounded
+        twice by one constraint) go with it and share its multiplier; rows that bound it differently stay rows.
+
+        Args:
+            A: (m, n).
+            b: (m, p + 1), the map to the right-hand side.
+            nonnegative: the rows of A whose slack is nonnegative.
+            lower, upper: (n, p + 1), infinite in the last column where there is none; or None.
+        """
+        constant = A.width - 1
+        single = np.bincount(A.row, minlength=A.shape[0])[A.row] == 1
+        eligible = (A.row >= nonnegative.start) & (A.row < nonnegative.stop) & (A.parameter == constant)
+        entries = np.flatnonzero(single & eligible)
+        entries = entries[np.argsort(A.row[entries])]
+        value = A.value[entries]
+        below, above = entries[value < 0], entries[value > 0]
+        lower_index, lower_map, lower_rows, from_lower = _one_side(A, b, below, lower, -np.inf)
+        upper_index, upper_map, upper_rows, from_upper = _one_side(A, b, above, upper, np.inf)
+        rows = np.sort(np.concatenate([lower_rows, upper_rows]))
+        return cls(lower_index, upper_index, lower_map, upper_map, rows, from_lower, from_upper)
+
+
+def _one_side(
+    A: AffineMatrix, b: sp.csr_array, entries: IndexArray, stated: sp.csr_array | None, infinite: float
+) -> tuple[IndexArray, sp.csr_array, IndexArray, sp.csr_array]:
+    """Bounded variables, their bounds, the rows used up, and the way back for their multipliers."""
+    (m, n), width = A.shape, A.width
+    given = np.zeros(0, dtype=np.int64)
+    if stated is not None:
+        given = np.flatnonzero(stated[:, [width - 1]].toarray().ravel() != infinite)
+    candidates = [sp.csr_array((0, width)) if stated is None else stated[given]]
+    if entries.size:
+        candidates.append(sp.diags_array(1.0 / A.value[entries]) @ b[A.row[entries]])
+    values = sp.csr_array(sp.vstack(candidates))
+    row = np.concatenate([np.full(given.size, -1), A.row[entries]])
+    scale = np.concatenate([np.zeros(given.size), 1.0 / np.abs(A.value[entries])])
+
+    index, first, group = np.unique(np.concatenate([given, A.column[entries]]), return_index=True, return_inverse=True)
+    bounds = sp.csr_array(values[first])
+    difference = sp.csr_array(values - bounds[group])
+    difference.eliminate_zeros()
+    repeats = np.diff(difference.indptr) == 0
+    repeats[first] = True
+    used = np.flatnonzero(repeats & (row >= 0))
+    share = np.bincount(group[used], minlength=index.size)[group[used]]
+    back = sp.csr_array((scale[used] / share, (row[used], index[group[used]])), shape=(m, n))
+    return index, bounds, row[used], back
+
+
+def reordered(tensor: Any, order: IndexArray) -> sp.coo_array:
+    """A tensor with its columns in this order."""
+    return sp.coo_array(sp.csc_array(tensor)[:, order])
+
+
+def consecutive_rows(tensor: sp.coo_array, start: int, stop: int, width: int) -> sp.csr_array:
+    """Consecutive rows of a tensor."""
+    row, column = tensor.coords
+    inside = (row >= start) & (row < stop)
+    return sp.csr_array((tensor.data[inside], (row[inside] - start, column[inside])), shape=(stop - start, width))
+
+
+def bound_map(tensor: Any, values: FloatArray | None, order: IndexArray) -> sp.csr_array | None:
+    """The map (n, p + 1) to bounds that are a tensor, or else constant values, or else absent."""
+    if tensor is not None:
+        return sp.csr_array(reordered(tensor, order))
+    if values is None:
+        return None
+    rows, column = np.arange(values.size), np.full(values.size, order.size - 1)
+    return sp.csr_array((values, (rows, column)), shape=(values.size, order.size))
+
+
+def tightened(stated: sp.csr_array | None, entries: IndexArray, end: float, shape: tuple[int, int]) -> Any:
+    """Bounds of which those of ``entries`` are no wider than ``end``: 0 for lower ones, 1 for upper ones of booleans.
+
+    Args:
+        stated: the map (n, p + 1) to the bounds, infinite in the last column where there is none; or None.
+        entries: variables.
+        end: what bounds them.
+        shape: (n, p + 1).
+
+    Raises:
+        ValueError: one of these bounds is a parameter.
+    """
+    if not entries.size:
+        return stated
+    n, width = shape
+    nothing, tighter = (np.inf, np.minimum) if end > 0 else (-np.inf, np.maximum)
+    parametric = sp.csr_array((n, width - 1)) if stated is None else stated[:, : width - 1]
+    if parametric[entries].nnz:
+        raise ValueError(
+            "The bounds of a boolean variable hold a parameter: state them as constraints, or declare the variable "
+            "integer."
+        )
+    constants = np.full(n, nothing) if stated is None else stated[:, [width - 1]].toarray().ravel()
+    constants[entries] = tighter(constants[entries], end)
+    return sp.csr_array(sp.hstack([parametric, constants[:, None]], format="csr"))
+
+
+def selection(probe: Callable[[FloatArray], FloatArray], size: int) -> sp.csr_array:
+    """The matrix of a linear map, each of whose outputs is a multiple of one of its ``size`` inputs."""
+    scale = probe(np.ones(size))
+    rows = np.flatnonzero(scale)
+    columns = np.rint(probe(np.arange(1.0, size + 1.0))[rows] / scale[rows]).astype(np.int64) - 1
+    inside = (columns >= 0) & (columns < size)
+    matrix = sp.csr_array((scale[rows][inside], (rows[inside], columns[inside])), shape=(scale.size, size))
+    check = np.random.default_rng(0).uniform(1.0, 2.0, size)
+    if not np.allclose(matrix @ check, probe(check), rtol=1e-9, atol=0.0):
+        raise RuntimeError(
+            f"CVXPY {version('cvxpy')} recovers a variable in a way this library does not know; use a version of CVXPY "
+            "that its pyproject.toml allows, or report this problem."
+        )
+    return matrix

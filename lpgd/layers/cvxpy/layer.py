@@ -1,0 +1,279 @@
+"""CvxpyLayer: a parametrised CVXPY problem as a differentiable PyTorch layer."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from lpgd.autograd import OnError
+from lpgd.gradients import GradientMethod
+from lpgd.layers.base import LayerOutput, OptimizationLayer, WarmStart
+from lpgd.layers.cvxpy.attributes import check_attributes
+from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
+from lpgd.layers.cvxpy.maps import SparseMap
+from lpgd.layers.eager import eager, signature_of
+from lpgd.layers.inputs import batch_inputs
+from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
+from lpgd.solvers import Solver
+
+if TYPE_CHECKING:
+    import cvxpy as cp
+
+__all__ = ["CvxpyLayer"]
+
+
+class CvxpyLayer(OptimizationLayer):
+    """The solution of a parametrised convex problem, as a differentiable function of its parameters.
+
+    Forward, the problem is solved for each element of the batch.  Backward, ``gradient`` says how: LPGD solves it
+    again, warm-started, on parameters perturbed by the incoming loss gradient; ImplicitKKT differentiates the
+    optimality conditions.
+
+    Boolean and integer variables make an integer program, with a linear objective and linear constraints, which HiGHS
+    solves to optimality.  Its solutions jump where a small change moves them at all: ``gradient`` must be LPGD or
+    BlackboxBackprop with a given τ and ρ = 0.  Gradients of parameters of the objective are then differences of integer
+    solutions; those of constraints take their multipliers from the linear relaxation (a heuristic, see
+    :class:`~lpgd.solvers.HiGHS`).
+
+    Args:
+        problem: a DPP problem: its data are affine in its parameters.  Every cone that CVXPY reduces to is taken;
+            quadratic objectives stay quadratic (``quad_form(x, P)`` with a parameter P too).
+        parameters: all of its parameters, in the order of the layer's inputs.
+        variables: what to return: variables of the problem, and ``constraint.dual_variables[i]``, in any mix.
+        solver: a solver, the name of one (``"CLARABEL"``, ``"SCS"``, ``"ECOS"``), or None to choose by capability.
+        gradient: a gradient method; None is ``ImplicitKKT()``, the exact gradient, which integer programs have none of.
+        gp: the problem is a geometric program (DGP).
+        solver_args: options of the solver, by its own names or those of the field's standard layer (``eps``,
+            ``max_iters``, ``solve_method``, ``mode``, ...).
+        on_error: ``"raise"``: an element without a solution raises; ``"nan"``: its rows are NaN and its gradient
+            zero; ``"warn"``: its rows are the solver's last iterate, or NaN, with a warning and a zero gradient.
+        executor: a ``concurrent.futures.Executor`` for the elements of a batch; None is one thread for each core.
+        verbose: let the solver print.
+
+    Attributes:
+        gradient: the gradient method; it may be replaced between calls (schedules of τ and ρ).
+        solver: the solver; it may be replaced too.
+        structure: patterns and cones of the conic program that is solved.
+
+    Raises:
+        ValueError: parameters or variables do not belong to the problem, it is not DPP, or the solver cannot take it.
+        TypeError: an option is unknown, or the gradient method needs what the problem does not have.
+
+    A call's tensors broadcast over their leading batch dimensions.  Duals have CVXPY's signs and shapes.
+    """
+
+    def __init__(
+        self,
+        problem: cp.Problem,
+        parameters: Sequence[cp.Parameter],
+        variables: Sequence[cp.Variable],
+        solver: Solver | str | None = None,
+        gradient: GradientMethod | None = None,
+        gp: bool = False,
+        solver_args: Mapping[str, Any] | None = None,
+        on_error: OnError = "raise",
+        executor: Executor | None = None,
+        *,
+        verbose: bool = False,
+    ) -> None:
+        from lpgd.layers.cvxpy.canonical import canonicalise
+
+        program = canonicalise(problem, parameters, variables, gp=gp)
+        structure = ConicStructure(
+            program.quadratic,
+            program.constraint,
+            program.cones,
+            program.lower_index,
+            program.upper_index,
+            program.integer_index,
+            _constant_rows(program),
+        )
+        super().__init__(structure, True, solver, gradient, solver_args, on_error, executor, verbose)
+        self.structure = structure
+        self.parameter_layouts = program.parameters
+        self.variable_layouts = program.variables
+        self._data_maps = [_DataMap(getattr(program, name)) for name in ConicData._fields]
+        both = np.isin(np.arange(program.n), program.lower_index) & np.isin(np.arange(program.n), program.upper_index)
+        self._readers = [_Reader(layout, torch.from_numpy(both)) for layout in program.variables]
+
+    @eager
+    def forward(
+        self,
+        *params: Tensor,
+        solver_args: Mapping[str, Any] | None = None,
+        warm_start: WarmStart = False,
+    ) -> LayerOutput:
+        """Solve the problem for these parameter values.
+
+        Args:
+            *params: one tensor for each parameter, (*batch, *parameter.shape); batch dimensions broadcast.
+            solver_args: options for this call, over those of the layer.
+            warm_start: start from a previous result of a batch of this size: an output or a Solution of this layer;
+                True takes this thread's last one if the batch shape is the same.  Solvers without warm start
+                ignore it.
+
+        Returns:
+            One tensor (*batch, *variable.shape) for each variable, in the inputs' type and on their device; a tuple,
+            whose ``info`` is the record of this call.
+
+        Raises:
+            SolverError: an element has no solution (``on_error="raise"``); it carries statuses and indices.
+            ValueError, TypeError: wrong number, shape, type or device of the tensors, or a value without the sign or
+                definiteness that its parameter was declared with.
+        """
+        inputs = batch_inputs(self.parameter_layouts, params)
+        data = self._data(inputs.tensors, inputs.batch_size)
+        point, info = self._solve(data, self.structure, inputs, solver_args, warm_start)
+        output = LayerOutput(inputs.restore(reader(point), reader.layout.shape) for reader in self._readers)
+        output.info, output.batch_shape = info, inputs.batch_shape
+        return output
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...
+
+    def solve(
+        self,
+        *params: Tensor,
+        solver_args: Mapping[str, Any] | None = None,
+        warm_start: WarmStart = False,
+    ) -> Solution:
+        """The solver's whole answer, not differentiable: statuses, residuals, iterations, times, x, y, z and s.
+
+        Arguments are those of a call; leading batch dimensions are flattened to one.  Elements without a solution
+        do not raise: see ``Solution.statuses``.
+        """
+        inputs = batch_inputs(self.parameter_layouts, params)
+        with torch.no_grad():
+            data = self._data(inputs.tensors, inputs.batch_size)
+        return self._solution(data, self.structure, inputs, solver_args, warm_start)
+
+    def extra_repr(self) -> str:
+        structure = self.structure
+        return f"{structure.n} variables, {structure.m} rows, {structure.cones}, {super().extra_repr()}"
+
+    def _data(self, tensors: Sequence[Tensor], batch_size: int) -> ConicData:
+        """Parameters to problem data; a datum that only shared parameters reach stays shared."""
+        check_attributes(self.parameter_layouts, tensors)
+        columns = _Columns(self.parameter_layouts, tensors, batch_size)
+        return ConicData(*(data_map(columns) for data_map in self._data_maps))
+
+
+def _constant_rows(program: CanonicalProgram) -> NDArray[np.int64]:
+    """The rows of A and b that no parameter reaches."""
+    constant = np.ones(program.cones.rows, dtype=bool)
+    for affine, rows in ((program.A, program.constraint.rows), (program.b, np.arange(program.cones.rows))):
+        constant[rows[np.diff(affine.matrix[:, :-1].tocsr().indptr) > 0]] = False
+    return np.flatnonzero(constant)
+
+
+class _Columns:
+    """The parameter vector θ, in float64: shared by the batch as far as the parameters that are asked for are."""
+
+    def __init__(self, layouts: Sequence[ParameterLayout], tensors: Sequence[Tensor], batch_size: int) -> None:
+        self.batch_size = batch_size
+        width = max((layout.columns.stop for layout in layouts), default=0)
+        self.parts: dict[int, Tensor] = {}
+        for position, (layout, tensor) in enumerate(zip(layouts, tensors, strict=True)):
+            values = tensor.to(torch.float64)
+            if layout.symmetric:
+                # Of a symmetric matrix only one triangle is read: this spreads the gradient over both.
+                values = 0.5 * (values + values.mT)
+            flat = values.flatten(values.ndim - len(layout.shape)) if layout.shape else values.unsqueeze(-1)
+            values = flat.index_select(-1, torch.from_numpy(layout.take).to(flat.device))
+            self.parts[position] = _log(values) if layout.log else values
+        self.order = sorted(self.parts, key=lambda position: layouts[position].columns.start)
+        self.sizes = {position: layout.take.size for position, layout in enumerate(layouts)}
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self.width = width
+        self.cache: dict[bool, Tensor] = {}
+
+    def vector(self, positions: frozenset[int]) -> Tensor:
+        """(p,) or, if any of these parameters is batched, (B, p); other parameters' columns may be zero."""
+        batched = any(self.parts[position].ndim == 2 for position in positions)
+        if batched not in self.cache:
+            leading = (self.batch_size,) if batched else ()
+            parts = [
+                self.parts[position].expand(*leading, self.sizes[position])
+                if batched or self.parts[position].ndim == 1
+                else self.parts[position].new_zeros(self.sizes[position])
+                for position in self.order
+            ]
+            empty = torch.zeros(*leading, 0, dtype=torch.float64, device=self.device)
+            self.cache[batched] = torch.cat([*parts, empty], dim=-1)
+        vector = self.cache[batched]
+        if vector.requires_grad and not any(self.parts[position].requires_grad for position in positions):
+            # A datum that no differentiated parameter reaches needs no gradient, whatever the others do.
+            return vector.detach() if unpack_dual(vector).tangent is None else vector
+        return vector
+
+
+def _log(values: Tensor) -> Tensor:
+    """The logarithm, NaN with a zero derivative where there is none: a failed element's gradient is zero."""
+    positive = values > 0
+    return torch.where(positive, torch.log(torch.where(positive, values, 1.0)), torch.nan)
+
+
+class _DataMap:
+    """One datum as an affine function of the parameter vector."""
+
+    def __init__(self, affine: AffineMap) -> None:
+        matrix: Any = affine.matrix.tocsc().astype("float64")
+        self.reaching = affine.reaching
+        self.constant = torch.from_numpy(matrix[:, [-1]].toarray().ravel())
+        self.has_constant = bool(self.constant.ne(0).any())
+        self.linear = SparseMap(matrix[:, :-1])
+
+    def __call__(self, columns: _Columns) -> Tensor:
+        constant = self.constant.to(columns.device)
+        if not self.reaching:
+            return constant
+        value = self.linear(columns.vector(self.reaching))
+        return value + constant if self.has_constant else value
+
+
+class _Reader:
+    """One of the user's variables as a function of the solution.
+
+    ``max(z, 0)`` and ``max(-z, 0)``, the multipliers of a variable's bounds, are both at a kink where neither bound is
+    active: each has half of the derivative there, so that their difference z has all of it.  Where there is one bound
+    only, z has one sign, and there is no kink.
+
+    Args:
+        layout: how to read it.
+        both: (n,) the variables that have two bounds.
+    """
+
+    def __init__(self, layout: VariableLayout, both: Tensor) -> None:
+        self.layout, self.both = layout, both
+        self.terms = {
+            name: SparseMap(getattr(layout, name))
+            for name in ("primal", "dual", "lower", "upper")
+            if getattr(layout, name) is not None
+        }
+
+    def __call__(self, point: ConicPoint) -> Tensor:
+        sources = types.SimpleNamespace(
+            primal=lambda: point.x,
+            dual=lambda: point.y,
+            lower=lambda: self._part(-point.z),
+            upper=lambda: self._part(point.z),
+        )
+        values = [term(getattr(sources, name)()) for name, term in self.terms.items() if not term.is_empty]
+        if not values:
+            values = [point.x.new_zeros(point.x.shape[0], next(iter(self.terms.values())).size)]
+        total = sum(values[1:], values[0])
+        return torch.exp(total) if self.layout.exp else total
+
+    def _part(self, z: Tensor) -> Tensor:
+        return torch.where(self.both.to(z.device), 0.5 * (z + z.abs()), z)

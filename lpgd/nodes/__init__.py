@@ -1,0 +1,26 @@
+"""Declarative nodes for :class:`lpgd.NodeLayer`: what each minimises, with its own solver and gradient."""
+
+from lpgd.nodes.eigen import EigenDecomposition, rayleigh_quotients
+from lpgd.nodes.least_squares import LeastSquares
+from lpgd.nodes.matrix_function import matrix_function
+from lpgd.nodes.pooling.node import RobustPooling
+from lpgd.nodes.principal.node import PrincipalVector
+from lpgd.nodes.projection import Projection
+from lpgd.nodes.sphere.node import SphereLeastSquares
+from lpgd.nodes.total_variation import TotalVariationDenoising
+from lpgd.nodes.transport.node import OptimalTransport
+from lpgd.nodes.user import Node
+
+__all__ = [
+    "EigenDecomposition",
+    "LeastSquares",
+    "Node",
+    "OptimalTransport",
+    "PrincipalVector",
+    "Projection",
+    "RobustPooling",
+    "SphereLeastSquares",
+    "TotalVariationDenoising",
+    "matrix_function",
+    "rayleigh_quotients",
+]

@@ -1,0 +1,173 @@
+"""Declarative nodes: layers that are defined by what they minimise.
+
+The problem of each element, and its Lagrangian, in the sign convention of the conic programs ([DDN] writes
+``L = f - νᵀh - λᵀg`` with λ ≤ 0):
+
+    minimise  f(y, w)  subject to  h(y, w) = 0,  g(y, w) ≤ 0
+    L(y, ν, λ; w) = f(y, w) + νᵀh(y, w) + λᵀg(y, w),   λ ≥ 0
+
+with inputs w, which are tensors of any number and shape.  A node says what f, h and g are, and may bring a solver and
+a closed-form gradient of its own; :class:`~lpgd.problems.node.problem.SmoothProblem` is a batch of its problems with
+data.
+
+[DDN] Gould, Hartley, Campbell: Deep Declarative Networks (arXiv 1909.04866).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpgd.status import Status
+
+__all__ = ["BaseNode", "NodeAnswer", "Tilt", "is_shared", "is_traced"]
+
+
+class NodeAnswer(NamedTuple):
+    """What a node's own solver answers for a batch.
+
+    Attributes:
+        y: (B, *shape) minimisers.
+        statuses: B statuses.
+        iterations: (B,) iterations, a tensor, an array or a list of whole numbers.
+        aux: what the closed-form gradient re-uses: None, or a tuple of tensors that have B rows each, or one row for
+            the whole batch.
+        nu: (B, p) multipliers of the equalities, where the solver has them.
+        lam: (B, r) multipliers of the inequalities, at least 0, where the solver has them.
+    """
+
+    y: Tensor
+    statuses: Sequence[Status]
+    iterations: Any
+    aux: Any = None
+    nu: Tensor | None = None
+    lam: Tensor | None = None
+
+
+class Tilt(NamedTuple):
+    """The terms ``<linear, y> + (ρ/2) |y - center|²`` that LPGD adds to a node's objective.
+
+    Attributes:
+        linear: (B, *shape).
+        rho: ρ ≥ 0.
+        center: (B, *shape), zero where ρ = 0.
+    """
+
+    linear: Tensor
+    rho: float
+    center: Tensor
+
+
+class BaseNode(ABC):
+    """What a declarative node says of itself; nodes are frozen dataclasses whose fields are their options.
+
+    All functions are batched: ``y`` is (B, *shape), each input (B, *its shape), each element on its own, in the dtype
+    and on the device of the inputs.  An input that the whole batch shares arrives expanded (:func:`is_shared` tells),
+    so that one factorisation can serve all.
+
+    Attributes:
+        name: for messages.
+        input_names: names of the inputs, in the order of the call (in a subclass without annotation: it is no option).
+        input_ndims: how many dimensions each input has for one element; all dimensions before them are the batch.
+        has_kkt: f, h and g are twice differentiable at solutions, so that optimality conditions can be differentiated.
+        domain: what inputs must be beside their shapes, in words; it is part of the message where an element fails.
+        is_exact: its solver's answers are solutions; where that is not known, implicit differentiation has a look.
+        can_augment, can_tilt: LPGD may add its terms: by :meth:`solve_tilted`, or by the generic solver.
+        is_continuous, is_smooth: solutions move with small changes, and f, h and g are torch functions: of any node.
+    """
+
+    name: str
+    input_names: tuple[str, ...]
+    input_ndims: tuple[int, ...]
+
+    domain: str = ""
+    is_exact: bool = True
+    can_tilt: ClassVar[bool] = True
+    can_augment: ClassVar[bool] = True
+    has_kkt: ClassVar[bool] = True
+    is_continuous: ClassVar[bool] = True
+    is_smooth: ClassVar[bool] = True
+
+    @abstractmethod
+    def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one element's y from the shapes of one element's inputs.
+
+        Raises:
+            ValueError: the shapes do not fit together; the message names the input and what is expected.
+        """
+
+    @abstractmethod
+    def objective(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        """f: (B,), by differentiable torch operations that ``torch.func.vmap`` can batch."""
+
+    def equality(self, y: Tensor, *inputs: Tensor) -> Tensor | None:
+        """h: (B, p), or None.  Rows whose derivative in y vanishes count as absent."""
+        return None
+
+    def inequality(self, y: Tensor, *inputs: Tensor) -> Tensor | None:
+        """g, at most 0 where feasible: (B, r), or None."""
+        return None
+
+    def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Look at the tensors of a call as they arrive, and move dimensions so that each element's are the last ones.
+
+        What it does is part of the autograd graph.
+        """
+        return inputs
+
+    def initial(self, shape: tuple[int, ...], *inputs: Tensor) -> Tensor:
+        """(B, *shape) where the generic solver starts: zero unless the node knows better."""
+        first = inputs[0]
+        return first.new_zeros(first.shape[0], *shape)
+
+    def solve(self, inputs: tuple[Tensor, ...], start: Tensor | None) -> NodeAnswer | None:
+        """Minimise; ``start`` is the y of an earlier solution or None.  None leaves it to the generic solver."""
+        return None
+
+    def solve_tilted(self, inputs: tuple[Tensor, ...], tilt: Tilt, start: Tensor | None) -> NodeAnswer | None:
+        """Minimise with the terms of LPGD added; None leaves it to the generic solver, started from ``start``."""
+        return None
+
+    def multipliers(self, inputs: tuple[Tensor, ...], y: Tensor, aux: Any) -> tuple[Tensor, Tensor] | None:
+        """The multipliers ν (B, p) and λ (B, r) at solutions y, from what :meth:`solve` left (of it: aux).
+
+        For a node whose solver does not answer them, as only implicit differentiation asks for them; None leaves it to
+        a least-squares estimate.
+        """
+        return None
+
+    def vjp(
+        self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any
+    ) -> tuple[Tensor | None, ...] | None:
+        """The closed-form gradient of ``<cotangent, y>`` for each input.
+
+        Args:
+            inputs, y, cotangent: (B, ...) each; y is a solution.
+            aux: what :meth:`solve` left, of these elements; None where the solution comes from elsewhere, and for
+                second derivatives, which differentiate this very function (:func:`is_traced` tells).
+
+        Returns:
+            One gradient of the shape of each input (None for one that is constant), or None where there is no closed
+            form.
+        """
+        return None
+
+    def vjp_ignoring_constraints(
+        self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any
+    ) -> tuple[Tensor | None, ...] | None:
+        """The closed form of :class:`~lpgd.IgnoreConstraints`, arguments and answer as for :meth:`vjp`."""
+        return None
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether autograd records what is done with one of these, so that it has to be differentiable."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether all rows of a batched input are one and the same."""
+    return tensor.shape[0] > 1 and tensor.stride(0) == 0

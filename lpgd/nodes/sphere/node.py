@@ -1,0 +1,320 @@
+"""Least squares on the unit sphere: the global solution by the secular equation, descent methods, the derivative.
+
+[PMaF] Xu, Wang, Liu, Gould: PMaF, Deep Declarative Layers for Principal Matrix Features (2023), section 2.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lpgd.execution.threads import torch_threads
+from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, is_shared, is_traced
+from lpgd.nodes.sphere.descent import Direction, descend, starting_points
+from lpgd.nodes.sphere.secular import SphereSolution, normalised, product, solve_secular
+from lpgd.status import Status
+
+__all__ = ["SphereLeastSquares", "differentiate_sphere", "multiplier", "normal_equations"]
+
+
+def normal_equations(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """``AᵀA`` (B, n, n), one row where A is shared, and ``Aᵀb`` (B, n)."""
+    transposed = (A[:1] if is_shared(A) else A).mT
+    return transposed @ transposed.mT, product(transposed, b)
+
+
+def multiplier(gram: Tensor, vector: Tensor, u: Tensor) -> Tensor:
+    """(B,) the μ for which ``(AᵀA - μI)u = Aᵀb`` holds best: the component of the gradient along u."""
+    return (u * (product(gram, u) - vector)).sum(-1)
+
+
+def differentiate_sphere(
+    A: Tensor,
+    b: Tensor,
+    y: Tensor,
+    cotangent: Tensor,
+    gram: Tensor,
+    mu: Tensor,
+    free: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The vector-Jacobian product of a solution: one bordered system for each element, no Jacobian.
+
+        [[AᵀA - μI, y], [yᵀ, 0]] [s; ·] = [v; 0],   db = As,   dA = (b - Ay)sᵀ - (As)yᵀ
+
+    Args:
+        A: (B, m, n).
+        b: (B, m).
+        y: (B, n), a local minimum.
+        cotangent: v, (B, n).
+        gram: AᵀA, (B, n, n) or (1, n, n).
+        mu: μ, (B,).
+        free: (B,) elements whose solution is one of a continuum, where the system is singular: they get the
+            minimum-norm answer.  Others get it if the elimination breaks down.
+
+    Returns:
+        Gradients for A (B, m, n) and b (B, m).
+    """
+    if is_traced(gram, mu, y, cotangent):
+        s = _solve_differentiably(gram, mu, y, cotangent)
+    else:
+        s = _solve_by_parts(gram, mu, y, cotangent, free)
+    pair = torch.stack([s, y], -1)  # two passes over matrices of the size of A are all that is left
+    moved, fitted = (A @ pair).unbind(-1)
+    return torch.stack([b - fitted, -moved], -1) @ pair.mT, moved
+
+
+def _solve_by_parts(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor, free: Tensor | None) -> Tensor:
+    """By :func:`_solve_bordered`, and by :func:`_solve_any_bordered` for elements that need it."""
+    s, regular = _solve_bordered(gram, mu, y, v)
+    rest = ~regular if free is None else ~regular | free
+    if rest.any():
+        own = gram.expand(len(y), -1, -1)[rest]
+        s[rest] = _solve_any_bordered(own, mu[rest], y[rest], v[rest], None if free is None else free[rest])
+    return s
+
+
+def _solve_differentiably(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor) -> Tensor:
+    """The same by operations that autograd differentiates, for second derivatives.
+
+    Raises:
+        RuntimeError: elements whose solution is one of a continuum, to rounding.
+    """
+    n = y.shape[-1]
+    hessian = gram - mu[:, None, None] * torch.eye(n, dtype=y.dtype, device=y.device)
+    system = torch.cat([torch.cat([hessian, y[:, :, None]], -1), torch.nn.functional.pad(y, (0, 1))[:, None]], 1)
+    answer, information = torch.linalg.solve_ex(system, torch.nn.functional.pad(v, (0, 1))[..., None])
+    s = answer[:, :n, 0]
+    rounding = 10 * torch.finfo(y.dtype).eps * torch.linalg.matrix_norm(hessian)
+    singular = (information != 0) | ~(s.norm(dim=-1) * rounding <= v.norm(dim=-1))
+    if singular.any():
+        raise RuntimeError(
+            f"the solutions on the sphere of elements {singular.nonzero()[:10, 0].tolist()} are not unique, to "
+            "rounding: they have no second derivative."
+        )
+    return s
+
+
+@torch.no_grad()
+def _solve_bordered(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve ``[[H, y], [yᵀ, 0]] [s; t] = [v; 0]``, H = G - μI, for s by Cholesky's factorisation where it exists.
+
+    As yᵀs = 0, σyyᵀ can be added to H, and then it is positive definite at strict global minima.  The factor takes the
+    place of the matrix: memory that is new costs more than the arithmetic here.
+    """
+    sigma = gram.diagonal(dim1=-2, dim2=-1).mean(-1) + mu.abs()
+    shifted = torch.baddbmm(gram, (sigma[:, None] * y)[..., None], y[:, None])
+    shifted.diagonal(dim1=-2, dim2=-1).sub_(mu[:, None])
+    factor = shifted.mT  # symmetric, and in the order that LAPACK works in
+    information = torch.empty(len(y), dtype=torch.int32, device=y.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, information))
+    both = torch.linalg.solve_triangular(factor, torch.stack([v, y], -1), upper=False)
+    first, second = torch.linalg.solve_triangular(factor.mT, both, upper=True).unbind(-1)
+    ratio = (y * first).sum(-1, keepdim=True) / (y * second).sum(-1, keepdim=True)
+    return first - ratio * second, information == 0
+
+
+def _solve_any_bordered(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor, free: Tensor | None) -> Tensor:
+    """The same by elimination, and for ``free`` elements, and where it breaks down, with minimum norm."""
+    batch, n = y.shape
+    system = gram.new_zeros(batch, n + 1, n + 1)
+    system[:, :n, :n] = gram
+    system.diagonal(dim1=1, dim2=2)[:, :n].sub_(mu[:, None])
+    system[:, :n, n] = system[:, n, :n] = y
+    right = torch.nn.functional.pad(v, (0, 1))[..., None]
+    with torch_threads(1):  # see there what LU needs
+        answer, information = torch.linalg.solve_ex(system, right)
+    singular = information != 0 if free is None else (information != 0) | free
+    if singular.any():
+        answer[singular] = torch.linalg.pinv(system[singular], hermitian=True) @ right[singular]
+    return answer[:, :n, 0]
+
+
+@dataclass(frozen=True)
+class SphereLeastSquares(BaseNode):
+    """Least squares on the unit sphere ([PMaF], 2.1), called LESS there.
+
+        minimise ½|Ay - b|²   subject to  |y| = 1
+
+    with inputs A (m, n) and b (m,) for each element, and y (n,).  It is not convex.  ``solver="secular"`` finds the
+    global minimum by one eigendecomposition of AᵀA (:func:`solve_secular`); ``solver="descent"`` a local one, from the
+    normalised least-squares solution or from the start (:func:`descend`, which describes the other options).  Where
+    minima are tied (the hard case), the one on the start's side is chosen.
+
+    The gradient is one bordered solve for each element; LPGD's tilted and augmented problems have the same form with
+    ``Aᵀb - τg + ρy*`` in the place of Aᵀb, and are solved by the secular equation, or after descent, from y*, by
+    Newton's method.
+
+    Args:
+        solver: ``"secular"`` or ``"descent"``.
+        direction, step, relaxation, backtracking, decay: of the descent.
+        max_iterations: limit of the descent.
+        tolerance: of the descent.
+    """
+
+    solver: Literal["secular", "descent"] = "secular"
+    direction: Direction = "tangent"
+    step: float | None = None
+    relaxation: float = 0.9
+    backtracking: bool = True
+    decay: float = 0.9
+    max_iterations: int = 100
+    tolerance: float = 1e-7
+
+    name = "SphereLeastSquares"
+    input_names = ("A", "b")
+    input_ndims = (2, 1)
+
+    def __post_init__(self) -> None:
+        for option, known in (("solver", ("secular", "descent")), ("direction", get_args(Direction))):
+            if getattr(self, option) not in known:
+                raise ValueError(f"{option} is {getattr(self, option)!r}; it must be one of {', '.join(known)}.")
+        for option in ("relaxation", "tolerance", "max_iterations") + ("step",) * (self.step is not None):
+            if not getattr(self, option) > 0:
+                raise ValueError(f"{option} is {getattr(self, option)}; it must be positive.")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay is {self.decay}; it must be between 0 and 1.")
+
+    def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+        (m, n), (rows,) = shapes
+        if rows != m:
+            raise ValueError(f"b has {rows} entries; A has {m} rows.")
+        return (n,)
+
+    def objective(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        A, b = inputs
+        return 0.5 * (torch.einsum("bmn,bn->bm", A, y) - b).square().sum(-1)
+
+    def equality(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        return 0.5 * (y.square().sum(-1, keepdim=True) - 1.0)
+
+    def initial(self, shape: tuple[int, ...], *inputs: Tensor) -> Tensor:
+        return starting_points(*inputs)
+
+    def solve(self, inputs: tuple[Tensor, ...], start: Tensor | None) -> NodeAnswer:
+        gram, vector = normal_equations(*inputs)
+        if self.solver == "secular":
+            return _answer(gram, vector, solve_secular(gram, vector, start))
+        start = starting_points(*inputs) if start is None else normalised(start)
+        options = {
+            name: getattr(self, name)
+            for name in ("direction", "step", "relaxation", "backtracking", "decay", "max_iterations", "tolerance")
+        }
+        found = descend(gram, vector, start, **options)
+        away = leave_saddles(gram, vector, found)
+        if away is not None:
+            rows, start = away
+            own = gram[rows] if gram.shape[0] > 1 else gram
+            again = descend(own, vector[rows], start, **options)
+            for whole, part in zip(found[:3], again[:3], strict=True):
+                whole[rows] = part
+        return _answer(gram, vector, found)
+
+    def solve_tilted(self, inputs: tuple[Tensor, ...], tilt: Tilt, start: Tensor | None) -> NodeAnswer | None:
+        if self.solver != "secular":
+            return None
+        gram, vector = normal_equations(*inputs)
+        vector = vector - tilt.linear + tilt.rho * tilt.center
+        found = solve_secular(gram, vector, start)
+        return _answer(gram, vector, found if start is None else stay_on_branch(gram, vector, found, start))
+
+    def vjp(
+        self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, ...]:
+        A, b = inputs
+        if aux is not None:
+            return differentiate_sphere(A, b, y, cotangent, *aux)
+        gram, vector = normal_equations(A, b)
+        return differentiate_sphere(A, b, y, cotangent, gram, multiplier(gram, vector, y))
+
+
+def leave_saddles(gram: Tensor, vector: Tensor, found: SphereSolution) -> tuple[Tensor, Tensor] | None:
+    """Elements whose descent ended on a saddle, and points (·, n) at its side that lie lower; None: there are none.
+
+    Descent converges to a saddle where it starts on its ridge, as in the hard case, where c has no part in the
+    eigenspace of the smallest eigenvalue.  At a minimum ``G - μI + σuuᵀ`` is positive semidefinite.
+    """
+    u, n = found.u, found.u.shape[-1]
+    mu = multiplier(gram, vector, u)
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1) + mu.abs()
+    identity = torch.eye(n, dtype=u.dtype, device=u.device)
+    rounding = 100 * torch.finfo(u.dtype).eps * n * scale
+    shifted = (
+        torch.baddbmm(gram, (scale[:, None] * u)[..., None], u[:, None]) + (rounding - mu)[:, None, None] * identity
+    )
+    rows = ((torch.linalg.cholesky_ex(shifted).info != 0) & found.converged).nonzero()[:, 0]
+    if not len(rows):
+        return None
+    lowest = torch.linalg.eigh(shifted[rows]).eigenvectors[:, :, 0]
+    return rows, normalised(u[rows] + 0.1 * lowest)
+
+
+def stay_on_branch(gram: Tensor, vector: Tensor, found: SphereSolution, start: Tensor) -> SphereSolution:
+    """The local minimum that descent from a start leads to, where the way from there to the global one goes uphill.
+
+    There is at most one local minimum beside the global one (Martínez 1994).  In and near the hard case the two have
+    nearly the same value, and a small tilt makes the other one the global minimum: a solution that jumps there would
+    say nothing of the derivative.
+
+    Args:
+        gram: G, (B, n, n).
+        vector: c, (B, n).
+        found: the global minima.
+        start: (B, n).
+    """
+    start = normalised(start)
+    apart = _is_uphill(gram, vector, start, found.u).nonzero()[:, 0]
+    if not len(apart):
+        return found
+    G = gram[apart] if gram.shape[0] > 1 else gram.expand(len(apart), -1, -1)
+    c, start = vector[apart], start[apart]
+    u, fine = _newton(G, c, start)
+    # Newton's method alone is enough from near, and might go anywhere else: up, or far.
+    rest = (~fine | _is_uphill(G, c, start, u)).nonzero()[:, 0]
+    if len(rest):
+        local = descend(G[rest], c[rest], start[rest], max_iterations=1000)
+        u[rest], fine[rest] = _newton(G[rest], c[rest], local.u)
+    return found._replace(
+        u=found.u.index_copy(0, apart, torch.where(fine[:, None], u, found.u[apart])),
+        free=None if found.free is None else found.free.index_copy(0, apart, found.free[apart] & ~fine),
+    )
+
+
+def _newton(gram: Tensor, vector: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Newton's method on ``(G - μI)u = c, |u| = 1``: points, and (B,) whether it converged."""
+    for _ in range(6):
+        mu = multiplier(gram, vector, u)
+        left = vector - product(gram, u) + mu[:, None] * u
+        u = normalised(u + _solve_any_bordered(gram, mu, u, left, None))
+    left = vector - product(gram, u) + multiplier(gram, vector, u)[:, None] * u
+    size = product(gram, u).norm(dim=-1) + vector.norm(dim=-1)
+    return u, left.norm(dim=-1) <= torch.finfo(u.dtype).eps ** 0.7 * size
+
+
+def _is_uphill(gram: Tensor, vector: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """(B,) whether ½uᵀGu - cᵀu rises on the shorter arc between two points, or they are opposite to each other."""
+    cosine = (start * end).sum(-1, keepdim=True)
+    t = torch.linspace(0.0, 1.0, 33, dtype=start.dtype, device=start.device)[:-1]
+    length = ((1 - t).square() + t.square() + 2 * t * (1 - t) * cosine).clamp_min(1e-12).sqrt()  # (B, T)
+    a, b = (1 - t) / length, t / length
+    from_start, from_end = product(gram, start), product(gram, end)
+
+    def along(first: Tensor, second: Tensor) -> Tensor:
+        return (first * second).sum(-1, keepdim=True)
+
+    curved = a * a * along(start, from_start) + 2 * a * b * along(start, from_end) + b * b * along(end, from_end)
+    values = 0.5 * curved - a * along(vector, start) - b * along(vector, end)
+    noise = 100 * torch.finfo(start.dtype).eps * (curved.abs().amax(-1) + vector.norm(dim=-1))
+    return (values.amax(-1) > values[:, 0] + noise) | (cosine[:, 0] < -0.999)
+
+
+def _answer(gram: Tensor, vector: Tensor, found: SphereSolution) -> NodeAnswer:
+    mu = multiplier(gram, vector, found.u)
+    statuses = [Status.SOLVED if fine else Status.ITERATION_LIMIT for fine in found.converged.tolist()]
+    if not mu.isfinite().all():  # AᵀA overflowed
+        fine = mu.isfinite().tolist()
+        statuses = [own if good else Status.NUMERICAL_ERROR for own, good in zip(statuses, fine, strict=True)]
+    aux = (gram, mu) if found.free is None else (gram, mu, found.free)
+    return NodeAnswer(found.u, statuses, found.iterations, aux, nu=-mu[:, None])

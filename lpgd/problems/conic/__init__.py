@@ -1,0 +1,1 @@
+"""Conic programs: structure, data, units, solutions."""

@@ -1,0 +1,116 @@
+"""Which constraints of a conic program are active at a point, and how clearly, in the problem's own units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpgd.cones.regions import regions
+from lpgd.problems.base import maximum_norm
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.structure import ConicPoint
+
+__all__ = ["ActiveSet", "active_set"]
+
+
+@dataclass(frozen=True, eq=False)
+class ActiveSet:
+    """The active sets of B elements: for each row of A, lower and upper bound the piece that ``v = y - s`` lies in.
+
+    Attributes:
+        place: (B, k) v, in units of the problem; for bounds the multiplier less the slack.  Equalities, and bounds that
+            are not there, are infinitely far from any change.
+        is_vertex: the solution is that of a linear program: with the same active set it is the same one.
+        pieces, depths: (B, m) of the rows of curved cones: see :func:`lpgd.cones.regions.regions`.  None where all rows
+            are linear; the piece is then the sign of v, and the depth its size.
+        block: (k,) the cone that an entry belongs to, or None likewise.
+    """
+
+    place: Tensor
+    is_vertex: bool
+    pieces: Tensor | None = None
+    depths: Tensor | None = None
+    block: Tensor | None = None
+
+    def select(self, rows: Tensor) -> ActiveSet:
+        """The active sets of these elements."""
+        return self._each(lambda part: part[rows])
+
+    def where(self, chosen: Tensor, other: ActiveSet) -> ActiveSet:
+        """These for the elements ``chosen`` (B,), the other ones elsewhere."""
+        return self._each(lambda own, part: torch.where(chosen[:, None], own, part), other)
+
+    def unequal(self, other: ActiveSet) -> Tensor:
+        """(B, k) where the pieces are others."""
+        unequal = (self.place > 0) != (other.place > 0)
+        if self.pieces is not None and other.pieces is not None:
+            unequal[:, : self.pieces.shape[1]] = self.pieces != other.pieces
+        return unequal
+
+    def crossing(self, other: ActiveSet, noise: Tensor) -> Tensor:
+        """(B,) the share of the way to ``other`` after which an active set changes; infinite where none does.
+
+        Changes of v within the noise (B,) count for none, and where it hides which piece v is in here, the share is 0.
+        """
+        unequal = self.unequal(other)
+        if not unequal.any():  # as of most
+            return torch.full_like(noise, torch.inf)
+        distance, depth = self._distance(other), self.place.abs()
+        if self.depths is not None:
+            depth[:, : self.depths.shape[1]] = self.depths
+        share = torch.where(depth > noise[:, None], depth, 0.0) / distance
+        return torch.where(unequal & (distance > noise[:, None]), share, torch.inf).amin(-1).clamp(max=1.0)
+
+    def size(self) -> Tensor:
+        """(B,) the largest entry of v."""
+        return maximum_norm(torch.where(torch.isfinite(self.place), self.place, 0.0))
+
+    def _distance(self, other: ActiveSet) -> Tensor:
+        change = (self.place - other.place).abs().nan_to_num(nan=0.0)
+        if self.block is None:
+            return change
+        index = self.block.expand(change.shape)
+        total = change.new_zeros(change.shape[0], int(self.block[-1]) + 1).scatter_add(1, index, change.square())
+        return total.sqrt().gather(1, index)
+
+    def _each(self, function: Callable[..., Tensor], *others: ActiveSet) -> ActiveSet:
+        changes: dict[str, Tensor] = {}
+        for name in ("place", "pieces", "depths"):
+            parts = [getattr(one, name) for one in (self, *others)]
+            if parts[0] is not None:
+                changes[name] = function(*parts)
+        return replace(self, **changes)
+
+
+def active_set(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> ActiveSet:
+    """The active sets of a batch at a point (B, ·) with the slack (B, m), in the units of the problem."""
+    structure, units = problem.structure, problem.units
+    scaled = units.point_in(problem, point)
+    rows = scaled.y - units.slack_in(problem, slack)
+    rows[:, : structure.cones.zero] = torch.inf
+    parts = [rows]
+    if structure.has_bounds:
+        lower, upper = (units.point_in(problem, point._replace(x=bound)).x for bound in problem.full_bounds())
+        for name, values in (
+            ("lower_index", lower - scaled.x - scaled.z),
+            ("upper_index", scaled.x - upper + scaled.z),
+        ):
+            index = getattr(structure, name)
+            parts.append(values if index.size == structure.n else values[:, structure.index(name, values.device)])
+    place = torch.cat(parts, 1) if len(parts) > 1 else rows
+    if structure.cones.is_polyhedral:
+        return ActiveSet(place, problem.is_linear_program)
+    pieces, depths = regions(structure.cones, np.nan_to_num(rows.cpu().numpy()))
+    blocks = torch.from_numpy(structure.cones.blocks)
+    bounds = int(blocks[-1]) + 1 + torch.arange(place.shape[1] - len(blocks))
+    return ActiveSet(
+        place,
+        False,
+        torch.from_numpy(pieces).to(place.device),
+        torch.from_numpy(depths).to(place.device),
+        torch.cat([blocks, bounds]).to(place.device),
+    )

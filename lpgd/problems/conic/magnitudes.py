@@ -1,0 +1,273 @@
+"""How large the data of conic programs are, and the units that follow: see :mod:`lpgd.problems.conic.units`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpgd.execution.memo import TensorMemo
+from lpgd.problems.base import maximum_norm
+from lpgd.problems.conic.sparsity import SparsityPattern
+from lpgd.problems.conic.structure import ConicStructure, per_element
+
+if TYPE_CHECKING:
+    from lpgd.problems.conic.problem import ConicProblem
+
+__all__ = ["INFINITE", "lonely_units", "lonely_variables", "matrix_units", "pairs", "repeated", "times", "vector_units"]
+
+MODERATE = 6
+"""Exponents of two up to this size are left alone: a factor of 64."""
+SWEEPS, DAMPING = 30, 0.7
+"""Alternating steps of the fit of rows and variables, and the part of a step of variables that is taken."""
+ROUNDING = 1e-30
+"""Entries this much smaller than the largest one say nothing of scales."""
+LARGEST = 60
+"""The largest exponent of a row's or a variable's factor."""
+KEPT = 12
+"""Units of a warm-start state are kept as long as the data are within this exponent of them."""
+INFINITE = 1e20
+"""Bounds of this magnitude and beyond are infinite."""
+
+
+_memo = TensorMemo()
+
+
+def _exponent(sizes: Tensor) -> Tensor:
+    """``e`` with ``2^(e-1) ≤ size < 2^e``, as float64; NaN where the size is 0 or not finite."""
+    exponent = torch.frexp(sizes).exponent.double()
+    return torch.where((sizes > 0) & torch.isfinite(sizes), exponent, torch.nan)
+
+
+def power(exponents: Tensor) -> Tensor:
+    return torch.ldexp(torch.ones_like(exponents), exponents.to(torch.int32))
+
+
+def lonely_variables(problem: ConicProblem) -> Tensor | None:
+    """(n,) variables that neither P nor A involves, in no element: bounds and cost are all that there is of them.
+
+    None where there are none, or no others.  Each is a problem of its own, whose sizes say nothing of the others'.
+    """
+    structure, A, P = problem.structure, problem.data.A, problem.symmetric_P
+    _, columns = _memo(A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A))
+    lonely = (columns == 0).all(0)
+    if structure.quadratic.nnz and bool(lonely.any()):
+        _, curvature = _memo(P, ("maxima", structure.quadratic.digest), partial(_maxima, structure.quadratic, P))
+        lonely = lonely & (curvature == 0).all(0)
+    return lonely if bool(lonely.any()) and not bool(lonely.all()) else None
+
+
+def lonely_units(problem: ConicProblem, variable: Tensor | None, lonely: Tensor) -> Tensor | None:
+    """(B, n) factors of lonely variables that make their costs as large as the largest of the others; None if all 1."""
+    costs = torch.log2(per_element(problem.data.q.detach().abs(), problem.batch_size))
+    own = costs if variable is None else costs + torch.log2(repeated(variable, problem.batch_size))
+    others = torch.where(lonely, -torch.inf, own).amax(-1, keepdim=True)
+    factors = torch.where(lonely & torch.isfinite(costs) & torch.isfinite(others), (others - costs).round(), 0.0)
+    factors[:, problem.structure.index("integer_index", factors.device)] = 0.0
+    if not bool((factors.abs() > MODERATE).any()):
+        return None
+    return power(factors.clamp(-LARGEST, LARGEST))
+
+
+def matrix_units(problem: ConicProblem) -> tuple[Tensor | None, Tensor | None]:
+    """D and E, where a row or a column of P and A is far from order 1."""
+    structure, A, P = problem.structure, problem.data.A, problem.symmetric_P
+    rows, columns = _memo(A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A))
+    if not _is_wide(rows) and not _is_wide(columns):
+        if not structure.quadratic.nnz:
+            return None, None
+        _, curvature = _memo(P, ("maxima", structure.quadratic.digest), partial(_maxima, structure.quadratic, P))
+        # Variables that no row involves are known by their curvature alone.
+        count = max(columns.shape[0], curvature.shape[0])
+        columns, curvature = repeated(columns, count), repeated(curvature, count)
+        alone = torch.where(columns > 0, torch.nan, curvature / maximum_norm(curvature)[:, None])
+        if not bool((_exponent(alone) < -2 * MODERATE).any()):
+            return None, None
+    return _equilibrated(structure, A, P)
+
+
+def _maxima(pattern: SparsityPattern, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest magnitudes in the rows (·, r) and in the columns (·, c) of matrices on a pattern."""
+    magnitudes = torch.atleast_2d(values.detach().abs())
+    return pattern.maxima(magnitudes, "rows"), pattern.maxima(magnitudes, "columns")
+
+
+def _is_wide(sizes: Tensor) -> bool:
+    return bool((_exponent(sizes).abs() > MODERATE).any())
+
+
+def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Exponents e of E and d of D that bring the entries of E A D and of D P D, up to a factor c, nearest to 1.
+
+    They minimise ``Σ (log|A_ij| + e_i + d_j)² + Σ (log|P_ij| + d_i + d_j + c)²`` over the entries that are not zero,
+    approximately, so that factors of rows and of variables are found as such whatever the pattern is (Curtis and Reid,
+    On the automatic scaling of matrices for Gaussian elimination, 1972).  Largest entries would not tell one from the
+    other.
+    """
+    constraint, quadratic, device = structure.constraint, structure.quadratic, A.device
+    index = {
+        name: torch.from_numpy(np.asarray(own)).to(device)
+        for name, own in (
+            ("row", structure.cones.blocks[constraint.rows]),
+            ("column", constraint.columns),
+            ("first", quadratic.rows),
+            ("second", quadratic.columns),
+        )
+    }
+    blocks = torch.from_numpy(structure.cones.blocks).to(device)
+    a, in_a = _logarithms(A)
+    p, in_p = _logarithms(P)
+    count = max(len(part) for part in (a, p) if part.shape[-1])
+    a, in_a, p, in_p = (
+        part.expand(count, -1) if len(part) == 1 else repeated(part, count) for part in (a, in_a, p, in_p)
+    )
+    e, d = a.new_zeros(count, int(blocks[-1]) + 1 if structure.m else 0), a.new_zeros(count, structure.n)
+    c = a.new_zeros(count, 1)
+    # Off the diagonal an entry of P stands for itself and its mirror image, on it for both of its variables.
+    twice = torch.where(index["first"] == index["second"], 4.0, 2.0) * in_p
+    rows, columns = _sums(in_a, index["row"], e), _sums(in_a, index["column"], d) + _sums(twice, index["second"], d)
+    for _ in range(SWEEPS):
+        e = -_sums(in_a * (a + d[:, index["column"]]), index["row"], e) / rows.clamp(min=1.0)
+        c = -(in_p * (p + d[:, index["first"]] + d[:, index["second"]])).sum(1, keepdim=True)
+        c = c / in_p.sum(1, keepdim=True).clamp(min=1.0)
+        others = torch.where(index["first"] == index["second"], 0.0, d[:, index["first"]])
+        terms = _sums(in_a * (a + e[:, index["row"]]), index["column"], d)
+        terms = terms + _sums(2.0 * in_p * (p + others + c), index["second"], d)
+        d = d - DAMPING * (d + terms / columns.clamp(min=1.0))
+        d[:, structure.index("integer_index", device)] = 0.0
+    e, d = e[:, blocks].round().clamp(-LARGEST, LARGEST), d.round().clamp(-LARGEST, LARGEST)
+    return (power(d) if bool(d.any()) else None), (power(e) if bool(e.any()) else None)
+
+
+def _logarithms(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponents of the entries (R, nnz), and which of them count, as zeros and ones: those that are not rounding."""
+    magnitudes = torch.atleast_2d(values.detach().abs())
+    largest = magnitudes.amax(-1, keepdim=True) if values.shape[-1] else magnitudes
+    counts = (magnitudes > ROUNDING * largest) & torch.isfinite(magnitudes)
+    return torch.where(counts, torch.log2(magnitudes), 0.0), counts.to(values.dtype)
+
+
+def _sums(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(like).index_add(1, index, values)
+
+
+def vector_units(
+    problem: ConicProblem,
+    variable: Tensor | None,
+    row: Tensor | None,
+    lonely: Tensor | None,
+    alone: Tensor | None,
+    exponents: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """β, where it is not given by ``lengths`` (B,), and σ: an objective whose largest coefficient is of order 1."""
+    structure, data, size = problem.structure, problem.data, problem.batch_size
+    ones = problem.data.q.new_ones
+    D = ones(1, structure.n) if variable is None else repeated(variable, size)
+    D = D if alone is None else D * alone
+    E = ones(1, structure.m) if row is None else repeated(row, size)
+    q, P = maximum_norm(times(data.q, D, size)), problem.symmetric_P
+    if structure.quadratic.nnz:
+        if variable is not None:
+            P = times(P, pairs(variable, structure.quadratic.rows, structure.quadratic.columns), size)
+        P = maximum_norm(P)
+    else:
+        P = q.new_zeros(1)
+    right = maximum_norm(times(data.b, E, size))
+    for bound, name in ((data.lower, "lower_index"), (data.upper, "upper_index")):
+        if bound.shape[-1]:
+            index = structure.index(name, D.device)
+            finite = torch.where(bound.abs() < INFINITE, bound, 0.0)
+            if lonely is not None:
+                finite = torch.where(lonely[index], 0.0, finite)
+            right = _largest_of(right, maximum_norm(times(finite, 1.0 / D[:, index], size)))
+    e_q, e_P, e_b = (_exponent(_flat(part, size)) for part in (q, P, right))
+    # A length: of right sides and bounds, or of the minimiser without constraints where they are all (nearly) zero.
+    free = e_q - e_P
+    length = torch.fmax(e_b, torch.where(torch.isnan(e_b), free, free - 3 * MODERATE)).nan_to_num(0.0)
+    if lengths is not None:
+        length = torch.where(torch.isfinite(lengths), lengths.to(length.device), length)
+    # Where matrices are scaled nothing is gained by leaving vectors alone, and part of their scale may be in D and E.
+    scaled = any(part is not None for part in (lengths, variable, row, alone))
+    moderate = 0 if scaled else MODERATE
+    length, cost = _snapped(length, e_q, e_P, exponents, moderate)
+    if structure.quadratic.nnz and row_count(data.P) < size:
+        cost = _in_common(length, cost, row_count(data.P))
+    return _factors(length), _factors(cost)
+
+
+def _factors(exponents: Tensor) -> Tensor | None:
+    """(B,) exponents as (B, 1) factors; None where all are 1."""
+    return power(exponents)[:, None] if bool(exponents.any()) else None
+
+
+def _snapped(
+    length: Tensor, e_q: Tensor, e_P: Tensor, exponents: Tensor | None, moderate: int
+) -> tuple[Tensor, Tensor]:
+    """Exponents of length and cost: those of a state where they still fit, else zero where the data are moderate."""
+
+    def cost_of(length: Tensor) -> Tensor:
+        terms = torch.stack([e_q + length, e_P + 2 * length])
+        return -terms.nan_to_num(nan=-torch.inf).amax(0).nan_to_num(neginf=0.0)
+
+    chosen = torch.where(length.abs() <= moderate, 0.0, length)
+    cost = cost_of(chosen)
+    cost = torch.where(cost.abs() <= moderate, 0.0, cost)
+    if exponents is None:
+        return chosen, cost
+    known = exponents.to(length.device)
+    keep = ((known[:, 0] - length).abs() <= KEPT) & ((known[:, 1] - cost_of(known[:, 0])).abs() <= KEPT)
+    own = torch.where(keep, known[:, 0], chosen)
+    again = cost_of(own)
+    return own, torch.where(keep, known[:, 1], torch.where(again.abs() <= moderate, 0.0, again))
+
+
+def _in_common(length: Tensor, cost: Tensor, rows: int) -> Tensor:
+    """The cost with which ``σ β²`` is common to the elements that share a row of P, where it is nearly so anyhow."""
+    quadratic = (cost + 2 * length).reshape(-1, rows)
+    common = quadratic.median(0).values
+    close = (quadratic - common).abs() <= MODERATE
+    return torch.where(close, common - 2 * length.reshape(-1, rows), cost.reshape(-1, rows)).reshape(-1)
+
+
+def row_count(datum: Tensor) -> int:
+    return 1 if datum.ndim == 1 else datum.shape[0]
+
+
+def _flat(sizes: Tensor, size: int) -> Tensor:
+    """() or (R,) to (size,)."""
+    sizes = torch.atleast_1d(sizes)
+    return sizes.repeat(size // sizes.shape[0])
+
+
+def _largest_of(first: Tensor, second: Tensor) -> Tensor:
+    """The larger of two vectors () or (R,), rows repeating."""
+    first, second = torch.atleast_1d(first), torch.atleast_1d(second)
+    size = max(first.shape[0], second.shape[0])
+    return torch.maximum(_flat(first, size), _flat(second, size))
+
+
+def times(datum: Tensor, factor: Tensor, size: int) -> Tensor:
+    """Values times factors (1 or R, ·), shared where both are."""
+    if factor.shape[0] == 1:
+        return datum * factor[0]
+    if datum.ndim == 1 or datum.shape[0] == factor.shape[0]:
+        return datum * factor
+    return per_element(datum, size) * repeated(factor, size)
+
+
+def pairs(variable: Tensor, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Tensor:
+    """``D_i D_j`` for the entries (i, j) of a pattern: (R, n) to (R, nnz)."""
+    return (
+        variable[:, torch.from_numpy(rows).to(variable.device)]
+        * variable[:, torch.from_numpy(columns).to(variable.device)]
+    )
+
+
+def repeated(part: Tensor, size: int) -> Tensor:
+    """Factors with R rows, R dividing the batch, for each element; one row stays one."""
+    return part if part.shape[0] in (1, size) else part.repeat(size // part.shape[0], 1)

@@ -1,0 +1,365 @@
+"""Conic programs with variable bounds, batched: data, Lagrangian, tilt and augmentation.
+
+The problem, for each element of the batch, and its Lagrangian ([LPGD] eq. 78, with P added):
+
+    minimise    ½ xᵀP x + qᵀx
+    subject to  A x + s = b,  s ∈ K,   lower ≤ x ≤ upper
+
+    L(x, y, z) = ½ xᵀP x + qᵀx + yᵀ(A x - b) + zᵀx - upperᵀ max(z, 0) + lowerᵀ max(-z, 0),   y ∈ K*
+
+``z`` is the signed multiplier of the bounds: positive where the upper bound is active, negative where
+the lower one is.  At a solution ``P x + q + Aᵀy + z = 0``.
+
+Variables of the structure's ``integer_index`` take whole numbers only.  Such a program has a minimiser x, but no
+multipliers of its own: (y, z) are what its solver puts in their place (see :class:`~lpgd.solvers.HiGHS`), and the
+derivatives below, taken at such a pair, are a heuristic in the constraints' data.
+
+[LPGD] Paulus, Musil, Martius: Lagrangian Proximal Gradient Descent for Learning Convex Optimization
+Models (arXiv 2407.05920).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpgd.execution.memo import TensorMemo
+from lpgd.problems.base import maximum_norm
+from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure, per_element
+from lpgd.problems.conic.units import Units
+
+__all__ = ["ConicProblem", "per_element"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ConicProblem:
+    """A batch of conic programs of one structure (see the module's docstring for the mathematics).
+
+    Args:
+        structure: patterns and cones.
+        data: float64 tensors on one device.  A datum of shape ``(size,)`` is shared by the batch; one of
+            shape ``(R, size)`` has R rows with ``batch_size`` a multiple of R, and element ``i`` uses row
+            ``i mod R`` (so both perturbed problems of a backward pass share one copy of the matrices).
+        batch_size: number of elements B.
+
+    Raises:
+        ValueError: a datum has the wrong length, number of rows or type.
+    """
+
+    structure: ConicStructure
+    data: ConicData
+    batch_size: int
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.batch_size} elements of {self.structure})"
+
+    def __post_init__(self) -> None:
+        for name, datum, size in zip(ConicData._fields, self.data, self.structure.sizes, strict=True):
+            if datum.dtype != torch.float64:
+                raise ValueError(f"{name} is {datum.dtype}; problems are held in float64.")
+            if datum.ndim not in (1, 2) or datum.shape[-1] != size:
+                raise ValueError(f"{name} has shape {tuple(datum.shape)}; expected ({size},) or (rows, {size}).")
+            if datum.ndim == 2 and (datum.shape[0] == 0) != (self.batch_size == 0):
+                raise ValueError(f"{name} has {datum.shape[0]} rows for a batch of {self.batch_size}.")
+            if datum.ndim == 2 and datum.shape[0] and self.batch_size % datum.shape[0]:
+                raise ValueError(
+                    f"{name} has {datum.shape[0]} rows, which do not divide the batch of {self.batch_size}."
+                )
+
+    # -- capabilities: what a GradientMethod may ask of this class of problems --------------------------------
+
+    can_tilt: ClassVar[bool] = True
+    is_local: ClassVar[bool] = False
+    conditions: ClassVar[str] = "conic"
+
+    @property
+    def is_curved(self) -> bool:
+        return not self.structure.cones.is_polyhedral and not self.structure.has_integers
+
+    @property
+    def is_linear_program(self) -> bool:
+        """Whether these are linear programs, whose solutions are vertices: they stay, or jump to another one."""
+        return self.structure.cones.is_polyhedral and not self.structure.quadratic.nnz
+
+    @property
+    def can_augment(self) -> bool:
+        return self.structure.can_augment
+
+    @property
+    def has_kkt(self) -> bool:
+        return self.structure.has_kkt
+
+    @property
+    def is_continuous(self) -> bool:
+        return self.structure.is_continuous
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.q.device
+
+    @cached_property
+    def symmetric_P(self) -> Tensor:
+        """Values of ``½ (P + Pᵀ)`` on the pattern, with the leading shape of P: what every solver sees."""
+        P = self.data.P
+        return _memo(P, self.structure.digest, lambda: 0.5 * (P + self.structure.transposed(P)))
+
+    # -- evaluation -------------------------------------------------------------------------------------------
+
+    def full_bounds(self) -> tuple[Tensor, Tensor]:
+        """``lower`` and ``upper`` for all variables of each element, infinite where there is none: (B, n) each."""
+        full = []
+        for values, name, nothing in (
+            (self.data.lower, "lower_index", -torch.inf),
+            (self.data.upper, "upper_index", torch.inf),
+        ):
+            bound = values.new_full((*values.shape[:-1], self.structure.n), nothing)
+            bound[..., self.structure.index(name, self.device)] = values
+            full.append(per_element(bound, self.batch_size))
+        return full[0], full[1]
+
+    def slack(self, x: Tensor) -> Tensor:
+        """``s = b - A x``: (B, n) to (B, m)."""
+        return per_element(self.data.b, self.batch_size) - self.structure.constraint.matvec(self.data.A, x)
+
+    def quadratic_product(self, x: Tensor) -> Tensor:
+        """``½ (P + Pᵀ) x``: (B, n) to (B, n)."""
+        return self.structure.quadratic.matvec(self.symmetric_P, x)
+
+    def objective(self, x: Tensor) -> Tensor:
+        """``½ xᵀP x + qᵀx``: (B, n) to (B,)."""
+        return (x * (0.5 * self.quadratic_product(x) + per_element(self.data.q, self.batch_size))).sum(-1)
+
+    def lagrangian(self, point: ConicPoint) -> Tensor:
+        """``L(x, y, z)`` of the module's docstring: (B,).  Infinite bounds count as absent."""
+        lower, upper = (torch.nan_to_num(bound, posinf=0.0, neginf=0.0) for bound in self.full_bounds())
+        bound_terms = point.z * point.x - upper * point.z.clamp(min=0) + lower * (-point.z).clamp(min=0)
+        return self.objective(point.x) - (point.y * self.slack(point.x)).sum(-1) + bound_terms.sum(-1)
+
+    # -- the two changes an oracle must solve again after ------------------------------------------------------
+
+    def tilt(self, step: Tensor, cotangent: ConicPoint) -> ConicProblem:
+        """``L + step (<g_x, x> + <g_y, y> + <g_z, z>)``: only linear terms move ([LPGD] eqs. 79-82).
+
+        ``q + step g_x``, ``b - step g_y``, and both bounds of a variable by ``-step g_z``.
+
+        Args:
+            step: (k B,) signed step of each element: τ for the lower, -τ for the upper envelope.  With
+                k > 1 the new batch is k copies of this one, one after the other.
+            cotangent: (B, ·) each.
+        """
+        copies = step.shape[0] // self.batch_size if self.batch_size else 1
+
+        def moved(datum: Tensor, direction: Tensor, sign: float) -> Tensor:
+            if not torch.any(direction):
+                return datum
+            repeated = per_element(datum, self.batch_size).repeat(copies, 1)
+            return repeated + sign * step[:, None] * direction.repeat(copies, 1)
+
+        lower_index, upper_index = (self.structure.index(name, self.device) for name in _BOUND_INDICES)
+        data = self.data._replace(
+            q=moved(self.data.q, cotangent.x, 1.0),
+            b=moved(self.data.b, cotangent.y, -1.0),
+            lower=moved(self.data.lower, cotangent.z[:, lower_index], -1.0),
+            upper=moved(self.data.upper, cotangent.z[:, upper_index], -1.0),
+        )
+        return replace(self, data=data, batch_size=step.shape[0])
+
+    def augment(self, rho: float, center: Tensor) -> ConicProblem:
+        """``L + (ρ/2) |x - center|²`` up to a constant: ``P + ρ I``, ``q - ρ center`` ([LPGD] eq. 28).
+
+        Args:
+            rho: ρ ≥ 0, not scaled by any step.
+            center: (B, n); its solution stays optimal if it is one of this problem.
+        """
+        if rho == 0.0:
+            return self
+        structure = self.structure.with_diagonal
+        diagonal = structure.quadratic.positions(np.arange(structure.n), np.arange(structure.n))
+        place = structure.quadratic.positions(self.structure.quadratic.rows, self.structure.quadratic.columns)
+        P = self.data.P.new_zeros(*self.data.P.shape[:-1], structure.quadratic.nnz)
+        P[..., torch.from_numpy(place).to(self.device)] = self.data.P
+        P[..., torch.from_numpy(diagonal).to(self.device)] += rho
+        q = per_element(self.data.q, self.batch_size) - rho * center
+        return ConicProblem(structure, self.data._replace(P=P, q=q), self.batch_size)
+
+    # -- derivatives of the Lagrangian ------------------------------------------------------------------------
+
+    def gradient_difference(self, plus: ConicPoint, minus: ConicPoint, weight: Tensor) -> ConicData:
+        """``weight (∇_w L(plus) - ∇_w L(minus))`` for all data w, summed over elements that share a datum.
+
+        ``dP = ½ Δ(x xᵀ)``, ``dq = Δx``, ``dA = Δ(y xᵀ)``, ``db = -Δy``, ``d upper = -Δ max(z, 0)``,
+        ``d lower = Δ max(-z, 0)``.  Products are differenced as ``Δy x̄ᵀ + ȳ Δxᵀ`` with mid-points, which
+        is exact and does not cancel.
+
+        Args:
+            plus, minus: points of B elements.
+            weight: (B,).
+
+        Returns:
+            The gradient, each field of the shape of the problem's own.
+        """
+        dx, dy = weight[:, None] * (plus.x - minus.x), weight[:, None] * (plus.y - minus.y)
+        x_mid, y_mid = 0.5 * (plus.x + minus.x), 0.5 * (plus.y + minus.y)
+        d_upper = weight[:, None] * (minus.z.clamp(min=0) - plus.z.clamp(min=0))
+        d_lower = weight[:, None] * ((-plus.z).clamp(min=0) - (-minus.z).clamp(min=0))
+        return self.bilinear_gradient(dx, dy, x_mid, y_mid, d_lower, d_upper)
+
+    def bilinear_gradient(
+        self, dx: Tensor, dy: Tensor, x: Tensor, y: Tensor, d_lower: Tensor, d_upper: Tensor
+    ) -> ConicData:
+        """``<∇²_{wz} L(x, y), (dx, dy)>``: the gradient of the Lagrangian's data along a change of the point.
+
+        ``dP = ½ (dx xᵀ + x dxᵀ)``, ``dq = dx``, ``dA = dy xᵀ + y dxᵀ``, ``db = -dy``; the bounds' parts are given.
+        Shapes: (B, n) or (B, m) each; the result has the shapes of the data, sums over shared ones included.
+        """
+        structure = self.structure
+        rows = {name: datum.shape[0] if datum.ndim == 2 else None for name, datum in self.data._asdict().items()}
+        P = self.data.P.new_zeros(self.data.P.shape)
+        if structure.quadratic.nnz:
+            outer = structure.quadratic.outer(dx, x, rows["P"])
+            P = 0.5 * (outer + structure.transposed(outer))
+        A = structure.constraint.outer(dy, x, rows["A"]) + structure.constraint.outer(y, dx, rows["A"])
+        lower_index, upper_index = (structure.index(name, self.device) for name in _BOUND_INDICES)
+        return ConicData(
+            P=P,
+            q=_sum_rows(dx, rows["q"]),
+            A=A,
+            b=_sum_rows(-dy, rows["b"]),
+            lower=torch.where(torch.isfinite(self.data.lower), _sum_rows(d_lower[:, lower_index], rows["lower"]), 0.0),
+            upper=torch.where(torch.isfinite(self.data.upper), _sum_rows(d_upper[:, upper_index], rows["upper"]), 0.0),
+        )
+
+    def mixed_product(self, point: ConicPoint, tangent: ConicData) -> ConicPoint:
+        """``∇_z <∇_w L(point), dw>`` for a tangent dw of the data: the tilt of forward mode.
+
+        ``(dP x + dAᵀy + dq, dA x - db)`` with dP symmetrised, and for the bound multipliers ``-d upper``
+        where z > 0, ``-d lower`` elsewhere on bounded variables.
+        """
+        structure, size = self.structure, self.batch_size
+        dP = 0.5 * (tangent.P + structure.transposed(tangent.P))
+        x_part = structure.quadratic.matvec(dP, point.x) + structure.constraint.rmatvec(tangent.A, point.y)
+        y_part = structure.constraint.matvec(tangent.A, point.x) - per_element(tangent.b, size)
+        d_lower, d_upper = (point.x.new_zeros(size, structure.n) for _ in range(2))
+        d_lower[:, structure.index("lower_index", self.device)] = per_element(tangent.lower, size)
+        d_upper[:, structure.index("upper_index", self.device)] = per_element(tangent.upper, size)
+        z_part = torch.where(point.z > 0, -d_upper, -d_lower)
+        return ConicPoint(x_part + per_element(tangent.q, size), y_part, z_part)
+
+    # -- batches ----------------------------------------------------------------------------------------------
+
+    def select(self, elements: Sequence[int]) -> ConicProblem:
+        """The batch of these elements; shared data, and rows that are all wanted in order, are not copied."""
+        index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
+
+        def chosen(datum: Tensor) -> Tensor:
+            if datum.ndim == 1:
+                return datum
+            rows = index % max(datum.shape[0], 1)
+            whole = torch.arange(datum.shape[0], device=self.device)
+            return datum if torch.equal(rows, whole) else datum[rows]
+
+        data = ConicData(*(chosen(datum) for datum in self.data))
+        return replace(self, data=data, batch_size=len(elements))
+
+    def scatter(self, elements: Sequence[int], data: ConicData) -> ConicData:
+        """A gradient of the data of ``select(elements)`` as one of this batch's: zero for the other elements."""
+        index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
+        full = self.zero_gradient()
+        return ConicData(
+            *(
+                part if own.ndim == 1 else own.index_add(0, index % max(own.shape[0], 1), part)
+                for own, part in zip(full, data, strict=True)
+            )
+        )
+
+    def zero_gradient(self) -> ConicData:
+        """A gradient of the data that is zero."""
+        return ConicData(*(torch.zeros_like(datum) for datum in self.data))
+
+    @cached_property
+    def units(self) -> Units:
+        """The units in which the data are of order 1."""
+        return Units.of(self)
+
+    def in_own_units(self, point: ConicPoint) -> ConicPoint:
+        """A point, (B, ·) each, in which all variables count alike: in :attr:`units`."""
+        return self.units.point_in(self, point)
+
+    def tilt_unit(self, point: ConicPoint, cotangent: ConicPoint) -> Tensor:
+        """(B,) the step at which a tilt is as large as the terms that it changes, in the maximum norm in own units.
+
+        ``max(|q|, |P| |x|, |Aᵀy|, |z|) / |g_x|`` and, for dual losses, ``max(|b|, |A| |x|) / |g_y|`` and
+        ``|x| / |g_z|``, the least of them; a numerator of 0 counts as 1.  Infinite where the cotangent is 0.  Products
+        of norms are what terms are made of: that P x or A x cancels, as at a minimum without constraints, makes none.
+        """
+        problem = self.units.apply(self)
+        point, cotangent = self.units.point_in(self, point), self.units.tilt_in(self, cotangent)
+        data, size = problem.data, problem.batch_size
+        x, Aty = maximum_norm(point.x), problem.structure.constraint.rmatvec(data.A, point.y)
+        q, b, P, A = (_norms(part, size) for part in (data.q, data.b, problem.symmetric_P, data.A))
+        units = torch.full((size,), torch.inf, dtype=x.dtype, device=self.device)
+        for terms, direction in (
+            ((q, P * x, maximum_norm(Aty), maximum_norm(point.z)), cotangent.x),
+            ((b, A * x), cotangent.y),
+            ((x,), cotangent.z),
+        ):
+            if direction.shape[-1]:
+                size_of_terms = torch.stack([term.expand(size) for term in terms]).amax(0)
+                size_of_terms = torch.where(size_of_terms > 0, size_of_terms, 1.0)
+                units = torch.minimum(units, size_of_terms / maximum_norm(direction))
+        return units
+
+    def stays_still(self, cotangent: ConicPoint, change: ConicPoint) -> bool:
+        """Whether this is a linear program whose solution does not move with its cost, though a loss would like it to.
+
+        An exact gradient of zero with respect to the cost is then right, and teaches nothing.
+        """
+        if not self.is_linear_program or self.batch_size == 0 or cotangent.y.any():
+            return False
+        size = cotangent.x.abs().amax()
+        return bool(size > 0 and change.x.abs().amax() <= 1e-9 * size)
+
+    def would_move(self, cotangent: ConicPoint) -> Tensor:
+        """(B,) whether a tilt of a linear program's cost may change its solution: it is not a multiple of the cost."""
+        q, g = per_element(self.data.q, self.batch_size), cotangent.x
+        multiple = (g * q).sum(-1, keepdim=True) / q.square().sum(-1, keepdim=True).clamp(min=1e-300)
+        return maximum_norm(g - multiple * q) > 1e-9 * maximum_norm(g)
+
+    def finite(self) -> Tensor:
+        """(B,) whether an element's data are finite; bounds may be infinite on their own side."""
+        valid = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
+        checks = [_memo(matrix, "finite", partial(_finite_rows, matrix)) for matrix in (self.data.P, self.data.A)]
+        checks += [_finite_rows(vector) for vector in (self.data.q, self.data.b)]
+        checks += [(bound < torch.inf).all(-1, keepdim=True) for bound in (self.data.lower, -self.data.upper)]
+        for check in checks:
+            valid &= per_element(check, self.batch_size)[:, 0]
+        return valid
+
+
+_memo = TensorMemo()
+
+
+def _finite_rows(datum: Tensor) -> Tensor:
+    sums = torch.isfinite(datum.sum(-1, keepdim=True))  # a sum passes on what is not finite, at a tenth of the cost
+    return sums if bool(sums.all()) else torch.isfinite(datum).all(-1, keepdim=True)
+
+
+_BOUND_INDICES = ("lower_index", "upper_index")
+
+
+def _norms(datum: Tensor, size: int) -> Tensor:
+    """(B,) the largest magnitude of a datum of each element, or (1,) where it is shared."""
+    norms = torch.atleast_1d(maximum_norm(datum))
+    return norms if norms.shape[0] in (1, size) else norms.repeat(size // norms.shape[0])
+
+
+def _sum_rows(terms: Tensor, rows: int | None) -> Tensor:
+    if rows is None:
+        return terms.sum(0)
+    return terms if rows == terms.shape[0] else terms.reshape(-1, rows, terms.shape[-1]).sum(0)

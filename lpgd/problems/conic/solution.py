@@ -1,0 +1,107 @@
+"""What a solver returns for a batch of conic programs, and how it checks itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpgd.problems.conic.activity import ActiveSet, active_set
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.residuals import Residuals, residuals_of
+from lpgd.problems.conic.structure import ConicPoint
+from lpgd.problems.solution import BatchSolution
+from lpgd.status import Status
+
+__all__ = ["Solution"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Solution(BatchSolution):
+    """Primal and dual solutions of a batch of B conic programs, with one status for each element.
+
+    Attributes:
+        problem: the batch that was solved.
+        x: (B, n) primal variables; NaN where there is no solution.
+        y: (B, m) multipliers of the rows of A, in K*.
+        z: (B, n) signed multipliers of the bounds: positive at an upper, negative at a lower bound.
+        slack: (B, m) the solver's own slack, in K; the slack as a function of x is :attr:`s`.
+        statuses: B statuses.
+        iterations: (B,) iterations of the solver.
+        setup_seconds, solve_seconds: (B,) time in set-up (0 where it was re-used) and in the solver.
+        states: B opaque warm-start states; None where the solver has none.
+        systems: what the solver factorised at the solutions, for implicit differentiation; it belongs to this call.
+        asked: the name of the solver that was asked.
+        solvers: B names of the solvers that answered: another one where that one gave up.
+        proofs: for each element without a solution what shows it: ``"certificate"``, ``"two solvers"`` that agree,
+            ``"data"`` (crossed bounds, an objective that is not convex), ``"search"`` (of integers), or nothing.
+        known_to: (B,) what is left of the optimality conditions, in units of order 1; NaN for integer programs.
+        refined: (B,) how many of Newton's steps were taken from the solver's answer.
+    """
+
+    problem: ConicProblem
+    x: Tensor
+    y: Tensor
+    z: Tensor
+    slack: Tensor
+    statuses: tuple[Status, ...]
+    iterations: NDArray[np.int64]
+    setup_seconds: NDArray[np.float64]
+    solve_seconds: NDArray[np.float64]
+    states: Sequence[Any]
+    systems: tuple[Any, ...] = ()
+    asked: str = ""
+    solvers: tuple[str, ...] = ()
+    proofs: tuple[str, ...] = ()
+    known_to: Tensor | None = None
+    refined: Tensor | None = None
+
+    _tensors: ClassVar[tuple[str, ...]] = ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds")
+
+    @property
+    def point(self) -> ConicPoint:
+        return ConicPoint(self.x, self.y, self.z)
+
+    def select(self, elements: Sequence[int]) -> Self:
+        """The solutions of these elements, without their systems."""
+        records = {name: getattr(self, name) for name in ("solvers", "proofs")}
+        kept: dict[str, Any] = {name: tuple(own[i] for i in elements) if own else own for name, own in records.items()}
+        for name in ("known_to", "refined"):
+            own = getattr(self, name)
+            kept[name] = own if own is None else own[list(elements)]
+        return replace(super().select(elements), systems=(), **kept)
+
+    @property
+    def rescued(self) -> dict[str, int]:
+        """How many elements were solved by another solver than the one that was asked, by its name."""
+        solved = (name for name, status in zip(self.solvers, self.statuses, strict=False) if status.usable)
+        return {name: count for name, count in Counter(solved).items() if name != self.asked}
+
+    def active_set(self, units_of: ConicProblem) -> ActiveSet | None:
+        """Which rows and bounds are active, in the units of a problem with the same matrices and B elements.
+
+        None for integer programs, whose multipliers are not their own.
+        """
+        return None if self.problem.structure.has_integers else active_set(units_of, self.point, self.slack)
+
+    @cached_property
+    def s(self) -> Tensor:
+        """(B, m) slack ``b - A x``."""
+        return self.problem.slack(self.x)
+
+    @property
+    def error(self) -> Tensor:
+        """(B,) the worst residual: of an integer program the primal one, as its multipliers prove nothing."""
+        return self.residuals.primal if self.problem.structure.has_integers else self.residuals.worst
+
+    @cached_property
+    def residuals(self) -> Residuals:
+        """How far the solution is from optimal, whatever the solver said; NaN where there is none."""
+        units = self.problem.units
+        return residuals_of(units.apply(self.problem), units.point_in(self.problem, self.point))

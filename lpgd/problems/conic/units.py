@@ -1,0 +1,224 @@
+"""Units of a batch of conic programs: powers of two in which its data, and mostly its solutions, are of order 1.
+
+With positive ``D`` (one factor for each variable), ``E`` (one for each row, equal within a cone), a length ``β`` and a
+factor ``σ`` of the objective,
+
+    x = β D x̂,   y = E ŷ / (σ β),   z = ẑ / (σ β D),   s = β E⁻¹ ŝ
+
+turn ``minimise ½xᵀP x + qᵀx  s.t.  A x + s = b, s ∈ K, lower ≤ x ≤ upper`` into the same problem with
+
+    P̂ = σ β² D P D,   q̂ = σ β D q,   Â = E A D,   b̂ = E b / β,   bounds / (β D)
+
+whose Lagrangian is ``σ`` times the old one.  Powers of two make all of this exact.  Solvers see problems in these
+units, and residuals and active sets are judged in them: absolute tolerances mean the same for all data.
+
+Data that are of order 1 already are left alone, so that matrices and prepared solvers are shared as they stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lpgd.execution.memo import TensorMemo
+from lpgd.problems.conic.magnitudes import (
+    lonely_units,
+    lonely_variables,
+    matrix_units,
+    pairs,
+    repeated,
+    times,
+    vector_units,
+)
+from lpgd.problems.conic.structure import ConicData, ConicPoint, per_element
+
+if TYPE_CHECKING:
+    from lpgd.problems.conic.problem import ConicProblem
+
+__all__ = ["Units"]
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The units of a batch of B problems (see the module's docstring), all of them powers of two.
+
+    Attributes:
+        variable: (1 or R, n) factors D, R dividing B; None where all are 1.
+        row: (1 or R, m) factors E; None where all are 1.
+        length: (B, 1) β; None where all are 1.
+        cost: (B, 1) σ; None where all are 1.
+        alone: (B, n) further factors of variables that no matrix involves, which leave shared matrices shared; None
+            where all are 1.
+    """
+
+    variable: Tensor | None = None
+    row: Tensor | None = None
+    length: Tensor | None = None
+    cost: Tensor | None = None
+    alone: Tensor | None = None
+
+    @classmethod
+    def of(cls, problem: ConicProblem, exponents: Tensor | None = None, lengths: Tensor | None = None) -> Units:
+        """The units of a problem.
+
+        Args:
+            problem: B elements with finite data.
+            exponents: (B, 2) exponents of ``length`` and ``cost`` that a warm-start state is in, NaN where there is
+                none; they are kept where the data still allow.
+            lengths: (B,) exponents of ``length`` to take, of a solution say; NaN leaves the choice to the data.
+        """
+        if problem.batch_size == 0 or problem.structure.n == 0 or problem.structure.has_integers:
+            return cls()  # whole numbers have a unit of their own, and coefficients beside them as well
+        lonely = lonely_variables(problem)
+        variable, row = matrix_units(problem)
+        alone = None if lonely is None else lonely_units(problem, variable, lonely)
+        length, cost = vector_units(problem, variable, row, lonely, alone, exponents, lengths)
+        return cls(variable, row, length, cost, alone)
+
+    @property
+    def is_trivial(self) -> bool:
+        """Whether all factors are 1."""
+        return all(part is None for part in (self.variable, self.row, self.length, self.cost, self.alone))
+
+    @property
+    def keeps_matrices(self) -> bool:
+        """Whether P and A are those of the problem up to a factor of P."""
+        return self.variable is None and self.row is None
+
+    def select(self, elements: Sequence[int]) -> Units:
+        """The units of these elements."""
+        index = torch.as_tensor(list(elements), dtype=torch.int64)
+
+        def chosen(part: Tensor | None) -> Tensor | None:
+            if part is None or part.shape[0] == 1:
+                return part
+            return part[index.to(part.device) % part.shape[0]]
+
+        return Units(*(chosen(part) for part in (self.variable, self.row, self.length, self.cost, self.alone)))
+
+    def exponents(self, batch_size: int) -> Tensor:
+        """(B, 2) exponents of ``length`` and ``cost``."""
+        columns = [
+            torch.zeros(batch_size, 1) if part is None else torch.log2(part).cpu().expand(batch_size, 1)
+            for part in (self.length, self.cost)
+        ]
+        return torch.cat([column.double() for column in columns], 1)
+
+    # -- problems -------------------------------------------------------------------------------------------------
+
+    def apply(self, problem: ConicProblem) -> ConicProblem:
+        """The problem in these units; data that no factor touches are the same tensors."""
+        if self.is_trivial:
+            return problem
+        structure, data, size = problem.structure, problem.data, problem.batch_size
+        P, A = data.P, data.A
+        if structure.quadratic.nnz:
+            if self.variable is not None:
+                pair = pairs(self.variable, structure.quadratic.rows, structure.quadratic.columns)
+                P = _memo(P, ("P", _key(self.variable)), partial(times, P, pair, size))
+            factor = self._quadratic_factor(size)
+            if factor is not None:
+                # A factor that all elements share leaves a shared P shared.
+                common = bool((factor == factor[0]).all())
+                P = P * factor[0] if common else per_element(P, size) * factor
+        if structure.constraint.nnz and not self.keeps_matrices:
+            A = _memo(A, ("A", _key(self.variable), _key(self.row)), partial(self._constraint, problem))
+        length, cost = self._length(problem), self._cost(problem)
+        D, E = self.variable_of(problem), self._row(problem)
+        lower_index, upper_index = (structure.index(f"{end}_index", problem.device) for end in ("lower", "upper"))
+        scaled = ConicData(
+            P=P,
+            q=_over_batch(data.q, cost * length * D, size),
+            A=A,
+            b=_over_batch(data.b, E / length, size),
+            lower=_over_batch(data.lower, 1.0 / (length * D)[:, lower_index], size),
+            upper=_over_batch(data.upper, 1.0 / (length * D)[:, upper_index], size),
+        )
+        return replace(problem, data=scaled)
+
+    def _constraint(self, problem: ConicProblem) -> Tensor:
+        constraint, A, size = problem.structure.constraint, problem.data.A, problem.batch_size
+        if self.variable is not None:
+            A = times(A, self.variable[:, torch.from_numpy(constraint.columns).to(A.device)], size)
+        if self.row is not None:
+            A = times(A, self.row[:, torch.from_numpy(constraint.rows).to(A.device)], size)
+        return A
+
+    def _quadratic_factor(self, size: int) -> Tensor | None:
+        if self.length is None and self.cost is None:
+            return None
+        one = torch.ones(size, 1, dtype=torch.float64)
+        length, cost = (one if part is None else part for part in (self.length, self.cost))
+        factor = cost * length.to(cost.device) ** 2
+        return None if bool((factor == 1.0).all()) else factor
+
+    # -- points, tilts and changes --------------------------------------------------------------------------------
+
+    def point_in(self, problem: ConicProblem, point: ConicPoint) -> ConicPoint:
+        """A point of the problem, (B, ·) each, in these units."""
+        if self.is_trivial:
+            return point
+        length, cost, D, E = self._length(problem), self._cost(problem), self.variable_of(problem), self._row(problem)
+        return ConicPoint(point.x / (length * D), point.y * (cost * length) / E, point.z * (cost * length * D))
+
+    def point_out(self, problem: ConicProblem, point: ConicPoint) -> ConicPoint:
+        """A point, or a change of one, that is in these units, in the problem's own."""
+        if self.is_trivial:
+            return point
+        length, cost, D, E = self._length(problem), self._cost(problem), self.variable_of(problem), self._row(problem)
+        return ConicPoint(point.x * (length * D), point.y * E / (cost * length), point.z / (cost * length * D))
+
+    def slack_in(self, problem: ConicProblem, slack: Tensor) -> Tensor:
+        """A slack ``b - A x``, (B, m), in these units."""
+        return slack if self.is_trivial else slack * self._row(problem) / self._length(problem)
+
+    def slack_out(self, problem: ConicProblem, slack: Tensor) -> Tensor:
+        """The inverse of :meth:`slack_in`."""
+        return slack if self.is_trivial else slack * self._length(problem) / self._row(problem)
+
+    def tilt_in(self, problem: ConicProblem, tilt: ConicPoint) -> ConicPoint:
+        """A tilt ``<g, point>`` of the Lagrangian as one of ``σ`` times it, in these units."""
+        if self.is_trivial:
+            return tilt
+        length, cost, D, E = self._length(problem), self._cost(problem), self.variable_of(problem), self._row(problem)
+        return ConicPoint(tilt.x * (cost * length * D), tilt.y * E / length, tilt.z / (length * D))
+
+    def _length(self, problem: ConicProblem) -> Tensor:
+        return _one(problem) if self.length is None else self.length
+
+    def _cost(self, problem: ConicProblem) -> Tensor:
+        return _one(problem) if self.cost is None else self.cost
+
+    def variable_of(self, problem: ConicProblem) -> Tensor:
+        """(1 or B, n) factors D."""
+        ones = problem.data.q.new_ones(1, problem.structure.n)
+        shared = ones if self.variable is None else repeated(self.variable, problem.batch_size)
+        return shared if self.alone is None else shared * self.alone
+
+    def _row(self, problem: ConicProblem) -> Tensor:
+        if self.row is None:
+            return problem.data.q.new_ones(1, problem.structure.m)
+        return repeated(self.row, problem.batch_size)
+
+
+_memo = TensorMemo()
+
+
+def _key(part: Tensor | None) -> bytes:
+    return b"" if part is None else part.cpu().numpy().tobytes()
+
+
+def _one(problem: ConicProblem) -> Tensor:
+    return problem.data.q.new_ones(1, 1)
+
+
+def _over_batch(datum: Tensor, factor: Tensor, size: int) -> Tensor:
+    """The same, but only where a factor is not 1."""
+    if datum.shape[-1] == 0 or bool((factor == 1.0).all()):
+        return datum
+    return times(datum, factor, size)

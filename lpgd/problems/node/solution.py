@@ -1,0 +1,97 @@
+"""What a solver returns for a batch of a node's problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpgd.problems.base import maximum_norm
+from lpgd.problems.node.multipliers import estimate_multipliers
+from lpgd.problems.node.problem import SmoothProblem
+from lpgd.problems.node.structure import SmoothOutput, SmoothPoint
+from lpgd.problems.solution import BatchSolution
+from lpgd.status import Status
+
+__all__ = ["SmoothSolution"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SmoothSolution(BatchSolution):
+    """Solutions of a batch of B problems of a declarative node, with one status for each element.
+
+    Attributes:
+        problem: the batch that was solved.
+        x: (B, n) minimisers, flattened; NaN where there is no solution.
+        statuses: B statuses.
+        iterations: (B,) iterations of the solver.
+        setup_seconds, solve_seconds: (B,) zero, and the time of the whole batch.
+        states: B warm-start states: each element's minimiser.
+        aux: what the node's solver left for its closed-form gradient.
+        nu, lam: (B, p) and (B, r) the solver's multipliers; None where it has none.
+    """
+
+    problem: SmoothProblem
+    x: Tensor
+    statuses: tuple[Status, ...]
+    iterations: NDArray[np.int64]
+    setup_seconds: NDArray[np.float64]
+    solve_seconds: NDArray[np.float64]
+    states: Sequence[Any]
+    aux: Any = None
+    nu: Tensor | None = None
+    lam: Tensor | None = None
+
+    _tensors: ClassVar[tuple[str, ...]] = ("x", "iterations", "setup_seconds", "solve_seconds")
+
+    @property
+    def domain(self) -> str:
+        return self.problem.node.domain
+
+    @property
+    def outputs(self) -> SmoothOutput:
+        return SmoothOutput(self.x)
+
+    @property
+    def point(self) -> SmoothPoint:
+        """Minimisers and multipliers; multipliers that the solver does not tell are estimated."""
+        return self._point
+
+    @cached_property
+    def _point(self) -> SmoothPoint:
+        if self.nu is not None and self.lam is not None:
+            return SmoothPoint(self.x, self.nu, self.lam)
+        x = torch.where(self.usable[:, None], self.x, 0)
+        known = None
+        if self.aux is not None and self.problem.is_plain:
+            known = self.problem.node.multipliers(tuple(self.problem.data), self.problem.shaped(x), self.aux)
+        return SmoothPoint(self.x, *(known or estimate_multipliers(self.problem, x)))
+
+    def select(self, elements: Sequence[int]) -> Self:
+        """The solutions of these elements."""
+        chosen = list(elements)
+        own = {name: getattr(self, name) for name in ("nu", "lam")}
+        changes: dict[str, Any] = {name: part if part is None else part[chosen] for name, part in own.items()}
+        if self.aux is not None:
+            whole = self.batch_size
+            parts = (part if part.shape[0] == 1 < whole else part[chosen] for part in self.aux)
+            changes["aux"] = type(self.aux)(*parts) if hasattr(self.aux, "_fields") else tuple(parts)
+        return replace(super().select(elements), **changes)
+
+    def traced(self, data: Any, outputs: SmoothOutput) -> Self:
+        """This solution with data and minimisers that have a graph; multipliers follow from them, differentiably."""
+        problem = replace(self.problem, data=data)
+        return replace(self, problem=problem, x=outputs.x, aux=None, nu=None, lam=None)
+
+    @cached_property
+    def residual(self) -> Tensor:
+        """(B,) the worst of ``|∇L|``, ``|h|``, ``max(g, 0)`` and ``|λ g|``, in the maximum norm."""
+        h, g = self.problem.constraints(self.x)
+        parts = [self.problem.gradient(self.point), h, torch.relu(g), self.point.lam * g]
+        return torch.stack([maximum_norm(part) for part in parts]).amax(0)

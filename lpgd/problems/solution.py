@@ -1,0 +1,135 @@
+"""What a solver returns for a batch, and how it checks itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar, Self, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpgd.status import Status, describe_counts
+
+__all__ = ["BatchSolution", "Rows"]
+
+
+class Rows(Sequence[Tensor]):
+    """The rows of a tensor as a sequence, which makes them as they are asked for.
+
+    Args:
+        tensor: (B, ...).
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __len__(self) -> int:
+        return self.tensor.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tensor[index]
+
+
+class BatchSolution:
+    """What the solutions of a batch have in common, whatever the class of problems; subclasses are dataclasses.
+
+    Attributes:
+        problem: the batch that was solved.
+        point: its solutions, a named tuple of tensors (B, ·) whose first is the primal ``x``; NaN where there is none.
+        statuses: B statuses.
+        iterations: (B,) iterations of the solver.
+        setup_seconds, solve_seconds: (B,) time in set-up (0 where it was re-used) and in the solver.
+        states: B opaque warm-start states; None where the solver has none.
+    """
+
+    problem: Any
+    x: Tensor
+    statuses: tuple[Status, ...]
+    iterations: NDArray[np.int64]
+    setup_seconds: NDArray[np.float64]
+    solve_seconds: NDArray[np.float64]
+    states: Sequence[Any]
+
+    _tensors: ClassVar[tuple[str, ...]]
+    """Names of fields with one row for each element."""
+    _tuples: ClassVar[tuple[str, ...]] = ("statuses", "states")
+    """Names of fields that are tuples, or sequences, with one entry for each element."""
+
+    @property
+    def point(self) -> Any:
+        raise TypeError(f"{type(self).__name__} does not say what its point is.")
+
+    @property
+    def outputs(self) -> Any:
+        """The first parts of the point: what losses see."""
+        return self.point
+
+    def active_set(self, units_of: Any) -> Any:
+        """Which constraints are active, in the units of a problem; None where there are none to compare."""
+        return None
+
+    @property
+    def domain(self) -> str:
+        """What data must be for there to be a solution, in words, where the class of problems can tell."""
+        return ""
+
+    asked: str = ""
+    """The name of the solver that was asked, where another one may have answered."""
+
+    @property
+    def rescued(self) -> dict[str, int]:
+        """How many elements were solved by another solver than the one that was asked, by its name."""
+        return {}
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.statuses)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in self.outputs._asdict().items())
+        parts = [describe_counts(self.statuses), shapes]
+        if self.batch_size and self.iterations.any():
+            parts.append(f"{self.iterations.min()} to {self.iterations.max()} iterations")
+        parts += [f"{self.setup_seconds.sum():.3g} s of set-up, {self.solve_seconds.sum():.3g} s of solving"]
+        return f"{type(self).__name__}({'; '.join(parts)})"
+
+    @cached_property
+    def _all_solved(self) -> bool:
+        return self.statuses.count(Status.SOLVED) == len(self.statuses)
+
+    @property
+    def failed(self) -> list[int]:
+        """Elements without a usable solution."""
+        if self._all_solved:
+            return []
+        return [index for index, status in enumerate(self.statuses) if not status.usable]
+
+    @property
+    def usable(self) -> Tensor:
+        """(B,) elements that have one."""
+        if self._all_solved:
+            return self.x.new_ones(self.batch_size, dtype=torch.bool)
+        return torch.tensor([status.usable for status in self.statuses], dtype=torch.bool, device=self.x.device)
+
+    @cached_property
+    def objective(self) -> Tensor:
+        """(B,) value of the objective, without any constant of a modelling language."""
+        return self.problem.objective(self.x)
+
+    def parts(self, count: int) -> list[Self]:
+        """The ``count`` equal parts that a batch consists of, one after the other (as ``tilt`` makes them)."""
+        size = self.batch_size // count
+        return [self.select(range(part * size, (part + 1) * size)) for part in range(count)]
+
+    def select(self, elements: Sequence[int]) -> Self:
+        """The solutions of these elements."""
+        chosen = list(elements)
+        changes: dict[str, Any] = {name: getattr(self, name)[chosen] for name in self._tensors}
+        changes |= {name: tuple(getattr(self, name)[i] for i in chosen) for name in self._tuples}
+        return replace(cast(Any, self), problem=self.problem.select(chosen), **changes)

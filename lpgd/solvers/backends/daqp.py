@@ -1,0 +1,196 @@
+"""DAQP: a dual active-set method for dense convex quadratic programs, hot-started from an element's own active set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
+from lpgd.solvers.backends.forms import Form, IntervalForm, IntervalPoint, IntervalVectors
+from lpgd.solvers.base import POLYHEDRAL, Capabilities
+from lpgd.status import SetUpError, Status
+
+__all__ = ["DAQP"]
+
+FloatArray = NDArray[np.float64]
+
+# DAQP 0.11 (include/constants.h).
+_STATUSES = {
+    2: Status.SOLVED,
+    1: Status.SOLVED,
+    -1: Status.INFEASIBLE,
+    -2: Status.NUMERICAL_ERROR,  # cycling
+    -3: Status.UNBOUNDED,
+    -4: Status.ITERATION_LIMIT,
+    -6: Status.INFEASIBLE,  # the equalities alone have no solution
+    -7: Status.TIME_LIMIT,
+}
+_NOT_CONVEX = -5
+_EQUALITY, _AT_UPPER, _AT_LOWER = 5, 1, 3
+
+
+@dataclass(frozen=True)
+class DAQP(ElementwiseSolver):
+    """DAQP (Arnström, Bemporad and Axehill 2022) for small and medium dense problems; its solutions are exact.
+
+    A workspace keeps the factors of P, and a solve starts from the active set of the element's last solution.  A P that
+    is singular, zero in linear programs, is made definite by proximal-point steps
+    ``x ← argmin ½xᵀP x + qᵀx + (ε/2)|x - x₋|²``, which end at a solution exactly, after few of them.  DAQP's own
+    proximal-point iteration calls half of the bounded problems with a graph Laplacian unbounded, and cannot be restored
+    to an element's iterate by an update (daqp 0.11.0).
+
+    Args:
+        tolerance: primal feasibility.
+    """
+
+    tolerance: float = 1e-10
+    max_iterations: int = 100_000
+
+    name: ClassVar[str] = "DAQP"
+    package: ClassVar[str] = "daqp"
+    pip_name: ClassVar[str] = "daqp"
+    finest_tolerance: ClassVar[float] = 1e-10
+    form: ClassVar[type[Form]] = IntervalForm
+    capabilities: ClassVar[Capabilities] = Capabilities(cones=POLYHEDRAL, quadratic=True, warm_start=True)
+    aliases: ClassVar[dict[str, str]] = {
+        "eps": "tolerance",
+        "primal_tol": "tolerance",
+        "iter_limit": "max_iterations",
+        "max_iters": "max_iterations",
+    }
+
+    def solution_error(self, problem: ConicProblem) -> float:
+        return 1e-10  # measured where P is singular; it is 1e-12 elsewhere
+
+    def prepare(self, form: IntervalForm) -> Prepared:
+        return _PreparedDAQP(self, form)
+
+
+class _Answer(NamedTuple):
+    """What DAQP made of one problem."""
+
+    status: Status
+    x: FloatArray | None = None
+    multipliers: FloatArray | None = None  # of the bounds, then of the rows
+    iterations: int = 0
+
+
+class _State(NamedTuple):
+    """Where a solve ended: what the next one of the same element starts from."""
+
+    x: FloatArray
+    multipliers: FloatArray  # of the bounds, then of the rows
+
+
+DEFINITE = 1e-9
+"""The least eigenvalue, relative to the largest entry of P, of one that is not singular."""
+PROXIMAL = 1e-3
+"""ε, relative to the largest entry of P, or of q in a linear program."""
+PROXIMAL_STEPS = 60
+"""The most proximal-point steps; where curvature is much smaller than ε, convergence is slow."""
+STILL = 1e-12
+"""The relative movement at which they end."""
+STEADY = 1e-3
+"""Steps that change by less than this, relatively, and are long lead away for ever."""
+
+
+def _is_definite(P: FloatArray, least: float) -> bool:
+    try:
+        np.linalg.cholesky(P - least * np.eye(len(P)))
+    except np.linalg.LinAlgError:
+        return False
+    return True
+
+
+class _PreparedDAQP(Prepared):
+    def __init__(self, options: DAQP, form: IntervalForm) -> None:
+        self.options = options
+        # An update without any constraint is refused (daqp 0.11.0): infinite bounds serve.
+        self.n, self.bounds = form.n, form.n if form.has_bounds or not form.m else 0
+        P, self.A = form.dense_P(), form.dense_A()
+        # Which rows are equalities is fixed; of bounds that meet, DAQP takes care itself.
+        self.sense = np.zeros(self.bounds + form.m, dtype=np.int32)
+        self.sense[self.bounds : self.bounds + form.zero] = _EQUALITY
+        self.ended_at: FloatArray | None = None  # multipliers of the active set whose factors the workspace has
+        size = float(np.abs(P).max(initial=0.0)) or 1.0
+        # A pivot of rounding passes DAQP's own test (daqp 0.11.0).
+        self.proximal = 0.0 if form.has_quadratic and _is_definite(P, DEFINITE * size) else PROXIMAL * size
+        self.model = options.module().Model()
+        self.model.settings = {
+            "primal_tol": options.tolerance,
+            "iter_limit": options.max_iterations,
+            "time_limit": options.time_limit or 0.0,
+            "eps_prox": 0.0,
+        }
+        ends = np.zeros(self.sense.size)
+        if self.proximal:
+            P = P + self.proximal * np.eye(self.n)
+        # DAQP copies what it is given.
+        if self.model.setup(P, np.zeros(self.n), self.A, ends, ends, self.sense.copy())[0] == _NOT_CONVEX:
+            raise SetUpError("DAQP cannot factorise P.")
+
+    def memory(self, form: IntervalForm) -> int:
+        return 14_000 + 16 * form.n * (form.n + form.m) + 8 * form.size
+
+    def solve(self, vectors: IntervalVectors, state: _State | None) -> Outcome:
+        q, row_lower, row_upper, lower, upper = vectors
+        if self.bounds:
+            lower, upper = np.concatenate([lower, row_lower]), np.concatenate([upper, row_upper])
+        else:
+            lower, upper = row_lower, row_upper
+        if state is not None and (state.x.size != self.n or state.multipliers.size != self.sense.size):
+            state = None
+        answer = self._iterate if self.proximal else self._solve_once
+        status, x, multipliers, iterations = answer(q, lower, upper, state)
+        if x is None or multipliers is None:
+            return Outcome(status, None, iterations)
+        z = multipliers[: self.bounds] if self.bounds else np.zeros(self.n)
+        next_state = _State(x, multipliers) if status is Status.SOLVED else None
+        return Outcome(status, IntervalPoint(x, multipliers[self.bounds :], z), iterations, next_state)
+
+    def _solve_once(self, q: FloatArray, lower: FloatArray, upper: FloatArray, state: _State | None) -> _Answer:
+        """The answer for the P that was factorised."""
+        flag = self._move(q, lower, upper, state)
+        if flag < 0:
+            self.ended_at = None
+            return _Answer(_STATUSES.get(flag, Status.NUMERICAL_ERROR))
+        x, _, flag, info = self.model.solve()
+        status, multipliers = _STATUSES.get(flag, Status.NUMERICAL_ERROR), info["lam"]
+        self.ended_at = multipliers if status is Status.SOLVED else None
+        return _Answer(status, x, multipliers, info["iterations"])
+
+    def _iterate(self, q: FloatArray, lower: FloatArray, upper: FloatArray, state: _State | None) -> _Answer:
+        """Proximal-point steps, from the element's last solution; x is a direction where the steps lead away."""
+        x, start, total, step = np.zeros(self.n) if state is None else state.x, state, 0, np.zeros(self.n)
+        answer = _Answer(Status.ITERATION_LIMIT)
+        for _ in range(PROXIMAL_STEPS):
+            answer = self._solve_once(q - self.proximal * x, lower, upper, start)
+            total += answer.iterations
+            if answer.x is None or answer.multipliers is None or answer.status is not Status.SOLVED:
+                return answer._replace(iterations=total)
+            last, step = step, answer.x - x
+            x, start = answer.x, _State(answer.x, answer.multipliers)
+            length, turned = np.abs(step).max(), np.abs(step - last).max()
+            if length <= STILL * (1.0 + np.abs(x).max()):
+                return answer._replace(iterations=total)
+            if turned <= STEADY * length and length > 1.0:
+                return answer._replace(status=Status.UNBOUNDED, x=step, iterations=total)
+        return answer._replace(status=Status.ITERATION_LIMIT, iterations=total)
+
+    def _move(self, q: FloatArray, lower: FloatArray, upper: FloatArray, state: _State | None) -> int:
+        sense = self.sense.copy()  # DAQP writes to it
+        if state is not None:
+            if self.ended_at is not None and np.array_equal(np.sign(self.ended_at), np.sign(state.multipliers)):
+                return self.model.update(f=q, bupper=upper, blower=lower)
+            self._mark(sense, state.multipliers, lower, upper)
+        return self.model.update(f=q, bupper=upper, blower=lower, sense=sense)
+
+    def _mark(self, sense: NDArray[np.int32], multipliers: FloatArray, lower: FloatArray, upper: FloatArray) -> None:
+        """Mark an active set.  An end that is infinite must not be marked: it gives NaN (daqp 0.11.0)."""
+        free = sense == 0
+        sense[free & (multipliers > 0) & np.isfinite(upper)] = _AT_UPPER
+        sense[free & (multipliers < 0) & np.isfinite(lower)] = _AT_LOWER

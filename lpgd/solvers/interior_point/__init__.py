@@ -1,0 +1,1 @@
+"""The batched interior-point method in torch."""

@@ -1,0 +1,205 @@
+"""A batched interior-point solver in torch: linear and convex quadratic programs, on the device of their data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+
+from lpgd.execution.tasks import run_tasks, split, worker_count
+from lpgd.execution.threads import all_torch_threads, one_torch_thread
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.solution import Solution
+from lpgd.solvers.base import Capabilities, Solver
+from lpgd.solvers.interior_point.active_set import ActiveSet, is_suitable
+from lpgd.solvers.interior_point.box_program import BoxProgram, Scaling
+from lpgd.solvers.interior_point.equality_system import KeptSystem
+from lpgd.solvers.interior_point.predictor_corrector import Answers, Limits, solve_programs
+from lpgd.status import Status
+
+__all__ = ["InteriorPoint"]
+
+_PRECISIONS = {"float64": (torch.float64, 1e-13, 0.0), "float32": (torch.float32, 1e-6, 1e-4)}
+"""For each precision its type, the regularisation of its factorisations, and the finest tolerance asked of it."""
+
+
+CHUNKED = 2e8
+"""A batch is cut into one chunk for each worker from so many operations an iteration."""
+THREADED = 1e9
+"""A batch too small to be cut uses torch's own threads from so many operations an iteration."""
+
+
+def _work(problem: ConicProblem) -> float:
+    n, m = problem.structure.n, problem.structure.m
+    return float(problem.batch_size * (n + m) * min(n, m or n) * n)
+
+
+@dataclass(frozen=True)
+class InteriorPoint(Solver):
+    """A primal-dual interior-point method that solves a whole batch of dense LPs and convex QPs at once.
+
+    Every iteration is a few dozen operations on the whole batch, with one factorisation for each element;
+    finished elements leave the batch.  On an optimal face the solution is inside the face, near its analytic centre.
+    Matrices are held dense, bounds as bounds: for up to a few thousand variables and rows.  A large batch is cut
+    into one chunk for each worker; on an accelerator it stays whole.  ``time_limit`` counts for the batch, whose
+    elements are solved side by side.
+
+    A warm start is an active set, from which a few Newton steps solve a program near by exactly, where every variable
+    has curvature (:mod:`lpgd.solvers.interior_point.active_set`); elements that are further away are solved from the
+    interior.
+
+    Args:
+        precision: ``"float64"``, or ``"float32"``, which solves to 1e-4 at best; a finer tolerance is lifted to that.
+
+    Raises:
+        ValueError: the precision is unknown.
+    """
+
+    tolerance: float = 1e-9
+    max_iterations: int = 100
+    precision: str = "float64"
+
+    name: ClassVar[str] = "INTERIOR"
+    package: ClassVar[str] = "torch"
+    pip_name: ClassVar[str] = "torch"
+    finest_tolerance: ClassVar[float] = 1e-11
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        cones=frozenset({"zero", "nonnegative"}), quadratic=True, warm_start=True
+    )
+    aliases: ClassVar[dict[str, str]] = {
+        "eps": "tolerance",
+        "tol": "tolerance",
+        "max_iter": "max_iterations",
+        "max_iters": "max_iterations",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.precision not in _PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; it must be one of {', '.join(_PRECISIONS)}.")
+
+    def solution_error(self, problem: ConicProblem) -> float:
+        return self._limits.tolerance
+
+    @property
+    def _limits(self) -> Limits:
+        _, regularization, finest = _PRECISIONS[self.precision]
+        tolerance = max(self.tolerance, finest)
+        return Limits(
+            tolerance=tolerance,
+            certificate=max(1e-8, 0.1 * finest),
+            acceptable=max(1e-5, tolerance),
+            iterations=self.max_iterations,
+            deadline=None if self.time_limit is None else time.perf_counter() + self.time_limit,
+            regularization=regularization,
+        )
+
+    def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> Solution:
+        with torch.no_grad(), one_torch_thread():
+            return self._solve(problem, states, executor)
+
+    def _solve(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> Solution:
+        started = time.perf_counter()
+        size, structure, q = problem.batch_size, problem.structure, problem.data.q
+        point = [q.new_full((size, length), torch.nan) for length in (structure.n, structure.m, structure.n)]
+        slack = torch.full_like(point[1], torch.nan)
+        statuses = torch.full((size,), int(Status.INVALID_DATA))
+        iterations = torch.zeros(size, dtype=torch.int64)
+        valid = problem.finite()
+        whole = bool(valid.all())
+        rows = valid.nonzero()[:, 0]
+        kept: tuple[KeptSystem, ...] = ()
+        if rows.shape[0]:
+            part = problem if whole else problem.select(rows.tolist())
+            scaling = Scaling.of(part, _PRECISIONS[self.precision][0])
+            start = _active_set(problem, states) if whole and is_suitable(scaling.program) else None
+            answers = self._answers(_Task(scaling.program, start, self._limits, self.verbose), _work(part), executor)
+            kept = tuple(own.scaled(scaling.row_scale).moved(rows) for own in answers.kept)
+            solved, part_slack = scaling.invert(answers.x, answers.z, answers.s)
+            status = answers.status
+            for full, own in zip((*point, slack), (*solved, part_slack), strict=True):
+                full[rows] = own
+            statuses[rows.cpu()], iterations[rows.cpu()] = status.cpu(), answers.iterations.cpu()
+        lower, upper = problem.full_bounds()
+        rows = point[1] > slack
+        rows[:, : structure.cones.zero] = True
+        ends = ActiveSet(rows, point[2] > upper - point[0], -point[2] > point[0] - lower)
+        solved = torch.isfinite(point[0][:, 0]).tolist()
+        seconds = time.perf_counter() - started
+        return Solution(
+            problem,
+            *point,
+            slack=slack,
+            statuses=tuple(Status(value) for value in statuses.tolist()),
+            iterations=iterations.numpy(),
+            setup_seconds=np.zeros(size),
+            solve_seconds=np.full(size, seconds / max(size, 1)),
+            states=tuple(_State(ends, row) if fine else None for row, fine in enumerate(solved)),
+            systems=kept,
+        )
+
+    def _answers(self, task: _Task, work: float, executor: Executor | None) -> Answers:
+        size, workers = task.program.size, worker_count(executor)
+        if task.program.q.device.type != "cpu":
+            return _solve_task(task)
+        distinct = size if task.start is None else task.start.rows.shape[0]
+        if min(workers, distinct) < 2 or work < CHUNKED:
+            with all_torch_threads() if work > THREADED and workers > 1 else nullcontext():
+                return _solve_task(task)
+        chunks = [torch.arange(chunk.start, chunk.stop) for chunk in split(distinct, executor, per_worker=1)]
+        # The copies of an element stay together.
+        rows = [torch.cat([chunk + start for start in range(0, size, distinct)]) for chunk in chunks]
+        tasks = [
+            task._replace(
+                program=task.program.select(part), start=None if task.start is None else task.start.select(chunk)
+            )
+            for chunk, part in zip(chunks, rows, strict=True)
+        ]
+        order = torch.cat(rows).argsort()
+        parts = run_tasks(_solve_task, tasks, executor)
+        kept = tuple(own.moved(part) for part, answers in zip(rows, parts, strict=True) for own in answers.kept)
+        columns = zip(*(answers.parts for answers in parts), strict=True)
+        x, z, slack, status, iterations = (torch.cat(own)[order] for own in columns)
+        return Answers(x, z, slack, status, iterations, kept)
+
+
+class _Task(NamedTuple):
+    """Programs to solve."""
+
+    program: BoxProgram
+    start: ActiveSet | None
+    limits: Limits
+    verbose: bool
+
+
+def _solve_task(task: _Task) -> Answers:
+    with torch.no_grad():
+        return solve_programs(*task)
+
+
+class _State(NamedTuple):
+    """What was active at the solution of one element, a row of its whole batch's."""
+
+    batch: ActiveSet
+    row: int
+
+
+def _active_set(problem: ConicProblem, states: Sequence[Any]) -> ActiveSet | None:
+    """What the states of S elements say, if all of them belong to such problems."""
+    n, m = problem.structure.n, problem.structure.m
+    if not states or not all(isinstance(state, _State) for state in states):
+        return None
+    batch = states[0].batch
+    for other in {id(state.batch): state.batch for state in states}.values():
+        if other.rows.shape[1] != m or other.upper.shape[1] != n or other.rows.device != problem.device:
+            return None
+    if all(state.batch is batch for state in states):
+        return batch.select(torch.tensor([state.row for state in states], device=problem.device))
+    parts = [state.batch.select(torch.tensor([state.row], device=problem.device)) for state in states]
+    return ActiveSet(*(torch.cat(rows) for rows in zip(*(part.parts for part in parts), strict=True)))

@@ -1,0 +1,1 @@
+"""Solvers of declarative nodes: descent, the method of multipliers, and the bordered system."""

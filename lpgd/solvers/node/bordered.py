@@ -1,0 +1,132 @@
+"""The bordered system of a node's optimality conditions, for a whole batch: by its matrix, or by products with it.
+
+At a point with multipliers of ``L = f + νᵀh + λᵀg``, with A the derivative in y of h and of the rows of g that are
+active ([DDN] eqs. 13 to 20; their form with ``H⁻¹`` needs H nonsingular, the system below does not), the change of the
+solution under a tilt ``<c, z>`` of L solves
+
+    [ ∇²_yy L + ρI   Aᵀ ] [dy]     [ c_y ]
+    [ A              0  ] [dμ] = - [ c_μ ]
+
+Newton's method on the optimality conditions is the same system, with their residual as c.  Inactive rows, and rows
+whose derivative vanishes, are absent: dμ = 0.
+
+Where the system is singular its pseudo-inverse answers.  With more constraints than variables, or dependent ones,
+that is ``A dy = -C`` in the least-squares sense ([DDN] 4.7.3); in feasibility problems it is the least change that
+keeps to the constraints ([DDN] 4.7.1).
+
+[DDN] Gould, Hartley, Campbell: Deep Declarative Networks (arXiv 1909.04866).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lpgd.execution.threads import torch_threads
+from lpgd.problems.node.multipliers import LARGE
+from lpgd.problems.node.problem import SmoothProblem
+from lpgd.problems.node.structure import SmoothPoint
+from lpgd.solvers.node.minres import minres
+
+__all__ = ["bordered_response", "is_large"]
+
+
+def is_large(problem: SmoothProblem, point: SmoothPoint) -> bool:
+    """Whether the matrices of a whole batch would take more than 2²⁶ numbers."""
+    return problem.batch_size * sum(part.shape[-1] for part in point) ** 2 > LARGE
+
+
+def bordered_response(
+    problem: SmoothProblem,
+    point: SmoothPoint,
+    tilt: SmoothPoint,
+    active: Tensor,
+    rho: float = 0.0,
+    matrix_free: bool | None = None,
+) -> tuple[SmoothPoint, Tensor]:
+    """The change of the solutions along a tilt, (B, ·) each, and (B,) whether their systems were regular.
+
+    It is NaN where a derivative is not finite.
+
+    Args:
+        problem: B elements.
+        point: minimisers and multipliers.
+        tilt: (B, ·) each.
+        active: (B, r) which rows of g count.
+        rho: ρ ≥ 0, added to the Hessian.
+        matrix_free: by products with the system only (MINRES); None: where matrices are large.
+    """
+    x, n, p = point.x, point.x.shape[-1], point.nu.shape[-1]
+    keep = torch.cat([torch.ones_like(point.nu, dtype=torch.bool), active], -1)
+    problem, unit = problem.in_units(x) if problem.unit is None else (problem, x.new_ones(len(x), 1))
+    point = SmoothPoint(x, point.nu / unit, point.lam / unit)
+    right = -torch.cat([tilt.x / unit, tilt.nu, tilt.lam], -1)
+    damping = rho / unit
+    if is_large(problem, point) if matrix_free is None else matrix_free:
+        answer, exact = _matrix_free(problem, point, keep, right, damping)
+    else:
+        hessian = problem.hessian(point) + damping.expand_as(x).diag_embed()
+        answer, exact = _dense(hessian, problem.jacobian(x), keep, right)
+    return SmoothPoint(answer[:, :n], unit * answer[:, n : n + p], unit * answer[:, n + p :]), exact
+
+
+def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Answers (B, n + m), and (B,) whether they are those of a regular system."""
+    n, eps = hessian.shape[-1], torch.finfo(hessian.dtype).eps
+    jacobian = jacobian * keep[..., None]
+    present = jacobian.ne(0).any(-1)
+    absent = torch.diag_embed((~present).to(hessian.dtype))
+    matrix = torch.cat(
+        [torch.cat([hessian, jacobian.mT], -1), torch.cat([jacobian, absent], -1)], -2
+    )  # (B, n + m, n + m)
+    right = torch.cat([right[:, :n], torch.where(present, right[:, n:], 0)], -1)
+    # Equilibrated: what counts as singular shall not depend on the units of variables and constraints.
+    weight = matrix.abs().amax(-1)
+    weight = torch.where(weight > 0, weight, 1).rsqrt()
+    scaled = weight[:, :, None] * matrix * weight[:, None]
+    target = weight * right
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(scaled.shape[-1], generator=generator, dtype=torch.float64).to(scaled)
+    both = torch.stack([target, (probe / probe.norm()).expand_as(target)], -1)
+    # solve_ex takes no zero rows of a batch on every device: an empty batch has nothing to solve.
+    if not scaled.shape[0] or not scaled.shape[-1]:
+        return torch.zeros_like(right), right.new_ones(right.shape[0], dtype=torch.bool)
+    with torch_threads(1):  # see there what LU needs
+        factors, pivots, failed = torch.linalg.lu_factor_ex(scaled)
+        answers = torch.linalg.lu_solve(factors, pivots, both)
+        answer = answers[..., 0]
+        residual = target - (scaled @ answer[..., None])[..., 0]
+        correction = torch.linalg.lu_solve(factors, pivots, residual[..., None])[..., 0]
+    exact = (failed == 0) & (answers[..., 1].norm(dim=-1) < 1e-3 / eps) & torch.isfinite(answer).all(-1)
+    small = eps**0.6 * target.abs().amax(-1).clamp(min=torch.finfo(right.dtype).tiny)
+    exact = exact & (residual.abs().amax(-1) <= small)
+    answer = weight * torch.where(exact[:, None], answer + correction, 0)
+    rest = (~exact).nonzero()[:, 0]
+    if len(rest):
+        # The pseudo-inverse of the matrix itself: least norm in the units of the variables.
+        own = matrix[rest]
+        finite = torch.isfinite(own).all(-1).all(-1)[:, None, None]
+        inverse = torch.linalg.pinv(torch.where(finite, own, 0), hermitian=True, rtol=matrix.shape[-1] * eps**0.75)
+        inverse = torch.where(finite, inverse, torch.nan)
+        answer[rest] = (inverse @ right[rest][..., None])[..., 0]
+    return torch.cat([answer[:, :n], torch.where(present, answer[:, n:], 0)], -1), exact
+
+
+def _matrix_free(
+    problem: SmoothProblem, point: SmoothPoint, keep: Tensor, right: Tensor, damping: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same by MINRES; an answer whose residual stays large is not exact."""
+    n, curve = point.x.shape[-1], problem.hessian_product(point)
+    weight = keep.to(point.x.dtype)
+    transposed = problem.jacobian_product(point.x) if keep.shape[-1] else None
+    forward = None if transposed is None else torch.func.vjp(transposed, torch.zeros_like(weight))[1]
+
+    def product(vector: Tensor) -> Tensor:
+        dx, dmu = vector[:, :n], vector[:, n:]
+        upper = curve(dx) + damping * dx
+        if transposed is None or forward is None:
+            return upper
+        return torch.cat([upper + transposed(weight * dmu), weight * forward(dx)[0]], -1)
+
+    right = torch.cat([right[:, :n], weight * right[:, n:]], -1)
+    return minres(product, right)

@@ -1,0 +1,245 @@
+"""Minimisers of batches of smooth problems with constraints: augmented Lagrangians, and Newton's method at the end.
+
+Newton's method on the optimality conditions, whose active rows are those with ``λ > -g`` (the primal-dual active set
+method, which is sequential quadratic programming near a solution), converges quadratically, but only from near.  So
+that is where a warm start begins.  What it does not finish, and every cold start, is minimised by the method of
+multipliers first: it descends, which Newton's method on optimality conditions does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpgd.problems.node.multipliers import LARGE, estimate_multipliers
+from lpgd.problems.node.problem import SmoothProblem
+from lpgd.problems.node.structure import SmoothPoint
+from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
+from lpgd.solvers.node.bordered import bordered_response
+from lpgd.solvers.node.descent import Descent
+from lpgd.solvers.node.infeasibility import verdict
+from lpgd.status import Status
+
+__all__ = ["ConstrainedResult", "is_minimiser", "method_of_multipliers", "polish", "warm_point"]
+
+ENDLESS = 6
+"""So many penalties, each ten times the last, on which an objective falls without limit: it is unbounded."""
+
+Minimise = Callable[[AugmentedLagrangian, Tensor], Descent]
+
+
+class ConstrainedResult(NamedTuple):
+    """What came of it.
+
+    Attributes:
+        point: (B, ·) the last points and multipliers.
+        status: (B,) values of Status.
+        iterations: (B,) systems that were solved.
+    """
+
+    point: SmoothPoint
+    status: Tensor
+    iterations: Tensor
+
+
+def polish(problem: SmoothProblem, point: SmoothPoint, max_iterations: int = 30) -> ConstrainedResult:
+    """Newton's method on the optimality conditions, from near a solution.
+
+    Args:
+        problem: B elements.
+        point: minimisers and multipliers to start from.
+        max_iterations: of an element.
+
+    Returns:
+        The best points; an element is SOLVED where the residuals of its optimality conditions, relative to their
+        terms, are below the 0.6th power of the precision, and stay there or fall no more.
+    """
+    problem, unit = problem.in_units(point.x)
+    every = problem
+    point = SmoothPoint(point.x.clone(), point.nu / unit, point.lam / unit)
+    whole = SmoothPoint(*(part.clone() for part in point))
+    size, _ = _residual(problem, point)
+    best = size.clone()
+    rows = torch.arange(size.shape[0], device=size.device)
+    iterations = torch.zeros_like(rows)
+    patience = torch.full_like(rows, 3)
+    for _ in range(max_iterations):
+        if not len(rows):
+            break
+        active = _active(problem, point)
+        _, residual = _residual(problem, point)
+        change, _ = bordered_response(problem, point, residual, active)
+        lam = torch.where(active, point.lam + change.lam, 0)
+        point = SmoothPoint(point.x + change.x, point.nu + change.nu, lam)
+        iterations[rows] += 1
+        size, _ = _residual(problem, point)
+        better = size < best[rows]
+        halved = size < 0.5 * best[rows]
+        chosen = rows[better]
+        for own, part in zip(whole, point, strict=True):
+            own[chosen] = part[better]
+        best[chosen] = size[better]
+        # Changes of the active set may raise the residual for an iteration or two.
+        patience[rows] = torch.where(halved, 3, patience[rows] - 1)
+        done = (patience[rows] <= 0) | ~torch.isfinite(size) | (best[rows] == 0)
+        done = done | (~halved & (best[rows] < torch.finfo(size.dtype).eps ** 0.6))
+        if done.any():
+            left = (~done).nonzero()[:, 0]
+            rows, point, problem_left = rows[left], point.select(left), problem.select(left.tolist())
+            problem = problem_left
+    enough = torch.finfo(best.dtype).eps ** 0.6
+    fine = best <= enough
+    rest = (~fine & torch.isfinite(best)).nonzero()[:, 0]
+    if len(rest) and len(rest) * whole.x.shape[-1] ** 2 <= LARGE:
+        part, own = every.select(rest.tolist()), whole.select(rest)
+        fine[rest] = _residual(part, own, _rounding(part, own))[0] <= enough
+    whole = SmoothPoint(whole.x, unit * whole.nu, unit * whole.lam)
+    return ConstrainedResult(whole, torch.where(fine, int(Status.SOLVED), int(Status.NUMERICAL_ERROR)), iterations)
+
+
+def is_minimiser(problem: SmoothProblem, point: SmoothPoint) -> Tensor:
+    """(B,) no negative curvature along the active constraints; True for all where that would take large matrices."""
+    size, n = point.x.shape
+    if size * n**2 > LARGE:
+        return torch.ones(size, dtype=torch.bool, device=point.x.device)
+    hessian = problem.hessian(point)
+    finite = torch.isfinite(hessian).all(-1).all(-1)
+    hessian = torch.where(finite[:, None, None], hessian, 0)
+    keep = torch.cat([torch.ones_like(point.nu, dtype=torch.bool), point.lam > 0], -1)
+    jacobian = problem.jacobian(point.x) * keep[..., None]
+    jacobian = jacobian / jacobian.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(hessian.dtype).tiny)
+    scale = hessian.abs().amax((-1, -2)).clamp(min=torch.finfo(hessian.dtype).tiny)
+    # Directions that leave the constraints become so steep that only those along them can be negative.
+    eps = torch.finfo(hessian.dtype).eps
+    steep = hessian / scale[:, None, None] + eps**-0.3 * jacobian.mT @ jacobian
+    finite = finite & torch.isfinite(jacobian).all(-1).all(-1)
+    steep = torch.where(finite[:, None, None], steep, 0)
+    return finite & (torch.linalg.eigvalsh(steep).amin(-1) >= -10 * eps**0.3)
+
+
+def method_of_multipliers(
+    problem: SmoothProblem,
+    x: Tensor,
+    minimise: Minimise,
+    max_rounds: int = 40,
+) -> ConstrainedResult:
+    """The method of multipliers, whose penalties grow where feasibility stalls, ended by Newton's method.
+
+    Args:
+        problem: B elements.
+        x: (B, n) where it starts.
+        minimise: minimises a smooth function from a point.
+        max_rounds: changes of multipliers of an element.
+    """
+    h, g = problem.constraints(x)
+    size = x.shape[0]
+    problem, unit = problem.in_units(x)
+    start, every = x, problem
+    whole = SmoothPoint(x.clone(), torch.zeros_like(h), torch.zeros_like(g))
+    point = whole
+    status = torch.full((size,), int(Status.ITERATION_LIMIT), device=x.device)
+    iterations = torch.zeros(size, dtype=torch.int64, device=x.device)
+    rows = torch.arange(size, device=x.device)
+    slope = torch.func.grad(lambda x: problem.objective(x).sum())(x)
+    # A penalty's curvature is that of long rows too: c |∇h|² is what the objective is weighed against.
+    signs = torch.ones_like(torch.cat([h, g], -1))
+    rows_squared = problem.jacobian_product(x)(signs).square().sum(-1) / signs.shape[-1]
+    penalty = 10 * slope.abs().amax(-1).clamp(1e-2, 1e4) / rows_squared.clamp(min=1)
+    violation = torch.full_like(penalty, torch.inf)
+    endless = torch.zeros_like(rows)  # rounds, one after the other, that fell without limit
+    precision = torch.finfo(x.dtype).eps ** 0.6
+    for _ in range(max_rounds):
+        if not len(rows):
+            break
+        descent = minimise(AugmentedLagrangian(problem, point.nu, point.lam, penalty), point.x)
+        iterations[rows] += descent.iterations
+        endless = torch.where(descent.status == int(Status.UNBOUNDED), endless + 1, 0)
+        usable = torch.isfinite(descent.x).all(-1) & (descent.status != int(Status.UNBOUNDED))
+        x = torch.where(usable[:, None], descent.x, point.x)
+        h, g = problem.constraints(x)
+        c = penalty[:, None]
+        lam = torch.relu(point.lam + c * g)
+        change = torch.cat([h, (lam - point.lam) / c], -1).abs().amax(-1)
+        point = SmoothPoint(x, point.nu + c * h, lam)
+        slow = ~(change <= 0.25 * violation) | ~usable
+        violation = torch.where(usable, change, violation)
+        ready = usable & (change < 1e-2 * (1 + x.abs().amax(-1)))
+        solved = torch.zeros_like(usable)
+        near = ready.nonzero()[:, 0]
+        if len(near):
+            part = problem.select(near.tolist())
+            answer = polish(part, point.select(near))
+            moved = (answer.point.x - x[near]).abs().amax(-1)
+            close = moved <= 10 * change[near] + precision**0.5 * (1 + x[near].abs().amax(-1))
+            iterations[rows[near]] += answer.iterations
+            fine = (answer.status == int(Status.SOLVED)) & close & is_minimiser(part, answer.point)
+            done = near[fine]
+            for own, new in zip(whole, answer.point, strict=True):
+                own[rows[done]] = new[fine]
+            status[rows[done]] = int(Status.SOLVED)
+            solved[done] = True
+        penalty = torch.where(slow, 10 * penalty, penalty)
+        hopeless = ~solved & ((penalty > 1e12) | (endless >= ENDLESS))
+        ended = solved | hopeless
+        if ended.any() or not usable.all():
+            unbounded = (descent.status == int(Status.UNBOUNDED))[hopeless]
+            status[rows[hopeless]] = torch.where(unbounded, int(Status.UNBOUNDED), int(Status.NUMERICAL_ERROR))
+        left = (~ended).nonzero()[:, 0]
+        for own, new in zip(whole, point, strict=True):
+            own[rows[left]] = new[left]
+        if ended.any():
+            rows, point, penalty, violation = rows[left], point.select(left), penalty[left], violation[left]
+            endless = endless[left]
+            problem = problem.select(left.tolist())
+    residual = _residual(problem, point)[0] if len(rows) else penalty
+    status[rows] = torch.where(residual <= precision**0.5, int(Status.INACCURATE), status[rows])
+    lost = ((status == int(Status.NUMERICAL_ERROR)) | (status == int(Status.ITERATION_LIMIT))).nonzero()[:, 0]
+    if len(lost):
+        answer = verdict(every.select(lost.tolist()), (start[lost], whole.x[lost]), minimise)
+        proven = answer == int(Status.INFEASIBLE)
+        status[lost] = torch.where(proven, answer, status[lost])
+    whole = SmoothPoint(whole.x, unit * whole.nu, unit * whole.lam)
+    return ConstrainedResult(whole, status, iterations)
+
+
+def warm_point(problem: SmoothProblem, x: Tensor) -> SmoothPoint:
+    """A start with the multipliers that fit it best."""
+    return SmoothPoint(x, *estimate_multipliers(problem, x))
+
+
+def _active(problem: SmoothProblem, point: SmoothPoint) -> Tensor:
+    return point.lam > -problem.constraints(point.x)[1]
+
+
+def _rounding(problem: SmoothProblem, point: SmoothPoint) -> Tensor:
+    """(B, n) what the rounding of x alone does to ``∇L``: much at the end of a domain, as of ``log(1 - y)`` near 1."""
+    sizes = problem.hessian(point).abs() @ point.x.abs()[..., None]
+    return 4 * torch.finfo(point.x.dtype).eps * torch.where(torch.isfinite(sizes[..., 0]), sizes[..., 0], 0)
+
+
+def _residual(problem: SmoothProblem, point: SmoothPoint, rounding: Tensor | None = None) -> tuple[Tensor, SmoothPoint]:
+    """(B,) the residual relative to its terms, and the residuals of stationarity and of the constraints themselves.
+
+    Of stationarity so much as rounding explains is left out of the first.
+    """
+    h, g = problem.constraints(point.x)
+    slope = problem.gradient(point)
+    multipliers = torch.cat([point.nu, point.lam], -1)
+    terms = torch.ones_like(slope[:, 0]) if slope.shape[-1] else slope.sum(-1)
+    if multipliers.shape[-1]:
+        forces = problem.jacobian_product(point.x)(multipliers)
+        terms = torch.maximum(terms, forces.abs().amax(-1))
+    left = slope.abs() if rounding is None else torch.relu(slope.abs() - rounding)
+    own = left.amax(-1) / terms
+    reach = 1 + point.x.abs().amax(-1)
+    bad = [own]
+    if h.shape[-1]:
+        bad.append(h.abs().amax(-1) / reach)
+    if g.shape[-1]:
+        gap = torch.minimum(-g, point.lam).abs()  # g ≤ 0, λ ≥ 0 and λ g = 0 in one
+        bad.append(gap.amax(-1) / torch.maximum(reach, 1 + point.lam.amax(-1)))
+    size = torch.stack(bad).amax(0)
+    return torch.where(torch.isnan(size), torch.inf, size), SmoothPoint(slope, h, g)

@@ -1,0 +1,289 @@
+"""The solver of declarative nodes: a node's own where it has one, else generic ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpgd.execution.threads import without_autocast
+from lpgd.execution.torch_isolation import isolated_torch
+from lpgd.nodes.base import NodeAnswer
+from lpgd.problems.base import is_surely_finite
+from lpgd.problems.node.problem import SmoothProblem
+from lpgd.problems.node.solution import SmoothSolution
+from lpgd.problems.node.structure import SmoothPoint
+from lpgd.problems.solution import Rows
+from lpgd.solvers.base import BaseSolver
+from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
+from lpgd.solvers.node.constrained import is_minimiser, method_of_multipliers, polish, warm_point
+from lpgd.solvers.node.descent import Descent, lbfgs, newton
+from lpgd.solvers.node.scipy_minimise import scipy_minimise
+from lpgd.status import Status, warn
+
+__all__ = ["Algorithm", "NodeSolver"]
+
+Algorithm = Literal["own", "newton", "lbfgs", "scipy"]
+
+NEWTON_LIMIT = 300
+"""Up to this many variables, matrices of second derivatives are formed by default."""
+
+
+@dataclass(frozen=True)
+class NodeSolver(BaseSolver):
+    """Minimises the problems of a declarative node, each element converging alone.
+
+    Args:
+        tolerance: relative size of the gradient that is enough for a generic solver; 0 goes as far as the dtype does.
+        algorithm: ``"own"``: the node's own solver where it has one, else ``"newton"`` up to 300 variables and
+            ``"lbfgs"`` beyond.  The generic ones take warm starts; with constraints they are the inner solver of the
+            method of multipliers, ended by Newton's method on the optimality conditions.  ``"scipy"`` is
+            ``scipy.optimize.minimize`` (SLSQP or L-BFGS-B), one element after the other.
+        max_iterations: of one element (of each round, where there are constraints); None is 200 for Newton's method,
+            2000 for the others.
+
+    Several solutions: a generic solver descends from where it starts, which is ``BaseNode.initial`` or the warm start,
+    and finds the local minimiser there.  The perturbed solves of LPGD start from the solution, so that both ends of a
+    difference belong to one branch.
+    """
+
+    algorithm: Algorithm = "own"
+    max_iterations: int | None = None
+
+    name: ClassVar[str] = "NODE"
+    is_torch: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in get_args(Algorithm):
+            raise ValueError(f"algorithm is {self.algorithm!r}; it must be one of {', '.join(get_args(Algorithm))}.")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance is {self.tolerance}; it must be at least 0 and below 1.")
+        if self.max_iterations is not None and self.max_iterations < 1:
+            raise ValueError(f"max_iterations is {self.max_iterations}; it must be at least 1, or None.")
+
+    @property
+    def takes_states(self) -> bool:
+        return True
+
+    def solution_error(self, problem: SmoothProblem) -> float:
+        """The precision of the dtype with three digits lost, or the tolerance."""
+        return max(self.tolerance, 1e3 * torch.finfo(problem.dtype).eps)
+
+    def solve(
+        self, problem: SmoothProblem, states: Sequence[Any] = (), executor: Executor | None = None
+    ) -> SmoothSolution:
+        """Solve every element of a batch, in this thread and on the device of the inputs."""
+        started = time.perf_counter()
+        start = _starts(states, problem.batch_size) if len(states) else None
+        rows = None if problem.is_surely_finite() else problem.finite().nonzero()[:, 0]
+        rows = None if rows is not None and len(rows) == problem.batch_size else rows
+        part = problem if rows is None else problem.select(rows.tolist())
+        if start is not None:
+            start = torch.where(torch.isfinite(start), start, 0).to(problem.dtype)
+            start = start if rows is None else start[rows]
+        # Autocast would compute products of float32 in half precision.
+        with torch.no_grad(), without_autocast(problem.device.type), isolated_torch():
+            answer = self._answer(part, start)
+        seconds = time.perf_counter() - started
+        solution = self._solution(part, answer, seconds)
+        return solution if rows is None else _spread(problem, solution, rows)
+
+    def _answer(self, problem: SmoothProblem, start: Tensor | None) -> _Answer:
+        node = problem.node
+        if problem.batch_size == 0 or problem.structure.n == 0:  # nothing to solve, or nothing to choose
+            size = problem.batch_size
+            nothing = problem.data[0].new_zeros(size, problem.structure.n)
+            return _Answer(nothing, (Status.SOLVED,) * size, np.zeros(size, dtype=np.int64))
+        if self.algorithm == "own" and not problem.is_shifted:
+            y = None if start is None else problem.shaped(start)
+            inputs = tuple(problem.data)
+            own = node.solve(inputs, y) if problem.is_plain else node.solve_tilted(inputs, problem.added, y)
+            if own is not None:
+                return _Answer.of(own, problem)
+        if not node.has_kkt:
+            raise TypeError(
+                f"{node.name} is not smooth: the generic solvers cannot solve it with such terms added (give "
+                "its own solve_tilted)."
+            )
+        if start is not None:
+            return self._generic(problem, start, True)
+        start = node.initial(problem.structure.shape, *problem.data).reshape(problem.batch_size, -1).to(problem.dtype)
+        answer = self._generic(problem, start, False)
+        if answer.statuses.count(Status.SOLVED) < problem.batch_size:
+            _warn_of_start(problem, start)
+        return answer
+
+    def _generic(self, problem: SmoothProblem, x: Tensor, known: bool) -> _Answer:
+        """Minimise from x; ``known`` tells that it is an earlier solution."""
+        if self.algorithm == "scipy":
+            return self._by_scipy(problem, x)
+        h, g = problem.constraints(x)
+        if not h.shape[-1] and not g.shape[-1]:
+            found = self._minimise(AugmentedLagrangian(problem), x)
+            if self._is_newton(x) or self.tolerance:
+                return _Answer.generic(*found, h, g)
+            # Where values cannot tell any more L-BFGS stops, and Newton's method goes on.
+            fine = found.status == int(Status.SOLVED)
+            point, _, more = polish(problem, SmoothPoint(torch.where(fine[:, None], found.x, 0), h, g), 5)
+            x = torch.where(fine[:, None], point.x, found.x)
+            return _Answer.generic(x, found.status, found.iterations + more, h, g)
+        return self._constrained(problem, x, known)
+
+    def _by_scipy(self, problem: SmoothProblem, x: Tensor) -> _Answer:
+        scaled, _ = problem.in_units(x)  # SciPy's tolerances are absolute
+        x, status, iterations = scipy_minimise(scaled, x, self.tolerance or 1e-10, self.max_iterations or 2000)
+        # Derivatives are as wrong as the solution is; and a line search at the end of precision ends as a failure.
+        known = torch.where(torch.isfinite(x), x, 0)
+        point, fine, more = polish(problem, warm_point(problem, known), 10)
+        reach = 1 + known.abs().amax(-1)
+        near = (fine == int(Status.SOLVED)) & ((point.x - x).abs().amax(-1) <= 1e-3 * reach)
+        solved = near & is_minimiser(problem, point)  # no saddle where it started, by symmetry
+        status = torch.where(solved, int(Status.SOLVED), torch.where(near, int(Status.NUMERICAL_ERROR), status))
+        return _Answer.generic(torch.where(near[:, None], point.x, x), status, iterations + more)
+
+    def _constrained(self, problem: SmoothProblem, x: Tensor, known: bool) -> _Answer:
+        if not known:
+            point, status, iterations = method_of_multipliers(problem, x, self._minimise)
+            return _Answer.generic(point.x, status, iterations, point.nu, point.lam)
+        point, status, iterations = polish(problem, warm_point(problem, x))
+        fine = (status == int(Status.SOLVED)) & is_minimiser(problem, point)
+        rest = (~fine).nonzero()[:, 0]
+        if len(rest):
+            again = method_of_multipliers(problem.select(rest.tolist()), x[rest], self._minimise)
+            for own, new in zip(point, again.point, strict=True):
+                own[rest] = new
+            status[rest] = again.status
+            iterations[rest] += again.iterations
+        return _Answer.generic(point.x, status, iterations, point.nu, point.lam)
+
+    def _minimise(self, function: AugmentedLagrangian, x: Tensor) -> Descent:
+        if self._is_newton(x):
+            return newton(function, x, self.tolerance, self.max_iterations or 200)
+        return lbfgs(function, x, self.tolerance, self.max_iterations or 2000)
+
+    def _is_newton(self, x: Tensor) -> bool:
+        return self.algorithm == "newton" or (self.algorithm == "own" and x.shape[-1] <= NEWTON_LIMIT)
+
+    def _solution(self, problem: SmoothProblem, answer: _Answer, seconds: float) -> SmoothSolution:
+        size = problem.batch_size
+        statuses = answer.statuses
+        if not is_surely_finite(answer.x):
+            missing = ~torch.isfinite(answer.x).all(-1)
+            statuses = tuple(
+                Status.NUMERICAL_ERROR if lost and status.usable else status
+                for status, lost in zip(statuses, missing.tolist(), strict=True)
+            )
+        return SmoothSolution(
+            problem,
+            answer.x,
+            statuses,
+            answer.iterations,
+            np.zeros(size),
+            np.full(size, seconds / max(size, 1)),
+            Rows(answer.x),
+            answer.aux,
+            answer.nu,
+            answer.lam,
+        )
+
+
+def _warn_of_start(problem: SmoothProblem, x: Tensor) -> None:
+    """Warn about functions that are not finite, or have no derivative, where a generic solver starts."""
+    parts = {
+        "objective": (problem.objective(x)[:, None], torch.func.grad(lambda x: problem.objective(x).sum())(x)),
+        "constraints": (*problem.constraints(x), problem.jacobian_product(x)(torch.ones_like(_joined(problem, x)))),
+    }
+    for role, values in parts.items():
+        bad = (~torch.isfinite(torch.cat(values, -1)).all(-1)).nonzero()[:, 0].tolist()
+        if bad:
+            warn(
+                f"the {role} of {problem.node.name}, or the derivatives, are not finite where the solver starts, for "
+                f"{len(bad)} of {len(x)} elements: start inside of the domain (Node(initial=...); it is y = 0 if not "
+                "given), or make the functions smooth there."
+            )
+
+
+def _joined(problem: SmoothProblem, x: Tensor) -> Tensor:
+    return torch.cat(problem.constraints(x), -1)
+
+
+class _Answer(NamedTuple):
+    """An answer with flattened minimisers."""
+
+    x: Tensor
+    statuses: tuple[Status, ...]
+    iterations: NDArray[np.int64]
+    aux: Any = None
+    nu: Tensor | None = None
+    lam: Tensor | None = None
+
+    @classmethod
+    def generic(
+        cls, x: Tensor, status: Tensor, iterations: Tensor, nu: Tensor | None = None, lam: Tensor | None = None
+    ) -> _Answer:
+        """The answer of a generic solver, whose statuses are codes."""
+        statuses = tuple(map(Status, status.tolist()))
+        return cls(x, statuses, iterations.cpu().numpy().astype(np.int64), None, nu, lam)
+
+    @classmethod
+    def of(cls, own: NodeAnswer, problem: SmoothProblem) -> _Answer:
+        """A node's own answer.
+
+        Raises:
+            ValueError: it has another shape, or another number of statuses.
+        """
+        size, shape = problem.batch_size, problem.structure.shape
+        if tuple(own.y.shape) != (size, *shape):
+            raise ValueError(
+                f"the solver of {problem.node.name} answered y of shape {tuple(own.y.shape)}; "
+                f"expected {(size, *shape)}."
+            )
+        if len(own.statuses) != size:
+            raise ValueError(
+                f"the solver of {problem.node.name} answered {len(own.statuses)} statuses for {size} elements."
+            )
+        statuses = tuple(own.statuses)
+        if statuses.count(Status.SOLVED) < size:
+            statuses = tuple(map(Status, statuses))
+        known = own.iterations.cpu() if isinstance(own.iterations, Tensor) else own.iterations
+        iterations = np.asarray(known, dtype=np.int64)
+        if iterations.shape != (size,):
+            iterations = np.broadcast_to(iterations, (size,))
+        x = own.y.detach().to(problem.dtype).reshape(size, problem.structure.n)
+        return cls(x, statuses, iterations, own.aux, own.nu, own.lam)
+
+
+def _starts(states: Sequence[Any], size: int) -> Tensor:
+    """(B, n) minimisers to start from, which repeat where the batch is made of copies."""
+    if isinstance(states, Rows):
+        return states.tensor if len(states) == size else states.tensor.repeat(-(-size // len(states)), 1)[:size]
+    return torch.stack([states[element % len(states)] for element in range(size)])
+
+
+def _spread(problem: SmoothProblem, solution: SmoothSolution, rows: Tensor) -> SmoothSolution:
+    """The solution of some elements as one of the whole batch, whose other elements have invalid data."""
+    size, places = problem.batch_size, rows.tolist()
+
+    def spread(part: Tensor, value: float) -> Tensor:
+        return part.new_full((size, *part.shape[1:]), value).index_copy(0, rows, part)
+
+    x = spread(solution.x, torch.nan)
+    statuses, iterations, seconds = [Status.INVALID_DATA] * size, np.zeros(size, dtype=np.int64), np.zeros(size)
+    iterations[places], seconds[places] = solution.iterations, solution.solve_seconds
+    for place, status in zip(places, solution.statuses, strict=True):
+        statuses[place] = status
+    aux = solution.aux
+    if aux is not None:
+        count = solution.batch_size
+        parts = [part if part.shape[0] == 1 < count else spread(part, 0) for part in aux]
+        aux = type(aux)(*parts) if hasattr(aux, "_fields") else tuple(parts)
+    own = (solution.nu, solution.lam)
+    nu, lam = (part if part is None else spread(part, 0) for part in own)
+    return SmoothSolution(problem, x, tuple(statuses), iterations, np.zeros(size), seconds, Rows(x), aux, nu, lam)

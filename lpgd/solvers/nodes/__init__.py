@@ -1,1 +1,0 @@
-"""Declarative nodes with their own solvers, one file a node; :mod:`lpgd.nodes` is the list."""
