@@ -39,7 +39,7 @@ from lpgd.layers import (
 )
 from lpgd.nodes import Node
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
-from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.solution import ConicSolution
 from lpgd.solvers import (
     DAQP,
     ECOS,
@@ -74,6 +74,7 @@ __all__ = [
     "ConicLayer",
     "ConicPoint",
     "ConicProblem",
+    "ConicSolution",
     "ConicStructure",
     "CustomSolver",
     "CvxpyLayer",
@@ -97,7 +98,6 @@ __all__ = [
     "QPLayer",
     "Report",
     "SerialExecutor",
-    "Solution",
     "SolverError",
     "SparsityPattern",
     "Status",

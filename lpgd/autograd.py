@@ -22,8 +22,8 @@ from lpgd.execution.threads import one_torch_thread, torch_threads, without_auto
 from lpgd.execution.torch_isolation import isolated_torch
 from lpgd.gradients.base import GradientInfo, GradientMethod
 from lpgd.problems.base import is_surely_finite
-from lpgd.problems.solution import BatchSolution
-from lpgd.solvers.base import BaseSolver
+from lpgd.problems.solution import Solution
+from lpgd.solvers.base import Solver
 from lpgd.status import SolverError, Status, describe_failures, warn
 
 __all__ = ["CallInfo", "OnError", "check_solution", "solve"]
@@ -76,7 +76,7 @@ class Call:
 
     data_class: type[Any]
     make: Callable[[Any], Any]
-    solver: BaseSolver
+    solver: Solver
     gradient: GradientMethod
     on_error: OnError
     executor: Executor | None
@@ -88,7 +88,7 @@ def solve(
     data: Any,
     make: Callable[[Any], Any],
     *,
-    solver: BaseSolver,
+    solver: Solver,
     gradient: GradientMethod,
     on_error: OnError = "raise",
     executor: Executor | None = None,
@@ -105,11 +105,11 @@ def solve(
         on_error: ``"raise"`` names every element without a solution; ``"nan"`` fills its rows and gives it a zero
             gradient; ``"warn"`` warns and returns the solver's last iterate, or NaN, with a zero gradient.
         executor: where the work runs; None is the solver's own choice.
-        states: warm-start states of a solution of such a batch (``BatchSolution.states``).
+        states: warm-start states of a solution of such a batch (``Solution.states``).
         info: filled with the record of this call.
 
     Returns:
-        The solutions: those parts of a point of the problem's class that losses see (``BatchSolution.outputs``).
+        The solutions: those parts of a point of the problem's class that losses see (``Solution.outputs``).
 
     Raises:
         SolverError: with ``on_error="raise"``; it carries the statuses and the indices of the failed elements.
@@ -122,7 +122,7 @@ def solve(
     return type(info.solution.outputs)(*parts)
 
 
-def _threads(solver: BaseSolver) -> AbstractContextManager[None]:
+def _threads(solver: Solver) -> AbstractContextManager[None]:
     return isolated_torch() if solver.is_torch else one_torch_thread()
 
 
@@ -183,7 +183,7 @@ class _DerivativeFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(call: Call, solution: BatchSolution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(call: Call, solution: Solution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         started = time.perf_counter()
         with _threads(call.solver), without_autocast(solution.x.device.type):
             answer, info = _derivative(call, solution, reverse, tensors)
@@ -231,7 +231,7 @@ class _SecondFunction(torch.autograd.Function):
     """The derivative of a reverse pass, which is a function of cotangents, data and outputs."""
 
     @staticmethod
-    def forward(call: Call, solution: BatchSolution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(call: Call, solution: Solution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         started = time.perf_counter()
         count = len(solution.outputs) + len(call.data_class._fields) + len(solution.outputs)
         direction, own = tensors[:-count], tensors[-count:]
@@ -259,7 +259,7 @@ class _SecondFunction(torch.autograd.Function):
 
 
 def _second_derivative(
-    call: Call, solution: BatchSolution, reverse: bool, direction: Sequence[Tensor], tensors: Sequence[Tensor]
+    call: Call, solution: Solution, reverse: bool, direction: Sequence[Tensor], tensors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """The derivative, along or against ``direction``, of the gradient as a function of cotangents, data and outputs."""
     outputs, usable, fields = type(solution.outputs), solution.usable[:, None], len(call.data_class._fields)
@@ -295,9 +295,7 @@ for _function in (_SolveFunction, _DerivativeFunction, _SecondFunction):
     cast(Any, _function.forward).__signature__ = inspect.signature(_function.forward)
 
 
-def _derivative(
-    call: Call, solution: BatchSolution, reverse: bool, tensors: Sequence[Tensor]
-) -> tuple[Any, GradientInfo]:
+def _derivative(call: Call, solution: Solution, reverse: bool, tensors: Sequence[Tensor]) -> tuple[Any, GradientInfo]:
     if not reverse:
         tangent = call.data_class(*tensors[: len(call.data_class._fields)])
         change, info = call.gradient.jvp(solution.problem, solution, tangent, call.solver, call.executor)
@@ -328,7 +326,7 @@ _TWICE_DIFFERENTIABLE = (
 )
 
 
-def check_solution(solution: BatchSolution, on_error: OnError) -> None:
+def check_solution(solution: Solution, on_error: OnError) -> None:
     """Raise or warn about elements without a solution, and warn about inaccurate ones.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 
 from lpgd import Clarabel, ImplicitKKT, InteriorPoint, SerialExecutor, Status
 from lpgd.problems import ConicPoint, ConicProblem
-from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.solution import ConicSolution
 from tests.test_interior_point import program
 
 SIZE, N, EQUALITIES, ROWS = 12, 15, 3, 12
@@ -127,7 +127,7 @@ def test_solutions_of_strictly_convex_programs_are_exact(batched: bool) -> None:
     torch.testing.assert_close(solution.x, reference.x, rtol=1e-6, atol=1e-6)
 
 
-def response(problem: ConicProblem, solution: Solution) -> ConicPoint:
+def response(problem: ConicProblem, solution: ConicSolution) -> ConicPoint:
     rng = np.random.default_rng(14)
     shapes = problem.structure.n, problem.structure.m, problem.structure.n
     tilt = ConicPoint(*(torch.from_numpy(rng.normal(size=(problem.batch_size, k))) for k in shapes))

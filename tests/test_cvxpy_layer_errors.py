@@ -213,7 +213,7 @@ def test_a_loss_gradient_that_is_not_finite_is_refused() -> None:
 def test_solve_gives_the_whole_answer() -> None:
     layer, tensors = failing(solver="CLARABEL")
     solution = layer.solve(*tensors)
-    assert isinstance(solution, lpgd.Solution)
+    assert isinstance(solution, lpgd.ConicSolution)
     assert solution.failed == [1, 3]
     good = [0, 2, 4]
     worst = solution.residuals.worst

@@ -217,7 +217,7 @@ class Recording(lpgd.SCS):
 
     def solve(
         self, problem: lpgd.ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None
-    ) -> lpgd.Solution:
+    ) -> lpgd.ConicSolution:
         self.seen.append(len(states))
         return super().solve(problem, states, executor)
 

@@ -30,8 +30,8 @@ from lpgd import (
 from lpgd.cones.product import Cones
 from lpgd.gradients.implicit import conic as implicit_conic
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
-from lpgd.problems.conic.solution import Solution
-from lpgd.solvers import Solver
+from lpgd.problems.conic.solution import ConicSolution
+from lpgd.solvers import ConicSolver
 from lpgd.status import Status
 from tests.problem_table import CASES, REGULAR, Case, planted
 
@@ -41,11 +41,11 @@ NOISE = 1e-6
 """Solutions good to 1e-10, differenced over 1e-4: where the expected value is zero, this is what is left."""
 
 
-def planted_solution(case: Case) -> Solution:
+def planted_solution(case: Case) -> ConicSolution:
     size = case.problem.batch_size
     slack = case.problem.slack(case.point.x)
     nothing = np.zeros(size)
-    return Solution(
+    return ConicSolution(
         case.problem, *case.point, slack, (Status.SOLVED,) * size, nothing.astype(int), nothing, nothing, (None,) * size
     )
 
@@ -159,7 +159,7 @@ def test_limit_of_lpgd_equals_implicit(case: Case, rho: float) -> None:
     ids=lambda value: getattr(value, "name", None),
 )
 @pytest.mark.parametrize("case", REGULAR, ids=repr)
-def test_defaults_are_close_to_the_exact_gradient(case: Case, solver: Solver, error: float) -> None:
+def test_defaults_are_close_to_the_exact_gradient(case: Case, solver: ConicSolver, error: float) -> None:
     if solver.unsupported(case.problem.structure):
         with pytest.raises(ValueError, match=r"cone|not reliable on linear programs"):
             solver.solve(case.problem)

@@ -34,7 +34,7 @@ from lpgd import (
 from lpgd.cones.product import Cones
 from lpgd.gradients.implicit import conic as implicit_conic
 from lpgd.problems import ConicData, ConicPoint
-from lpgd.solvers import Solver
+from lpgd.solvers import ConicSolver
 from tests.redundant import Redundant, cotangent, of_single, redundant
 from tests.test_refinement import ellipsoid
 
@@ -62,7 +62,7 @@ def exact_ellipsoid() -> np.ndarray:
     "solver", [Clarabel(), SCS(), SCS(tolerance=1e-4), ECOS()], ids=lambda solver: f"{solver.name}-{solver.tolerance}"
 )
 @pytest.mark.parametrize("copies", [1, 2, 3])
-def test_an_ellipsoid_stated_twice_has_the_gradient_of_one(solver: Solver, copies: int) -> None:
+def test_an_ellipsoid_stated_twice_has_the_gradient_of_one(solver: ConicSolver, copies: int) -> None:
     problem = ellipsoid(copies)
     solution = solver.solve(problem)
     tilt = ConicPoint(torch.eye(2).double()[:1], torch.zeros(1, 3 * copies).double(), torch.zeros(1, 2).double())
@@ -83,7 +83,7 @@ def stated_once(program: Redundant, seed: int) -> tuple[ConicData, bool]:
     return gradient, info.used == ["implicit"]
 
 
-def check_against_single(seeds: range, solvers: list[Solver]) -> None:
+def check_against_single(seeds: range, solvers: list[ConicSolver]) -> None:
     """Gradients that come without a warning are right; hardly any comes with one."""
     count, told = 0, []
     for seed in seeds:
@@ -137,7 +137,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode_at_redundant_cones(seed: 
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.name)
-def test_rows_stated_twice_in_a_quadratic_and_a_linear_program(solver: Solver) -> None:
+def test_rows_stated_twice_in_a_quadratic_and_a_linear_program(solver: ConicSolver) -> None:
     # min ½|x - p|² or <c, x> over the simplex x ≥ 0, Σx = 1, each row stated twice: support {0, 1}, vertex 2.
     ones, eye = torch.ones(1, 3).double(), torch.eye(3).double()
     A, b = torch.cat([ones, 2 * ones]), torch.tensor([1.0, 2.0]).double()

@@ -100,7 +100,7 @@ def test_representations_fit_on_a_screen() -> None:
         assert len(text.splitlines()) <= 10, text
         assert type(one).__name__ in text
     assert "6 earlier ones" in repr(output.info)
-    assert repr(solution).startswith("Solution(150 SOLVED; x (150, 10)")
+    assert repr(solution).startswith("ConicSolution(150 SOLVED; x (150, 10)")
     assert "10 variables and 0 rows" in repr(solution.problem.structure)
 
 

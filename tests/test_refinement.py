@@ -10,7 +10,7 @@ from lpgd import DAQP, ECOS, OSQP, PIQP, SCS, Clarabel, HiGHS, InteriorPoint, Pr
 from lpgd.cones.product import Cones
 from lpgd.cones.projections import distance
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
-from lpgd.solvers import Solver
+from lpgd.solvers import ConicSolver
 from lpgd.solvers.kkt.refinement import optimality_residual, refine
 from tests.problem_table import CASES, REGULAR, Case
 
@@ -21,7 +21,7 @@ SOLVERS = [
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.name)
 @pytest.mark.parametrize("case", REGULAR, ids=repr)
-def test_every_solvers_answer_ends_at_rounding(case: Case, solver: Solver) -> None:
+def test_every_solvers_answer_ends_at_rounding(case: Case, solver: ConicSolver) -> None:
     if solver.unsupported(case.problem.structure):
         return
     problem, solution = case.problem, solver.solve(case.problem)

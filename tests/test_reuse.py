@@ -28,12 +28,12 @@ from lpgd.cones.product import Cones
 from lpgd.execution.tasks import core_count
 from lpgd.execution.workspaces import workspaces
 from lpgd.problems import ConicProblem
-from lpgd.solvers import Solver
+from lpgd.solvers import ConicSolver
 from tests.problem_table import CASES, REGULAR, planted
 from tests.test_solvers import BY_NAME, EXACT, LARGE, QP, box
 
 
-def counting(monkeypatch: pytest.MonkeyPatch, solver_class: type[Solver]) -> list[Any]:
+def counting(monkeypatch: pytest.MonkeyPatch, solver_class: type[ConicSolver]) -> list[Any]:
     made: list[Any] = []
     original = solver_class.prepare
 
@@ -60,7 +60,7 @@ def test_one_workspace_serves_everything_that_shares_its_matrices(monkeypatch: p
 
 
 @pytest.mark.parametrize("solver", [Clarabel(), Clarabel(equilibrate=False), ECOS(), InteriorPoint(), *EXACT], ids=repr)
-def test_results_do_not_depend_on_what_was_solved_before(solver: Solver) -> None:
+def test_results_do_not_depend_on_what_was_solved_before(solver: ConicSolver) -> None:
     # Every x in the simplex with equal costs is optimal: which one is returned shows any trace of other problems.
     def face(row: torch.Tensor) -> torch.Tensor:
         problem = box([[1.0, 1.0]])
@@ -85,7 +85,7 @@ def test_clarabel_takes_new_matrices_in_place(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("solver", [SCS(), *EXACT, OSQP(), ProxQP()], ids=lambda solver: solver.name)
-def test_warm_starts_save_iterations(solver: Solver) -> None:
+def test_warm_starts_save_iterations(solver: ConicSolver) -> None:
     saved = 0
     for case in REGULAR:
         if solver.unsupported(case.problem.structure) is None:
@@ -98,7 +98,7 @@ def test_warm_starts_save_iterations(solver: Solver) -> None:
 
 
 @pytest.mark.parametrize("solver", [solver for solver in BY_NAME.values() if solver.capabilities.warm_start], ids=repr)
-def test_a_solve_depends_on_its_data_and_its_state_alone(solver: Solver) -> None:
+def test_a_solve_depends_on_its_data_and_its_state_alone(solver: ConicSolver) -> None:
     # The workspace has solved the problems of all elements, from all kinds of states, in between.
     for name in ("lp", "qp", "qp, low rank"):
         case = next(case for case in CASES if case.name == name)
@@ -121,13 +121,13 @@ def test_a_solve_depends_on_its_data_and_its_state_alone(solver: Solver) -> None
 
 
 @pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
-def test_states_of_another_problem_do_no_harm(solver: Solver) -> None:
+def test_states_of_another_problem_do_no_harm(solver: ConicSolver) -> None:
     other = solver.solve(next(case for case in CASES if case.name == "bounds only").problem).states
     torch.testing.assert_close(solver.solve(QP.problem, other).x, QP.point.x, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("solver", [*EXACT, PIQP(), OSQP(), ProxQP()], ids=repr)
-def test_several_threads_get_the_answers_of_one(solver: Solver) -> None:
+def test_several_threads_get_the_answers_of_one(solver: ConicSolver) -> None:
     # Objects that two threads share corrupt the heap in several bindings: each task has workspaces of its own.
     batched = next(case for case in CASES if case.name == "qp, batched matrices")
     problems = [case.problem.select([0, 1, 2] * 20) for case in (QP, batched)]
@@ -140,7 +140,7 @@ def test_several_threads_get_the_answers_of_one(solver: Solver) -> None:
 
 
 @pytest.mark.parametrize("solver", [HiGHS(), SCS(), Clarabel()], ids=lambda solver: solver.name)
-def test_training_sets_up_once_for_each_thread(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_sets_up_once_for_each_thread(solver: ConicSolver, monkeypatch: pytest.MonkeyPatch) -> None:
     # The same LP, parameters in the cost alone, 100 steps of LPGD.
     made = counting(monkeypatch, type(solver))
     case = next(case for case in CASES if case.name == "lp")

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from lpgd import LPGD, ImplicitKKT, SerialExecutor, Solution, Status
+from lpgd import LPGD, ConicSolution, ImplicitKKT, SerialExecutor, Status
 from lpgd.problems import ConicData, ConicPoint, ConicProblem
 from lpgd.problems.conic.units import Units
-from lpgd.solvers import Solver, choose_solver
+from lpgd.solvers import ConicSolver, choose_solver
 from lpgd.solvers.choose import Situation
 from tests.problem_table import BATCH, REGULAR, Case
 from tests.test_solvers import SOLVER_TABLE, supported
@@ -47,7 +47,7 @@ def in_other_units(case: Case, kind: str, seed: int) -> tuple[ConicProblem, Unit
     return units.apply(case.problem), units
 
 
-def defaults(case: Case) -> Solver:
+def defaults(case: Case) -> ConicSolver:
     return choose_solver(case.problem.structure, situation=Situation())
 
 
@@ -61,7 +61,7 @@ TABLE = [pytest.param(None, case, id=f"default-{case}") for case in FOR_ALL] + [
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("solver", "case"), TABLE)
-def test_solutions_are_the_same_in_any_units(solver: Solver | None, case: Case, kind: str) -> None:
+def test_solutions_are_the_same_in_any_units(solver: ConicSolver | None, case: Case, kind: str) -> None:
     chosen = solver or defaults(case)
     problem, units = in_other_units(case, kind, seed=KINDS.index(kind))
     solution = chosen.solve(problem)
@@ -78,7 +78,7 @@ def test_gradients_are_the_same_in_any_units(case: Case, method: Any, kind: str)
     problem, units = in_other_units(case, kind, seed=7)
     g = torch.from_numpy(np.random.default_rng(8).normal(size=case.point.x.shape))
     cotangent = ConicPoint(g, torch.zeros_like(case.point.y), torch.zeros_like(case.point.z))
-    exact = Solution(
+    exact = ConicSolution(
         case.problem, *case.point, case.problem.slack(case.point.x), (Status.SOLVED,) * BATCH,
         np.zeros(BATCH, int), np.zeros(BATCH), np.zeros(BATCH), (None,) * BATCH,
     )  # fmt: skip

@@ -19,18 +19,18 @@ from lpgd import (
     PIQP,
     SCS,
     Clarabel,
+    ConicSolution,
     HiGHS,
     InteriorPoint,
     LpgdWarning,
     ProxQP,
     SerialExecutor,
-    Solution,
     Status,
 )
 from lpgd.autograd import check_solution
 from lpgd.cones.product import Cones
 from lpgd.problems import ConicData, ConicProblem, ConicStructure, SparsityPattern
-from lpgd.solvers import Solver
+from lpgd.solvers import ConicSolver
 from lpgd.solvers.backends.forms import Matrices, RowForm
 from lpgd.status import SolverError
 from tests.problem_table import CASES, Case, planted
@@ -51,7 +51,7 @@ SOLVER_TABLE = [
 BY_NAME = {solver.name + (" sparse" if getattr(solver, "sparse", False) else ""): solver for solver, _ in SOLVER_TABLE}
 
 
-def supported(solver: Solver) -> list[Case]:
+def supported(solver: ConicSolver) -> list[Case]:
     return [case for case in CASES if solver.unsupported(case.problem.structure) is None]
 
 
@@ -82,7 +82,7 @@ def ray(q: list[float]) -> ConicProblem:
 
 
 @pytest.mark.parametrize(("solver", "error", "case"), PAIRS)
-def test_solutions_are_the_planted_ones(solver: Solver, error: float, case: Case) -> None:
+def test_solutions_are_the_planted_ones(solver: ConicSolver, error: float, case: Case) -> None:
     solution = solver.solve(case.problem)
     assert solution.statuses == (Status.SOLVED,) * case.problem.batch_size
     assert solution.residuals.worst.max() < 1e-4
@@ -99,7 +99,7 @@ def test_solutions_are_the_planted_ones(solver: Solver, error: float, case: Case
 def test_residuals_vanish_at_the_planted_point_and_only_there(case: Case) -> None:
     size = case.problem.batch_size
     nothing = np.zeros(size)
-    exact = Solution(
+    exact = ConicSolution(
         case.problem, *case.point, case.problem.slack(case.point.x), (Status.SOLVED,) * size, nothing.astype(int),
         nothing, nothing, (None,) * size,
     )  # fmt: skip
@@ -112,19 +112,19 @@ def test_residuals_vanish_at_the_planted_point_and_only_there(case: Case) -> Non
 
 
 @pytest.mark.parametrize(("solver", "error", "case"), PAIRS)
-def test_augmenting_at_the_solution_leaves_it_optimal(solver: Solver, error: float, case: Case) -> None:
+def test_augmenting_at_the_solution_leaves_it_optimal(solver: ConicSolver, error: float, case: Case) -> None:
     # For ECOS this goes through the quadratic-to-cone reduction; the new quadratic needs room in P's pattern.
     solution = solver.solve(case.problem.augment(0.7, case.point.x))
     torch.testing.assert_close(solution.x, case.point.x, atol=10 * error, rtol=error)
 
 
-def takes_linear_programs(solver: Solver) -> bool:
+def takes_linear_programs(solver: ConicSolver) -> bool:
     return solver.unsupported(LARGE.problem.structure) is None
 
 
 @pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
 @pytest.mark.parametrize("curvature", [0.0, 1.0], ids=["linear", "quadratic"])
-def test_each_element_has_its_own_status(solver: Solver, curvature: float) -> None:
+def test_each_element_has_its_own_status(solver: ConicSolver, curvature: float) -> None:
     infeasible = box([[1.0, 4.0]] * 4, [[1.0], [-1.0], [2.0], [-3.0]], curvature=curvature)
     if not curvature and not takes_linear_programs(solver):
         with pytest.raises(ValueError, match="not reliable on linear programs"):
@@ -147,7 +147,7 @@ def test_each_element_has_its_own_status(solver: Solver, curvature: float) -> No
 
 
 @pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
-def test_limits_are_statuses(solver: Solver) -> None:
+def test_limits_are_statuses(solver: ConicSolver) -> None:
     case = next(case for case in (SOCP, LARGE, QP) if solver.unsupported(case.problem.structure) is None)
     limited = replace(solver, max_iterations=2, rescue=False, refine=False).solve(case.problem)
     assert set(limited.statuses) == {Status.ITERATION_LIMIT}
@@ -159,13 +159,13 @@ TIMED = [solver for solver in BY_NAME.values() if solver.capabilities.time_limit
 
 
 @pytest.mark.parametrize("solver", TIMED, ids=lambda solver: solver.name)
-def test_a_time_limit_reaches_the_solver(solver: Solver) -> None:
+def test_a_time_limit_reaches_the_solver(solver: ConicSolver) -> None:
     limited = replace(solver, time_limit=1e-4, tolerance=1e-12).solve(LARGE.problem.select([0]))
     assert limited.statuses == (Status.TIME_LIMIT,)
 
 
 @pytest.mark.parametrize("solver", TIMED, ids=lambda solver: solver.name)
-def test_a_time_limit_is_one_of_each_element(solver: Solver) -> None:
+def test_a_time_limit_is_one_of_each_element(solver: ConicSolver) -> None:
     # HiGHS adds up the times of all solves of an object.
     case, limit = next(case for case in CASES if case.name == "lp"), 0.2
     problem = case.problem.select([0] * 50)
@@ -177,14 +177,14 @@ def test_a_time_limit_is_one_of_each_element(solver: Solver) -> None:
 
 
 @pytest.mark.parametrize("solver", [solver for solver in BY_NAME.values() if solver not in TIMED], ids=repr)
-def test_a_time_limit_that_cannot_be_kept_is_refused(solver: Solver) -> None:
+def test_a_time_limit_that_cannot_be_kept_is_refused(solver: ConicSolver) -> None:
     with pytest.raises(ValueError, match=f"{solver.name} cannot stop at a time limit"):
         replace(solver, time_limit=1.0)
 
 
 @pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_invalid_data_never_reach_a_solver(solver: Solver, value: float) -> None:
+def test_invalid_data_never_reach_a_solver(solver: ConicSolver, value: float) -> None:
     for name in ("q", "b", "lower"):
         problem = box([[1.0, 4.0]] * 3, curvature=1.0)
         data = problem.data._replace(lower=torch.zeros(3, 2).double())
@@ -198,7 +198,7 @@ def test_invalid_data_never_reach_a_solver(solver: Solver, value: float) -> None
 
 
 @pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
-def test_infinite_bounds_are_no_bounds(solver: Solver) -> None:
+def test_infinite_bounds_are_no_bounds(solver: ConicSolver) -> None:
     # The same variable is bounded in one element and free in the next.
     case = next(case for case in CASES if case.name == "bounds only")
     data = case.problem.data._replace(lower=case.problem.data.lower.clone(), upper=case.problem.data.upper.clone())
@@ -212,7 +212,7 @@ def test_infinite_bounds_are_no_bounds(solver: Solver) -> None:
 
 
 @pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
-def test_data_are_not_modified(solver: Solver) -> None:
+def test_data_are_not_modified(solver: ConicSolver) -> None:
     for case in supported(solver):
         before = [datum.clone() for datum in case.problem.data]
         solver.solve(case.problem)
@@ -222,7 +222,7 @@ def test_data_are_not_modified(solver: Solver) -> None:
 
 @pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
 @pytest.mark.parametrize("name", ["qp", "qp, batched matrices"])
-def test_executors_agree_in_order(solver: Solver, name: str) -> None:
+def test_executors_agree_in_order(solver: ConicSolver, name: str) -> None:
     case = next(case for case in CASES if case.name == name)
     serial = solver.solve(case.problem, executor=SerialExecutor())
     with ThreadPoolExecutor(2) as threads:
@@ -235,7 +235,7 @@ def test_executors_agree_in_order(solver: Solver, name: str) -> None:
 
 
 @pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
-def test_a_batch_of_none(solver: Solver) -> None:
+def test_a_batch_of_none(solver: ConicSolver) -> None:
     case = next(case for case in CASES if case.name == "qp")
     solution = solver.solve(case.problem.select([]))
     assert solution.x.shape == (0, 8)
@@ -247,7 +247,7 @@ EXACT = [DAQP(), HiGHS()]
 
 
 @pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
-def test_bounds_that_meet_fix_a_variable_and_crossed_ones_are_infeasible(solver: Solver) -> None:
+def test_bounds_that_meet_fix_a_variable_and_crossed_ones_are_infeasible(solver: ConicSolver) -> None:
     eye = SparsityPattern.from_matrix(np.eye(2))
     structure = ConicStructure(eye, SparsityPattern.dense(1, 2), Cones(nonnegative=1), np.arange(2), np.arange(2))
     lower = torch.tensor([[0.0, 0.25], [0.0, 0.75]], dtype=torch.float64)
@@ -263,7 +263,7 @@ def test_bounds_that_meet_fix_a_variable_and_crossed_ones_are_infeasible(solver:
 
 
 @pytest.mark.parametrize("solver", [DAQP(), ECOS(), OSQP()], ids=repr)
-def test_an_objective_that_is_not_convex_is_one_elements_failure(solver: Solver) -> None:
+def test_an_objective_that_is_not_convex_is_one_elements_failure(solver: ConicSolver) -> None:
     pattern = SparsityPattern.from_matrix(np.eye(2))
     structure = ConicStructure(pattern, SparsityPattern.dense(1, 2), Cones(zero=1))
     P = torch.tensor([[1.0, 1.0], [1.0, -2.0], [2.0, 2.0]], dtype=torch.float64)

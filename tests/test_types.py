@@ -26,7 +26,7 @@ assert_type(lpgd.QPLayer()(P, q, lb=0.0), ProgramOutput)
 assert_type(lpgd.QPLayer()(P, q).x, Tensor)
 assert_type(lpgd.LPLayer()(q, lb=0.0, ub=1.0).z_box, Tensor)
 assert_type(lpgd.ConicLayer(lpgd.Cones(nonnegative=2))(P, q, P, q), ConicOutput)
-assert_type(lpgd.QPLayer().solve(P, q), lpgd.Solution)
+assert_type(lpgd.QPLayer().solve(P, q), lpgd.ConicSolution)
 assert_type(lpgd.solve_qp(P, q).batch_shape, tuple[int, ...])
 
 node = lpgd.NodeLayer(lpgd.nodes.Projection())(q)

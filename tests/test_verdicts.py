@@ -13,7 +13,7 @@ from lpgd import SCS, Clarabel, LpgdWarning, Status, solve_qp
 from lpgd.cones.product import Cones
 from lpgd.cones.projections import project
 from lpgd.problems import ConicData, ConicProblem, ConicStructure, SparsityPattern
-from lpgd.solvers import Solver
+from lpgd.solvers import ConicSolver
 from lpgd.solvers.certificates import proves_infeasible, proves_unbounded
 from lpgd.solvers.convexity import is_convex
 from tests.problem_table import CASES
@@ -23,7 +23,7 @@ QP_SOLVERS: list[Any] = [None, *BY_NAME]
 EVERY_CONE = Cones(2, 3, (3,), (2,), 1, 1, (0.4, -0.7))
 
 
-def qp_solver(name: str | None) -> Solver | None:
+def qp_solver(name: str | None) -> ConicSolver | None:
     return None if name is None else BY_NAME[name]
 
 
@@ -70,7 +70,7 @@ def test_planted_certificates_are_proofs_and_their_neighbours_are_none() -> None
 
 
 @pytest.mark.parametrize("solver", [Clarabel(), SCS()], ids=["CLARABEL", "SCS"])
-def test_infeasible_and_unbounded_cones_are_told_with_a_proof(solver: Solver) -> None:
+def test_infeasible_and_unbounded_cones_are_told_with_a_proof(solver: ConicSolver) -> None:
     cones, rng = (
         Cones(zero=1, nonnegative=2, second_order=(3,), semidefinite=(2,), exponential=1),
         np.random.default_rng(1),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, check_compatible
 from lpgd.layers.base import BaseLayer, OptimizationLayer
-from lpgd.solvers.base import BaseSolver, Solver
+from lpgd.solvers.base import ConicSolver, Solver
 from lpgd.status import LpgdWarning
 
 __all__ = ["Backward", "Leaf", "Loss", "Parameters", "Pass", "as_leaves", "collected_warnings", "inner"]
@@ -139,7 +139,7 @@ class _Switch(GradientMethod):
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def vjp(
-        self, problem: Any, solution: Any, cotangent: Any, solver: BaseSolver, executor: Executor | None = None
+        self, problem: Any, solution: Any, cotangent: Any, solver: Solver, executor: Executor | None = None
     ) -> tuple[Any, GradientInfo]:
         self.seen.arguments = (problem, solution, cotangent, solver, executor)
         if self.seen.method is None:
@@ -196,7 +196,7 @@ class Pass:
         ValueError: the loss does not depend on the layer's output, or is not a number for each element.
     """
 
-    def __init__(self, layer: Any, parameters: Parameters, loss: Loss, solver: BaseSolver | None = None) -> None:
+    def __init__(self, layer: Any, parameters: Parameters, loss: Loss, solver: Solver | None = None) -> None:
         if not isinstance(layer, BaseLayer):
             raise TypeError(
                 f"layer is a {type(layer).__name__}; it must be a layer of this library, such as lpgd.QPLayer(). "
@@ -210,7 +210,7 @@ class Pass:
         self._copy = copy.copy(layer)
         self._copy.executor = layer.executor
         self._copy.gradient = self._switch
-        if isinstance(self._copy, OptimizationLayer) and isinstance(solver, Solver):
+        if isinstance(self._copy, OptimizationLayer) and isinstance(solver, ConicSolver):
             self._copy.solver = solver
         with collected_warnings() as texts:
             started = time.perf_counter()

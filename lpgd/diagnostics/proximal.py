@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lpgd.cones.product import Cones, svec_indices, svec_size
 from lpgd.problems.conic.elements import ElementView
-from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
 
 __all__ = ["lower_envelope_of_loss"]
@@ -23,7 +23,7 @@ FloatArray = NDArray[np.float64]
 
 
 def lower_envelope_of_loss(
-    layer: Any, solution: Solution, tau: float, rho: float, convex_loss: Callable[..., Any]
+    layer: Any, solution: ConicSolution, tau: float, rho: float, convex_loss: Callable[..., Any]
 ) -> Tensor:
     """``min_x ℓ(x) + (f(x) - f(x*) + (ρ/2) |x - x*|²) / τ`` over the feasible set ([LPGD] eqs. 10, 28): (B,).
 

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from lpgd.problems.solution import BatchSolution
-from lpgd.solvers.base import BaseSolver
+from lpgd.problems.solution import Solution
+from lpgd.solvers.base import Solver
 
 __all__ = ["GradientInfo", "GradientMethod", "check_compatible"]
 
@@ -100,7 +100,7 @@ class GradientMethod(ABC):
         problem: Any,
         solution: Any,
         cotangent: Any,
-        solver: BaseSolver,
+        solver: Solver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         """The gradient of ``<cotangent, solution>`` with respect to the problem's data.
@@ -122,7 +122,7 @@ class GradientMethod(ABC):
         problem: Any,
         solution: Any,
         tangent: Any,
-        solver: BaseSolver,
+        solver: Solver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         """The change of the solution along a tangent of the data: forward mode.
@@ -185,7 +185,7 @@ def check_compatible(method: GradientMethod, problems: Any, noun: str | None = N
         raise TypeError(f"{method} needs {' and '.join(missing)}, which {noun} does not have{advice}.")
 
 
-def relevant_elements(solution: BatchSolution, vectors: Sequence[Tensor]) -> list[int]:
+def relevant_elements(solution: Solution, vectors: Sequence[Tensor]) -> list[int]:
     """Elements that have a solution and a nonzero row in one of ``vectors``."""
     parts = [vector for vector in vectors if vector.shape[-1]]
     # Most cotangents are dense, which their first column tells without a look at the others.

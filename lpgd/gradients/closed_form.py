@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit.method import ImplicitKKT
-from lpgd.problems.node.problem import SmoothProblem
-from lpgd.problems.node.solution import SmoothSolution
-from lpgd.solvers.base import BaseSolver
+from lpgd.problems.node.problem import NodeProblem
+from lpgd.problems.node.solution import NodeSolution
+from lpgd.solvers.base import Solver
 from lpgd.status import SolverError, describe_failures
 
 __all__ = ["ClosedForm", "by_formula"]
@@ -31,10 +31,10 @@ class ClosedForm(GradientMethod):
 
     def vjp(
         self,
-        problem: SmoothProblem,
-        solution: SmoothSolution,
+        problem: NodeProblem,
+        solution: NodeSolution,
         cotangent: Any,
-        solver: BaseSolver,
+        solver: Solver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         info = GradientInfo.blank(self, solution)
@@ -50,10 +50,10 @@ class ClosedForm(GradientMethod):
 
     def jvp(
         self,
-        problem: SmoothProblem,
-        solution: SmoothSolution,
+        problem: NodeProblem,
+        solution: NodeSolution,
         tangent: Any,
-        solver: BaseSolver,
+        solver: Solver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         if not problem.node.has_kkt:
@@ -66,7 +66,7 @@ class ClosedForm(GradientMethod):
     def is_differentiable(self, problem: Any) -> bool:
         return True
 
-    def differentiable_vjp(self, solution: SmoothSolution, data: Any, outputs: Any, cotangent: Any) -> Any:
+    def differentiable_vjp(self, solution: NodeSolution, data: Any, outputs: Any, cotangent: Any) -> Any:
         """The node's formula from its inputs and its solution alone."""
         own = solution.traced(data, outputs)
         elements = own.usable.nonzero()[:, 0].tolist()
@@ -76,8 +76,8 @@ class ClosedForm(GradientMethod):
 
 def by_formula(
     formula: Callable[..., Sequence[Tensor | None] | None],
-    problem: SmoothProblem,
-    solution: SmoothSolution,
+    problem: NodeProblem,
+    solution: NodeSolution,
     cotangent: Tensor,
     active: list[int],
 ) -> Any | None:

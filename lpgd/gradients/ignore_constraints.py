@@ -15,10 +15,10 @@ import torch
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.closed_form import ClosedForm, by_formula
-from lpgd.problems.node.problem import SmoothProblem
-from lpgd.problems.node.solution import SmoothSolution
-from lpgd.problems.node.structure import SmoothPoint
-from lpgd.solvers.base import BaseSolver
+from lpgd.problems.node.problem import NodeProblem
+from lpgd.problems.node.solution import NodeSolution
+from lpgd.problems.node.structure import NodePoint
+from lpgd.solvers.base import Solver
 from lpgd.solvers.node.bordered import bordered_response
 from lpgd.status import warn
 
@@ -49,10 +49,10 @@ class IgnoreConstraints(GradientMethod):
 
     def vjp(
         self,
-        problem: SmoothProblem,
-        solution: SmoothSolution,
+        problem: NodeProblem,
+        solution: NodeSolution,
         cotangent: Any,
-        solver: BaseSolver,
+        solver: Solver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         info = GradientInfo.blank(self, solution)
@@ -78,10 +78,10 @@ class IgnoreConstraints(GradientMethod):
 
     def jvp(
         self,
-        problem: SmoothProblem,
-        solution: SmoothSolution,
+        problem: NodeProblem,
+        solution: NodeSolution,
         tangent: Any,
-        solver: BaseSolver,
+        solver: Solver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         info = GradientInfo.blank(self, solution)
@@ -97,8 +97,8 @@ class IgnoreConstraints(GradientMethod):
         return _alone(change), info
 
     def _change(
-        self, problem: SmoothProblem, solution: SmoothSolution, tilt: Any, elements: list[int], info: GradientInfo
-    ) -> tuple[SmoothPoint, _Unconstrained]:
+        self, problem: NodeProblem, solution: NodeSolution, tilt: Any, elements: list[int], info: GradientInfo
+    ) -> tuple[NodePoint, _Unconstrained]:
         """The change of the unconstrained minimisers under a tilt, and their problem."""
         part = _Unconstrained.of(problem.select(elements))
         point = _alone(solution.x[elements])
@@ -117,16 +117,16 @@ class IgnoreConstraints(GradientMethod):
         return response, part
 
 
-class _Unconstrained(SmoothProblem):
+class _Unconstrained(NodeProblem):
     """A node's problem without its constraints."""
 
     @classmethod
-    def of(cls, problem: SmoothProblem) -> _Unconstrained:
+    def of(cls, problem: NodeProblem) -> _Unconstrained:
         return cls(problem.structure, problem.data, problem.batch_size)
 
     def constraints(self, x: Any, data: Any = None) -> tuple[Any, Any]:
         return x.new_zeros(x.shape[0], 0), x.new_zeros(x.shape[0], 0)
 
 
-def _alone(x: Any) -> SmoothPoint:
-    return SmoothPoint(x, x.new_zeros(x.shape[0], 0), x.new_zeros(x.shape[0], 0))
+def _alone(x: Any) -> NodePoint:
+    return NodePoint(x, x.new_zeros(x.shape[0], 0), x.new_zeros(x.shape[0], 0))

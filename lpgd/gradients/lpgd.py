@@ -28,7 +28,7 @@ from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit.method import ImplicitKKT
 from lpgd.gradients.perturbed import Envelope, Perturbed, perturb
 from lpgd.gradients.small_steps import check_small_steps, is_doubtful
-from lpgd.solvers.base import BaseSolver
+from lpgd.solvers.base import Solver
 from lpgd.status import SolverError, warn
 
 __all__ = ["LPGD"]
@@ -87,7 +87,7 @@ class LPGD(GradientMethod):
         problem: Any,
         solution: Any,
         cotangent: Any,
-        solver: BaseSolver,
+        solver: Solver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         pair = _Perturbed(self, problem, solution, cotangent, solver, executor)
@@ -108,7 +108,7 @@ class LPGD(GradientMethod):
         problem: Any,
         solution: Any,
         tangent: Any,
-        solver: BaseSolver,
+        solver: Solver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         point = solution.point
@@ -145,7 +145,7 @@ class _Perturbed:
         problem: Any,
         solution: Any,
         cotangent: Any,
-        solver: BaseSolver,
+        solver: Solver,
         executor: Executor | None,
     ) -> None:
         self.method, self.whole = method, problem

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.activity import ActiveSet
-from lpgd.solvers.base import BaseSolver
+from lpgd.solvers.base import Solver
 
 __all__ = ["Envelope", "Perturbed", "perturb"]
 
@@ -89,7 +89,7 @@ def perturb(
     problem: Any,
     solution: Any,
     cotangent: Any,
-    solver: BaseSolver,
+    solver: Solver,
     executor: Executor | None,
     *,
     envelope: Envelope,
@@ -183,7 +183,7 @@ class _Run:
     cotangent: Any
     base_error: Tensor
     error: Tensor
-    solver: BaseSolver
+    solver: Solver
     is_even: bool
     executor: Executor | None
     envelope: Envelope
@@ -365,7 +365,7 @@ def _replaced(whole: Any, rows: Tensor, part: Any) -> Any:
     return whole
 
 
-def _error(solution: Any, solver: BaseSolver, problem: Any) -> Tensor:
+def _error(solution: Any, solver: Solver, problem: Any) -> Tensor:
     """(E,) the relative error of solutions: what is known of these, else what is typical of the solver."""
     known = getattr(solution, "known_to", None)
     typical = torch.full((problem.batch_size,), solver.solution_error(problem), dtype=torch.float64)
@@ -373,14 +373,14 @@ def _error(solution: Any, solver: BaseSolver, problem: Any) -> Tensor:
     return typical if known is None else torch.where(torch.isfinite(known), known.clamp(min=FINEST), typical)
 
 
-def _refined(solver: BaseSolver, error: Tensor) -> BaseSolver:
+def _refined(solver: Solver, error: Tensor) -> Solver:
     """The solver, two digits tighter where its solutions are much less accurate than its tolerance."""
     if bool((error <= 10 * solver.tolerance).all()):
         return solver
     return replace(solver, tolerance=min(solver.tolerance, max(0.01 * solver.tolerance, solver.finest_tolerance)))
 
 
-def _tightened(solver: BaseSolver, relative_step: float) -> BaseSolver:
+def _tightened(solver: Solver, relative_step: float) -> Solver:
     """The solver, as tight as a difference of its solutions needs; by powers of ten, so that workspaces are shared."""
     wanted = ACCURACY * relative_step
     if wanted >= 0.1 * solver.tolerance:  # not worth the set-up of new workspaces

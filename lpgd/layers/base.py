@@ -17,10 +17,10 @@ from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
 from lpgd.layers.inputs import Batch
 from lpgd.layers.standard_options import StandardOptions
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
-from lpgd.problems.solution import BatchSolution
-from lpgd.solvers import BaseSolver, Choice, Situation, Solver, choose_solver
+from lpgd.problems.solution import Solution
+from lpgd.solvers import Choice, ConicSolver, Situation, Solver, choose_solver
 
 __all__ = ["BaseLayer", "LayerOutput", "OptimizationLayer", "Recorded", "WarmStart"]
 
@@ -41,7 +41,7 @@ class LayerOutput(tuple[Tensor, ...], Recorded):
     """The tensors a layer returns, as a plain tuple, with the record of the call beside them."""
 
 
-WarmStart = bool | Recorded | BatchSolution
+WarmStart = bool | Recorded | Solution
 
 
 class BaseLayer(torch.nn.Module):
@@ -126,7 +126,7 @@ class BaseLayer(torch.nn.Module):
             return states if (digest, shape) == (structure.digest, batch.batch_shape) else ()
         info = getattr(warm_start, "info", None)  # of an output, be it a tuple or a tensor
         previous = info.solution if isinstance(info, CallInfo) else warm_start
-        if not isinstance(previous, BatchSolution):
+        if not isinstance(previous, Solution):
             raise TypeError(f"warm_start is {type(warm_start).__name__}; it takes True, an output or a Solution.")
         other = previous.problem.structure
         if previous.batch_size != batch.batch_size or other.digest != structure.digest:
@@ -137,7 +137,7 @@ class BaseLayer(torch.nn.Module):
             )
         return previous.states
 
-    def _remember(self, structure: Any, batch: Batch, solution: BatchSolution, solver: BaseSolver) -> None:
+    def _remember(self, structure: Any, batch: Batch, solution: Solution, solver: Solver) -> None:
         if solver.takes_states:
             self._last.states = (structure.digest, batch.batch_shape, solution.states)
 
@@ -157,7 +157,7 @@ class BaseLayer(torch.nn.Module):
 class CallOptions(NamedTuple):
     """How one call is solved and differentiated."""
 
-    solver: BaseSolver
+    solver: Solver
     executor: Executor | None
     gradient: GradientMethod
     choice: object
@@ -194,7 +194,7 @@ class OptimizationLayer(BaseLayer):
         self,
         example: ConicStructure,
         fixed: bool,
-        solver: Solver | str | None,
+        solver: ConicSolver | str | None,
         gradient: GradientMethod | None,
         solver_args: Mapping[str, Any] | None,
         on_error: OnError,
@@ -212,19 +212,19 @@ class OptimizationLayer(BaseLayer):
         check_compatible(method, self._example, self._example.noun)
 
     @property
-    def solver(self) -> Solver | None:
+    def solver(self) -> ConicSolver | None:
         """The solver of the calls to come; None where one is chosen for each call."""
         return self._solver
 
     @solver.setter
-    def solver(self, solver: Solver | str | None) -> None:
+    def solver(self, solver: ConicSolver | str | None) -> None:
         self._set_solver(solver, {})
 
-    def _set_solver(self, solver: Solver | str | None, options: Mapping[str, Any]) -> None:
+    def _set_solver(self, solver: ConicSolver | str | None, options: Mapping[str, Any]) -> None:
         chosen = choose_solver(self._example, solver, options, self._situation())
         left_open = solver is None and not self._fixed
         self._named = solver is not None
-        self._solver: Solver | None = None if left_open else chosen
+        self._solver: ConicSolver | None = None if left_open else chosen
         self._options = dict(options) if left_open else {}
 
     def extra_repr(self) -> str:
@@ -251,7 +251,7 @@ class OptimizationLayer(BaseLayer):
         batch: Batch,
         solver_args: Mapping[str, Any] | None,
         warm_start: WarmStart,
-    ) -> Solution:
+    ) -> ConicSolution:
         """Solve a batch: the solver's whole answer."""
         call = self._call_options(structure, solver_args, data.q.device)
         make = partial(ConicProblem, structure, batch_size=batch.batch_size)

@@ -16,9 +16,9 @@ from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs
 from lpgd.layers.matrices import Pattern, plan, read_matrix
-from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicStructure, per_element
-from lpgd.solvers import Solver
+from lpgd.solvers import ConicSolver
 
 __all__ = ["ConicLayer", "ConicOutput", "solve_conic"]
 
@@ -68,7 +68,7 @@ class ConicLayer(OptimizationLayer):
     def __init__(
         self,
         cones: Cones,
-        solver: Solver | str | None = None,
+        solver: ConicSolver | str | None = None,
         gradient: GradientMethod | None = None,
         solver_args: Mapping[str, Any] | None = None,
         on_error: OnError = "raise",
@@ -134,11 +134,11 @@ class ConicLayer(OptimizationLayer):
         *,
         solver_args: Mapping[str, Any] | None = None,
         warm_start: WarmStart = False,
-    ) -> Solution:
+    ) -> ConicSolution:
         """The solver's whole answer, not differentiable: statuses, residuals, iterations, times, x, y and s.
 
         Arguments are those of a call; leading batch dimensions are flattened to one.  Elements without a solution
-        do not raise: see ``Solution.statuses``.
+        do not raise: see ``ConicSolution.statuses``.
         """
         with torch.no_grad():
             batch, structure, data = self._read(P, q, A, b)
@@ -194,12 +194,12 @@ def solve_conic(
     b: Tensor,
     cones: Cones,
     *,
-    solver: Solver | str | None = None,
+    solver: ConicSolver | str | None = None,
     gradient: GradientMethod | None = None,
     solver_args: Mapping[str, Any] | None = None,
     on_error: OnError = "raise",
     executor: Executor | None = None,
-    warm_start: Recorded | Solution | None = None,
+    warm_start: Recorded | ConicSolution | None = None,
 ) -> ConicOutput:
     """Solve a conic program, differentiably: :class:`ConicLayer` as a function; see :func:`lpgd.solve_qp`."""
     layer = ConicLayer(cones, solver, gradient, solver_args, on_error, executor)

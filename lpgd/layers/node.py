@@ -17,9 +17,9 @@ from lpgd.layers.inputs import Batch, Expected, check_inputs
 from lpgd.layers.oracle import TensorOutput, record
 from lpgd.nodes.base import BaseNode
 from lpgd.nodes.user import Node
-from lpgd.problems.node.problem import SmoothProblem
-from lpgd.problems.node.solution import SmoothSolution
-from lpgd.problems.node.structure import SmoothStructure, input_class
+from lpgd.problems.node.problem import NodeProblem
+from lpgd.problems.node.solution import NodeSolution
+from lpgd.problems.node.structure import NodeStructure, input_class
 from lpgd.solvers.node.solver import NEWTON_LIMIT, NodeSolver
 
 __all__ = ["NodeLayer"]
@@ -51,7 +51,7 @@ class NodeLayer(BaseLayer):
     [DDN] Gould, Hartley, Campbell: Deep Declarative Networks (arXiv 1909.04866).
     """
 
-    problem_class = SmoothProblem
+    problem_class = NodeProblem
 
     def __init__(
         self,
@@ -109,15 +109,15 @@ class NodeLayer(BaseLayer):
         @signature_of(forward)
         def __call__(self, *args: Any, **keywords: Any) -> Any: ...
 
-    def solve(self, *inputs: Tensor, warm_start: WarmStart = False) -> SmoothSolution:
+    def solve(self, *inputs: Tensor, warm_start: WarmStart = False) -> NodeSolution:
         """The solver's whole answer, not differentiable: minimisers x (B, n), multipliers (``point``), statuses, times.
 
         Arguments are those of a call.  Elements without a solution do not raise.
         """
         with torch.no_grad():
-            return cast(SmoothSolution, self._plain(*self._problem(inputs), warm_start))
+            return cast(NodeSolution, self._plain(*self._problem(inputs), warm_start))
 
-    def _problem(self, inputs: tuple[Tensor, ...]) -> tuple[object, partial, SmoothStructure, Batch, CallOptions]:
+    def _problem(self, inputs: tuple[Tensor, ...]) -> tuple[object, partial, NodeStructure, Batch, CallOptions]:
         node = self._node
         names, ndims = node.input_names, node.input_ndims
         if len(inputs) != len(names):
@@ -132,15 +132,15 @@ class NodeLayer(BaseLayer):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected (*batch, {ndim} dimensions).")
             expected.append(Expected(name, tuple(tensor.shape[tensor.ndim - ndim :])))
         batch = check_inputs(expected, arranged)
-        structure = SmoothStructure(node, tuple(cast("tuple[int, ...]", item.shape) for item in expected))
+        structure = NodeStructure(node, tuple(cast("tuple[int, ...]", item.shape) for item in expected))
         _ = structure.shape  # where the node refuses shapes that do not fit together
         data = input_class(tuple(names))(
             *(_rows(batch, tensor, ndim) for tensor, ndim in zip(arranged, ndims, strict=True))
         )
-        make = partial(SmoothProblem, structure, batch_size=batch.batch_size)
+        make = partial(NodeProblem, structure, batch_size=batch.batch_size)
         return data, make, structure, batch, CallOptions(self._solver, None, self.gradient, self._choice(structure))
 
-    def _choice(self, structure: SmoothStructure) -> str:
+    def _choice(self, structure: NodeStructure) -> str:
         """Which solver solves problems of this structure, and why."""
         node, algorithm = self._node, self._solver.algorithm
         if algorithm != "own":

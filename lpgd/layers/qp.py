@@ -17,9 +17,9 @@ from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs, refuse_positional
 from lpgd.layers.matrices import Pattern, join, plan, read_matrix
-from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicStructure
-from lpgd.solvers import Solver
+from lpgd.solvers import ConicSolver
 
 __all__ = ["LPLayer", "ProgramOutput", "QPLayer", "solve_lp", "solve_qp"]
 
@@ -61,7 +61,7 @@ class _ProgramLayer(OptimizationLayer):
 
     def __init__(
         self,
-        solver: Solver | str | None = None,
+        solver: ConicSolver | str | None = None,
         gradient: GradientMethod | None = None,
         solver_args: Mapping[str, Any] | None = None,
         on_error: OnError = "raise",
@@ -202,7 +202,7 @@ class QPLayer(_ProgramLayer):
 
     def __init__(
         self,
-        solver: Solver | str | None = None,
+        solver: ConicSolver | str | None = None,
         gradient: GradientMethod | None = None,
         solver_args: Mapping[str, Any] | None = None,
         on_error: OnError = "raise",
@@ -266,11 +266,11 @@ class QPLayer(_ProgramLayer):
         ub: Bound = None,
         solver_args: Mapping[str, Any] | None = None,
         warm_start: WarmStart = False,
-    ) -> Solution:
+    ) -> ConicSolution:
         """The solver's whole answer, not differentiable: statuses, residuals, iterations, times.
 
-        Arguments are those of a call; leading batch dimensions are flattened to one.  The rows of ``Solution.y`` are
-        the equalities and then the inequalities, ``Solution.z`` is z_box.  Elements without a solution do not raise.
+        Arguments are those of a call; leading batch dimensions are flattened to one.  The rows of its ``y`` are the
+        equalities and then the inequalities, its ``z`` is z_box.  Elements without a solution do not raise.
         """
         refuse_positional("QPLayer", "layer.solve(P, q", misplaced)
         with torch.no_grad():
@@ -301,7 +301,7 @@ class LPLayer(_ProgramLayer):
 
     def __init__(
         self,
-        solver: Solver | str | None = None,
+        solver: ConicSolver | str | None = None,
         gradient: GradientMethod | None = None,
         solver_args: Mapping[str, Any] | None = None,
         on_error: OnError = "raise",
@@ -345,7 +345,7 @@ class LPLayer(_ProgramLayer):
         ub: Bound = None,
         solver_args: Mapping[str, Any] | None = None,
         warm_start: WarmStart = False,
-    ) -> Solution:
+    ) -> ConicSolution:
         """The solver's whole answer, not differentiable, as :meth:`QPLayer.solve`."""
         refuse_positional("LPLayer", "layer.solve(c", misplaced)
         with torch.no_grad():
@@ -364,12 +364,12 @@ def solve_qp(
     h: Tensor | None = None,
     lb: Bound = None,
     ub: Bound = None,
-    solver: Solver | str | None = None,
+    solver: ConicSolver | str | None = None,
     gradient: GradientMethod | None = None,
     solver_args: Mapping[str, Any] | None = None,
     on_error: OnError = "raise",
     executor: Executor | None = None,
-    warm_start: Recorded | Solution | None = None,
+    warm_start: Recorded | ConicSolution | None = None,
 ) -> ProgramOutput:
     """Solve a convex quadratic program, differentiably: :class:`QPLayer` as a function.
 
@@ -390,13 +390,13 @@ def solve_lp(
     h: Tensor | None = None,
     lb: Bound = None,
     ub: Bound = None,
-    solver: Solver | str | None = None,
+    solver: ConicSolver | str | None = None,
     gradient: GradientMethod | None = None,
     solver_args: Mapping[str, Any] | None = None,
     on_error: OnError = "raise",
     executor: Executor | None = None,
     integer: Sequence[int] = (),
-    warm_start: Recorded | Solution | None = None,
+    warm_start: Recorded | ConicSolution | None = None,
 ) -> ProgramOutput:
     """Solve a linear program, differentiably: :class:`LPLayer` as a function; see :func:`solve_qp`."""
     refuse_positional("solve_lp", "solve_lp(c", misplaced)

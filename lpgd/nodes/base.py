@@ -7,7 +7,7 @@ The problem of each element, and its Lagrangian, in the sign convention of the c
     L(y, ν, λ; w) = f(y, w) + νᵀh(y, w) + λᵀg(y, w),   λ ≥ 0
 
 with inputs w, which are tensors of any number and shape.  A node says what f, h and g are, and may bring a solver and
-a closed-form gradient of its own; :class:`~lpgd.problems.node.problem.SmoothProblem` is a batch of its problems with
+a closed-form gradient of its own; :class:`~lpgd.problems.node.problem.NodeProblem` is a batch of its problems with
 data.
 
 [DDN] Gould, Hartley, Campbell: Deep Declarative Networks (arXiv 1909.04866).

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpgd.problems.base import PointOperations, maximum_norm, sum_of_quadratics
-from lpgd.problems.solution import BatchSolution
+from lpgd.problems.solution import Solution
 from lpgd.status import Status
 
 __all__ = ["LinearData", "LinearPoint", "LinearProblem", "LinearSolution", "LinearStructure"]
@@ -208,7 +208,7 @@ class LinearProblem:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LinearSolution(BatchSolution):
+class LinearSolution(Solution):
     """Solutions of a batch of B linear problems, with one status for each element.
 
     Attributes:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lpgd.status import Status, describe_counts
 
-__all__ = ["BatchSolution", "Rows"]
+__all__ = ["Rows", "Solution"]
 
 
 class Rows(Sequence[Tensor]):
@@ -36,7 +36,7 @@ class Rows(Sequence[Tensor]):
         return self.tensor[index]
 
 
-class BatchSolution:
+class Solution:
     """What the solutions of a batch have in common, whatever the class of problems; subclasses are dataclasses.
 
     Attributes:

@@ -10,7 +10,7 @@ from lpgd.solvers.backends.osqp import OSQP
 from lpgd.solvers.backends.piqp import PIQP
 from lpgd.solvers.backends.proxqp import ProxQP
 from lpgd.solvers.backends.scs import SCS
-from lpgd.solvers.base import BaseSolver, Capabilities, Solver
+from lpgd.solvers.base import Capabilities, ConicSolver, Solver
 from lpgd.solvers.choose import SOLVERS, Choice, Situation, available, choose_solver, preference
 from lpgd.solvers.interior_point.solver import InteriorPoint
 from lpgd.solvers.node.solver import NodeSolver
@@ -22,10 +22,10 @@ __all__ = [
     "PIQP",
     "SCS",
     "SOLVERS",
-    "BaseSolver",
     "Capabilities",
     "Choice",
     "Clarabel",
+    "ConicSolver",
     "CustomSolver",
     "ElementwiseSolver",
     "HiGHS",

@@ -12,13 +12,13 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.posed import Posed, better_lengths, judged, pose
 from lpgd.solvers.rescue import merged, settled
 from lpgd.status import MissingPackageError, Status
 
-__all__ = ["BaseSolver", "Capabilities", "Solver", "rescue_by"]
+__all__ = ["Capabilities", "ConicSolver", "Solver", "rescue_by"]
 
 POLYHEDRAL = frozenset({"zero", "nonnegative"})
 """The cones of linear and quadratic programs."""
@@ -46,7 +46,7 @@ class Capabilities:
 
 
 @dataclass(frozen=True)
-class BaseSolver(ABC):
+class Solver(ABC):
     """What a gradient method may ask of a solver, whatever class of problems it solves.
 
     Args:
@@ -72,12 +72,12 @@ class BaseSolver(ABC):
 
         Args:
             problem: B elements.
-            states: warm-start states of B elements, or of a divisor of B that repeat (``BatchSolution.states``); an
+            states: warm-start states of B elements, or of a divisor of B that repeat (``Solution.states``); an
                 empty sequence is a cold start.
             executor: where the work runs; None is the solver's own choice.
 
         Returns:
-            A :class:`~lpgd.problems.solution.BatchSolution`.
+            A :class:`~lpgd.problems.solution.Solution`.
         """
 
     def solution_error(self, problem: Any) -> float:
@@ -86,7 +86,7 @@ class BaseSolver(ABC):
 
 
 @dataclass(frozen=True)
-class Solver(BaseSolver):
+class ConicSolver(Solver):
     """What every solver of conic programs offers; subclasses add their options as fields.
 
     Args:
@@ -96,9 +96,9 @@ class Solver(BaseSolver):
         verbose: let the solver print.
         rescue: elements that end without proof (at the iteration limit, by a numerical error, inaccurately, or with a
             verdict that its own certificate does not show) are handed to the next installed solver that can take them;
-            ``Solution.solvers`` says who answered.
+            ``ConicSolution.solvers`` says who answered.
         refine: answers are finished by Newton's steps on the optimality conditions, where those are cheap or the solver
-            gave up; ``Solution.refined`` counts them.  False gives the solver's own answers, to compare solvers.
+            gave up; ``ConicSolution.refined`` counts them.  False gives the solver's own answers, to compare solvers.
     """
 
     tolerance: float = 1e-8
@@ -132,7 +132,9 @@ class Solver(BaseSolver):
     def takes_states(self) -> bool:
         return self.capabilities.warm_start
 
-    def solve(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:
+    def solve(
+        self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None
+    ) -> ConicSolution:
         """Solve every element of a batch; an executor of None is the library's threads.
 
         Every solver is asked, and its answer judged, in the same way (:mod:`lpgd.solvers.posed`): in units of order 1,
@@ -144,8 +146,10 @@ class Solver(BaseSolver):
         attempt = self.attempt(problem, states, executor)
         return settled(attempt, self.others(problem.structure) if self.rescue else (), executor)
 
-    def attempt(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:
-        """This solver's own answer, judged; verdicts without a proof are still its claims (``Solution.proofs``)."""
+    def attempt(
+        self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None
+    ) -> ConicSolution:
+        """This solver's own answer, judged; verdicts without a proof are its claims (``ConicSolution.proofs``)."""
         posed = pose(problem, states)
         answer = self._judged(posed, executor)
         lengths = better_lengths(posed, answer, self.tolerance)
@@ -157,19 +161,19 @@ class Solver(BaseSolver):
         taken = [status is Status.SOLVED for status in again.statuses]
         return merged(answer, elements, again, taken, keep_states=True)
 
-    def _judged(self, posed: Posed, executor: Executor | None) -> Solution:
+    def _judged(self, posed: Posed, executor: Executor | None) -> ConicSolution:
         answer = self.solve_posed(posed.inside, posed.states, executor)
         return judged(posed, answer, self.tolerance, self.name, refined=self.refine)
 
     @abstractmethod
-    def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> Solution:
+    def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> ConicSolution:
         """Solve every element of a batch whose data are of order 1, and convex.
 
         For elements that are infeasible or unbounded the point is what the solver takes for a proof: multipliers y, or
         a direction x.
         """
 
-    def others(self, structure: ConicStructure) -> tuple[Solver, ...]:
+    def others(self, structure: ConicStructure) -> tuple[ConicSolver, ...]:
         """Installed solvers to turn to for elements that this one leaves without proof, in order."""
         limit = self.time_limit
         return tuple(
@@ -224,11 +228,11 @@ class Solver(BaseSolver):
         return replace(self, **changes) if changes else self
 
 
-_RESCUERS: list[type[Solver]] = []
+_RESCUERS: list[type[ConicSolver]] = []
 
 
-def rescue_by(kinds: Sequence[type[Solver]]) -> None:
-    """Say which solvers :meth:`Solver.others` turns to; called once, where all of them are known."""
+def rescue_by(kinds: Sequence[type[ConicSolver]]) -> None:
+    """Say which solvers :meth:`ConicSolver.others` turns to; called once, where all of them are known."""
     _RESCUERS[:] = kinds
 
 
@@ -240,7 +244,7 @@ _KINDS = {
 }
 
 
-def _check_type(solver: Solver, name: str, annotation: str) -> None:
+def _check_type(solver: ConicSolver, name: str, annotation: str) -> None:
     """Refuse an option of another type than its field's; 1e3 passes for a whole number."""
     value, optional = getattr(solver, name), annotation.endswith(" | None")
     annotation = annotation.removesuffix(" | None")

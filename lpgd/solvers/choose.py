@@ -16,7 +16,7 @@ from lpgd.solvers.backends.osqp import OSQP
 from lpgd.solvers.backends.piqp import PIQP
 from lpgd.solvers.backends.proxqp import ProxQP
 from lpgd.solvers.backends.scs import SCS
-from lpgd.solvers.base import Solver, rescue_by
+from lpgd.solvers.base import ConicSolver, rescue_by
 from lpgd.solvers.interior_point.solver import InteriorPoint
 from lpgd.status import MissingPackageError
 
@@ -25,7 +25,7 @@ __all__ = ["SOLVERS", "Choice", "Situation", "available", "choose_solver", "pref
 rescue_by((Clarabel, InteriorPoint, DAQP, PIQP, HiGHS, ProxQP, OSQP, ECOS, SCS))
 """Clarabel first, which has nearly every cone and hands over certificates."""
 
-SOLVERS: tuple[type[Solver], ...] = (Clarabel, SCS, InteriorPoint, DAQP, HiGHS, PIQP, OSQP, ProxQP, ECOS)
+SOLVERS: tuple[type[ConicSolver], ...] = (Clarabel, SCS, InteriorPoint, DAQP, HiGHS, PIQP, OSQP, ProxQP, ECOS)
 """Every backend; where nothing of the situation is known, the first that can take a problem is chosen.
 
 ECOS, under the GPLv3 and without a release since 2024, comes last: every problem of its has another solver.
@@ -46,7 +46,7 @@ class Situation:
     augmented: bool | None = None
 
 
-def preference(structure: ConicStructure, situation: Situation | None = None) -> tuple[type[Solver], ...]:
+def preference(structure: ConicStructure, situation: Situation | None = None) -> tuple[type[ConicSolver], ...]:
     """The one rule by which a solver is chosen where none is named: every solver, best first.
 
     Without a situation it is the order of :data:`SOLVERS`.  Integer variables leave HiGHS alone.  With a situation:
@@ -89,9 +89,9 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
     return tuple(solver for solver, _ in _ranked(structure, situation))
 
 
-def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tuple[type[Solver], str]]:
+def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tuple[type[ConicSolver], str]]:
     """Every solver, best first, and why it stands where it does."""
-    best: list[tuple[type[Solver], str]] = []
+    best: list[tuple[type[ConicSolver], str]] = []
     polyhedral = situation is not None and structure.cones.is_polyhedral
     linear = not structure.quadratic.nnz
     if situation is not None and polyhedral:
@@ -100,7 +100,7 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
         on_cpu, simplex = situation.device == "cpu", linear and situation.augmented is False
         few = structure.n <= _MEDIUM and core_count() <= _FEW_CORES
         curved = structure.with_diagonal is structure
-        rules: list[tuple[bool, type[Solver], str]] = [
+        rules: list[tuple[bool, type[ConicSolver], str]] = [
             (not on_cpu, InteriorPoint, f"it stays on the device {situation.device}"),
             (size <= (_SMALL if curved else _TINY), DAQP, "the fastest for small linear and quadratic programs"),
             (simplex and not dense, HiGHS, "the fastest for sparse linear programs without an added quadratic term"),
@@ -112,7 +112,7 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
             (dense and size <= _LARGE and on_cpu, InteriorPoint, "fast for dense programs in batches"),
         ]
         best = [(solver, reason) for applies, solver, reason in rules if applies]
-    ranked: dict[type[Solver], str] = {}
+    ranked: dict[type[ConicSolver], str] = {}
     for solver, reason in best:
         ranked.setdefault(solver, reason)
     rest = SOLVERS if not polyhedral else _LINEAR_TAIL if linear else _QUADRATIC_TAIL
@@ -139,10 +139,10 @@ def available(structure: ConicStructure | None = None) -> tuple[str, ...]:
 
 def choose_solver(
     structure: ConicStructure,
-    solver: Solver | str | None = None,
+    solver: ConicSolver | str | None = None,
     options: Mapping[str, Any] | None = None,
     situation: Situation | None = None,
-) -> Solver:
+) -> ConicSolver:
     """The solver to use for problems of a structure.
 
     Args:
@@ -158,7 +158,7 @@ def choose_solver(
         TypeError: an option is unknown.
     """
     chosen = _by_name(solver) if isinstance(solver, str) else solver
-    if chosen is not None and not isinstance(chosen, Solver):
+    if chosen is not None and not isinstance(chosen, ConicSolver):
         raise TypeError(f"solver is {chosen!r}; it must be a solver such as lpgd.SCS(), the name of one, or None.")
     advice = _INTEGER_ADVICE if structure.has_integers else ""
     if chosen is None:
@@ -193,7 +193,7 @@ class Choice:
         named: whether it was asked for.
     """
 
-    solver: Solver
+    solver: ConicSolver
     structure: ConicStructure
     situation: Situation
     named: bool
@@ -221,7 +221,7 @@ _INTEGER_ADVICE = (
 )
 
 
-def _by_name(name: str) -> Solver | None:
+def _by_name(name: str) -> ConicSolver | None:
     if name.upper() in _DEFAULT_NAMES:
         return None
     for solver in SOLVERS:

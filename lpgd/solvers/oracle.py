@@ -17,7 +17,7 @@ from lpgd.execution.interrupts import pause
 from lpgd.execution.tasks import SerialExecutor, run_tasks, split
 from lpgd.execution.threads import all_torch_threads
 from lpgd.problems.linear import LinearProblem, LinearSolution
-from lpgd.solvers.base import BaseSolver
+from lpgd.solvers.base import Solver
 from lpgd.status import SolverError, Status
 
 __all__ = ["Oracle", "Sense"]
@@ -29,7 +29,7 @@ Array = Any
 
 
 @dataclass(frozen=True)
-class Oracle(BaseSolver):
+class Oracle(Solver):
     """A function from costs to a solution, ``function(costs, *extra)``, for each element of a batch.
 
     It gets copies of arrays, and may do with them what it likes.  What it returns is checked: an answer of another

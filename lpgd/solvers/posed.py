@@ -19,7 +19,7 @@ from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.magnitudes import INFINITE
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.residuals import Residuals, residuals_of
-from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicPoint, per_element
 from lpgd.problems.conic.units import Units
 from lpgd.solvers.certificates import MARGIN, proves_infeasible, proves_unbounded
@@ -159,7 +159,7 @@ def _states_out(states: Sequence[Any], units: Units) -> Sequence[Any]:
     )
 
 
-def better_lengths(posed: Posed, answer: Solution, tolerance: float) -> Tensor | None:
+def better_lengths(posed: Posed, answer: ConicSolution, tolerance: float) -> Tensor | None:
     """(B,) exponents of units for another try: where a point is so small that its residuals say little about it.
 
     NaN for other elements; None where there is none.
@@ -176,7 +176,9 @@ def better_lengths(posed: Posed, answer: Solution, tolerance: float) -> Tensor |
 # -- answers ------------------------------------------------------------------------------------------------------
 
 
-def judged(posed: Posed, answer: Solution, tolerance: float, solver: str, *, refined: bool = True) -> Solution:
+def judged(
+    posed: Posed, answer: ConicSolution, tolerance: float, solver: str, *, refined: bool = True
+) -> ConicSolution:
     """A solver's answer to ``posed.inside`` as one to ``posed.problem``, with statuses that can be shown.
 
     Points that are not finite, or far from optimal, are no solutions; points that satisfy the optimality conditions
@@ -216,7 +218,7 @@ def judged(posed: Posed, answer: Solution, tolerance: float, solver: str, *, ref
     return result
 
 
-def _refined(answer: Solution, useless: float, wanted: bool) -> Solution:
+def _refined(answer: ConicSolution, useless: float, wanted: bool) -> ConicSolution:
     """The answer after a few of Newton's steps, where they are cheap, or a solver gave up.
 
     What a solver calls solved and is useless stays as it is: the solver is wrong, and that should be seen.
@@ -254,7 +256,7 @@ def _refined(answer: Solution, useless: float, wanted: bool) -> Solution:
     return replace(answer, **changes, known_to=known_to, refined=taken)
 
 
-def _by_residuals(answer: Solution, residuals: Residuals, tolerance: float) -> Solution:
+def _by_residuals(answer: ConicSolution, residuals: Residuals, tolerance: float) -> ConicSolution:
     """Of an integer program residuals prove that a point is feasible, not that there is no better one."""
     whole = answer.problem.structure.has_integers
     error, accepted = (residuals.primal if whole else residuals.worst).cpu(), max(ACCEPTED, 10 * tolerance)
@@ -274,7 +276,7 @@ def _by_residuals(answer: Solution, residuals: Residuals, tolerance: float) -> S
     return answer if tuple(statuses) == answer.statuses else replace(answer, statuses=tuple(statuses))
 
 
-def _proofs(answer: Solution) -> list[str]:
+def _proofs(answer: ConicSolution) -> list[str]:
     """For each element ``"certificate"`` where y, if infeasible, or x, if unbounded, proves the verdict, else ``""``.
 
     The search of a solver of integer programs leaves nothing that could be checked: it is its own proof.

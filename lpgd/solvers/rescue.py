@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.solution import ConicSolution
 from lpgd.solvers.posed import VERDICTS
 from lpgd.status import Status
 
@@ -27,14 +27,14 @@ class Attempting(Protocol):
 
     def attempt(
         self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None
-    ) -> Solution: ...
+    ) -> ConicSolution: ...
 
 
-def settled(attempt: Solution, others: Sequence[Attempting], executor: Executor | None = None) -> Solution:
+def settled(attempt: ConicSolution, others: Sequence[Attempting], executor: Executor | None = None) -> ConicSolution:
     """A solution in which every verdict is proven, by a certificate or by the consent of a second solver.
 
     Args:
-        attempt: one solver's own answer (``Solver.attempt``).
+        attempt: one solver's own answer (``ConicSolver.attempt``).
         others: the solvers to turn to, in order; none leaves elements as they are, but for verdicts without a proof,
             which become numerical errors.
         executor: where they run.
@@ -70,7 +70,7 @@ def settled(attempt: Solution, others: Sequence[Attempting], executor: Executor 
     return _with_feasible_unbounded(attempt, others, executor)
 
 
-def _unproven(solution: Solution) -> list[int]:
+def _unproven(solution: ConicSolution) -> list[int]:
     return [
         element
         for element, (status, proof) in enumerate(zip(solution.statuses, solution.proofs, strict=True))
@@ -78,13 +78,15 @@ def _unproven(solution: Solution) -> list[int]:
     ]
 
 
-def _is_better(solution: Solution, elements: Sequence[int], again: Solution) -> list[bool]:
+def _is_better(solution: ConicSolution, elements: Sequence[int], again: ConicSolution) -> list[bool]:
     """Whether an inaccurate answer is nearer to a solution than the one that there is; any is, where there is none."""
     own = torch.where(solution.usable, solution.error, torch.inf)[list(elements)]
     return (again.usable & (again.error < own)).tolist()
 
 
-def _with_feasible_unbounded(solution: Solution, others: Sequence[Attempting], executor: Executor | None) -> Solution:
+def _with_feasible_unbounded(
+    solution: ConicSolution, others: Sequence[Attempting], executor: Executor | None
+) -> ConicSolution:
     """The solution, with those unbounded problems INFEASIBLE that have a descending ray but no feasible point."""
     elements = [element for element, status in enumerate(solution.statuses) if status is Status.UNBOUNDED]
     if not elements or not others or solution.problem.structure.has_integers:
@@ -102,8 +104,13 @@ def _with_feasible_unbounded(solution: Solution, others: Sequence[Attempting], e
 
 
 def merged(
-    solution: Solution, elements: Sequence[int], other: Solution, taken: Sequence[bool], *, keep_states: bool = False
-) -> Solution:
+    solution: ConicSolution,
+    elements: Sequence[int],
+    other: ConicSolution,
+    taken: Sequence[bool],
+    *,
+    keep_states: bool = False,
+) -> ConicSolution:
     """A solution in which the elements that are ``taken`` come from another solve of ``elements`` alone.
 
     States of another solver are of no use to this one, and are dropped unless they should be kept.

@@ -18,7 +18,7 @@ import lpgd
 from lpgd.cones.product import Cones
 from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import GradientMethod
-from lpgd.solvers import Solver
+from lpgd.solvers import ConicSolver
 from lpgd.solvers.choose import SOLVERS
 from lpgd.status import Status
 from tests.judge.cone_points import rows_of
@@ -248,7 +248,7 @@ FRONT_ENDS: dict[str, FrontEnd] = {
 def names_of_solvers(cones: Cones) -> list[str]:
     """The installed solvers that have these cones."""
 
-    def fits(solver: type[Solver]) -> bool:
+    def fits(solver: type[ConicSolver]) -> bool:
         return solver.is_installed() and cones.kinds <= solver.capabilities.cones
 
     return [solver.name for solver in SOLVERS if fits(solver)]

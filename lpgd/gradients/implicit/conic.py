@@ -28,7 +28,7 @@ from lpgd.gradients.implicit.findings import Findings
 from lpgd.gradients.implicit.multipliers import other_multipliers
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure
 from lpgd.problems.conic.units import Units
 from lpgd.solvers.interior_point.derivative import is_batchable, kept_response, polyhedral_response
@@ -54,7 +54,7 @@ NOTHING = 1e-7
 def response(
     method: Any,
     problem: ConicProblem,
-    solution: Solution,
+    solution: ConicSolution,
     tilt: ConicPoint,
     active: Sequence[int],
     info: GradientInfo,
@@ -102,7 +102,7 @@ def response(
     return change
 
 
-def in_data(problem: ConicProblem, solution: Solution, change: ConicPoint) -> Any:
+def in_data(problem: ConicProblem, solution: ConicSolution, change: ConicPoint) -> Any:
     """What a change of the solutions is worth in the data; elements without a solution get zero."""
     point, usable = solution.point, solution.usable[:, None]
     x, y = (torch.where(usable, part, 0.0) for part in (point.x, point.y))
@@ -190,7 +190,7 @@ def _curvature(rho: float, problem: ConicProblem, units: Units) -> FloatArray | 
 
 
 def _by_kept_systems(
-    problem: ConicProblem, solution: Solution, tilt: ConicPoint, rows: Tensor, left: Tensor, answer: ConicPoint
+    problem: ConicProblem, solution: ConicSolution, tilt: ConicPoint, rows: Tensor, left: Tensor, answer: ConicPoint
 ) -> None:
     """Write the response of the elements whose systems the solver has left; those are left no more."""
     place = torch.full((problem.batch_size,), -1, dtype=torch.int64, device=problem.device)

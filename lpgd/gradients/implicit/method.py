@@ -16,7 +16,7 @@ import numpy as np
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit import conic, node
-from lpgd.solvers.base import BaseSolver
+from lpgd.solvers.base import Solver
 
 __all__ = ["ImplicitKKT"]
 
@@ -72,7 +72,7 @@ class ImplicitKKT(GradientMethod):
         problem: Any,
         solution: Any,
         cotangent: Any,
-        solver: BaseSolver,
+        solver: Solver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         change, info = self.response(problem, solution, cotangent, executor)
@@ -85,7 +85,7 @@ class ImplicitKKT(GradientMethod):
         problem: Any,
         solution: Any,
         tangent: Any,
-        solver: BaseSolver,
+        solver: Solver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         return self.response(problem, solution, problem.mixed_product(solution.point, tangent), executor)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo
 from lpgd.problems.node.multipliers import active_rows
-from lpgd.problems.node.problem import SmoothProblem
-from lpgd.problems.node.solution import SmoothSolution
-from lpgd.problems.node.structure import SmoothOutput, SmoothPoint
+from lpgd.problems.node.problem import NodeProblem
+from lpgd.problems.node.solution import NodeSolution
+from lpgd.problems.node.structure import NodeOutput, NodePoint
 from lpgd.solvers.node.bordered import bordered_response, is_large
 from lpgd.status import warn
 
@@ -21,13 +21,13 @@ __all__ = ["differentiable_vjp", "in_data", "response"]
 
 def response(
     method: Any,
-    problem: SmoothProblem,
-    solution: SmoothSolution,
-    tilt: SmoothOutput | SmoothPoint,
+    problem: NodeProblem,
+    solution: NodeSolution,
+    tilt: NodeOutput | NodePoint,
     active: list[int],
     info: GradientInfo,
     executor: Executor | None = None,
-) -> SmoothPoint:
+) -> NodePoint:
     """The response of a batch of a node's problems, all at once; other elements' is zero.
 
     Args:
@@ -39,7 +39,7 @@ def response(
         executor: has nothing to do here.
     """
     whole = solution.point
-    change = SmoothPoint(*(torch.zeros_like(part) for part in whole))
+    change = NodePoint(*(torch.zeros_like(part) for part in whole))
     if not active:
         return change
     rows = torch.as_tensor(active, dtype=torch.int64, device=problem.device)
@@ -64,7 +64,7 @@ def response(
     return change
 
 
-def in_data(problem: SmoothProblem, solution: SmoothSolution, change: SmoothPoint) -> Any:
+def in_data(problem: NodeProblem, solution: NodeSolution, change: NodePoint) -> Any:
     """What a change of the solutions is worth in the inputs of a node; elements without a solution get zero."""
     usable = solution.usable
     if usable.all():
@@ -75,7 +75,7 @@ def in_data(problem: SmoothProblem, solution: SmoothSolution, change: SmoothPoin
     return problem.scatter(elements, gradient)
 
 
-def differentiable_vjp(method: Any, solution: SmoothSolution, data: Any, outputs: Any, cotangent: Any) -> Any:
+def differentiable_vjp(method: Any, solution: NodeSolution, data: Any, outputs: Any, cotangent: Any) -> Any:
     """The bordered system and the vjp of the optimality conditions as functions of data, minimisers and cotangent.
 
     Raises:
@@ -84,7 +84,7 @@ def differentiable_vjp(method: Any, solution: SmoothSolution, data: Any, outputs
     whole = solution.traced(data, outputs)
     elements = whole.usable.nonzero()[:, 0].tolist()
     rows = torch.as_tensor(elements, dtype=torch.int64, device=whole.problem.device)
-    own, tilt = whole.select(elements), SmoothPoint(cotangent.x, *(0.0 * part for part in whole.point[1:]))
+    own, tilt = whole.select(elements), NodePoint(cotangent.x, *(0.0 * part for part in whole.point[1:]))
     if method.matrix_free or is_large(own.problem, own.point):
         raise RuntimeError(
             f"{method}: second derivatives need the matrix of the optimality conditions, which is too large here, or "
@@ -101,7 +101,7 @@ def differentiable_vjp(method: Any, solution: SmoothSolution, data: Any, outputs
     return whole.problem.scatter(elements, own.problem.directional_gradient(own.point, change))
 
 
-def _active(method: Any, problem: SmoothProblem, point: SmoothPoint) -> tuple[Tensor, Tensor]:
+def _active(method: Any, problem: NodeProblem, point: NodePoint) -> tuple[Tensor, Tensor]:
     """Inequalities that are active, and (B,) whether one of an element's has a multiplier of zero."""
     if not point.lam.shape[-1]:
         return torch.zeros_like(point.lam, dtype=torch.bool), point.x.new_zeros(len(point.x), dtype=torch.bool)
@@ -116,7 +116,7 @@ NOT_STATIONARY = 0.01
 """An approximate solver may leave so much; it is of the order of the error of y relative to ``1 + max|y|``."""
 
 
-def _check_stationary(problem: SmoothProblem, point: SmoothPoint, elements: list[int]) -> None:
+def _check_stationary(problem: NodeProblem, point: NodePoint, elements: list[int]) -> None:
     """Warn about points that are no solutions: the derivative of the optimality conditions says nothing of them."""
     _, unit = problem.in_units(point.x)
     left = (problem.gradient(point) / unit).abs()

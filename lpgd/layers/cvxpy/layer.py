@@ -21,9 +21,9 @@ from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayou
 from lpgd.layers.cvxpy.maps import SparseMap
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.inputs import batch_inputs
-from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
-from lpgd.solvers import Solver
+from lpgd.solvers import ConicSolver
 
 if TYPE_CHECKING:
     import cvxpy as cp
@@ -76,7 +76,7 @@ class CvxpyLayer(OptimizationLayer):
         problem: cp.Problem,
         parameters: Sequence[cp.Parameter],
         variables: Sequence[cp.Variable],
-        solver: Solver | str | None = None,
+        solver: ConicSolver | str | None = None,
         gradient: GradientMethod | None = None,
         gp: bool = False,
         solver_args: Mapping[str, Any] | None = None,
@@ -147,11 +147,11 @@ class CvxpyLayer(OptimizationLayer):
         *params: Tensor,
         solver_args: Mapping[str, Any] | None = None,
         warm_start: WarmStart = False,
-    ) -> Solution:
+    ) -> ConicSolution:
         """The solver's whole answer, not differentiable: statuses, residuals, iterations, times, x, y, z and s.
 
         Arguments are those of a call; leading batch dimensions are flattened to one.  Elements without a solution
-        do not raise: see ``Solution.statuses``.
+        do not raise: see ``ConicSolution.statuses``.
         """
         inputs = batch_inputs(self.parameter_layouts, params)
         with torch.no_grad():

@@ -16,14 +16,14 @@ from lpgd.problems.conic.activity import ActiveSet, active_set
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.residuals import Residuals, residuals_of
 from lpgd.problems.conic.structure import ConicPoint
-from lpgd.problems.solution import BatchSolution
+from lpgd.problems.solution import Solution
 from lpgd.status import Status
 
-__all__ = ["Solution"]
+__all__ = ["ConicSolution"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Solution(BatchSolution):
+class ConicSolution(Solution):
     """Primal and dual solutions of a batch of B conic programs, with one status for each element.
 
     Attributes:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lpgd.problems.base import maximum_norm
-from lpgd.problems.node.problem import SmoothProblem
+from lpgd.problems.node.problem import NodeProblem
 
 __all__ = ["LARGE", "active_rows", "estimate_multipliers"]
 
@@ -18,7 +18,7 @@ LARGE = 2**26
 """Matrices of more numbers than this, for the whole batch, are not formed."""
 
 
-def active_rows(problem: SmoothProblem, x: Tensor, lam: Tensor | None = None, tolerance: float | None = None) -> Tensor:
+def active_rows(problem: NodeProblem, x: Tensor, lam: Tensor | None = None, tolerance: float | None = None) -> Tensor:
     """(B, r) whether each inequality is active: ``g ≥ -tolerance (1 + |y|)``, or its multiplier exceeds ``-g``.
 
     Args:
@@ -33,7 +33,7 @@ def active_rows(problem: SmoothProblem, x: Tensor, lam: Tensor | None = None, to
     return near if lam is None else near | (lam > -g)
 
 
-def estimate_multipliers(problem: SmoothProblem, x: Tensor) -> tuple[Tensor, Tensor]:
+def estimate_multipliers(problem: NodeProblem, x: Tensor) -> tuple[Tensor, Tensor]:
     """``ν`` (B, p) and ``λ ≥ 0`` (B, r) at these minimisers."""
     h, g = problem.constraints(x)
     p, rows = h.shape[-1], h.shape[-1] + g.shape[-1]
@@ -61,7 +61,7 @@ def estimate_multipliers(problem: SmoothProblem, x: Tensor) -> tuple[Tensor, Ten
     return unit * multipliers[:, :p], unit * multipliers[:, p:].clamp(min=0)
 
 
-def _conjugate_gradients(problem: SmoothProblem, x: Tensor, slope: Tensor, keep: Tensor) -> Tensor:
+def _conjugate_gradients(problem: NodeProblem, x: Tensor, slope: Tensor, keep: Tensor) -> Tensor:
     """The least-squares multipliers by conjugate gradients on the normal equations, without the Jacobian."""
     transposed = problem.jacobian_product(x)
     forward = torch.func.vjp(transposed, x.new_zeros(keep.shape))[1]

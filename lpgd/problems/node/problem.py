@@ -15,14 +15,14 @@ from torch import Tensor
 
 from lpgd.nodes.base import BaseNode, Tilt, is_shared
 from lpgd.problems.base import is_surely_finite, maximum_norm, sum_of_quadratics
-from lpgd.problems.node.structure import SmoothPoint, SmoothStructure
+from lpgd.problems.node.structure import NodePoint, NodeStructure
 from lpgd.status import SolverError
 
-__all__ = ["SmoothProblem"]
+__all__ = ["NodeProblem"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SmoothProblem:
+class NodeProblem:
     """A batch of a node's problems.
 
     Args:
@@ -38,7 +38,7 @@ class SmoothProblem:
         ValueError: inputs of another number of rows, or of several dtypes.
     """
 
-    structure: SmoothStructure
+    structure: NodeStructure
     data: Any
     batch_size: int
     linear: Tensor | None = None
@@ -133,7 +133,7 @@ class SmoothProblem:
         h = h if self.equality_shift is None else h + self.equality_shift
         return h, g if self.inequality_shift is None else g + self.inequality_shift
 
-    def lagrangian(self, point: SmoothPoint, data: Sequence[Tensor] | None = None) -> Tensor:
+    def lagrangian(self, point: NodePoint, data: Sequence[Tensor] | None = None) -> Tensor:
         """``f + νᵀh + λᵀg``, with the added terms: (B,)."""
         value = self.objective(point.x, data)
         if point.nu.shape[-1] or point.lam.shape[-1]:
@@ -143,16 +143,16 @@ class SmoothProblem:
 
     # -- derivatives in x -------------------------------------------------------------------------------------
 
-    def gradient(self, point: SmoothPoint) -> Tensor:
+    def gradient(self, point: NodePoint) -> Tensor:
         """``∇_x L``: (B, n)."""
         return torch.func.grad(lambda x: self.lagrangian(point._replace(x=x)).sum())(point.x)
 
-    def hessian_product(self, point: SmoothPoint) -> Callable[[Tensor], Tensor]:
+    def hessian_product(self, point: NodePoint) -> Callable[[Tensor], Tensor]:
         """``v ↦ ∇²_xx L v``, (B, n) to (B, n)."""
         pull = torch.func.vjp(lambda x: self.gradient(point._replace(x=x)), point.x)[1]
         return lambda vector: pull(vector)[0]
 
-    def hessian(self, point: SmoothPoint) -> Tensor:
+    def hessian(self, point: NodePoint) -> Tensor:
         """``∇²_xx L``: (B, n, n)."""
         return _rows(self.hessian_product(point), point.x)
 
@@ -168,7 +168,7 @@ class SmoothProblem:
             return x.new_zeros(x.shape[0], 0, x.shape[-1])
         return _rows(self.jacobian_product(x), like)
 
-    def in_units(self, x: Tensor) -> tuple[SmoothProblem, Tensor]:
+    def in_units(self, x: Tensor) -> tuple[NodeProblem, Tensor]:
         """The same minimisers with an objective whose curvature near x is of the order of one, and the unit.
 
         What counts as zero must not depend on the units of the objective.  Multipliers of the answer are those of this
@@ -191,13 +191,13 @@ class SmoothProblem:
 
     # -- the two changes it can be solved again after ----------------------------------------------------------
 
-    def tilt(self, step: Tensor, cotangent: Any) -> SmoothProblem:
+    def tilt(self, step: Tensor, cotangent: Any) -> NodeProblem:
         """``L + step <g, point>``: a linear cost, and shifts of h and g where g has multipliers.
 
         Args:
             step: (k B,) signed step of each element; with k > 1 the new batch is k copies of this one, one after the
                 other.
-            cotangent: a SmoothOutput, or a SmoothPoint.
+            cotangent: a NodeOutput, or a NodePoint.
         """
         copies = step.shape[0] // self.batch_size if self.batch_size else 1
         step = step.to(self.dtype)[:, None]
@@ -217,7 +217,7 @@ class SmoothProblem:
             ),
         )
 
-    def _copied(self, copies: int) -> SmoothProblem:
+    def _copied(self, copies: int) -> NodeProblem:
         if copies == 1:
             return self
         data = type(self.data)(
@@ -232,7 +232,7 @@ class SmoothProblem:
         changes = {name: part if part is None else part.repeat(copies, 1) for name, part in own.items()}
         return replace(self, data=data, batch_size=copies * self.batch_size, **changes)
 
-    def augment(self, rho: float, center: Tensor) -> SmoothProblem:
+    def augment(self, rho: float, center: Tensor) -> NodeProblem:
         """``L + (ρ/2) |x - center|²``, up to a constant.
 
         Args:
@@ -244,11 +244,11 @@ class SmoothProblem:
         rho, center = sum_of_quadratics(self.rho, self.center, rho, center)
         return replace(self, rho=rho, center=center)
 
-    def in_own_units(self, point: SmoothPoint) -> SmoothPoint:
+    def in_own_units(self, point: NodePoint) -> NodePoint:
         """The point itself: all variables have one unit."""
         return point
 
-    def tilt_unit(self, point: SmoothPoint, cotangent: Any) -> Tensor:
+    def tilt_unit(self, point: NodePoint, cotangent: Any) -> Tensor:
         """(B,) ``max(|∇f|, |∇²L x|) / |g|`` in the maximum norm; a numerator of 0 counts as 1, g = 0 gives infinity."""
         slope = torch.func.grad(lambda x: self.objective(x).sum())(point.x)
         curved = self.hessian_product(point)(point.x) if self.node.has_kkt else slope
@@ -261,12 +261,12 @@ class SmoothProblem:
         """The gradient of a number in the data."""
         return type(self.data)(*torch.func.grad(function)(tuple(self.data)))
 
-    def gradient_difference(self, plus: SmoothPoint, minus: SmoothPoint, weight: Tensor) -> Any:
+    def gradient_difference(self, plus: NodePoint, minus: NodePoint, weight: Tensor) -> Any:
         """``weight (∇_w L(plus) - ∇_w L(minus))``: a difference of vjps of the Lagrangian; weight is (B,)."""
         weight = weight.to(self.dtype)
         return self._in_data(lambda data: (weight * (self.lagrangian(plus, data) - self.lagrangian(minus, data))).sum())
 
-    def directional_gradient(self, point: SmoothPoint, change: SmoothPoint) -> Any:
+    def directional_gradient(self, point: NodePoint, change: NodePoint) -> Any:
         """``∇_w <∇_z L(point), change>``: what a change of the solution is worth in the data.
 
         Raises:
@@ -291,19 +291,19 @@ class SmoothProblem:
 
         return self._in_data(along)
 
-    def mixed_product(self, point: SmoothPoint, tangent: Any) -> SmoothPoint:
+    def mixed_product(self, point: NodePoint, tangent: Any) -> NodePoint:
         """``∇_z <∇_w L(point), tangent>``: the tilt of forward mode."""
 
         def along(x: Tensor, nu: Tensor, lam: Tensor) -> Tensor:
-            slopes = self._in_data(lambda data: self.lagrangian(SmoothPoint(x, nu, lam), data).sum())
+            slopes = self._in_data(lambda data: self.lagrangian(NodePoint(x, nu, lam), data).sum())
             parts = [(slope * part).sum() for slope, part in zip(slopes, tangent, strict=True)]
             return torch.stack(parts).sum()
 
-        return SmoothPoint(*torch.func.grad(along, argnums=(0, 1, 2))(*point))
+        return NodePoint(*torch.func.grad(along, argnums=(0, 1, 2))(*point))
 
     # -- batches ----------------------------------------------------------------------------------------------
 
-    def select(self, elements: Sequence[int]) -> SmoothProblem:
+    def select(self, elements: Sequence[int]) -> NodeProblem:
         """The batch of these elements."""
         index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
         data = type(self.data)(

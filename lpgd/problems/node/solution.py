@@ -14,16 +14,16 @@ from torch import Tensor
 
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.node.multipliers import estimate_multipliers
-from lpgd.problems.node.problem import SmoothProblem
-from lpgd.problems.node.structure import SmoothOutput, SmoothPoint
-from lpgd.problems.solution import BatchSolution
+from lpgd.problems.node.problem import NodeProblem
+from lpgd.problems.node.structure import NodeOutput, NodePoint
+from lpgd.problems.solution import Solution
 from lpgd.status import Status
 
-__all__ = ["SmoothSolution"]
+__all__ = ["NodeSolution"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SmoothSolution(BatchSolution):
+class NodeSolution(Solution):
     """Solutions of a batch of B problems of a declarative node, with one status for each element.
 
     Attributes:
@@ -37,7 +37,7 @@ class SmoothSolution(BatchSolution):
         nu, lam: (B, p) and (B, r) the solver's multipliers; None where it has none.
     """
 
-    problem: SmoothProblem
+    problem: NodeProblem
     x: Tensor
     statuses: tuple[Status, ...]
     iterations: NDArray[np.int64]
@@ -55,23 +55,23 @@ class SmoothSolution(BatchSolution):
         return self.problem.node.domain
 
     @property
-    def outputs(self) -> SmoothOutput:
-        return SmoothOutput(self.x)
+    def outputs(self) -> NodeOutput:
+        return NodeOutput(self.x)
 
     @property
-    def point(self) -> SmoothPoint:
+    def point(self) -> NodePoint:
         """Minimisers and multipliers; multipliers that the solver does not tell are estimated."""
         return self._point
 
     @cached_property
-    def _point(self) -> SmoothPoint:
+    def _point(self) -> NodePoint:
         if self.nu is not None and self.lam is not None:
-            return SmoothPoint(self.x, self.nu, self.lam)
+            return NodePoint(self.x, self.nu, self.lam)
         x = torch.where(self.usable[:, None], self.x, 0)
         known = None
         if self.aux is not None and self.problem.is_plain:
             known = self.problem.node.multipliers(tuple(self.problem.data), self.problem.shaped(x), self.aux)
-        return SmoothPoint(self.x, *(known or estimate_multipliers(self.problem, x)))
+        return NodePoint(self.x, *(known or estimate_multipliers(self.problem, x)))
 
     def select(self, elements: Sequence[int]) -> Self:
         """The solutions of these elements."""
@@ -84,7 +84,7 @@ class SmoothSolution(BatchSolution):
             changes["aux"] = type(self.aux)(*parts) if hasattr(self.aux, "_fields") else tuple(parts)
         return replace(super().select(elements), **changes)
 
-    def traced(self, data: Any, outputs: SmoothOutput) -> Self:
+    def traced(self, data: Any, outputs: NodeOutput) -> Self:
         """This solution with data and minimisers that have a graph; multipliers follow from them, differentiably."""
         problem = replace(self.problem, data=data)
         return replace(self, problem=problem, x=outputs.x, aux=None, nu=None, lam=None)

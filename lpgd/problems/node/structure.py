@@ -14,33 +14,33 @@ from lpgd.nodes.base import BaseNode
 from lpgd.problems.base import PointOperations
 
 __all__ = [
-    "SmoothOutput",
-    "SmoothPoint",
-    "SmoothStructure",
+    "NodeOutput",
+    "NodePoint",
+    "NodeStructure",
     "input_class",
 ]
 
 
-class SmoothOutput(NamedTuple("_SmoothOutput", [("x", Tensor)]), PointOperations):
+class NodeOutput(NamedTuple("_NodeOutput", [("x", Tensor)]), PointOperations):
     """What losses see of the solutions: minimisers, (B, n) flattened; also their cotangent or tangent."""
 
     __slots__ = ()
 
 
-class _SmoothPointFields(NamedTuple):
+class _NodePointFields(NamedTuple):
     x: Tensor  # (B, n)
     nu: Tensor  # (B, p)
     lam: Tensor  # (B, r)
 
 
-class SmoothPoint(_SmoothPointFields, PointOperations):
+class NodePoint(_NodePointFields, PointOperations):
     """Minimisers and multipliers of a batch; also a tangent of them."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True)
-class SmoothStructure:
+class NodeStructure:
     """What is fixed while the inputs change.
 
     Args:
@@ -75,8 +75,8 @@ class SmoothStructure:
 @lru_cache(maxsize=256)
 def input_class(names: tuple[str, ...]) -> type[Any]:
     """The named tuple of a node's inputs; also of their gradients and tangents."""
-    fields = cast(Any, namedtuple("SmoothData", names, rename=True))  # pyright: ignore[reportUntypedNamedTuple]
-    return type("SmoothData", (fields,), {"__slots__": (), "__reduce__": _reduce, "__module__": __name__})
+    fields = cast(Any, namedtuple("NodeData", names, rename=True))  # pyright: ignore[reportUntypedNamedTuple]
+    return type("NodeData", (fields,), {"__slots__": (), "__reduce__": _reduce, "__module__": __name__})
 
 
 def _reduce(data: Any) -> tuple[Any, ...]:

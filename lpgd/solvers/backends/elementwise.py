@@ -27,10 +27,10 @@ from lpgd.execution.tasks import SerialExecutor, run_tasks
 from lpgd.execution.workspaces import workspaces
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.backends.forms import Form, Matrices, RowForm, Vectors
-from lpgd.solvers.base import Solver
+from lpgd.solvers.base import ConicSolver
 from lpgd.status import SetUpError, Status
 
 __all__ = ["ElementwiseSolver", "Outcome", "Prepared"]
@@ -82,7 +82,7 @@ class Prepared(ABC):
         raise TypeError(f"{type(self).__name__} declares no update of its matrices.")
 
 
-class ElementwiseSolver(Solver):
+class ElementwiseSolver(ConicSolver):
     """A solver of one element at a time, prepared once for all elements that share its matrices."""
 
     form: ClassVar[type[Form]] = RowForm
@@ -104,7 +104,7 @@ class ElementwiseSolver(Solver):
             SetUpError: the solver refuses them.
         """
 
-    def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> Solution:
+    def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> ConicSolution:
         self.module()
         if executor is None and not self.capabilities.releases_gil:
             executor = SerialExecutor()
@@ -205,7 +205,7 @@ def _task(
     )
 
 
-def _assemble(problem: ConicProblem, tasks: Sequence[_Task], results: Sequence[_Results]) -> Solution:
+def _assemble(problem: ConicProblem, tasks: Sequence[_Task], results: Sequence[_Results]) -> ConicSolution:
     whole = _Results.empty(problem.batch_size, problem.structure)
     for task, part in zip(tasks, results, strict=True):
         for name in ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds"):
@@ -213,7 +213,7 @@ def _assemble(problem: ConicProblem, tasks: Sequence[_Task], results: Sequence[_
         for element, status, state in zip(task.elements, part.statuses, part.states, strict=True):
             whole.statuses[element], whole.states[element] = status, state
     x, y, z, slack = (torch.from_numpy(part).to(problem.device) for part in (whole.x, whole.y, whole.z, whole.slack))
-    return Solution(
+    return ConicSolution(
         problem,
         x=x,
         y=y,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lpgd.execution.quiet import quiet_descriptor
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.solution import Solution
+from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.forms import Form, IntervalForm, IntervalPoint, IntervalVectors
@@ -110,7 +110,9 @@ class HiGHS(ElementwiseSolver):
             return f"{cls.name} has no quadratic objective with integer variables"
         return reason
 
-    def solve(self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> Solution:
+    def solve(
+        self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None
+    ) -> ConicSolution:
         structure = problem.structure
         if structure.quadratic.nnz and structure.n > LARGE_QUADRATIC:
             warn(

@@ -15,8 +15,8 @@ import torch
 from lpgd.execution.tasks import run_tasks, split, worker_count
 from lpgd.execution.threads import all_torch_threads, one_torch_thread
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.solution import Solution
-from lpgd.solvers.base import Capabilities, Solver
+from lpgd.problems.conic.solution import ConicSolution
+from lpgd.solvers.base import Capabilities, ConicSolver
 from lpgd.solvers.interior_point.active_set import ActiveSet, is_suitable
 from lpgd.solvers.interior_point.box_program import BoxProgram, Scaling
 from lpgd.solvers.interior_point.equality_system import KeptSystem
@@ -41,7 +41,7 @@ def _work(problem: ConicProblem) -> float:
 
 
 @dataclass(frozen=True)
-class InteriorPoint(Solver):
+class InteriorPoint(ConicSolver):
     """A primal-dual interior-point method that solves a whole batch of dense LPs and convex QPs at once.
 
     Every iteration is a few dozen operations on the whole batch, with one factorisation for each element;
@@ -100,11 +100,11 @@ class InteriorPoint(Solver):
             regularization=regularization,
         )
 
-    def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> Solution:
+    def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> ConicSolution:
         with torch.no_grad(), one_torch_thread():
             return self._solve(problem, states, executor)
 
-    def _solve(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> Solution:
+    def _solve(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> ConicSolution:
         started = time.perf_counter()
         size, structure, q = problem.batch_size, problem.structure, problem.data.q
         point = [q.new_full((size, length), torch.nan) for length in (structure.n, structure.m, structure.n)]
@@ -132,7 +132,7 @@ class InteriorPoint(Solver):
         ends = ActiveSet(rows, point[2] > upper - point[0], -point[2] > point[0] - lower)
         solved = torch.isfinite(point[0][:, 0]).tolist()
         seconds = time.perf_counter() - started
-        return Solution(
+        return ConicSolution(
             problem,
             *point,
             slack=slack,

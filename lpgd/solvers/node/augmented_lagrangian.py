@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lpgd.problems.node.problem import SmoothProblem
+from lpgd.problems.node.problem import NodeProblem
 
 __all__ = ["AugmentedLagrangian"]
 
@@ -29,7 +29,7 @@ class AugmentedLagrangian:
         penalty: (B,) c.
     """
 
-    problem: SmoothProblem
+    problem: NodeProblem
     nu: Tensor | None = None
     lam: Tensor | None = None
     penalty: Tensor | None = None

@@ -24,26 +24,26 @@ from torch import Tensor
 
 from lpgd.execution.threads import torch_threads
 from lpgd.problems.node.multipliers import LARGE
-from lpgd.problems.node.problem import SmoothProblem
-from lpgd.problems.node.structure import SmoothPoint
+from lpgd.problems.node.problem import NodeProblem
+from lpgd.problems.node.structure import NodePoint
 from lpgd.solvers.node.minres import minres
 
 __all__ = ["bordered_response", "is_large"]
 
 
-def is_large(problem: SmoothProblem, point: SmoothPoint) -> bool:
+def is_large(problem: NodeProblem, point: NodePoint) -> bool:
     """Whether the matrices of a whole batch would take more than 2²⁶ numbers."""
     return problem.batch_size * sum(part.shape[-1] for part in point) ** 2 > LARGE
 
 
 def bordered_response(
-    problem: SmoothProblem,
-    point: SmoothPoint,
-    tilt: SmoothPoint,
+    problem: NodeProblem,
+    point: NodePoint,
+    tilt: NodePoint,
     active: Tensor,
     rho: float = 0.0,
     matrix_free: bool | None = None,
-) -> tuple[SmoothPoint, Tensor]:
+) -> tuple[NodePoint, Tensor]:
     """The change of the solutions along a tilt, (B, ·) each, and (B,) whether their systems were regular.
 
     It is NaN where a derivative is not finite.
@@ -59,7 +59,7 @@ def bordered_response(
     x, n, p = point.x, point.x.shape[-1], point.nu.shape[-1]
     keep = torch.cat([torch.ones_like(point.nu, dtype=torch.bool), active], -1)
     problem, unit = problem.in_units(x) if problem.unit is None else (problem, x.new_ones(len(x), 1))
-    point = SmoothPoint(x, point.nu / unit, point.lam / unit)
+    point = NodePoint(x, point.nu / unit, point.lam / unit)
     right = -torch.cat([tilt.x / unit, tilt.nu, tilt.lam], -1)
     damping = rho / unit
     if is_large(problem, point) if matrix_free is None else matrix_free:
@@ -67,7 +67,7 @@ def bordered_response(
     else:
         hessian = problem.hessian(point) + damping.expand_as(x).diag_embed()
         answer, exact = _dense(hessian, problem.jacobian(x), keep, right)
-    return SmoothPoint(answer[:, :n], unit * answer[:, n : n + p], unit * answer[:, n + p :]), exact
+    return NodePoint(answer[:, :n], unit * answer[:, n : n + p], unit * answer[:, n + p :]), exact
 
 
 def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor) -> tu
 
 
 def _matrix_free(
-    problem: SmoothProblem, point: SmoothPoint, keep: Tensor, right: Tensor, damping: Tensor
+    problem: NodeProblem, point: NodePoint, keep: Tensor, right: Tensor, damping: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same by MINRES; an answer whose residual stays large is not exact."""
     n, curve = point.x.shape[-1], problem.hessian_product(point)

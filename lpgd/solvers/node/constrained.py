@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lpgd.problems.node.multipliers import LARGE, estimate_multipliers
-from lpgd.problems.node.problem import SmoothProblem
-from lpgd.problems.node.structure import SmoothPoint
+from lpgd.problems.node.problem import NodeProblem
+from lpgd.problems.node.structure import NodePoint
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
 from lpgd.solvers.node.bordered import bordered_response
 from lpgd.solvers.node.descent import Descent
@@ -40,12 +40,12 @@ class ConstrainedResult(NamedTuple):
         iterations: (B,) systems that were solved.
     """
 
-    point: SmoothPoint
+    point: NodePoint
     status: Tensor
     iterations: Tensor
 
 
-def polish(problem: SmoothProblem, point: SmoothPoint, max_iterations: int = 30) -> ConstrainedResult:
+def polish(problem: NodeProblem, point: NodePoint, max_iterations: int = 30) -> ConstrainedResult:
     """Newton's method on the optimality conditions, from near a solution.
 
     Args:
@@ -59,8 +59,8 @@ def polish(problem: SmoothProblem, point: SmoothPoint, max_iterations: int = 30)
     """
     problem, unit = problem.in_units(point.x)
     every = problem
-    point = SmoothPoint(point.x.clone(), point.nu / unit, point.lam / unit)
-    whole = SmoothPoint(*(part.clone() for part in point))
+    point = NodePoint(point.x.clone(), point.nu / unit, point.lam / unit)
+    whole = NodePoint(*(part.clone() for part in point))
     size, _ = _residual(problem, point)
     best = size.clone()
     rows = torch.arange(size.shape[0], device=size.device)
@@ -73,7 +73,7 @@ def polish(problem: SmoothProblem, point: SmoothPoint, max_iterations: int = 30)
         _, residual = _residual(problem, point)
         change, _ = bordered_response(problem, point, residual, active)
         lam = torch.where(active, point.lam + change.lam, 0)
-        point = SmoothPoint(point.x + change.x, point.nu + change.nu, lam)
+        point = NodePoint(point.x + change.x, point.nu + change.nu, lam)
         iterations[rows] += 1
         size, _ = _residual(problem, point)
         better = size < best[rows]
@@ -96,11 +96,11 @@ def polish(problem: SmoothProblem, point: SmoothPoint, max_iterations: int = 30)
     if len(rest) and len(rest) * whole.x.shape[-1] ** 2 <= LARGE:
         part, own = every.select(rest.tolist()), whole.select(rest)
         fine[rest] = _residual(part, own, _rounding(part, own))[0] <= enough
-    whole = SmoothPoint(whole.x, unit * whole.nu, unit * whole.lam)
+    whole = NodePoint(whole.x, unit * whole.nu, unit * whole.lam)
     return ConstrainedResult(whole, torch.where(fine, int(Status.SOLVED), int(Status.NUMERICAL_ERROR)), iterations)
 
 
-def is_minimiser(problem: SmoothProblem, point: SmoothPoint) -> Tensor:
+def is_minimiser(problem: NodeProblem, point: NodePoint) -> Tensor:
     """(B,) no negative curvature along the active constraints; True for all where that would take large matrices."""
     size, n = point.x.shape
     if size * n**2 > LARGE:
@@ -121,7 +121,7 @@ def is_minimiser(problem: SmoothProblem, point: SmoothPoint) -> Tensor:
 
 
 def method_of_multipliers(
-    problem: SmoothProblem,
+    problem: NodeProblem,
     x: Tensor,
     minimise: Minimise,
     max_rounds: int = 40,
@@ -138,7 +138,7 @@ def method_of_multipliers(
     size = x.shape[0]
     problem, unit = problem.in_units(x)
     start, every = x, problem
-    whole = SmoothPoint(x.clone(), torch.zeros_like(h), torch.zeros_like(g))
+    whole = NodePoint(x.clone(), torch.zeros_like(h), torch.zeros_like(g))
     point = whole
     status = torch.full((size,), int(Status.ITERATION_LIMIT), device=x.device)
     iterations = torch.zeros(size, dtype=torch.int64, device=x.device)
@@ -163,7 +163,7 @@ def method_of_multipliers(
         c = penalty[:, None]
         lam = torch.relu(point.lam + c * g)
         change = torch.cat([h, (lam - point.lam) / c], -1).abs().amax(-1)
-        point = SmoothPoint(x, point.nu + c * h, lam)
+        point = NodePoint(x, point.nu + c * h, lam)
         slow = ~(change <= 0.25 * violation) | ~usable
         violation = torch.where(usable, change, violation)
         ready = usable & (change < 1e-2 * (1 + x.abs().amax(-1)))
@@ -201,26 +201,26 @@ def method_of_multipliers(
         answer = verdict(every.select(lost.tolist()), (start[lost], whole.x[lost]), minimise)
         proven = answer == int(Status.INFEASIBLE)
         status[lost] = torch.where(proven, answer, status[lost])
-    whole = SmoothPoint(whole.x, unit * whole.nu, unit * whole.lam)
+    whole = NodePoint(whole.x, unit * whole.nu, unit * whole.lam)
     return ConstrainedResult(whole, status, iterations)
 
 
-def warm_point(problem: SmoothProblem, x: Tensor) -> SmoothPoint:
+def warm_point(problem: NodeProblem, x: Tensor) -> NodePoint:
     """A start with the multipliers that fit it best."""
-    return SmoothPoint(x, *estimate_multipliers(problem, x))
+    return NodePoint(x, *estimate_multipliers(problem, x))
 
 
-def _active(problem: SmoothProblem, point: SmoothPoint) -> Tensor:
+def _active(problem: NodeProblem, point: NodePoint) -> Tensor:
     return point.lam > -problem.constraints(point.x)[1]
 
 
-def _rounding(problem: SmoothProblem, point: SmoothPoint) -> Tensor:
+def _rounding(problem: NodeProblem, point: NodePoint) -> Tensor:
     """(B, n) what the rounding of x alone does to ``∇L``: much at the end of a domain, as of ``log(1 - y)`` near 1."""
     sizes = problem.hessian(point).abs() @ point.x.abs()[..., None]
     return 4 * torch.finfo(point.x.dtype).eps * torch.where(torch.isfinite(sizes[..., 0]), sizes[..., 0], 0)
 
 
-def _residual(problem: SmoothProblem, point: SmoothPoint, rounding: Tensor | None = None) -> tuple[Tensor, SmoothPoint]:
+def _residual(problem: NodeProblem, point: NodePoint, rounding: Tensor | None = None) -> tuple[Tensor, NodePoint]:
     """(B,) the residual relative to its terms, and the residuals of stationarity and of the constraints themselves.
 
     Of stationarity so much as rounding explains is left out of the first.
@@ -242,4 +242,4 @@ def _residual(problem: SmoothProblem, point: SmoothPoint, rounding: Tensor | Non
         gap = torch.minimum(-g, point.lam).abs()  # g ≤ 0, λ ≥ 0 and λ g = 0 in one
         bad.append(gap.amax(-1) / torch.maximum(reach, 1 + point.lam.amax(-1)))
     size = torch.stack(bad).amax(0)
-    return torch.where(torch.isnan(size), torch.inf, size), SmoothPoint(slope, h, g)
+    return torch.where(torch.isnan(size), torch.inf, size), NodePoint(slope, h, g)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lpgd.problems.base import maximum_norm
-from lpgd.problems.node.problem import SmoothProblem
+from lpgd.problems.node.problem import NodeProblem
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
 from lpgd.solvers.node.descent import Descent
 from lpgd.status import Status
@@ -30,7 +30,7 @@ class _Violation(AugmentedLagrangian):
 
 
 def verdict(
-    problem: SmoothProblem, points: tuple[Tensor, ...], minimise: Callable[[AugmentedLagrangian, Tensor], Descent]
+    problem: NodeProblem, points: tuple[Tensor, ...], minimise: Callable[[AugmentedLagrangian, Tensor], Descent]
 ) -> Tensor:
     """(B,) values of Status of elements that were not solved: INFEASIBLE with evidence, else NUMERICAL_ERROR.
 
@@ -59,6 +59,6 @@ def verdict(
     return answer
 
 
-def _worst(problem: SmoothProblem, x: Tensor) -> Tensor:
+def _worst(problem: NodeProblem, x: Tensor) -> Tensor:
     h, g = problem.constraints(x)
     return maximum_norm(torch.cat([h, torch.relu(g)], -1))

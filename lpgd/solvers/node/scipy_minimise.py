@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.problems.node.problem import SmoothProblem
+from lpgd.problems.node.problem import NodeProblem
 from lpgd.status import Status
 
 __all__ = ["scipy_minimise"]
 
 
 def scipy_minimise(
-    problem: SmoothProblem, x: Tensor, tolerance: float, max_iterations: int
+    problem: NodeProblem, x: Tensor, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``scipy.optimize.minimize`` with our derivatives: SLSQP with constraints, else L-BFGS-B.
 
@@ -37,7 +37,7 @@ def scipy_minimise(
 
 
 def _minimise_one(
-    problem: SmoothProblem, x: Tensor, tolerance: float, max_iterations: int
+    problem: NodeProblem, x: Tensor, tolerance: float, max_iterations: int
 ) -> tuple[np.ndarray, int, int]:
     def tensor(point: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(point)).to(x)[None]

@@ -17,11 +17,11 @@ from lpgd.execution.threads import without_autocast
 from lpgd.execution.torch_isolation import isolated_torch
 from lpgd.nodes.base import NodeAnswer
 from lpgd.problems.base import is_surely_finite
-from lpgd.problems.node.problem import SmoothProblem
-from lpgd.problems.node.solution import SmoothSolution
-from lpgd.problems.node.structure import SmoothPoint
+from lpgd.problems.node.problem import NodeProblem
+from lpgd.problems.node.solution import NodeSolution
+from lpgd.problems.node.structure import NodePoint
 from lpgd.problems.solution import Rows
-from lpgd.solvers.base import BaseSolver
+from lpgd.solvers.base import Solver
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
 from lpgd.solvers.node.constrained import is_minimiser, method_of_multipliers, polish, warm_point
 from lpgd.solvers.node.descent import Descent, lbfgs, newton
@@ -37,7 +37,7 @@ NEWTON_LIMIT = 300
 
 
 @dataclass(frozen=True)
-class NodeSolver(BaseSolver):
+class NodeSolver(Solver):
     """Minimises the problems of a declarative node, each element converging alone.
 
     Args:
@@ -72,13 +72,11 @@ class NodeSolver(BaseSolver):
     def takes_states(self) -> bool:
         return True
 
-    def solution_error(self, problem: SmoothProblem) -> float:
+    def solution_error(self, problem: NodeProblem) -> float:
         """The precision of the dtype with three digits lost, or the tolerance."""
         return max(self.tolerance, 1e3 * torch.finfo(problem.dtype).eps)
 
-    def solve(
-        self, problem: SmoothProblem, states: Sequence[Any] = (), executor: Executor | None = None
-    ) -> SmoothSolution:
+    def solve(self, problem: NodeProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> NodeSolution:
         """Solve every element of a batch, in this thread and on the device of the inputs."""
         started = time.perf_counter()
         start = _starts(states, problem.batch_size) if len(states) else None
@@ -95,7 +93,7 @@ class NodeSolver(BaseSolver):
         solution = self._solution(part, answer, seconds)
         return solution if rows is None else _spread(problem, solution, rows)
 
-    def _answer(self, problem: SmoothProblem, start: Tensor | None) -> _Answer:
+    def _answer(self, problem: NodeProblem, start: Tensor | None) -> _Answer:
         node = problem.node
         if problem.batch_size == 0 or problem.structure.n == 0:  # nothing to solve, or nothing to choose
             size = problem.batch_size
@@ -120,7 +118,7 @@ class NodeSolver(BaseSolver):
             _warn_of_start(problem, start)
         return answer
 
-    def _generic(self, problem: SmoothProblem, x: Tensor, known: bool) -> _Answer:
+    def _generic(self, problem: NodeProblem, x: Tensor, known: bool) -> _Answer:
         """Minimise from x; ``known`` tells that it is an earlier solution."""
         if self.algorithm == "scipy":
             return self._by_scipy(problem, x)
@@ -131,12 +129,12 @@ class NodeSolver(BaseSolver):
                 return _Answer.generic(*found, h, g)
             # Where values cannot tell any more L-BFGS stops, and Newton's method goes on.
             fine = found.status == int(Status.SOLVED)
-            point, _, more = polish(problem, SmoothPoint(torch.where(fine[:, None], found.x, 0), h, g), 5)
+            point, _, more = polish(problem, NodePoint(torch.where(fine[:, None], found.x, 0), h, g), 5)
             x = torch.where(fine[:, None], point.x, found.x)
             return _Answer.generic(x, found.status, found.iterations + more, h, g)
         return self._constrained(problem, x, known)
 
-    def _by_scipy(self, problem: SmoothProblem, x: Tensor) -> _Answer:
+    def _by_scipy(self, problem: NodeProblem, x: Tensor) -> _Answer:
         scaled, _ = problem.in_units(x)  # SciPy's tolerances are absolute
         x, status, iterations = scipy_minimise(scaled, x, self.tolerance or 1e-10, self.max_iterations or 2000)
         # Derivatives are as wrong as the solution is; and a line search at the end of precision ends as a failure.
@@ -148,7 +146,7 @@ class NodeSolver(BaseSolver):
         status = torch.where(solved, int(Status.SOLVED), torch.where(near, int(Status.NUMERICAL_ERROR), status))
         return _Answer.generic(torch.where(near[:, None], point.x, x), status, iterations + more)
 
-    def _constrained(self, problem: SmoothProblem, x: Tensor, known: bool) -> _Answer:
+    def _constrained(self, problem: NodeProblem, x: Tensor, known: bool) -> _Answer:
         if not known:
             point, status, iterations = method_of_multipliers(problem, x, self._minimise)
             return _Answer.generic(point.x, status, iterations, point.nu, point.lam)
@@ -171,7 +169,7 @@ class NodeSolver(BaseSolver):
     def _is_newton(self, x: Tensor) -> bool:
         return self.algorithm == "newton" or (self.algorithm == "own" and x.shape[-1] <= NEWTON_LIMIT)
 
-    def _solution(self, problem: SmoothProblem, answer: _Answer, seconds: float) -> SmoothSolution:
+    def _solution(self, problem: NodeProblem, answer: _Answer, seconds: float) -> NodeSolution:
         size = problem.batch_size
         statuses = answer.statuses
         if not is_surely_finite(answer.x):
@@ -180,7 +178,7 @@ class NodeSolver(BaseSolver):
                 Status.NUMERICAL_ERROR if lost and status.usable else status
                 for status, lost in zip(statuses, missing.tolist(), strict=True)
             )
-        return SmoothSolution(
+        return NodeSolution(
             problem,
             answer.x,
             statuses,
@@ -194,7 +192,7 @@ class NodeSolver(BaseSolver):
         )
 
 
-def _warn_of_start(problem: SmoothProblem, x: Tensor) -> None:
+def _warn_of_start(problem: NodeProblem, x: Tensor) -> None:
     """Warn about functions that are not finite, or have no derivative, where a generic solver starts."""
     parts = {
         "objective": (problem.objective(x)[:, None], torch.func.grad(lambda x: problem.objective(x).sum())(x)),
@@ -210,7 +208,7 @@ def _warn_of_start(problem: SmoothProblem, x: Tensor) -> None:
             )
 
 
-def _joined(problem: SmoothProblem, x: Tensor) -> Tensor:
+def _joined(problem: NodeProblem, x: Tensor) -> Tensor:
     return torch.cat(problem.constraints(x), -1)
 
 
@@ -233,7 +231,7 @@ class _Answer(NamedTuple):
         return cls(x, statuses, iterations.cpu().numpy().astype(np.int64), None, nu, lam)
 
     @classmethod
-    def of(cls, own: NodeAnswer, problem: SmoothProblem) -> _Answer:
+    def of(cls, own: NodeAnswer, problem: NodeProblem) -> _Answer:
         """A node's own answer.
 
         Raises:
@@ -267,7 +265,7 @@ def _starts(states: Sequence[Any], size: int) -> Tensor:
     return torch.stack([states[element % len(states)] for element in range(size)])
 
 
-def _spread(problem: SmoothProblem, solution: SmoothSolution, rows: Tensor) -> SmoothSolution:
+def _spread(problem: NodeProblem, solution: NodeSolution, rows: Tensor) -> NodeSolution:
     """The solution of some elements as one of the whole batch, whose other elements have invalid data."""
     size, places = problem.batch_size, rows.tolist()
 
@@ -286,4 +284,4 @@ def _spread(problem: SmoothProblem, solution: SmoothSolution, rows: Tensor) -> S
         aux = type(aux)(*parts) if hasattr(aux, "_fields") else tuple(parts)
     own = (solution.nu, solution.lam)
     nu, lam = (part if part is None else spread(part, 0) for part in own)
-    return SmoothSolution(problem, x, tuple(statuses), iterations, np.zeros(size), seconds, Rows(x), aux, nu, lam)
+    return NodeSolution(problem, x, tuple(statuses), iterations, np.zeros(size), seconds, Rows(x), aux, nu, lam)
