@@ -29,6 +29,8 @@ __all__ = ["run"]
 Data = Sequence[Tensor]
 
 BOUND = 1.3
+EXTRAS = ("PIQP", "PROXQP")
+"""What a plain installation lacks."""
 SIGNIFICANT = 0.02
 """Seconds a batch, forward and backward: less is no reason to prefer a solver."""
 
@@ -191,7 +193,11 @@ def _judged(task: _Task, kind: str, gradient: Any, settings: Settings) -> Iterat
     order = "; ".join(f"{name} {1e3 * time:.1f} ms" for name, time in seconds.items())
     title = f"{case.title}, batch {batch}: chosen / best"
     yield Target(title, BOUND, 1.0, seconds[first] / seconds[best], True, f"in the rule's order: {order}")
+    plain = next(name for name in seconds if name not in EXTRAS)
+    title = f"{case.title}, batch {batch}: plain install / with the extras"
+    yield Target(title, 0.9, 1.0, seconds[first] / seconds[plain], False, f"{plain}, {first}")
     worst, pair = 1.0, ""
+    seconds.pop("ECOS", None)  # never chosen where there is another
     for before, after in combinations(seconds, 2):
         significant = seconds[before] - seconds[after] > SIGNIFICANT
         if significant and seconds[before] / seconds[after] > worst:

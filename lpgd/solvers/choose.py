@@ -55,12 +55,12 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
       objective, needs no tuning, and is accurate; then SCS, for the cones that Clarabel lacks, and last ECOS.
     - Linear and quadratic programs on another device than the CPU: the interior-point method in torch, which stays
       on it.
-    - Small linear and quadratic programs (200 variables and rows together; 600 where P has its whole diagonal): DAQP,
-      whose perturbed solves start from the active set of the solution.
+    - Small linear and quadratic programs: DAQP, whose perturbed solves start from the active set of the solution.
+      Small is up to 200 variables and rows together; where P has its whole diagonal 400, and 1000 for dense rows.
     - Sparse linear programs that no gradient method augments: HiGHS, whose simplex starts from the basis.
     - Up to 5000 variables, where there are few cores, as they hold the interpreter's lock: PIQP, but for large dense
       linear programs, and for dense quadratic programs ProxQP.
-    - Quadratic programs up to 1000 variables and rows together: DAQP; linear ones: HiGHS; tiny ones: Clarabel.
+    - Linear programs: HiGHS; tiny programs: Clarabel.
     - Dense or small ones, for up to 3000 variables and rows together: the interior-point method in torch, all elements
       at once.
     - Everything else: Clarabel.  Methods of first order come after it: on well-conditioned sparse quadratic programs
@@ -96,17 +96,21 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
     linear = not structure.quadratic.nnz
     if situation is not None and polyhedral:
         size = structure.n + structure.m
-        dense = size <= _SMALL or structure.constraint.nnz >= _FILLED * structure.n * structure.m
+        filled = structure.constraint.nnz >= _FILLED * structure.n * structure.m
+        dense = filled or size <= _SMALL
         on_cpu, simplex = situation.device == "cpu", linear and situation.augmented is False
         few = structure.n <= _MEDIUM and core_count() <= _FEW_CORES
         curved = structure.with_diagonal is structure
         rules: list[tuple[bool, type[ConicSolver], str]] = [
             (not on_cpu, InteriorPoint, f"it stays on the device {situation.device}"),
-            (size <= (_SMALL if curved else _TINY), DAQP, "the fastest for small linear and quadratic programs"),
+            (
+                size <= ((_MIDDLE if filled else _SMALL) if curved else _TINY),
+                DAQP,
+                "the fastest for small linear and quadratic programs",
+            ),
             (simplex and not dense, HiGHS, "the fastest for sparse linear programs without an added quadratic term"),
             (few and not (dense and linear and size > _TINY), PIQP, "fast on few cores"),
             (few and dense and not linear, ProxQP, "fast for dense quadratic programs on few cores"),
-            (curved and size <= _MIDDLE, DAQP, "fast for dense quadratic programs"),
             (simplex and size > _MINUTE, HiGHS, "fast for linear programs without an added quadratic term"),
             (size <= _MINUTE, Clarabel, "fast for tiny programs"),
             (dense and size <= _LARGE and on_cpu, InteriorPoint, "fast for dense programs in batches"),
@@ -123,7 +127,7 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
 
 _LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS, OSQP, ECOS)
 _QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS, ECOS)
-_MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 600, 1000, 3000, 5000, 0.1, 4
+_MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 400, 1000, 3000, 5000, 0.1, 4
 
 _DEFAULT_NAMES = {"DIFFCP"}  # the standard layer's own default, which names no solver in particular
 
