@@ -6,6 +6,7 @@ are singular, where points of a curved cone stand for those of a plane, and wher
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -31,8 +32,10 @@ FAINT = 1e-10
 """Moves up to this size, relative to ``1 + |x|``, have less than about four digits."""
 
 
-FLOOR = 1e-8
-"""Numbers below this share of the largest of their kind are no more than rounding."""
+FLOOR, NOTHING = 1e-8, 1e-10
+"""Numbers below this share of the largest of their kind, or of all, are no more than rounding."""
+ROUGH = 0.1
+"""Forces of constraints that differ by more are those of other constraints; by less, it is rounding."""
 
 
 def is_doubtful(method: Any, problem: Any, cotangent: Any, found: Perturbed) -> Tensor:
@@ -112,9 +115,9 @@ def check_small_steps(
     loose = ~(info.doubt <= AGREEMENT) & torch.tensor([used == "implicit, regularised" for used in info.used])
     far &= ~loose.to(far.device) & torch.tensor(["one-sided" not in used for used in info.used], device=far.device)
     if method.tau is None:
-        smooth = unique[:, 0] & ~(found.kinked | found.unclear | found.jumped)[rows]
+        smooth = (info.doubt <= AGREEMENT).to(far.device) & ~(found.kinked | found.unclear | found.jumped)[rows]
         moves, change = part.in_own_units(moves), part.in_own_units(change)
-        lost[rows] = smooth & ((info.doubt <= AGREEMENT).to(smooth.device) & _differ(moves, change))
+        lost[rows] = smooth & torch.where(unique[:, 0], _differ(moves, change), _is_rough(part, moves, change))
         far &= ~lost[rows]
     doubt = (maximum_norm(step - exact) / torch.maximum(size, floor)).double().cpu()
     record.doubt = torch.full((len(record.used),), torch.nan, dtype=torch.float64)
@@ -131,16 +134,32 @@ def check_small_steps(
     return lost
 
 
-def _differ(step: Any, exact: Any) -> Tensor:
+def _differ(step: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
     """(E,) whether any number of a step is far from the exact one, relative to that itself.
 
     Data in other units magnify the small ones.  Numbers without any digit are compared with the largest of their kind.
     """
     parts = []
+    least = NOTHING * torch.stack([maximum_norm(right) for right in exact]).amax(0)
     for own, right in zip(step, exact, strict=True):
-        floor = FLOOR * maximum_norm(right)[:, None]
+        floor = torch.maximum(FLOOR * maximum_norm(right), least)[:, None]
         parts.append(((own - right).abs() > AGREEMENT * torch.maximum(right.abs(), floor)).any(-1))
     return torch.stack(parts).any(0)
+
+
+def _is_rough(problem: Any, step: Any, exact: Any) -> Tensor:
+    """(E,) whether a step is near the exact one, and not quite there, where multipliers are not unique.
+
+    Those of rows that depend on each other are the solver's choice; the force Aᵀy of all rows together is not.
+    """
+    own = problem.units.apply(problem)
+    moves, right = (
+        (point.x, own.structure.constraint.rmatvec(own.data.A, point.y), point.z) for point in (step, exact)
+    )
+    near = torch.ones(problem.batch_size, dtype=torch.bool, device=problem.device)
+    for mine, theirs in zip(moves[1:], right[1:], strict=True):
+        near &= maximum_norm(mine - theirs) <= ROUGH * maximum_norm(theirs)
+    return _differ(moves, right) & near
 
 
 _SINGULAR = (
