@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import inspect
+import pkgutil
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +207,89 @@ def test_the_layer_of_games_has_what_layers_have(game: dict[str, Any]) -> None:
     for refused in (lpgd.ImplicitKKT(), lpgd.LPGD(tau=0.1, rho=0.5)):
         with pytest.raises(TypeError, match="which a Game does not have"):
             layer.gradient = refused
+
+
+# -- what the pages name ------------------------------------------------------------------------------------------
+
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+FOLDERS = ("lpgd", "tests", "docs", "examples", "benchmarks")
+
+
+def quoted(page: Path) -> list[str]:
+    """What stands in backticks, outside of blocks of code."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+@cache
+def sources(folder: str) -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / folder).rglob("*.py")))
+
+
+@cache
+def classes() -> dict[str, list[type]]:
+    """Every class of the library, by name."""
+    found: dict[str, list[type]] = {}
+    for module in pkgutil.walk_packages(lpgd.__path__, "lpgd."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if isinstance(value, type) and value.__module__.startswith("lpgd"):
+                found.setdefault(name, []).append(value)
+    return found
+
+
+def has(kind: type, name: str) -> bool:
+    """Whether instances have such an attribute, declared or assigned."""
+    fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    annotated = {key for base in kind.__mro__ for key in vars(base).get("__annotations__", {})}
+    return hasattr(kind, name) or name in fields | annotated or f"self.{name} = " in inspect.getsource(kind)
+
+
+@EACH_PAGE
+def test_paths_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        assert "://" in link or (page.parent / link).exists(), link
+    for name in quoted(page):
+        if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./]*", name):
+            # The files that extending.md would add are the only ones that need not exist.
+            assert (ROOT / name).exists() or (page == EXTENDING and Path(name).stem in TO_BE_WRITTEN), name
+        elif re.fullmatch(r"\w+\.(py|toml|md)", name):
+            assert [*ROOT.glob(name), *(ROOT / "lpgd").rglob(name), *(ROOT / "tests").rglob(name)], name
+
+
+TO_BE_WRITTEN = {"admm", "richardson", "positive_part", "game"}
+
+
+@EACH_PAGE
+def test_names_of_the_library_exist(page: Path) -> None:
+    for name in re.findall(r"(?<![\w/.])lpgd(?:\.[A-Za-z_]\w*)+", " ".join(quoted(page))):
+        value, parts = lpgd, name.split(".")[1:]
+        for place, part in enumerate(parts, 1):
+            if not hasattr(value, part):
+                importlib.import_module(".".join(["lpgd", *parts[:place]]))  # raises where there is no such module
+            value = getattr(value, part)
+
+
+@EACH_PAGE
+def test_members_of_classes_exist(page: Path) -> None:
+    for name in quoted(page):
+        match = re.match(r"(_?[A-Z]\w{2,})\.([a-z_]\w*)", name)
+        if match and not name.endswith((".md", ".py")):
+            kinds = classes().get(match[1])
+            assert kinds, name
+            assert any(has(kind, match[2]) for kind in kinds), name
+
+
+@EACH_PAGE
+def test_tests_that_pages_name_exist(page: Path) -> None:
+    for name in quoted(page):
+        if re.fullmatch(r"test_\w+", name):
+            assert f"def {name}(" in sources("tests"), name
+
+
+@pytest.mark.parametrize("name", ["how_a_call_runs.md", "glossary.md", "architecture.md"])
+def test_words_of_the_code_are_words_of_the_code(name: str) -> None:
+    for word in quoted(ROOT / "docs" / name):
+        if re.fullmatch(r"_?[A-Za-z]\w{2,}", word):
+            assert re.search(rf"(def|class) {word}\b|\b{word}\b\s*[:=]", sources("lpgd")), word
