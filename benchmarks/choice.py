@@ -174,7 +174,11 @@ def _judged(task: _Task, kind: str, gradient: Any, settings: Settings) -> Iterat
     structure = task.layer(None, gradient)(*positional, **named).info.solution.problem.structure
     ranked = [solver.name for solver in preference(structure, Situation(augmented=False))]
     names = [name for name in ranked if name in lpgd.available(structure)]
-    sides: list[Side] = [layer_side(task.layer(name, gradient), kind, task.arguments, True) for name in names]
+    slow = () if structure.quadratic.nnz else ("OSQP", "SCS")  # seconds for a linear program of this size
+    sides: list[Side] = [
+        layer_side(task.layer(name, gradient), kind, task.arguments, True, slow=structure.n > 50 and name in slow)
+        for name in names
+    ]
 
     def nothing(data: Data, points: Tensor, elements: Sequence[int]) -> tuple[Any, float]:
         return np.zeros(len(elements)), 0.0  # the layer has checked the residuals

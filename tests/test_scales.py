@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from lpgd import LPGD, ConicSolution, ImplicitKKT, SerialExecutor, Status
+from lpgd import ECOS, LPGD, ConicSolution, ImplicitKKT, SerialExecutor, Status
 from lpgd.problems import ConicData, ConicPoint, ConicProblem
 from lpgd.problems.conic.units import Units
 from lpgd.solvers import ConicSolver, choose_solver
 from lpgd.solvers.choose import Situation
+from tests.judge.judge import judge
 from tests.problem_table import BATCH, REGULAR, Case
 from tests.test_solvers import SOLVER_TABLE, supported
 
@@ -111,3 +112,13 @@ def _data_in_old_units(problem: ConicProblem, units: Units, gradient: ConicData)
         part = own * factor
         parts.append(part.sum(0) if datum.ndim == 1 and part.ndim == 2 else part)
     return ConicData(*parts)
+
+
+@pytest.mark.parametrize("solver", ["CLARABEL", "INTERIOR", "PIQP", "SCS", "ECOS"])
+def test_an_answer_far_from_the_active_set_is_not_left_there(solver: str) -> None:
+    # Curvatures of other sizes than the multipliers: solvers end with both a multiplier and its slack at 1e-5.
+    if solver == "ECOS" and not ECOS.is_installed():
+        pytest.skip("ecos has no wheels for this version of Python")
+    for done, tally in judge("scales", 25, 21, 2175, ("program",), (solver,), ("implicit",)):
+        assert done == 25
+        assert tally.total("right", "cautious") == 25, tally.findings

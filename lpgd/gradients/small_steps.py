@@ -49,7 +49,7 @@ def _may_be_singular(method: Any, problem: Any) -> Tensor:
     Of a linear program a step that was given is meant to find other vertices.
     """
     none = torch.zeros(problem.batch_size, dtype=torch.bool, device=problem.device)
-    if problem.is_curved or not problem.has_kkt or problem.is_local or method.rho:
+    if problem.is_curved or problem.conditions != "conic" or not problem.has_kkt or method.rho:
         return none | problem.is_curved
     if problem.is_linear_program:
         return none | (method.tau is None)
@@ -62,7 +62,7 @@ def _is_faint(method: Any, problem: Any, cotangent: Any, found: Perturbed) -> Te
     A loss on multipliers that stay as they are makes the step short, and says nothing of how far x moves.
     """
     faint = torch.zeros_like(found.above)
-    if method.tau is not None or not problem.has_kkt or problem.is_local:
+    if method.tau is not None or problem.conditions != "conic" or not problem.has_kkt:
         return faint
     faint |= torch.stack([(part != 0).any(-1) for part in cotangent]).sum(0) > 1
     ends = (problem.in_own_units(point) for point in (found.plus, found.minus))

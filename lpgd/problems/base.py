@@ -118,6 +118,10 @@ class Problem(Protocol):
         """(B,) the step that makes a tilt as large as the terms it changes; infinite for a zero cotangent."""
         ...
 
+    def stays_still(self, cotangent: Any, change: Any) -> bool:
+        """Whether an exact gradient of zero is right and teaches nothing: at a vertex that does not move."""
+        ...
+
     def in_own_units(self, point: Any) -> Any:
         """A point in units in which its parts can be compared with each other."""
         ...

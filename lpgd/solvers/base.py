@@ -15,7 +15,7 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.posed import Posed, better_lengths, judged, pose
-from lpgd.solvers.rescue import merged, settled
+from lpgd.solvers.rescue import is_settled, merged, settled
 from lpgd.status import MissingPackageError, Status
 
 __all__ = ["Capabilities", "ConicSolver", "Solver", "rescue_by"]
@@ -144,7 +144,9 @@ class ConicSolver(Solver):
         if reason is not None:
             raise ValueError(f"{reason}; lpgd.available(structure) lists the solvers that can solve this problem.")
         attempt = self.attempt(problem, states, executor)
-        return settled(attempt, self.others(problem.structure) if self.rescue else (), executor)
+        if is_settled(attempt, self.refine):
+            return attempt
+        return settled(attempt, self.others(problem.structure) if self.rescue else (), executor, self.refine)
 
     def attempt(
         self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None

@@ -14,12 +14,16 @@ import torch
 
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
+from lpgd.solvers.kkt.refinement import is_cheap
 from lpgd.solvers.posed import VERDICTS
 from lpgd.status import Status
 
-__all__ = ["merged", "settled"]
+__all__ = ["is_settled", "merged", "settled"]
 
 _OPEN = (Status.INACCURATE, Status.ITERATION_LIMIT, Status.NUMERICAL_ERROR)
+VAGUE, GAIN = 1e-10, 1e-2
+"""Refined answers to linear and quadratic programs leave rounding of the optimality conditions, unless the solver was
+too far from the active set; with more than the first size a second solver is asked, and heard with a share of it."""
 
 
 class Attempting(Protocol):
@@ -30,7 +34,24 @@ class Attempting(Protocol):
     ) -> ConicSolution: ...
 
 
-def settled(attempt: ConicSolution, others: Sequence[Attempting], executor: Executor | None = None) -> ConicSolution:
+def is_settled(attempt: ConicSolution, refined: bool) -> bool:
+    """Whether there is nothing to ask another solver about; answers that were not to be refined may be vague."""
+    return attempt.statuses.count(Status.SOLVED) == attempt.batch_size and not (refined and _vague(attempt))
+
+
+def _vague(solution: ConicSolution) -> list[int]:
+    """Elements that are solved, and known less well than refinement makes them where it is cheap and has worked."""
+    structure = solution.problem.structure
+    polyhedral = structure.cones.is_polyhedral and not structure.has_integers
+    if solution.known_to is None or not polyhedral or not is_cheap(structure):
+        return []
+    rows = (solution.known_to > VAGUE).nonzero()[:, 0].tolist()
+    return [row for row in rows if solution.statuses[row] is Status.SOLVED]
+
+
+def settled(
+    attempt: ConicSolution, others: Sequence[Attempting], executor: Executor | None = None, refined: bool = True
+) -> ConicSolution:
     """A solution in which every verdict is proven, by a certificate or by the consent of a second solver.
 
     Args:
@@ -38,6 +59,7 @@ def settled(attempt: ConicSolution, others: Sequence[Attempting], executor: Exec
         others: the solvers to turn to, in order; none leaves elements as they are, but for verdicts without a proof,
             which become numerical errors.
         executor: where they run.
+        refined: whether answers were to be refined, so that one which is known less well is asked about, too.
     """
     claims = {element: {attempt.statuses[element]} for element in _unproven(attempt)}
     for other in others:
@@ -67,7 +89,23 @@ def settled(attempt: ConicSolution, others: Sequence[Attempting], executor: Exec
             if statuses[element] in VERDICTS:
                 statuses[element] = Status.NUMERICAL_ERROR
         attempt = replace(attempt, statuses=tuple(statuses))
-    return _with_feasible_unbounded(attempt, others, executor)
+    attempt = _with_feasible_unbounded(attempt, others, executor)
+    return _sharpened(attempt, others, executor) if refined else attempt
+
+
+def _sharpened(solution: ConicSolution, others: Sequence[Attempting], executor: Executor | None) -> ConicSolution:
+    """The solution, with answers of other solvers that are known far better."""
+    for other in others[:2]:
+        elements = _vague(solution)
+        if not elements:
+            break
+        again = other.attempt(solution.problem.select(elements), (), executor)
+        assert solution.known_to is not None
+        assert again.known_to is not None
+        better = (again.known_to < GAIN * solution.known_to[elements]).tolist()
+        taken = [good and status is Status.SOLVED for good, status in zip(better, again.statuses, strict=True)]
+        solution = merged(solution, elements, again, taken)
+    return solution
 
 
 def _unproven(solution: ConicSolution) -> list[int]:

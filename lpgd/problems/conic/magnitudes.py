@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["INFINITE", "lonely_units", "lonely_variables", "matrix_units", "pairs", "repeated", "times", "vector_units"]
 
+DIGITS = 40
+"""Entries of a row that are so many exponents of two below its largest one, after scaling, are rounding."""
 MODERATE = 6
 """Exponents of two up to this size are left alone: a factor of 64."""
 SWEEPS, DAMPING = 30, 0.7
@@ -125,6 +127,25 @@ def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor) -> tuple[Tens
     a, in_a, p, in_p = (
         part.expand(count, -1) if len(part) == 1 else repeated(part, count) for part in (a, in_a, p, in_p)
     )
+    e, d = _fitted(structure, a, in_a, p, in_p, index)
+    if constraint.nnz:
+        # What is left of zeros by rounding is far below all else in its row, and would pull the fit.
+        left = torch.where(in_a > 0, a + e[:, index["row"]] + d[:, index["column"]], -torch.inf)
+        tops = left.new_full((count, e.shape[1]), -torch.inf)
+        tops.scatter_reduce_(1, index["row"].expand(count, -1), left, "amax")
+        real = in_a * (left > tops[:, index["row"]] - DIGITS)
+        if bool((real != in_a).any()):
+            e, d = _fitted(structure, a, real, p, in_p, index)
+    e, d = e[:, blocks].round().clamp(-LARGEST, LARGEST), d.round().clamp(-LARGEST, LARGEST)
+    return (power(d) if bool(d.any()) else None), (power(e) if bool(e.any()) else None)
+
+
+def _fitted(
+    structure: ConicStructure, a: Tensor, in_a: Tensor, p: Tensor, in_p: Tensor, index: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Exponents of row blocks and of variables: those of :func:`_equilibrated`, for the entries that count."""
+    count, device = a.shape[0], a.device
+    blocks = structure.cones.blocks
     e, d = a.new_zeros(count, int(blocks[-1]) + 1 if structure.m else 0), a.new_zeros(count, structure.n)
     c = a.new_zeros(count, 1)
     # Off the diagonal an entry of P stands for itself and its mirror image, on it for both of its variables.
@@ -139,8 +160,7 @@ def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor) -> tuple[Tens
         terms = terms + _sums(2.0 * in_p * (p + others + c), index["second"], d)
         d = d - DAMPING * (d + terms / columns.clamp(min=1.0))
         d[:, structure.index("integer_index", device)] = 0.0
-    e, d = e[:, blocks].round().clamp(-LARGEST, LARGEST), d.round().clamp(-LARGEST, LARGEST)
-    return (power(d) if bool(d.any()) else None), (power(e) if bool(e.any()) else None)
+    return e, d
 
 
 def _logarithms(values: Tensor) -> tuple[Tensor, Tensor]:

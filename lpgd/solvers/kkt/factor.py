@@ -225,7 +225,7 @@ def _by_eigenvalues(scaled: FloatArray, scale: FloatArray, right: FloatArray, pr
     sizes = np.abs(eigenvalues)
     if known.damped:
         # Levenberg and Marquardt's step, which converges quadratically to a manifold of solutions, whatever its rank.
-        weights = eigenvalues / np.maximum(eigenvalues**2 + float(known.error) ** 2, 1e-300)
+        weights = eigenvalues / np.maximum(eigenvalues**2 + min(float(known.error), 1e100) ** 2, 1e-300)
         weights[sizes <= RANK_CUTOFF * sizes.max(initial=0.0)] = 0.0
         return (
             scale * (vectors @ (weights * (vectors.T @ (scale * right)))),

@@ -8,7 +8,9 @@ the bounds and ``z = ξ - x``, every point is complementary, and a solution is a
 A step is one solve of the system of :mod:`lpgd.solvers.kkt.system` with F for its tilt: ``(dx, dy, dz)``, and
 ``dv = dy + A dx + F₂``.  Where the system is singular, or as good as singular at a point known no better than |F|, the
 step is Levenberg and Marquardt's with ``μ = |F|²``, which converges onto manifolds of solutions as Newton's method does
-to a regular one (Fan and Yuan 2005).  A step that does not reduce |F| is halved, and then not taken.
+to a regular one (Fan and Yuan 2005).  A step that does not reduce |F| is halved.  Where that does not help, a few whole
+steps are looked ahead: near a solution of a linear or quadratic program |F| may rise until the active set is right, and
+vanish then.  If none of them is better by far, the point stays.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ DENSE, SPARSE, FILLED = 300, 50_000, 20
 """Steps are cheap up to so many variables and rows, or so many entries with so many in a row on average."""
 LENGTHS = (1.0, 0.5, 0.25)
 """The lengths at which a step is tried."""
+STUCK, AHEAD, GAIN = 1e-12, 5, 0.1
+"""Points with a larger |F| that no step reduces are looked ahead from, so many steps; |F| has to fall to a share."""
 
 
 class Refined(NamedTuple):
@@ -74,6 +78,7 @@ def refine(
     error, slope, rows = own.residual(xi, v)
     before, taken = error.clone(), torch.zeros(len(chosen), dtype=torch.int64, device=problem.device)
     left = error > ENOUGH  # false for NaN
+    stuck = torch.zeros_like(left)
     for _ in range(steps):
         todo = left.nonzero()[:, 0]
         if not todo.shape[0]:
@@ -94,8 +99,15 @@ def refine(
             waiting = waiting[~better]
             if not waiting.shape[0]:
                 break
-        left[todo[waiting]] = False
+        left[todo[waiting]], stuck[todo[waiting]] = False, True
         left &= error > ENOUGH
+    todo = (stuck & (error > STUCK)).nonzero()[:, 0]
+    if todo.shape[0]:
+        count, ends, known = own.select(todo).ahead(xi[todo], v[todo], error[todo], slope[todo], rows[todo])
+        better = known < GAIN * error[todo]
+        moved = todo[better]
+        xi[moved], v[moved], error[moved] = ends[0][better], ends[1][better], known[better]
+        taken[moved] += count[better]
     finite = torch.isfinite(before)
     refined, own_slack = own.point(xi, v)
     if not bool(finite.all()):
@@ -178,6 +190,23 @@ class _Points:
         slope = problem.quadratic_product(point.x) + q + structure.constraint.rmatvec(problem.data.A, point.y) + point.z
         rows = structure.constraint.matvec(problem.data.A, point.x) + slack - b
         return torch.maximum(maximum_norm(slope), maximum_norm(rows)), slope, rows
+
+    def ahead(
+        self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, rows: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """The best of a few whole steps: the number of steps there (B,), the point (ξ, v), and its |F| (B,)."""
+        best_xi, best_v, best = xi, v, error
+        count = torch.zeros(error.shape[0], dtype=torch.int64, device=error.device)
+        for number in range(1, AHEAD + 1):
+            d_xi, d_v = self.step(xi, v, error, slope, rows)
+            xi, v = xi + d_xi, v + d_v
+            error, slope, rows = self.residual(xi, v)
+            better = error < best  # false for NaN
+            best_xi, best_v = (torch.where(better[:, None], new, old) for new, old in ((xi, best_xi), (v, best_v)))
+            best, count = torch.where(better, error, best), torch.where(better, number, count)
+            if not bool((best > ENOUGH).any()) or not bool(torch.isfinite(error).all()):
+                break
+        return count, (best_xi, best_v), best
 
     def step(self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """``(dξ, dv)`` of Newton's method."""
