@@ -179,7 +179,7 @@ class _DerivativeFunction(torch.autograd.Function):
     """One reverse or forward pass.
 
     As a function of its own it is given plain tensors under torch.func as well, and can be differentiated once more
-    where the gradient method is able to; a derivative that there is none of is refused instead of being zero.
+    where the gradient method is able to; where no derivative exists, it is refused instead of being zero.
     """
 
     @staticmethod
@@ -311,7 +311,7 @@ def _derivative(call: Call, solution: Solution, reverse: bool, tensors: Sequence
 
 
 def _check_twice(method: GradientMethod, problem: Any, reverse: bool) -> None:
-    """Refuse a derivative of a derivative that there is none of."""
+    """Refuse the derivative of a derivative where none exists."""
     if not (reverse and method.is_differentiable(problem)):
         what = str(method) if reverse else "forward mode"
         raise RuntimeError(

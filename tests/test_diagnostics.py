@@ -374,3 +374,18 @@ def test_oracles_are_diagnosed_as_the_linear_program_with_the_same_vertices() ->
     assert all(row.exact is None for row in found.rows)
     with pytest.raises(ValueError, match="takes no quadratic term"):
         lpgd.sweep(lpgd.BlackboxLayer(cheapest, gradient=lpgd.LPGD(tau)), [costs], lambda x: x @ WEIGHTS, rhos=[0.5])
+
+
+def test_an_integer_program_has_no_exact_gradient_to_compare_with() -> None:
+    layer = lpgd.LPLayer(integer=[0, 1, 2], gradient=lpgd.LPGD(tau=1.0))
+    c = torch.tensor([[-1.0, -2.0, -0.5]], dtype=torch.float64)
+    G = torch.tensor([[2.0, 3.0, 1.0]], dtype=torch.float64)
+    arguments = {"c": c, "G": G, "h": torch.tensor([4.0], dtype=torch.float64), "lb": 0.0, "ub": 1.0}
+
+    def loss(output: Any) -> Any:
+        return (output.x - 1.0).square().sum()
+
+    report = lpgd.diagnose(layer, arguments, loss)
+    assert all(one.exact is None for one in report.parameters)
+    assert report.exact_seconds is None
+    assert "exact gradient" not in " ".join(report.warnings)

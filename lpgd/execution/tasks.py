@@ -86,7 +86,7 @@ def run_tasks(
 
 
 def _finished(calls: Sequence[tuple[Any, ...]], executor: Executor | None, listens: bool) -> list[Any]:
-    """What comes of calls on an executor; none of them goes on after this."""
+    """The results of calls on an executor; none of them goes on after this."""
     here = executor is None or type(executor) is ThreadPoolExecutor
     signals = _Signals(threading.Event(), threading.Event()) if here else None
     futures: list[Future[Any]] = []

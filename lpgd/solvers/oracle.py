@@ -148,7 +148,7 @@ class _Task(NamedTuple):
 
 
 class _Results:
-    """What came of a task's elements, in their order.
+    """The results of a task's elements, in their order.
 
     Attributes:
         statuses: one for each.

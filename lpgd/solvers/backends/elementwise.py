@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
     """One element's result.
 
     Attributes:
-        status: what came of it.
+        status: the result.
         point: a named tuple of the solver's form, such as ``RowPoint``; it is kept, so nothing may write to it later.
             Of an infeasible problem multipliers that prove it, of an unbounded one a direction, where the solver tells;
             None where there is nothing.
@@ -163,7 +163,7 @@ class _Task(NamedTuple):
 
 
 class _Results(NamedTuple):
-    """What came of a task, in the order of its elements; points in the problem's own form, NaN where there is none."""
+    """The results of a task, in the order of its elements; points in the problem's own form, NaN where none is."""
 
     statuses: list[Status]
     x: FloatArray

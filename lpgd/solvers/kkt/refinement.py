@@ -151,7 +151,7 @@ class _Points:
         return _Points(self.problem.select(rows.tolist()))
 
     def start(self, point: ConicPoint, slack: Tensor) -> tuple[Tensor, Tensor]:
-        """(ξ, v): (B, n) and (B, m); multipliers of bounds that there are none of are left out."""
+        """(ξ, v): (B, n) and (B, m); multipliers of absent bounds are left out."""
         v = point.y - slack
         v[:, : self.problem.structure.cones.zero] = point.y[:, : self.problem.structure.cones.zero]
         if self.lower is None or self.upper is None:

@@ -32,7 +32,7 @@ Minimise = Callable[[AugmentedLagrangian, Tensor], Descent]
 
 
 class ConstrainedResult(NamedTuple):
-    """What came of it.
+    """The result of a constrained solve.
 
     Attributes:
         point: (B, ·) the last points and multipliers.

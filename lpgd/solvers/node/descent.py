@@ -27,7 +27,7 @@ UNBOUNDED = 1e15
 
 
 class Descent(NamedTuple):
-    """What came of it.
+    """The result of a descent.
 
     Attributes:
         x: (B, n) the last points.
