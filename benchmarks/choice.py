@@ -202,7 +202,10 @@ def _judged(task: _Task, kind: str, gradient: Any, settings: Settings) -> Iterat
     yield Target(title, 0.9, 1.0, seconds[first] / seconds[plain], False, f"{plain}, {first}")
     worst, pair = 1.0, ""
     seconds.pop("ECOS", None)  # never chosen where there is another
+    always = list(seconds).index("INTERIOR") if "INTERIOR" in seconds else len(seconds)
     for before, after in combinations(seconds, 2):
+        if list(seconds).index(before) > always:  # INTERIOR needs torch alone, so that none after it is ever chosen
+            break
         significant = seconds[before] - seconds[after] > SIGNIFICANT
         if significant and seconds[before] / seconds[after] > worst:
             worst, pair = seconds[before] / seconds[after], f"where {before} is there and {after} is the best"

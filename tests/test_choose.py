@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -87,3 +88,13 @@ def test_a_known_situation_chooses_by_class_size_and_device() -> None:
 def test_options_are_validated(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         Clarabel(**options)
+
+
+def test_options_are_checked_without_postponed_annotations_too() -> None:
+    fields = [("depth", int, 3), ("width", float | None, None)]
+    kind: Any = dataclasses.make_dataclass("Deep", fields, bases=(Clarabel,), frozen=True)
+    assert kind(depth=4).depth == 4
+    with pytest.raises(TypeError, match="depth of CLARABEL is 'a'; it must be a whole number"):
+        kind(depth="a")
+    with pytest.raises(TypeError, match="width of CLARABEL is 'b'; it must be a number or None"):
+        kind(width="b")

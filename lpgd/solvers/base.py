@@ -118,7 +118,8 @@ class ConicSolver(Solver):
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            _check_type(self, option.name, str(option.type))
+            # Without postponed annotations the type of a field is a class, or a union that prints as it is written.
+            _check_type(self, option.name, getattr(option.type, "__name__", str(option.type)))
         if not self.tolerance > 0:
             raise ValueError(f"tolerance is {self.tolerance}; it must be positive.")
         if self.max_iterations < 1:
