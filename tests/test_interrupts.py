@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are sent by 
 
 ROOT = Path(__file__).parent.parent
 LISTENING = [SCS, ECOS, OSQP]
-SOLVERS = ["CLARABEL", "SCS", "ECOS", "OSQP", "DAQP", "HIGHS", "PIQP", "PROXQP", "INTERIOR", "CUSTOM"]
+LISTEN = [solver.name for solver in LISTENING if solver.is_installed()]  # ecos has no wheels from Python 3.13 on
+SOLVERS = ["CLARABEL", *LISTEN, "DAQP", "HIGHS", "PIQP", "PROXQP", "INTERIOR", "CUSTOM"]
 
 
 def run(*arguments: str, seconds: float = 300.0) -> str:
@@ -52,7 +53,7 @@ def test_an_interrupt_is_raised_within_a_second_and_leaves_nothing_behind(size: 
 
 
 def test_a_handler_that_goes_on_gets_every_interrupt_and_every_solution() -> None:
-    for line in run("tests.interrupt_run", "5", "handled", "SCS", "ECOS", "OSQP").splitlines():
+    for line in run("tests.interrupt_run", "5", "handled", *LISTEN).splitlines():
         if line.startswith("{"):
             report = json.loads(line)
             assert report["calls"] >= report["sent"] - 1, report  # one may come after a solver's last look
@@ -60,7 +61,7 @@ def test_a_handler_that_goes_on_gets_every_interrupt_and_every_solution() -> Non
 
 
 def test_an_interrupted_solve_is_not_a_failure_of_the_solver() -> None:
-    line = run("tests.interrupt_run", "300", "one", "SCS", "ECOS", "OSQP")
+    line = run("tests.interrupt_run", "300", "one", *LISTEN)
     for report in map(json.loads, filter(lambda text: text.startswith("{"), line.splitlines())):
         assert report["raised"], report
         assert report["latency"] < 1.0, report

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from lpgd.execution.workspaces import WorkspaceCache
-from tests.test_interrupts import run
+from tests.test_interrupts import LISTEN, run
 
-LISTED = ["SCS", "OSQP", "ECOS", "CLARABEL", "DAQP", "HIGHS", "PIQP", "PROXQP"]
+LISTED = [*LISTEN, "CLARABEL", "DAQP", "HIGHS", "PIQP", "PROXQP"]
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
