@@ -31,8 +31,6 @@ Data = Sequence[Tensor]
 BOUND = 1.3
 EXTRAS = ("PIQP", "PROXQP")
 """What a plain installation lacks."""
-SIGNIFICANT = 0.02
-"""Seconds a batch, forward and backward: less is no reason to prefer a solver."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +69,7 @@ def _qp(n: int, batch: int, shared: bool) -> _Task:
         f"dense QP n {n}, {kind}",
         (batch, min(batch, 8)),
         draw,
-        lambda solver, gradient: lpgd.QPLayer(solver, gradient=gradient),
+        lpgd.QPLayer,
         lambda data: ((data[0], data[1]), dict(zip(("A", "b", "G", "h"), data[2:], strict=True))),
     )
 
@@ -95,7 +93,7 @@ def _lp(n: int, batch: int, rows: int, filled: float = 1.0) -> _Task:
         f"{'dense' if filled == 1.0 else 'sparse'} LP n {n}, {rows} rows",
         (batch, min(batch, 8)),
         draw,
-        lambda solver, gradient: lpgd.LPLayer(solver, gradient=gradient),
+        lpgd.LPLayer,
         arguments,
     )
 
@@ -122,7 +120,7 @@ def _sparse_qp(n: int, batch: int) -> _Task:
         f"sparse QP n {n}, {n} rows",
         (batch, min(batch, 2)),
         draw,
-        lambda solver, gradient: lpgd.QPLayer(solver, gradient=gradient),
+        lpgd.QPLayer,
         arguments,
     )
 
@@ -206,8 +204,7 @@ def _judged(task: _Task, kind: str, gradient: Any, settings: Settings) -> Iterat
     for before, after in combinations(seconds, 2):
         if list(seconds).index(before) > always:  # INTERIOR needs torch alone, so that none after it is ever chosen
             break
-        significant = seconds[before] - seconds[after] > SIGNIFICANT
-        if significant and seconds[before] / seconds[after] > worst:
+        if seconds[before] / seconds[after] > worst:
             worst, pair = seconds[before] / seconds[after], f"where {before} is there and {after} is the best"
     title = f"{case.title}, batch {batch}: chosen / best, for whichever solvers are installed"
     yield Target(title, BOUND, 1.0, worst, True, pair)

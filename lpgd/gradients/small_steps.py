@@ -26,12 +26,8 @@ __all__ = ["check_small_steps", "is_doubtful"]
 SMALL_TILT, AGREEMENT, ONE_SIDED = 1e-3, 1e-4, 1e-2
 """A step up to the first size is meant to approach the exact gradient, and should do so up to the second, or the third
 if it is given and one-sided."""
-
-
 FAINT = 1e-10
 """Moves up to this size, relative to ``1 + |x|``, have less than about four digits."""
-
-
 FLOOR, NOTHING = 1e-8, 1e-10
 """Numbers below this share of the largest of their kind, or of all, are no more than rounding."""
 ROUGH = 0.1
@@ -166,8 +162,6 @@ _SINGULAR = (
     "are singular: their solutions are not unique, or move at will, and their gradients say which way the solver went. "
     "rho > 0, or a tau of the order of output.info.gradients[-1].unit, is well defined there."
 )
-
-
 _DISAGREE = (
     "have perturbed solutions that move by other amounts than the optimality conditions say, by a share of up to "
     "{share:.0e}: the step is too short for the solver's accuracy, or crosses a kink. ImplicitKKT is exact there; a "

@@ -6,7 +6,8 @@ from lpgd.layers.conic import ConicLayer, ConicOutput, solve_conic
 from lpgd.layers.cvxpy.layer import CvxpyLayer
 from lpgd.layers.direct_loss import DirectLossLayer
 from lpgd.layers.node import NodeLayer
-from lpgd.layers.qp import LPLayer, ProgramOutput, QPLayer, solve_lp, solve_qp
+from lpgd.layers.program import ProgramOutput
+from lpgd.layers.qp import LPLayer, QPLayer, solve_lp, solve_qp
 
 __all__ = [
     "BlackboxLayer",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self
+from dataclasses import replace
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["PointOperations", "Problem", "is_surely_finite", "maximum_norm", "sum_of_quadratics"]
+__all__ = ["Centered", "PointOperations", "Problem", "is_surely_finite", "maximum_norm", "sum_of_quadratics"]
 
 
 def is_surely_finite(tensor: Tensor) -> bool:
@@ -54,9 +55,41 @@ class PointOperations:
         """The difference of two points."""
         return self._each(torch.sub, other)
 
+    def largest(self) -> Tensor:
+        """(B,) the largest magnitude of an entry."""
+        parts: Any = self
+        return torch.stack([maximum_norm(part) for part in parts]).amax(0)
+
     def _each(self, function: Callable[..., Tensor], *others: Any) -> Self:
         parts: Any = self
         return type(self)(*map(function, parts, *others))
+
+
+class Centered:
+    """Problems that carry their augmentation as a term of its own: a mixin of dataclasses.
+
+    Attributes:
+        rho, center: the term ``(ρ/2) |x - center|²``; center is (B, n), or None for ρ = 0.
+    """
+
+    rho: float
+    center: Tensor | None
+
+    def augment(self, rho: float, center: Tensor) -> Self:
+        """``L + (ρ/2) |x - center|²``, up to a constant.
+
+        Args:
+            rho: ρ ≥ 0, not scaled by any step.
+            center: (B, n); its solution stays optimal if it is one of this problem.
+        """
+        if rho == 0.0:
+            return self
+        rho, center = sum_of_quadratics(self.rho, self.center, rho, center)
+        return replace(cast(Any, self), rho=rho, center=center)
+
+    def in_own_units(self, point: Any) -> Any:
+        """The point itself: all variables have one unit."""
+        return point
 
 
 class Problem(Protocol):

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lpgd.problems.base import PointOperations, maximum_norm, sum_of_quadratics
+from lpgd.problems.base import Centered, PointOperations, maximum_norm
 from lpgd.problems.solution import Solution
 from lpgd.status import Status
 
@@ -73,7 +73,7 @@ class LinearStructure:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LinearProblem:
+class LinearProblem(Centered):
     """A batch of linear problems over sets that an oracle knows (see the module's docstring for the mathematics).
 
     Args:
@@ -148,22 +148,6 @@ class LinearProblem:
         c = self.data.c.repeat(copies, 1) + step[:, None] * cotangent.x.repeat(copies, 1)
         center = None if self.center is None else self.center.repeat(copies, 1)
         return replace(self, data=LinearData(c), batch_size=step.shape[0], rows=copies * self.places, center=center)
-
-    def augment(self, rho: float, center: Tensor) -> LinearProblem:
-        """``L + (ρ/2) |x - center|²``, up to a constant: what only an oracle with a quadratic term can solve.
-
-        Args:
-            rho: ρ ≥ 0, not scaled by any step.
-            center: (B, n); its solution stays optimal if it is one of this problem.
-        """
-        if rho == 0.0:
-            return self
-        rho, center = sum_of_quadratics(self.rho, self.center, rho, center)
-        return replace(self, rho=rho, center=center)
-
-    def in_own_units(self, point: LinearPoint) -> LinearPoint:
-        """The point itself: all variables have one unit."""
-        return point
 
     def tilt_unit(self, point: LinearPoint, cotangent: LinearPoint) -> Tensor:
         """(B,) ``|c| / |g|`` in the maximum norm; costs of 0 count as 1, and a zero cotangent gives infinity."""

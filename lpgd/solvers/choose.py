@@ -60,11 +60,12 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
     - Sparse linear programs that no gradient method augments: HiGHS, whose simplex starts from the basis.
     - Up to 5000 variables, where there are few cores, as they hold the interpreter's lock: PIQP, but for large dense
       linear programs, and for dense quadratic programs ProxQP.
-    - Linear programs: HiGHS; tiny programs: Clarabel.
+    - Linear programs: HiGHS; tiny programs: Clarabel; small quadratic ones: SCS, whose answers are refined as all are.
     - Dense or small ones, for up to 3000 variables and rows together: the interior-point method in torch, all elements
       at once.
-    - Everything else: Clarabel.  Methods of first order come after it: on well-conditioned sparse quadratic programs
-      OSQP and SCS take 0.5 to 0.8 of its time, on linear programs up to a hundred times as long.
+    - Everything else: Clarabel.  Elsewhere methods of first order come after it: on sparse quadratic programs OSQP and
+      SCS take 0.7 to 0.9 of PIQP's time where P is well conditioned, and 3 to 10 times as long where its condition is
+      1e7; on linear programs up to a hundred times as long.
 
     What is not installed is passed over.  Measured in milliseconds an element with new data in each call, forward and
     LPGD's backward pass (two cores, 2026-11; ``make bench BENCH_FLAGS="--only choice"``):
@@ -113,6 +114,7 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
             (few and dense and not linear, ProxQP, "fast for dense quadratic programs on few cores"),
             (simplex and size > _MINUTE, HiGHS, "fast for linear programs without an added quadratic term"),
             (size <= _MINUTE, Clarabel, "fast for tiny programs"),
+            (curved and on_cpu and size <= _SMALL, SCS, "fast for small quadratic programs"),
             (dense and size <= _LARGE and on_cpu, InteriorPoint, "fast for dense programs in batches"),
         ]
         best = [(solver, reason) for applies, solver, reason in rules if applies]

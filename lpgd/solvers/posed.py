@@ -38,8 +38,6 @@ FINISHED = 1e-10
 curvature is small its iterate may be far away at a residual that another solver's solutions have."""
 USELESS = 1e-2
 """A point with a larger relative residual is no solution."""
-FAR = 1e8
-"""A point further away, in units of order 1, is looked at: it may be a ray that ends where rounding bends it."""
 VERDICTS = (Status.INFEASIBLE, Status.UNBOUNDED)
 
 
@@ -188,7 +186,7 @@ def judged(
     """
     answer = _refined(answer, max(USELESS, 10 * tolerance), refined)
     residuals = residuals_of(answer.problem, answer.point)
-    answer = _without_runaways(_by_residuals(answer, residuals, tolerance))
+    answer = _by_residuals(answer, residuals, tolerance)
     statuses, size = list(answer.statuses), answer.batch_size
     proofs = _proofs(answer) if any(status in VERDICTS for status in statuses) else [""] * size
     for element, status in posed.settled.items():
@@ -256,22 +254,6 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> ConicSoluti
         changes[name][rows] = part[better]
     known_to[elements], taken[elements] = found.after, found.taken.cpu()
     return replace(answer, **changes, known_to=known_to, refined=taken)
-
-
-def _without_runaways(answer: ConicSolution) -> ConicSolution:
-    """Points far outside of a problem's units are UNBOUNDED where the way there is a ray that descends.
-
-    A quadratic that is flat but for the rounding of its entries has a minimiser, and nobody means that.
-    """
-    far = (answer.usable & (maximum_norm(answer.x) > FAR)).nonzero()[:, 0].tolist()
-    if not far or answer.problem.structure.has_integers:
-        return answer
-    falls = proves_unbounded(answer.problem.select(far), answer.x[far])
-    statuses = list(answer.statuses)
-    for element, unbounded in zip(far, falls.tolist(), strict=True):
-        if unbounded:
-            statuses[element] = Status.UNBOUNDED
-    return replace(answer, statuses=tuple(statuses))
 
 
 def _by_residuals(answer: ConicSolution, residuals: Residuals, tolerance: float) -> ConicSolution:

@@ -14,7 +14,7 @@ import torch
 
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
-from lpgd.solvers.kkt.refinement import is_cheap
+from lpgd.solvers.kkt.refinement import is_small
 from lpgd.solvers.posed import VERDICTS
 from lpgd.status import Status
 
@@ -23,7 +23,8 @@ __all__ = ["is_settled", "merged", "settled"]
 _OPEN = (Status.INACCURATE, Status.ITERATION_LIMIT, Status.NUMERICAL_ERROR)
 VAGUE, GAIN = 1e-10, 1e-2
 """Refined answers to linear and quadratic programs leave rounding of the optimality conditions, unless the solver was
-too far from the active set; with more than the first size a second solver is asked, and heard with a share of it."""
+too far from the active set.  Of small programs a second solver is asked about those that leave more, relative to the
+point, and heard if it leaves a share of that."""
 
 
 class Attempting(Protocol):
@@ -40,13 +41,17 @@ def is_settled(attempt: ConicSolution, refined: bool) -> bool:
 
 
 def _vague(solution: ConicSolution) -> list[int]:
-    """Elements that are solved, and known less well than refinement makes them where it is cheap and has worked."""
-    structure = solution.problem.structure
+    """Elements that are solved, and known less well than refinement makes them where it has worked."""
+    problem, structure = solution.problem, solution.problem.structure
     polyhedral = structure.cones.is_polyhedral and not structure.has_integers
-    if solution.known_to is None or not polyhedral or not is_cheap(structure):
+    if solution.known_to is None or not polyhedral or not is_small(structure):
         return []
     rows = (solution.known_to > VAGUE).nonzero()[:, 0].tolist()
-    return [row for row in rows if solution.statuses[row] is Status.SOLVED]
+    rows = [row for row in rows if solution.statuses[row] is Status.SOLVED]
+    if not rows:
+        return []
+    size = problem.in_own_units(solution.point).largest().clamp(min=1.0)
+    return [row for row in rows if float(solution.known_to[row]) > VAGUE * float(size[row])]
 
 
 def settled(

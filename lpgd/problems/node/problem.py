@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lpgd.nodes.base import BaseNode, Tilt, is_shared
-from lpgd.problems.base import is_surely_finite, maximum_norm, sum_of_quadratics
+from lpgd.problems.base import Centered, is_surely_finite, maximum_norm
 from lpgd.problems.node.structure import NodePoint, NodeStructure
 from lpgd.status import SolverError
 
@@ -22,7 +22,7 @@ __all__ = ["NodeProblem"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class NodeProblem:
+class NodeProblem(Centered):
     """A batch of a node's problems.
 
     Args:
@@ -231,22 +231,6 @@ class NodeProblem:
         own = {name: getattr(self, name) for name in _ADDED}
         changes = {name: part if part is None else part.repeat(copies, 1) for name, part in own.items()}
         return replace(self, data=data, batch_size=copies * self.batch_size, **changes)
-
-    def augment(self, rho: float, center: Tensor) -> NodeProblem:
-        """``L + (ρ/2) |x - center|²``, up to a constant.
-
-        Args:
-            rho: ρ ≥ 0, not scaled by any step.
-            center: (B, n); its solution stays optimal if it is one of this problem.
-        """
-        if rho == 0.0:
-            return self
-        rho, center = sum_of_quadratics(self.rho, self.center, rho, center)
-        return replace(self, rho=rho, center=center)
-
-    def in_own_units(self, point: NodePoint) -> NodePoint:
-        """The point itself: all variables have one unit."""
-        return point
 
     def tilt_unit(self, point: NodePoint, cotangent: Any) -> Tensor:
         """(B,) ``max(|∇f|, |∇²L x|) / |g|`` in the maximum norm; a numerator of 0 counts as 1, g = 0 gives infinity."""

@@ -29,7 +29,7 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.solvers.kkt.system import KKTPoints, Known, respond
 
-__all__ = ["Refined", "complementary", "is_cheap", "optimality_residual", "refine"]
+__all__ = ["Refined", "complementary", "is_cheap", "is_small", "optimality_residual", "refine"]
 
 ENOUGH = 1e-14
 """Points whose F is no larger than this are left alone."""
@@ -38,7 +38,8 @@ DENSE, SPARSE, FILLED = 300, 50_000, 20
 LENGTHS = (1.0, 0.5, 0.25)
 """The lengths at which a step is tried."""
 STUCK, AHEAD, GAIN = 1e-12, 5, 0.1
-"""Points with a larger |F| that no step reduces are looked ahead from, so many steps; |F| has to fall to a share."""
+"""Of small problems, points with a larger |F|, relative to their size, that no step reduces are looked ahead from, so
+many steps; |F| has to fall to a share."""
 
 
 class Refined(NamedTuple):
@@ -101,8 +102,11 @@ def refine(
                 break
         left[todo[waiting]], stuck[todo[waiting]] = False, True
         left &= error > ENOUGH
-    todo = (stuck & (error > STUCK)).nonzero()[:, 0]
-    if todo.shape[0]:
+    stuck &= error > STUCK
+    if is_small(problem.structure) and bool(stuck.any()):
+        stuck &= error > STUCK * own.point(xi, v)[0].largest()
+    todo = stuck.nonzero()[:, 0]
+    if is_small(problem.structure) and todo.shape[0]:
         count, ends, known = own.select(todo).ahead(xi[todo], v[todo], error[todo], slope[todo], rows[todo])
         better = known < GAIN * error[todo]
         moved = todo[better]
@@ -116,10 +120,15 @@ def refine(
     return Refined(refined, own_slack, before, error, taken)
 
 
+def is_small(structure: ConicStructure) -> bool:
+    """Whether steps, and another solver, cost next to nothing."""
+    return structure.n + structure.m <= DENSE
+
+
 def is_cheap(structure: ConicStructure) -> bool:
     """Whether a step takes no longer than an iteration of an interior-point method on a small problem."""
     size = structure.n + structure.m
-    if size <= DENSE:
+    if is_small(structure):
         return True
     filled = structure.constraint.nnz + structure.quadratic.nnz
     return filled <= SPARSE and filled <= FILLED * size
