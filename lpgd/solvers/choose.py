@@ -64,8 +64,8 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
     - Dense or small ones, for up to 3000 variables and rows together: the interior-point method in torch, all elements
       at once.
     - Everything else: Clarabel.  Elsewhere methods of first order come after it: on sparse quadratic programs OSQP and
-      SCS take 0.7 to 0.9 of PIQP's time where P is well conditioned, and 3 to 10 times as long where its condition is
-      1e7; on linear programs up to a hundred times as long.
+      SCS take 0.8 to 0.9 of PIQP's time where P is well conditioned, and 2.4 to 12 times as long where its condition
+      is 1e7; on linear programs up to a hundred times as long.
 
     What is not installed is passed over.  Measured in milliseconds an element with new data in each call, forward and
     LPGD's backward pass (two cores, 2026-11; ``make bench BENCH_FLAGS="--only choice"``):
