@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -21,9 +21,9 @@ from torch import Tensor
 from lpgd.execution.threads import one_torch_thread, torch_threads, without_autocast
 from lpgd.execution.torch_isolation import isolated_torch
 from lpgd.gradients.base import GradientInfo, GradientMethod
-from lpgd.problems.base import is_surely_finite
-from lpgd.problems.solution import Solution
-from lpgd.solvers.base import Solver
+from lpgd.problems.base import Data, is_surely_finite
+from lpgd.problems.solution import AnyProblem, AnySolution
+from lpgd.solvers.base import AnySolver
 from lpgd.status import SolverError, Status, describe_failures, warn
 
 __all__ = ["CallInfo", "OnError", "check_solution", "solve"]
@@ -74,9 +74,7 @@ _SHOWN = 3
 class Call:
     """How one call is solved and differentiated."""
 
-    data_class: type[Any]
-    make: Callable[[Any], Any]
-    solver: Solver
+    solver: AnySolver
     gradient: GradientMethod
     on_error: OnError
     executor: Executor | None
@@ -85,10 +83,9 @@ class Call:
 
 
 def solve(
-    data: Any,
-    make: Callable[[Any], Any],
+    problem: AnyProblem,
     *,
-    solver: Solver,
+    solver: AnySolver,
     gradient: GradientMethod,
     on_error: OnError = "raise",
     executor: Executor | None = None,
@@ -98,8 +95,7 @@ def solve(
     """Solve a batch of problems of any class, differentiably in all their data.
 
     Args:
-        data: a named tuple of tensors.
-        make: data without a gradient to a :class:`~lpgd.problems.base.Problem` of a class that solver and method take.
+        problem: of a class that solver and method take.
         solver: solves it, and what the gradient method perturbs.
         gradient: the gradient method of this call.
         on_error: ``"raise"`` names every element without a solution; ``"nan"`` fills its rows and gives it a zero
@@ -117,19 +113,19 @@ def solve(
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
     info = info or CallInfo()
-    call = Call(type(data), make, solver, gradient, on_error, executor, states, info)
-    parts = _SolveFunction.apply(call, *data)
-    return type(info.solution.outputs)(*parts)
+    call = Call(solver, gradient, on_error, executor, states, info)
+    parts = _SolveFunction.apply(call, problem, *problem.data)
+    return info.solution.outputs._make(parts)
 
 
-def _threads(solver: Solver) -> AbstractContextManager[None]:
+def _threads(solver: AnySolver) -> AbstractContextManager[None]:
     return isolated_torch() if solver.is_torch else one_torch_thread()
 
 
 class _SolveFunction(torch.autograd.Function):
     @staticmethod
-    def forward(call: Call, *data: Tensor) -> tuple[Tensor, ...]:
-        problem = call.make(call.data_class(*(datum.detach() for datum in data)))
+    def forward(call: Call, problem: AnyProblem, *data: Tensor) -> tuple[Tensor, ...]:
+        problem = problem.with_data(problem.data._make(datum.detach() for datum in data))
         with _threads(call.solver):
             solution = call.solver.solve(problem, call.states, call.executor)
         check_solution(solution, call.on_error)
@@ -142,7 +138,7 @@ class _SolveFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        call, *data = inputs
+        call, _, *data = inputs
         ctx.call, ctx.solution = call, call.info.solution
         # Saved so that autograd notices data or outputs that were changed in place before the backward pass.
         ctx.save_for_backward(*data, *output)
@@ -152,17 +148,15 @@ class _SolveFunction(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         gradient = _DerivativeFunction.apply(ctx.call, ctx.solution, True, *cotangents, *ctx.saved_tensors)
         notices = ctx.call.info.gradients[-1].notices
-        for name, needed in zip(ctx.call.data_class._fields, ctx.needs_input_grad[1:], strict=True):
+        needs = ctx.needs_input_grad[2:]
+        for name, needed in zip(ctx.solution.problem.data._fields, needs, strict=True):
             if needed and name in notices:
                 warn(notices[name])
-        return (
-            None,
-            *(part if needed else None for part, needed in zip(gradient, ctx.needs_input_grad[1:], strict=True)),
-        )
+        return None, None, *(part if needed else None for part, needed in zip(gradient, needs, strict=True))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        _, *parts = tangents  # the first belongs to the call
+        _, _, *parts = tangents  # the first two belong to the call and to the problem
         data = ctx.saved_tensors[: len(parts)]
         known = (torch.zeros_like(own) if part is None else part for own, part in zip(data, parts, strict=True))
         return _DerivativeFunction.apply(ctx.call, ctx.solution, False, *known, *ctx.saved_tensors)
@@ -183,7 +177,7 @@ class _DerivativeFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(call: Call, solution: Solution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(call: Call, solution: AnySolution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         started = time.perf_counter()
         with _threads(call.solver), without_autocast(solution.x.device.type):
             answer, info = _derivative(call, solution, reverse, tensors)
@@ -231,9 +225,9 @@ class _SecondFunction(torch.autograd.Function):
     """The derivative of a reverse pass, which is a function of cotangents, data and outputs."""
 
     @staticmethod
-    def forward(call: Call, solution: Solution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(call: Call, solution: AnySolution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         started = time.perf_counter()
-        count = len(solution.outputs) + len(call.data_class._fields) + len(solution.outputs)
+        count = len(solution.outputs) + len(solution.problem.data) + len(solution.outputs)
         direction, own = tensors[:-count], tensors[-count:]
         no_autocast = torch.autocast(solution.x.device.type, enabled=False)
         with isolated_torch(), torch_threads(1), torch.enable_grad(), no_autocast:
@@ -259,16 +253,16 @@ class _SecondFunction(torch.autograd.Function):
 
 
 def _second_derivative(
-    call: Call, solution: Solution, reverse: bool, direction: Sequence[Tensor], tensors: Sequence[Tensor]
+    call: Call, solution: AnySolution, reverse: bool, direction: Sequence[Tensor], tensors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """The derivative, along or against ``direction``, of the gradient as a function of cotangents, data and outputs."""
-    outputs, usable, fields = type(solution.outputs), solution.usable[:, None], len(call.data_class._fields)
+    outputs, usable, fields = solution.outputs, solution.usable[:, None], len(solution.problem.data)
     count = len(solution.outputs)
 
     def gradient(*parts: Tensor) -> tuple[Tensor, ...]:
         cotangents, data, points = parts[:count], parts[count : count + fields], parts[count + fields :]
-        known = (outputs(*(torch.where(usable, part, 0.0) for part in own)) for own in (points, cotangents))
-        return tuple(call.gradient.differentiable_vjp(solution, call.data_class(*data), *known))
+        known = (outputs._make(torch.where(usable, part, 0.0) for part in own) for own in (points, cotangents))
+        return tuple(call.gradient.differentiable_vjp(solution, solution.problem.data._make(data), *known))
 
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     parts = gradient(*leaves)
@@ -295,22 +289,25 @@ for _function in (_SolveFunction, _DerivativeFunction, _SecondFunction):
     cast(Any, _function.forward).__signature__ = inspect.signature(_function.forward)
 
 
-def _derivative(call: Call, solution: Solution, reverse: bool, tensors: Sequence[Tensor]) -> tuple[Any, GradientInfo]:
+def _derivative(
+    call: Call, solution: AnySolution, reverse: bool, tensors: Sequence[Tensor]
+) -> tuple[Any, GradientInfo]:
+    count = len(solution.outputs)
     if not reverse:
-        tangent = call.data_class(*tensors[: len(call.data_class._fields)])
-        change, info = call.gradient.jvp(solution.problem, solution, tangent, call.solver, call.executor)
-        return tuple(change)[: len(solution.outputs)], info
+        tangent = solution.problem.data._make(tensors[: len(solution.problem.data)])
+        change, info = call.gradient.jvp(solution, tangent, call.solver, call.executor)
+        return tuple(change)[:count], info
     # A loss of a NaN row hands back NaN: zeroed before any sum over shared data.
-    outputs, parts = solution.outputs, tensors[: len(solution.outputs)]
+    parts = tensors[:count]
     if solution.failed:
         usable = solution.usable[:, None]
         parts = [torch.where(usable, part, 0.0) for part in parts]
-    cotangent = type(outputs)(*parts)
+    cotangent = solution.cotangent(parts)
     _check_cotangent(cotangent)
-    return call.gradient.vjp(solution.problem, solution, cotangent, call.solver, call.executor)
+    return call.gradient.vjp(solution, cotangent, call.solver, call.executor)
 
 
-def _check_twice(method: GradientMethod, problem: Any, reverse: bool) -> None:
+def _check_twice(method: GradientMethod, problem: AnyProblem, reverse: bool) -> None:
     """Refuse the derivative of a derivative where none exists."""
     if not (reverse and method.is_differentiable(problem)):
         what = str(method) if reverse else "forward mode"
@@ -326,7 +323,7 @@ _TWICE_DIFFERENTIABLE = (
 )
 
 
-def check_solution(solution: Solution, on_error: OnError) -> None:
+def check_solution(solution: AnySolution, on_error: OnError) -> None:
     """Raise or warn about elements without a solution, and warn about inaccurate ones.
 
     Raises:
@@ -358,7 +355,7 @@ def check_solution(solution: Solution, on_error: OnError) -> None:
         warn(describe_failures(statuses, inaccurate))
 
 
-def _check_cotangent(cotangent: Any) -> None:
+def _check_cotangent(cotangent: Data) -> None:
     for name, part in zip(cotangent._fields, cotangent, strict=True):
         if is_surely_finite(part):
             continue

@@ -133,7 +133,7 @@ def response(problem: ConicProblem, solution: ConicSolution) -> ConicPoint:
     tilt = ConicPoint(*(torch.from_numpy(rng.normal(size=(problem.batch_size, k))) for k in shapes))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return ImplicitKKT().response(problem, solution, tilt)[0]
+        return ImplicitKKT().response(solution, tilt)[0]
 
 
 @pytest.mark.parametrize(("diagonal", "batched"), [(True, False), (False, False), (False, True)])

@@ -85,7 +85,7 @@ def test_gradients_of_every_datum_equal_finite_differences(solver: lpgd.CustomSo
     solution, cotangent, step = solver.solve(case.problem), random_cotangent(case), 1e-4
     names = [name for name, size in case.problem.structure.sizes._asdict().items() if size]
     for method in (LPGD(), ImplicitKKT()):
-        gradient, _ = method.vjp(case.problem, solution, cotangent, solver, SerialExecutor())
+        gradient, _ = method.vjp(solution, cotangent, solver, SerialExecutor())
         for seed, name in enumerate(names):
             tangent = random_tangent(case.problem, name, seed)
             ends = [solver.solve(moved(case.problem, tangent, sign * step)).point for sign in (1.0, -1.0)]
@@ -113,7 +113,7 @@ def test_what_it_cannot_solve_is_refused() -> None:
     with pytest.raises(ValueError, match="takes linear objectives only"):
         SIMPLEX.solve(QP.problem)
     with pytest.raises(ValueError, match="takes linear objectives only"):
-        LPGD(1.0, rho=0.1).vjp(LP.problem, SIMPLEX.solve(LP.problem), random_cotangent(LP), SIMPLEX)
+        LPGD(1.0, rho=0.1).vjp(SIMPLEX.solve(LP.problem), random_cotangent(LP), SIMPLEX)
     with pytest.raises(ValueError, match="no second-order cone"):
         choose_solver(SOCP.problem.structure, QUADRATIC)
     with pytest.raises(ValueError, match="no semidefinite cone"):
@@ -190,6 +190,6 @@ def test_multipliers_of_an_x_alone_on_a_projection() -> None:
     torch.testing.assert_close(solution.z, p - p.clamp(0, 1), atol=1e-12, rtol=0)
     cotangent = random_cotangent(planted("shape", Cones(), n, seed=0, lower=n, upper=n))
     cotangent = ConicPoint(cotangent.x[:1], cotangent.y[:1], 0 * p)
-    gradient, _ = LPGD(1e-3).vjp(problem, solution, cotangent, lpgd.CustomSolver(clip))
+    gradient, _ = LPGD(1e-3).vjp(solution, cotangent, lpgd.CustomSolver(clip))
     inside = ((p > 0) & (p < 1)).double()
     torch.testing.assert_close(-gradient.q, cotangent.x[:1] * inside, atol=1e-9, rtol=0)

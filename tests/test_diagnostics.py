@@ -13,6 +13,7 @@ from torch import Tensor
 
 import lpgd
 from lpgd.diagnostics.measurement import compare
+from lpgd.nodes.base import BaseNode, NodeAnswer
 
 SIMPLEX = {"A": torch.ones(1, 3, dtype=torch.float64), "b": torch.ones(1, dtype=torch.float64), "lb": 0.0}
 WEIGHTS = torch.tensor([3.0, 1.0, 2.5], dtype=torch.float64)
@@ -389,3 +390,43 @@ def test_an_integer_program_has_no_exact_gradient_to_compare_with() -> None:
     assert all(one.exact is None for one in report.parameters)
     assert report.exact_seconds is None
     assert "exact gradient" not in " ".join(report.warnings)
+
+
+class Rounding(BaseNode):
+    """The nearest whole numbers: a node that says that it has no conditions to differentiate."""
+
+    name = "rounding"
+    has_kkt = False
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        return {"x": 1}
+
+    def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+        return shapes[0]
+
+    def objective(self, y: Any, *inputs: Any) -> Any:
+        return (y - inputs[0]).square().sum(-1)
+
+    def solve(self, inputs: Any, start: Any) -> NodeAnswer:
+        y = inputs[0].round()
+        return NodeAnswer(y, [lpgd.Status.SOLVED] * len(y), [1] * len(y))
+
+    def solve_tilted(self, inputs: Any, tilt: Any, start: Any) -> NodeAnswer:
+        return self.solve((inputs[0] - 0.5 * tilt.linear,), start)
+
+
+def test_a_node_without_optimality_conditions_has_no_exact_gradient_to_compare_with() -> None:
+    layer = lpgd.NodeLayer(Rounding(), lpgd.LPGD(tau=2.0))
+    x = torch.tensor([[0.2, 1.4], [-0.3, 0.9]], dtype=torch.float64)
+
+    def loss(y: Any) -> Any:
+        return (y - 1.0).square().sum(-1)
+
+    report = lpgd.diagnose(layer, [x], loss)
+    assert all(one.exact is None for one in report.parameters)
+    assert report.exact_seconds is None
+    found = lpgd.sweep(layer, [x], loss, taus=[0.1, 2.0])
+    assert all(row.exact is None for row in found.rows)
+    with pytest.raises(TypeError, match=r"optimality conditions.*rounding does not have"):
+        lpgd.NodeLayer(Rounding(), lpgd.ImplicitKKT())

@@ -83,8 +83,8 @@ def test_the_solver_fails_as_others_do(solver: Any) -> None:
 @pytest.mark.parametrize("case", [case for case in POLYHEDRAL if case.regular], ids=repr)
 def test_lpgd_through_the_solver_is_the_exact_gradient(solver: Any, case: Case) -> None:
     cotangent = random_cotangent(case)
-    exact, _ = lpgd.ImplicitKKT().vjp(case.problem, planted_solution(case), cotangent, solver)
-    perturbed, info = lpgd.LPGD(1e-4).vjp(case.problem, solver.solve(case.problem), cotangent, solver)
+    exact, _ = lpgd.ImplicitKKT().vjp(planted_solution(case), cotangent, solver)
+    perturbed, info = lpgd.LPGD(1e-4).vjp(solver.solve(case.problem), cotangent, solver)
     assert info.counts == {"average": case.problem.batch_size}
     assert difference(perturbed, exact) < 1e-5
 
@@ -95,12 +95,12 @@ def test_lpgd_through_the_solver_is_the_exact_gradient(solver: Any, case: Case) 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in ("qp", "socp", "sdp")], ids=repr)
 def test_the_method_is_exact_for_conic_programs_both_ways(method: Any, case: Case) -> None:
     solver, solution, cotangent = lpgd.Clarabel(tolerance=1e-10), planted_solution(case), random_cotangent(case)
-    exact, _ = lpgd.ImplicitKKT().vjp(case.problem, solution, cotangent, solver)
-    gradient, info = method(1e-3).vjp(case.problem, solution, cotangent, solver)
+    exact, _ = lpgd.ImplicitKKT().vjp(solution, cotangent, solver)
+    gradient, info = method(1e-3).vjp(solution, cotangent, solver)
     assert info.counts == {"extrapolated": case.problem.batch_size}
     assert difference(gradient, exact) < 1e-6
     tangent = exact._replace(P=torch.zeros_like(exact.P))  # any direction of the data will do
-    change, _ = method(1e-3).jvp(case.problem, solution, tangent, solver)
+    change, _ = method(1e-3).jvp(solution, tangent, solver)
     pairs = (zip(change, cotangent, strict=True), zip(gradient, tangent, strict=True))
     forward, reverse = (sum(float((a * b).sum()) for a, b in pair) for pair in pairs)
     assert forward == pytest.approx(reverse, rel=1e-6)
@@ -205,7 +205,7 @@ def test_the_layer_of_games_has_what_layers_have(game: dict[str, Any]) -> None:
     assert filled.isnan().any(-1).sum() == 1
     assert not bad.grad[1, 2].any()
     for refused in (lpgd.ImplicitKKT(), lpgd.LPGD(tau=0.1, rho=0.5)):
-        with pytest.raises(TypeError, match="which a Game does not have"):
+        with pytest.raises(TypeError, match="which a matrix game does not have"):
             layer.gradient = refused
 
 

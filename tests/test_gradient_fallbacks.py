@@ -26,7 +26,7 @@ def test_redundant_equalities_give_the_minimum_norm_answer_and_say_so() -> None:
     case = next(case for case in CASES if case.name == "redundant equalities")
     cotangent = random_cotangent(case, 7, duals=False)
     # The primal gradient is unique; a layer warns who asks for that of A or b.
-    gradient, info = ImplicitKKT().vjp(case.problem, planted_solution(case), cotangent, TIGHT)
+    gradient, info = ImplicitKKT().vjp(planted_solution(case), cotangent, TIGHT)
     assert set(info.notices) == {"A", "b"}
     assert "multipliers of elements [0, 1, 2] are not unique" in info.notices["b"]
     assert info.used == ["implicit, regularised"] * 3
@@ -48,12 +48,12 @@ def test_dual_loss_on_redundant_equalities_falls_back_on_record() -> None:
     case = next(case for case in CASES if case.name == "redundant equalities")
     cotangent = random_cotangent(case, 8)
     with pytest.warns(LpgdWarning) as caught:
-        gradient, info = LPGD(1e-2).vjp(case.problem, planted_solution(case), cotangent, Clarabel())
+        gradient, info = LPGD(1e-2).vjp(planted_solution(case), cotangent, Clarabel())
     assert any("no perturbed problem of elements" in str(item.message) for item in caught)
     assert info.used == ["implicit, regularised"] * 3
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LpgdWarning)
-        expected, _ = ImplicitKKT().vjp(case.problem, planted_solution(case), cotangent, TIGHT)
+        expected, _ = ImplicitKKT().vjp(planted_solution(case), cotangent, TIGHT)
     assert difference(gradient, expected) < 1e-12
 
 
@@ -68,11 +68,11 @@ def test_a_side_without_solution_leaves_the_other_side() -> None:
         torch.tensor([[2.0], [0.5]]).double(), torch.zeros(2, 0).double(), torch.zeros(2, 1).double()
     )
     with pytest.warns(LpgdWarning, match=r"elements \[0\] has no solution on a side"):
-        _, info = LPGD(1.0).vjp(problem, solution, cotangent, Clarabel())
+        _, info = LPGD(1.0).vjp(solution, cotangent, Clarabel())
     assert info.used == ["lower", "average"]
     assert info.fallbacks == [0]
     with pytest.warns(LpgdWarning):
-        _, info = LPGD(1.0, envelope="upper").vjp(problem, solution, cotangent, Clarabel())
+        _, info = LPGD(1.0, envelope="upper").vjp(solution, cotangent, Clarabel())
     assert info.used == ["lower", "upper"]
 
 
@@ -82,12 +82,10 @@ def test_elements_without_cotangent_or_solution_cost_nothing_and_get_zero() -> N
     cotangent.x[1], cotangent.y[1], cotangent.z[1] = 0.0, 0.0, 0.0
     solution = replace(planted_solution(case), statuses=(Status.INFEASIBLE, Status.SOLVED, Status.SOLVED))
     for method, used in ((LPGD(0.1), "average"), (ImplicitKKT(), "implicit")):
-        gradient, info = method.vjp(case.problem, solution, cotangent, TIGHT)
+        gradient, info = method.vjp(solution, cotangent, TIGHT)
         assert info.used == ["no solution", "zero cotangent", used]
         assert not gradient.q[:2].any()
-        alone, _ = method.vjp(
-            case.problem.select([2]), solution.select([2]), cotangent.select(torch.tensor([2])), TIGHT
-        )
+        alone, _ = method.vjp(solution.select([2]), cotangent.select(torch.tensor([2])), TIGHT)
         torch.testing.assert_close(gradient.A, alone.A, atol=1e-8, rtol=1e-8)
 
 
@@ -97,25 +95,25 @@ def test_tiny_cotangents_do_not_become_zero() -> None:
     cotangent = random_cotangent(case)
     tiny = ConicPoint(*(1e-9 * part for part in cotangent))
     for method in (LPGD(), ImplicitKKT()):
-        large, _ = method.vjp(case.problem, planted_solution(case), cotangent, TIGHT)
-        small, _ = method.vjp(case.problem, planted_solution(case), tiny, TIGHT)
+        large, _ = method.vjp(planted_solution(case), cotangent, TIGHT)
+        small, _ = method.vjp(planted_solution(case), tiny, TIGHT)
         assert difference(tuple(1e9 * part for part in small), large) < 1e-4
 
 
 def test_an_exact_gradient_of_zero_is_announced() -> None:
     case = next(case for case in CASES if case.name == "lp")
     cotangent = random_cotangent(case, duals=False)
-    gradient, info = ImplicitKKT().vjp(case.problem, planted_solution(case), cotangent, TIGHT)
+    gradient, info = ImplicitKKT().vjp(planted_solution(case), cotangent, TIGHT)
     assert "its solution is a vertex" in info.notices["q"]
     assert (
         "no solution of this linear program moved"
-        in LPGD().vjp(case.problem, planted_solution(case), cotangent, TIGHT)[1].notices["q"]
+        in LPGD().vjp(planted_solution(case), cotangent, TIGHT)[1].notices["q"]
     )
-    assert not LPGD(tau=10.0).vjp(case.problem, planted_solution(case), cotangent, TIGHT)[1].notices
+    assert not LPGD(tau=10.0).vjp(planted_solution(case), cotangent, TIGHT)[1].notices
     quadratic = next(case for case in CASES if case.name == "qp")
     cotangent_of_qp = random_cotangent(quadratic, duals=False)
     for method in (ImplicitKKT(), LPGD()):
-        assert not method.vjp(quadratic.problem, planted_solution(quadratic), cotangent_of_qp, TIGHT)[1].notices
+        assert not method.vjp(planted_solution(quadratic), cotangent_of_qp, TIGHT)[1].notices
     assert gradient.q.abs().max() < 1e-12
     assert gradient.b.abs().max() > 0.1
 
@@ -131,9 +129,7 @@ def test_singular_elements_do_not_spoil_the_others() -> None:
     problem = replace(case.problem, data=data)
     solution, cotangent = Clarabel(tolerance=1e-10).solve(problem), random_cotangent(case, 13)
     with pytest.warns(LpgdWarning, match=r"elements \[1\] are singular"):
-        gradient, info = ImplicitKKT().vjp(problem, solution, cotangent, TIGHT)
+        gradient, info = ImplicitKKT().vjp(solution, cotangent, TIGHT)
     assert info.used == ["implicit", "implicit, regularised", "implicit"]
-    regular, _ = ImplicitKKT().vjp(
-        problem.select([0, 2]), solution.select([0, 2]), cotangent.select(torch.tensor([0, 2])), TIGHT
-    )
+    regular, _ = ImplicitKKT().vjp(solution.select([0, 2]), cotangent.select(torch.tensor([0, 2])), TIGHT)
     torch.testing.assert_close(gradient.A[[0, 2]], regular.A, atol=1e-9, rtol=1e-9)

@@ -102,7 +102,7 @@ def test_implicit_gradient_of_every_datum_equals_finite_differences(case: Case, 
     # Solutions are good to about 1e-10 and the third derivatives are of order 1 to 100: central differences with a
     # step of 1e-4 have an error of about 1e-6 from each.
     solution, cotangent, step = planted_solution(case), random_cotangent(case), 1e-4
-    gradient, info = ImplicitKKT(rho).vjp(case.problem, solution, cotangent, TIGHT, SERIAL)
+    gradient, info = ImplicitKKT(rho).vjp(solution, cotangent, TIGHT, SERIAL)
     assert info.counts == {"implicit": case.problem.batch_size}
     for seed, name in enumerate(data_names(case)):
         tangent = random_tangent(case.problem, name, seed)
@@ -119,10 +119,10 @@ def test_implicit_gradient_of_every_datum_equals_finite_differences(case: Case, 
 @pytest.mark.parametrize("case", REGULAR, ids=repr)
 def test_forward_mode_is_the_transpose_of_reverse_mode(case: Case, method: ImplicitKKT | LPGD) -> None:
     solution, cotangent = planted_solution(case), random_cotangent(case, 1)
-    gradient, _ = method.vjp(case.problem, solution, cotangent, TIGHT, SERIAL)
+    gradient, _ = method.vjp(solution, cotangent, TIGHT, SERIAL)
     for seed, name in enumerate(data_names(case)):
         tangent = random_tangent(case.problem, name, seed + 10)
-        change, _ = method.jvp(case.problem, solution, tangent, TIGHT, SERIAL)
+        change, _ = method.jvp(solution, tangent, TIGHT, SERIAL)
         # LPGD differs from its limit by the curvature times tau; the implicit solves are exact.
         tolerance = 1e-8 if isinstance(method, ImplicitKKT) else 1e-4
         scale = norm((getattr(gradient, name),)) + norm(change)
@@ -134,12 +134,12 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(case: Case, method: Impli
 def test_limit_of_lpgd_equals_implicit(case: Case, rho: float) -> None:
     # At regular points the average envelope differs from its limit by O(tau²), the one-sided ones by O(tau).
     solution, cotangent = planted_solution(case), random_cotangent(case, 2)
-    expected, _ = ImplicitKKT(rho).vjp(case.problem, solution, cotangent, TIGHT, SERIAL)
-    average, info = LPGD(1e-4, rho).vjp(case.problem, solution, cotangent, TIGHT, SERIAL)
+    expected, _ = ImplicitKKT(rho).vjp(solution, cotangent, TIGHT, SERIAL)
+    average, info = LPGD(1e-4, rho).vjp(solution, cotangent, TIGHT, SERIAL)
     assert info.counts == {"average": case.problem.batch_size}
     assert difference(average, expected) < 1e-5
     for envelope in ("lower", "upper"):
-        one_sided, _ = LPGD(1e-4, rho, envelope).vjp(case.problem, solution, cotangent, TIGHT, SERIAL)
+        one_sided, _ = LPGD(1e-4, rho, envelope).vjp(solution, cotangent, TIGHT, SERIAL)
         assert difference(one_sided, expected) < 1e-2
 
 
@@ -164,7 +164,7 @@ def test_defaults_are_close_to_the_exact_gradient(case: Case, solver: ConicSolve
         with pytest.raises(ValueError, match=r"cone|not reliable on linear programs"):
             solver.solve(case.problem)
         return
-    exact, _ = ImplicitKKT().vjp(case.problem, planted_solution(case), random_cotangent(case), TIGHT, SERIAL)
+    exact, _ = ImplicitKKT().vjp(planted_solution(case), random_cotangent(case), TIGHT, SERIAL)
     solution = solver.solve(case.problem)
     # The step is √ε: a one-sided difference is off by that times the curvature; a central one by that squared and by
     # the noise ε/√ε, which is the larger one for exact solvers.
@@ -172,7 +172,7 @@ def test_defaults_are_close_to_the_exact_gradient(case: Case, solver: ConicSolve
     bounds = {ImplicitKKT(): error, LPGD(): 5 * error, Domke(): 5 * error}
     bounds |= {LPGD(envelope="lower"): 20 * step, LPGD(envelope="upper"): 20 * step}
     for method, bound in bounds.items():
-        gradient, _ = method.vjp(case.problem, solution, random_cotangent(case), solver)
+        gradient, _ = method.vjp(solution, random_cotangent(case), solver)
         assert difference(gradient, exact) < bound, method
 
 
@@ -181,7 +181,7 @@ def test_defaults_are_close_to_the_exact_gradient(case: Case, solver: ConicSolve
 def test_average_is_the_mean_of_lower_and_upper(case: Case, rho: float) -> None:
     solution, cotangent = planted_solution(case), random_cotangent(case, duals=False)
     lower, average, upper = (
-        LPGD(0.3, rho, envelope).vjp(case.problem, solution, cotangent, TIGHT, SERIAL)[0]
+        LPGD(0.3, rho, envelope).vjp(solution, cotangent, TIGHT, SERIAL)[0]
         for envelope in ("lower", "average", "upper")
     )
     mean = ConicData(*(0.5 * (low + high) for low, high in zip(lower, upper, strict=True)))
@@ -209,7 +209,7 @@ def test_lower_gradient_is_the_gradient_of_the_lower_envelope(case: Case, rho: f
     # At a finite tau: the envelope theorem ([LPGD] eq. 15), by central differences of the envelope's value.
     cotangent, tau, step = random_cotangent(case, 3, duals=False), 0.5, 1e-4
     solution = planted_solution(case)
-    gradient, _ = LPGD(tau, rho, "lower").vjp(case.problem, solution, cotangent, TIGHT, SERIAL)
+    gradient, _ = LPGD(tau, rho, "lower").vjp(solution, cotangent, TIGHT, SERIAL)
     for seed, name in enumerate(data_names(case)):
         tangent = random_tangent(case.problem, name, seed + 20)
         values = [
@@ -249,7 +249,7 @@ def test_equality_constrained_quadratic_program_in_closed_form() -> None:
     solution = torch.linalg.solve(K, torch.cat([-leaves.q, leaves.b], -1))
     expected = torch.autograd.grad((solution * torch.cat([cotangent.x, cotangent.y], -1)).sum(), leaves[:4])
     for method, tolerance in ((ImplicitKKT(), 1e-10), (LPGD(1e-3), 1e-5)):
-        gradient, _ = method.vjp(case.problem, planted_solution(case), cotangent, Clarabel(), SERIAL)
+        gradient, _ = method.vjp(planted_solution(case), cotangent, Clarabel(), SERIAL)
         assert difference(gradient[:4], expected) < tolerance
 
 
@@ -271,7 +271,7 @@ def test_projection_onto_the_simplex_in_closed_form() -> None:
     jacobian = torch.diag(support) - torch.outer(support, support) / support.sum()
     g = torch.linspace(-1, 2, n, dtype=torch.float64)[None]
     for method in (ImplicitKKT(), LPGD(1e-3)):
-        gradient, _ = method.vjp(problem, solution, ConicPoint(g, torch.zeros(1, 1), torch.zeros(1, n)), solver)
+        gradient, _ = method.vjp(solution, ConicPoint(g, torch.zeros(1, 1), torch.zeros(1, n)), solver)
         torch.testing.assert_close(-gradient.q, g @ jacobian, atol=1e-6, rtol=0)
 
 
@@ -280,7 +280,7 @@ def test_blackbox_backpropagation_equals_its_formula_on_a_linear_program() -> No
     case = planted("lp", Cones(zero=2, nonnegative=3), 6, seed=31, rank=0, lower=6, active_bounds=2, inactive_rows=1)
     cotangent, tau = random_cotangent(case, 6, duals=False), 3.0
     problem, solution = case.problem, Clarabel(tolerance=1e-10).solve(case.problem)
-    gradient, _ = BlackboxBackprop(tau).vjp(problem, solution, cotangent, Clarabel(tolerance=1e-10))
+    gradient, _ = BlackboxBackprop(tau).vjp(solution, cotangent, Clarabel(tolerance=1e-10))
     A = problem.structure.constraint.to_dense(problem.data.A).numpy()
     for element in range(problem.batch_size):
         b = problem.data.b[element].numpy()
@@ -312,7 +312,7 @@ def test_domke_on_a_regularised_linear_program() -> None:
     inside = ((-c / delta > 0) & (-c / delta < 1)).double()
     g = torch.linspace(1, 2, n, dtype=torch.float64)[None]
     cotangent = ConicPoint(g, torch.zeros(1, 0).double(), torch.zeros(1, n).double())
-    gradient, info = Domke().vjp(problem, solution, cotangent, solver)
+    gradient, info = Domke().vjp(solution, cotangent, solver)
     torch.testing.assert_close(gradient.q, -g * inside / delta, atol=1e-5, rtol=0)
     assert info.counts == {"average": 1}
 
@@ -325,9 +325,9 @@ def test_shared_data_get_the_sum_of_the_elements_gradients() -> None:
     )
     for method in (ImplicitKKT(), LPGD(0.5), LPGD(0.5, 0.2)):
         cotangent = random_cotangent(shared)
-        once, _ = method.vjp(shared.problem, planted_solution(shared), cotangent, TIGHT)
+        once, _ = method.vjp(planted_solution(shared), cotangent, TIGHT)
         solution = replace(planted_solution(shared), problem=batched)
-        each, _ = method.vjp(batched, solution, cotangent, TIGHT)
+        each, _ = method.vjp(solution, cotangent, TIGHT)
         torch.testing.assert_close(once.P, each.P.sum(0), atol=1e-7, rtol=1e-7)
         torch.testing.assert_close(once.A, each.A.sum(0), atol=1e-7, rtol=1e-7)
         torch.testing.assert_close(once.q, each.q, atol=1e-7, rtol=1e-7)
@@ -338,9 +338,9 @@ def test_perturbed_solves_are_as_tight_as_their_difference_needs() -> None:
     cotangent = random_cotangent(case, duals=False)
     solver = SCS(tolerance=1e-5)
     solution = solver.solve(case.problem)
-    expected, _ = ImplicitKKT().vjp(case.problem, planted_solution(case), cotangent, TIGHT)
+    expected, _ = ImplicitKKT().vjp(planted_solution(case), cotangent, TIGHT)
     for envelope in ("average", "lower", "upper"):
-        gradient, info = LPGD(1e-4, envelope=envelope).vjp(case.problem, solution, cotangent, solver)
+        gradient, info = LPGD(1e-4, envelope=envelope).vjp(solution, cotangent, solver)
         assert info.tolerance is not None
         assert info.tolerance <= 1e-8
         assert difference(gradient, expected) < 1e-3
@@ -355,10 +355,10 @@ def test_all_elements_at_once_agree_with_one_at_a_time(monkeypatch: pytest.Monke
         solution, cotangent = planted_solution(case), random_cotangent(case, 12)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LpgdWarning)
-            at_once, info = ImplicitKKT(rho).vjp(case.problem, solution, cotangent, TIGHT)
+            at_once, info = ImplicitKKT(rho).vjp(solution, cotangent, TIGHT)
             with monkeypatch.context() as patch:
                 patch.setattr(implicit_conic, "is_batchable", lambda problem, rho: False)
-                singly, expected = ImplicitKKT(rho).vjp(case.problem, solution, cotangent, TIGHT)
+                singly, expected = ImplicitKKT(rho).vjp(solution, cotangent, TIGHT)
         assert info.used == expected.used, case
         assert difference(at_once, singly) < 1e-9, case
 
@@ -374,7 +374,7 @@ def test_sparse_and_dense_systems_agree() -> None:
     problem = ConicProblem(structure, case.problem.data._replace(P=values, q=q), 3)
     sparse = replace(case, problem=problem)
     cotangent = random_cotangent(sparse)
-    gradient, info = ImplicitKKT().vjp(problem, planted_solution(sparse), cotangent, TIGHT)
+    gradient, info = ImplicitKKT().vjp(planted_solution(sparse), cotangent, TIGHT)
     assert info.counts == {"implicit": 3}
     for element in range(3):
         active = np.r_[0:100, 100 + np.flatnonzero(case.point.y[element, 100:].numpy() > 0)]

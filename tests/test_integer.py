@@ -138,7 +138,7 @@ def test_the_structure_tells_integers_apart() -> None:
     structure = knapsack().structure
     other = replace(structure, integer_index=structure.integer_index[1:])
     assert other.digest != structure.digest
-    assert replace(structure, integer_index=np.zeros(0, dtype=np.int64)).has_kkt
+    assert replace(structure, integer_index=np.zeros(0, dtype=np.int64)).traits.has_kkt
     with pytest.raises(ValueError, match="integer_index must be increasing"):
         replace(structure, integer_index=np.array([0, N]))
 

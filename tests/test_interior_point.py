@@ -305,9 +305,9 @@ def test_gradients_through_it_equal_each_other_at_regular_points() -> None:
     g = torch.randn(case.point.x.shape, generator=generator, dtype=torch.float64)
     cotangent = ConicPoint(g, torch.zeros_like(case.point.y), torch.zeros_like(case.point.z))
     solution = TIGHT.solve(case.problem)
-    exact, info = ImplicitKKT().vjp(case.problem, solution, cotangent, TIGHT)
+    exact, info = ImplicitKKT().vjp(solution, cotangent, TIGHT)
     assert info.counts == {"implicit": 3}
-    limit, _ = LPGD(1e-4).vjp(case.problem, solution, cotangent, TIGHT)
+    limit, _ = LPGD(1e-4).vjp(solution, cotangent, TIGHT)
     for ours, theirs in zip(limit, exact, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 

@@ -247,8 +247,8 @@ def test_a_chunk_is_the_same_whenever_it_is_drawn() -> None:
 class Distorted(ImplicitKKT):
     """A gradient that is off by one part in a hundred, in every third element."""
 
-    def vjp(self, problem: Any, solution: Any, cotangent: Any, solver: Any, executor: Any = None) -> Any:
-        gradient, info = super().vjp(problem, solution, cotangent, solver, executor)
+    def vjp(self, solution: Any, cotangent: Any, solver: Any, executor: Any = None) -> Any:
+        gradient, info = super().vjp(solution, cotangent, solver, executor)
         q = gradient.q.clone()
         q[::3] *= 1.01
         return gradient._replace(q=q), info

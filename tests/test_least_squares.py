@@ -53,7 +53,7 @@ def differentiable(node, *inputs: Tensor) -> Tensor:
 
 def by_normal_equations(node: LeastSquares, inputs: tuple[Tensor, ...]) -> Tensor:
     """A dense solve by torch's own operations, differentiated by autograd."""
-    named = dict(zip(node.input_names, inputs, strict=True))
+    named = dict(zip(node.inputs, inputs, strict=True))
     A = named["A"]
     design = torch.cat([A, torch.ones_like(A[..., :1])], -1) if node.bias else A
     W = named.get("weights", torch.ones_like(A[..., 0]))[..., None] * design
@@ -103,7 +103,7 @@ def test_shared_inputs_are_the_same_as_copies(options):
     node = LeastSquares(**options)
     inputs = problem(node)
     shared = tuple(
-        part if name == "b" else part[:1].expand_as(part) for name, part in zip(node.input_names, inputs, strict=True)
+        part if name == "b" else part[:1].expand_as(part) for name, part in zip(node.inputs, inputs, strict=True)
     )
     copies = tuple(part.clone(memory_format=torch.contiguous_format) for part in shared)
     one, other = node.solve(shared, None), node.solve(copies, None)

@@ -150,11 +150,11 @@ def test_a_kink_is_said_and_its_remedies_work() -> None:
 @pytest.mark.parametrize("case", REGULAR, ids=repr)
 def test_regular_problems_of_every_cone_are_not_warned_about(case: Case) -> None:
     solution, cotangent = planted_solution(case), random_cotangent(case)
-    (gradient, info), messages = said(lambda: lpgd.LPGD().vjp(case.problem, solution, cotangent, TIGHT))
+    (gradient, info), messages = said(lambda: lpgd.LPGD().vjp(solution, cotangent, TIGHT))
     assert not messages
     assert not info.crossed.any()
     assert not {"A", "b"} & set(info.notices)
-    exact, _ = lpgd.ImplicitKKT().vjp(case.problem, solution, cotangent, TIGHT)
+    exact, _ = lpgd.ImplicitKKT().vjp(solution, cotangent, TIGHT)
     assert difference(gradient, exact) < 1e-4
 
 
@@ -163,7 +163,7 @@ def test_the_step_follows_what_is_known_of_the_solution() -> None:
     case, solver = next(case for case in CASES if case.name == "qp"), lpgd.DAQP()
     known = torch.tensor([1e-12, 1e-9, torch.nan], dtype=torch.float64)
     solution, cotangent = replace(planted_solution(case), known_to=known), random_cotangent(case)
-    _, info = lpgd.LPGD().vjp(case.problem, solution, cotangent, solver)
+    _, info = lpgd.LPGD().vjp(solution, cotangent, solver)
     assert info.tau is not None
     assert info.unit is not None
     expected = [1e-6, 1e-9**0.5, solver.solution_error(case.problem) ** 0.5]
@@ -294,7 +294,7 @@ def test_multipliers_that_are_not_unique_matter_to_constraints_only() -> None:
     """x ≤ 1 stated twice: which row has the multiplier is up to the solver; the gradient in q is zero all the same."""
     case = next(case for case in CASES if case.name == "qp")
     solution, cotangent = planted_solution(case), random_cotangent(case, duals=False)
-    found = perturbed.perturb(case.problem, solution, cotangent, TIGHT, None, envelope="average")
+    found = perturbed.perturb(solution, cotangent, TIGHT, None, envelope="average")
     assert not found.unclear.any()
     q = vector(-2.0).requires_grad_()
     rows, h = torch.ones(2, 1, dtype=torch.float64), torch.ones(2, dtype=torch.float64)

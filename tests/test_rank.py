@@ -66,7 +66,7 @@ def test_an_ellipsoid_stated_twice_has_the_gradient_of_one(solver: ConicSolver, 
     problem = ellipsoid(copies)
     solution = solver.solve(problem)
     tilt = ConicPoint(torch.eye(2).double()[:1], torch.zeros(1, 3 * copies).double(), torch.zeros(1, 2).double())
-    gradient, info = ImplicitKKT().vjp(problem, solution, tilt, solver)
+    gradient, info = ImplicitKKT().vjp(solution, tilt, solver)
     np.testing.assert_allclose(-gradient.q.numpy(), exact_ellipsoid(), atol=1e-9)
     np.testing.assert_allclose(exact_ellipsoid(), [0.16156, -0.14084], atol=5e-6)
     assert info.used == ["implicit" if copies == 1 else "implicit, regularised"]
@@ -79,7 +79,7 @@ def stated_once(program: Redundant, seed: int) -> tuple[ConicData, bool]:
     kinds = (Clarabel(tolerance=1e-11), SCS(tolerance=1e-11))
     solver = next(solver for solver in kinds if not solver.unsupported(program.single.structure))
     tilt = of_single(program, cotangent(program, seed))
-    gradient, info = ImplicitKKT().vjp(program.single, solver.solve(program.single), tilt, solver, SERIAL)
+    gradient, info = ImplicitKKT().vjp(solver.solve(program.single), tilt, solver, SERIAL)
     return gradient, info.used == ["implicit"]
 
 
@@ -96,7 +96,7 @@ def check_against_single(seeds: range, solvers: list[ConicSolver]) -> None:
             count += 1
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                gradient, _ = ImplicitKKT().vjp(program.repeated, solution, tilt, solver, SERIAL)
+                gradient, _ = ImplicitKKT().vjp(solution, tilt, solver, SERIAL)
             if caught:
                 told.append((seed, solver.name, str(caught[0].message)))
                 continue
@@ -126,12 +126,12 @@ def test_forward_mode_is_the_transpose_of_reverse_mode_at_redundant_cones(seed: 
     problem, tilt = program.repeated, cotangent(program, seed)
     solver = SCS(tolerance=1e-9) if Clarabel().unsupported(problem.structure) else Clarabel()
     solution = solver.solve(problem)
-    gradient, _ = ImplicitKKT().vjp(problem, solution, tilt, solver)
+    gradient, _ = ImplicitKKT().vjp(solution, tilt, solver)
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(problem.data.q.shape, generator=generator, dtype=torch.float64)
     b = torch.randn(program.single.data.b.shape, generator=generator, dtype=torch.float64)
     tangent = problem.zero_gradient()._replace(q=q, b=program.of_repeated(b))
-    change, _ = ImplicitKKT().jvp(problem, solution, tangent, solver)
+    change, _ = ImplicitKKT().jvp(solution, tangent, solver)
     expected = float((gradient.q * q).sum() + (gradient.b * tangent.b).sum())
     assert float((change.x * tilt.x).sum()) == pytest.approx(expected, rel=1e-7, abs=1e-9)
 
@@ -367,13 +367,13 @@ def test_sparse_singular_systems_agree_with_dense_ones(monkeypatch: pytest.Monke
         program = redundant(seed)
         solver = SCS(tolerance=1e-9) if Clarabel().unsupported(program.repeated.structure) else Clarabel()
         solution, tilt = solver.solve(program.repeated), cotangent(program, seed)
-        expected, _ = ImplicitKKT().vjp(program.repeated, solution, tilt, solver)
+        expected, _ = ImplicitKKT().vjp(solution, tilt, solver)
         for limit in (1500, 0):
             with monkeypatch.context() as patch:
                 patch.setattr(kkt, "_is_dense", lambda structure: False)
                 patch.setattr(kkt_solve, "EIGEN_LIMIT", limit)
                 patch.setattr(implicit_conic, "is_batchable", lambda problem, rho: False)
-                gradient, _ = ImplicitKKT().vjp(program.repeated, solution, tilt, solver)
+                gradient, _ = ImplicitKKT().vjp(solution, tilt, solver)
             torch.testing.assert_close(gradient.q, expected.q, atol=1e-6, rtol=1e-6)
 
 
@@ -416,7 +416,7 @@ def test_the_same_batch_twice_has_the_same_doubt() -> None:
     batch = replace(problem, batch_size=2, data=ConicData(*(part.repeat(2, 1) for part in problem.data)))
     solution = Clarabel().solve(batch)
     tilt = ConicPoint(torch.tensor([[1.0, 0.0], [0.0, 0.0]]).double(), torch.zeros(2, 6).double(), torch.zeros(2, 2))
-    _, info = ImplicitKKT().vjp(batch, solution, tilt, Clarabel())
+    _, info = ImplicitKKT().vjp(solution, tilt, Clarabel())
     assert info.used == ["implicit, regularised", "zero cotangent"]
     assert info.doubt is not None
     assert info.doubt.isnan().tolist() == [False, True]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -144,12 +143,11 @@ def test_training_sets_up_once_for_each_thread(solver: ConicSolver, monkeypatch:
     # The same LP, parameters in the cost alone, 100 steps of LPGD.
     made = counting(monkeypatch, type(solver))
     case = next(case for case in CASES if case.name == "lp")
-    make = partial(ConicProblem, case.problem.structure, batch_size=3)
     cost = torch.nn.Parameter(case.problem.data.q.clone())
     optimizer = torch.optim.SGD([cost], lr=1e-3)
     for _ in range(100):
         data = case.problem.data._replace(q=cost)
-        point = solve(data, make, solver=solver, gradient=LPGD(tau=1.0))
+        point = solve(ConicProblem(case.problem.structure, data, 3), solver=solver, gradient=LPGD(tau=1.0))
         optimizer.zero_grad()
         point.x.square().sum().backward()
         optimizer.step()

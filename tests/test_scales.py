@@ -83,12 +83,12 @@ def test_gradients_are_the_same_in_any_units(case: Case, method: Any, kind: str)
         case.problem, *case.point, case.problem.slack(case.point.x), (Status.SOLVED,) * BATCH,
         np.zeros(BATCH, int), np.zeros(BATCH), np.zeros(BATCH), (None,) * BATCH,
     )  # fmt: skip
-    expected, _ = ImplicitKKT().vjp(case.problem, exact, cotangent, solver, SerialExecutor())
+    expected, _ = ImplicitKKT().vjp(exact, cotangent, solver, SerialExecutor())
     solution = solver.solve(problem)
     # The loss is one of x in the old units; so a change of a new datum is worth what the old one's would be.
     scaled = units.tilt_in(case.problem, cotangent)
     loss = scaled._replace(x=scaled.x / _cost(units))
-    gradient, info = method.vjp(problem, solution, loss, solver, SerialExecutor())
+    gradient, info = method.vjp(solution, loss, solver, SerialExecutor())
     assert not info.fallbacks
     there = _data_in_old_units(case.problem, units, gradient)
     for name, own, wanted in zip(ConicData._fields, there, expected, strict=True):

@@ -59,7 +59,7 @@ def diagnose(
     method = layer.gradient if gradient is None else gradient
     found = measure(run, tighter(layer, parameters, loss, run), method)
     exact = None
-    if run.problem.has_kkt and method != ImplicitKKT():
+    if run.problem.traits.has_kkt and method != ImplicitKKT():
         exact = run.backward(ImplicitKKT())
     numeric = _Differences(layer, parameters, loss, run, directions, seed) if directions else None
     reports = []
@@ -102,7 +102,7 @@ class _Differences:
     """
 
     def __init__(self, layer: Any, parameters: Parameters, loss: Loss, run: Pass, count: int, seed: int) -> None:
-        finest = replace(run.solver, tolerance=min(run.solver.tolerance, run.solver.finest_tolerance))
+        finest = run.solver.with_tolerance(0.0)
         self.run = Pass(layer, parameters, loss, solver=finest) if finest != run.solver else run
         self.relative = min(max(solver_error(self.run) ** 0.5, 1e-7), 1e-3)
         self.count, self.generator = count, torch.Generator().manual_seed(seed)

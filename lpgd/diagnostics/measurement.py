@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -159,10 +159,10 @@ def solver_error(run: Pass) -> float:
 
 def tighter(layer: Any, parameters: Parameters, loss: Loss, run: Pass) -> Pass | None:
     """The pass again with a hundredth of the solver's tolerance; None where the solver goes no finer."""
-    tolerance = max(0.01 * run.solver.tolerance, run.solver.finest_tolerance)
-    if not tolerance < 0.5 * run.solver.tolerance:
+    solver = run.solver.with_tolerance(0.01 * run.solver.tolerance)
+    if not solver.tolerance < 0.5 * run.solver.tolerance:
         return None
-    return Pass(layer, parameters, loss, solver=replace(run.solver, tolerance=tolerance))
+    return Pass(layer, parameters, loss, solver=solver)
 
 
 def _decrease(run: Pass, position: int, gradient: Tensor) -> float:

@@ -114,11 +114,10 @@ def envelope_values(run: Pass, tau: float, rho: float) -> Envelopes:
     x, g = run.solution.x, run.cotangent.x
     steps = torch.full((run.problem.batch_size,), tau, dtype=x.dtype, device=x.device)
     relative = float((steps / run.unit).min()) if run.problem.batch_size else 1.0
-    wanted = min(run.solver.tolerance, max(ACCURACY * min(relative, 1.0), run.solver.finest_tolerance))
     changes = []
     with collected_warnings():  # an inaccurate perturbed solve shows as a value that breaks the order of the curves
         for sign in (1.0, -1.0):
-            found = run.perturbed(steps, rho, sign, wanted)
+            found = run.perturbed(steps, rho, sign, ACCURACY * min(relative, 1.0))
             step = torch.where(found.usable[:, None], found.x, torch.nan) - x
             value = run.problem.objective(x + step) - run.problem.objective(x) + 0.5 * rho * step.square().sum(-1)
             changes.append(sign * value / tau + (g * step).sum(-1))

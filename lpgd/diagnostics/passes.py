@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, check_compatible
+from lpgd.gradients.perturbed import solve_tilted
 from lpgd.layers.base import BaseLayer, OptimizationLayer
-from lpgd.solvers.base import ConicSolver, Solver
+from lpgd.problems.solution import AnySolution
+from lpgd.solvers.base import AnySolver, ConicSolver
 from lpgd.status import LpgdWarning
 
 __all__ = ["Backward", "Leaf", "Loss", "Parameters", "Pass", "as_leaves", "collected_warnings", "inner"]
@@ -139,14 +141,15 @@ class _Switch(GradientMethod):
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def vjp(
-        self, problem: Any, solution: Any, cotangent: Any, solver: Solver, executor: Executor | None = None
+        self, solution: AnySolution, cotangent: Any, solver: AnySolver, executor: Executor | None = None
     ) -> tuple[Any, GradientInfo]:
-        self.seen.arguments = (problem, solution, cotangent, solver, executor)
+        problem = solution.problem
+        self.seen.arguments = (solution, cotangent, solver, executor)
         if self.seen.method is None:
             gradient, self.seen.info = problem.zero_gradient(), GradientInfo(self, ["probed"] * problem.batch_size)
         else:
-            check_compatible(self.seen.method, type(problem))
-            gradient, self.seen.info = self.seen.method.vjp(problem, solution, cotangent, solver, executor)
+            check_compatible(self.seen.method, problem.traits)
+            gradient, self.seen.info = self.seen.method.vjp(solution, cotangent, solver, executor)
         return gradient, self.seen.info
 
     def jvp(self, *arguments: Any, **options: Any) -> tuple[Any, GradientInfo]:
@@ -196,7 +199,7 @@ class Pass:
         ValueError: the loss does not depend on the layer's output, or is not a number for each element.
     """
 
-    def __init__(self, layer: Any, parameters: Parameters, loss: Loss, solver: Solver | None = None) -> None:
+    def __init__(self, layer: Any, parameters: Parameters, loss: Loss, solver: AnySolver | None = None) -> None:
         if not isinstance(layer, BaseLayer):
             raise TypeError(
                 f"layer is a {type(layer).__name__}; it must be a layer of this library, such as lpgd.QPLayer(). "
@@ -220,7 +223,8 @@ class Pass:
         self._losses = self._checked_loss(loss(self.output))
         self.losses = self._losses.detach()
         self.backward(None)
-        self.problem, solution, self.cotangent, self.solver, self.executor = self._switch.seen.arguments
+        solution, self.cotangent, self.solver, self.executor = self._switch.seen.arguments
+        self.problem = solution.problem
         self.solution = replace(
             solution, **{name: getattr(solution, name).detach() for name in solution.outputs._fields}
         )
@@ -275,24 +279,23 @@ class Pass:
             tau: (B,) steps.
             rho: ρ ≥ 0.
             sign: 1 for the lower envelope, -1 for the upper one.
-            tolerance: of the solver; None is its own.
+            tolerance: at most this one of the solver; None is its own.
         """
-        solver = self.solver if tolerance is None else replace(self.solver, tolerance=tolerance)
-        augmented = self.problem.augment(rho, self.solution.x) if rho else self.problem
-        return solver.solve(augmented.tilt(sign * tau, self.cotangent), self.solution.states, self.executor)
+        solver = self.solver if tolerance is None else self.solver.with_tolerance(tolerance)
+        augmented = self.problem.augment(rho, self.solution.x)
+        return solve_tilted(augmented, self.cotangent, sign * tau, self.solution.states, solver, self.executor)
 
     def perturbed_path(self, element: int, steps: Tensor, rho: float) -> Any:
         """The solutions of one element for many signed steps, solved as one batch."""
         problem, solution = self.problem.select([element]), self.solution.select([element])
         cotangent = self.cotangent.select(torch.tensor([element], device=solution.x.device))
-        augmented = problem.augment(rho, solution.x) if rho else problem
-        return self.solver.solve(augmented.tilt(steps.to(solution.x), cotangent), solution.states, self.executor)
+        augmented = problem.augment(rho, solution.x)
+        return solve_tilted(augmented, cotangent, steps.to(solution.x), solution.states, self.solver, self.executor)
 
     def natural_size(self, leaf: Leaf) -> float:
         """The norm that a gradient has where a relative change of a parameter makes an equal one of the solution."""
-        sizes = [
-            float((g * part.nan_to_num()).norm()) for g, part in zip(self.cotangent, self.solution.outputs, strict=True)
-        ]
+        seen = zip(self.cotangent, self.solution.outputs, strict=False)  # of a node's point, losses see x alone
+        sizes = [float((g * part.nan_to_num()).norm()) for g, part in seen]
         floor = 1e-3 * sum(float(part.norm()) for part in self.cotangent)
         return (sum(sizes) + floor) / (float(leaf.values.detach().norm()) or 1.0)
 

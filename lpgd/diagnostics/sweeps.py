@@ -133,7 +133,7 @@ def sweep(
     if taus is None:
         taus = [float(f"{unit * 10 ** (power / 2):.2g}") for power in range(-6, 3)]
     tight = tighter(layer, parameters, loss, run)
-    exact = run.backward(ImplicitKKT()).gradients if run.problem.has_kkt else None
+    exact = run.backward(ImplicitKKT()).gradients if run.problem.traits.has_kkt else None
     negligible = 1e-8 * sum(run.natural_size(leaf) for leaf in run.leaves)
     rows = []
     for rho in rhos:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from lpgd.problems.solution import Solution
-from lpgd.solvers.base import Solver
+from lpgd.problems.base import Traits
+from lpgd.problems.solution import AnyProblem, AnySolution
+from lpgd.solvers.base import AnySolver
 
 __all__ = ["GradientInfo", "GradientMethod", "check_compatible"]
 
@@ -64,7 +65,7 @@ class GradientInfo:
     notices: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def blank(cls, method: GradientMethod, solution: Any, **more: Any) -> Self:
+    def blank(cls, method: GradientMethod, solution: AnySolution, **more: Any) -> Self:
         """The record while no element has a gradient yet: of those without a solution it stays what it is."""
         return cls(
             method, ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()], **more
@@ -87,7 +88,8 @@ class GradientMethod(ABC):
     """How to get the action of a solution map's derivative.  Methods hold options only and are shared freely."""
 
     needs: ClassVar[frozenset[str]]
-    """What the problem must declare: ``can_tilt``, ``can_augment``, ``has_kkt``, ``is_continuous``, ``is_smooth``."""
+    """Which :class:`~lpgd.problems.base.Traits` problems must have: ``can_tilt``, ``can_augment``, ``has_kkt``,
+    ``is_continuous``, ``is_smooth``."""
 
     @property
     def required(self) -> frozenset[str]:
@@ -97,17 +99,16 @@ class GradientMethod(ABC):
     @abstractmethod
     def vjp(
         self,
-        problem: Any,
-        solution: Any,
+        solution: AnySolution,
         cotangent: Any,
-        solver: Solver,
+        solver: AnySolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         """The gradient of ``<cotangent, solution>`` with respect to the problem's data.
 
         Args:
-            problem: B elements of a :class:`~lpgd.problems.base.Problem` that has what the method needs.
-            solution: the solver's answer to it; elements without a usable one get a zero gradient.
+            solution: of B elements of a :class:`~lpgd.problems.base.Problem` that has what the method needs; elements
+                without a usable one get a zero gradient.
             cotangent: dℓ/d(point), a named tuple of (B, ·) tensors.
             solver: solves perturbed problems, where the method needs that.
             executor: where the work runs.
@@ -119,10 +120,9 @@ class GradientMethod(ABC):
     @abstractmethod
     def jvp(
         self,
-        problem: Any,
-        solution: Any,
+        solution: AnySolution,
         tangent: Any,
-        solver: Solver,
+        solver: AnySolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
         """The change of the solution along a tangent of the data: forward mode.
@@ -134,11 +134,11 @@ class GradientMethod(ABC):
             The tangent of the point, (B, ·) each, and the record.
         """
 
-    def is_differentiable(self, problem: Any) -> bool:
+    def is_differentiable(self, problem: AnyProblem) -> bool:
         """Whether there is a :meth:`differentiable_vjp` for this problem."""
         return False
 
-    def differentiable_vjp(self, solution: Any, data: Any, outputs: Any, cotangent: Any) -> Any:
+    def differentiable_vjp(self, solution: AnySolution, data: Any, outputs: Any, cotangent: Any) -> Any:
         """The gradient of :meth:`vjp` by differentiable operations, for second derivatives.
 
         Args:
@@ -166,26 +166,24 @@ _CAPABILITIES = {
 }
 
 
-def check_compatible(method: GradientMethod, problems: Any, noun: str | None = None) -> None:
-    """Refuse a method that needs what a class of problems has not, when a layer is built.
+def check_compatible(method: GradientMethod, traits: Traits) -> None:
+    """Refuse a method that needs what problems have not, when a layer is built.
 
     Args:
         method: the gradient method.
-        problems: what declares the capabilities of the problems to come: their class, or the structure they share.
-        noun: what the message calls them; None is the name of their class.
+        traits: of the problems to come.
 
     Raises:
         TypeError: with what is missing.
     """
     wanted = {name: text for name, text in _CAPABILITIES.items() if name in method.required}
-    missing = [text for name, text in wanted.items() if not getattr(problems, name, False)]
+    missing = [text for name, text in wanted.items() if not getattr(traits, name)]
     if missing:
-        noun = noun or f"a {problems.__name__}"
-        advice = "" if problems.has_kkt else "; use lpgd.LPGD(tau=...) or lpgd.BlackboxBackprop(tau=...)"
-        raise TypeError(f"{method} needs {' and '.join(missing)}, which {noun} does not have{advice}.")
+        advice = "" if traits.has_kkt else "; use lpgd.LPGD(tau=...) or lpgd.BlackboxBackprop(tau=...)"
+        raise TypeError(f"{method} needs {' and '.join(missing)}, which {traits.noun} does not have{advice}.")
 
 
-def relevant_elements(solution: Solution, vectors: Sequence[Tensor]) -> list[int]:
+def relevant_elements(solution: AnySolution, vectors: Iterable[Tensor]) -> list[int]:
     """Elements that have a solution and a nonzero row in one of ``vectors``."""
     parts = [vector for vector in vectors if vector.shape[-1]]
     # Most cotangents are dense, which their first column tells without a look at the others.

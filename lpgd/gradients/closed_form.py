@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit.method import ImplicitKKT
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.solution import NodeSolution
-from lpgd.solvers.base import Solver
+from lpgd.problems.solution import AnyProblem, AnySolution
+from lpgd.solvers.base import AnySolver
 from lpgd.status import SolverError, describe_failures
 
 __all__ = ["ClosedForm", "by_formula"]
@@ -31,52 +32,54 @@ class ClosedForm(GradientMethod):
 
     def vjp(
         self,
-        problem: NodeProblem,
-        solution: NodeSolution,
+        solution: AnySolution,
         cotangent: Any,
-        solver: Solver,
+        solver: AnySolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
+        problem = cast(NodeProblem, solution.problem)
         info = GradientInfo.blank(self, solution)
         active = relevant_elements(solution, cotangent)
         if not active:
             return problem.zero_gradient(), info
-        gradient = by_formula(problem.node.vjp, problem, solution, cotangent.x, active)
+        gradient = by_formula(problem.node.vjp, cast(NodeSolution, solution), cotangent.x, active)
         if gradient is None:
-            return ImplicitKKT().vjp(problem, solution, cotangent, solver, executor)
+            return ImplicitKKT().vjp(solution, cotangent, solver, executor)
         for element in active:
             info.used[element] = "closed form"
         return gradient, info
 
     def jvp(
         self,
-        problem: NodeProblem,
-        solution: NodeSolution,
+        solution: AnySolution,
         tangent: Any,
-        solver: Solver,
+        solver: AnySolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
-        if not problem.node.has_kkt:
+        traits = solution.problem.traits
+        if not traits.has_kkt:
             raise TypeError(
-                f"{problem.node.name} has no optimality conditions that could be differentiated in forward mode: "
+                f"{traits.noun} has no optimality conditions that could be differentiated in forward mode: "
                 "use reverse mode, or LPGD."
             )
-        return ImplicitKKT().jvp(problem, solution, tangent, solver, executor)
+        return ImplicitKKT().jvp(solution, tangent, solver, executor)
 
-    def is_differentiable(self, problem: Any) -> bool:
+    def is_differentiable(self, problem: AnyProblem) -> bool:
         return True
 
-    def differentiable_vjp(self, solution: NodeSolution, data: Any, outputs: Any, cotangent: Any) -> Any:
+    def differentiable_vjp(self, solution: AnySolution, data: Any, outputs: Any, cotangent: Any) -> Any:
         """The node's formula from its inputs and its solution alone."""
-        own = solution.traced(data, outputs)
+        own = cast(NodeSolution, solution).traced(data, outputs)
         elements = own.usable.nonzero()[:, 0].tolist()
-        gradient = by_formula(own.problem.node.vjp, own.problem, own, cotangent.x, elements)
+        node = own.problem.node
+        gradient = by_formula(
+            lambda inputs, y, cotangent, _: node.differentiable_vjp(inputs, y, cotangent), own, cotangent.x, elements
+        )
         return ImplicitKKT().differentiable_vjp(solution, data, outputs, cotangent) if gradient is None else gradient
 
 
 def by_formula(
     formula: Callable[..., Sequence[Tensor | None] | None],
-    problem: NodeProblem,
     solution: NodeSolution,
     cotangent: Tensor,
     active: list[int],
@@ -87,10 +90,12 @@ def by_formula(
         SolverError: the formula does not hold for some elements, by their places in the batch.
         ValueError: it answers another number of gradients than there are inputs.
     """
-    part, own, g, node = problem, solution, cotangent, problem.node
+    problem, own, g = solution.problem, solution, cotangent
+    node = problem.node
     if len(active) < problem.batch_size:
-        part, own = problem.select(active), solution.select(active)
+        own = solution.select(active)
         g = g[torch.as_tensor(active, dtype=torch.int64, device=problem.device)]
+    part = own.problem
     try:
         answer = formula(tuple(part.data), part.shaped(own.x), part.shaped(g), own.aux)
     except SolverError as error:
@@ -110,5 +115,5 @@ def by_formula(
             f"({', '.join(problem.data._fields)})."
         )
     rows = (datum.new_zeros(datum.shape) if row is None else row for datum, row in zip(part.data, answer, strict=True))
-    gradient = type(problem.data)(*rows)
+    gradient = problem.data._make(rows)
     return gradient if part is problem else problem.scatter(active, gradient)

@@ -7,18 +7,21 @@ Networks.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+from torch import Tensor
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.closed_form import ClosedForm, by_formula
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.solution import NodeSolution
 from lpgd.problems.node.structure import NodePoint
-from lpgd.solvers.base import Solver
+from lpgd.problems.solution import AnySolution
+from lpgd.solvers.base import AnySolver
 from lpgd.solvers.node.bordered import bordered_response
 from lpgd.status import warn
 
@@ -49,26 +52,27 @@ class IgnoreConstraints(GradientMethod):
 
     def vjp(
         self,
-        problem: NodeProblem,
-        solution: NodeSolution,
+        solution: AnySolution,
         cotangent: Any,
-        solver: Solver,
+        solver: AnySolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
+        solution = cast(NodeSolution, solution)
+        problem = solution.problem
         info = GradientInfo.blank(self, solution)
         active = relevant_elements(solution, cotangent)
         gradient = problem.zero_gradient()
         formula = problem.node.vjp_ignoring_constraints
-        closed = by_formula(formula, problem, solution, cotangent.x, active) if active else None
+        closed = by_formula(formula, solution, cotangent.x, active) if active else None
         if closed is not None:
             gradient = closed
             for element in active:
                 info.used[element] = "constraints ignored"
         elif active:
-            change, part = self._change(problem, solution, cotangent.x, active, info)
+            change, part = self._change(solution, cotangent.x, active, info)
             gradient = problem.scatter(active, part.directional_gradient(_alone(solution.x[active]), change))
         if self.descent_test:
-            exact, _ = ClosedForm().vjp(problem, solution, cotangent, solver, executor)
+            exact, _ = ClosedForm().vjp(solution, cotangent, solver, executor)
             products = [
                 (a * b).reshape(a.shape[0], math.prod(a.shape[1:])).sum(-1)
                 for a, b in zip(exact, gradient, strict=True)
@@ -78,29 +82,29 @@ class IgnoreConstraints(GradientMethod):
 
     def jvp(
         self,
-        problem: NodeProblem,
-        solution: NodeSolution,
+        solution: AnySolution,
         tangent: Any,
-        solver: Solver,
+        solver: AnySolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
+        solution = cast(NodeSolution, solution)
         info = GradientInfo.blank(self, solution)
         elements = [index for index, usable in enumerate(solution.usable.tolist()) if usable]
         change = torch.zeros_like(solution.x)
         if elements:
-            rows = type(tangent)(*(part[elements] for part in tangent))
-            slope = problem.select(elements).mixed_product(_alone(solution.x[elements]), rows).x
+            rows = tangent._make(part[elements] for part in tangent)
+            slope = solution.problem.select(elements).mixed_product(_alone(solution.x[elements]), rows).x
             whole = torch.zeros_like(solution.x)
             whole[elements] = slope
-            response, _ = self._change(problem, solution, whole, elements, info)
+            response, _ = self._change(solution, whole, elements, info)
             change[elements] = response.x
         return _alone(change), info
 
     def _change(
-        self, problem: NodeProblem, solution: NodeSolution, tilt: Any, elements: list[int], info: GradientInfo
+        self, solution: NodeSolution, tilt: Tensor, elements: list[int], info: GradientInfo
     ) -> tuple[NodePoint, _Unconstrained]:
         """The change of the unconstrained minimisers under a tilt, and their problem."""
-        part = _Unconstrained.of(problem.select(elements))
+        part = _Unconstrained.of(solution.problem.select(elements))
         point = _alone(solution.x[elements])
         response, regular = bordered_response(
             part, point, _alone(tilt[elements]), point.lam > 0, matrix_free=self.matrix_free
@@ -124,9 +128,9 @@ class _Unconstrained(NodeProblem):
     def of(cls, problem: NodeProblem) -> _Unconstrained:
         return cls(problem.structure, problem.data, problem.batch_size)
 
-    def constraints(self, x: Any, data: Any = None) -> tuple[Any, Any]:
+    def constraints(self, x: Tensor, data: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         return x.new_zeros(x.shape[0], 0), x.new_zeros(x.shape[0], 0)
 
 
-def _alone(x: Any) -> NodePoint:
+def _alone(x: Tensor) -> NodePoint:
     return NodePoint(x, x.new_zeros(x.shape[0], 0), x.new_zeros(x.shape[0], 0))

@@ -28,7 +28,8 @@ from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit.method import ImplicitKKT
 from lpgd.gradients.perturbed import Envelope, Perturbed, perturb
 from lpgd.gradients.small_steps import check_small_steps, is_doubtful
-from lpgd.solvers.base import Solver
+from lpgd.problems.solution import AnySolution
+from lpgd.solvers.base import AnySolver
 from lpgd.status import SolverError, warn
 
 __all__ = ["LPGD"]
@@ -84,42 +85,41 @@ class LPGD(GradientMethod):
 
     def vjp(
         self,
-        problem: Any,
-        solution: Any,
+        solution: AnySolution,
         cotangent: Any,
-        solver: Solver,
+        solver: AnySolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
-        pair = _Perturbed(self, problem, solution, cotangent, solver, executor)
+        problem = solution.problem
+        pair = _Perturbed(self, solution, cotangent, solver, executor)
         gradient = problem.zero_gradient()
         if pair.elements:
             part = pair.problem.gradient_difference(pair.plus, pair.minus, pair.weight)
             gradient = part if pair.is_whole else problem.scatter(pair.elements, part)
         if pair.unsolved:
-            part, info = pair.fallback().vjp(problem, solution, pair.of_unsolved(cotangent), solver, executor)
+            part, info = pair.fallback().vjp(solution, pair.of_unsolved(cotangent), solver, executor)
             pair.record_fallback(info)
-            gradient = type(gradient)(*(a + b for a, b in zip(gradient, part, strict=True)))
+            gradient = gradient._make(a + b for a, b in zip(gradient, part, strict=True))
         if self.tau is None and pair.is_still(cotangent):
             pair.info.notices["q"] = _ZERO_GRADIENT
         return gradient, pair.info
 
     def jvp(
         self,
-        problem: Any,
-        solution: Any,
+        solution: AnySolution,
         tangent: Any,
-        solver: Solver,
+        solver: AnySolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
-        point = solution.point
+        problem, point = solution.problem, solution.point
         direction = problem.mixed_product(point, tangent)
-        pair = _Perturbed(self, problem, solution, direction, solver, executor)
-        change = type(point)(*(torch.zeros_like(part) for part in point))
+        pair = _Perturbed(self, solution, direction, solver, executor)
+        change = point._make(torch.zeros_like(part) for part in point)
         index = torch.as_tensor(pair.elements, device=problem.device, dtype=torch.int64)
         for whole, part in zip(change, pair.plus.minus(pair.minus).scaled(pair.weight), strict=True):
             whole[index] = part.to(whole.dtype)  # steps are float64
         if pair.unsolved:
-            part, info = pair.fallback().response(problem, solution, pair.of_unsolved(direction), executor)
+            part, info = pair.fallback().response(solution, pair.of_unsolved(direction), executor)
             pair.record_fallback(info)
             for whole, rows in zip(change, part, strict=True):
                 whole[pair.unsolved] = rows[pair.unsolved]
@@ -142,32 +142,30 @@ class _Perturbed:
     def __init__(
         self,
         method: LPGD,
-        problem: Any,
-        solution: Any,
+        solution: AnySolution,
         cotangent: Any,
-        solver: Solver,
+        solver: AnySolver,
         executor: Executor | None,
     ) -> None:
-        self.method, self.whole = method, problem
+        self.method, self.whole = method, solution.problem
         self.info = _blank(method, solution)
         active = relevant_elements(solution, cotangent)
-        if len(active) < problem.batch_size:
-            index = torch.as_tensor(active, dtype=torch.int64, device=problem.device)
-            problem, solution, cotangent = problem.select(active), solution.select(active), cotangent.select(index)
+        if len(active) < solution.batch_size:
+            index = torch.as_tensor(active, dtype=torch.int64, device=self.whole.device)
+            solution, cotangent = solution.select(active), cotangent.select(index)
+        problem = solution.problem
         self.elements, self.unsolved, self.lost, self.problem = active, [], set(), problem
         self.plus, self.minus, self.weight = solution.point, solution.point, solution.x.new_zeros(len(active))
         if not active:
             return
         steps = None if method.tau is None else method.steps(method.tau, cotangent)
-        found = perturb(
-            problem, solution, cotangent, solver, executor, envelope=method.envelope, rho=method.rho, steps=steps
-        )
+        found = perturb(solution, cotangent, solver, executor, envelope=method.envelope, rho=method.rho, steps=steps)
         self.still = ~found.moved
         _record(self.info, active, found)
         keep = found.above | found.below
         doubtful = is_doubtful(method, problem, cotangent, found)
         if bool(doubtful.any()):
-            lost = check_small_steps(method, problem, solution, cotangent, found, active, executor, self.info, doubtful)
+            lost = check_small_steps(method, solution, cotangent, found, active, executor, self.info, doubtful)
             keep = keep & ~lost
             self.lost = {active[row] for row in lost.nonzero()[:, 0].tolist()}
         self.weight = torch.where(keep, 1.0 / (found.tau * (found.above.double() + found.below.double()).clamp(1)), 0.0)
@@ -185,7 +183,7 @@ class _Perturbed:
 
     def is_still(self, cotangent: Any) -> bool:
         """Whether there were perturbed solutions of a linear program, and none moved that could have."""
-        if not self.elements or self.unsolved or not self.whole.is_linear_program or not bool(self.still.all()):
+        if not self.elements or self.unsolved or not self.whole.traits.is_linear_program or not bool(self.still.all()):
             return False
         return bool(self.whole.would_move(cotangent)[self.elements].any())
 
@@ -195,7 +193,7 @@ class _Perturbed:
         Raises:
             SolverError: the problem has no optimality conditions to fall back on.
         """
-        if not self.whole.has_kkt:
+        if not self.whole.traits.has_kkt:
             raise SolverError(
                 f"{self.method}: no perturbed problem of elements {self.unsolved} has a solution, on either side; "
                 "use a smaller tau.",
@@ -210,7 +208,7 @@ class _Perturbed:
         """
         mask = torch.zeros(self.whole.batch_size, 1, dtype=torch.bool, device=self.whole.device)
         mask[self.unsolved] = True
-        return type(cotangent)(*(torch.where(mask, part, 0.0) for part in cotangent))
+        return cotangent._make(torch.where(mask, part, 0.0) for part in cotangent)
 
     def record_fallback(self, info: GradientInfo) -> None:
         """Put on record that the fallback was used, and warn where nothing could be solved."""
@@ -223,7 +221,7 @@ class _Perturbed:
             )
 
 
-def _blank(method: LPGD, solution: Any) -> GradientInfo:
+def _blank(method: LPGD, solution: AnySolution) -> GradientInfo:
     """The record before anything is solved."""
     size = solution.batch_size
     no, unknown = torch.zeros(size, dtype=torch.bool), torch.full((size,), torch.nan)

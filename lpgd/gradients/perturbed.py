@@ -21,9 +21,10 @@ from torch import Tensor
 
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.activity import ActiveSet
-from lpgd.solvers.base import Solver
+from lpgd.problems.solution import AnyProblem, AnySolution
+from lpgd.solvers.base import AnySolver
 
-__all__ = ["Envelope", "Perturbed", "perturb"]
+__all__ = ["Envelope", "Perturbed", "perturb", "solve_tilted"]
 
 Envelope = Literal["average", "lower", "upper"]
 
@@ -85,11 +86,30 @@ class Perturbed:
     iterations: Any
 
 
-def perturb(
-    problem: Any,
-    solution: Any,
+def solve_tilted(
+    problem: AnyProblem,
     cotangent: Any,
-    solver: Solver,
+    steps: Tensor,
+    states: Sequence[Any],
+    solver: AnySolver,
+    executor: Executor | None,
+) -> AnySolution:
+    """The solutions of ``L + step <cotangent, point>``.
+
+    Args:
+        problem: E elements, augmented where ρ > 0.
+        cotangent: (E, ·) each.
+        steps: (k E,) with their signs.
+        states: of a solution of the problem, to start from.
+        solver, executor: who solves them, and where.
+    """
+    return solver.solve(problem.tilt(steps, cotangent), states, executor)
+
+
+def perturb(
+    solution: AnySolution,
+    cotangent: Any,
+    solver: AnySolver,
     executor: Executor | None,
     *,
     envelope: Envelope,
@@ -99,8 +119,7 @@ def perturb(
     """Solve the problem tilted by a cotangent again.
 
     Args:
-        problem: E elements, each with a solution and a nonzero cotangent.
-        solution: theirs.
+        solution: of E elements, each with a solution and a nonzero cotangent.
         cotangent: (E, ·) each.
         solver: solves them again, to a tolerance that fits the step.
         executor: where the work runs.
@@ -108,13 +127,14 @@ def perturb(
         rho: of the augmentation.
         steps: (E,) τ, or None: the root of the relative error of the solutions, in tilt units.
     """
+    problem = solution.problem
     unit = problem.tilt_unit(solution.point, cotangent)
     base_error = error = _error(solution, solver, problem)
     perturbed_solver = _refined(solver, error) if steps is None else _tightened(solver, float((steps / unit).min()))
     if perturbed_solver != solver:
         error = torch.minimum(error, _error(None, perturbed_solver, problem))
     tau = error**0.5 * unit if steps is None else steps
-    augmented = problem.augment(rho, solution.x) if rho else problem
+    augmented = problem.augment(rho, solution.x)
     run = _Run(
         problem, augmented, solution.point, solution.active_set(problem), solution.states, cotangent,
         base_error, error, perturbed_solver, perturbed_solver == solver, executor, envelope,
@@ -127,9 +147,9 @@ def perturb(
     if steps is None:
         run, tau, sides, kinked, unclear = _shortened(run, tau, unit, sides)
     moved = run.moved(sides)
-    if problem.is_local:
+    if problem.traits.is_local:
         jumped = _jumps(run, tau, unit, sides, SMALL_TILT)
-    elif problem.is_continuous and (steps is None or not problem.is_linear_program):
+    elif problem.traits.is_continuous and (steps is None or not problem.traits.is_linear_program):
         # Of a linear program a given step is meant to find other vertices.
         jumped = _jumps(run, tau, unit, sides, TINY_TILT)
     if run.active is not None and run.active.is_vertex and not any(part.any() for part in cotangent[1:]):
@@ -175,15 +195,15 @@ class _Run:
         is_even: whether both were found by the same solver.
     """
 
-    problem: Any
-    augmented: Any
+    problem: AnyProblem
+    augmented: AnyProblem
     base: Any
     active: ActiveSet | None
     states: Sequence[Any]
     cotangent: Any
     base_error: Tensor
     error: Tensor
-    solver: Solver
+    solver: AnySolver
     is_even: bool
     executor: Executor | None
     envelope: Envelope
@@ -218,15 +238,13 @@ class _Run:
     def sides(self, tau: Tensor) -> _Sides:
         """The ends of the steps τ (E,)."""
         signs = _SIDES[self.envelope]
-        tilted = self.augmented.tilt(torch.cat([sign * tau for sign in signs]), self.cotangent)
-        parts = self.solver.solve(tilted, self.states, self.executor).parts(len(signs))
+        parts = self._solved(torch.cat([sign * tau for sign in signs])).parts(len(signs))
         results = dict(zip(signs, parts, strict=True))
         solved = {sign: result.usable for sign, result in results.items()}
         if len(signs) == 1 and not solved[signs[0]].all():
             # The asked-for side has no solution for some elements: try the other one.
             other = -signs[0]
-            tilted = self.augmented.tilt(other * tau, self.cotangent)
-            results[other] = self.solver.solve(tilted, self.states, self.executor)
+            results[other] = self._solved(other * tau)
             solved[other] = results[other].usable & ~solved[signs[0]]
         nothing = torch.zeros(len(tau), dtype=torch.bool, device=tau.device)
         above, below = solved.get(1.0, nothing), solved.get(-1.0, nothing)
@@ -236,7 +254,10 @@ class _Run:
         crossing, apart = self._crossing(results, solved)
         return _Sides(plus, minus, above, below, crossing, apart, self.skew(plus, minus, above & below), iterations)
 
-    def _crossing(self, results: dict[float, Any], solved: dict[float, Tensor]) -> tuple[Tensor, Tensor]:
+    def _solved(self, steps: Tensor) -> AnySolution:
+        return solve_tilted(self.augmented, self.cotangent, steps, self.states, self.solver, self.executor)
+
+    def _crossing(self, results: dict[float, AnySolution], solved: dict[float, Tensor]) -> tuple[Tensor, Tensor]:
         crossing = torch.full_like(self.error, torch.inf)
         if self.active is None:
             return crossing, torch.zeros_like(self.error, dtype=torch.bool)
@@ -244,6 +265,7 @@ class _Run:
         ends = [self.active]
         for sign, result in results.items():
             end = result.active_set(self.problem)
+            assert end is not None, "both ends have an active set, or none"
             if not bool(solved[sign].all()):
                 end = end.where(solved[sign], self.active)
             crossing = torch.minimum(crossing, self.active.crossing(end, noise))
@@ -365,25 +387,25 @@ def _replaced(whole: Any, rows: Tensor, part: Any) -> Any:
     return whole
 
 
-def _error(solution: Any, solver: Solver, problem: Any) -> Tensor:
+def _error(solution: AnySolution | None, solver: AnySolver, problem: AnyProblem) -> Tensor:
     """(E,) the relative error of solutions: what is known of these, else what is typical of the solver."""
-    known = getattr(solution, "known_to", None)
+    known = None if solution is None else solution.known_to
     typical = torch.full((problem.batch_size,), solver.solution_error(problem), dtype=torch.float64)
     typical = typical.to(problem.device)
     return typical if known is None else torch.where(torch.isfinite(known), known.clamp(min=FINEST), typical)
 
 
-def _refined(solver: Solver, error: Tensor) -> Solver:
+def _refined(solver: AnySolver, error: Tensor) -> AnySolver:
     """The solver, two digits tighter where its solutions are much less accurate than its tolerance."""
     if bool((error <= 10 * solver.tolerance).all()):
         return solver
-    return replace(solver, tolerance=min(solver.tolerance, max(0.01 * solver.tolerance, solver.finest_tolerance)))
+    return solver.with_tolerance(0.01 * solver.tolerance)
 
 
-def _tightened(solver: Solver, relative_step: float) -> Solver:
+def _tightened(solver: AnySolver, relative_step: float) -> AnySolver:
     """The solver, as tight as a difference of its solutions needs; by powers of ten, so that workspaces are shared."""
     wanted = ACCURACY * relative_step
     if wanted >= 0.1 * solver.tolerance:  # not worth the set-up of new workspaces
         return solver
     wanted = 10.0 ** math.floor(math.log10(wanted)) if wanted > 0 else 0.0
-    return replace(solver, tolerance=min(solver.tolerance, max(wanted, solver.finest_tolerance)))
+    return solver.with_tolerance(wanted)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from lpgd.gradients.implicit.findings import CURVED
 from lpgd.gradients.implicit.method import ImplicitKKT
 from lpgd.gradients.perturbed import Perturbed
 from lpgd.problems.base import maximum_norm
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.structure import ConicPoint
+from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.convexity import is_definite
 from lpgd.status import silent, warn
 
@@ -34,31 +37,33 @@ ROUGH = 0.1
 """Forces of constraints that differ by more are those of other constraints; by less, it is rounding."""
 
 
-def is_doubtful(method: Any, problem: Any, cotangent: Any, found: Perturbed) -> Tensor:
+def is_doubtful(method: Any, problem: AnyProblem, cotangent: Any, found: Perturbed) -> Tensor:
     """(E,) elements whose small steps are to be checked."""
     return _may_be_singular(method, problem) | _is_faint(method, problem, cotangent, found)
 
 
-def _may_be_singular(method: Any, problem: Any) -> Tensor:
+def _may_be_singular(method: Any, problem: AnyProblem) -> Tensor:
     """(E,) elements whose small steps are to be checked: a definite curvature, and data of order 1, need no look.
 
     Of a linear program a step that was given is meant to find other vertices.
     """
     none = torch.zeros(problem.batch_size, dtype=torch.bool, device=problem.device)
-    if problem.is_curved or problem.conditions != "conic" or not problem.has_kkt or method.rho:
-        return none | problem.is_curved
-    if problem.is_linear_program:
+    traits = problem.traits
+    if traits.is_curved or traits.conditions != "conic" or method.rho:
+        return none | traits.is_curved
+    if traits.is_linear_program:
         return none | (method.tau is None)
-    return ~is_definite(problem) | (method.tau is None and not problem.units.is_trivial)
+    program = cast(ConicProblem, problem)
+    return ~is_definite(program) | (method.tau is None and not program.units.is_trivial)
 
 
-def _is_faint(method: Any, problem: Any, cotangent: Any, found: Perturbed) -> Tensor:
+def _is_faint(method: Any, problem: AnyProblem, cotangent: Any, found: Perturbed) -> Tensor:
     """(E,) elements with a part that a chosen step moves by so little that rounding may show in the difference.
 
     A loss on multipliers that stay as they are makes the step short, and says nothing of how far x moves.
     """
     faint = torch.zeros_like(found.above)
-    if method.tau is not None or problem.conditions != "conic" or not problem.has_kkt:
+    if method.tau is not None or problem.traits.conditions != "conic":
         return faint
     faint |= torch.stack([(part != 0).any(-1) for part in cotangent]).sum(0) > 1
     ends = (problem.in_own_units(point) for point in (found.plus, found.minus))
@@ -70,8 +75,7 @@ def _is_faint(method: Any, problem: Any, cotangent: Any, found: Perturbed) -> Te
 
 def check_small_steps(
     method: Any,
-    problem: Any,
-    solution: Any,
+    solution: AnySolution,
     cotangent: Any,
     found: Perturbed,
     active: list[int],
@@ -91,9 +95,10 @@ def check_small_steps(
     if not rows.shape[0]:
         return lost
     elements = rows.tolist()
-    part, tilts = problem.select(elements), cotangent.select(rows)
+    chosen, tilts = solution.select(elements), cotangent.select(rows)
+    part = cast(ConicProblem, chosen.problem)
     with silent():
-        change, info = ImplicitKKT(rho=method.rho).response(part, solution.select(elements), tilts, executor)
+        change, info = ImplicitKKT(rho=method.rho).response(chosen, tilts, executor)
     count = (found.above.double() + found.below.double()).clamp(min=1)[rows]
     weight = 1.0 / (found.tau[rows] * count)
     moves = found.plus.select(rows).minus(found.minus.select(rows)).scaled(weight)
@@ -103,7 +108,7 @@ def check_small_steps(
         torch.cat([own.x, torch.where(unique, own.y, 0.0)], 1) for own in map(part.in_own_units, (moves, change))
     )
     size = torch.maximum(maximum_norm(step), maximum_norm(exact))
-    floor = 1e-6 * (1.0 + maximum_norm(part.in_own_units(solution.select(elements).point).x)) / found.unit[rows]
+    floor = 1e-6 * (1.0 + maximum_norm(part.in_own_units(chosen.point).x)) / found.unit[rows]
     # A difference of one side alone is off in proportion to its step; one that was given is meant.
     agreement = AGREEMENT if method.tau is None or method.envelope == "average" else ONE_SIDED
     far = maximum_norm(step - exact) > (agreement + 3 * tilt[rows]) * torch.maximum(size, floor)
@@ -119,7 +124,7 @@ def check_small_steps(
     record.doubt = torch.full((len(record.used),), torch.nan, dtype=torch.float64)
     record.doubt[[active[element] for element in elements]] = torch.where(loose, torch.inf, doubt)
     if names := [active[element] for element, singular in zip(elements, loose.tolist(), strict=True) if singular]:
-        if problem.is_curved:
+        if part.traits.is_curved:
             warn(f"{method}: the multipliers of elements {names[:10]} {CURVED}")
         else:
             warn(f"{method}: the optimality conditions of elements {names[:10]} {_SINGULAR}")
@@ -143,7 +148,7 @@ def _differ(step: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
     return torch.stack(parts).any(0)
 
 
-def _is_rough(problem: Any, step: Any, exact: Any) -> Tensor:
+def _is_rough(problem: ConicProblem, step: ConicPoint, exact: ConicPoint) -> Tensor:
     """(E,) whether a step is near the exact one, and not quite there, where multipliers are not unique.
 
     Those of rows that depend on each other are the solver's choice; the force Aᵀy of all rows together is not.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from functools import partial
-from typing import Any, ClassVar, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,11 +15,13 @@ from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
 from lpgd.layers.inputs import Batch
 from lpgd.layers.standard_options import StandardOptions
+from lpgd.problems.base import Structure, Traits
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
-from lpgd.problems.solution import Solution
-from lpgd.solvers import Choice, ConicSolver, Situation, Solver, choose_solver
+from lpgd.problems.solution import AnyProblem, AnySolution, Solution
+from lpgd.solvers import Choice, ConicSolver, Situation, choose_solver
+from lpgd.solvers.base import AnySolver
 
 __all__ = ["BaseLayer", "LayerOutput", "OptimizationLayer", "Recorded", "WarmStart"]
 
@@ -41,7 +42,7 @@ class LayerOutput(tuple[Tensor, ...], Recorded):
     """The tensors a layer returns, as a plain tuple, with the record of the call beside them."""
 
 
-WarmStart = bool | Recorded | Solution
+WarmStart = bool | Recorded | AnySolution
 
 
 class BaseLayer(torch.nn.Module):
@@ -50,8 +51,6 @@ class BaseLayer(torch.nn.Module):
     Args:
         gradient, on_error, executor: see the layers.
     """
-
-    problem_class: ClassVar[type[Any]]
 
     def __init__(self, gradient: GradientMethod, on_error: OnError, executor: Executor | None) -> None:
         super().__init__()
@@ -76,49 +75,38 @@ class BaseLayer(torch.nn.Module):
         self._check_gradient(method)
         self._gradient = method
 
+    def _traits(self) -> Traits:
+        """What the problems of the calls to come can do."""
+        raise NotImplementedError
+
     def _check_gradient(self, method: GradientMethod) -> None:
-        check_compatible(method, self.problem_class)
+        check_compatible(method, self._traits())
 
     def _differentiable(
-        self,
-        data: Any,
-        make: Callable[[Any], Any],
-        structure: Any,
-        batch: Batch,
-        call: CallOptions,
-        warm_start: WarmStart,
+        self, problem: AnyProblem, batch: Batch, call: CallOptions, warm_start: WarmStart
     ) -> tuple[Any, CallInfo]:
-        """Solve a batch, differentiably: the point and the record."""
+        """Solve a batch, differentiably: the outputs and the record."""
         info = CallInfo(choice=call.choice)
-        point = solve(
-            data,
-            make,
+        outputs = solve(
+            problem,
             solver=call.solver,
             gradient=call.gradient,
             on_error=self.on_error,
             executor=call.executor,
-            states=self._states(warm_start, structure, batch),
+            states=self._states(warm_start, problem.structure, batch),
             info=info,
         )
-        self._remember(structure, batch, info.solution, call.solver)
-        return point, info
+        self._remember(info.solution, batch, call.solver)
+        return outputs, info
 
-    def _plain(
-        self,
-        data: Any,
-        make: Callable[[Any], Any],
-        structure: Any,
-        batch: Batch,
-        call: CallOptions,
-        warm_start: WarmStart,
-    ) -> Any:
+    def _plain(self, problem: AnyProblem, batch: Batch, call: CallOptions, warm_start: WarmStart) -> Any:
         """Solve a batch: the solver's whole answer."""
-        problem = make(type(data)(*(datum.detach() for datum in data)))
-        solution = call.solver.solve(problem, self._states(warm_start, structure, batch), call.executor)
-        self._remember(structure, batch, solution, call.solver)
+        problem = problem.with_data(problem.data._make(datum.detach() for datum in problem.data))
+        solution = call.solver.solve(problem, self._states(warm_start, problem.structure, batch), call.executor)
+        self._remember(solution, batch, call.solver)
         return solution
 
-    def _states(self, warm_start: WarmStart, structure: Any, batch: Batch) -> Sequence[Any]:
+    def _states(self, warm_start: WarmStart, structure: Structure, batch: Batch) -> Sequence[Any]:
         if warm_start is False:
             return ()
         if warm_start is True:
@@ -137,9 +125,9 @@ class BaseLayer(torch.nn.Module):
             )
         return previous.states
 
-    def _remember(self, structure: Any, batch: Batch, solution: Solution, solver: Solver) -> None:
+    def _remember(self, solution: AnySolution, batch: Batch, solver: AnySolver) -> None:
         if solver.takes_states:
-            self._last.states = (structure.digest, batch.batch_shape, solution.states)
+            self._last.states = (solution.problem.structure.digest, batch.batch_shape, solution.states)
 
     def __getstate__(self) -> dict[str, Any]:
         """Threads and their last results stay behind; a copy runs on the default executor unless it was serial."""
@@ -157,7 +145,7 @@ class BaseLayer(torch.nn.Module):
 class CallOptions(NamedTuple):
     """How one call is solved and differentiated."""
 
-    solver: Solver
+    solver: AnySolver
     executor: Executor | None
     gradient: GradientMethod
     choice: object
@@ -170,10 +158,10 @@ def _exact(structure: ConicStructure) -> GradientMethod:
     Raises:
         ValueError: there is no exact gradient.
     """
-    if not structure.has_kkt:
+    if not structure.traits.has_kkt:
         raise ValueError(
-            f"gradient is None, but {structure.noun} has no exact gradient that teaches (its solutions jump or stay): "
-            "give gradient=lpgd.LPGD(tau=...) or lpgd.BlackboxBackprop(tau=...)."
+            f"gradient is None, but {structure.traits.noun} has no exact gradient that teaches (its solutions jump or "
+            "stay): give gradient=lpgd.LPGD(tau=...) or lpgd.BlackboxBackprop(tau=...)."
         )
     return ImplicitKKT()
 
@@ -187,8 +175,6 @@ class OptimizationLayer(BaseLayer):
             chosen for the structure of each call.
         solver, gradient, solver_args, on_error, executor, verbose: see the layers.
     """
-
-    problem_class = ConicProblem
 
     def __init__(
         self,
@@ -208,8 +194,8 @@ class OptimizationLayer(BaseLayer):
         options = {"verbose": True, **standard.options} if verbose else standard.options
         self._set_solver(solver if solver is not None else standard.solver, options)
 
-    def _check_gradient(self, method: GradientMethod) -> None:
-        check_compatible(method, self._example, self._example.noun)
+    def _traits(self) -> Traits:
+        return self._example.traits
 
     @property
     def solver(self) -> ConicSolver | None:
@@ -241,8 +227,7 @@ class OptimizationLayer(BaseLayer):
     ) -> tuple[ConicPoint, CallInfo]:
         """Solve a batch, differentiably."""
         call = self._call_options(structure, solver_args, data.q.device)
-        make = partial(ConicProblem, structure, batch_size=batch.batch_size)
-        return self._differentiable(data, make, structure, batch, call, warm_start)
+        return self._differentiable(ConicProblem(structure, data, batch.batch_size), batch, call, warm_start)
 
     def _solution(
         self,
@@ -254,8 +239,7 @@ class OptimizationLayer(BaseLayer):
     ) -> ConicSolution:
         """Solve a batch: the solver's whole answer."""
         call = self._call_options(structure, solver_args, data.q.device)
-        make = partial(ConicProblem, structure, batch_size=batch.batch_size)
-        return self._plain(data, make, structure, batch, call, warm_start)
+        return self._plain(ConicProblem(structure, data, batch.batch_size), batch, call, warm_start)
 
     def _situation(self, device: torch.device | None = None) -> Situation:
         return Situation(device.type if device is not None else "cpu", getattr(self.gradient, "rho", 0.0) > 0)

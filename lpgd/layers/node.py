@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -10,13 +9,14 @@ from torch import Tensor
 
 from lpgd.autograd import OnError
 from lpgd.execution.tasks import SerialExecutor
-from lpgd.gradients import ClosedForm, GradientMethod, check_compatible
+from lpgd.gradients import ClosedForm, GradientMethod
 from lpgd.layers.base import BaseLayer, CallOptions, WarmStart
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.inputs import Batch, Expected, check_inputs
 from lpgd.layers.oracle import TensorOutput, record
 from lpgd.nodes.base import BaseNode
 from lpgd.nodes.user import Node
+from lpgd.problems.base import Traits
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.solution import NodeSolution
 from lpgd.problems.node.structure import NodeStructure, input_class
@@ -51,8 +51,6 @@ class NodeLayer(BaseLayer):
     [DDN] Gould, Hartley, Campbell: Deep Declarative Networks (arXiv 1909.04866).
     """
 
-    problem_class = NodeProblem
-
     def __init__(
         self,
         node: BaseNode,
@@ -78,8 +76,8 @@ class NodeLayer(BaseLayer):
         """How problems are solved."""
         return self._solver
 
-    def _check_gradient(self, method: GradientMethod) -> None:
-        check_compatible(method, self._node, self._node.name)
+    def _traits(self) -> Traits:
+        return NodeStructure(self._node, ()).traits
 
     def extra_repr(self) -> str:
         return f"node={self._node}, gradient={self.gradient}"
@@ -99,10 +97,9 @@ class NodeLayer(BaseLayer):
             SolverError: an element has no solution (``on_error="raise"``).
             ValueError, TypeError: an input has the wrong shape or type.
         """
-        problem = self._problem(inputs)
-        data, make, structure, batch, call = problem
-        point, info = self._differentiable(data, make, structure, batch, call, warm_start)
-        return record(batch.restore(point.x, structure.shape), info, batch)
+        problem, batch, call = self._problem(inputs)
+        outputs, info = self._differentiable(problem, batch, call, warm_start)
+        return record(batch.restore(outputs.x, problem.structure.shape), info, batch)
 
     if TYPE_CHECKING:
 
@@ -117,9 +114,9 @@ class NodeLayer(BaseLayer):
         with torch.no_grad():
             return cast(NodeSolution, self._plain(*self._problem(inputs), warm_start))
 
-    def _problem(self, inputs: tuple[Tensor, ...]) -> tuple[object, partial, NodeStructure, Batch, CallOptions]:
+    def _problem(self, inputs: tuple[Tensor, ...]) -> tuple[NodeProblem, Batch, CallOptions]:
         node = self._node
-        names, ndims = node.input_names, node.input_ndims
+        names, ndims = tuple(node.inputs), tuple(node.inputs.values())
         if len(inputs) != len(names):
             raise ValueError(f"{node.name} takes {len(names)} inputs ({', '.join(names)}); it got {len(inputs)}.")
         for name, tensor in zip(names, inputs, strict=True):
@@ -134,11 +131,9 @@ class NodeLayer(BaseLayer):
         batch = check_inputs(expected, arranged)
         structure = NodeStructure(node, tuple(cast("tuple[int, ...]", item.shape) for item in expected))
         _ = structure.shape  # where the node refuses shapes that do not fit together
-        data = input_class(tuple(names))(
-            *(_rows(batch, tensor, ndim) for tensor, ndim in zip(arranged, ndims, strict=True))
-        )
-        make = partial(NodeProblem, structure, batch_size=batch.batch_size)
-        return data, make, structure, batch, CallOptions(self._solver, None, self.gradient, self._choice(structure))
+        data = input_class(names)(*(_rows(batch, tensor, ndim) for tensor, ndim in zip(arranged, ndims, strict=True)))
+        problem = NodeProblem(structure, data, batch.batch_size)
+        return problem, batch, CallOptions(self._solver, None, self.gradient, self._choice(structure))
 
     def _choice(self, structure: NodeStructure) -> str:
         """Which solver solves problems of this structure, and why."""

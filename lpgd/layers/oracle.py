@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
@@ -14,6 +13,7 @@ from lpgd.autograd import CallInfo, OnError
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import BaseLayer, CallOptions, Recorded, WarmStart
 from lpgd.layers.inputs import Batch, Expected, check_inputs
+from lpgd.problems.base import Traits
 from lpgd.problems.linear import LinearData, LinearProblem, LinearSolution, LinearStructure
 from lpgd.solvers.oracle import Oracle
 
@@ -47,7 +47,6 @@ class OracleLayer(BaseLayer):
         gradient, on_error, executor: see the layers.
     """
 
-    problem_class = LinearProblem
     _oracle: Oracle
     _choice: ClassVar[str] = "the function that was given."
     ndim: int | None
@@ -74,6 +73,9 @@ class OracleLayer(BaseLayer):
     def solver(self) -> Oracle:
         """The callable, and how it is called."""
         return self._oracle
+
+    def _traits(self) -> Traits:
+        return LinearStructure(()).traits
 
     def _check_gradient(self, method: GradientMethod) -> None:
         super()._check_gradient(method)
@@ -109,10 +111,10 @@ class OracleLayer(BaseLayer):
         """The solver's whole answer, not differentiable."""
         return self._plain(*self._problem(arguments), warm_start)
 
-    def _problem(self, arguments: Arguments) -> tuple[LinearData, Any, LinearStructure, Batch, CallOptions]:
+    def _problem(self, arguments: Arguments) -> tuple[LinearProblem, Batch, CallOptions]:
         c, structure, batch, extra, oracle = arguments
-        make = partial(LinearProblem, structure, batch_size=batch.batch_size, extra=extra)
-        return LinearData(c), make, structure, batch, CallOptions(oracle, self.executor, self.gradient, self._choice)
+        problem = LinearProblem(structure, LinearData(c), batch.batch_size, extra)
+        return problem, batch, CallOptions(oracle, self.executor, self.gradient, self._choice)
 
     @staticmethod
     def _rows(name: str, values: Any, batch: Batch) -> Any:

@@ -16,15 +16,14 @@ data.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lpgd.status import Status
 
-__all__ = ["BaseNode", "NodeAnswer", "Tilt", "is_shared", "is_traced"]
+__all__ = ["BaseNode", "NodeAnswer", "Tilt", "is_shared"]
 
 
 class NodeAnswer(NamedTuple):
@@ -71,26 +70,24 @@ class BaseNode(ABC):
 
     Attributes:
         name: for messages.
-        input_names: names of the inputs, in the order of the call (in a subclass without annotation: it is no option).
-        input_ndims: how many dimensions each input has for one element; all dimensions before them are the batch.
         has_kkt: f, h and g are twice differentiable at solutions, so that optimality conditions can be differentiated.
         domain: what inputs must be beside their shapes, in words; it is part of the message where an element fails.
         is_exact: its solver's answers are solutions; where that is not known, implicit differentiation has a look.
-        can_augment, can_tilt: LPGD may add its terms: by :meth:`solve_tilted`, or by the generic solver.
-        is_continuous, is_smooth: solutions move with small changes, and f, h and g are torch functions: of any node.
     """
 
     name: str
-    input_names: tuple[str, ...]
-    input_ndims: tuple[int, ...]
 
     domain: str = ""
     is_exact: bool = True
-    can_tilt: ClassVar[bool] = True
-    can_augment: ClassVar[bool] = True
     has_kkt: ClassVar[bool] = True
-    is_continuous: ClassVar[bool] = True
-    is_smooth: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def inputs(self) -> Mapping[str, int]:
+        """The names of the inputs, in the order of the call, each with its number of dimensions for one element.
+
+        All dimensions before those are the batch.
+        """
 
     @abstractmethod
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
@@ -147,8 +144,7 @@ class BaseNode(ABC):
 
         Args:
             inputs, y, cotangent: (B, ...) each; y is a solution.
-            aux: what :meth:`solve` left, of these elements; None where the solution comes from elsewhere, and for
-                second derivatives, which differentiate this very function (:func:`is_traced` tells).
+            aux: what :meth:`solve` left, of these elements; None where the solution comes from elsewhere.
 
         Returns:
             One gradient of the shape of each input (None for one that is constant), or None where there is no closed
@@ -156,16 +152,21 @@ class BaseNode(ABC):
         """
         return None
 
+    def differentiable_vjp(
+        self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor
+    ) -> tuple[Tensor | None, ...] | None:
+        """:meth:`vjp` by operations that autograd differentiates, for second derivatives.
+
+        It is a function of inputs, solution and cotangent, which all have a graph.  None leaves it to the optimality
+        conditions.
+        """
+        return self.vjp(inputs, y, cotangent, None)
+
     def vjp_ignoring_constraints(
         self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any
     ) -> tuple[Tensor | None, ...] | None:
         """The closed form of :class:`~lpgd.IgnoreConstraints`, arguments and answer as for :meth:`vjp`."""
         return None
-
-
-def is_traced(*tensors: Tensor) -> bool:
-    """Whether autograd records what is done with one of these, so that it has to be differentiable."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def is_shared(tensor: Tensor) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lpgd.nodes.base import BaseNode, NodeAnswer, is_traced
+from lpgd.nodes.base import BaseNode, NodeAnswer
 from lpgd.status import Status, warn
 
 __all__ = [
@@ -235,8 +236,6 @@ class EigenDecomposition(BaseNode):
     """
 
     name = "eigen decomposition"
-    input_names = ("matrix",)
-    input_ndims = (2,)
 
     k: int | None = None
     largest: bool = True
@@ -245,6 +244,10 @@ class EigenDecomposition(BaseNode):
     def __post_init__(self) -> None:
         if self.k is not None and self.k < 1:
             raise ValueError(f"k is {self.k}; it must be at least 1, or None for all eigenvectors.")
+
+    @property
+    def inputs(self) -> Mapping[str, int]:
+        return {"matrix": 2}
 
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         size = square_size(shapes[0])
@@ -285,8 +288,6 @@ class EigenDecomposition(BaseNode):
         return nu, nu[:, :0]
 
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
-        if is_traced(inputs[0], y, cotangent):
-            return (eigen_vjp_differentiable(inputs[0], y, cotangent, self._tolerance(inputs[0])),)
         spectrum = self._spectrum(inputs[0], y) if aux is None else Spectrum(*aux)
         gradient, ambiguous = eigen_vjp(spectrum, cotangent, self._tolerance(inputs[0]))
         if ambiguous.any():
@@ -297,6 +298,9 @@ class EigenDecomposition(BaseNode):
                 "leaves these pairs out."
             )
         return (gradient,)
+
+    def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        return (eigen_vjp_differentiable(inputs[0], y, cotangent, self._tolerance(inputs[0])),)
 
     def vjp_ignoring_constraints(
         self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any

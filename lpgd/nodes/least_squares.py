@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, is_shared, is_traced
+from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, is_shared
 from lpgd.status import Status
 
 __all__ = ["LeastSquares", "Regression", "differentiate_least_squares", "solve_least_squares"]
@@ -87,12 +88,12 @@ def differentiate_least_squares(
     Returns:
         Gradients for the design (B, m, n), targets (B, m, k), weights (B, m) and penalty (B, n).
     """
+    return _outer_products(data, y, _inverse_product(R, cotangent))
+
+
+def _outer_products(data: Regression, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients from the response s (B, n, k)."""
     design, targets, weights, _ = data
-    s = _inverse_product(R, cotangent)
-    if is_traced(*(part for part in (*data, cotangent) if part is not None)):
-        # One step of refinement with a constant R: nothing in value, and the derivative of (DᵀWD + diag p) s = v.
-        product = _normal_product(data, s.detach())
-        s = s.detach() + _inverse_product(R.detach(), cotangent - product)
     moved, residual = design @ s, targets - design @ y
     for_weights = (residual * moved).sum(-1)
     if weights is not None:
@@ -165,17 +166,14 @@ class LeastSquares(BaseNode):
 
     name = "LeastSquares"
     domain = "Here A must have independent columns, or ridge be positive; weights and ridge must not be negative."
-    input_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
-    input_ndims: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        inputs = [("A", 2), ("b", 2 if self.columns else 1)]
-        inputs += [("weights", 1)] * self.weighted + [("ridge", 0)] * self.ridge
-        object.__setattr__(self, "input_names", tuple(name for name, _ in inputs))
-        object.__setattr__(self, "input_ndims", tuple(ndim for _, ndim in inputs))
+    @property
+    def inputs(self) -> Mapping[str, int]:
+        named = {"A": 2, "b": 2 if self.columns else 1}
+        return named | ({"weights": 1} if self.weighted else {}) | ({"ridge": 0} if self.ridge else {})
 
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
-        named = dict(zip(self.input_names, shapes, strict=True))
+        named = dict(zip(self.inputs, shapes, strict=True))
         m, n = named["A"]
         for name in ("b", "weights"):
             if name in named and named[name][0] != m:
@@ -208,15 +206,31 @@ class LeastSquares(BaseNode):
     ) -> tuple[Tensor, ...]:
         data = self._regression(inputs)
         R = aux[0] if aux is not None else _factor(data)
-        y, cotangent = (part if self.columns else part[..., None] for part in (y, cotangent))
+        return self._in_inputs(inputs, differentiate_least_squares(data, *self._as_columns(y, cotangent, R)))
+
+    def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
+        data = self._regression(inputs)
+        R = _factor(data)
+        y, R, cotangent = self._as_columns(y, cotangent, R)
+        # One step of refinement with a constant R: nothing in value, and the derivative of (DᵀWD + diag p) s = v.
+        s = _inverse_product(R, cotangent).detach()
+        s = s + _inverse_product(R, cotangent - _normal_product(data, s))
+        return self._in_inputs(inputs, _outer_products(data, y, s))
+
+    def _as_columns(self, y: Tensor, cotangent: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """y, R and the cotangent, where b is a vector as matrices of one column."""
+        return (y, R, cotangent) if self.columns else (y[..., None], R, cotangent[..., None])
+
+    def _in_inputs(self, inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The gradients of a regression's data as those of the inputs."""
         n = inputs[0].shape[-1]
-        design, targets, weights, penalty = differentiate_least_squares(data, y, R, cotangent)
-        gradients = [design[..., :n], targets if self.columns else targets[..., 0]]
-        gradients += [weights] * self.weighted + [penalty[:, :n].sum(-1)] * self.ridge
-        return tuple(gradients)
+        design, targets, weights, penalty = gradients
+        found = [design[..., :n], targets if self.columns else targets[..., 0]]
+        found += [weights] * self.weighted + [penalty[:, :n].sum(-1)] * self.ridge
+        return tuple(found)
 
     def _named(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        named = dict(zip(self.input_names, inputs, strict=True))
+        named = dict(zip(self.inputs, inputs, strict=True))
         return named["A"], named["b"], named.get("weights"), named.get("ridge")
 
     def _regression(self, inputs: tuple[Tensor, ...], rho: float = 0.0) -> Regression:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -58,12 +59,8 @@ class Projection(BaseNode):
             raise ValueError(f"radius is {self.radius}; it must be positive and finite, or None for an input.")
 
     @property
-    def input_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return ("x",) if self.radius is not None else ("x", "radius")
-
-    @property
-    def input_ndims(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return (1,) if self.radius is not None else (1, 0)
+    def inputs(self) -> Mapping[str, int]:
+        return {"x": 1} if self.radius is not None else {"x": 1, "radius": 0}
 
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         if shapes[0] == (0,):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -150,9 +151,11 @@ class TotalVariationDenoising(BaseNode):
     pass_through: bool = False
 
     name = "TotalVariationDenoising"
-    input_names = ("signal", "weight")
-    input_ndims = (1, 0)
     domain = "Here weight must not be negative."
+
+    @property
+    def inputs(self) -> Mapping[str, int]:
+        return {"signal": 1, "weight": 0}
 
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         if not shapes[0][0]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -71,15 +71,18 @@ class Node(BaseNode):
                 raise TypeError(f"{role} is {function!r}; it must be a function.")
         self._functions, self._solve, self._initial = functions, solve, initial
         self._shape, self._batched = shape, batched
-        self.input_names = _input_names(objective)
-        self.input_ndims = (ndims,) * len(self.input_names) if isinstance(ndims, int) else tuple(ndims)
-        if len(self.input_ndims) != len(self.input_names) or any(ndim < 0 for ndim in self.input_ndims):
-            raise ValueError(
-                f"ndims is {ndims}; the inputs are {', '.join(self.input_names)}: one number of dimensions for each."
-            )
+        names = _input_names(objective)
+        dimensions = (ndims,) * len(names) if isinstance(ndims, int) else tuple(ndims)
+        if len(dimensions) != len(names) or any(ndim < 0 for ndim in dimensions):
+            raise ValueError(f"ndims is {ndims}; the inputs are {', '.join(names)}: one number of dimensions for each.")
+        self._inputs = dict(zip(names, dimensions, strict=True))
         self.name = name or str(getattr(objective, "__name__", type(objective).__name__))
         self.is_exact = solve is None
         self._takes_start = solve is not None and "start" in inspect.signature(solve).parameters
+
+    @property
+    def inputs(self) -> Mapping[str, int]:
+        return self._inputs
 
     @property
     def has_solver(self) -> bool:
@@ -159,7 +162,7 @@ class Node(BaseNode):
         try:
             yield
         except Exception as error:
-            names = (*self.input_names, "y")
+            names = (*self.inputs, "y")
             given = ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(names, shapes, strict=False))
             whole = self._batched and role != "shape"
             error.add_note(
@@ -255,7 +258,7 @@ class Node(BaseNode):
         """
         row = tuple(
             tensor.detach()[(0,) * (tensor.ndim - ndim)]
-            for tensor, ndim in zip(inputs, self.input_ndims, strict=True)
+            for tensor, ndim in zip(inputs, self.inputs.values(), strict=True)
             if tensor.ndim >= ndim
         )
         if len(row) < len(inputs):

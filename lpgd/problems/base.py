@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Protocol, Self, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, Self, SupportsIndex, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["Centered", "PointOperations", "Problem", "is_surely_finite", "maximum_norm", "sum_of_quadratics"]
+__all__ = [
+    "Centered",
+    "Data",
+    "DataT",
+    "Point",
+    "PointOperations",
+    "PointT",
+    "Problem",
+    "Structure",
+    "Traits",
+    "is_surely_finite",
+    "maximum_norm",
+    "sum_of_quadratics",
+]
 
 
 def is_surely_finite(tensor: Tensor) -> bool:
@@ -34,6 +47,45 @@ def sum_of_quadratics(rho: float, center: Tensor | None, more: float, other: Ten
     return rho + more, (rho * center + more * other) / (rho + more)
 
 
+class Data(Protocol):
+    """A named tuple of tensors: the data of a batch of problems, a gradient or a tangent of them, or outputs."""
+
+    @property
+    def _fields(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+    def __getitem__(self, index: SupportsIndex, /) -> Tensor: ...
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def _make(cls, iterable: Iterable[Any], /) -> Self: ...
+
+
+class Point(Data, Protocol):
+    """A named tuple of tensors (B, ·) whose first is the primal ``x``; also a cotangent or a tangent of it."""
+
+    @property
+    def x(self) -> Tensor: ...
+
+    def select(self, elements: Tensor) -> Self: ...
+
+    def where(self, chosen: Tensor, other: Self) -> Self: ...
+
+    def scaled(self, weight: Tensor) -> Self: ...
+
+    def minus(self, other: Self) -> Self: ...
+
+    def largest(self) -> Tensor: ...
+
+
+DataT = TypeVar("DataT", bound=Data)
+PointT = TypeVar("PointT", bound=Point)
+
+
 class PointOperations:
     """What points of every class of problems can do: a mixin of named tuples of tensors (B, ·)."""
 
@@ -45,7 +97,7 @@ class PointOperations:
 
     def where(self, chosen: Tensor, other: Self) -> Self:
         """This point for the elements ``chosen`` (B,), the other one elsewhere."""
-        return self._each(lambda part, own: torch.where(chosen[:, None], part, own), other)
+        return self._each(lambda part, there: torch.where(chosen[:, None], part, there), other)
 
     def scaled(self, weight: Tensor) -> Self:
         """Each element times its ``weight`` (B,)."""
@@ -57,12 +109,60 @@ class PointOperations:
 
     def largest(self) -> Tensor:
         """(B,) the largest magnitude of an entry."""
-        parts: Any = self
-        return torch.stack([maximum_norm(part) for part in parts]).amax(0)
+        return torch.stack([maximum_norm(part) for part in cast(Data, self)]).amax(0)
 
-    def _each(self, function: Callable[..., Tensor], *others: Any) -> Self:
-        parts: Any = self
-        return type(self)(*map(function, parts, *others))
+    def _each(self, function: Callable[..., Tensor], *others: Self) -> Self:
+        parts = zip(cast(Data, self), *(cast(Data, other) for other in others), strict=True)
+        return cast(Self, cast(Data, self)._make(function(*part) for part in parts))
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What problems of one structure are and can do: declared there, once, and asked of an instance.
+
+    Attributes:
+        noun: what messages call such a problem.
+        conditions: which optimality conditions it has, for implicit differentiation: ``"conic"``, ``"node"`` or none.
+        can_tilt: it can be solved again after a tilt ``τ <g, z>``.
+        can_augment: it can be solved again with ``(ρ/2) |x - x*|²`` added.
+        is_continuous: small changes of the data can move solutions; those of an integer program jump, or stay.
+        is_smooth: it consists of the smooth functions of a declarative node.
+        is_local: there may be several solutions, of which the solver finds one: another is no response to a tilt.
+        is_curved: there are curved cones, on which solutions move by what multipliers make of the curvature.
+        is_linear_program: solutions are vertices, which small changes of the cost leave where they are.
+    """
+
+    noun: str
+    conditions: Literal["conic", "node", ""] = ""
+    can_tilt: bool = True
+    can_augment: bool = True
+    is_continuous: bool = True
+    is_smooth: bool = False
+    is_local: bool = False
+    is_curved: bool = False
+    is_linear_program: bool = False
+
+    @property
+    def has_kkt(self) -> bool:
+        """Whether there are optimality conditions that can be differentiated."""
+        return bool(self.conditions)
+
+
+class Structure(Protocol):
+    """What is fixed while the data of problems change."""
+
+    @property
+    def digest(self) -> bytes:
+        """A fingerprint: solutions of problems of one fingerprint can start each other."""
+        ...
+
+    @property
+    def summary(self) -> str:
+        """Its sizes in words."""
+        ...
+
+    @property
+    def traits(self) -> Traits: ...
 
 
 class Centered:
@@ -87,12 +187,20 @@ class Centered:
         rho, center = sum_of_quadratics(self.rho, self.center, rho, center)
         return replace(cast(Any, self), rho=rho, center=center)
 
-    def in_own_units(self, point: Any) -> Any:
+    def in_own_units(self, point: PointT) -> PointT:
         """The point itself: all variables have one unit."""
         return point
 
+    def stays_still(self, cotangent: Point, change: Point) -> bool:
+        """No: an exact gradient of zero is expected of linear programs alone."""
+        return False
 
-class Problem(Protocol):
+    def would_move(self, cotangent: Point) -> Tensor:
+        """(B,) yes, as far as is known."""
+        return torch.ones_like(cotangent.x[:, :1], dtype=torch.bool)[:, 0]
+
+
+class Problem(Protocol[DataT, PointT]):
     """A batch of saddle-point problems ``argmin_x max_y L(x, y; w)`` that can tell how it changes.
 
     Points, cotangents and tangents of the solution are one named tuple of tensors (B, ·), whose first field
@@ -100,46 +208,31 @@ class Problem(Protocol):
     """
 
     @property
-    def can_tilt(self) -> bool: ...
+    def structure(self) -> Structure: ...
 
     @property
-    def can_augment(self) -> bool: ...
-
-    @property
-    def has_kkt(self) -> bool: ...
-
-    @property
-    def is_continuous(self) -> bool:
-        """Whether small changes of the data can move solutions; those of an integer program jump, or stay."""
-        ...
-
-    @property
-    def is_curved(self) -> bool:
-        """Whether there are curved cones, on which solutions move by what multipliers make of the curvature."""
-        ...
-
-    @property
-    def is_linear_program(self) -> bool:
-        """Whether solutions are vertices, which small changes of the cost leave where they are."""
-        ...
-
-    @property
-    def conditions(self) -> str:
-        """Which optimality conditions it has, for implicit differentiation: ``"conic"``, ``"node"`` or none."""
-        ...
-
-    @property
-    def is_local(self) -> bool:
-        """Whether there may be several solutions, of which its solver finds one: another is no response to a tilt."""
-        ...
+    def data(self) -> DataT: ...
 
     @property
     def batch_size(self) -> int: ...
 
     @property
+    def traits(self) -> Traits:
+        """What it can do: that of its structure."""
+        ...
+
+    @property
     def device(self) -> torch.device: ...
 
-    def tilt(self, step: Tensor, cotangent: Any) -> Self:
+    def with_data(self, data: DataT) -> Self:
+        """The same problems with other data of the same shapes."""
+        ...
+
+    def objective(self, x: Tensor) -> Tensor:
+        """(B, n) to (B,)."""
+        ...
+
+    def tilt(self, step: Tensor, cotangent: PointT) -> Self:
         """``L + step <cotangent, point>``, for k copies of the batch where ``step`` has k B entries."""
         ...
 
@@ -147,23 +240,27 @@ class Problem(Protocol):
         """``L + (ρ/2) |x - center|²``."""
         ...
 
-    def tilt_unit(self, point: Any, cotangent: Any) -> Tensor:
+    def tilt_unit(self, point: PointT, cotangent: PointT) -> Tensor:
         """(B,) the step that makes a tilt as large as the terms it changes; infinite for a zero cotangent."""
         ...
 
-    def stays_still(self, cotangent: Any, change: Any) -> bool:
+    def stays_still(self, cotangent: PointT, change: PointT) -> bool:
         """Whether an exact gradient of zero is right and teaches nothing: at a vertex that does not move."""
         ...
 
-    def in_own_units(self, point: Any) -> Any:
+    def would_move(self, cotangent: PointT) -> Tensor:
+        """(B,) whether a tilt may change the solution at all."""
+        ...
+
+    def in_own_units(self, point: PointT) -> PointT:
         """A point in units in which its parts can be compared with each other."""
         ...
 
-    def gradient_difference(self, plus: Any, minus: Any, weight: Tensor) -> Any:
+    def gradient_difference(self, plus: PointT, minus: PointT, weight: Tensor) -> DataT:
         """``weight (∇_w L(plus) - ∇_w L(minus))``, summed over elements that share a datum."""
         ...
 
-    def mixed_product(self, point: Any, tangent: Any) -> Any:
+    def mixed_product(self, point: PointT, tangent: DataT) -> PointT:
         """``∇_z <∇_w L(point), tangent>``: the tilt of forward mode."""
         ...
 
@@ -171,10 +268,10 @@ class Problem(Protocol):
         """The batch of these elements."""
         ...
 
-    def scatter(self, elements: Sequence[int], data: Any) -> Any:
+    def scatter(self, elements: Sequence[int], data: DataT) -> DataT:
         """A gradient of the data of ``select(elements)`` as one of this problem's, zero elsewhere."""
         ...
 
-    def zero_gradient(self) -> Any:
+    def zero_gradient(self) -> DataT:
         """A gradient of the data that is zero."""
         ...

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lpgd.problems.base import Centered, PointOperations, maximum_norm
+from lpgd.problems.base import Centered, PointOperations, Traits, maximum_norm
 from lpgd.problems.solution import Solution
 from lpgd.status import Status
 
@@ -71,6 +71,11 @@ class LinearStructure:
         """Its sizes in words."""
         return f"costs of shape {self.shape}"
 
+    @property
+    def traits(self) -> Traits:
+        """What such problems can do: nothing is known of their sets, so that solutions may jump."""
+        return Traits("a linear problem over a set that only its solver knows", is_continuous=False)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LinearProblem(Centered):
@@ -97,15 +102,6 @@ class LinearProblem(Centered):
     rho: float = 0.0
     center: Tensor | None = None
 
-    can_tilt: ClassVar[bool] = True
-    can_augment: ClassVar[bool] = True
-    has_kkt: ClassVar[bool] = False
-    is_continuous: ClassVar[bool] = False
-    is_local: ClassVar[bool] = False
-    is_curved: ClassVar[bool] = False
-    is_linear_program: ClassVar[bool] = False
-    conditions: ClassVar[str] = ""
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.batch_size} elements of {self.structure})"
 
@@ -117,8 +113,16 @@ class LinearProblem(Centered):
             object.__setattr__(self, "rows", tuple(range(self.batch_size)))
 
     @property
+    def traits(self) -> Traits:
+        return self.structure.traits
+
+    @property
     def device(self) -> torch.device:
         return self.data.c.device
+
+    def with_data(self, data: LinearData) -> LinearProblem:
+        """The same problems with other costs."""
+        return replace(self, data=data)
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -192,7 +196,7 @@ class LinearProblem(Centered):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LinearSolution(Solution):
+class LinearSolution(Solution[LinearProblem, LinearPoint]):
     """Solutions of a batch of B linear problems, with one status for each element.
 
     Attributes:

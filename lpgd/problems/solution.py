@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.problems.base import Data, Point, Problem
 from lpgd.status import Status, describe_counts
 
-__all__ = ["Rows", "Solution"]
+if TYPE_CHECKING:
+    from lpgd.problems.conic.activity import ActiveSet
+
+__all__ = ["AnyProblem", "AnySolution", "Rows", "Solution"]
+
+AnyProblem: TypeAlias = Problem[Any, Any]
+"""A problem of any class: its data and its points are of one type, whichever that is."""
+
+ProblemT_co = TypeVar("ProblemT_co", bound=AnyProblem, covariant=True)
+PointT_co = TypeVar("PointT_co", bound=Point, covariant=True)
 
 
 class Rows(Sequence[Tensor]):
@@ -36,7 +46,7 @@ class Rows(Sequence[Tensor]):
         return self.tensor[index]
 
 
-class Solution:
+class Solution(Generic[ProblemT_co, PointT_co]):
     """What the solutions of a batch have in common, whatever the class of problems; subclasses are dataclasses.
 
     Attributes:
@@ -48,7 +58,7 @@ class Solution:
         states: B opaque warm-start states; None where the solver has none.
     """
 
-    problem: Any
+    problem: ProblemT_co
     x: Tensor
     statuses: tuple[Status, ...]
     iterations: NDArray[np.int64]
@@ -62,15 +72,19 @@ class Solution:
     """Names of fields that are tuples, or sequences, with one entry for each element."""
 
     @property
-    def point(self) -> Any:
+    def point(self) -> PointT_co:
         raise TypeError(f"{type(self).__name__} does not say what its point is.")
 
     @property
-    def outputs(self) -> Any:
+    def outputs(self) -> Data:
         """The first parts of the point: what losses see."""
         return self.point
 
-    def active_set(self, units_of: Any) -> Any:
+    def cotangent(self, parts: Iterable[Tensor]) -> PointT_co:
+        """Cotangents of the :attr:`outputs` as one of the point, whose other parts no loss sees."""
+        return self.point._make(parts)
+
+    def active_set(self, units_of: AnyProblem) -> ActiveSet | None:
         """Which constraints are active, in the units of a problem; None where there are none to compare."""
         return None
 
@@ -79,6 +93,8 @@ class Solution:
         """What data must be for there to be a solution, in words, where the class of problems can tell."""
         return ""
 
+    known_to: Tensor | None = None
+    """(B,) how far, relatively, the point is from exact; NaN, or None, where that is not known."""
     asked: str = ""
     """The name of the solver that was asked, where another one may have answered."""
 
@@ -133,3 +149,7 @@ class Solution:
         changes: dict[str, Any] = {name: getattr(self, name)[chosen] for name in self._tensors}
         changes |= {name: tuple(getattr(self, name)[i] for i in chosen) for name in self._tuples}
         return replace(cast(Any, self), problem=self.problem.select(chosen), **changes)
+
+
+AnySolution: TypeAlias = Solution[AnyProblem, Any]
+"""A solution of a problem of any class."""

@@ -9,16 +9,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
+from lpgd.problems.solution import AnySolution
 from lpgd.solvers.posed import Posed, better_lengths, judged, pose
 from lpgd.solvers.rescue import is_settled, merged, settled
 from lpgd.status import MissingPackageError, Status
 
-__all__ = ["Capabilities", "ConicSolver", "Solver", "rescue_by"]
+__all__ = ["AnySolver", "Capabilities", "ConicSolver", "Solver", "rescue_by"]
 
 POLYHEDRAL = frozenset({"zero", "nonnegative"})
 """The cones of linear and quadratic programs."""
@@ -45,8 +46,12 @@ class Capabilities:
     integer: bool = False
 
 
+ProblemT_contra = TypeVar("ProblemT_contra", contravariant=True)
+SolutionT_co = TypeVar("SolutionT_co", covariant=True)
+
+
 @dataclass(frozen=True)
-class Solver(ABC):
+class Solver(ABC, Generic[ProblemT_contra, SolutionT_co]):
     """What a gradient method may ask of a solver, whatever class of problems it solves.
 
     Args:
@@ -67,7 +72,9 @@ class Solver(ABC):
         """Whether a previous state makes a solve cheaper."""
 
     @abstractmethod
-    def solve(self, problem: Any, states: Sequence[Any] = (), executor: Executor | None = None) -> Any:
+    def solve(
+        self, problem: ProblemT_contra, states: Sequence[Any] = (), executor: Executor | None = None
+    ) -> SolutionT_co:
         """Solve every element of a batch.
 
         Args:
@@ -80,13 +87,22 @@ class Solver(ABC):
             A :class:`~lpgd.problems.solution.Solution`.
         """
 
-    def solution_error(self, problem: Any) -> float:
+    def solution_error(self, problem: ProblemT_contra) -> float:
         """How far, relatively, its solutions of such a problem typically are from exact: what steps are chosen by."""
         return self.tolerance
 
+    def with_tolerance(self, tolerance: float) -> Self:
+        """The same solver, asked for at least this accuracy, as far as it can reach it."""
+        tolerance = min(self.tolerance, max(tolerance, self.finest_tolerance))
+        return self if tolerance == self.tolerance else replace(self, tolerance=tolerance)
+
+
+AnySolver: TypeAlias = Solver[Any, AnySolution]
+"""A solver of problems of any class; the layer brings it together with problems of its own."""
+
 
 @dataclass(frozen=True)
-class ConicSolver(Solver):
+class ConicSolver(Solver[ConicProblem, ConicSolution]):
     """What every solver of conic programs offers; subclasses add their options as fields.
 
     Args:
@@ -179,11 +195,12 @@ class ConicSolver(Solver):
     def others(self, structure: ConicStructure) -> tuple[ConicSolver, ...]:
         """Installed solvers to turn to for elements that this one leaves without proof, in order."""
         limit = self.time_limit
-        return tuple(
+        others = (
             kind(time_limit=limit if kind.capabilities.time_limit else None)
             for kind in _RESCUERS
-            if kind is not type(self) and kind.unsupported(structure) is None and kind.is_installed()
+            if kind is not type(self) and kind.is_installed()
         )
+        return tuple(other for other in others if other.unsupported(structure) is None)
 
     @classmethod
     def is_installed(cls) -> bool:
@@ -201,13 +218,12 @@ class ConicSolver(Solver):
         except ImportError as error:
             raise MissingPackageError(f"the solver {cls.name} needs a package: pip install {cls.pip_name}") from error
 
-    @classmethod
-    def unsupported(cls, structure: ConicStructure) -> str | None:
+    def unsupported(self, structure: ConicStructure) -> str | None:
         """Why this solver cannot take problems of this structure, or None."""
-        missing = [f"{kind.replace('_', '-')} cone" for kind in sorted(structure.cones.kinds - cls.capabilities.cones)]
-        if structure.has_integers and not cls.capabilities.integer:
+        missing = [f"{kind.replace('_', '-')} cone" for kind in sorted(structure.cones.kinds - self.capabilities.cones)]
+        if structure.has_integers and not self.capabilities.integer:
             missing.append("integer variables")
-        return f"{cls.name} has no {' and no '.join(missing)}" if missing else None
+        return f"{self.name} has no {' and no '.join(missing)}" if missing else None
 
     @classmethod
     def knows(cls, options: Iterable[str]) -> bool:

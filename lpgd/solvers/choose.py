@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from lpgd.execution.tasks import core_count
@@ -134,12 +135,18 @@ _MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200,
 _DEFAULT_NAMES = {"DIFFCP"}  # the standard layer's own default, which names no solver in particular
 
 
+@cache
+def _default(solver: type[ConicSolver]) -> ConicSolver:
+    """A solver with its default options."""
+    return solver()
+
+
 def available(structure: ConicStructure | None = None) -> tuple[str, ...]:
     """Names of the installed solvers; with a structure, of those that can solve such problems."""
     return tuple(
         solver.name
         for solver in SOLVERS
-        if solver.is_installed() and (structure is None or solver.unsupported(structure) is None)
+        if solver.is_installed() and (structure is None or _default(solver).unsupported(structure) is None)
     )
 
 
@@ -169,11 +176,14 @@ def choose_solver(
     advice = _INTEGER_ADVICE if structure.has_integers else ""
     if chosen is None:
         fitting = [
-            candidate for candidate in preference(structure, situation) if candidate.unsupported(structure) is None
+            candidate
+            for candidate in preference(structure, situation)
+            if _default(candidate).unsupported(structure) is None
         ]
         installed = [candidate for candidate in fitting if candidate.is_installed()]
         if not fitting:
-            raise ValueError("; ".join(str(candidate.unsupported(structure)) for candidate in SOLVERS) + "." + advice)
+            reasons = (str(_default(candidate).unsupported(structure)) for candidate in SOLVERS)
+            raise ValueError("; ".join(reasons) + "." + advice)
         if not installed:
             commands = " or ".join(f"pip install {candidate.pip_name}" for candidate in fitting)
             raise MissingPackageError(f"no installed solver can solve this problem: {commands}")
@@ -210,7 +220,7 @@ class Choice:
             return f"{name}, as asked for."
         missing: list[str] = []
         for candidate, reason in _ranked(self.structure, self.situation):
-            if candidate.unsupported(self.structure) is not None:
+            if _default(candidate).unsupported(self.structure) is not None:
                 continue
             if isinstance(self.solver, candidate):
                 better = f" of those installed (before it come {', '.join(missing)})" if missing else ""

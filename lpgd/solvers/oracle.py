@@ -29,7 +29,7 @@ Array = Any
 
 
 @dataclass(frozen=True)
-class Oracle(Solver):
+class Oracle(Solver[LinearProblem, LinearSolution]):
     """A function from costs to a solution, ``function(costs, *extra)``, for each element of a batch.
 
     It gets copies of arrays, and may do with them what it likes.  What it returns is checked: an answer of another

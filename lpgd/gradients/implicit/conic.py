@@ -29,7 +29,7 @@ from lpgd.gradients.implicit.multipliers import other_multipliers
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
-from lpgd.problems.conic.structure import ConicPoint, ConicStructure
+from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.problems.conic.units import Units
 from lpgd.solvers.interior_point.derivative import is_batchable, kept_response, polyhedral_response
 from lpgd.solvers.kkt.refinement import complementary, optimality_residual, refine
@@ -53,7 +53,6 @@ NOTHING = 1e-7
 
 def response(
     method: Any,
-    problem: ConicProblem,
     solution: ConicSolution,
     tilt: ConicPoint,
     active: Sequence[int],
@@ -64,11 +63,12 @@ def response(
 
     Args:
         method: :class:`~lpgd.ImplicitKKT`, with its ρ.
-        problem, solution, tilt: of B elements.
+        solution, tilt: of B elements.
         active: elements with a solution and a tilt.
         info: the record.
         executor: where the work runs.
     """
+    problem = solution.problem
     change = ConicPoint(*(torch.zeros_like(part) for part in solution.point))
     info.doubt = torch.full((problem.batch_size,), torch.nan, dtype=torch.float64)
     if not active:
@@ -102,9 +102,9 @@ def response(
     return change
 
 
-def in_data(problem: ConicProblem, solution: ConicSolution, change: ConicPoint) -> Any:
+def in_data(solution: ConicSolution, change: ConicPoint) -> ConicData:
     """What a change of the solutions is worth in the data; elements without a solution get zero."""
-    point, usable = solution.point, solution.usable[:, None]
+    problem, point, usable = solution.problem, solution.point, solution.usable[:, None]
     x, y = (torch.where(usable, part, 0.0) for part in (point.x, point.y))
     d_upper = torch.where(point.z > 0, -change.z, 0.0)
     d_lower = torch.where(point.z < 0, -change.z, 0.0)

@@ -8,20 +8,37 @@ problem declares: that of conic programs is in :mod:`lpgd.gradients.implicit.con
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit import conic, node
-from lpgd.solvers.base import Solver
+from lpgd.problems.solution import AnyProblem, AnySolution
+from lpgd.solvers.base import AnySolver
 
 __all__ = ["ImplicitKKT"]
 
-_CLASSES: dict[str, Any] = {"conic": conic, "node": node}
-"""By what a problem declares: modules with ``response``, ``in_data``, and ``differentiable_vjp`` where there is one."""
+
+class _Conditions(NamedTuple):
+    """How the optimality conditions of a class of problems are differentiated; see the modules of these functions."""
+
+    response: Callable[..., Any]
+    in_data: Callable[..., Any]
+    differentiable_vjp: Callable[..., Any] | None = None
+
+
+_CLASSES: dict[str, _Conditions] = {
+    "conic": _Conditions(conic.response, conic.in_data),
+    "node": _Conditions(node.response, node.in_data, node.differentiable_vjp),
+}
+
+
+def _conditions(problem: AnyProblem) -> _Conditions:
+    return _CLASSES[problem.traits.conditions]
 
 
 @dataclass(frozen=True)
@@ -69,46 +86,46 @@ class ImplicitKKT(GradientMethod):
 
     def vjp(
         self,
-        problem: Any,
-        solution: Any,
+        solution: AnySolution,
         cotangent: Any,
-        solver: Solver,
+        solver: AnySolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
-        change, info = self.response(problem, solution, cotangent, executor)
+        problem = solution.problem
+        change, info = self.response(solution, cotangent, executor)
         if self.rho == 0.0 and problem.stays_still(cotangent, change):
             info.notices["q"] = _ZERO_GRADIENT
-        return _CLASSES[problem.conditions].in_data(problem, solution, change), info
+        return _conditions(problem).in_data(solution, change), info
 
     def jvp(
         self,
-        problem: Any,
-        solution: Any,
+        solution: AnySolution,
         tangent: Any,
-        solver: Solver,
+        solver: AnySolver,
         executor: Executor | None = None,
     ) -> tuple[Any, GradientInfo]:
-        return self.response(problem, solution, problem.mixed_product(solution.point, tangent), executor)
+        return self.response(solution, solution.problem.mixed_product(solution.point, tangent), executor)
 
-    def is_differentiable(self, problem: Any) -> bool:
+    def is_differentiable(self, problem: AnyProblem) -> bool:
         """Of declarative nodes it is."""
-        return hasattr(_CLASSES[problem.conditions], "differentiable_vjp")
+        return _conditions(problem).differentiable_vjp is not None
 
-    def differentiable_vjp(self, solution: Any, data: Any, outputs: Any, cotangent: Any) -> Any:
+    def differentiable_vjp(self, solution: AnySolution, data: Any, outputs: Any, cotangent: Any) -> Any:
         """The vjp as a function of data, minimisers and cotangent.
 
         Raises:
             RuntimeError: systems that are singular, or too large to be formed.
         """
-        return _CLASSES[solution.problem.conditions].differentiable_vjp(self, solution, data, outputs, cotangent)
+        formula = _conditions(solution.problem).differentiable_vjp
+        if formula is None:
+            return super().differentiable_vjp(solution, data, outputs, cotangent)
+        return formula(self, solution, data, outputs, cotangent)
 
-    def response(
-        self, problem: Any, solution: Any, tilt: Any, executor: Executor | None = None
-    ) -> tuple[Any, GradientInfo]:
+    def response(self, solution: AnySolution, tilt: Any, executor: Executor | None = None) -> tuple[Any, GradientInfo]:
         """The derivative of the solution along a tilt ``<g, point>`` of the Lagrangian, (B, ·) each."""
         info = GradientInfo.blank(self, solution)
         active = relevant_elements(solution, tilt)
-        return _CLASSES[problem.conditions].response(self, problem, solution, tilt, active, info, executor), info
+        return _conditions(solution.problem).response(self, solution, tilt, active, info, executor), info
 
 
 _ZERO_GRADIENT = (

@@ -12,7 +12,7 @@ from lpgd.gradients.base import GradientInfo
 from lpgd.problems.node.multipliers import active_rows
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.solution import NodeSolution
-from lpgd.problems.node.structure import NodeOutput, NodePoint
+from lpgd.problems.node.structure import NodePoint
 from lpgd.solvers.node.bordered import bordered_response, is_large
 from lpgd.status import warn
 
@@ -21,9 +21,8 @@ __all__ = ["differentiable_vjp", "in_data", "response"]
 
 def response(
     method: Any,
-    problem: NodeProblem,
     solution: NodeSolution,
-    tilt: NodeOutput | NodePoint,
+    tilt: NodePoint,
     active: list[int],
     info: GradientInfo,
     executor: Executor | None = None,
@@ -32,18 +31,19 @@ def response(
 
     Args:
         method: an :class:`~lpgd.gradients.ImplicitKKT`.
-        problem, solution: B elements.
-        tilt: (B, ·) each.
+        solution: B elements.
+        tilt: (B, ·) each; multipliers without columns are zero.
         active: elements with a solution and a nonzero tilt.
         info: the record, which is written.
         executor: has nothing to do here.
     """
-    whole = solution.point
+    problem, whole = solution.problem, solution.point
     change = NodePoint(*(torch.zeros_like(part) for part in whole))
     if not active:
         return change
     rows = torch.as_tensor(active, dtype=torch.int64, device=problem.device)
-    tilt = change._replace(**tilt._asdict()).select(rows)
+    parts = (part if part.shape[-1] else nothing for part, nothing in zip(tilt, change, strict=True))
+    tilt = NodePoint(*parts).select(rows)  # a cotangent has no multipliers
     chosen, point = problem.select(active), whole.select(rows)
     if not chosen.node.is_exact and method.active_tolerance is None:  # with it a user knows of a rough solver
         _check_stationary(chosen, point, active)
@@ -64,9 +64,9 @@ def response(
     return change
 
 
-def in_data(problem: NodeProblem, solution: NodeSolution, change: NodePoint) -> Any:
+def in_data(solution: NodeSolution, change: NodePoint) -> Any:
     """What a change of the solutions is worth in the inputs of a node; elements without a solution get zero."""
-    usable = solution.usable
+    problem, usable = solution.problem, solution.usable
     if usable.all():
         return problem.directional_gradient(solution.point, change)
     rows = usable.nonzero()[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, is_traced
+from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
 from lpgd.nodes.pooling.descent import Descent, NumberSum, Root, VectorSum, blocks, descend, find_root
 from lpgd.nodes.pooling.penalties import Penalty, PenaltyFunction, hessian
 from lpgd.nodes.pooling.truncated_quadratic import minimise_truncated
@@ -60,7 +61,6 @@ class RobustPooling(BaseNode):
     vector_dim: int | None = None
 
     name = "RobustPooling"
-    input_names = ("x",)
 
     def __post_init__(self) -> None:
         _ = self.function  # where its options are checked
@@ -77,8 +77,8 @@ class RobustPooling(BaseNode):
         return (self.dim,) if isinstance(self.dim, int) else self.dim
 
     @property
-    def input_ndims(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return (len(self.dims) + (self.vector_dim is not None),)
+    def inputs(self) -> Mapping[str, int]:
+        return {"x": len(self.dims) + (self.vector_dim is not None)}
 
     def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Move what is pooled, and then the vectors, to the end.
@@ -127,19 +127,24 @@ class RobustPooling(BaseNode):
 
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
         x = self._points(inputs[0])
+        if self.penalty == "quadratic" or x.shape[-1] > 1:
+            return self.differentiable_vjp(inputs, y, cotangent)
+        gradient, u, v = x.new_empty(x.shape[:2]), y.reshape(-1, 1), cotangent.reshape(-1, 1)
+        for block in blocks(x):  # each stays in the processor's cache
+            weights, scale = self._weights(x[block, :, 0], u[block], v[block])
+            torch.mul(weights, scale, out=gradient[block])
+        return (gradient.reshape(inputs[0].shape),)
+
+    def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        x = self._points(inputs[0])
         u, v = (part.reshape(x.shape[0], x.shape[-1]) for part in (y, cotangent))
         if self.penalty == "quadratic":
             gradient = (v / x.shape[1])[:, None].expand(x.shape)
         elif x.shape[-1] > 1:
             gradient = self._gradient_of_vectors(x, u, v)
-        elif is_traced(x, u, v):
+        else:
             weights, scale = self._weights(x[..., 0], u, v)
             gradient = weights * scale
-        else:
-            gradient = torch.empty(x.shape[:2], dtype=x.dtype, device=x.device)
-            for block in blocks(x):
-                weights, scale = self._weights(x[block, :, 0], u[block], v[block])
-                torch.mul(weights, scale, out=gradient[block])
         return (gradient.reshape(inputs[0].shape),)
 
     def _weights(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

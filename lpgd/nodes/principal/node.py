@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -49,8 +50,6 @@ class PrincipalVector(BaseNode):
     """
 
     name = "principal vector"
-    input_names = ("matrix",)
-    input_ndims = (2,)
     domain = "Here the eigenvalue that leads must be apart from all others, and real."
 
     symmetric: bool = True
@@ -70,6 +69,10 @@ class PrincipalVector(BaseNode):
                 f"width, iterations and tolerance are {self.width}, {self.iterations} and {self.tolerance}; "
                 "they must be positive."
             )
+
+    @property
+    def inputs(self) -> Mapping[str, int]:
+        return {"matrix": 2}
 
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         size = square_size(shapes[0])

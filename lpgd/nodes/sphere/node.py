@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lpgd.execution.threads import torch_threads
-from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, is_shared, is_traced
+from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, is_shared
 from lpgd.nodes.sphere.descent import Direction, descend, starting_points
 from lpgd.nodes.sphere.secular import SphereSolution, normalised, product, solve_secular
 from lpgd.status import Status
@@ -57,10 +58,11 @@ def differentiate_sphere(
     Returns:
         Gradients for A (B, m, n) and b (B, m).
     """
-    if is_traced(gram, mu, y, cotangent):
-        s = _solve_differentiably(gram, mu, y, cotangent)
-    else:
-        s = _solve_by_parts(gram, mu, y, cotangent, free)
+    return _outer_products(A, b, y, _solve_by_parts(gram, mu, y, cotangent, free))
+
+
+def _outer_products(A: Tensor, b: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients for A and b from the response s (B, n)."""
     pair = torch.stack([s, y], -1)  # two passes over matrices of the size of A are all that is left
     moved, fitted = (A @ pair).unbind(-1)
     return torch.stack([b - fitted, -moved], -1) @ pair.mT, moved
@@ -164,8 +166,6 @@ class SphereLeastSquares(BaseNode):
     tolerance: float = 1e-7
 
     name = "SphereLeastSquares"
-    input_names = ("A", "b")
-    input_ndims = (2, 1)
 
     def __post_init__(self) -> None:
         for option, known in (("solver", ("secular", "descent")), ("direction", get_args(Direction))):
@@ -176,6 +176,10 @@ class SphereLeastSquares(BaseNode):
                 raise ValueError(f"{option} is {getattr(self, option)}; it must be positive.")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay is {self.decay}; it must be between 0 and 1.")
+
+    @property
+    def inputs(self) -> Mapping[str, int]:
+        return {"A": 2, "b": 1}
 
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         (m, n), (rows,) = shapes
@@ -228,6 +232,11 @@ class SphereLeastSquares(BaseNode):
             return differentiate_sphere(A, b, y, cotangent, *aux)
         gram, vector = normal_equations(A, b)
         return differentiate_sphere(A, b, y, cotangent, gram, multiplier(gram, vector, y))
+
+    def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
+        A, b = inputs
+        gram, vector = normal_equations(A, b)
+        return _outer_products(A, b, y, _solve_differentiably(gram, multiplier(gram, vector, y), y, cotangent))
 
 
 def leave_saddles(gram: Tensor, vector: Tensor, found: SphereSolution) -> tuple[Tensor, Tensor] | None:

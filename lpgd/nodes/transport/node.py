@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,15 +56,22 @@ def transport_vjp(plan: Tensor, gamma: float, cotangent: Tensor) -> tuple[Tensor
     Raises:
         SolverError: the plan of some elements has fallen apart, to rounding, into parts that share no mass.
     """
+    return _vjp(plan, gamma, cotangent, solve_smaller_side)
+
+
+def _vjp(
+    plan: Tensor, gamma: float, cotangent: Tensor, solve: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`transport_vjp`, by a solver of the smaller side's system."""
     if plan.shape[-2] > plan.shape[-1]:
-        on_cost, on_columns, on_rows = transport_vjp(plan.mT, gamma, cotangent.mT)
+        on_cost, on_columns, on_rows = _vjp(plan.mT, gamma, cotangent.mT, solve)
         return on_cost.mT, on_rows + on_columns[:, -1:], on_columns - on_columns[:, -1:]
     mass = plan.sum(-2)
     weighted = plan * cotangent
     mean = weighted.sum(-2) / mass  # (B, n)
     right = weighted.addcmul_(plan, mean[:, None, :], value=-1.0).sum(-1)
     del weighted  # as large as the plan
-    alpha, good = solve_smaller_side(plan, right)
+    alpha, good = solve(plan, right)
     beta = mean - (plan.mT @ alpha[:, :, None])[:, :, 0] / mass
     _check_factor(good & beta.isfinite().all(-1))
     on_cost = (alpha[:, :, None] + beta[:, None, :]).sub_(cotangent).mul_(plan).mul_(gamma)
@@ -114,8 +122,6 @@ class OptimalTransport(BaseNode):
     """
 
     name = "optimal transport"
-    input_names = ("cost", "rows", "columns")
-    input_ndims = (2, 1, 1)
     domain = "Here rows and columns must be positive, with the same sum (add a small mass to empty bins)."
 
     gamma: float = 10.0
@@ -129,6 +135,10 @@ class OptimalTransport(BaseNode):
             raise ValueError(
                 f"iterations and tolerance are {self.iterations} and {self.tolerance}; they must be positive."
             )
+
+    @property
+    def inputs(self) -> Mapping[str, int]:
+        return {"cost": 2, "rows": 1, "columns": 1}
 
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         cost, rows, columns = shapes
@@ -197,6 +207,9 @@ class OptimalTransport(BaseNode):
 
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
         return transport_vjp(y, self.gamma, cotangent)
+
+    def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        return _vjp(y, self.gamma, cotangent, partial(solve_smaller_side, factorise=torch.linalg.cholesky_ex))
 
     def vjp_ignoring_constraints(
         self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from lpgd.nodes.base import is_traced
 
 __all__ = ["Plan", "annealed_sinkhorn", "sinkhorn", "solve_smaller_side"]
 
@@ -268,11 +266,21 @@ def _newton_step(plan: Tensor, rows: Tensor) -> Tensor:
     return torch.where(good[:, None], beta * (4.0 / size.clamp(min=4.0))[:, None], 0.0)
 
 
-def solve_smaller_side(plan: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def _factor_in_place(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factors of symmetric matrices, which are overwritten, in the order that LAPACK works in."""
+    factor, info = matrix.mT, torch.empty(len(matrix), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
+    return factor, info
+
+
+def solve_smaller_side(
+    plan: Tensor, right: Tensor, factorise: Callable[[Tensor], tuple[Tensor, Tensor]] = _factor_in_place
+) -> tuple[Tensor, Tensor]:
     """α (B, m) with ``(diag(P1) - P diag(Pᵀ1)⁻¹ Pᵀ) α = right``, m ≤ n, and (B,) whether there is a Cholesky factor.
 
     The matrix is the Laplacian of a graph: each row's diagonal is the sum of the others, and is computed so, with no
     cancellation however sharp the plan.  The row of largest mass, a redundant one, is dropped: its α is zero.
+    ``factorise`` takes a matrix to a Cholesky factor and its LAPACK codes.
     """
     weight = plan.sum(-2).rsqrt()[:, None, :]
     width = max(MIN_BLOCK, -(-plan.shape[-1] // 4))  # in blocks of columns: no further array as large as the plan
@@ -286,10 +294,6 @@ def solve_smaller_side(plan: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     free = torch.ones_like(right).scatter_(-1, plan.sum(-1).argmax(-1, keepdim=True), 0.0)
     laplacian.neg_().mul_(free[:, :, None]).mul_(free[:, None, :])
     diagonal.copy_(degree * free + (1.0 - free))
-    if is_traced(laplacian, right):
-        factor, info = torch.linalg.cholesky_ex(laplacian)
-    else:  # in place: symmetric, and in the order that LAPACK works in
-        factor, info = laplacian.mT, torch.empty(len(plan), dtype=torch.int32, device=plan.device)
-        torch.linalg.cholesky_ex(factor, out=(factor, info))
+    factor, info = factorise(laplacian)
     alpha = torch.cholesky_solve((free * right)[:, :, None], factor)[:, :, 0]
     return alpha, (info == 0) & alpha.isfinite().all(-1)

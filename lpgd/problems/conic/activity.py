@@ -103,7 +103,7 @@ def active_set(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> Activ
             parts.append(values if index.size == structure.n else values[:, structure.index(name, values.device)])
     place = torch.cat(parts, 1) if len(parts) > 1 else rows
     if structure.cones.is_polyhedral:
-        return ActiveSet(place, problem.is_linear_program)
+        return ActiveSet(place, problem.traits.is_linear_program)
     pieces, depths = regions(structure.cones, np.nan_to_num(rows.cpu().numpy()))
     blocks = torch.from_numpy(structure.cones.blocks)
     bounds = int(blocks[-1]) + 1 + torch.arange(place.shape[1] - len(blocks))

@@ -23,14 +23,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lpgd.execution.memo import TensorMemo
-from lpgd.problems.base import maximum_norm
+from lpgd.problems.base import Traits, maximum_norm
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure, per_element
 from lpgd.problems.conic.units import Units
 
@@ -72,32 +71,13 @@ class ConicProblem:
                     f"{name} has {datum.shape[0]} rows, which do not divide the batch of {self.batch_size}."
                 )
 
-    # -- capabilities: what a GradientMethod may ask of this class of problems --------------------------------
-
-    can_tilt: ClassVar[bool] = True
-    is_local: ClassVar[bool] = False
-    conditions: ClassVar[str] = "conic"
-
     @property
-    def is_curved(self) -> bool:
-        return not self.structure.cones.is_polyhedral and not self.structure.has_integers
+    def traits(self) -> Traits:
+        return self.structure.traits
 
-    @property
-    def is_linear_program(self) -> bool:
-        """Whether these are linear programs, whose solutions are vertices: they stay, or jump to another one."""
-        return self.structure.cones.is_polyhedral and not self.structure.quadratic.nnz
-
-    @property
-    def can_augment(self) -> bool:
-        return self.structure.can_augment
-
-    @property
-    def has_kkt(self) -> bool:
-        return self.structure.has_kkt
-
-    @property
-    def is_continuous(self) -> bool:
-        return self.structure.is_continuous
+    def with_data(self, data: ConicData) -> ConicProblem:
+        """The same problems with other data of the same shapes."""
+        return replace(self, data=data)
 
     @property
     def device(self) -> torch.device:
@@ -320,7 +300,7 @@ class ConicProblem:
 
         An exact gradient of zero with respect to the cost is then right, and teaches nothing.
         """
-        if not self.is_linear_program or self.batch_size == 0 or cotangent.y.any():
+        if not self.traits.is_linear_program or self.batch_size == 0 or cotangent.y.any():
             return False
         size = cotangent.x.abs().amax()
         return bool(size > 0 and change.x.abs().amax() <= 1e-9 * size)

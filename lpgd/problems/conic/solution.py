@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +16,14 @@ from lpgd.problems.conic.activity import ActiveSet, active_set
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.residuals import Residuals, residuals_of
 from lpgd.problems.conic.structure import ConicPoint
-from lpgd.problems.solution import Solution
+from lpgd.problems.solution import AnyProblem, Solution
 from lpgd.status import Status
 
 __all__ = ["ConicSolution"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ConicSolution(Solution):
+class ConicSolution(Solution[ConicProblem, ConicPoint]):
     """Primal and dual solutions of a batch of B conic programs, with one status for each element.
 
     Attributes:
@@ -83,12 +83,14 @@ class ConicSolution(Solution):
         solved = (name for name, status in zip(self.solvers, self.statuses, strict=False) if status.usable)
         return {name: count for name, count in Counter(solved).items() if name != self.asked}
 
-    def active_set(self, units_of: ConicProblem) -> ActiveSet | None:
+    def active_set(self, units_of: AnyProblem) -> ActiveSet | None:
         """Which rows and bounds are active, in the units of a problem with the same matrices and B elements.
 
         None for integer programs, whose multipliers are not their own.
         """
-        return None if self.problem.structure.has_integers else active_set(units_of, self.point, self.slack)
+        if self.problem.structure.has_integers:
+            return None
+        return active_set(cast(ConicProblem, units_of), self.point, self.slack)
 
     @cached_property
     def s(self) -> Tensor:

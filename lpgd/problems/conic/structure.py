@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpgd.cones.product import Cones
-from lpgd.problems.base import PointOperations
+from lpgd.problems.base import PointOperations, Traits
 from lpgd.problems.conic.sparsity import SparsityPattern
 
 __all__ = ["ConicData", "ConicPoint", "ConicSizes", "ConicStructure"]
@@ -121,25 +121,26 @@ class ConicStructure:
     def has_integers(self) -> bool:
         return self.integer_index.size > 0
 
-    # -- capabilities: what a GradientMethod may ask of problems of this structure ----------------------------
-
-    can_tilt: ClassVar[bool] = True
-
     @property
-    def can_augment(self) -> bool:
-        return not self.has_integers
+    def traits(self) -> Traits:
+        """What problems of this structure are and can do.
 
-    @property
-    def has_kkt(self) -> bool:
-        return not self.has_integers
+        Integer programs have no optimality conditions that could be differentiated, and their solutions jump.  A
+        linear program is polyhedral without a quadratic objective.
+        """
+        return self._traits
 
-    @property
-    def is_continuous(self) -> bool:
-        return not self.has_integers
-
-    @property
-    def noun(self) -> str:
-        return "an integer program" if self.has_integers else "a conic program"
+    @cached_property
+    def _traits(self) -> Traits:
+        whole = self.has_integers
+        return Traits(
+            "an integer program" if whole else "a conic program",
+            conditions="" if whole else "conic",
+            can_augment=not whole,
+            is_continuous=not whole,
+            is_curved=not self.cones.is_polyhedral and not whole,
+            is_linear_program=self.cones.is_polyhedral and not self.quadratic.nnz,
+        )
 
     @property
     def sizes(self) -> ConicSizes:
@@ -153,9 +154,13 @@ class ConicStructure:
         """Its sizes in words."""
         return f"{self.n} variables and {self.m} rows"
 
-    @cached_property
+    @property
     def digest(self) -> bytes:
         """A fingerprint of the content, equal across processes."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> bytes:
         state = hashlib.blake2b(repr(self.cones).encode(), digest_size=16)
         for part in (self.quadratic.digest, self.constraint.digest, self.lower_index.tobytes(), b"|"):
             state.update(part)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lpgd.nodes.base import BaseNode, Tilt, is_shared
-from lpgd.problems.base import Centered, is_surely_finite, maximum_norm
+from lpgd.problems.base import Centered, Data, Traits, is_surely_finite, maximum_norm
 from lpgd.problems.node.structure import NodePoint, NodeStructure
 from lpgd.status import SolverError
 
@@ -39,7 +39,7 @@ class NodeProblem(Centered):
     """
 
     structure: NodeStructure
-    data: Any
+    data: Data
     batch_size: int
     linear: Tensor | None = None
     equality_shift: Tensor | None = None
@@ -47,15 +47,6 @@ class NodeProblem(Centered):
     rho: float = 0.0
     center: Tensor | None = None
     unit: Tensor | None = None
-
-    can_tilt: ClassVar[bool] = True
-    can_augment: ClassVar[bool] = True
-    is_continuous: ClassVar[bool] = True
-    is_local: ClassVar[bool] = True
-    is_curved: ClassVar[bool] = False
-    is_smooth: ClassVar[bool] = True
-    is_linear_program: ClassVar[bool] = False
-    conditions: ClassVar[str] = "node"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.batch_size} elements of {self.structure})"
@@ -73,12 +64,12 @@ class NodeProblem(Centered):
         return self.structure.node
 
     @property
-    def has_kkt(self) -> bool:
-        return self.node.has_kkt
+    def traits(self) -> Traits:
+        return self.structure.traits
 
-    def stays_still(self, cotangent: Any, change: Any) -> bool:
-        """Whether a gradient of zero is right and teaches nothing: no node is a linear program."""
-        return False
+    def with_data(self, data: Data) -> NodeProblem:
+        """The same problems with other inputs of the same shapes."""
+        return replace(self, data=data)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -220,13 +211,11 @@ class NodeProblem(Centered):
     def _copied(self, copies: int) -> NodeProblem:
         if copies == 1:
             return self
-        data = type(self.data)(
-            *(
-                datum[:1].expand(copies * self.batch_size, *datum.shape[1:])
-                if is_shared(datum)
-                else datum.repeat(copies, *(1,) * (datum.ndim - 1))
-                for datum in self.data
-            )
+        data = self.data._make(
+            datum[:1].expand(copies * self.batch_size, *datum.shape[1:])
+            if is_shared(datum)
+            else datum.repeat(copies, *(1,) * (datum.ndim - 1))
+            for datum in self.data
         )
         own = {name: getattr(self, name) for name in _ADDED}
         changes = {name: part if part is None else part.repeat(copies, 1) for name, part in own.items()}
@@ -235,7 +224,7 @@ class NodeProblem(Centered):
     def tilt_unit(self, point: NodePoint, cotangent: Any) -> Tensor:
         """(B,) ``max(|∇f|, |∇²L x|) / |g|`` in the maximum norm; a numerator of 0 counts as 1, g = 0 gives infinity."""
         slope = torch.func.grad(lambda x: self.objective(x).sum())(point.x)
-        curved = self.hessian_product(point)(point.x) if self.node.has_kkt else slope
+        curved = self.hessian_product(point)(point.x) if self.traits.has_kkt else slope
         size = torch.maximum(maximum_norm(slope), maximum_norm(curved))
         return torch.where((size > 0) & torch.isfinite(size), size, 1.0) / maximum_norm(cotangent.x)
 
@@ -243,7 +232,7 @@ class NodeProblem(Centered):
 
     def _in_data(self, function: Callable[[tuple[Tensor, ...]], Tensor]) -> Any:
         """The gradient of a number in the data."""
-        return type(self.data)(*torch.func.grad(function)(tuple(self.data)))
+        return self.data._make(torch.func.grad(function)(tuple(self.data)))
 
     def gradient_difference(self, plus: NodePoint, minus: NodePoint, weight: Tensor) -> Any:
         """``weight (∇_w L(plus) - ∇_w L(minus))``: a difference of vjps of the Lagrangian; weight is (B,)."""
@@ -290,11 +279,9 @@ class NodeProblem(Centered):
     def select(self, elements: Sequence[int]) -> NodeProblem:
         """The batch of these elements."""
         index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
-        data = type(self.data)(
-            *(
-                datum[:1].expand(len(index), *datum.shape[1:]) if is_shared(datum) and len(index) else datum[index]
-                for datum in self.data
-            )
+        data = self.data._make(
+            datum[:1].expand(len(index), *datum.shape[1:]) if is_shared(datum) and len(index) else datum[index]
+            for datum in self.data
         )
         own = {name: getattr(self, name) for name in _ADDED}
         changes = {name: part if part is None else part[index] for name, part in own.items()}
@@ -304,11 +291,11 @@ class NodeProblem(Centered):
         """A gradient of the data of ``select(elements)`` as one of this batch's: zero for the other elements."""
         index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
         zero = self.zero_gradient()
-        return type(self.data)(*(own.index_add(0, index, part) for own, part in zip(zero, data, strict=True)))
+        return self.data._make(own.index_add(0, index, part) for own, part in zip(zero, data, strict=True))
 
     def zero_gradient(self) -> Any:
         """A gradient of the data that is zero."""
-        return type(self.data)(*(datum.new_zeros(datum.shape) for datum in self.data))
+        return self.data._make(datum.new_zeros(datum.shape) for datum in self.data)
 
     def is_surely_finite(self) -> bool:
         """Whether all inputs are finite; False proves nothing, as of :func:`~lpgd.problems.base.is_surely_finite`."""

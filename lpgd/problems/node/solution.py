@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lpgd.problems.base import maximum_norm
+from lpgd.problems.base import Data, maximum_norm
 from lpgd.problems.node.multipliers import estimate_multipliers
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.structure import NodeOutput, NodePoint
@@ -23,7 +23,7 @@ __all__ = ["NodeSolution"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class NodeSolution(Solution):
+class NodeSolution(Solution[NodeProblem, NodePoint]):
     """Solutions of a batch of B problems of a declarative node, with one status for each element.
 
     Attributes:
@@ -58,6 +58,12 @@ class NodeSolution(Solution):
     def outputs(self) -> NodeOutput:
         return NodeOutput(self.x)
 
+    def cotangent(self, parts: Iterable[Tensor]) -> NodePoint:
+        """A cotangent of the minimisers as one of the point, whose multipliers no loss sees: they have no columns."""
+        (x,) = parts
+        nothing = x.new_zeros(x.shape[0], 0)
+        return NodePoint(x, nothing, nothing)
+
     @property
     def point(self) -> NodePoint:
         """Minimisers and multipliers; multipliers that the solver does not tell are estimated."""
@@ -84,10 +90,10 @@ class NodeSolution(Solution):
             changes["aux"] = type(self.aux)(*parts) if hasattr(self.aux, "_fields") else tuple(parts)
         return replace(super().select(elements), **changes)
 
-    def traced(self, data: Any, outputs: NodeOutput) -> Self:
+    def traced(self, data: Data, outputs: Data) -> Self:
         """This solution with data and minimisers that have a graph; multipliers follow from them, differentiably."""
         problem = replace(self.problem, data=data)
-        return replace(self, problem=problem, x=outputs.x, aux=None, nu=None, lam=None)
+        return replace(self, problem=problem, x=outputs[0], aux=None, nu=None, lam=None)
 
     @cached_property
     def residual(self) -> Tensor:

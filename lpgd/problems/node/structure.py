@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from lpgd.nodes.base import BaseNode
-from lpgd.problems.base import PointOperations
+from lpgd.problems.base import PointOperations, Traits
 
 __all__ = [
     "NodeOutput",
@@ -60,6 +60,12 @@ class NodeStructure:
     def n(self) -> int:
         """Number of variables."""
         return math.prod(self.shape)
+
+    @property
+    def traits(self) -> Traits:
+        """What problems of this node can do: it says itself whether it has optimality conditions."""
+        conditions = "node" if self.node.has_kkt else ""
+        return Traits(self.node.name, conditions=conditions, is_smooth=True, is_local=True)
 
     @property
     def digest(self) -> bytes:

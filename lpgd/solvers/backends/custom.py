@@ -65,7 +65,7 @@ class CustomSolver(ElementwiseSolver):
     """
 
     function: Callable[..., Any]
-    form_name: FormName
+    form: FormName
     quadratic: bool
     cones: frozenset[str] | None
     threads: bool
@@ -73,6 +73,7 @@ class CustomSolver(ElementwiseSolver):
     name: ClassVar[str] = "CUSTOM"
     package: ClassVar[str] = "scipy"
     pip_name: ClassVar[str] = "scipy"
+    capabilities: ClassVar[Capabilities] = Capabilities(SCS.capabilities.cones, quadratic=True, time_limit=False)
 
     def __init__(
         self,
@@ -83,34 +84,38 @@ class CustomSolver(ElementwiseSolver):
         cones: frozenset[str] | None = None,
         tolerance: float = 1e-8,
         threads: bool = False,
-        form_name: FormName | None = None,
         max_iterations: int = 1,
         time_limit: None = None,
         verbose: bool = False,
         rescue: bool = True,
         refine: bool = True,
     ) -> None:
-        form = form_name or form
         if not callable(function):
             raise TypeError(f"function is {function!r}; it must be callable.")
         if form not in get_args(FormName):
             raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(FormName))}.")
-        conic = SCS.capabilities.cones if cones is None else frozenset(cones)
-        taken = POLYHEDRAL if form == "interval" else conic
         values = {
-            "function": function, "form_name": form, "quadratic": quadratic, "cones": cones, "threads": threads,
+            "function": function, "form": form, "quadratic": quadratic, "threads": threads,
+            "cones": None if cones is None else frozenset(cones),
             "tolerance": tolerance, "max_iterations": max_iterations, "time_limit": time_limit, "verbose": verbose,
             "rescue": rescue, "refine": refine,
-            "capabilities": Capabilities(taken, quadratic=quadratic, time_limit=False, releases_gil=threads),
-            "form": _FORMS[form],
         }  # fmt: skip
         for name, value in values.items():
             object.__setattr__(self, name, value)
         self.__post_init__()
 
-    def unsupported(self, structure: ConicStructure) -> str | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    @property
+    def form_type(self) -> type[Form]:
+        return _FORMS[self.form]
+
+    @property
+    def runs_in_threads(self) -> bool:
+        return self.threads
+
+    def unsupported(self, structure: ConicStructure) -> str | None:
         """Why it cannot take problems of this structure, or None: its function decides, not its class."""
-        missing = sorted(structure.cones.kinds - self.capabilities.cones)
+        taken = self.capabilities.cones if self.cones is None else self.cones
+        missing = sorted(structure.cones.kinds - (POLYHEDRAL if self.form == "interval" else taken))
         if missing:
             return f"this custom solver has no {' and no '.join(kind.replace('_', '-') for kind in missing)} cone"
         if structure.quadratic.nnz and not self.quadratic:

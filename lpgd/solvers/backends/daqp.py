@@ -54,7 +54,7 @@ class DAQP(ElementwiseSolver):
     package: ClassVar[str] = "daqp"
     pip_name: ClassVar[str] = "daqp"
     finest_tolerance: ClassVar[float] = 1e-10
-    form: ClassVar[type[Form]] = IntervalForm
+    problem_form: ClassVar[type[Form]] = IntervalForm
     capabilities: ClassVar[Capabilities] = Capabilities(cones=POLYHEDRAL, quadratic=True, warm_start=True)
     aliases: ClassVar[dict[str, str]] = {
         "eps": "tolerance",

@@ -1,8 +1,8 @@
 """Solvers of one element at a time: batches, threads, re-use of prepared workspaces and forms are done here, once.
 
 A backend is one file: a frozen dataclass of options that declares what it can do (``capabilities``), in which form it
-sees problems (``form``) and how it prepares one element's matrices (``prepare``), and a :class:`Prepared` that solves
-for any vectors.
+sees problems (``problem_form``) and how it prepares one element's matrices (``prepare``), and a :class:`Prepared` that
+solves for any vectors.
 """
 
 from __future__ import annotations
@@ -85,11 +85,21 @@ class Prepared(ABC):
 class ElementwiseSolver(ConicSolver):
     """A solver of one element at a time, prepared once for all elements that share its matrices."""
 
-    form: ClassVar[type[Form]] = RowForm
+    problem_form: ClassVar[type[Form]] = RowForm
     """How it sees problems."""
 
     takes_interrupts: ClassVar[bool] = False
     """Whether it puts a handler of SIGINT of its own in place of Python's for the time of each solve."""
+
+    @property
+    def form_type(self) -> type[Form]:
+        """How this very solver sees problems: as its class does."""
+        return self.problem_form
+
+    @property
+    def runs_in_threads(self) -> bool:
+        """Whether threads make a batch faster: other threads run while it solves."""
+        return self.capabilities.releases_gil
 
     @property
     def updates_matrices(self) -> bool:
@@ -106,7 +116,7 @@ class ElementwiseSolver(ConicSolver):
 
     def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> ConicSolution:
         self.module()
-        if executor is None and not self.capabilities.releases_gil:
+        if executor is None and not self.runs_in_threads:
             executor = SerialExecutor()
         view = ElementView(problem)
         digests = _digests(view)
@@ -256,7 +266,7 @@ def _solve_groups(task: _Task) -> _Results:
     """Solve some elements, those with the same bounds at once as far as translation goes."""
     results = _Results.empty(len(task.elements), task.structure)
     vectors = Vectors(*(np.broadcast_to(datum, (len(task.elements), datum.shape[1])) for datum in task.vectors))
-    keyed = task.solver.form.keyed_by_bounds
+    keyed = task.solver.form_type.keyed_by_bounds
     lower, upper = (np.isfinite(bound) if keyed else np.ones(bound.shape, bool) for bound in vectors[2:])
     if (lower == lower[:1]).all() and (upper == upper[:1]).all():
         _solve_group(task, list(range(len(task.elements))), vectors, lower[0], upper[0], results)
@@ -289,7 +299,7 @@ def _solve_group(
 ) -> None:
     """Solve elements with the same finite bounds; workspaces are taken from this process's cache, and put back."""
     family = (task.solver, task.structure.digest, finite_lower.tobytes(), finite_upper.tobytes())
-    frame = task.solver.form.frame_of(task.structure, finite_lower, finite_upper)
+    frame = task.solver.form_type.frame_of(task.structure, finite_lower, finite_upper)
     vectors = frame.vectors(part)
     one = type(vectors)
     points, kept = [], []
@@ -357,7 +367,7 @@ def _workspace(task: _Task, key: tuple[Any, ...], family: tuple[Any, ...], matri
     if found is not None:
         return found
     # Copies: a view would keep the whole batch, and see what is written to it later.
-    form = task.solver.form(replace(matrices, P=matrices.P.copy(), A=matrices.A.copy()))
+    form = task.solver.form_type(replace(matrices, P=matrices.P.copy(), A=matrices.A.copy()))
     if task.solver.updates_matrices:
         stale = workspaces.take_oldest(family, _room(task))
         if stale is not None:

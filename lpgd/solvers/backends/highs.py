@@ -86,7 +86,7 @@ class HiGHS(ElementwiseSolver):
     package: ClassVar[str] = "highspy"
     pip_name: ClassVar[str] = "highspy"
     finest_tolerance: ClassVar[float] = 1e-9
-    form: ClassVar[type[Form]] = IntervalForm
+    problem_form: ClassVar[type[Form]] = IntervalForm
     capabilities: ClassVar[Capabilities] = Capabilities(POLYHEDRAL, quadratic=True, warm_start=True, integer=True)
     aliases: ClassVar[dict[str, str]] = {
         "eps": "tolerance",
@@ -103,11 +103,10 @@ class HiGHS(ElementwiseSolver):
             choices = ", ".join(get_args(Multipliers))
             raise ValueError(f"multipliers is {self.multipliers!r}; it must be one of {choices}.")
 
-    @classmethod
-    def unsupported(cls, structure: ConicStructure) -> str | None:
+    def unsupported(self, structure: ConicStructure) -> str | None:
         reason = super().unsupported(structure)
         if reason is None and structure.has_integers and structure.quadratic.nnz:
-            return f"{cls.name} has no quadratic objective with integer variables"
+            return f"{self.name} has no quadratic objective with integer variables"
         return reason
 
     def solve(

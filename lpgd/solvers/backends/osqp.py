@@ -60,7 +60,7 @@ class OSQP(ElementwiseSolver):
     pip_name: ClassVar[str] = "osqp"
     finest_tolerance: ClassVar[float] = 1e-9
     takes_interrupts: ClassVar[bool] = True
-    form: ClassVar[type[Form]] = IntervalForm
+    problem_form: ClassVar[type[Form]] = IntervalForm
     capabilities: ClassVar[Capabilities] = Capabilities(cones=POLYHEDRAL, quadratic=True, warm_start=True)
     aliases: ClassVar[dict[str, str]] = {
         "eps": "tolerance",

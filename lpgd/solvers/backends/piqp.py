@@ -44,7 +44,7 @@ class PIQP(ElementwiseSolver):
     package: ClassVar[str] = "piqp"
     pip_name: ClassVar[str] = "piqp"
     finest_tolerance: ClassVar[float] = 1e-11
-    form: ClassVar[type[Form]] = IntervalForm
+    problem_form: ClassVar[type[Form]] = IntervalForm
     capabilities: ClassVar[Capabilities] = Capabilities(
         cones=POLYHEDRAL, quadratic=True, time_limit=False, releases_gil=False
     )

@@ -48,7 +48,7 @@ class ProxQP(ElementwiseSolver):
     package: ClassVar[str] = "proxsuite"
     pip_name: ClassVar[str] = "proxsuite"
     finest_tolerance: ClassVar[float] = 1e-11
-    form: ClassVar[type[Form]] = IntervalForm
+    problem_form: ClassVar[type[Form]] = IntervalForm
     capabilities: ClassVar[Capabilities] = Capabilities(
         cones=POLYHEDRAL, quadratic=True, warm_start=True, time_limit=False, releases_gil=False
     )
@@ -59,8 +59,7 @@ class ProxQP(ElementwiseSolver):
         "max_iters": "max_iterations",
     }
 
-    @classmethod
-    def unsupported(cls, structure: ConicStructure) -> str | None:
+    def unsupported(self, structure: ConicStructure) -> str | None:
         if structure.quadratic.nnz == 0:
             return "PROXQP is not reliable on linear programs (proxsuite 0.8.0)"
         return super().unsupported(structure)

@@ -6,11 +6,10 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lpgd.execution.threads import without_autocast
@@ -37,7 +36,7 @@ NEWTON_LIMIT = 300
 
 
 @dataclass(frozen=True)
-class NodeSolver(Solver):
+class NodeSolver(Solver[NodeProblem, NodeSolution]):
     """Minimises the problems of a declarative node, each element converging alone.
 
     Args:
@@ -93,19 +92,19 @@ class NodeSolver(Solver):
         solution = self._solution(part, answer, seconds)
         return solution if rows is None else _spread(problem, solution, rows)
 
-    def _answer(self, problem: NodeProblem, start: Tensor | None) -> _Answer:
+    def _answer(self, problem: NodeProblem, start: Tensor | None) -> NodeAnswer:
         node = problem.node
         if problem.batch_size == 0 or problem.structure.n == 0:  # nothing to solve, or nothing to choose
             size = problem.batch_size
-            nothing = problem.data[0].new_zeros(size, problem.structure.n)
-            return _Answer(nothing, (Status.SOLVED,) * size, np.zeros(size, dtype=np.int64))
+            nothing = problem.data[0].new_zeros(size, *problem.structure.shape)
+            return NodeAnswer(nothing, (Status.SOLVED,) * size, np.zeros(size, dtype=np.int64))
         if self.algorithm == "own" and not problem.is_shifted:
             y = None if start is None else problem.shaped(start)
             inputs = tuple(problem.data)
             own = node.solve(inputs, y) if problem.is_plain else node.solve_tilted(inputs, problem.added, y)
             if own is not None:
-                return _Answer.of(own, problem)
-        if not node.has_kkt:
+                return _checked(own, problem)
+        if not problem.traits.has_kkt:
             raise TypeError(
                 f"{node.name} is not smooth: the generic solvers cannot solve it with such terms added (give "
                 "its own solve_tilted)."
@@ -118,7 +117,7 @@ class NodeSolver(Solver):
             _warn_of_start(problem, start)
         return answer
 
-    def _generic(self, problem: NodeProblem, x: Tensor, known: bool) -> _Answer:
+    def _generic(self, problem: NodeProblem, x: Tensor, known: bool) -> NodeAnswer:
         """Minimise from x; ``known`` tells that it is an earlier solution."""
         if self.algorithm == "scipy":
             return self._by_scipy(problem, x)
@@ -126,15 +125,15 @@ class NodeSolver(Solver):
         if not h.shape[-1] and not g.shape[-1]:
             found = self._minimise(AugmentedLagrangian(problem), x)
             if self._is_newton(x) or self.tolerance:
-                return _Answer.generic(*found, h, g)
+                return _from_codes(problem, *found, h, g)
             # Where values cannot tell any more L-BFGS stops, and Newton's method goes on.
             fine = found.status == int(Status.SOLVED)
             point, _, more = polish(problem, NodePoint(torch.where(fine[:, None], found.x, 0), h, g), 5)
             x = torch.where(fine[:, None], point.x, found.x)
-            return _Answer.generic(x, found.status, found.iterations + more, h, g)
+            return _from_codes(problem, x, found.status, found.iterations + more, h, g)
         return self._constrained(problem, x, known)
 
-    def _by_scipy(self, problem: NodeProblem, x: Tensor) -> _Answer:
+    def _by_scipy(self, problem: NodeProblem, x: Tensor) -> NodeAnswer:
         scaled, _ = problem.in_units(x)  # SciPy's tolerances are absolute
         x, status, iterations = scipy_minimise(scaled, x, self.tolerance or 1e-10, self.max_iterations or 2000)
         # Derivatives are as wrong as the solution is; and a line search at the end of precision ends as a failure.
@@ -144,12 +143,12 @@ class NodeSolver(Solver):
         near = (fine == int(Status.SOLVED)) & ((point.x - x).abs().amax(-1) <= 1e-3 * reach)
         solved = near & is_minimiser(problem, point)  # no saddle where it started, by symmetry
         status = torch.where(solved, int(Status.SOLVED), torch.where(near, int(Status.NUMERICAL_ERROR), status))
-        return _Answer.generic(torch.where(near[:, None], point.x, x), status, iterations + more)
+        return _from_codes(problem, torch.where(near[:, None], point.x, x), status, iterations + more)
 
-    def _constrained(self, problem: NodeProblem, x: Tensor, known: bool) -> _Answer:
+    def _constrained(self, problem: NodeProblem, x: Tensor, known: bool) -> NodeAnswer:
         if not known:
             point, status, iterations = method_of_multipliers(problem, x, self._minimise)
-            return _Answer.generic(point.x, status, iterations, point.nu, point.lam)
+            return _from_codes(problem, point.x, status, iterations, point.nu, point.lam)
         point, status, iterations = polish(problem, warm_point(problem, x))
         fine = (status == int(Status.SOLVED)) & is_minimiser(problem, point)
         rest = (~fine).nonzero()[:, 0]
@@ -159,7 +158,7 @@ class NodeSolver(Solver):
                 own[rest] = new
             status[rest] = again.status
             iterations[rest] += again.iterations
-        return _Answer.generic(point.x, status, iterations, point.nu, point.lam)
+        return _from_codes(problem, point.x, status, iterations, point.nu, point.lam)
 
     def _minimise(self, function: AugmentedLagrangian, x: Tensor) -> Descent:
         if self._is_newton(x):
@@ -169,23 +168,30 @@ class NodeSolver(Solver):
     def _is_newton(self, x: Tensor) -> bool:
         return self.algorithm == "newton" or (self.algorithm == "own" and x.shape[-1] <= NEWTON_LIMIT)
 
-    def _solution(self, problem: NodeProblem, answer: _Answer, seconds: float) -> NodeSolution:
+    def _solution(self, problem: NodeProblem, answer: NodeAnswer, seconds: float) -> NodeSolution:
         size = problem.batch_size
-        statuses = answer.statuses
-        if not is_surely_finite(answer.x):
-            missing = ~torch.isfinite(answer.x).all(-1)
+        x = answer.y.detach().to(problem.dtype).reshape(size, problem.structure.n)
+        statuses = tuple(answer.statuses)
+        if statuses.count(Status.SOLVED) < size:
+            statuses = tuple(map(Status, statuses))
+        if not is_surely_finite(x):
+            missing = ~torch.isfinite(x).all(-1)
             statuses = tuple(
                 Status.NUMERICAL_ERROR if lost and status.usable else status
                 for status, lost in zip(statuses, missing.tolist(), strict=True)
             )
+        known = answer.iterations.cpu() if isinstance(answer.iterations, Tensor) else answer.iterations
+        iterations = np.asarray(known, dtype=np.int64)
+        if iterations.shape != (size,):
+            iterations = np.broadcast_to(iterations, (size,))
         return NodeSolution(
             problem,
-            answer.x,
+            x,
             statuses,
-            answer.iterations,
+            iterations,
             np.zeros(size),
             np.full(size, seconds / max(size, 1)),
-            Rows(answer.x),
+            Rows(x),
             answer.aux,
             answer.nu,
             answer.lam,
@@ -212,50 +218,32 @@ def _joined(problem: NodeProblem, x: Tensor) -> Tensor:
     return torch.cat(problem.constraints(x), -1)
 
 
-class _Answer(NamedTuple):
-    """An answer with flattened minimisers."""
+def _from_codes(
+    problem: NodeProblem,
+    x: Tensor,
+    status: Tensor,
+    iterations: Tensor,
+    nu: Tensor | None = None,
+    lam: Tensor | None = None,
+) -> NodeAnswer:
+    """The answer of a generic solver, whose points are flattened, and whose statuses are codes."""
+    return NodeAnswer(problem.shaped(x), tuple(map(Status, status.tolist())), iterations, None, nu, lam)
 
-    x: Tensor
-    statuses: tuple[Status, ...]
-    iterations: NDArray[np.int64]
-    aux: Any = None
-    nu: Tensor | None = None
-    lam: Tensor | None = None
 
-    @classmethod
-    def generic(
-        cls, x: Tensor, status: Tensor, iterations: Tensor, nu: Tensor | None = None, lam: Tensor | None = None
-    ) -> _Answer:
-        """The answer of a generic solver, whose statuses are codes."""
-        statuses = tuple(map(Status, status.tolist()))
-        return cls(x, statuses, iterations.cpu().numpy().astype(np.int64), None, nu, lam)
+def _checked(answer: NodeAnswer, problem: NodeProblem) -> NodeAnswer:
+    """A node's own answer.
 
-    @classmethod
-    def of(cls, own: NodeAnswer, problem: NodeProblem) -> _Answer:
-        """A node's own answer.
-
-        Raises:
-            ValueError: it has another shape, or another number of statuses.
-        """
-        size, shape = problem.batch_size, problem.structure.shape
-        if tuple(own.y.shape) != (size, *shape):
-            raise ValueError(
-                f"the solver of {problem.node.name} answered y of shape {tuple(own.y.shape)}; "
-                f"expected {(size, *shape)}."
-            )
-        if len(own.statuses) != size:
-            raise ValueError(
-                f"the solver of {problem.node.name} answered {len(own.statuses)} statuses for {size} elements."
-            )
-        statuses = tuple(own.statuses)
-        if statuses.count(Status.SOLVED) < size:
-            statuses = tuple(map(Status, statuses))
-        known = own.iterations.cpu() if isinstance(own.iterations, Tensor) else own.iterations
-        iterations = np.asarray(known, dtype=np.int64)
-        if iterations.shape != (size,):
-            iterations = np.broadcast_to(iterations, (size,))
-        x = own.y.detach().to(problem.dtype).reshape(size, problem.structure.n)
-        return cls(x, statuses, iterations, own.aux, own.nu, own.lam)
+    Raises:
+        ValueError: it has another shape, or another number of statuses.
+    """
+    size, shape, name = problem.batch_size, problem.structure.shape, problem.node.name
+    if tuple(answer.y.shape) != (size, *shape):
+        raise ValueError(
+            f"the solver of {name} answered y of shape {tuple(answer.y.shape)}; expected {(size, *shape)}."
+        )
+    if len(answer.statuses) != size:
+        raise ValueError(f"the solver of {name} answered {len(answer.statuses)} statuses for {size} elements.")
+    return answer
 
 
 def _starts(states: Sequence[Any], size: int) -> Tensor:
