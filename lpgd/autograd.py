@@ -18,6 +18,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from lpgd.arrays import elements_where
 from lpgd.execution.threads import one_torch_thread, torch_threads, without_autocast
 from lpgd.execution.torch_isolation import isolated_torch
 from lpgd.gradients.base import GradientInfo, GradientMethod
@@ -359,7 +360,7 @@ def _check_cotangent(cotangent: Data) -> None:
     for name, part in zip(cotangent._fields, cotangent, strict=True):
         if is_surely_finite(part):
             continue
-        bad = (~torch.isfinite(part).all(-1)).nonzero()[:, 0].tolist()
+        bad = elements_where(~torch.isfinite(part).all(-1))
         if bad:
             raise ValueError(
                 f"the loss gradient with respect to {name} is NaN or infinite for elements {bad[:10]}: "

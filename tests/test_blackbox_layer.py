@@ -79,9 +79,9 @@ def test_problem_contract() -> None:
     torch.testing.assert_close(difference, expected)
     leaf_c = leaf(c)
     (gradient,) = torch.autograd.grad((leaf_c * x).sum(), leaf_c)
-    part = problem.select([3, 1])
+    part = problem.select(torch.tensor([3, 1]))
     scattered = problem.scatter(
-        [3, 1], part.gradient_difference(LinearPoint(x[[3, 1]]), LinearPoint(0 * x[:2]), step[:2])
+        torch.tensor([3, 1]), part.gradient_difference(LinearPoint(x[[3, 1]]), LinearPoint(0 * x[:2]), step[:2])
     )
     assert not scattered.c[[0, 2]].any()
     torch.testing.assert_close(scattered.c[[3, 1]], step[:2, None] * gradient[[3, 1]])

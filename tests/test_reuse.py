@@ -109,7 +109,7 @@ def test_a_solve_depends_on_its_data_and_its_state_alone(solver: ConicSolver) ->
         for element in range(3):
             workspaces.clear()
             states = pickle.loads(pickle.dumps([first.states[element]]))
-            alone.append(solver.solve(moved.select([element]), states, SerialExecutor()))
+            alone.append(solver.solve(moved.select(torch.tensor([element])), states, SerialExecutor()))
         workspaces.clear()
         solver.solve(case.problem, executor=SerialExecutor())
         together = solver.solve(moved, first.states, SerialExecutor())
@@ -129,7 +129,7 @@ def test_states_of_another_problem_do_no_harm(solver: ConicSolver) -> None:
 def test_several_threads_get_the_answers_of_one(solver: ConicSolver) -> None:
     # Objects that two threads share corrupt the heap in several bindings: each task has workspaces of its own.
     batched = next(case for case in CASES if case.name == "qp, batched matrices")
-    problems = [case.problem.select([0, 1, 2] * 20) for case in (QP, batched)]
+    problems = [case.problem.select(torch.tensor([0, 1, 2] * 20)) for case in (QP, batched)]
     for problem in [*problems, LARGE.problem] if solver in EXACT else problems:
         serial = solver.solve(problem, executor=SerialExecutor())
         with ThreadPoolExecutor(8) as threads:

@@ -160,7 +160,7 @@ TIMED = [solver for solver in BY_NAME.values() if solver.capabilities.time_limit
 
 @pytest.mark.parametrize("solver", TIMED, ids=lambda solver: solver.name)
 def test_a_time_limit_reaches_the_solver(solver: ConicSolver) -> None:
-    limited = replace(solver, time_limit=1e-4, tolerance=1e-12).solve(LARGE.problem.select([0]))
+    limited = replace(solver, time_limit=1e-4, tolerance=1e-12).solve(LARGE.problem.select(torch.tensor([0])))
     assert limited.statuses == (Status.TIME_LIMIT,)
 
 
@@ -168,7 +168,7 @@ def test_a_time_limit_reaches_the_solver(solver: ConicSolver) -> None:
 def test_a_time_limit_is_one_of_each_element(solver: ConicSolver) -> None:
     # HiGHS adds up the times of all solves of an object.
     case, limit = next(case for case in CASES if case.name == "lp"), 0.2
-    problem = case.problem.select([0] * 50)
+    problem = case.problem.select(torch.zeros(50, dtype=torch.int64))
     solution, spent = None, 0.0
     while spent < 1.5 * limit:
         solution = replace(solver, time_limit=limit).solve(problem, executor=SerialExecutor())
@@ -237,7 +237,7 @@ def test_executors_agree_in_order(solver: ConicSolver, name: str) -> None:
 @pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
 def test_a_batch_of_none(solver: ConicSolver) -> None:
     case = next(case for case in CASES if case.name == "qp")
-    solution = solver.solve(case.problem.select([]))
+    solution = solver.solve(case.problem.select(torch.zeros(0, dtype=torch.int64)))
     assert solution.x.shape == (0, 8)
     assert solution.statuses == ()
     assert solution.residuals.worst.shape == (0,)

@@ -27,9 +27,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray
+
 __all__ = ["Cones", "smat", "svec", "svec_indices", "svec_size"]
 
-FloatArray = NDArray[np.float64]
 IndexArray = NDArray[np.int64]
 
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from lpgd.arrays import as_index
 from lpgd.gradients.base import GradientInfo, GradientMethod, check_compatible
 from lpgd.gradients.perturbed import solve_tilted
 from lpgd.layers.base import BaseLayer, OptimizationLayer
@@ -287,8 +288,8 @@ class Pass:
 
     def perturbed_path(self, element: int, steps: Tensor, rho: float) -> Any:
         """The solutions of one element for many signed steps, solved as one batch."""
-        problem, solution = self.problem.select([element]), self.solution.select([element])
-        cotangent = self.cotangent.select(torch.tensor([element], device=solution.x.device))
+        row = as_index([element], self.solution.x.device)
+        problem, solution, cotangent = self.problem.select(row), self.solution.select(row), self.cotangent.select(row)
         augmented = problem.augment(rho, solution.x)
         return solve_tilted(augmented, cotangent, steps.to(solution.x), solution.states, self.solver, self.executor)
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
+from lpgd.arrays import elements_where, flags
 from lpgd.problems.base import Traits
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
@@ -67,9 +68,7 @@ class GradientInfo:
     @classmethod
     def blank(cls, method: GradientMethod, solution: AnySolution, **more: Any) -> Self:
         """The record while no element has a gradient yet: of those without a solution it stays what it is."""
-        return cls(
-            method, ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()], **more
-        )
+        return cls(method, ["zero cotangent" if usable else "no solution" for usable in flags(solution.usable)], **more)
 
     def __repr__(self) -> str:
         parts = [f"{number} {name}" for name, number in self.counts.items()]
@@ -193,4 +192,4 @@ def relevant_elements(solution: AnySolution, vectors: Iterable[Tensor]) -> list[
     nonzero = keep.new_zeros(keep.shape)
     for part in parts:
         nonzero = nonzero | part.any(-1)
-    return (keep & nonzero).nonzero()[:, 0].tolist()
+    return elements_where(keep & nonzero)

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd.arrays import integers, rows_where
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.activity import ActiveSet
 from lpgd.problems.solution import AnyProblem, AnySolution
@@ -210,15 +211,14 @@ class _Run:
 
     def select(self, rows: Tensor) -> _Run:
         """The same for some elements."""
-        elements = rows.tolist()
-        problem = self.problem.select(elements)
+        problem = self.problem.select(rows)
         return replace(
             self,
             problem=problem,
-            augmented=problem if self.augmented is self.problem else self.augmented.select(elements),
+            augmented=problem if self.augmented is self.problem else self.augmented.select(rows),
             base=self.base.select(rows),
             active=None if self.active is None else self.active.select(rows),
-            states=tuple(self.states[element] for element in elements) if len(self.states) else (),
+            states=tuple(self.states[element] for element in integers(rows)) if len(self.states) else (),
             cotangent=self.cotangent.select(rows),
             base_error=self.base_error[rows],
             error=self.error[rows],
@@ -305,7 +305,7 @@ class _Run:
 def _shortened(run: _Run, tau: Tensor, unit: Tensor, sides: _Sides) -> tuple[_Run, Tensor, _Sides, Tensor, Tensor]:
     """Steps within the reach of the solutions' active sets, where they were not, and which elements have none."""
     kinked, unclear = torch.zeros_like(sides.above), torch.zeros_like(sides.above)
-    rows = _rough(sides).nonzero()[:, 0]
+    rows = rows_where(_rough(sides))
     if not len(rows):
         return run, tau, sides, kinked, unclear
     part, steps, tau = run.select(rows), tau[rows], tau.clone()
@@ -315,12 +315,12 @@ def _shortened(run: _Run, tau: Tensor, unit: Tensor, sides: _Sides) -> tuple[_Ru
     for _ in range(ATTEMPTS):
         curved = torch.where(found.skew > CURVED, (0.1 * CURVED / found.skew).clamp(min=0.01), 1.0)
         shorter = steps * torch.minimum(0.5 * found.crossing, curved)
-        chosen = (_rough(found) & (shorter >= shortest)).nonzero()[:, 0]
+        chosen = rows_where(_rough(found) & (shorter >= shortest))
         if not len(chosen):
             break
         steps = _replaced(steps, chosen, shorter[chosen])
         found = found.replaced(chosen, own.select(chosen).sides(steps[chosen]))
-    left = _rough(found).nonzero()[:, 0]
+    left = rows_where(_rough(found))
     if len(left):
         judge = replace(own.select(left), envelope="average")
         judged = _picked(found, left) if run.envelope == "average" else judge.sides(steps[left])
@@ -352,7 +352,7 @@ def _jumps(run: _Run, tau: Tensor, unit: Tensor, sides: _Sides, small: float) ->
     tilt = tau / unit
     far = _reach(run, sides)
     jumped = (tilt <= small) & (far > JUMP) & (far > 10 * tilt)
-    rows = jumped.nonzero()[:, 0]
+    rows = rows_where(jumped)
     if len(rows):
         part, both = run.select(rows), _picked(sides, rows)
         if not (both.above & both.below).all():

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lpgd.arrays import flags, integers, rows_where
 from lpgd.gradients.base import GradientInfo
 from lpgd.gradients.implicit.findings import CURVED
 from lpgd.gradients.implicit.method import ImplicitKKT
@@ -91,11 +92,11 @@ def check_small_steps(
     the second and short enough for the first.
     """
     tilt, lost = found.tau / found.unit, torch.zeros_like(found.above)
-    rows = (doubtful & (tilt <= SMALL_TILT) & (found.above | found.below)).nonzero()[:, 0]
+    rows = rows_where(doubtful & (tilt <= SMALL_TILT) & (found.above | found.below))
     if not rows.shape[0]:
         return lost
-    elements = rows.tolist()
-    chosen, tilts = solution.select(elements), cotangent.select(rows)
+    elements = integers(rows)
+    chosen, tilts = solution.select(rows), cotangent.select(rows)
     part = cast(ConicProblem, chosen.problem)
     with silent():
         change, info = ImplicitKKT(rho=method.rho).response(chosen, tilts, executor)
@@ -123,14 +124,14 @@ def check_small_steps(
     doubt = (maximum_norm(step - exact) / torch.maximum(size, floor)).double().cpu()
     record.doubt = torch.full((len(record.used),), torch.nan, dtype=torch.float64)
     record.doubt[[active[element] for element in elements]] = torch.where(loose, torch.inf, doubt)
-    if names := [active[element] for element, singular in zip(elements, loose.tolist(), strict=True) if singular]:
+    if names := [active[element] for element, singular in zip(elements, flags(loose), strict=True) if singular]:
         if part.traits.is_curved:
             warn(f"{method}: the multipliers of elements {names[:10]} {CURVED}")
         else:
             warn(f"{method}: the optimality conditions of elements {names[:10]} {_SINGULAR}")
     if bool(far.any()):
         worst = float((maximum_norm(step - exact) / size)[far].max())
-        names = [active[element] for element, wrong in zip(elements, far.tolist(), strict=True) if wrong]
+        names = [active[element] for element, wrong in zip(elements, flags(far), strict=True) if wrong]
         warn(f"{method}: elements {names[:10]} {_DISAGREE.format(share=worst)}")
     return lost
 

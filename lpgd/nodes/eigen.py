@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd.arrays import elements_where
 from lpgd.nodes.base import BaseNode, NodeAnswer
 from lpgd.status import Status, warn
 
@@ -179,7 +180,7 @@ def eigen_vjp_differentiable(matrix: Tensor, vectors: Tensor, cotangent: Tensor,
         change = change + rest
     if tied.any():
         raise RuntimeError(
-            f"eigenvalues of elements {tied.nonzero()[:10, 0].tolist()} are equal to others, to rounding: their "
+            f"eigenvalues of elements {elements_where(tied)[:10]} are equal to others, to rounding: their "
             "eigenvectors have no second derivative."
         )
     return symmetric_part(change @ vectors.mT)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd.arrays import flags
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, is_shared
 from lpgd.status import Status
 
@@ -261,7 +262,7 @@ class LeastSquares(BaseNode):
             valid = valid & (ridge >= 0.0)
         statuses = [
             (Status.SOLVED if full else Status.NUMERICAL_ERROR) if fine else Status.INVALID_DATA
-            for fine, full in zip(valid.tolist(), regular.expand(batch).tolist(), strict=True)
+            for fine, full in zip(flags(valid), flags(regular.expand(batch)), strict=True)
         ]
         return NodeAnswer(y if self.columns else y[..., 0], statuses, [1] * batch, (R,))
 

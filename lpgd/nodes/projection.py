@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lpgd.arrays import flags
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
 from lpgd.status import Status
 
@@ -117,7 +118,7 @@ class Projection(BaseNode):
         r, count = self._radius(inputs), x.shape[0]
         statuses = [Status.SOLVED] * count
         if self.radius is None:
-            statuses = [Status.SOLVED if fine else Status.INVALID_DATA for fine in (r[:, 0] > 0).tolist()]
+            statuses = [Status.SOLVED if fine else Status.INVALID_DATA for fine in flags(r[:, 0] > 0)]
         known = self._known(x)
         return NodeAnswer(self._project(x, r, known), statuses, [0] * count, None if known is None else (known,))
 

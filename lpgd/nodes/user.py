@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lpgd.arrays import flags
 from lpgd.nodes.base import BaseNode, NodeAnswer
 from lpgd.status import Status
 
@@ -214,7 +215,7 @@ class Node(BaseNode):
                     f"the solver of {self.name} answered shape {tuple(y.shape)}; with batched=True y has shape "
                     f"{(size, *shape)} here."
                 )
-            known = torch.isfinite(y).reshape(size, math.prod(shape)).all(-1).tolist()
+            known = flags(torch.isfinite(y).reshape(size, math.prod(shape)).all(-1))
             statuses = [Status.SOLVED if row else Status.NO_SOLUTION for row in known]
             return NodeAnswer(y, statuses, torch.zeros(size))
         rows, statuses = [], []

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import integers
 from lpgd.problems.base import Data, Point, Problem
 from lpgd.status import Status, describe_counts
 
@@ -141,14 +142,16 @@ class Solution(Generic[ProblemT_co, PointT_co]):
     def parts(self, count: int) -> list[Self]:
         """The ``count`` equal parts that a batch consists of, one after the other (as ``tilt`` makes them)."""
         size = self.batch_size // count
-        return [self.select(range(part * size, (part + 1) * size)) for part in range(count)]
+        return [
+            self.select(torch.arange(part * size, (part + 1) * size, device=self.x.device)) for part in range(count)
+        ]
 
-    def select(self, elements: Sequence[int]) -> Self:
-        """The solutions of these elements."""
-        chosen = list(elements)
+    def select(self, elements: Tensor) -> Self:
+        """The solutions of these elements, int64 indices."""
+        chosen = integers(elements)
         changes: dict[str, Any] = {name: getattr(self, name)[chosen] for name in self._tensors}
         changes |= {name: tuple(getattr(self, name)[i] for i in chosen) for name in self._tuples}
-        return replace(cast(Any, self), problem=self.problem.select(chosen), **changes)
+        return replace(cast(Any, self), problem=self.problem.select(elements), **changes)
 
 
 AnySolution: TypeAlias = Solution[AnyProblem, Any]

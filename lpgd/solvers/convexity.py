@@ -11,6 +11,7 @@ import scipy.sparse.linalg as spla
 import torch
 from torch import Tensor
 
+from lpgd.arrays import floats, rows_where
 from lpgd.execution.memo import TensorMemo
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.sparsity import SparsityPattern
@@ -69,7 +70,7 @@ def _rows_convex(pattern: SparsityPattern, values: Tensor) -> Tensor:
     dense = n <= DENSE_LIMIT or pattern.nnz > 0.2 * n * n
     by_factors = _by_cholesky if dense else _by_pivots
     for single in (False, True):
-        left = (~convex).nonzero()[:, 0]
+        left = rows_where(~convex)
         if single and left.shape[0]:
             part = values[left]
             left = left[(part == part.float().double()).all(-1)]
@@ -109,7 +110,7 @@ def _by_cholesky(pattern: SparsityPattern, values: Tensor, shift: Tensor) -> Ten
 def _by_pivots(pattern: SparsityPattern, values: Tensor, shift: Tensor) -> Tensor:
     """By the signs of the pivots of a sparse factorisation without exchanges of rows (Sylvester's law of inertia)."""
     found = []
-    for row, own in zip(values.cpu().numpy(), shift.tolist(), strict=True):
+    for row, own in zip(values.cpu().numpy(), floats(shift), strict=True):
         matrix = pattern.csc(row)
         matrix.setdiag(matrix.diagonal() + own)
         try:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray
 from lpgd.gradients.base import GradientInfo
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.factor import DOUBT
@@ -17,8 +18,6 @@ from lpgd.solvers.kkt.system import KKTResponse
 from lpgd.status import warn
 
 __all__ = ["CURVED", "Findings"]
-
-FloatArray = NDArray[np.float64]
 
 SAME = 1e-5
 """Answers of the two sides of a kink that differ by a smaller share are one."""

@@ -11,12 +11,12 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray
 from lpgd.problems.conic.sparsity import SparsityPattern
 
 __all__ = ["AffineMatrix", "Bounds", "bound_map", "consecutive_rows", "reordered", "selection"]
 
 IndexArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lpgd.arrays import elements_where
 from lpgd.layers.cvxpy.layout import ParameterLayout
 
 __all__ = ["check_attributes"]
@@ -39,7 +40,7 @@ def check_attributes(layouts: Sequence[ParameterLayout], tensors: Sequence[Tenso
                 broken = _not_semidefinite(signed.reshape(-1, *layout.shape), room)
             else:
                 broken = signed.amin(-1) < -room
-            elements = broken.nonzero()[:, 0].tolist()
+            elements = elements_where(broken)
             if elements:
                 where = f" of elements {elements[:10]}" if batched else ""
                 raise ValueError(

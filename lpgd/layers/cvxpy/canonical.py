@@ -32,15 +32,13 @@ from cvxpy.reductions.solvers.conic_solvers.conic_solver import ConicSolver
 from cvxpy.reductions.solvers.utilities import extract_dual_value, get_dual_values
 from cvxpy.utilities import scopes
 from cvxpy.utilities.psd_utils import TriangleKind
-from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray
 from lpgd.cones.product import Cones
 from lpgd.layers.cvxpy.affine import AffineMatrix, Bounds, bound_map, consecutive_rows, reordered, selection, tightened
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, IndexArray, ParameterLayout, VariableLayout
 
 __all__ = ["canonicalise"]
-
-FloatArray = NDArray[np.float64]
 
 _STRUCTURES = ("symmetric", "PSD", "NSD", "diag", "sparsity")
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd.arrays import rows_where
 from lpgd.nodes.base import Tilt
 from lpgd.nodes.pooling.end import finish, slope_noise
 from lpgd.nodes.pooling.penalties import PenaltyFunction, Slope, Sums, hessian
@@ -145,7 +146,7 @@ class NumberSum:
             below.append(torch.lt(own, middle - reach, out=count).sum(-1))
             within.append(torch.le(own, middle + reach, out=count).sum(-1))
         rank = (self.x.shape[-1] - 1) // 2
-        return ((torch.cat(below) > rank) | (torch.cat(within) <= rank)).nonzero()[:, 0]
+        return rows_where((torch.cat(below) > rank) | (torch.cat(within) <= rank))
 
     def step(self, u: Tensor, rows: Tensor | None = None) -> Step:
         slope, curvature, total, value = self.sums(u, rows)
@@ -203,7 +204,7 @@ class VectorSum:
 
     def median_beyond(self, u: Tensor, radius: Tensor) -> Tensor:
         """Rows whose median is farther from u (B, d) than the radius (B,)."""
-        return ((self.x.median(1).values - u).abs().amax(-1) > radius).nonzero()[:, 0]
+        return rows_where((self.x.median(1).values - u).abs().amax(-1) > radius)
 
     def step(self, u: Tensor, rows: Tensor | None = None) -> Step:
         """At u (R, d), one for each of these rows; None is all."""
@@ -283,7 +284,7 @@ def descend(function: NumberSum | VectorSum, u: Tensor) -> Descent:
         less = new.slope.abs().amax(-1) <= 0.5 * slope.abs().amax(-1)
         good = torch.where(precise, less, new.value < value)
         ended = precise & ~less
-        other = (~good & ~ended).nonzero()[:, 0]
+        other = rows_where(~good & ~ended)
         u = torch.where(good[:, None], u + newton, u)
         now = Step(
             *(
@@ -296,11 +297,11 @@ def descend(function: NumberSum | VectorSum, u: Tensor) -> Descent:
             for own, row in zip(now, step(u[other], rows[other]), strict=True):
                 own[other] = row
         if ended.any():
-            place = ended.nonzero()[:, 0]
+            place = rows_where(ended)
             now.newton[place] = 0
             now.curved[place] &= now.slope[place].abs().amax(-1) <= 4 * function.slope_noise(u[place], rows[place])
     ends.u[rows] = u
-    doubtful = (~ends.converged).nonzero()[:, 0]
+    doubtful = rows_where(~ends.converged)
     if len(doubtful):
         end = finish(function.penalty, *function.chosen(doubtful, ends.u[doubtful]))
         last = function.step(end.u, doubtful)

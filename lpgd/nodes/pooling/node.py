@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpgd.arrays import flags, rows_where
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
 from lpgd.nodes.pooling.descent import Descent, NumberSum, Root, VectorSum, blocks, descend, find_root
 from lpgd.nodes.pooling.penalties import Penalty, PenaltyFunction, hessian
@@ -203,11 +204,11 @@ class RobustPooling(BaseNode):
         if len(rows):
             best = best.improved(rows, descend(function.at(rows), points[rows].median(1).values))
         if known is not None:
-            rows = ((known - best.u).abs().amax(-1) > best.radius).nonzero()[:, 0]
+            rows = rows_where((known - best.u).abs().amax(-1) > best.radius)
             if len(rows):
                 best = best.improved(rows, descend(function.at(rows), known[rows]))
         # Where no point is within reach, the objective is flat: from the point that is nearest to the median.
-        rows = (best.total < 0.5 * self.function.curvature).nonzero()[:, 0]
+        rows = rows_where(best.total < 0.5 * self.function.curvature)
         if len(rows):
             medians = points[rows].median(1, keepdim=True).values
             place = (points[rows] - medians).square().sum(-1).argmin(-1)
@@ -220,5 +221,5 @@ class RobustPooling(BaseNode):
         if end is None:
             return NodeAnswer(y, solved, torch.zeros(len(u), dtype=torch.int64))
         if not end.converged.all():
-            solved = [Status.SOLVED if fine else Status.ITERATION_LIMIT for fine in end.converged.tolist()]
+            solved = [Status.SOLVED if fine else Status.ITERATION_LIMIT for fine in flags(end.converged)]
         return NodeAnswer(y, solved, end.iterations)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lpgd.arrays import flags
 from lpgd.execution.threads import torch_threads
 from lpgd.nodes.principal.iterations import generic_matrix
 from lpgd.status import refuse_elements
@@ -102,7 +103,7 @@ def _check(matrix: Tensor, value: Tensor, probe: Tensor, answer: Tensor, factore
 
 def _refuse(good: Tensor) -> None:
     refuse_elements(
-        good.tolist(),
+        flags(good),
         "The principal vector has no derivative where its eigenvalue is double to rounding (or, of a symmetric matrix, "
         "not the largest).",
     )

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd.arrays import rows_where
 from lpgd.nodes.principal.lanczos import SMALL, decomposed, leading_eigenvector
 
 __all__ = [
@@ -180,7 +181,7 @@ def lanczos_or_decomposition(
     answer = Principal(
         _oriented(found.vector, reference).to(dtype), found.value.to(dtype), found.residual.to(dtype), spent
     )
-    rest = (~(found.proven & (found.residual <= tolerance))).nonzero()[:, 0]
+    rest = rows_where(~(found.proven & (found.residual <= tolerance)))
     if len(rest):
         own = None if start is None else start[rest]
         again = _iterate(matrix[rest], min(WIDTH, size), True, reference, own, tolerance, iterations)

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lpgd.arrays import elements_where, flags, rows_where
 from lpgd.execution.threads import torch_threads
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, is_shared
 from lpgd.nodes.sphere.descent import Direction, descend, starting_points
@@ -93,7 +94,7 @@ def _solve_differentiably(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor) -> Ten
     singular = (information != 0) | ~(s.norm(dim=-1) * rounding <= v.norm(dim=-1))
     if singular.any():
         raise RuntimeError(
-            f"the solutions on the sphere of elements {singular.nonzero()[:10, 0].tolist()} are not unique, to "
+            f"the solutions on the sphere of elements {elements_where(singular)[:10]} are not unique, to "
             "rounding: they have no second derivative."
         )
     return s
@@ -253,7 +254,7 @@ def leave_saddles(gram: Tensor, vector: Tensor, found: SphereSolution) -> tuple[
     shifted = (
         torch.baddbmm(gram, (scale[:, None] * u)[..., None], u[:, None]) + (rounding - mu)[:, None, None] * identity
     )
-    rows = ((torch.linalg.cholesky_ex(shifted).info != 0) & found.converged).nonzero()[:, 0]
+    rows = rows_where((torch.linalg.cholesky_ex(shifted).info != 0) & found.converged)
     if not len(rows):
         return None
     lowest = torch.linalg.eigh(shifted[rows]).eigenvectors[:, :, 0]
@@ -274,14 +275,14 @@ def stay_on_branch(gram: Tensor, vector: Tensor, found: SphereSolution, start: T
         start: (B, n).
     """
     start = normalised(start)
-    apart = _is_uphill(gram, vector, start, found.u).nonzero()[:, 0]
+    apart = rows_where(_is_uphill(gram, vector, start, found.u))
     if not len(apart):
         return found
     G = gram[apart] if gram.shape[0] > 1 else gram.expand(len(apart), -1, -1)
     c, start = vector[apart], start[apart]
     u, fine = _newton(G, c, start)
     # Newton's method alone is enough from near, and might go anywhere else: up, or far.
-    rest = (~fine | _is_uphill(G, c, start, u)).nonzero()[:, 0]
+    rest = rows_where(~fine | _is_uphill(G, c, start, u))
     if len(rest):
         local = descend(G[rest], c[rest], start[rest], max_iterations=1000)
         u[rest], fine[rest] = _newton(G[rest], c[rest], local.u)
@@ -321,9 +322,9 @@ def _is_uphill(gram: Tensor, vector: Tensor, start: Tensor, end: Tensor) -> Tens
 
 def _answer(gram: Tensor, vector: Tensor, found: SphereSolution) -> NodeAnswer:
     mu = multiplier(gram, vector, found.u)
-    statuses = [Status.SOLVED if fine else Status.ITERATION_LIMIT for fine in found.converged.tolist()]
+    statuses = [Status.SOLVED if fine else Status.ITERATION_LIMIT for fine in flags(found.converged)]
     if not mu.isfinite().all():  # AᵀA overflowed
-        fine = mu.isfinite().tolist()
+        fine = flags(mu.isfinite())
         statuses = [own if good else Status.NUMERICAL_ERROR for own, good in zip(statuses, fine, strict=True)]
     aux = (gram, mu) if found.free is None else (gram, mu, found.free)
     return NodeAnswer(found.u, statuses, found.iterations, aux, nu=-mu[:, None])

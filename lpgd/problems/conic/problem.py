@@ -20,7 +20,6 @@ Models (arXiv 2407.05920).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -233,27 +232,25 @@ class ConicProblem:
 
     # -- batches ----------------------------------------------------------------------------------------------
 
-    def select(self, elements: Sequence[int]) -> ConicProblem:
+    def select(self, elements: Tensor) -> ConicProblem:
         """The batch of these elements; shared data, and rows that are all wanted in order, are not copied."""
-        index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
 
         def chosen(datum: Tensor) -> Tensor:
             if datum.ndim == 1:
                 return datum
-            rows = index % max(datum.shape[0], 1)
+            rows = elements % max(datum.shape[0], 1)
             whole = torch.arange(datum.shape[0], device=self.device)
             return datum if torch.equal(rows, whole) else datum[rows]
 
         data = ConicData(*(chosen(datum) for datum in self.data))
         return replace(self, data=data, batch_size=len(elements))
 
-    def scatter(self, elements: Sequence[int], data: ConicData) -> ConicData:
+    def scatter(self, elements: Tensor, data: ConicData) -> ConicData:
         """A gradient of the data of ``select(elements)`` as one of this batch's: zero for the other elements."""
-        index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
         full = self.zero_gradient()
         return ConicData(
             *(
-                part if own.ndim == 1 else own.index_add(0, index % max(own.shape[0], 1), part)
+                part if own.ndim == 1 else own.index_add(0, elements % max(own.shape[0], 1), part)
                 for own, part in zip(full, data, strict=True)
             )
         )

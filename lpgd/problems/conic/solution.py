@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import integers
 from lpgd.problems.conic.activity import ActiveSet, active_set
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.residuals import Residuals, residuals_of
@@ -68,13 +69,14 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     def point(self) -> ConicPoint:
         return ConicPoint(self.x, self.y, self.z)
 
-    def select(self, elements: Sequence[int]) -> Self:
+    def select(self, elements: Tensor) -> Self:
         """The solutions of these elements, without their systems."""
         records = {name: getattr(self, name) for name in ("solvers", "proofs")}
-        kept: dict[str, Any] = {name: tuple(own[i] for i in elements) if own else own for name, own in records.items()}
+        chosen = integers(elements)
+        kept: dict[str, Any] = {name: tuple(own[i] for i in chosen) if own else own for name, own in records.items()}
         for name in ("known_to", "refined"):
             own = getattr(self, name)
-            kept[name] = own if own is None else own[list(elements)]
+            kept[name] = own if own is None else own[elements.to(own.device)]
         return replace(super().select(elements), systems=(), **kept)
 
     @property

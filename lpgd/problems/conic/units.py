@@ -17,7 +17,6 @@ Data that are of order 1 already are left alone, so that matrices and prepared s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -90,14 +89,13 @@ class Units:
         """Whether P and A are those of the problem up to a factor of P."""
         return self.variable is None and self.row is None
 
-    def select(self, elements: Sequence[int]) -> Units:
+    def select(self, elements: Tensor) -> Units:
         """The units of these elements."""
-        index = torch.as_tensor(list(elements), dtype=torch.int64)
 
         def chosen(part: Tensor | None) -> Tensor | None:
             if part is None or part.shape[0] == 1:
                 return part
-            return part[index.to(part.device) % part.shape[0]]
+            return part[elements.to(part.device) % part.shape[0]]
 
         return Units(*(chosen(part) for part in (self.variable, self.row, self.length, self.cost, self.alone)))
 

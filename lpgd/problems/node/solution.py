@@ -79,9 +79,9 @@ class NodeSolution(Solution[NodeProblem, NodePoint]):
             known = self.problem.node.multipliers(tuple(self.problem.data), self.problem.shaped(x), self.aux)
         return NodePoint(self.x, *(known or estimate_multipliers(self.problem, x)))
 
-    def select(self, elements: Sequence[int]) -> Self:
+    def select(self, elements: Tensor) -> Self:
         """The solutions of these elements."""
-        chosen = list(elements)
+        chosen = elements
         own = {name: getattr(self, name) for name in ("nu", "lam")}
         changes: dict[str, Any] = {name: part if part is None else part[chosen] for name, part in own.items()}
         if self.aux is not None:

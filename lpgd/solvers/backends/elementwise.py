@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import FloatArray
 from lpgd.execution.interrupts import InterruptedSolveError, hearing, kept_handler, pause, send_on
 from lpgd.execution.memo import TensorMemo
 from lpgd.execution.tasks import SerialExecutor, run_tasks
@@ -34,8 +35,6 @@ from lpgd.solvers.base import ConicSolver
 from lpgd.status import SetUpError, Status
 
 __all__ = ["ElementwiseSolver", "Outcome", "Prepared"]
-
-FloatArray = NDArray[np.float64]
 
 
 class Outcome(NamedTuple):

@@ -17,6 +17,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray
 from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicStructure
 
@@ -36,7 +37,6 @@ __all__ = [
     "Vectors",
 ]
 
-FloatArray = NDArray[np.float64]
 IndexArray = NDArray[np.int64]
 
 

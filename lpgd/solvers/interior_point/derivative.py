@@ -50,8 +50,7 @@ def kept_response(
     """The same by a system that the solver has left, for its elements."""
     whole = torch.equal(kept.elements, torch.arange(problem.batch_size, device=problem.device))
     if not whole:
-        rows = kept.elements.tolist()
-        problem, point, tilt = problem.select(rows), point.select(kept.elements), tilt.select(kept.elements)
+        problem, point, tilt = problem.select(kept.elements), point.select(kept.elements), tilt.select(kept.elements)
     response, exact = _response(problem, point, tilt, 0.0, kept.system, kept.row_scale)
     return response, exact & kept.valid
 

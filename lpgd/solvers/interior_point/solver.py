@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
+from lpgd.arrays import flags, integers, rows_where
 from lpgd.execution.tasks import run_tasks, split, worker_count
 from lpgd.execution.threads import all_torch_threads, one_torch_thread
 from lpgd.problems.conic.problem import ConicProblem
@@ -113,10 +114,10 @@ class InteriorPoint(ConicSolver):
         iterations = torch.zeros(size, dtype=torch.int64)
         valid = problem.finite()
         whole = bool(valid.all())
-        rows = valid.nonzero()[:, 0]
+        rows = rows_where(valid)
         kept: tuple[KeptSystem, ...] = ()
         if rows.shape[0]:
-            part = problem if whole else problem.select(rows.tolist())
+            part = problem if whole else problem.select(rows)
             scaling = Scaling.of(part, _PRECISIONS[self.precision][0])
             start = _active_set(problem, states) if whole and is_suitable(scaling.program) else None
             answers = self._answers(_Task(scaling.program, start, self._limits, self.verbose), _work(part), executor)
@@ -130,13 +131,13 @@ class InteriorPoint(ConicSolver):
         rows = point[1] > slack
         rows[:, : structure.cones.zero] = True
         ends = ActiveSet(rows, point[2] > upper - point[0], -point[2] > point[0] - lower)
-        solved = torch.isfinite(point[0][:, 0]).tolist()
+        solved = flags(torch.isfinite(point[0][:, 0]))
         seconds = time.perf_counter() - started
         return ConicSolution(
             problem,
             *point,
             slack=slack,
-            statuses=tuple(Status(value) for value in statuses.tolist()),
+            statuses=tuple(Status(value) for value in integers(statuses)),
             iterations=iterations.numpy(),
             setup_seconds=np.zeros(size),
             solve_seconds=np.full(size, seconds / max(size, 1)),

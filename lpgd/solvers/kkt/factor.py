@@ -24,11 +24,11 @@ import scipy.sparse as sp
 import scipy.sparse.linalg as spla
 from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray
 from lpgd.execution.threads import bounded_blas
 
 __all__ = ["Answers", "Known", "System", "solve_dense", "solve_matrices", "solve_sparse"]
 
-FloatArray = NDArray[np.float64]
 IndexArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 

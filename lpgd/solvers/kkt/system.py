@@ -24,6 +24,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray
 from lpgd.cones.projections import projection_derivative
 from lpgd.execution.interrupts import pause
 from lpgd.problems.conic.structure import ConicStructure
@@ -31,7 +32,6 @@ from lpgd.solvers.kkt.factor import Known, System, solve_dense, solve_matrices, 
 
 __all__ = ["KKTPoints", "KKTResponse", "Known", "is_quick", "respond"]
 
-FloatArray = NDArray[np.float64]
 IndexArray = NDArray[np.int64]
 
 DENSE_LIMIT = 400

@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lpgd.arrays import rows_where
 from lpgd.execution.threads import torch_threads
 from lpgd.problems.node.multipliers import LARGE
 from lpgd.problems.node.problem import NodeProblem
@@ -101,7 +102,7 @@ def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor) -> tu
     small = eps**0.6 * target.abs().amax(-1).clamp(min=torch.finfo(right.dtype).tiny)
     exact = exact & (residual.abs().amax(-1) <= small)
     answer = weight * torch.where(exact[:, None], answer + correction, 0)
-    rest = (~exact).nonzero()[:, 0]
+    rest = rows_where(~exact)
     if len(rest):
         # The pseudo-inverse of the matrix itself: least norm in the units of the variables.
         own = matrix[rest]

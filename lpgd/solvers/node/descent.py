@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd.arrays import rows_where
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
 from lpgd.status import Status
 
@@ -61,7 +62,7 @@ class _Run:
         if ended.any():
             for name in ("rows", "x", "value", "slope", "best", "first"):
                 setattr(self, name, getattr(self, name)[left])
-            self.function = self.function.select(left.nonzero()[:, 0])
+            self.function = self.function.select(rows_where(left))
         return left
 
     def leave_saddles(self, direction: Tensor, curvature: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, T
     unit = torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
     safe = torch.where(curved[:, None, None], factor, unit)
     direction = -torch.cholesky_solve(slope[..., None], safe)[..., 0]
-    rest = (~curved).nonzero()[:, 0]
+    rest = rows_where(~curved)
     lowest, curvature = torch.zeros_like(slope), torch.zeros_like(slope[:, 0])
     if len(rest):
         values, vectors = torch.linalg.eigh(0.5 * (hessian[rest] + hessian[rest].mT))

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import as_index
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.status import Status
 
@@ -28,7 +29,8 @@ def scipy_minimise(
     """
     size = x.shape[0]
     points = [
-        _minimise_one(problem.select([element]), x[element], tolerance, max_iterations) for element in range(size)
+        _minimise_one(problem.select(as_index([element], problem.device)), x[element], tolerance, max_iterations)
+        for element in range(size)
     ]
     found = [torch.from_numpy(point).to(x) for point, _, _ in points]
     status = torch.tensor([status for _, status, _ in points], device=x.device)
