@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = [
     "floats",
     "from_numpy",
     "integers",
+    "random_direction",
     "rows_where",
 ]
 
@@ -61,3 +63,15 @@ def floats(vector: Tensor) -> list[float]:
 def from_numpy(array: NDArray[Any]) -> Tensor:
     """A tensor that shares an array's memory."""
     return cast(Tensor, cast(Any, torch).from_numpy(array))
+
+
+@cache
+def random_direction(size: int) -> FloatArray:
+    """A fixed random vector of length 1, to probe matrices K with.
+
+    ``|K⁻¹ direction|`` bounds the norm of K⁻¹ from below, almost surely within ``√size``.
+    """
+    direction = np.random.default_rng(size).standard_normal(size)
+    direction /= np.linalg.norm(direction) if size else 1.0
+    direction.flags.writeable = False
+    return direction

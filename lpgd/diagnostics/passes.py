@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -106,7 +106,7 @@ def _opened(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
 
 @contextmanager
-def collected_warnings() -> Iterator[list[str]]:
+def collected_warnings() -> Generator[list[str]]:
     """The library's own warnings inside, each text once, in a list; others are passed on."""
     texts: list[str] = []
     with warnings.catch_warnings(record=True) as caught:

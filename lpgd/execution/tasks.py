@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -126,7 +126,7 @@ def _in_turn(signals: _Signals | None, function: Callable[[Task], Result], tasks
 
 
 @contextmanager
-def _told(signals: _Signals | None) -> Iterator[None]:
+def _told(signals: _Signals | None) -> Generator[None]:
     """Begin when told to, and stop when told to."""
     if signals is not None:
         signals.begin.wait()

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from lpgd.arrays import elements_where, flags
-from lpgd.problems.base import Traits
+from lpgd.arrays import IntArray, elements_where, flags
+from lpgd.problems.base import Data, Point, Traits
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
 
@@ -60,7 +60,7 @@ class GradientInfo:
     crossed: Tensor | None = None
     jumped: Tensor | None = None
     tolerance: float | None = None
-    iterations: Any = None
+    iterations: IntArray | None = None
     descent: Tensor | None = None
     doubt: Tensor | None = None
     notices: dict[str, str] = field(default_factory=dict)
@@ -99,10 +99,10 @@ class GradientMethod(ABC):
     def vjp(
         self,
         solution: AnySolution,
-        cotangent: Any,
+        cotangent: Point,
         solver: AnySolver,
         executor: Executor | None = None,
-    ) -> tuple[Any, GradientInfo]:
+    ) -> tuple[Data, GradientInfo]:
         """The gradient of ``<cotangent, solution>`` with respect to the problem's data.
 
         Args:
@@ -120,10 +120,10 @@ class GradientMethod(ABC):
     def jvp(
         self,
         solution: AnySolution,
-        tangent: Any,
+        tangent: Data,
         solver: AnySolver,
         executor: Executor | None = None,
-    ) -> tuple[Any, GradientInfo]:
+    ) -> tuple[Point, GradientInfo]:
         """The change of the solution along a tangent of the data: forward mode.
 
         Args:
@@ -137,7 +137,7 @@ class GradientMethod(ABC):
         """Whether there is a :meth:`differentiable_vjp` for this problem."""
         return False
 
-    def differentiable_vjp(self, solution: AnySolution, data: Any, outputs: Any, cotangent: Any) -> Any:
+    def differentiable_vjp(self, solution: AnySolution, data: Data, outputs: Data, cotangent: Point) -> Data:
         """The gradient of :meth:`vjp` by differentiable operations, for second derivatives.
 
         Args:

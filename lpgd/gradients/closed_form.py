@@ -12,6 +12,7 @@ from torch import Tensor
 from lpgd.arrays import as_index, elements_where
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit.method import ImplicitKKT
+from lpgd.problems.base import Data, Point
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.solution import NodeSolution
 from lpgd.problems.solution import AnyProblem, AnySolution
@@ -33,10 +34,10 @@ class ClosedForm(GradientMethod):
     def vjp(
         self,
         solution: AnySolution,
-        cotangent: Any,
+        cotangent: Point,
         solver: AnySolver,
         executor: Executor | None = None,
-    ) -> tuple[Any, GradientInfo]:
+    ) -> tuple[Data, GradientInfo]:
         problem = cast(NodeProblem, solution.problem)
         info = GradientInfo.blank(self, solution)
         active = relevant_elements(solution, cotangent)
@@ -52,10 +53,10 @@ class ClosedForm(GradientMethod):
     def jvp(
         self,
         solution: AnySolution,
-        tangent: Any,
+        tangent: Data,
         solver: AnySolver,
         executor: Executor | None = None,
-    ) -> tuple[Any, GradientInfo]:
+    ) -> tuple[Point, GradientInfo]:
         traits = solution.problem.traits
         if not traits.has_kkt:
             raise TypeError(
@@ -67,7 +68,7 @@ class ClosedForm(GradientMethod):
     def is_differentiable(self, problem: AnyProblem) -> bool:
         return True
 
-    def differentiable_vjp(self, solution: AnySolution, data: Any, outputs: Any, cotangent: Any) -> Any:
+    def differentiable_vjp(self, solution: AnySolution, data: Data, outputs: Data, cotangent: Point) -> Data:
         """The node's formula from its inputs and its solution alone."""
         own = cast(NodeSolution, solution).traced(data, outputs)
         elements = elements_where(own.usable)

@@ -29,6 +29,7 @@ from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit.method import ImplicitKKT
 from lpgd.gradients.perturbed import Envelope, Perturbed, perturb
 from lpgd.gradients.small_steps import check_small_steps, is_doubtful
+from lpgd.problems.base import Data, Point
 from lpgd.problems.solution import AnySolution
 from lpgd.solvers.base import AnySolver
 from lpgd.status import SolverError, warn
@@ -80,17 +81,17 @@ class LPGD(GradientMethod):
         augmented = {"can_augment"} if self.rho else set()
         return self.needs | augmented | ({"is_continuous"} if self.tau is None else set())
 
-    def steps(self, tau: float, cotangent: Any) -> Tensor:
+    def steps(self, tau: float, cotangent: Point) -> Tensor:
         """(B,) the steps that a given τ stands for, by which the cotangent is multiplied."""
         return cotangent.x.new_full(cotangent.x.shape[:1], tau)
 
     def vjp(
         self,
         solution: AnySolution,
-        cotangent: Any,
+        cotangent: Point,
         solver: AnySolver,
         executor: Executor | None = None,
-    ) -> tuple[Any, GradientInfo]:
+    ) -> tuple[Data, GradientInfo]:
         problem = solution.problem
         pair = _Perturbed(self, solution, cotangent, solver, executor)
         gradient = problem.zero_gradient()
@@ -108,10 +109,10 @@ class LPGD(GradientMethod):
     def jvp(
         self,
         solution: AnySolution,
-        tangent: Any,
+        tangent: Data,
         solver: AnySolver,
         executor: Executor | None = None,
-    ) -> tuple[Any, GradientInfo]:
+    ) -> tuple[Point, GradientInfo]:
         problem, point = solution.problem, solution.point
         direction = problem.mixed_product(point, tangent)
         pair = _Perturbed(self, solution, direction, solver, executor)
@@ -144,7 +145,7 @@ class _Perturbed:
         self,
         method: LPGD,
         solution: AnySolution,
-        cotangent: Any,
+        cotangent: Point,
         solver: AnySolver,
         executor: Executor | None,
     ) -> None:
@@ -182,7 +183,7 @@ class _Perturbed:
     def is_whole(self) -> bool:
         return len(self.elements) == self.whole.batch_size
 
-    def is_still(self, cotangent: Any) -> bool:
+    def is_still(self, cotangent: Point) -> bool:
         """Whether there were perturbed solutions of a linear program, and none moved that could have."""
         if not self.elements or self.unsolved or not self.whole.traits.is_linear_program or not bool(self.still.all()):
             return False
@@ -202,7 +203,7 @@ class _Perturbed:
             )
         return ImplicitKKT(rho=self.method.rho)
 
-    def of_unsolved(self, cotangent: Any) -> Any:
+    def of_unsolved(self, cotangent: Point) -> Any:
         """A cotangent, or a tilt, that is zero for all but the elements for the fallback.
 
         The fallback is given the whole batch, so that what it says of elements names their places in it.

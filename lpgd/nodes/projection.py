@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.arrays import flags
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
 from lpgd.status import Status
@@ -206,4 +207,4 @@ def _norm(x: Tensor) -> Tensor:
     """(B, 1), without overflow or underflow of squares."""
     # The product does not depend on the unit, which needs no derivative.
     unit = x.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    return unit * torch.linalg.vector_norm(x / unit, dim=-1, keepdim=True)
+    return unit * linalg.vector_norm(x / unit, dim=-1, keepdim=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -158,7 +158,7 @@ class Node(BaseNode):
             ) from error
 
     @contextmanager
-    def _explained(self, role: str, shapes: Sequence[tuple[int, ...]]) -> Iterator[None]:
+    def _explained(self, role: str, shapes: Sequence[tuple[int, ...]]) -> Generator[None]:
         """What a function of the user's raises gets a note with the shapes that it was called with."""
         try:
             yield

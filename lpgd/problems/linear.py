@@ -18,12 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from lpgd.arrays import integers
+from lpgd.arrays import FloatArray, IntArray, integers
 from lpgd.problems.base import Centered, PointOperations, Traits, maximum_norm
 from lpgd.problems.solution import Solution
 from lpgd.status import Status
@@ -212,9 +210,9 @@ class LinearSolution(Solution[LinearProblem, LinearPoint]):
     x: Tensor
     answers: tuple[Any, ...]
     statuses: tuple[Status, ...]
-    iterations: NDArray[np.int64]
-    setup_seconds: NDArray[np.float64]
-    solve_seconds: NDArray[np.float64]
+    iterations: IntArray
+    setup_seconds: FloatArray
+    solve_seconds: FloatArray
     states: Sequence[Any]
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "iterations", "setup_seconds", "solve_seconds")

@@ -7,12 +7,10 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, TypeVar, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from lpgd.arrays import integers
+from lpgd.arrays import FloatArray, IntArray, integers
 from lpgd.problems.base import Data, Point, Problem
 from lpgd.status import Status, describe_counts
 
@@ -62,9 +60,9 @@ class Solution(Generic[ProblemT_co, PointT_co]):
     problem: ProblemT_co
     x: Tensor
     statuses: tuple[Status, ...]
-    iterations: NDArray[np.int64]
-    setup_seconds: NDArray[np.float64]
-    solve_seconds: NDArray[np.float64]
+    iterations: IntArray
+    setup_seconds: FloatArray
+    solve_seconds: FloatArray
     states: Sequence[Any]
 
     _tensors: ClassVar[tuple[str, ...]]

@@ -11,7 +11,8 @@ import scipy.sparse.linalg as spla
 import torch
 from torch import Tensor
 
-from lpgd.arrays import floats, rows_where
+from lpgd import linalg
+from lpgd.arrays import floats, from_numpy, rows_where
 from lpgd.execution.memo import TensorMemo
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.sparsity import SparsityPattern
@@ -83,9 +84,9 @@ def _rows_convex(pattern: SparsityPattern, values: Tensor) -> Tensor:
 
 def _dominated(pattern: SparsityPattern, values: Tensor) -> Tensor:
     """(R,) whether each diagonal entry is at least the sum of the others in its row (Gershgorin)."""
-    diagonal = torch.from_numpy(pattern.rows == pattern.columns).to(values.device)
+    diagonal = from_numpy(pattern.rows == pattern.columns).to(values.device)
     signed = torch.where(diagonal, values, -values.abs())
-    rows = torch.from_numpy(pattern.rows).to(values.device)
+    rows = from_numpy(pattern.rows).to(values.device)
     return (values.new_zeros(len(values), pattern.shape[0]).index_add(1, rows, signed) >= 0).all(-1)
 
 
@@ -100,10 +101,10 @@ def _by_cholesky(pattern: SparsityPattern, values: Tensor, shift: Tensor) -> Ten
         else:
             place = np.searchsorted(used, pattern.rows) * used.size + np.searchsorted(used, pattern.columns)
             matrices = part.new_zeros(len(part), used.size * used.size)
-            matrices[:, torch.from_numpy(place).to(part.device)] = part
+            matrices[:, from_numpy(place).to(part.device)] = part
             matrices = matrices.reshape(-1, used.size, used.size)
         matrices.diagonal(dim1=-2, dim2=-1).add_(own[:, None])
-        found.append(torch.linalg.cholesky_ex(matrices).info == 0)
+        found.append(linalg.cholesky_ex(matrices).info == 0)
     return torch.cat(found)
 
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, as_index, elements_where, flags, rows_where
+from lpgd.arrays import FloatArray, as_index, elements_where, flags, from_numpy, rows_where
 from lpgd.cones.regions import interior_direction, kinks
 from lpgd.execution.tasks import SerialExecutor, run_tasks
 from lpgd.gradients.base import GradientInfo
@@ -34,6 +34,9 @@ from lpgd.problems.conic.units import Units
 from lpgd.solvers.interior_point.derivative import is_batchable, kept_response, polyhedral_response
 from lpgd.solvers.kkt.refinement import complementary, optimality_residual, refine
 from lpgd.solvers.kkt.system import KKTPoints, KKTResponse, Known, is_quick, respond
+
+if TYPE_CHECKING:
+    from lpgd.gradients.implicit.method import ImplicitKKT
 
 __all__ = ["in_data", "response"]
 
@@ -50,7 +53,7 @@ NOTHING = 1e-7
 
 
 def response(
-    method: Any,
+    method: ImplicitKKT,
     solution: ConicSolution,
     tilt: ConicPoint,
     active: Sequence[int],
@@ -158,7 +161,7 @@ def _locate(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: Conic
         lipschitz = np.zeros(problem.batch_size)
     else:
         found, lipschitz = kinks(cones, v.detach().cpu().numpy(), tolerance[:, 0].cpu().numpy())
-        near = torch.from_numpy(found).to(v.device)
+        near = from_numpy(found).to(v.device)
     weak, xi_side = near.any(-1), torch.zeros_like(point.x)
     if structure.has_bounds:
         lower, upper = problem.full_bounds()
@@ -168,7 +171,7 @@ def _locate(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: Conic
         xi_side = (above.double() - below.double()) * 2 * tolerance
     v_side = torch.zeros_like(v)
     if bool(weak.any()):
-        direction = torch.from_numpy(interior_direction(cones)).to(v.device)
+        direction = from_numpy(interior_direction(cones)).to(v.device)
         v_side = torch.where(near, 2 * tolerance * direction, 0.0)
     return _Located(problem, point, slack, tilt, error, lipschitz, weak, xi_side, v_side)
 
@@ -294,7 +297,7 @@ def _one_by_one(
         if singular and _is_steady(located, element, rho, found.x[k], findings.concerns(found.shared[k])):
             findings.steady.add(element)
     for whole, part in zip(answer, found[:3], strict=True):
-        whole[elements] = torch.from_numpy(part).to(whole.device)
+        whole[elements] = from_numpy(part).to(whole.device)
     findings.add(elements, found)
 
 
@@ -320,7 +323,7 @@ def _is_steady(
     own_rho = rho[[element]] if isinstance(rho, np.ndarray) else rho
     for other in others:
         there = located._replace(
-            problem=problem, point=point._replace(y=torch.from_numpy(other)[None].to(point.y)), slack=slack,
+            problem=problem, point=point._replace(y=from_numpy(other)[None].to(point.y)), slack=slack,
             tilt=located.tilt.select(row), error=located.error[row], lipschitz=located.lipschitz[[element]],
         )  # fmt: skip
         again = _responses(there, [0], own_rho, 0.0, SerialExecutor()).x[0]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lpgd.arrays import as_index, flags, integers, rows_where
 from lpgd.gradients.base import GradientInfo
+from lpgd.problems.base import Data, Point
 from lpgd.problems.node.multipliers import active_rows
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.solution import NodeSolution
@@ -17,11 +18,14 @@ from lpgd.problems.node.structure import NodePoint
 from lpgd.solvers.node.bordered import bordered_response, is_large
 from lpgd.status import warn
 
+if TYPE_CHECKING:
+    from lpgd.gradients.implicit.method import ImplicitKKT
+
 __all__ = ["differentiable_vjp", "in_data", "response"]
 
 
 def response(
-    method: Any,
+    method: ImplicitKKT,
     solution: NodeSolution,
     tilt: NodePoint,
     active: list[int],
@@ -75,7 +79,9 @@ def in_data(solution: NodeSolution, change: NodePoint) -> Any:
     return problem.scatter(rows, gradient)
 
 
-def differentiable_vjp(method: Any, solution: NodeSolution, data: Any, outputs: Any, cotangent: Any) -> Any:
+def differentiable_vjp(
+    method: ImplicitKKT, solution: NodeSolution, data: Data, outputs: Data, cotangent: Point
+) -> Data:
     """The bordered system and the vjp of the optimality conditions as functions of data, minimisers and cotangent.
 
     Raises:
@@ -100,7 +106,7 @@ def differentiable_vjp(method: Any, solution: NodeSolution, data: Any, outputs: 
     return whole.problem.scatter(rows, own.problem.directional_gradient(own.point, change))
 
 
-def _active(method: Any, problem: NodeProblem, point: NodePoint) -> tuple[Tensor, Tensor]:
+def _active(method: ImplicitKKT, problem: NodeProblem, point: NodePoint) -> tuple[Tensor, Tensor]:
     """Inequalities that are active, and (B,) whether one of an element's has a multiplier of zero."""
     if not point.lam.shape[-1]:
         return torch.zeros_like(point.lam, dtype=torch.bool), point.x.new_zeros(len(point.x), dtype=torch.bool)

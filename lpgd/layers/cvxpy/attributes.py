@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.arrays import elements_where
 from lpgd.layers.cvxpy.layout import ParameterLayout
 
@@ -55,7 +56,7 @@ def _not_semidefinite(matrices: Tensor, room: Tensor) -> Tensor:
     nonzero = finite & (room > 0)
     # A Cholesky factorisation of the shifted matrix tells, at a tenth of the eigenvalues' price.
     shift = symmetric.shape[-1] * room.double()[:, None, None] * torch.eye(symmetric.shape[-1]).to(symmetric)
-    failed = torch.linalg.cholesky_ex(symmetric[nonzero] + shift[nonzero]).info.ne(0)
+    failed = linalg.cholesky_ex(symmetric[nonzero] + shift[nonzero]).info.ne(0)
     broken = torch.zeros_like(nonzero)
     broken[nonzero] = failed
     return broken

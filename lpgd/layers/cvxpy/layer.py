@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from lpgd.arrays import IntArray, from_numpy
 from lpgd.autograd import OnError
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import LayerOutput, OptimizationLayer, WarmStart
@@ -103,7 +103,7 @@ class CvxpyLayer(OptimizationLayer):
         self.variable_layouts = program.variables
         self._data_maps = [_DataMap(getattr(program, name)) for name in ConicData._fields]
         both = np.isin(np.arange(program.n), program.lower_index) & np.isin(np.arange(program.n), program.upper_index)
-        self._readers = [_Reader(layout, torch.from_numpy(both)) for layout in program.variables]
+        self._readers = [_Reader(layout, from_numpy(both)) for layout in program.variables]
 
     @eager
     def forward(
@@ -169,7 +169,7 @@ class CvxpyLayer(OptimizationLayer):
         return ConicData(*(data_map(columns) for data_map in self._data_maps))
 
 
-def _constant_rows(program: CanonicalProgram) -> NDArray[np.int64]:
+def _constant_rows(program: CanonicalProgram) -> IntArray:
     """The rows of A and b that no parameter reaches."""
     constant = np.ones(program.cones.rows, dtype=bool)
     for affine, rows in ((program.A, program.constraint.rows), (program.b, np.arange(program.cones.rows))):
@@ -190,7 +190,7 @@ class _Columns:
                 # Of a symmetric matrix only one triangle is read: this spreads the gradient over both.
                 values = 0.5 * (values + values.mT)
             flat = values.flatten(values.ndim - len(layout.shape)) if layout.shape else values.unsqueeze(-1)
-            values = flat.index_select(-1, torch.from_numpy(layout.take).to(flat.device))
+            values = flat.index_select(-1, from_numpy(layout.take).to(flat.device))
             self.parts[position] = _log(values) if layout.log else values
         self.order = sorted(self.parts, key=lambda position: layouts[position].columns.start)
         self.sizes = {position: layout.take.size for position, layout in enumerate(layouts)}
@@ -230,7 +230,7 @@ class _DataMap:
     def __init__(self, affine: AffineMap) -> None:
         matrix: Any = affine.matrix.tocsc().astype("float64")
         self.reaching = affine.reaching
-        self.constant = torch.from_numpy(matrix[:, [-1]].toarray().ravel())
+        self.constant = from_numpy(matrix[:, [-1]].toarray().ravel())
         self.has_constant = bool(self.constant.ne(0).any())
         self.linear = SparseMap(matrix[:, :-1])
 

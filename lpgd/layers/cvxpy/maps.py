@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from torch import Tensor
+
+from lpgd.arrays import from_numpy
 
 __all__ = ["SparseMap"]
 
@@ -26,9 +27,9 @@ class SparseMap:
         self.is_empty = rows.size == 0
         self.is_gather = np.array_equal(rows, np.arange(self.size))
         self.tensors = {
-            "rows": torch.from_numpy(rows),
-            "columns": torch.from_numpy(columns),
-            "values": torch.from_numpy(entries.data.astype(np.float64)),
+            "rows": from_numpy(rows),
+            "columns": from_numpy(columns),
+            "values": from_numpy(entries.data.astype(np.float64)),
         }
 
     def __call__(self, vectors: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.arrays import rows_where
 from lpgd.nodes.base import Tilt
 from lpgd.nodes.pooling.end import finish, slope_noise
@@ -175,7 +176,7 @@ class NumberSum:
 
     def noise(self, u: Tensor) -> Tensor:
         """(B, 1) what rounding moves a minimiser by: that of N slopes, which are at most ``|z|`` and about α."""
-        parts = [torch.linalg.vector_norm(u[block] - self.x[block], dim=-1, keepdim=True) for block in blocks(self.x)]
+        parts = [linalg.vector_norm(u[block] - self.x[block], dim=-1, keepdim=True) for block in blocks(self.x)]
         count, eps = self.x.shape[-1], torch.finfo(u.dtype).eps
         return 4 * eps / count**0.5 * (torch.cat(parts) / count**0.5).clamp(max=self.penalty.alpha)
 
@@ -223,13 +224,13 @@ class VectorSum:
         # The tiny part keeps points that are outliers to all others where they are.
         mean = -slope / (total + rho).clamp(min=torch.finfo(x.dtype).eps)
         unit = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        factor, failed = torch.linalg.cholesky_ex(hessian(z, terms) + rho * unit)
+        factor, failed = linalg.cholesky_ex(hessian(z, terms) + rho * unit)
         pivot = factor.diagonal(dim1=-2, dim2=-1).amin(-1, keepdim=True)
         fine = (failed == 0)[:, None] & (pivot > 0.03 * (total + rho).sqrt())
         factor = torch.where(fine[..., None], factor, unit)
         newton = torch.where(fine, -torch.cholesky_solve(slope[..., None], factor)[..., 0], mean)
         # Newton's error is about the square of its step over α, where the penalty has no kinks.
-        length = torch.linalg.vector_norm(newton, dim=-1)
+        length = linalg.vector_norm(newton, dim=-1)
         error = 10 / self.penalty.alpha * length**2 if self.penalty.is_smooth else length
         return Step(value, slope, newton, mean, error, fine[:, 0], total[:, 0], torch.zeros_like(value))
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.arrays import flags, rows_where
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
 from lpgd.nodes.pooling.descent import Descent, NumberSum, Root, VectorSum, blocks, descend, find_root
@@ -166,11 +167,11 @@ class RobustPooling(BaseNode):
         z = u[:, None] - x
         terms = self.function.terms(z.square().sum(-1))
         matrix, total = hessian(z, terms), terms.first.sum(-1)
-        values = torch.linalg.eigvalsh(matrix)
+        values = linalg.eigvalsh(matrix)
         flat = (values.abs().amin(-1) <= 100 * torch.finfo(z.dtype).eps * total)[:, None]
         unit = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
         mean = torch.where(total > 0, total, 1)[:, None, None] * unit
-        s = torch.linalg.solve(torch.where(flat[..., None], mean, matrix), v)[:, None]
+        s = linalg.solve(torch.where(flat[..., None], mean, matrix), v)[:, None]
         second = torch.where(flat, 0, terms.second)
         return terms.first[..., None] * s + (second * (z * s).sum(-1))[..., None] * z
 

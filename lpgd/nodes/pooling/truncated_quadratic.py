@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import rows_where
+from lpgd.arrays import from_numpy, rows_where
 from lpgd.nodes.pooling.descent import BLOCK, blocks
 
 __all__ = ["minimise_truncated"]
@@ -95,4 +95,4 @@ def _cost(low: Tensor, high: Tensor, low_square: Tensor, high_square: Tensor, co
 
 def _sorted(x: Tensor) -> Tensor:
     """Rows in ascending order, as a tensor of its own.  NumPy sorts with vector instructions, and without indices."""
-    return x.sort(-1).values if x.is_cuda else torch.from_numpy(np.sort(x.detach().cpu().numpy(), axis=-1)).to(x.device)
+    return x.sort(-1).values if x.is_cuda else from_numpy(np.sort(x.detach().cpu().numpy(), axis=-1)).to(x.device)

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.arrays import elements_where, flags, rows_where
 from lpgd.execution.threads import torch_threads
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, is_shared
@@ -88,9 +89,9 @@ def _solve_differentiably(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor) -> Ten
     n = y.shape[-1]
     hessian = gram - mu[:, None, None] * torch.eye(n, dtype=y.dtype, device=y.device)
     system = torch.cat([torch.cat([hessian, y[:, :, None]], -1), torch.nn.functional.pad(y, (0, 1))[:, None]], 1)
-    answer, information = torch.linalg.solve_ex(system, torch.nn.functional.pad(v, (0, 1))[..., None])
+    answer, information = linalg.solve_ex(system, torch.nn.functional.pad(v, (0, 1))[..., None])
     s = answer[:, :n, 0]
-    rounding = 10 * torch.finfo(y.dtype).eps * torch.linalg.matrix_norm(hessian)
+    rounding = 10 * torch.finfo(y.dtype).eps * linalg.matrix_norm(hessian)
     singular = (information != 0) | ~(s.norm(dim=-1) * rounding <= v.norm(dim=-1))
     if singular.any():
         raise RuntimeError(
@@ -112,9 +113,9 @@ def _solve_bordered(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor) -> tuple[Ten
     shifted.diagonal(dim1=-2, dim2=-1).sub_(mu[:, None])
     factor = shifted.mT  # symmetric, and in the order that LAPACK works in
     information = torch.empty(len(y), dtype=torch.int32, device=y.device)
-    torch.linalg.cholesky_ex(factor, out=(factor, information))
-    both = torch.linalg.solve_triangular(factor, torch.stack([v, y], -1), upper=False)
-    first, second = torch.linalg.solve_triangular(factor.mT, both, upper=True).unbind(-1)
+    linalg.cholesky_ex(factor, out=(factor, information))
+    both = linalg.solve_triangular(factor, torch.stack([v, y], -1), upper=False)
+    first, second = linalg.solve_triangular(factor.mT, both, upper=True).unbind(-1)
     ratio = (y * first).sum(-1, keepdim=True) / (y * second).sum(-1, keepdim=True)
     return first - ratio * second, information == 0
 
@@ -128,10 +129,10 @@ def _solve_any_bordered(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor, free: Te
     system[:, :n, n] = system[:, n, :n] = y
     right = torch.nn.functional.pad(v, (0, 1))[..., None]
     with torch_threads(1):  # see there what LU needs
-        answer, information = torch.linalg.solve_ex(system, right)
+        answer, information = linalg.solve_ex(system, right)
     singular = information != 0 if free is None else (information != 0) | free
     if singular.any():
-        answer[singular] = torch.linalg.pinv(system[singular], hermitian=True) @ right[singular]
+        answer[singular] = linalg.pinv(system[singular], hermitian=True) @ right[singular]
     return answer[:, :n, 0]
 
 
@@ -254,10 +255,10 @@ def leave_saddles(gram: Tensor, vector: Tensor, found: SphereSolution) -> tuple[
     shifted = (
         torch.baddbmm(gram, (scale[:, None] * u)[..., None], u[:, None]) + (rounding - mu)[:, None, None] * identity
     )
-    rows = rows_where((torch.linalg.cholesky_ex(shifted).info != 0) & found.converged)
+    rows = rows_where((linalg.cholesky_ex(shifted).info != 0) & found.converged)
     if not len(rows):
         return None
-    lowest = torch.linalg.eigh(shifted[rows]).eigenvectors[:, :, 0]
+    lowest = linalg.eigh(shifted[rows]).eigenvectors[:, :, 0]
     return rows, normalised(u[rows] + 0.1 * lowest)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.arrays import flags, rows_where
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
 from lpgd.nodes.transport.sinkhorn import Plan, annealed_sinkhorn, sinkhorn, solve_smaller_side
@@ -210,7 +211,7 @@ class OptimalTransport(BaseNode):
         return transport_vjp(y, self.gamma, cotangent)
 
     def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        return _vjp(y, self.gamma, cotangent, partial(solve_smaller_side, factorise=torch.linalg.cholesky_ex))
+        return _vjp(y, self.gamma, cotangent, partial(solve_smaller_side, factorise=linalg.cholesky_ex))
 
     def vjp_ignoring_constraints(
         self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any

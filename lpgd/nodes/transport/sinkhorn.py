@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.arrays import rows_where
 
 __all__ = ["Plan", "annealed_sinkhorn", "sinkhorn", "solve_smaller_side"]
@@ -271,7 +272,7 @@ def _newton_step(plan: Tensor, rows: Tensor) -> Tensor:
 def _factor_in_place(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The Cholesky factors of symmetric matrices, which are overwritten, in the order that LAPACK works in."""
     factor, info = matrix.mT, torch.empty(len(matrix), dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(factor, out=(factor, info))
+    linalg.cholesky_ex(factor, out=(factor, info))
     return factor, info
 
 

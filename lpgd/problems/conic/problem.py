@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import from_numpy
 from lpgd.execution.memo import TensorMemo
 from lpgd.problems.base import Traits, maximum_norm
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure, per_element
@@ -162,8 +163,8 @@ class ConicProblem:
         diagonal = structure.quadratic.positions(np.arange(structure.n), np.arange(structure.n))
         place = structure.quadratic.positions(self.structure.quadratic.rows, self.structure.quadratic.columns)
         P = self.data.P.new_zeros(*self.data.P.shape[:-1], structure.quadratic.nnz)
-        P[..., torch.from_numpy(place).to(self.device)] = self.data.P
-        P[..., torch.from_numpy(diagonal).to(self.device)] += rho
+        P[..., from_numpy(place).to(self.device)] = self.data.P
+        P[..., from_numpy(diagonal).to(self.device)] += rho
         q = per_element(self.data.q, self.batch_size) - rho * center
         return ConicProblem(structure, self.data._replace(P=P, q=q), self.batch_size)
 

@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self, cast
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from lpgd.arrays import integers
+from lpgd.arrays import FloatArray, IntArray, integers
 from lpgd.problems.conic.activity import ActiveSet, active_set
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.residuals import Residuals, residuals_of
@@ -52,9 +50,9 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     z: Tensor
     slack: Tensor
     statuses: tuple[Status, ...]
-    iterations: NDArray[np.int64]
-    setup_seconds: NDArray[np.float64]
-    solve_seconds: NDArray[np.float64]
+    iterations: IntArray
+    setup_seconds: FloatArray
+    solve_seconds: FloatArray
     states: Sequence[Any]
     systems: tuple[Any, ...] = ()
     asked: str = ""

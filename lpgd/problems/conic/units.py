@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lpgd.arrays import from_numpy
 from lpgd.execution.memo import TensorMemo
 from lpgd.problems.conic.magnitudes import (
     lonely_units,
@@ -142,9 +143,9 @@ class Units:
     def _constraint(self, problem: ConicProblem) -> Tensor:
         constraint, A, size = problem.structure.constraint, problem.data.A, problem.batch_size
         if self.variable is not None:
-            A = times(A, self.variable[:, torch.from_numpy(constraint.columns).to(A.device)], size)
+            A = times(A, self.variable[:, from_numpy(constraint.columns).to(A.device)], size)
         if self.row is not None:
-            A = times(A, self.row[:, torch.from_numpy(constraint.rows).to(A.device)], size)
+            A = times(A, self.row[:, from_numpy(constraint.rows).to(A.device)], size)
         return A
 
     def _quadratic_factor(self, size: int) -> Tensor | None:

@@ -17,11 +17,9 @@ from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from lpgd.arrays import FloatArray
+from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy
 from lpgd.execution.interrupts import InterruptedSolveError, hearing, kept_handler, pause, send_on
 from lpgd.execution.memo import TensorMemo
 from lpgd.execution.tasks import SerialExecutor, run_tasks
@@ -179,7 +177,7 @@ class _Results(NamedTuple):
     y: FloatArray
     z: FloatArray
     slack: FloatArray
-    iterations: NDArray[np.int64]
+    iterations: IntArray
     setup_seconds: FloatArray
     solve_seconds: FloatArray
     states: list[Any]
@@ -221,7 +219,7 @@ def _assemble(problem: ConicProblem, tasks: Sequence[_Task], results: Sequence[_
             getattr(whole, name)[task.elements] = getattr(part, name)
         for element, status, state in zip(task.elements, part.statuses, part.states, strict=True):
             whole.statuses[element], whole.states[element] = status, state
-    x, y, z, slack = (torch.from_numpy(part).to(problem.device) for part in (whole.x, whole.y, whole.z, whole.slack))
+    x, y, z, slack = (from_numpy(part).to(problem.device) for part in (whole.x, whole.y, whole.z, whole.slack))
     return ConicSolution(
         problem,
         x=x,
@@ -245,7 +243,7 @@ def _digests(view: ElementView) -> list[bytes]:
     return [P[pair % len(P)] + A[pair % len(A)] for pair in range(view.distinct)]
 
 
-def _row_digests(tensor: Tensor, values: NDArray[np.float64]) -> list[bytes]:
+def _row_digests(tensor: Tensor, values: FloatArray) -> list[bytes]:
     """Fingerprints of the rows of a datum."""
 
     def compute() -> list[bytes]:
@@ -292,8 +290,8 @@ def _solve_group(
     task: _Task,
     places: list[int],
     part: Vectors,
-    finite_lower: NDArray[np.bool_],
-    finite_upper: NDArray[np.bool_],
+    finite_lower: BoolArray,
+    finite_upper: BoolArray,
     results: _Results,
 ) -> None:
     """Solve elements with the same finite bounds; workspaces are taken from this process's cache, and put back."""

@@ -15,9 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 
-from lpgd.arrays import FloatArray
+from lpgd.arrays import BoolArray, FloatArray, IntArray
 from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicStructure
 
@@ -37,8 +36,6 @@ __all__ = [
     "Vectors",
 ]
 
-IndexArray = NDArray[np.int64]
-
 
 @dataclass(frozen=True, eq=False)
 class Matrices:
@@ -55,8 +52,8 @@ class Matrices:
     structure: ConicStructure
     P: FloatArray
     A: FloatArray
-    finite_lower: NDArray[np.bool_]
-    finite_upper: NDArray[np.bool_]
+    finite_lower: BoolArray
+    finite_upper: BoolArray
 
 
 class Vectors(NamedTuple):
@@ -81,9 +78,7 @@ class Frame(ABC):
     """What a form has of the structure and the choice of finite bounds alone: the translation of vectors and points."""
 
     @abstractmethod
-    def __init__(
-        self, structure: ConicStructure, finite_lower: NDArray[np.bool_], finite_upper: NDArray[np.bool_]
-    ) -> None: ...
+    def __init__(self, structure: ConicStructure, finite_lower: BoolArray, finite_upper: BoolArray) -> None: ...
 
     @abstractmethod
     def vectors(self, vectors: Vectors) -> Any:
@@ -129,9 +124,7 @@ class Form(ABC):
         self.frame: Any = self.frame_of(structure, matrices.finite_lower, matrices.finite_upper)
 
     @classmethod
-    def frame_of(
-        cls, structure: ConicStructure, finite_lower: NDArray[np.bool_], finite_upper: NDArray[np.bool_]
-    ) -> Any:
+    def frame_of(cls, structure: ConicStructure, finite_lower: BoolArray, finite_upper: BoolArray) -> Any:
         """The frame of a structure and a choice of finite bounds; it is made once."""
         key = (cls.frame_class, finite_lower.tobytes(), finite_upper.tobytes())
         frames: dict[Any, Any] = structure.row_patterns
@@ -155,7 +148,7 @@ class Form(ABC):
         return self.structure.quadratic.dense_matrices(self.P[None])[0]
 
 
-def _upper_triangle(structure: ConicStructure) -> tuple[IndexArray, SparsityPattern]:
+def _upper_triangle(structure: ConicStructure) -> tuple[IntArray, SparsityPattern]:
     patterns = structure.row_patterns
     if "upper triangle" not in patterns:
         whole = structure.quadratic
@@ -182,9 +175,7 @@ class RowPoint(NamedTuple):
 class RowFrame(Frame):
     """The frame of :class:`RowForm`."""
 
-    def __init__(
-        self, structure: ConicStructure, finite_lower: NDArray[np.bool_], finite_upper: NDArray[np.bool_]
-    ) -> None:
+    def __init__(self, structure: ConicStructure, finite_lower: BoolArray, finite_upper: BoolArray) -> None:
         self.upper_index = structure.upper_index[finite_upper]
         self.lower_index = structure.lower_index[finite_lower]
         self.finite_lower, self.finite_upper = finite_lower, finite_upper
@@ -276,9 +267,7 @@ class IntervalPoint(NamedTuple):
 class IntervalFrame(Frame):
     """The frame of :class:`IntervalForm`."""
 
-    def __init__(
-        self, structure: ConicStructure, finite_lower: NDArray[np.bool_], finite_upper: NDArray[np.bool_]
-    ) -> None:
+    def __init__(self, structure: ConicStructure, finite_lower: BoolArray, finite_upper: BoolArray) -> None:
         self.structure, self.zero = structure, structure.cones.zero
         self.bounded = np.union1d(structure.lower_index, structure.upper_index)
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import from_numpy, random_direction
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint
 from lpgd.solvers.interior_point.box_program import BoxProgram, Scaling
@@ -118,6 +119,4 @@ def _program(problem: ConicProblem, rho: float, free: Tensor) -> tuple[BoxProgra
 
 def _probe(like: Tensor) -> Tensor:
     """A fixed random direction, the same for every element."""
-    direction = np.random.default_rng(like.shape[1]).standard_normal(like.shape[1])
-    direction /= max(np.linalg.norm(direction), 1e-300)
-    return torch.from_numpy(direction).to(like).expand(like.shape)
+    return from_numpy(random_direction(like.shape[1]).copy()).to(like).expand(like.shape)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import rows_where
+from lpgd.arrays import from_numpy, rows_where
 from lpgd.cones.projections import project
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.elements import ElementView
@@ -183,8 +183,8 @@ class _Points:
             slack[:, : cones.zero] = 0.0
             return y, slack
         rows = v.detach().cpu().numpy()
-        y = torch.from_numpy(project(cones, rows, dual=True)).to(v.device)
-        slack = torch.from_numpy(project(cones, -rows)).to(v.device)
+        y = from_numpy(project(cones, rows, dual=True)).to(v.device)
+        slack = from_numpy(project(cones, -rows)).to(v.device)
         return y, slack
 
     def residual(self, xi: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,7 +225,7 @@ class _Points:
         P, A = (np.broadcast_to(own, (count, own.shape[1])) for own in matrices)
         known = Known(error.cpu().numpy(), np.zeros(count), damped=True)
         change = respond(problem.structure, 0.0, P, A, points, known)
-        dx, dy, dz = (torch.from_numpy(part).to(xi.device) for part in change[:3])
+        dx, dy, dz = (from_numpy(part).to(xi.device) for part in change[:3])
         moved = problem.structure.constraint.matvec(problem.data.A, dx) + rows
         # What the equalities' slack would be is a part of F, not of v.
         moved[:, : problem.structure.cones.zero] = 0.0

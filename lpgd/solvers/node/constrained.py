@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.arrays import rows_where
 from lpgd.problems.node.multipliers import LARGE, estimate_multipliers
 from lpgd.problems.node.problem import NodeProblem
@@ -118,7 +119,7 @@ def is_minimiser(problem: NodeProblem, point: NodePoint) -> Tensor:
     steep = hessian / scale[:, None, None] + eps**-0.3 * jacobian.mT @ jacobian
     finite = finite & torch.isfinite(jacobian).all(-1).all(-1)
     steep = torch.where(finite[:, None, None], steep, 0)
-    return finite & (torch.linalg.eigvalsh(steep).amin(-1) >= -10 * eps**0.3)
+    return finite & (linalg.eigvalsh(steep).amin(-1) >= -10 * eps**0.3)
 
 
 def method_of_multipliers(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.arrays import rows_where
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
 from lpgd.status import Status
@@ -228,7 +229,7 @@ def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, T
     weight = torch.where(weight > 0, weight, 1).rsqrt()
     hessian = weight[..., :, None] * hessian * weight[..., None, :]
     slope = weight * slope
-    factor, failed = torch.linalg.cholesky_ex(hessian)
+    factor, failed = linalg.cholesky_ex(hessian)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     eps = torch.finfo(slope.dtype).eps
     curved = (failed == 0) & (pivots.amin(-1) > 10 * eps**0.5 * pivots.amax(-1))
@@ -238,7 +239,7 @@ def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, T
     rest = rows_where(~curved)
     lowest, curvature = torch.zeros_like(slope), torch.zeros_like(slope[:, 0])
     if len(rest):
-        values, vectors = torch.linalg.eigh(0.5 * (hessian[rest] + hessian[rest].mT))
+        values, vectors = linalg.eigh(0.5 * (hessian[rest] + hessian[rest].mT))
         sizes = values.abs()
         top = sizes.amax(-1, keepdim=True)
         sizes = torch.where(top > 0, torch.maximum(sizes, 10 * eps**0.5 * top), 1)
@@ -246,7 +247,7 @@ def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, T
         direction[rest] = -(vectors @ (along / sizes)[..., None])[..., 0]
         negative = values[:, 0] < -(eps**0.4) * top[:, 0]
         down = weight[rest] * vectors[..., 0]
-        length = torch.linalg.vector_norm(down, dim=-1)
+        length = linalg.vector_norm(down, dim=-1)
         lowest[rest] = down / length[:, None]
         curvature[rest] = torch.where(negative, values[:, 0] / length.square(), 0)
     return weight * direction, curved, lowest, curvature
