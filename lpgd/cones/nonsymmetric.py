@@ -20,8 +20,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lpgd.arrays import BoolArray
-from lpgd.cones.product import FloatArray
+from lpgd.arrays import BoolArray, FloatArray
 
 __all__ = [
     "exponential_regions",

@@ -23,9 +23,9 @@ from functools import lru_cache
 import numpy as np
 import scipy.sparse as sp
 
-from lpgd.arrays import IntArray
+from lpgd.arrays import FloatArray, IntArray
 from lpgd.cones.nonsymmetric import exponential_spectrum, power_spectrum, project_exponential, project_power
-from lpgd.cones.product import Cones, FloatArray, IntArray, smat, svec, svec_indices, svec_size
+from lpgd.cones.product import Cones, smat, svec, svec_indices, svec_size
 
 __all__ = [
     "BlockGroup",

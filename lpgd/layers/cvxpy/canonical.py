@@ -36,7 +36,7 @@ from cvxpy.utilities.psd_utils import TriangleKind
 from lpgd.arrays import FloatArray, IntArray
 from lpgd.cones.product import Cones
 from lpgd.layers.cvxpy.affine import AffineMatrix, Bounds, bound_map, consecutive_rows, reordered, selection, tightened
-from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, IntArray, ParameterLayout, VariableLayout
+from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
 
 __all__ = ["canonicalise"]
 
