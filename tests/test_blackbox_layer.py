@@ -68,7 +68,7 @@ def test_problem_contract() -> None:
     g, step, center = LinearPoint(normal(4, 6, seed=2)), normal(8, seed=3), normal(4, 6, seed=4)
     tilted = problem.augment(0.4, center).tilt(step, g)
     for part in range(2):
-        own, rows = step[4 * part : 4 * part + 4], range(4 * part, 4 * part + 4)
+        own, rows = step[4 * part : 4 * part + 4], torch.arange(4 * part, 4 * part + 4)
         expected = ((c + own[:, None] * g.x) * x).sum(-1) + 0.2 * (x - center).square().sum(-1)
         torch.testing.assert_close(tilted.select(rows).lagrangian(LinearPoint(x)), expected)
     again = problem.augment(0.4, center).augment(0.6, x)

@@ -69,11 +69,11 @@ class SparsityPattern:
         nothing = np.zeros(0, dtype=np.int64)
         return cls((rows, columns), nothing, nothing)
 
-    @property
+    @cached_property
     def nnz(self) -> int:
         return self.rows.size
 
-    @property
+    @cached_property
     def is_dense(self) -> bool:
         return self.nnz == self.shape[0] * self.shape[1]
 
