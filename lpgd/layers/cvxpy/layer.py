@@ -16,10 +16,13 @@ from lpgd.autograd import OnError
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import LayerOutput, OptimizationLayer, WarmStart
 from lpgd.layers.cvxpy.attributes import check_attributes
+from lpgd.layers.cvxpy.elimination import NO_PIVOTS, find_pivots
 from lpgd.layers.cvxpy.layout import CanonicalProgram, VariableLayout
 from lpgd.layers.cvxpy.maps import Columns, DataMap, SparseMap
+from lpgd.layers.cvxpy.substitution import ExpandedSolution, Substitution
 from lpgd.layers.eager import eager, signature_of
-from lpgd.layers.inputs import batch_inputs
+from lpgd.layers.inputs import Inputs, batch_inputs
+from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solvers import ConicSolver
@@ -82,25 +85,22 @@ class CvxpyLayer(OptimizationLayer):
         on_error: OnError = "raise",
         executor: Executor | None = None,
         *,
+        eliminate: bool = True,
         verbose: bool = False,
     ) -> None:
         from lpgd.layers.cvxpy.canonical import canonicalise
 
-        program = canonicalise(problem, parameters, variables, gp=gp)
-        structure = ConicStructure(
-            program.quadratic,
-            program.constraint,
-            program.cones,
-            program.lower_index,
-            program.upper_index,
-            program.integer_index,
-            _constant_rows(program),
-        )
+        whole = canonicalise(problem, parameters, variables, gp=gp)
+        pivots = find_pivots(whole) if eliminate else NO_PIVOTS
+        self._substitution = Substitution(whole, pivots) if pivots.rows.size else None
+        program = self._substitution.program if self._substitution is not None else whole
+        structure = _structure(program)
         super().__init__(structure, True, solver, gradient, solver_args, on_error, executor, verbose)
         self.structure = structure
         self.parameter_layouts = program.parameters
         self.variable_layouts = program.variables
-        self._data_maps = [DataMap(getattr(program, name)) for name in ConicData._fields]
+        self._whole = structure if program is whole else _structure(whole)
+        self._data_maps = [DataMap(getattr(whole, name)) for name in ConicData._fields]
         both = np.isin(np.arange(program.n), program.lower_index) & np.isin(np.arange(program.n), program.upper_index)
         self._readers = [_Reader(layout, torch.from_numpy(both)) for layout in program.variables]
 
@@ -130,8 +130,8 @@ class CvxpyLayer(OptimizationLayer):
                 definiteness that its parameter was declared with.
         """
         inputs = batch_inputs(self.parameter_layouts, params)
-        data = self._data(inputs.tensors, inputs.batch_size)
-        point, info = self._solve(data, self.structure, inputs, solver_args, warm_start)
+        data = self._data(self._columns(inputs))
+        point, info = self._solve(data, self.structure, inputs, solver_args, _as_solved(warm_start))
         output = LayerOutput(inputs.restore(reader(point), reader.layout.shape) for reader in self._readers)
         output.info, output.batch_shape = info, inputs.batch_shape
         return output
@@ -154,18 +154,46 @@ class CvxpyLayer(OptimizationLayer):
         """
         inputs = batch_inputs(self.parameter_layouts, params)
         with torch.no_grad():
-            data = self._data(inputs.tensors, inputs.batch_size)
-        return self._solution(data, self.structure, inputs, solver_args, warm_start)
+            columns = self._columns(inputs)
+            data = self._data(columns)
+        solution = self._solution(data, self.structure, inputs, solver_args, _as_solved(warm_start))
+        if self._substitution is None:
+            return solution
+        with torch.no_grad():
+            whole = ConicData(*(data_map(columns) for data_map in self._data_maps))
+            problem = ConicProblem(self._whole, whole, inputs.batch_size)
+            return self._substitution.expand(solution, problem, self._substitution.parts(columns))
 
     def extra_repr(self) -> str:
         structure = self.structure
         return f"{structure.n} variables, {structure.m} rows, {structure.cones}, {super().extra_repr()}"
 
-    def _data(self, tensors: Sequence[Tensor], batch_size: int) -> ConicData:
-        """Parameters to problem data; a datum that only shared parameters reach stays shared."""
-        check_attributes(self.parameter_layouts, tensors)
-        columns = Columns(self.parameter_layouts, tensors, batch_size)
+    def _columns(self, inputs: Inputs) -> Columns:
+        check_attributes(self.parameter_layouts, inputs.tensors)
+        return Columns(self.parameter_layouts, inputs.tensors, inputs.batch_size)
+
+    def _data(self, columns: Columns) -> ConicData:
+        """Parameters to the data that are solved; a datum that only shared parameters reach stays shared."""
+        if self._substitution is not None:
+            return self._substitution.data(columns, self._substitution.parts(columns))
         return ConicData(*(data_map(columns) for data_map in self._data_maps))
+
+
+def _as_solved(warm_start: WarmStart) -> WarmStart:
+    solved = warm_start.solved if isinstance(warm_start, ExpandedSolution) else None
+    return warm_start if solved is None else solved
+
+
+def _structure(program: CanonicalProgram) -> ConicStructure:
+    return ConicStructure(
+        program.quadratic,
+        program.constraint,
+        program.cones,
+        program.lower_index,
+        program.upper_index,
+        program.integer_index,
+        _constant_rows(program),
+    )
 
 
 def _constant_rows(program: CanonicalProgram) -> NDArray[np.int64]:
