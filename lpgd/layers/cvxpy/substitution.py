@@ -25,7 +25,7 @@ and derivatives are the same, and perturbed problems are where the perturbation 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -151,7 +151,8 @@ class Substitution:
         if not self._squares.nnz or any(map_.reaching for map_ in maps):
             return None
         nothing = Columns((), (), 1)
-        return self._quadratic(self._maps[0](nothing), self.parts(nothing))
+        W = [block.map(nothing) for block in self._blocks]
+        return self._quadratic(self._maps[0](nothing), W, self._part_maps[0](nothing))
 
     def parts(self, columns: Columns) -> Parts:
         """The formulas' parts for parameter values.
@@ -176,7 +177,7 @@ class Substitution:
         if self._fixed is not None:
             P = self._fixed.to(columns.device)
         elif self._squares.nnz:
-            P = self._quadratic(P, parts)
+            P = self._quadratic(P, parts.W, parts.squares)
         if self._is_linear:
             slope = parts.linear
             if self._is_shifted:
@@ -204,13 +205,14 @@ class Substitution:
             x[:, kept], x[:, variables] = solution.x, defined
             y[:, rows], y[:, defining] = solution.y, -slope / self._coefficients.to(slope.device)
             z[:, kept], slack[:, rows] = solution.z, solution.slack
-        fields = {name: getattr(solution, name) for name in ConicSolution.__dataclass_fields__}
+        known = {own.name: getattr(solution, own.name) for own in fields(ConicSolution)}
         changed = {"problem": problem, "x": x, "y": y, "z": z, "slack": slack, "systems": ()}
-        return ExpandedSolution(**(fields | changed), solved=solution)
+        return ExpandedSolution(**(known | changed), solved=solution)
 
-    def _quadratic(self, P: Tensor, parts: Parts) -> Tensor:
-        for block, W in zip(self._blocks, parts.W, strict=True):
-            added = block.gram(W, parts.squares)
+    def _quadratic(self, P: Tensor, parts: Sequence[Tensor], squares: Tensor) -> Tensor:
+        """P', from P_KK, the blocks of W and the entries of P_TT."""
+        for block, W in zip(self._blocks, parts, strict=True):
+            added = block.gram(W, squares)
             if added is not None:
                 P = P + added.new_zeros(*added.shape[:-1], P.shape[-1]).index_add(-1, block.target.to(P.device), added)
         return P
