@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -135,7 +136,7 @@ class _Thin(Block):
         return product(self.rows, self.columns, self.sizes[0], W, x)
 
 
-def split(W: SparsityPattern, squares: SparsityPattern) -> list[tuple[type[Block], IndexArray]]:
+def split(W: SparsityPattern, squares: SparsityPattern) -> Sequence[tuple[type[Block], IndexArray]]:
     """The rows of W in blocks, and what each is; rows that P_TT joins are in one block."""
     entries = sp.csr_array((np.ones(W.nnz), (W.rows, W.columns)), shape=W.shape)
     joined = sp.csr_array((np.ones(squares.nnz), (squares.rows, squares.columns)), shape=squares.shape)
@@ -148,7 +149,7 @@ def split(W: SparsityPattern, squares: SparsityPattern) -> list[tuple[type[Block
                 dense.append(members)
     dense.sort(key=lambda members: -int(length[members].sum()))
     del dense[MOST_BLOCKS:]
-    thin = np.setdiff1d(np.arange(W.shape[0]), np.concatenate([np.zeros(0, np.int64), *dense]))
+    thin = np.setdiff1d(np.flatnonzero(np.bincount(W.rows, minlength=W.shape[0])), np.concatenate([np.zeros(0, np.int64), *dense]))
     return [(_Dense, members) for members in dense] + [(_Thin, thin)] * bool(thin.size)
 
 

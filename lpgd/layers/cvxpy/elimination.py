@@ -22,11 +22,19 @@ can be substituted by ``(β - aᵀx) / c``; the row goes with it.  :mod:`lpgd.la
   log_sum_exp) and norms.
 
 **Where it pays.**  The measure of a program is what a solver stores: the entries of one triangle of P and of A, variables,
-and rows.  Variables are taken together that share their columns and have rows of one length; starting from all of
-them, classes are left out, longest rows first, as long as the measure falls by that.  What is left is substituted if the
-measure is smaller than it was without.  Squares of rows with more than :data:`LONGEST` entries are not formed where these
-are scattered over more than 1 / :data:`FULL` times as many columns.  ``sum_squares(F @ x)`` with a dense F of shape (k, n) is substituted where k is
-about n/2 or more; the square of a factor model, with k much smaller than n, stays as it is.
+and rows.  Candidates that share columns and have rows of one length are a class.  Starting from all of them, classes are
+left out, longest rows first, where the measure falls by that; what is left is substituted if the measure falls to
+:data:`DECISIVE` of what it is without.  Squares are not formed
+
+- of rows with more than :data:`LONGEST` entries that fill less than :data:`FULL` of their columns: that takes longer than
+  solving with them;
+- of fewer rows than they have columns, where P has nothing on these columns' diagonal: P would be singular, and active-set
+  methods take two or three times as long;
+- of rows most of which have a variable to themselves, as Huber's penalty has: the other variable is then as good as t,
+  and gets the square for it.
+
+So ``sum_squares(F @ x - g)`` with a dense F of shape (k, n) is substituted where ``k >= n``, and with a ridge where k is about
+n/2 or more; the few factors of a portfolio's risk stay.  Measured in docs/decisions/elimination.md.
 """
 
 from __future__ import annotations
@@ -65,6 +73,8 @@ FULL = 0.25
 """From which share of entries on a matrix is multiplied as a dense one."""
 LONGEST = 16
 """Of rows that are multiplied entry by entry."""
+DECISIVE = 0.9
+"""What share of its measure a program may be left with."""
 MOST_CLASSES = 24
 """How many classes of variables are weighed one by one."""
 MOST_TERMS = 3e7
@@ -191,8 +201,9 @@ def _worthwhile(program: CanonicalProgram, pivots: Pivots) -> Pivots:
         measure = weights.measure(without)
         if measure <= smallest:
             chosen, smallest = without, measure
+    chosen = weights.definite(chosen)
     nothing = np.zeros_like(chosen)
-    return pivots.select(chosen if smallest < weights.measure(nothing) else nothing)
+    return pivots.select(chosen if weights.measure(chosen) <= DECISIVE * weights.measure(nothing) else nothing)
 
 
 class _Weights:
@@ -223,6 +234,24 @@ class _Weights:
         for members, columns in components(self.support, ~affordable):
             affordable[members] = length[members].sum() >= FULL * members.size * columns.size
         return affordable
+
+    def definite(self, chosen: BoolArray) -> BoolArray:
+        """Those whose squares do not take the curvature of separate variables and spread it over more: (k,).
+
+        Rows that share columns must be as many as these, counting columns that have an entry on P's diagonal, or P would
+        be singular where it was not.  Nor may more than half of them have a column to themselves.
+        """
+        definite = chosen.copy()
+        curved = self.P.diagonal() > 0
+        for members, columns in components(self.support, chosen & self.square):
+            part: Any = self.support[members]
+            mixed = np.diff(part.indptr) > 1
+            alone = np.bincount(part.indices, minlength=self.n) == 1
+            private = np.diff(part[:, alone].indptr) > 0
+            few = members.size + int(curved[columns].sum()) < columns.size
+            if few or 2 * int((mixed & private).sum()) > int(mixed.sum()):
+                definite[members[mixed]] = False
+        return definite
 
     def classes(self) -> list[BoolArray]:
         """Candidates that stay or go together, those with the longest rows first."""
