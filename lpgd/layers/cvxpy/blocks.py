@@ -149,7 +149,9 @@ def split(W: SparsityPattern, squares: SparsityPattern) -> Sequence[tuple[type[B
                 dense.append(members)
     dense.sort(key=lambda members: -int(length[members].sum()))
     del dense[MOST_BLOCKS:]
-    thin = np.setdiff1d(np.flatnonzero(np.bincount(W.rows, minlength=W.shape[0])), np.concatenate([np.zeros(0, np.int64), *dense]))
+    thin = np.setdiff1d(
+        np.flatnonzero(np.bincount(W.rows, minlength=W.shape[0])), np.concatenate([np.zeros(0, np.int64), *dense])
+    )
     return [(_Dense, members) for members in dense] + [(_Thin, thin)] * bool(thin.size)
 
 
@@ -161,6 +163,7 @@ def places(size: int, chosen: IndexArray) -> IndexArray:
 
 
 def selection(rows: IndexArray, columns: IndexArray, shape: tuple[int, int]) -> sp.csr_array:
+    """Ones at (rows, columns)."""
     return sp.csr_array((np.ones(rows.size), (rows, columns)), shape=shape)
 
 

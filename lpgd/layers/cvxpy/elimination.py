@@ -1,40 +1,43 @@
-"""Which variables of a canonical program are substituted before it is solved: those that one row defines, where it pays.
+"""Which variables of a canonical program are substituted before it is solved: those that a row defines, if it pays.
 
-CVXPY writes ``sum_squares(F @ x - g)`` with a variable t, rows ``F x - t = g`` and the square of t.  A variable t that a
-row defines,
+CVXPY writes ``sum_squares(F @ x - g)`` with a variable t, rows ``F x - t = g`` and the square of t.  A variable t
+that a row defines,
 
     c t + aᵀx = β,    c constant,
 
-can be substituted by ``(β - aᵀx) / c``; the row goes with it.  :mod:`lpgd.layers.cvxpy.substitution` has the formulas.
+can be substituted by ``(β - aᵀx) / c``; the row goes with it.  :mod:`lpgd.layers.cvxpy.substitution` has the
+formulas.
 
 **Which ones can be.**  All of this must hold:
 
-- The layer returns neither t nor the row's multiplier.  A loss then acts on what is left, and LPGD's perturbed problems
-  for ρ = 0 are the same with and without t, for every τ: tilts are of variables and multipliers that both have.
+- The layer returns neither t nor the row's multiplier.  A loss then acts on what is left, and LPGD's perturbed
+  problems for ρ = 0 are the same with and without t, for every τ: tilts are of variables and multipliers that both
+  have.
 - t is not bounded, and the program has no integers, whose solvers substitute by themselves.
 - Every coefficient of t in a row is constant, and there are at most :data:`MOST_ROWS` such rows.
-- c is no tiny pivot: ``|c|`` is at least :data:`SMALLEST_PIVOT` times the row's largest constant coefficient, and times 1
-  where the row holds parameters, whose values are not known yet.
+- c is no tiny pivot: ``|c|`` is at least :data:`SMALLEST_PIVOT` times the row's largest constant coefficient, and
+  times 1 where the row holds parameters, whose values are not known yet.
 - No other substituted variable stands in the row, and P joins substituted variables with each other only.
-- The row is an equality; or it is an inequality ``c t + aᵀx <= β, c > 0``, t has no cost, and it stands otherwise only
-  where a larger t is more room: in the first row of a second-order cone or in the last of an exponential one, with a
-  negative coefficient.  The inequality may then be an equality.  So CVXPY bounds sums of exponentials (logistic,
-  log_sum_exp) and norms.
+- The row is an equality; or it is an inequality ``c t + aᵀx <= β, c > 0``, t has no cost, and it stands otherwise
+  only where a larger t is more room: in the first row of a second-order cone or in the last of an exponential one,
+  with a negative coefficient.  The inequality may then be an equality.  So CVXPY bounds sums of exponentials
+  (logistic, log_sum_exp) and norms.
 
-**Where it pays.**  The measure of a program is what a solver stores: the entries of one triangle of P and of A, variables,
-and rows.  Candidates that share columns and have rows of one length are a class.  Starting from all of them, classes are
-left out, longest rows first, where the measure falls by that; what is left is substituted if the measure falls to
-:data:`DECISIVE` of what it is without.  Squares are not formed
+**Where it pays.**  Where a tenth of variables and rows goes, and the factor of a solver's linear systems, of which P
+and A are blocks, gets no more entries than it had: then no iteration takes longer.  Programs beyond :data:`LARGE`
+and :data:`MANY` are measured by their own entries.  All candidates are tried, and then a part of them: candidates
+that share columns and have rows of one length are a class; classes are left out, longest rows first, as long as the
+entries get fewer by that.  Squares are not formed
 
-- of rows with more than :data:`LONGEST` entries that fill less than :data:`FULL` of their columns: that takes longer than
-  solving with them;
-- of fewer rows than they have columns, where P has nothing on these columns' diagonal: P would be singular, and active-set
-  methods take two or three times as long;
-- of rows most of which have a variable to themselves, as Huber's penalty has: the other variable is then as good as t,
-  and gets the square for it.
+- of rows with more than :data:`LONGEST` entries that fill less than :data:`FULL` of their columns: that takes longer
+  than solving with them;
+- of fewer rows than they have columns, where P has nothing on these columns' diagonal: P would be singular, and
+  active-set methods take two or three times as long;
+- of rows most of which have a variable to themselves, as Huber's penalty has: the other variable is then as good as
+  t, and gets the square for it.
 
-So ``sum_squares(F @ x - g)`` with a dense F of shape (k, n) is substituted where ``k >= n``, and with a ridge where k is about
-n/2 or more; the few factors of a portfolio's risk stay.  Measured in docs/decisions/elimination.md.
+So ``sum_squares(F @ x - g)`` with a dense F of shape (k, n) is substituted where ``k >= n``, and with a ridge where
+k is about n/2 or more; the few factors of a portfolio's risk stay.  Measured in docs/decisions/elimination.md.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import splu
 
 from lpgd.layers.cvxpy.layout import CanonicalProgram
 
@@ -71,10 +75,12 @@ SMALLEST_PIVOT = 1e-3
 """Relative to its row: a smaller one would magnify rounding as much more."""
 FULL = 0.25
 """From which share of entries on a matrix is multiplied as a dense one."""
-LONGEST = 16
+LONGEST = 32
 """Of rows that are multiplied entry by entry."""
-DECISIVE = 0.9
-"""What share of its measure a program may be left with."""
+SMALLER = 0.9
+"""What share of variables and rows may be left."""
+LARGE, MANY = 4000, 100_000
+"""Up to how many variables and rows, and how many entries, programs are measured by their factor."""
 MOST_CLASSES = 24
 """How many classes of variables are weighed one by one."""
 MOST_TERMS = 3e7
@@ -194,16 +200,20 @@ def _coupled_only_with_each_other(program: CanonicalProgram, pivots: Pivots) -> 
 
 def _worthwhile(program: CanonicalProgram, pivots: Pivots) -> Pivots:
     weights = _Weights(program, pivots)
-    chosen = weights.affordable()
-    smallest = weights.measure(chosen)
+    every = weights.affordable()
+    chosen, smallest = every, weights.entries(every)
     for members in weights.classes():
         without = chosen & ~members
-        measure = weights.measure(without)
-        if measure <= smallest:
-            chosen, smallest = without, measure
-    chosen = weights.definite(chosen)
-    nothing = np.zeros_like(chosen)
-    return pivots.select(chosen if weights.measure(chosen) <= DECISIVE * weights.measure(nothing) else nothing)
+        entries = weights.entries(without)
+        if entries <= smallest:
+            chosen, smallest = without, entries
+    none = np.zeros_like(chosen)
+    small = weights.size(none) <= LARGE and weights.entries(none) <= MANY
+    measure = weights.factor if small else weights.entries
+    for option in map(weights.definite, (every, chosen)):
+        if weights.size(option) <= SMALLER * weights.size(none) and measure(option) <= measure(none):
+            return pivots.select(option)
+    return pivots.select(none)
 
 
 class _Weights:
@@ -266,27 +276,52 @@ class _Weights:
             kind = np.unique(-octave, return_inverse=True)[1]
         return [kind == one for one in range(kind.max() + 1)]
 
-    def measure(self, chosen: BoolArray) -> int:
+    def size(self, chosen: BoolArray) -> int:
+        """Variables and rows."""
+        return self.n + self.m - 2 * int(chosen.sum())
+
+    def entries(self, chosen: BoolArray) -> int:
         """Entries of one triangle of P and of A, variables and rows."""
+        P, squares, A = self._parts(chosen)
+        entries, diagonal = self._filled(P, squares)
+        return (entries + diagonal) // 2 + A.nnz + self.size(chosen)
+
+    def factor(self, chosen: BoolArray) -> int:
+        """Entries of the triangular factor of ``[[P, Aᵀ], [A, -I]]``, ordered by minimum degree."""
+        P, squares, A = self._parts(chosen)
+        if self._is_long(squares):
+            squares = sp.csr_array((np.array(squares.sum(0)).ravel() > 0)[None].astype(np.float64))
+        system: Any = sp.csc_array(sp.block_array([[P + squares.T @ squares, A.T], [A, None]]))
+        # Other values would do: no pivot vanishes, and the factor's pattern is that of its symbolic factorisation.
+        system.data = np.random.default_rng(0).uniform(0.1, 1.0, system.nnz)
+        system = sp.csc_array(system + sp.diags_array(np.full(system.shape[0], 10.0 * system.nnz)))
+        options = {"SymmetricMode": True}
+        return splu(system, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options).L.nnz
+
+    def _parts(self, chosen: BoolArray) -> tuple[Any, Any, Any]:
+        """P_KK, the rows of W that are squared, and A', as patterns."""
         variables, rows = self.pivots.variables[chosen], self.pivots.rows[chosen]
         columns, kept = np.ones(self.n, dtype=bool), np.ones(self.m, dtype=bool)
         columns[variables], kept[rows] = False, False
-        P: Any = self.P[columns][:, columns]
-        squares = self.support[chosen & self.square][:, columns]
-        entries, diagonal = self._filled(P, squares)
         A: Any = self.A[kept]
         moved: Any = A[:, variables] @ self.rest[chosen]
-        A = _pattern(A + moved)[:, columns]
-        return (entries + diagonal) // 2 + A.nnz + int(columns.sum()) + int(kept.sum())
+        return (
+            self.P[columns][:, columns],
+            self.support[chosen & self.square][:, columns],
+            _pattern(A + moved)[:, columns],
+        )
+
+    @staticmethod
+    def _is_long(squares: Any) -> bool:
+        return bool(np.square(np.diff(squares.indptr).astype(np.float64)).sum() > MOST_TERMS)
 
     @staticmethod
     def _filled(P: Any, support: Any) -> tuple[int, int]:
         """How many entries ``P + Σ sᵢ sᵢᵀ`` has, and how many on its diagonal, s the rows of ``support``."""
         present = np.unique(support.indices)
-        lengths = np.diff(support.indptr).astype(np.float64)
-        if present.size and support.nnz == lengths.size * present.size:
-            support, lengths = support[[0]], lengths[:1]  # equal rows
-        if np.square(lengths).sum() > MOST_TERMS:
+        if present.size and support.nnz == support.shape[0] * present.size:
+            support = support[[0]]  # the rows are equal
+        if _Weights._is_long(support):
             outside = np.ones(P.shape[0], dtype=bool)
             outside[present] = False
             entries = P.nnz - P[present][:, present].nnz + present.size**2

@@ -1,7 +1,7 @@
 """A canonical program without the variables that single rows define, and the way back to the whole one.
 
-Let T be the variables that are substituted, R the rows that define them, C the diagonal matrix of their coefficients there,
-K and O the variables and rows that stay.  With
+Let T be the variables that are substituted, R the rows that define them, C the diagonal matrix of their coefficients
+there, K and O the variables and rows that stay.  With
 
     x_T = W x_K + d,    W = -C⁻¹ A_RK,    d = C⁻¹ b_R,
 
@@ -10,16 +10,16 @@ the smaller program has, as P_TK = 0,
     P' = P_KK + Wᵀ P_TT W,   q' = q_K + Wᵀ (q_T + P_TT d),   A' = A_OK + A_OT W,   b' = b_O - A_OT d.
 
 A_OT and C are constant, so that A' and b' are affine maps of the parameters as A and b are; P' and q' are made by
-differentiable tensor operations, once and for all where no parameter reaches them.  A datum that only shared parameters
-reach stays shared.
+differentiable tensor operations, once and for all where no parameter reaches them.  A datum that only shared
+parameters reach stays shared.
 
 Back: x_T is as above, and the stationarity of x_T gives the multipliers of R,
 
     y_R = -C⁻¹ (P_TT x_T + q_T + A_OTᵀ y_O).
 
-The smaller program's Lagrangian is the larger one's, minimised over x_T and maximised over y_R.  So solutions, multipliers
-and derivatives are the same, and perturbed problems are where the perturbation is of x_K and y_O.  An augmentation
-(``rho > 0``) is of the variables that are left.
+The smaller program's Lagrangian is the larger one's, minimised over x_T and maximised over y_R.  So solutions,
+multipliers and derivatives are the same, and perturbed problems are where the perturbation is of x_K and y_O.  An
+augmentation (``rho > 0``) is of the variables that are left.
 """
 
 from __future__ import annotations
