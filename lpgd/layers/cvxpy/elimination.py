@@ -60,6 +60,7 @@ __all__ = [
     "NO_PIVOTS",
     "SMALLEST_PIVOT",
     "Pivots",
+    "candidates",
     "components",
     "find_pivots",
     "united_support",
@@ -111,16 +112,21 @@ NO_PIVOTS = Pivots(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 
 def find_pivots(program: CanonicalProgram) -> Pivots:
     """The variables that are worth to be substituted, by the rule above; there may be none."""
+    pivots = candidates(program)
+    return _worthwhile(program, pivots) if pivots.rows.size else pivots
+
+
+def candidates(program: CanonicalProgram) -> Pivots:
+    """The variables that can be substituted, by the rule above."""
     if program.integer_index.size or not program.constraint.nnz:
         return NO_PIVOTS
-    candidates = _coupled_only_with_each_other(program, _candidates(program))
-    return _worthwhile(program, candidates) if candidates.rows.size else candidates
+    return _coupled_only_with_each_other(program, _pairs(program))
 
 
 # What can be substituted
 
 
-def _candidates(program: CanonicalProgram) -> Pivots:
+def _pairs(program: CanonicalProgram) -> Pivots:
     """Pairs of a row and a variable: no row holds two of the variables, variables that stand in fewer rows first."""
     A, m, n = program.constraint, program.cones.rows, program.n
     constant = np.diff(program.A.matrix[:, :-1].tocsr().indptr) == 0
@@ -248,8 +254,8 @@ class _Weights:
     def definite(self, chosen: BoolArray) -> BoolArray:
         """Those whose squares do not take the curvature of separate variables and spread it over more: (k,).
 
-        Rows that share columns must be as many as these, counting columns that have an entry on P's diagonal, or P would
-        be singular where it was not.  Nor may more than half of them have a column to themselves.
+        Rows that share columns must be as many as these, counting columns that have an entry on P's diagonal, or P
+        would be singular where it was not.  Nor may more than half of them have a column to themselves.
         """
         definite = chosen.copy()
         curved = self.P.diagonal() > 0

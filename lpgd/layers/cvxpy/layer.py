@@ -59,12 +59,17 @@ class CvxpyLayer(OptimizationLayer):
         on_error: ``"raise"``: an element without a solution raises; ``"nan"``: its rows are NaN and its gradient
             zero; ``"warn"``: its rows are the solver's last iterate, or NaN, with a warning and a zero gradient.
         executor: a ``concurrent.futures.Executor`` for the elements of a batch; None is one thread for each core.
+        eliminate: substitute variables that one row defines, such as those of CVXPY's ``sum_squares``, where that
+            makes the program cheaper (:mod:`lpgd.layers.cvxpy.elimination` has the rule).  Outputs and gradients stay
+            the same; what ``variables`` names is never substituted.  With ``rho > 0`` the augmentation is of the
+            variables that are left.  Squares of a matrix F are formed by ``FᵀF``: with a condition of F beyond about
+            1e3, False keeps more digits.
         verbose: let the solver print.
 
     Attributes:
         gradient: the gradient method; it may be replaced between calls (schedules of τ and ρ).
         solver: the solver; it may be replaced too.
-        structure: patterns and cones of the conic program that is solved.
+        structure: patterns and cones of the conic program that is solved; a call's ``info.solution`` is of that.
 
     Raises:
         ValueError: parameters or variables do not belong to the problem, it is not DPP, or the solver cannot take it.
@@ -149,7 +154,8 @@ class CvxpyLayer(OptimizationLayer):
     ) -> ConicSolution:
         """The solver's whole answer, not differentiable: statuses, residuals, iterations, times, x, y, z and s.
 
-        Arguments are those of a call; leading batch dimensions are flattened to one.  Elements without a solution
+        It has all variables and rows that CVXPY's reductions lead to, those that were substituted, too.  Arguments are
+        those of a call; leading batch dimensions are flattened to one.  Elements without a solution
         do not raise: see ``ConicSolution.statuses``.
         """
         inputs = batch_inputs(self.parameter_layouts, params)
