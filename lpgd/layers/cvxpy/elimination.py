@@ -31,13 +31,12 @@ entries get fewer by that.  Squares are not formed
 
 - of rows with more than :data:`LONGEST` entries that fill less than :data:`FULL` of their columns: that takes longer
   than solving with them;
-- of fewer rows than they have columns, where P has nothing on these columns' diagonal: P would be singular, and
-  active-set methods take two or three times as long;
-- of rows most of which have a variable to themselves, as Huber's penalty has: the other variable is then as good as
-  t, and gets the square for it.
+- of fewer rows than they have columns, where the curvature of each t would be spread over more variables: P becomes
+  singular, or nearly so with a small ridge, and active-set methods take up to twice as long.  Huber's penalty is such
+  a case, where each row has a variable of its own.
 
-So ``sum_squares(F @ x - g)`` with a dense F of shape (k, n) is substituted where ``k >= n``, and with a ridge where
-k is about n/2 or more; the few factors of a portfolio's risk stay.  Measured in docs/decisions/elimination.md.
+So ``sum_squares(F @ x - g)`` with a dense F of shape (k, n) is substituted where ``k >= n``; the few factors of a
+portfolio's risk stay.  Measured in docs/decisions/elimination.md.
 """
 
 from __future__ import annotations
@@ -252,21 +251,11 @@ class _Weights:
         return affordable
 
     def definite(self, chosen: BoolArray) -> BoolArray:
-        """Those whose squares do not take the curvature of separate variables and spread it over more: (k,).
-
-        Rows that share columns must be as many as these, counting columns that have an entry on P's diagonal, or P
-        would be singular where it was not.  Nor may more than half of them have a column to themselves.
-        """
+        """Those whose squares do not take curvature and spread it over more variables: (k,)."""
         definite = chosen.copy()
-        curved = self.P.diagonal() > 0
         for members, columns in components(self.support, chosen & self.square):
-            part: Any = self.support[members]
-            mixed = np.diff(part.indptr) > 1
-            alone = np.bincount(part.indices, minlength=self.n) == 1
-            private = np.diff(part[:, alone].indptr) > 0
-            few = members.size + int(curved[columns].sum()) < columns.size
-            if few or 2 * int((mixed & private).sum()) > int(mixed.sum()):
-                definite[members[mixed]] = False
+            if members.size < columns.size:
+                definite[members] = False
         return definite
 
     def classes(self) -> list[BoolArray]:
