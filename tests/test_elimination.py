@@ -254,7 +254,7 @@ def test_warm_starts_take_whole_solutions() -> None:
     whole = layer.solve(*case.values)
     cold, warm = layer(*case.values), layer(*case.values, warm_start=whole)
     close(warm, cold, 1e-9)
-    two = layer(*first(case, 2), warm_start=whole.select([0, 1]))
+    two = layer(*first(case, 2), warm_start=whole.select(torch.tensor([0, 1])))
     close(two, [part[:2] for part in cold], 1e-9)
     with pytest.raises(ValueError, match="must come from this layer"):
         case.layer(eliminate=False, solver="SCS")(*case.values, warm_start=cold)

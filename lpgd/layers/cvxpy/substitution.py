@@ -59,7 +59,7 @@ class ExpandedSolution(ConicSolution):
 
     solved: ConicSolution | None = None
 
-    def select(self, elements: Sequence[int]) -> Self:
+    def select(self, elements: Tensor) -> Self:
         """The solutions of these elements, without their systems."""
         solved = self.solved.select(elements) if self.solved is not None else None
         return replace(super().select(elements), solved=solved)
