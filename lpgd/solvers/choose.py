@@ -98,7 +98,10 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
     linear = not structure.quadratic.nnz
     if situation is not None and polyhedral:
         size = structure.n + structure.m
-        filled = structure.constraint.nnz >= _FILLED * structure.n * structure.m
+        entries, places = structure.constraint.nnz, structure.n * structure.m
+        if not linear:
+            entries, places = entries + structure.quadratic.nnz, places + structure.n**2
+        filled = entries >= _FILLED * places
         dense = filled or size <= _SMALL
         on_cpu, simplex = situation.device == "cpu", linear and situation.augmented is False
         few = structure.n <= _MEDIUM and core_count() <= _FEW_CORES
