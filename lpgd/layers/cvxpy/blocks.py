@@ -8,17 +8,15 @@ from typing import Any, Protocol
 import numpy as np
 import scipy.sparse as sp
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import FloatArray, IntArray, from_numpy
 from lpgd.layers.cvxpy.elimination import FULL, LONGEST, components, united_support
 from lpgd.layers.cvxpy.layout import AffineMap
 from lpgd.layers.cvxpy.maps import DataMap
 from lpgd.problems.conic.sparsity import SparsityPattern
 
 __all__ = ["Block", "places", "product", "scaled", "selection", "split"]
-
-IndexArray = NDArray[np.int64]
 
 MOST_BLOCKS = 16
 """How many dense blocks are multiplied one by one."""
@@ -34,10 +32,10 @@ class Block(Protocol):
     """
 
     map: DataMap
-    entries: IndexArray
+    entries: IntArray
     target: Tensor
 
-    def __init__(self, W: SparsityPattern, W_map: AffineMap, squares: SparsityPattern, rows: IndexArray) -> None: ...
+    def __init__(self, W: SparsityPattern, W_map: AffineMap, squares: SparsityPattern, rows: IntArray) -> None: ...
 
     def gram(self, W: Tensor, squares: Tensor) -> Tensor | None:
         """The entries of ``Wᵀ P_TT W``; None where P has none."""
@@ -55,7 +53,7 @@ class Block(Protocol):
 class _Dense(Block):
     """Rows of W that are held as a dense matrix."""
 
-    def __init__(self, W: SparsityPattern, W_map: AffineMap, squares: SparsityPattern, rows: IndexArray) -> None:
+    def __init__(self, W: SparsityPattern, W_map: AffineMap, squares: SparsityPattern, rows: IntArray) -> None:
         inside = np.isin(W.rows, rows)
         columns = np.unique(W.columns[inside])
         row_place, place = places(W.shape[0], rows), places(W.shape[1], columns)
@@ -67,8 +65,8 @@ class _Dense(Block):
         own = np.flatnonzero(np.isin(squares.rows, rows))
         first, second = row_place[squares.rows[own]], row_place[squares.columns[own]]
         self.is_diagonal = np.array_equal(first, second)
-        self.rows, self.columns, self.own = (torch.from_numpy(index) for index in (rows, columns, own))
-        self.squares_at = torch.from_numpy(first if self.is_diagonal else first * rows.size + second)
+        self.rows, self.columns, self.own = (from_numpy(index) for index in (rows, columns, own))
+        self.squares_at = from_numpy(first if self.is_diagonal else first * rows.size + second)
         full = columns[:, None] * W.shape[1] + columns[None, :]
         self.entries = full.ravel() if own.size else np.zeros(0, np.int64)
         self.target = torch.zeros(0, dtype=torch.int64)
@@ -102,7 +100,7 @@ class _Dense(Block):
 class _Thin(Block):
     """Rows of W that are held as their entries, whose products are summed one by one."""
 
-    def __init__(self, W: SparsityPattern, W_map: AffineMap, squares: SparsityPattern, rows: IndexArray) -> None:
+    def __init__(self, W: SparsityPattern, W_map: AffineMap, squares: SparsityPattern, rows: IntArray) -> None:
         held = np.flatnonzero(np.isin(W.rows, rows))
         held = held[np.argsort(W.rows[held], kind="stable")]
         self.map = DataMap(scaled(W_map, held))
@@ -119,7 +117,7 @@ class _Thin(Block):
         left, right = starts[first][which] + above, starts[second][which] + below
         reached = self.columns[right] * W.shape[1] + self.columns[left]
         self.entries, sums = np.unique(reached, return_inverse=True)
-        self.factors = tuple(torch.from_numpy(index.astype(np.int64)) for index in (left, own[which], right, sums))
+        self.factors = tuple(from_numpy(index.astype(np.int64)) for index in (left, own[which], right, sums))
         self.target = torch.zeros(0, dtype=torch.int64)
 
     def gram(self, W: Tensor, squares: Tensor) -> Tensor | None:
@@ -136,13 +134,13 @@ class _Thin(Block):
         return product(self.rows, self.columns, self.sizes[0], W, x)
 
 
-def split(W: SparsityPattern, squares: SparsityPattern) -> Sequence[tuple[type[Block], IndexArray]]:
+def split(W: SparsityPattern, squares: SparsityPattern) -> Sequence[tuple[type[Block], IntArray]]:
     """The rows of W in blocks, and what each is; rows that P_TT joins are in one block."""
     entries = sp.csr_array((np.ones(W.nnz), (W.rows, W.columns)), shape=W.shape)
     joined = sp.csr_array((np.ones(squares.nnz), (squares.rows, squares.columns)), shape=squares.shape)
     support = united_support(entries, joined)
     length = np.diff(support.indptr)
-    dense: list[IndexArray] = []
+    dense: list[IntArray] = []
     for among in (length > LONGEST, (length > 0) & (length <= LONGEST)):
         for members, columns in components(support, among):
             if members.size > 1 and columns.size > 1 and length[members].sum() >= FULL * members.size * columns.size:
@@ -155,19 +153,19 @@ def split(W: SparsityPattern, squares: SparsityPattern) -> Sequence[tuple[type[B
     return [(_Dense, members) for members in dense] + [(_Thin, thin)] * bool(thin.size)
 
 
-def places(size: int, chosen: IndexArray) -> IndexArray:
+def places(size: int, chosen: IntArray) -> IntArray:
     """(size,) where each index stands among the chosen ones, -1 for others."""
     places = np.full(size, -1, dtype=np.int64)
     places[chosen] = np.arange(chosen.size)
     return places
 
 
-def selection(rows: IndexArray, columns: IndexArray, shape: tuple[int, int]) -> sp.csr_array:
+def selection(rows: IntArray, columns: IntArray, shape: tuple[int, int]) -> sp.csr_array:
     """Ones at (rows, columns)."""
     return sp.csr_array((np.ones(rows.size), (rows, columns)), shape=shape)
 
 
-def scaled(affine: AffineMap, rows: IndexArray, factors: NDArray[np.float64] | None = None) -> AffineMap:
+def scaled(affine: AffineMap, rows: IntArray, factors: FloatArray | None = None) -> AffineMap:
     """Some of the data, times factors."""
     matrix: Any = affine.matrix[rows]
     if factors is not None:
@@ -175,7 +173,7 @@ def scaled(affine: AffineMap, rows: IndexArray, factors: NDArray[np.float64] | N
     return AffineMap(sp.csr_array(matrix), affine.boundaries)
 
 
-def product(rows: IndexArray, columns: IndexArray, size: int, values: Tensor, vectors: Tensor) -> Tensor:
+def product(rows: IntArray, columns: IntArray, size: int, values: Tensor, vectors: Tensor) -> Tensor:
     """``M v`` for the matrix of ``size`` rows with these values at (rows, columns)."""
-    terms = values * vectors[..., torch.from_numpy(columns).to(vectors.device)]
-    return terms.new_zeros(*terms.shape[:-1], size).index_add(-1, torch.from_numpy(rows).to(terms.device), terms)
+    terms = values * vectors[..., from_numpy(columns).to(vectors.device)]
+    return terms.new_zeros(*terms.shape[:-1], size).index_add(-1, from_numpy(rows).to(terms.device), terms)

@@ -46,10 +46,10 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import splu
 
+from lpgd.arrays import BoolArray, FloatArray, IntArray
 from lpgd.layers.cvxpy.layout import CanonicalProgram
 
 __all__ = [
@@ -65,9 +65,7 @@ __all__ = [
     "united_support",
 ]
 
-IndexArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
+BoolArray = BoolArray
 
 MOST_ROWS = 4
 """In how many rows a variable may stand."""
@@ -97,8 +95,8 @@ class Pivots:
         coefficients: (k,) its coefficient there.
     """
 
-    rows: IndexArray
-    variables: IndexArray
+    rows: IntArray
+    variables: IntArray
     coefficients: FloatArray
 
     def select(self, chosen: BoolArray) -> Pivots:
@@ -338,7 +336,7 @@ def united_support(rest: Any, joined: Any) -> Any:
     return _pattern(groups @ (groups.T @ _pattern(rest)))
 
 
-def components(support: Any, among: BoolArray) -> list[tuple[IndexArray, IndexArray]]:
+def components(support: Any, among: BoolArray) -> list[tuple[IntArray, IntArray]]:
     """Sets of these rows that share no column with each other, and the columns of each."""
     rows = np.flatnonzero(among)
     if not rows.size:

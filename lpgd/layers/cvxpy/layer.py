@@ -202,7 +202,7 @@ def _structure(program: CanonicalProgram) -> ConicStructure:
     )
 
 
-def _constant_rows(program: CanonicalProgram) -> NDArray[np.int64]:
+def _constant_rows(program: CanonicalProgram) -> IntArray:
     """The rows of A and b that no parameter reaches."""
     constant = np.ones(program.cones.rows, dtype=bool)
     for affine, rows in ((program.A, program.constraint.rows), (program.b, np.arange(program.cones.rows))):

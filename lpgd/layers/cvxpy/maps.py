@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from lpgd.arrays import from_numpy
 from lpgd.layers.cvxpy.layout import AffineMap, ParameterLayout
 
 __all__ = ["Columns", "DataMap", "SparseMap"]
@@ -58,7 +60,7 @@ class Columns:
                 # Of a symmetric matrix only one triangle is read: this spreads the gradient over both.
                 values = 0.5 * (values + values.mT)
             flat = values.flatten(values.ndim - len(layout.shape)) if layout.shape else values.unsqueeze(-1)
-            values = flat.index_select(-1, torch.from_numpy(layout.take).to(flat.device))
+            values = flat.index_select(-1, from_numpy(layout.take).to(flat.device))
             self.parts[position] = _log(values) if layout.log else values
         self.order = sorted(self.parts, key=lambda position: layouts[position].columns.start)
         self.sizes = {position: layout.take.size for position, layout in enumerate(layouts)}
@@ -98,7 +100,7 @@ class DataMap:
     def __init__(self, affine: AffineMap) -> None:
         matrix: Any = affine.matrix.tocsc().astype("float64")
         self.reaching = affine.reaching
-        self.constant = torch.from_numpy(matrix[:, [-1]].toarray().ravel())
+        self.constant = from_numpy(matrix[:, [-1]].toarray().ravel())
         self.has_constant = bool(self.constant.ne(0).any())
         self.linear = SparseMap(matrix[:, :-1])
 

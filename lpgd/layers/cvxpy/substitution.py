@@ -31,9 +31,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import scipy.sparse as sp
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import FloatArray, IntArray, from_numpy
 from lpgd.cones.product import Cones
 from lpgd.layers.cvxpy.blocks import places, product, scaled, selection, split
 from lpgd.layers.cvxpy.elimination import Pivots
@@ -45,8 +45,6 @@ from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicData
 
 __all__ = ["ExpandedSolution", "Substitution"]
-
-IndexArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -94,7 +92,7 @@ class Substitution:
         row_place, defining = places(program.cones.rows, kept_rows), places(program.cones.rows, pivots.rows)
         self._sizes = (program.n, program.cones.rows)
         self._indices = {"kept": kept, "rows": kept_rows, "variables": pivots.variables, "defining": pivots.rows}
-        self._coefficients = torch.from_numpy(pivots.coefficients)
+        self._coefficients = from_numpy(pivots.coefficients)
 
         in_W = np.flatnonzero((defining[A.rows] >= 0) & (place[A.columns] >= 0))
         W = SparsityPattern((k, kept.size), defining[A.rows[in_W]], place[A.columns[in_W]])
@@ -109,7 +107,7 @@ class Substitution:
         stored = np.unique(np.concatenate([entries, *(block.entries for block in self._blocks)]))
         columns, rows = np.divmod(stored, max(kept.size, 1))
         for block in self._blocks:
-            block.target = torch.from_numpy(np.searchsorted(stored, block.entries))
+            block.target = from_numpy(np.searchsorted(stored, block.entries))
         placed = selection(np.searchsorted(stored, entries), left, (stored.size, P.nnz))
 
         outside = np.flatnonzero((row_place[A.rows] >= 0) & (defined[A.columns] >= 0))
@@ -191,9 +189,7 @@ class Substitution:
     def expand(self, solution: ConicSolution, problem: ConicProblem, parts: Parts) -> ExpandedSolution:
         """The solution of the whole problem that belongs to one of the smaller problem's."""
         n, m = self._sizes
-        kept, rows, variables, defining = (
-            torch.from_numpy(index).to(solution.x.device) for index in self._indices.values()
-        )
+        kept, rows, variables, defining = (from_numpy(index).to(solution.x.device) for index in self._indices.values())
         with torch.no_grad():
             defined = parts.shift
             for block, W in zip(self._blocks, parts.W, strict=True):
@@ -205,7 +201,7 @@ class Substitution:
             x[:, kept], x[:, variables] = solution.x, defined
             y[:, rows], y[:, defining] = solution.y, -slope / self._coefficients.to(slope.device)
             z[:, kept], slack[:, rows] = solution.z, solution.slack
-        known = {own.name: getattr(solution, own.name) for own in fields(ConicSolution)}
+        known: dict[str, Any] = {own.name: getattr(solution, own.name) for own in fields(ConicSolution)}
         changed = {"problem": problem, "x": x, "y": y, "z": z, "slack": slack, "systems": ()}
         return ExpandedSolution(**(known | changed), solved=solution)
 
@@ -224,7 +220,7 @@ class Substitution:
 
 
 def _substituted_rows(
-    program: CanonicalProgram, where: tuple[IndexArray, IndexArray], A_OT: Any, W: SparsityPattern, W_map: AffineMap
+    program: CanonicalProgram, where: tuple[IntArray, IntArray], A_OT: Any, W: SparsityPattern, W_map: AffineMap
 ) -> tuple[SparsityPattern, AffineMap]:
     """The pattern of ``A_OK + A_OT W``, and the map to its values; A_OT is constant."""
     A, (row_place, place) = program.constraint, where
@@ -249,16 +245,16 @@ def _substituted_rows(
     return SparsityPattern((m, n), rows, columns), AffineMap(values, program.A.boundaries)
 
 
-def _fewer(cones: Cones, rows: IndexArray) -> Cones:
+def _fewer(cones: Cones, rows: IntArray) -> Cones:
     """Without these rows, equalities and linear inequalities."""
     equalities = int((rows < cones.zero).sum())
     return replace(cones, zero=cones.zero - equalities, nonnegative=cones.nonnegative - (rows.size - equalities))
 
 
-def _left_of(layout: VariableLayout, kept: IndexArray, kept_rows: IndexArray) -> VariableLayout:
+def _left_of(layout: VariableLayout, kept: IntArray, kept_rows: IntArray) -> VariableLayout:
     """How a variable is read off a solution of the smaller program."""
 
-    def among(matrix: sp.csr_array | None, columns: IndexArray) -> sp.csr_array | None:
+    def among(matrix: sp.csr_array | None, columns: IntArray) -> sp.csr_array | None:
         return None if matrix is None else sp.csr_array(matrix[:, columns])
 
     return replace(
@@ -270,5 +266,5 @@ def _left_of(layout: VariableLayout, kept: IndexArray, kept_rows: IndexArray) ->
     )
 
 
-def _constants(affine: AffineMap) -> NDArray[np.float64]:
+def _constants(affine: AffineMap) -> FloatArray:
     return affine.matrix[:, [-1]].toarray().ravel()
