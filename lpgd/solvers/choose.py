@@ -13,6 +13,7 @@ from lpgd.solvers.backends.clarabel import Clarabel
 from lpgd.solvers.backends.daqp import DAQP
 from lpgd.solvers.backends.ecos import ECOS
 from lpgd.solvers.backends.highs import HiGHS
+from lpgd.solvers.backends.moreau import Moreau
 from lpgd.solvers.backends.osqp import OSQP
 from lpgd.solvers.backends.piqp import PIQP
 from lpgd.solvers.backends.proxqp import ProxQP
@@ -26,7 +27,7 @@ __all__ = ["SOLVERS", "Choice", "Situation", "available", "choose_solver", "pref
 rescue_by((Clarabel, InteriorPoint, DAQP, PIQP, HiGHS, ProxQP, OSQP, ECOS, SCS))
 """Clarabel first, which has nearly every cone and hands over certificates."""
 
-SOLVERS: tuple[type[ConicSolver], ...] = (Clarabel, SCS, InteriorPoint, DAQP, HiGHS, PIQP, OSQP, ProxQP, ECOS)
+SOLVERS: tuple[type[ConicSolver], ...] = (Clarabel, SCS, InteriorPoint, DAQP, HiGHS, PIQP, OSQP, ProxQP, Moreau, ECOS)
 """Every backend; where nothing of the situation is known, the first that can take a problem is chosen.
 
 ECOS, under the GPLv3 and without a release since 2024, comes last: every problem of its has another solver.
@@ -128,8 +129,8 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
     return list(ranked.items())
 
 
-_LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS, OSQP, ECOS)
-_QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS, ECOS)
+_LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS, OSQP, Moreau, ECOS)
+_QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS, Moreau, ECOS)
 _MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 400, 1000, 3000, 5000, 0.1, 4
 
 _DEFAULT_NAMES = {"DIFFCP"}  # the standard layer's own default, which names no solver in particular

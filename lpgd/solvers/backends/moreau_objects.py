@@ -1,0 +1,210 @@
+"""The compiled objects of Moreau: each serves batches of one size, in one thread at a time, and cannot be pickled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import moreau
+import moreau_cpu  # the compiled part of the package, whose objects take a number of threads
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpgd.execution.threads import bounded_blas
+from lpgd.solvers.backends.moreau_rows import Layout
+
+__all__ = ["ACTIVE_SET", "IPM", "Answer", "Compiled", "Inputs", "Limits", "OnDevice", "joined", "memory", "on_device"]
+
+FloatArray = NDArray[np.float64]
+
+ACTIVE_SET, IPM = "active_set", "ipm"
+IPM_ITERATIONS = 200
+"""The interior-point method ends in 10 to 30 iterations, or never."""
+
+
+class Limits(NamedTuple):
+    """Which of the options objects are made with."""
+
+    tolerance: float
+    iterations: int
+    time_limit: float | None
+    verbose: bool
+
+
+class Inputs(NamedTuple):
+    """The data of k elements, in Moreau's form; P and A are vectors where all of them share them."""
+
+    P: Tensor
+    A: Tensor
+    q: Tensor
+    b: Tensor
+    start: tuple[Tensor, Tensor, Tensor] | None = None  # x, z, s
+
+
+class Answer(NamedTuple):
+    """Answers to k elements, in Moreau's form."""
+
+    x: Tensor
+    z: Tensor
+    s: Tensor
+    statuses: list[int]
+    iterations: Tensor
+    methods: list[str]
+
+    def replaced(self, places: list[int], other: Answer) -> Answer:
+        """The same with the answers of ``other`` at these places, whose iterations are added."""
+        x, z, s, iterations = (part.clone() for part in (self.x, self.z, self.s, self.iterations))
+        x[places], z[places], s[places] = other.x, other.z, other.s
+        iterations[places] += other.iterations
+        statuses, methods = list(self.statuses), list(self.methods)
+        for place, status, method in zip(places, other.statuses, other.methods, strict=True):
+            statuses[place], methods[place] = status, method
+        return Answer(x, z, s, statuses, iterations, methods)
+
+    def reordered(self, order: Sequence[int]) -> Answer:
+        rows = torch.tensor(order)
+        x, z, s = (part[rows.to(part.device)] for part in (self.x, self.z, self.s))
+        statuses, methods = ([own[row] for row in order] for own in (self.statuses, self.methods))
+        return Answer(x, z, s, statuses, self.iterations[rows], methods)
+
+
+def joined(parts: Sequence[Answer]) -> Answer:
+    """The answers of several parts of a batch, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    x, z, s, iterations = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "z", "s", "iterations"))
+    statuses = [status for part in parts for status in part.statuses]
+    return Answer(x, z, s, statuses, iterations, [method for part in parts for method in part.methods])
+
+
+def memory(layout: Layout, method: str, size: int) -> int:
+    """About how many bytes an object holds (measured for programs of 8 to 80 variables, moreau 0.4.1)."""
+    order = layout.n + layout.m
+    if method == ACTIVE_SET:
+        return 3_000 + size * (2_000 + 28 * layout.n * order)
+    width = min(order, 4 * layout.size // order + 1)
+    return 20_000 + size * (20_000 + 120 * layout.size + 16 * order * width)
+
+
+def on_device(device: torch.device) -> bool:
+    """Whether Moreau solves where these data are, other than on the CPU: its package for CUDA is installed."""
+    return device.type != "cpu" and bool(moreau.device_available(device.type))
+
+
+class Compiled:
+    """An object on the CPU, and the matrices that it was set up with."""
+
+    def __init__(self, layout: Layout, method: str, size: int, limits: Limits, threads: int) -> None:
+        self.method, self.size = method, size
+        self.has_semidefinite = bool(layout.cones.semidefinite)
+        self.matrices: tuple[FloatArray, FloatArray] | None = None
+        patterns = (layout.P_offsets, layout.P_columns, layout.A_offsets, layout.A_columns)
+        settings = _settings(limits, method, "cpu")
+        if method == ACTIVE_SET:
+            cones = moreau_cpu.Cones(num_zero_cones=layout.zero, num_nonneg_cones=layout.nonnegative)
+            self.solver: Any = moreau_cpu.ActiveSetSolver(
+                layout.n, layout.m, *patterns, cones, settings, batch_size=size
+            )
+        else:
+            lists = [part.tolist() for part in patterns]
+            own, blocks = moreau_cpu.settings_to_cpu(settings), moreau_cpu.cones_to_cpu(_cones(layout))
+            self.solver = moreau_cpu.CompiledSolver(layout.n, layout.m, *lists, blocks, own, num_threads=threads)
+
+    def solve(self, inputs: Inputs) -> Answer:
+        """The answers to a batch, which depend on these inputs only."""
+        P, A, q, b = (_array(datum) for datum in inputs[:4])
+        self._set_up(P, A)
+        warm = [_array(part) for part in inputs.start or ()]
+        if self.method == ACTIVE_SET:
+            result = self.solver.solve(q, b, *warm)
+            parts = [result[name] for name in ("x", "z", "s")]
+            statuses, iterations = result["status"], result["iterations"]
+        else:
+            flat = [part.ravel() for part in warm]
+            if self.has_semidefinite:  # which calls BLAS, in each of its threads
+                with bounded_blas():
+                    result = self.solver.solve_flat(q.ravel(), b.ravel(), self.size, *flat)
+            else:
+                result = self.solver.solve_flat(q.ravel(), b.ravel(), self.size, *flat)
+            parts = [np.array(part).reshape(self.size, -1) for part in (result.x, result.z, result.s)]
+            statuses, iterations = result.status, result.iterations
+        x, z, s = (torch.from_numpy(part).to(inputs.q.device) for part in parts)
+        return Answer(x, z, s, [int(own) for own in statuses], torch.tensor(iterations), [self.method] * self.size)
+
+    def _set_up(self, P: FloatArray, A: FloatArray) -> None:
+        """Hand matrices over, unless they are those that the object has."""
+        if self.matrices is not None and np.array_equal(self.matrices[0], P) and np.array_equal(self.matrices[1], A):
+            return
+        self.matrices = P.copy(), A.copy()
+        shared = P.ndim == A.ndim == 1
+        if not shared:
+            P, A = (np.ascontiguousarray(np.broadcast_to(own, (self.size, own.shape[-1]))) for own in (P, A))
+        if self.method == ACTIVE_SET:
+            self.solver.setup(P, A)
+        elif shared:
+            self.solver.setup_shared(P.tolist(), A.tolist(), self.size)
+        else:
+            self.solver.setup_flat(P.ravel(), A.ravel(), self.size)
+
+
+class OnDevice:
+    """An object on the device of the data, which do not leave it: the interior-point method, cold."""
+
+    def __init__(self, layout: Layout, size: int, limits: Limits, device: str) -> None:
+        from moreau.torch import Solver
+
+        patterns = (layout.P_offsets, layout.P_columns, layout.A_offsets, layout.A_columns)
+        settings = _settings(limits, IPM, device).model_copy(update={"batch_size": size})
+        indices = [torch.from_numpy(part) for part in patterns]
+        self.size = size
+        self.solver = Solver(layout.n, layout.m, *indices, cones=_cones(layout), settings=settings)
+
+    def solve(self, inputs: Inputs) -> Answer:
+        """The answers to a batch; where it is to start from is not looked at."""
+        P, A, q, b = (datum.contiguous() for datum in inputs[:4])
+        if P.ndim != A.ndim:
+            P, A = (datum.expand(self.size, -1).contiguous() for datum in (P, A))
+        found, info = self.solver.solve(P, A, q, b), self.solver.info
+        x, z, s = (part.detach().reshape(self.size, -1) for part in (found.x, found.z, found.s))
+        statuses, iterations = np.ravel(info.status), torch.as_tensor(info.iterations).reshape(-1).cpu()
+        return Answer(x, z, s, [int(own) for own in statuses], iterations.expand(self.size), [IPM] * self.size)
+
+
+def _array(tensor: Tensor) -> FloatArray:
+    return np.ascontiguousarray(tensor.cpu().numpy(), dtype=np.float64)
+
+
+def _cones(layout: Layout) -> moreau.Cones:
+    cones = layout.cones
+    return moreau.Cones(
+        num_zero_cones=layout.zero,
+        num_nonneg_cones=layout.nonnegative,
+        so_cone_dims=[size for size in cones.second_order if size > 1],
+        psd_dims=list(cones.semidefinite),
+        num_exp_cones=cones.exponential,
+        power_alphas=list(cones.power),
+    )
+
+
+@lru_cache(maxsize=64)
+def _settings(limits: Limits, method: str, device: str) -> moreau.Settings:
+    tolerance = limits.tolerance
+    interior = moreau.IPMSettings(
+        tol_gap_abs=tolerance,
+        tol_gap_rel=tolerance,
+        tol_feas=tolerance,
+        chordal_decomposition_enable=False,  # it would depend on which entries of b are zero
+    )
+    limit = {} if limits.time_limit is None else {"time_limit": limits.time_limit}
+    return moreau.Settings(
+        solver=method,
+        device=device,
+        max_iter=min(limits.iterations, IPM_ITERATIONS),
+        verbose=limits.verbose,
+        ipm_settings=interior,
+        active_set_settings=moreau.ActiveSetSettings(primal_tol=tolerance, iter_limit=limits.iterations),
+        **limit,
+    )
