@@ -40,15 +40,15 @@ def test_a_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch
         ECOS().solve(case.problem)
     for solver in SOLVERS:
         monkeypatch.setattr(solver, "is_installed", classmethod(lambda cls: False))
-    with pytest.raises(MissingPackageError, match="pip install clarabel or pip install scs or pip install ecos"):
+    with pytest.raises(MissingPackageError, match="pip install clarabel or pip install scs or pip install moreau or pip install ecos"):
         choose_solver(case.problem.structure)
 
 
 def test_solvers_are_chosen_by_what_they_can_do() -> None:
     structures = {case.name: case.problem.structure for case in CASES}
-    names = ("CLARABEL", "SCS", "INTERIOR", "DAQP", "HIGHS", "PIQP", "OSQP", "PROXQP", "ECOS")
+    names = ("CLARABEL", "SCS", "INTERIOR", "DAQP", "HIGHS", "PIQP", "OSQP", "PROXQP", "MOREAU", "ECOS")
     assert available() == (names if ECOS.is_installed() else names[:-1])
-    assert available(structures["sdp"]) == ("CLARABEL", "SCS")
+    assert available(structures["sdp"]) == ("CLARABEL", "SCS", "MOREAU")
     assert available(structures["dual exponential"]) == ("SCS",)
     assert choose_solver(structures["qp"]).name == "CLARABEL"
     assert choose_solver(structures["dual power"]).name == "SCS"
