@@ -40,7 +40,9 @@ def test_a_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch
         ECOS().solve(case.problem)
     for solver in SOLVERS:
         monkeypatch.setattr(solver, "is_installed", classmethod(lambda cls: False))
-    with pytest.raises(MissingPackageError, match="pip install clarabel or pip install scs or pip install moreau or pip install ecos"):
+    with pytest.raises(
+        MissingPackageError, match="pip install clarabel or pip install scs or pip install moreau or pip install ecos"
+    ):
         choose_solver(case.problem.structure)
 
 

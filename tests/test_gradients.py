@@ -23,8 +23,8 @@ from lpgd import (
     HiGHS,
     ImplicitKKT,
     InteriorPoint,
-    Moreau,
     LpgdWarning,
+    Moreau,
     ProxQP,
     SerialExecutor,
 )

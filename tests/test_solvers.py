@@ -51,12 +51,14 @@ SOLVER_TABLE = [
     (Moreau(), 1e-5),
     (Moreau(method="ipm"), 1e-4),
 ]
-BY_NAME = {
-    " ".join(
-        filter(None, (solver.name, getattr(solver, "sparse", False) and "sparse", getattr(solver, "method", None)))
-    ): solver
-    for solver, _ in SOLVER_TABLE
-}
+
+
+def _label(solver: ConicSolver) -> str:
+    variants = " sparse" * getattr(solver, "sparse", False), " ipm" * (getattr(solver, "method", None) == "ipm")
+    return solver.name + "".join(variants)
+
+
+BY_NAME = {_label(solver): solver for solver, _ in SOLVER_TABLE}
 
 
 def supported(solver: ConicSolver) -> list[Case]:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -19,16 +20,23 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, per_element
 from lpgd.solvers.backends.batched import BatchAnswers, BatchedSolver
 from lpgd.solvers.backends.forms import groups_by_bounds
+from lpgd.solvers.backends.moreau_objects import (
+    ACTIVE_SET,
+    IPM,
+    Answer,
+    Compiled,
+    Inputs,
+    Limits,
+    OnDevice,
+    joined,
+    memory,
+    on_device,
+)
 from lpgd.solvers.backends.moreau_rows import Layout, MoreauRows, own_form, row_form
 from lpgd.solvers.base import Capabilities
 from lpgd.status import Status
 
-if TYPE_CHECKING:  # it imports the package
-    from lpgd.solvers.backends.moreau_objects import Answer
-
 __all__ = ["Moreau"]
-
-ACTIVE_SET, IPM = "active_set", "ipm"
 
 # Moreau's SolverStatus by number (moreau 0.4.1).
 _STATUSES = (
@@ -51,8 +59,8 @@ DENSE = 500
 """The active-set method, a dense one, is tried on up to so many variables, and on as many rows or twice as many rows
 as variables."""
 BIASED = 1e-5
-"""A relative violation of stationarity that is none of rounding.  Where P is singular, the active-set method adds 1e-6 to
-its diagonal and calls the answer solved, which has an x of 1e6 where there is none (moreau 0.4.1)."""
+"""A relative violation of stationarity that is none of rounding.  Where P is singular, the active-set method adds 1e-6
+to its diagonal and calls the answer solved, which has an x of 1e6 where there is none (moreau 0.4.1)."""
 WORK = 1.5e8
 """Operations for each thread in one compiled call, some tenths of a second: it cannot be interrupted."""
 KEPT = 4
@@ -141,8 +149,6 @@ class Moreau(BatchedSolver):
 
     def _solved(self, task: _Task, executor: Executor | None) -> Answer:
         """The answer to a batch, in one call, or as many as its work and the executor ask for."""
-        from lpgd.solvers.backends.moreau_objects import joined
-
         size, threads = task.size, worker_count(None) if executor is None else 1
         calls = -(-size // task.room(threads))
         if executor is None:
@@ -153,7 +159,7 @@ class Moreau(BatchedSolver):
         if calls == 1:
             return _solve_task(task)
         edges = [round(call * size / calls) for call in range(calls + 1)]
-        chunks = [list(range(start, stop)) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+        chunks = [list(range(start, stop)) for start, stop in pairwise(edges)]
         return joined(run_tasks(_solve_task, [task.select(chunk, size) for chunk in chunks], executor))
 
 
@@ -235,8 +241,6 @@ def _solve_task(task: _Task) -> Answer:
 
 def _by_interior_points(task: _Task, places: list[int]) -> Answer:
     """Elements with a state start from it, in a call of their own; those that it leads nowhere start again without."""
-    from lpgd.solvers.backends.moreau_objects import joined
-
     layout, states = task.rows.layout, task.starts
     warm = [place for place in places if isinstance(states[place], _State) and states[place].fits(layout)]
     if not warm:
@@ -278,8 +282,6 @@ def _is_stationary(task: _Task, answer: Answer) -> Tensor:
 
 def _call(task: _Task, method: str, places: list[int], start: tuple[Tensor, Tensor, Tensor] | None) -> Answer:
     """One compiled call, by an object out of the cache of idle ones."""
-    from lpgd.solvers.backends.moreau_objects import Compiled, Inputs, Limits, OnDevice, memory, on_device
-
     pause()
     size, layout, solver = len(places), task.rows.layout, task.solver
     task = task.select(places, task.size)

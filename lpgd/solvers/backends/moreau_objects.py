@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
-import moreau
-import moreau_cpu  # the compiled part of the package, whose objects take a number of threads
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,6 +22,12 @@ FloatArray = NDArray[np.float64]
 ACTIVE_SET, IPM = "active_set", "ipm"
 IPM_ITERATIONS = 200
 """The interior-point method ends in 10 to 30 iterations, or never."""
+
+
+@cache
+def _package(name: str = "moreau") -> Any:
+    """The package, or the compiled part of it, ``moreau_cpu``, whose objects take a number of threads."""
+    return import_module(name)
 
 
 class Limits(NamedTuple):
@@ -67,7 +72,7 @@ class Answer(NamedTuple):
     def reordered(self, order: Sequence[int]) -> Answer:
         rows = torch.tensor(order)
         x, z, s = (part[rows.to(part.device)] for part in (self.x, self.z, self.s))
-        statuses, methods = ([own[row] for row in order] for own in (self.statuses, self.methods))
+        statuses, methods = [self.statuses[row] for row in order], [self.methods[row] for row in order]
         return Answer(x, z, s, statuses, self.iterations[rows], methods)
 
 
@@ -91,7 +96,7 @@ def memory(layout: Layout, method: str, size: int) -> int:
 
 def on_device(device: torch.device) -> bool:
     """Whether Moreau solves where these data are, other than on the CPU: its package for CUDA is installed."""
-    return device.type != "cpu" and bool(moreau.device_available(device.type))
+    return device.type != "cpu" and bool(_package().device_available(device.type))
 
 
 class Compiled:
@@ -102,7 +107,7 @@ class Compiled:
         self.has_semidefinite = bool(layout.cones.semidefinite)
         self.matrices: tuple[FloatArray, FloatArray] | None = None
         patterns = (layout.P_offsets, layout.P_columns, layout.A_offsets, layout.A_columns)
-        settings = _settings(limits, method, "cpu")
+        moreau_cpu, settings = _package("moreau_cpu"), _settings(limits, method, "cpu")
         if method == ACTIVE_SET:
             cones = moreau_cpu.Cones(num_zero_cones=layout.zero, num_nonneg_cones=layout.nonnegative)
             self.solver: Any = moreau_cpu.ActiveSetSolver(
@@ -154,13 +159,13 @@ class OnDevice:
     """An object on the device of the data, which do not leave it: the interior-point method, cold."""
 
     def __init__(self, layout: Layout, size: int, limits: Limits, device: str) -> None:
-        from moreau.torch import Solver
-
         patterns = (layout.P_offsets, layout.P_columns, layout.A_offsets, layout.A_columns)
         settings = _settings(limits, IPM, device).model_copy(update={"batch_size": size})
         indices = [torch.from_numpy(part) for part in patterns]
         self.size = size
-        self.solver = Solver(layout.n, layout.m, *indices, cones=_cones(layout), settings=settings)
+        self.solver: Any = _package("moreau.torch").Solver(
+            layout.n, layout.m, *indices, cones=_cones(layout), settings=settings
+        )
 
     def solve(self, inputs: Inputs) -> Answer:
         """The answers to a batch; where it is to start from is not looked at."""
@@ -177,9 +182,9 @@ def _array(tensor: Tensor) -> FloatArray:
     return np.ascontiguousarray(tensor.cpu().numpy(), dtype=np.float64)
 
 
-def _cones(layout: Layout) -> moreau.Cones:
+def _cones(layout: Layout) -> Any:
     cones = layout.cones
-    return moreau.Cones(
+    return _package().Cones(
         num_zero_cones=layout.zero,
         num_nonneg_cones=layout.nonnegative,
         so_cone_dims=[size for size in cones.second_order if size > 1],
@@ -190,7 +195,8 @@ def _cones(layout: Layout) -> moreau.Cones:
 
 
 @lru_cache(maxsize=64)
-def _settings(limits: Limits, method: str, device: str) -> moreau.Settings:
+def _settings(limits: Limits, method: str, device: str) -> Any:
+    moreau = _package()
     tolerance = limits.tolerance
     interior = moreau.IPMSettings(
         tol_gap_abs=tolerance,

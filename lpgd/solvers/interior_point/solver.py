@@ -19,7 +19,6 @@ from lpgd.solvers.backends.batched import BatchAnswers, BatchedSolver
 from lpgd.solvers.base import Capabilities
 from lpgd.solvers.interior_point.active_set import ActiveSet, is_suitable
 from lpgd.solvers.interior_point.box_program import BoxProgram, Scaling
-from lpgd.solvers.interior_point.equality_system import KeptSystem
 from lpgd.solvers.interior_point.predictor_corrector import Answers, Limits, solve_programs
 from lpgd.status import Status
 
