@@ -64,7 +64,9 @@ def dense_qp_case(n: int, batch: int, comparison: str = "dense_qp") -> Case:
     )
 
 
-def our_qp_sides(named: Sequence[str] = SOLVERS, lpgd_solvers: Sequence[str] = ("INTERIOR", "DAQP", "MOREAU")) -> list[Side]:
+def our_qp_sides(
+    named: Sequence[str] = SOLVERS, lpgd_solvers: Sequence[str] = ("INTERIOR", "DAQP", "MOREAU")
+) -> list[Side]:
     """The default, and each of the named solvers that is installed; LPGD (Domke's small step) with some of them."""
 
     def arguments(data: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:

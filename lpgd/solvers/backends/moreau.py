@@ -59,7 +59,7 @@ DENSE = 500
 """The active-set method, a dense one, is tried on up to so many variables, and on as many rows or twice as many rows
 as variables."""
 EXACT, BIASED = 1e-10, 1e-3
-"""Relative violations of stationarity.  Where P is singular, the active-set method adds ε, some 1e-6, to its diagonal and
+"""Relative violations of stationarity.  Where P is singular, the active-set method adds ε = 1e-6 to its diagonal and
 calls the answer solved (moreau 0.4.1).  Up to the second number that can be corrected; where there is no solution x is
 about 1e6 and the violation of order 1."""
 CORRECTIONS = 2
