@@ -80,7 +80,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
             monkeypatch.setattr(solver, "is_installed", classmethod(lambda cls: False))
     info = lpgd.QPLayer()(EYE, COSTS[:3], lb=0.0).info
     few_cores = "(PIQP, PROXQP, )?"
-    rule = rf"OSQP, chosen by the rule of those installed \(before it come DAQP, {few_cores}CLARABEL, SCS, INTERIOR\): "
+    rule = rf"OSQP, chosen by the rule of those installed \(before it come MOREAU, DAQP, {few_cores}CLARABEL, SCS, INTERIOR\): "
     assert re.match(rule, info.solver)
 
 

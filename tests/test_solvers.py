@@ -54,8 +54,9 @@ SOLVER_TABLE = [
 
 
 def _label(solver: ConicSolver) -> str:
-    variants = " sparse" * getattr(solver, "sparse", False), " ipm" * (getattr(solver, "method", None) == "ipm")
-    return solver.name + "".join(variants)
+    if getattr(solver, "sparse", None):
+        return f"{solver.name} sparse"
+    return f"{solver.name} ipm" if getattr(solver, "method", None) == "ipm" else solver.name
 
 
 BY_NAME = {_label(solver): solver for solver, _ in SOLVER_TABLE}
