@@ -93,7 +93,7 @@ class Moreau(BatchedSolver):
     method: str | None = None
 
     name: ClassVar[str] = "MOREAU"
-    package: ClassVar[str] = "moreau"
+    package: ClassVar[str] = "moreau_cpu"  # the compiled part
     pip_name: ClassVar[str] = "moreau"
     finest_tolerance: ClassVar[float] = 1e-11
     capabilities: ClassVar[Capabilities] = Capabilities(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,9 +26,12 @@ IPM_ITERATIONS = 200
 """The interior-point method ends in 10 to 30 iterations, or never."""
 
 
+# The compiled part of Moreau, the package moreau_cpu, is enough on the CPU.  Its front door, moreau, imports torch's
+# compiler, which takes seconds (moreau 0.4.1).
+
+
 @cache
-def _package(name: str = "moreau") -> Any:
-    """The package, or the compiled part of it, ``moreau_cpu``, whose objects take a number of threads."""
+def _package(name: str) -> Any:
     return import_module(name)
 
 
@@ -96,7 +101,9 @@ def memory(layout: Layout, method: str, size: int) -> int:
 
 def on_device(device: torch.device) -> bool:
     """Whether Moreau solves where these data are, other than on the CPU: its package for CUDA is installed."""
-    return device.type != "cpu" and bool(_package().device_available(device.type))
+    if device.type == "cpu" or find_spec("moreau") is None:
+        return False
+    return bool(_package("moreau").device_available(device.type))
 
 
 class Compiled:
@@ -107,16 +114,16 @@ class Compiled:
         self.has_semidefinite = bool(layout.cones.semidefinite)
         self.matrices: tuple[FloatArray, FloatArray] | None = None
         patterns = (layout.P_offsets, layout.P_columns, layout.A_offsets, layout.A_columns)
-        moreau_cpu, settings = _package("moreau_cpu"), _settings(limits, method, "cpu")
+        moreau_cpu = _package("moreau_cpu")
         if method == ACTIVE_SET:
             cones = moreau_cpu.Cones(num_zero_cones=layout.zero, num_nonneg_cones=layout.nonnegative)
             self.solver: Any = moreau_cpu.ActiveSetSolver(
-                layout.n, layout.m, *patterns, cones, settings, batch_size=size
+                layout.n, layout.m, *patterns, cones, _active_settings(limits), batch_size=size
             )
         else:
             lists = [part.tolist() for part in patterns]
-            own, blocks = moreau_cpu.settings_to_cpu(settings), moreau_cpu.cones_to_cpu(_cones(layout))
-            self.solver = moreau_cpu.CompiledSolver(layout.n, layout.m, *lists, blocks, own, num_threads=threads)
+            cones, settings = moreau_cpu.cones_to_cpu(_cones(layout, moreau_cpu)), _interior_settings(limits)
+            self.solver = moreau_cpu.CompiledSolver(layout.n, layout.m, *lists, cones, settings, num_threads=threads)
 
     def solve(self, inputs: Inputs) -> Answer:
         """The answers to a batch, which depend on these inputs only."""
@@ -160,11 +167,19 @@ class OnDevice:
 
     def __init__(self, layout: Layout, size: int, limits: Limits, device: str) -> None:
         patterns = (layout.P_offsets, layout.P_columns, layout.A_offsets, layout.A_columns)
-        settings = _settings(limits, IPM, device).model_copy(update={"batch_size": size})
-        indices = [torch.from_numpy(part) for part in patterns]
+        moreau, indices = _package("moreau"), [torch.from_numpy(part) for part in patterns]
+        settings = moreau.Settings(
+            solver=IPM,
+            device=device,
+            batch_size=size,
+            max_iter=min(limits.iterations, IPM_ITERATIONS),
+            time_limit=limits.time_limit or np.inf,
+            verbose=limits.verbose,
+            ipm_settings=moreau.IPMSettings(**_interior(limits)),
+        )
         self.size = size
         self.solver: Any = _package("moreau.torch").Solver(
-            layout.n, layout.m, *indices, cones=_cones(layout), settings=settings
+            layout.n, layout.m, *indices, cones=_cones(layout, moreau), settings=settings
         )
 
     def solve(self, inputs: Inputs) -> Answer:
@@ -182,9 +197,9 @@ def _array(tensor: Tensor) -> FloatArray:
     return np.ascontiguousarray(tensor.cpu().numpy(), dtype=np.float64)
 
 
-def _cones(layout: Layout) -> Any:
+def _cones(layout: Layout, package: Any) -> Any:
     cones = layout.cones
-    return _package().Cones(
+    return package.Cones(
         num_zero_cones=layout.zero,
         num_nonneg_cones=layout.nonnegative,
         so_cone_dims=[size for size in cones.second_order if size > 1],
@@ -194,23 +209,24 @@ def _cones(layout: Layout) -> Any:
     )
 
 
-@lru_cache(maxsize=64)
-def _settings(limits: Limits, method: str, device: str) -> Any:
-    moreau = _package()
-    tolerance = limits.tolerance
-    interior = moreau.IPMSettings(
-        tol_gap_abs=tolerance,
-        tol_gap_rel=tolerance,
-        tol_feas=tolerance,
-        chordal_decomposition_enable=False,  # it would depend on which entries of b are zero
-    )
-    limit = {} if limits.time_limit is None else {"time_limit": limits.time_limit}
-    return moreau.Settings(
-        solver=method,
-        device=device,
-        max_iter=min(limits.iterations, IPM_ITERATIONS),
-        verbose=limits.verbose,
-        ipm_settings=interior,
-        active_set_settings=moreau.ActiveSetSettings(primal_tol=tolerance, iter_limit=limits.iterations),
-        **limit,
-    )
+def _interior(limits: Limits) -> dict[str, Any]:
+    """Options of the interior-point method; chordal decomposition would depend on which entries of b are zero."""
+    criteria = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), limits.tolerance)
+    return criteria | {"chordal_decomposition_enable": False}
+
+
+def _interior_settings(limits: Limits) -> Any:
+    settings = _package("moreau_cpu").DefaultSettings()
+    settings.verbose, settings.max_iter = limits.verbose, min(limits.iterations, IPM_ITERATIONS)
+    if limits.time_limit is not None:
+        settings.time_limit = limits.time_limit
+    interior = settings.ipm  # a copy
+    for name, value in _interior(limits).items():
+        setattr(interior, name, value)
+    settings.ipm = interior
+    return settings
+
+
+def _active_settings(limits: Limits) -> SimpleNamespace:
+    own = SimpleNamespace(primal_tol=limits.tolerance, iter_limit=limits.iterations)
+    return SimpleNamespace(active_set_settings=own, time_limit=limits.time_limit, verbose=limits.verbose)
