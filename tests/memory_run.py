@@ -49,13 +49,13 @@ def held(name: str, n: int, dense: bool) -> dict[str, Any]:
     P_pattern, A_pattern = (SparsityPattern((n, n), *np.nonzero(part.T)[::-1]) for part in (quadratic, entries))
     structure = ConicStructure(P_pattern, A_pattern, Cones(nonnegative=n))
     nothing = np.zeros(0, bool)
-    frame = solver.form.frame_of(structure, nothing, nothing)
+    frame = solver.form_type.frame_of(structure, nothing, nothing)
 
     def workspace() -> tuple[Any, Any]:
         root = random.standard_normal((n, n))
         P = root @ root.T / n + np.eye(n)
         A = random.standard_normal(structure.constraint.nnz)
-        form = solver.form(
+        form = solver.form_type(
             Matrices(structure, P[structure.quadratic.rows, structure.quadratic.columns], A, *[nothing] * 2)
         )
         prepared = solver.prepare(form)
