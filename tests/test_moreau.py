@@ -78,9 +78,9 @@ def test_an_answer_does_not_depend_on_the_rest_of_the_batch(method: str | None) 
     moved = replace(QP.problem, data=QP.problem.data._replace(q=QP.problem.data.q + 0.1))
     warm = solver.solve(moved, together.states)
     for element in range(3):
-        alone = solver.solve(QP.problem.select([element]))
+        alone = solver.solve(QP.problem.select(torch.tensor([element])))
         assert torch.equal(alone.x[0], together.x[element])
-        again = solver.solve(moved.select([element]), alone.states)
+        again = solver.solve(moved.select(torch.tensor([element])), alone.states)
         assert torch.equal(again.x[0], warm.x[element])
         assert again.iterations[0] == warm.iterations[element]
 
@@ -99,7 +99,7 @@ def test_elements_without_a_state_start_cold(method: str | None) -> None:
 def test_much_work_is_several_calls_with_the_same_answers(
     calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = QP.problem.select([0, 1, 2] * 4)
+    problem = QP.problem.select(torch.tensor([0, 1, 2] * 4))
     whole = ALONE.solve(problem)
     calls.clear()
     monkeypatch.setattr(moreau, "WORK", 1.0)
@@ -155,7 +155,7 @@ def test_the_active_set_method_has_no_curved_cones() -> None:
 def test_batches_of_many_sizes_leave_few_objects() -> None:
     workspaces.clear()
     for size in range(1, 12):
-        ALONE.solve(QP.problem.select([0] * size))
+        ALONE.solve(QP.problem.select(torch.zeros(size, dtype=torch.int64)))
     assert len(workspaces.idle) == moreau.KEPT
 
 

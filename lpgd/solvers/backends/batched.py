@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import integers, rows_where
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicPoint
@@ -61,7 +62,7 @@ class BatchedSolver(ConicSolver):
         if size and bool(valid.all()):
             answers = self.solve_batch(problem, states, executor)
         else:
-            answers = self._in_part(problem, states, valid.nonzero()[:, 0].tolist(), executor)
+            answers = self._in_part(problem, states, rows_where(valid), executor)
         return ConicSolution(
             problem,
             *answers.point,
@@ -75,7 +76,7 @@ class BatchedSolver(ConicSolver):
         )
 
     def _in_part(
-        self, problem: ConicProblem, states: Sequence[Any], elements: list[int], executor: Executor | None
+        self, problem: ConicProblem, states: Sequence[Any], rows: Tensor, executor: Executor | None
     ) -> BatchAnswers:
         """Answers for all elements where the solver sees only some of them; the data of the others are invalid."""
         structure, size, q = problem.structure, problem.batch_size, problem.data.q
@@ -86,10 +87,10 @@ class BatchedSolver(ConicSolver):
         statuses: list[Status] = [Status.INVALID_DATA] * size
         kept: list[Any] = [None] * size
         systems: tuple[Any, ...] = ()
-        if elements:
+        if rows.numel():
+            elements = integers(rows)
             own = [states[element % len(states)] for element in elements] if states else ()
-            answers = self.solve_batch(problem.select(elements), own, executor)
-            rows = torch.tensor(elements, device=problem.device)
+            answers = self.solve_batch(problem.select(rows), own, executor)
             for whole, part in zip((*point, slack), (*answers.point, answers.slack), strict=True):
                 whole[rows] = part
             iterations[elements] = answers.iterations.cpu()

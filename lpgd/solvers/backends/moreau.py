@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import as_index, elements_where, flags
 from lpgd.execution.interrupts import pause
 from lpgd.execution.tasks import SerialExecutor, run_tasks, split, worker_count
 from lpgd.execution.workspaces import workspaces
@@ -140,7 +141,7 @@ class Moreau(BatchedSolver):
             task = _Task(self, rows, P, *row_form(rows, data), starts, 1).select(places, size)
             answer = self._solved(task, executor)
             own, own_slack = own_form(rows, answer.x, answer.z, answer.s)
-            index = torch.tensor(places, device=q.device)
+            index = as_index(places, q.device)
             for target, values in zip((*point, slack), (*own, own_slack), strict=True):
                 target[index] = values
             iterations[places] = answer.iterations
@@ -201,7 +202,7 @@ class _Task(NamedTuple):
         for name in ("P", "A", "q", "b"):
             datum: Tensor = getattr(self, name)
             if datum.ndim == 2 and not (whole and datum.shape[0] == size):
-                datum = datum[torch.tensor(places, device=datum.device) % datum.shape[0]]
+                datum = datum[as_index(places, datum.device) % datum.shape[0]]
             chosen.append(datum)
         P, A, q, b = chosen
         starts = self.starts if len(self.starts) == len(places) else [self.starts[place] for place in places]
@@ -287,11 +288,11 @@ def _corrected(task: _Task, answer: Answer) -> tuple[Answer, list[bool]]:
         moved = task._replace(q=torch.where(biased[:, None], task.q + gradient, task.q))
         start = torch.zeros_like(answer.x), answer.z, torch.zeros_like(answer.z)
         again = _call(moved, ACTIVE_SET, list(range(task.size)), start)
-        places = biased.nonzero()[:, 0].tolist()
+        places = elements_where(biased)
         answer = answer.replaced(places, again.reordered(places))
         gradient, scale = _stationarity(task, answer)
         size = gradient.abs().amax(1)
-    return answer, (size <= EXACT**0.75 * scale).tolist()
+    return answer, flags(size <= EXACT**0.75 * scale)
 
 
 def _stationarity(task: _Task, answer: Answer) -> tuple[Tensor, Tensor]:

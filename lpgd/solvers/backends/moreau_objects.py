@@ -11,15 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import FloatArray
 from lpgd.execution.threads import bounded_blas
 from lpgd.solvers.backends.moreau_rows import Layout
 
 __all__ = ["ACTIVE_SET", "IPM", "Answer", "Compiled", "Inputs", "Limits", "OnDevice", "joined", "memory", "on_device"]
-
-FloatArray = NDArray[np.float64]
 
 ACTIVE_SET, IPM = "active_set", "ipm"
 IPM_ITERATIONS = 200

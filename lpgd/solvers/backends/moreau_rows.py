@@ -8,24 +8,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import BoolArray, IntArray
 from lpgd.cones.product import Cones, svec_indices, svec_size
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.solvers.backends.forms import RowForm, RowFrame
 
 __all__ = ["Layout", "MoreauRows", "own_form", "row_form"]
 
-IndexArray = NDArray[np.int64]
-
 
 class MoreauRows(NamedTuple):
     """What fixes the form that elements with the same finite bounds are solved in."""
 
     structure: ConicStructure
-    finite_lower: NDArray[np.bool_]
-    finite_upper: NDArray[np.bool_]
+    finite_lower: BoolArray
+    finite_upper: BoolArray
 
     @property
     def layout(self) -> Layout:
@@ -48,12 +46,12 @@ class Layout(NamedTuple):
     cones: Cones
     zero: int
     nonnegative: int
-    source: IndexArray  # for each of its rows, that of the frame
-    order: IndexArray  # for each of its entries of A, row by row, the one of A's values followed by the bounds' signs
-    P_offsets: IndexArray
-    P_columns: IndexArray
-    A_offsets: IndexArray
-    A_columns: IndexArray
+    source: IntArray  # for each of its rows, that of the frame
+    order: IntArray  # for each of its entries of A, row by row, the one of A's values followed by the bounds' signs
+    P_offsets: IntArray
+    P_columns: IntArray
+    A_offsets: IntArray
+    A_columns: IntArray
 
     @property
     def n(self) -> int:
@@ -95,7 +93,7 @@ def _layout(frame: RowFrame, structure: ConicStructure) -> Layout:
     )
 
 
-def _moreau_rows(cones: Cones) -> IndexArray:
+def _moreau_rows(cones: Cones) -> IntArray:
     """For each of Moreau's rows, that of the frame."""
     rows = np.arange(cones.rows, dtype=np.int64)
     start = cones.sections["semidefinite"].start
