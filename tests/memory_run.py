@@ -22,11 +22,14 @@ from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers import DAQP, ECOS, OSQP, PIQP, SCS, Clarabel, HiGHS, ProxQP
 from lpgd.solvers.backends.forms import Matrices, Vectors
+from lpgd.solvers.backends.moreau_objects import ACTIVE_SET, IPM, Compiled, Inputs, Limits, memory
+from lpgd.solvers.backends.moreau_rows import MoreauRows
 
 SOLVERS: dict[str, Any] = {
     solver.name: solver for solver in (SCS(), OSQP(), ECOS(), Clarabel(), DAQP(), HiGHS(), PIQP(), ProxQP())
 }
 STEPS, BATCH = 120, 2
+WAYS = (ACTIVE_SET, IPM)
 
 
 def resident() -> int:
@@ -69,6 +72,29 @@ def held(name: str, n: int, dense: bool) -> dict[str, Any]:
     return {"solver": name, "n": n, "dense": dense, "stated": prepared.memory(form), "held": used}
 
 
+def held_in_batches(method: str, n: int, dense: bool) -> dict[str, Any]:
+    """The same for one of Moreau's objects, which serves 16 elements."""
+    random, batch, nothing = np.random.default_rng(0), 16, np.zeros(0, bool)
+    entries = np.ones((n, n), bool) if dense else np.eye(n, dtype=bool) | (random.random((n, n)) < 3 / n)
+    quadratic = SparsityPattern.dense(n, n) if dense else SparsityPattern.from_matrix(np.eye(n))
+    structure = ConicStructure(quadratic, SparsityPattern.from_matrix(entries), Cones(nonnegative=n))
+    layout = MoreauRows(structure, nothing, nothing).layout
+
+    def made() -> Compiled:
+        root = random.standard_normal((batch, n, n))
+        P = quadratic.gather(torch.from_numpy(root @ root.swapaxes(1, 2) / n + np.eye(n)))
+        A, q, b = torch.randn(batch, structure.constraint.nnz), torch.randn(batch, n), torch.ones(batch, n)
+        compiled = Compiled(layout, method, batch, Limits(1e-9, 200, None, False), 1)
+        compiled.solve(Inputs(P, A.double(), q.double(), b.double()))
+        return compiled
+
+    kept = [made() for _ in range(3)]
+    before, count = resident(), 30
+    kept += [made() for _ in range(count)]
+    used = (resident() - before) / count
+    return {"solver": method, "n": n, "dense": dense, "stated": memory(layout, method, batch), "held": used}
+
+
 def growth(name: str) -> dict[str, Any]:
     """Training with new matrices in each step: how much the process grows after a quarter of the steps."""
     torch.manual_seed(0)
@@ -93,7 +119,10 @@ def main() -> None:
             print(json.dumps(growth(name)), flush=True)
             continue
         for n, dense in ((8, True), (40, True), (60, False)):
-            print(json.dumps(held(name, n, dense)), flush=True)
+            for report in (
+                [held(name, n, dense)] if name in SOLVERS else [held_in_batches(way, n, dense) for way in WAYS]
+            ):
+                print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lpgd import DAQP, ECOS, OSQP, PIQP, SCS, Clarabel, HiGHS, InteriorPoint, ProxQP
+from lpgd import DAQP, ECOS, OSQP, PIQP, SCS, Clarabel, HiGHS, InteriorPoint, Moreau, ProxQP
 from lpgd.cones.product import Cones
 from lpgd.cones.projections import distance
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
@@ -16,6 +16,7 @@ from tests.problem_table import CASES, REGULAR, Case
 
 SOLVERS = [
     SCS(tolerance=1e-4), Clarabel(), ECOS(), DAQP(), HiGHS(), PIQP(), OSQP(tolerance=1e-4), ProxQP(), InteriorPoint(),
+    Moreau(),
 ]  # fmt: skip
 
 

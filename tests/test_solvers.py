@@ -23,6 +23,7 @@ from lpgd import (
     HiGHS,
     InteriorPoint,
     LpgdWarning,
+    Moreau,
     ProxQP,
     SerialExecutor,
     Status,
@@ -47,8 +48,18 @@ SOLVER_TABLE = [
     (OSQP(), 1e-5),
     (ProxQP(), 1e-7),
     (InteriorPoint(), 1e-5),
+    (Moreau(), 1e-5),
+    (Moreau(method="ipm"), 1e-4),
 ]
-BY_NAME = {solver.name + (" sparse" if getattr(solver, "sparse", False) else ""): solver for solver, _ in SOLVER_TABLE}
+
+
+def _label(solver: ConicSolver) -> str:
+    if getattr(solver, "sparse", None):
+        return f"{solver.name} sparse"
+    return f"{solver.name} ipm" if getattr(solver, "method", None) == "ipm" else solver.name
+
+
+BY_NAME = {_label(solver): solver for solver, _ in SOLVER_TABLE}
 
 
 def supported(solver: ConicSolver) -> list[Case]:
@@ -57,7 +68,11 @@ def supported(solver: ConicSolver) -> list[Case]:
 
 LARGE = planted("large", Cones(zero=100, nonnegative=300), 300, seed=50, rank=0, lower=300, upper=300, active_bounds=50)
 SOCP, QP = (next(case for case in CASES if case.name == name) for name in ("socp", "qp"))
-PAIRS = [pytest.param(s, e, c, id=f"{s.name}-{c}") for s, e in SOLVER_TABLE for c in supported(s)]
+PAIRS = [
+    pytest.param(s, e, c, id=f"{name}-{c}")
+    for (name, s), (_, e) in zip(BY_NAME.items(), SOLVER_TABLE, strict=True)
+    for c in supported(s)
+]
 
 
 def box(q: list[list[float]], b: list[list[float]] | None = None, *, curvature: float = 0.0) -> ConicProblem:

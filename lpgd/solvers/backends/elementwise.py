@@ -28,7 +28,7 @@ from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
-from lpgd.solvers.backends.forms import Form, Matrices, RowForm, Vectors
+from lpgd.solvers.backends.forms import Form, Matrices, RowForm, Vectors, groups_by_bounds
 from lpgd.solvers.base import ConicSolver
 from lpgd.status import SetUpError, Status
 
@@ -265,15 +265,10 @@ def _solve_groups(task: _Task) -> _Results:
     vectors = Vectors(*(np.broadcast_to(datum, (len(task.elements), datum.shape[1])) for datum in task.vectors))
     keyed = task.solver.form_type.keyed_by_bounds
     lower, upper = (np.isfinite(bound) if keyed else np.ones(bound.shape, bool) for bound in vectors[2:])
-    if (lower == lower[:1]).all() and (upper == upper[:1]).all():
-        _solve_group(task, list(range(len(task.elements))), vectors, lower[0], upper[0], results)
-        return results
-    groups: dict[bytes, list[int]] = {}
-    for place in range(len(task.elements)):
-        groups.setdefault(lower[place].tobytes() + upper[place].tobytes(), []).append(place)
-    for places in groups.values():
-        part = Vectors(*(datum[places] for datum in vectors))
-        _solve_group(task, places, part, lower[places[0]], upper[places[0]], results)
+    groups = groups_by_bounds(lower, upper)
+    for places, finite_lower, finite_upper in groups:
+        part = vectors if len(groups) == 1 else Vectors(*(datum[places] for datum in vectors))
+        _solve_group(task, places, part, finite_lower, finite_upper, results)
     return results
 
 

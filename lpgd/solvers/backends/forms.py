@@ -34,6 +34,7 @@ __all__ = [
     "RowPoint",
     "RowVectors",
     "Vectors",
+    "groups_by_bounds",
 ]
 
 
@@ -63,6 +64,22 @@ class Vectors(NamedTuple):
     b: FloatArray
     lower: FloatArray
     upper: FloatArray
+
+
+def groups_by_bounds(
+    lower: NDArray[np.bool_], upper: NDArray[np.bool_]
+) -> list[tuple[list[int], NDArray[np.bool_], NDArray[np.bool_]]]:
+    """Elements whose finite bounds are the same ones, and which those are.
+
+    Args:
+        lower, upper: (k, ·) whether a bound is finite.
+    """
+    if (lower == lower[:1]).all() and (upper == upper[:1]).all():
+        return [(list(range(len(lower))), lower[0], upper[0])] if len(lower) else []
+    groups: dict[bytes, list[int]] = {}
+    for place in range(len(lower)):
+        groups.setdefault(lower[place].tobytes() + upper[place].tobytes(), []).append(place)
+    return [(places, lower[places[0]], upper[places[0]]) for places in groups.values()]
 
 
 class Point(NamedTuple):
