@@ -202,7 +202,7 @@ class Substitution:
             y[:, rows], y[:, defining] = solution.y, -slope / self._coefficients.to(slope.device)
             z[:, kept], slack[:, rows] = solution.z, solution.slack
         known: dict[str, Any] = {own.name: getattr(solution, own.name) for own in fields(ConicSolution)}
-        changed = {"problem": problem, "x": x, "y": y, "z": z, "slack": slack, "systems": ()}
+        changed: dict[str, Any] = {"problem": problem, "x": x, "y": y, "z": z, "slack": slack, "systems": ()}
         return ExpandedSolution(**(known | changed), solved=solution)
 
     def _quadratic(self, P: Tensor, parts: Sequence[Tensor], squares: Tensor) -> Tensor:

@@ -66,9 +66,7 @@ class Vectors(NamedTuple):
     upper: FloatArray
 
 
-def groups_by_bounds(
-    lower: NDArray[np.bool_], upper: NDArray[np.bool_]
-) -> list[tuple[list[int], NDArray[np.bool_], NDArray[np.bool_]]]:
+def groups_by_bounds(lower: BoolArray, upper: BoolArray) -> list[tuple[list[int], BoolArray, BoolArray]]:
     """Elements whose finite bounds are the same ones, and which those are.
 
     Args:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import as_index, elements_where, flags
+from lpgd.arrays import as_index, elements_where, flags, from_numpy
 from lpgd.execution.interrupts import pause
 from lpgd.execution.tasks import SerialExecutor, run_tasks, split, worker_count
 from lpgd.execution.workspaces import workspaces
@@ -299,8 +299,8 @@ def _stationarity(task: _Task, answer: Answer) -> tuple[Tensor, Tensor]:
     """``P x + q + Aᵀz``, (k, n), and the size of its terms, (k,), at least 1; NaN where x is not finite."""
     layout, size, x, z = task.rows.layout, task.size, answer.x, answer.z
     quadratic = task.rows.structure.quadratic.matvec(task.P, x)
-    rows = torch.from_numpy(np.repeat(np.arange(layout.m), np.diff(layout.A_offsets))).to(x.device)
-    columns = torch.from_numpy(layout.A_columns).to(x.device)
+    rows = from_numpy(np.repeat(np.arange(layout.m), np.diff(layout.A_offsets))).to(x.device)
+    columns = from_numpy(layout.A_columns).to(x.device)
     linear = torch.zeros_like(x).index_add(1, columns, per_element(task.A, size) * z[:, rows])
     scale = 1.0 + torch.maximum(quadratic.abs().amax(1), linear.abs().amax(1))
     return quadratic + task.q + linear, scale

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray
+from lpgd.arrays import FloatArray, from_numpy
 from lpgd.execution.threads import bounded_blas
 from lpgd.solvers.backends.moreau_rows import Layout
 
@@ -141,7 +141,7 @@ class Compiled:
                 result = self.solver.solve_flat(q.ravel(), b.ravel(), self.size, *flat)
             parts = [np.array(part).reshape(self.size, -1) for part in (result.x, result.z, result.s)]
             statuses, iterations = result.status, result.iterations
-        x, z, s = (torch.from_numpy(part).to(inputs.q.device) for part in parts)
+        x, z, s = (from_numpy(part).to(inputs.q.device) for part in parts)
         return Answer(x, z, s, [int(own) for own in statuses], torch.tensor(iterations), [self.method] * self.size)
 
     def _set_up(self, P: FloatArray, A: FloatArray) -> None:
@@ -165,7 +165,7 @@ class OnDevice:
 
     def __init__(self, layout: Layout, size: int, limits: Limits, device: str) -> None:
         patterns = (layout.P_offsets, layout.P_columns, layout.A_offsets, layout.A_columns)
-        moreau, indices = _package("moreau"), [torch.from_numpy(part) for part in patterns]
+        moreau, indices = _package("moreau"), [from_numpy(part) for part in patterns]
         settings = moreau.Settings(
             solver=IPM,
             device=device,

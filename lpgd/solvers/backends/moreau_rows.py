@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import BoolArray, IntArray
+from lpgd.arrays import BoolArray, IntArray, from_numpy
 from lpgd.cones.product import Cones, svec_indices, svec_size
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.solvers.backends.forms import RowForm, RowFrame
@@ -114,14 +114,14 @@ def row_form(rows: MoreauRows, data: Sequence[Tensor]) -> tuple[Tensor, Tensor, 
     """A, q and b in Moreau's form, each shared or with one row for each element."""
     layout = rows.layout
     frame, (q, A, b, lower, upper) = layout.frame, data[1:]
-    order, source = (torch.from_numpy(index).to(q.device) for index in (layout.order, layout.source))
+    order, source = (from_numpy(index).to(q.device) for index in (layout.order, layout.source))
     if frame.signs.size:
-        signs = torch.from_numpy(frame.signs).to(q)
+        signs = from_numpy(frame.signs).to(q)
         A = torch.cat([A, signs.expand(*A.shape[:-1], -1)], -1)
         size = max(datum.shape[0] if datum.ndim == 2 else 1 for datum in (b, lower, upper))
         b, lower, upper = (per_element(datum, size) for datum in (b, lower, upper))
         above, below = (
-            torch.from_numpy(np.flatnonzero(own)).to(q.device) for own in (frame.finite_upper, frame.finite_lower)
+            from_numpy(np.flatnonzero(own)).to(q.device) for own in (frame.finite_upper, frame.finite_lower)
         )
         b = torch.cat([b[:, : frame.split], upper[:, above], -lower[:, below], b[:, frame.split :]], 1)
     b = b[..., source] if layout.source.size else b.new_ones(1)
@@ -132,12 +132,12 @@ def own_form(rows: MoreauRows, x: Tensor, z: Tensor, s: Tensor) -> tuple[ConicPo
     """The point and the slack in the problem's own form."""
     layout = rows.layout
     frame, count = layout.frame, layout.source.size
-    place = torch.from_numpy(np.argsort(layout.source)).to(x.device)
+    place = from_numpy(np.argsort(layout.source)).to(x.device)
     y, slack, z = z[:, :count][:, place], s[:, :count][:, place], torch.zeros_like(x)
     if frame.signs.size:
         multipliers, uppers = y[:, frame.bound_rows], frame.upper_index.size
-        z[:, torch.from_numpy(frame.upper_index).to(x.device)] += multipliers[:, :uppers]
-        z[:, torch.from_numpy(frame.lower_index).to(x.device)] -= multipliers[:, uppers:]
-        own = torch.from_numpy(frame.own_rows).to(x.device)
+        z[:, from_numpy(frame.upper_index).to(x.device)] += multipliers[:, :uppers]
+        z[:, from_numpy(frame.lower_index).to(x.device)] -= multipliers[:, uppers:]
+        own = from_numpy(frame.own_rows).to(x.device)
         y, slack = y[:, own], slack[:, own]
     return ConicPoint(x, y, z), slack
