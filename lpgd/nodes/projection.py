@@ -64,6 +64,16 @@ class Projection(BaseNode):
     def inputs(self) -> Mapping[str, int]:
         return {"x": 1} if self.radius is not None else {"x": 1, "radius": 0}
 
+    def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Scores of minus infinity, as of an attention mask, are exact zeros of the simplex: any low score is one."""
+        x = inputs[0]
+        if self.onto != "simplex" or not x.numel() or bool(x.detach().sum().isfinite()):
+            return inputs
+        masked = x == -torch.inf
+        largest = x.detach().amax(-1, keepdim=True)
+        radius = self.radius if self.radius is not None else inputs[1].detach()[..., None].abs()
+        return torch.where(masked & largest.isfinite(), largest - 2 * radius - 1, x), *inputs[1:]
+
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         if shapes[0] == (0,):
             raise ValueError("x has no coordinates; it must have at least one.")

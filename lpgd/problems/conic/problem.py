@@ -301,7 +301,7 @@ class ConicProblem:
         if not self.traits.is_linear_program or self.batch_size == 0 or cotangent.y.any():
             return False
         size = cotangent.x.abs().amax()
-        return bool(size > 0 and change.x.abs().amax() <= 1e-9 * size)
+        return bool(size > 0 and change.x.abs().amax() <= 1e-9 * size and self.would_move(cotangent).any())
 
     def would_move(self, cotangent: ConicPoint) -> Tensor:
         """(B,) whether a tilt of a linear program's cost may change its solution: it is not a multiple of the cost."""
