@@ -129,8 +129,8 @@ class _PreparedDAQP(Prepared):
         self.sense = np.zeros(self.bounds + form.m, dtype=np.int32)
         self.sense[self.bounds : self.bounds + form.zero] = _EQUALITY
         # A pivot of rounding passes DAQP's own test (daqp 0.11.0).
-        definite = form.definite
-        if definite is None or not definite:
+        self.proximal, definite = 0.0, form.definite
+        if not definite:
             size = float(np.abs(P).max(initial=0.0)) or 1.0
             definite = definite is None and form.has_quadratic and _is_definite(P, DEFINITE * size)
             if not definite:
@@ -145,14 +145,8 @@ class _PreparedDAQP(Prepared):
             # By default a workspace does not eliminate equalities where a single call does (daqp 0.11.0).
             "eq_reduction": 1 if form.zero else -1,
         }
-        self.matrices = (P, A)
-        if once and not self.proximal:
-            return
-        self.model = self._set_up()
-
-    proximal: float = 0.0
-    model: Any = None
-    matrices: Any = None  # P and A, until a workspace has them
+        self.matrices: Any = (P, A)  # until a workspace has them
+        self.model: Any = None if once and not self.proximal else self._set_up()
 
     def _set_up(self) -> Any:
         """A workspace."""

@@ -348,11 +348,11 @@ def _solve_group(
         started = clock()
         try:
             prepared = desk.prepared(pair)
+            ready = clock()
+            outcome = _solved(prepared, one(*row), task.states[place])
         except SetUpError:
             results.statuses[place] = Status.NUMERICAL_ERROR
             continue
-        ready = clock()
-        outcome = _solved(prepared, one(*row), task.states[place])
         results.setup_seconds[place], results.solve_seconds[place] = ready - started, clock() - ready
         results.statuses[place], results.states[place] = outcome.status, outcome.state
         results.iterations[place] = outcome.iterations
