@@ -87,7 +87,11 @@ class ConicProblem:
     def symmetric_P(self) -> Tensor:
         """Values of ``½ (P + Pᵀ)`` on the pattern, with the leading shape of P: what every solver sees."""
         P = self.data.P
-        return _memo(P, self.structure.digest, lambda: 0.5 * (P + self.structure.transposed(P)))
+        if self.structure.quadratic.is_dense and not P.requires_grad:
+            square = P.reshape(*P.shape[:-1], self.structure.n, self.structure.n)
+            if torch.equal(square, square.mT):  # as most are: nothing is written
+                return P
+        return _memo(P, self.structure.digest, lambda: self.structure.plus_transposed(0.5 * P))
 
     # -- evaluation -------------------------------------------------------------------------------------------
 
@@ -202,9 +206,9 @@ class ConicProblem:
         rows = {name: datum.shape[0] if datum.ndim == 2 else None for name, datum in self.data._asdict().items()}
         P = self.data.P.new_zeros(self.data.P.shape)
         if structure.quadratic.nnz:
-            outer = structure.quadratic.outer(dx, x, rows["P"])
-            P = 0.5 * (outer + structure.transposed(outer))
-        A = structure.constraint.outer(dy, x, rows["A"]) + structure.constraint.outer(y, dx, rows["A"])
+            P = structure.plus_transposed(structure.quadratic.outer(0.5 * dx, x, rows["P"]))
+        # Both terms in one product: elements B + i belong to the row of i.
+        A = structure.constraint.outer(torch.cat([dy, y]), torch.cat([x, dx]), rows["A"])
         lower_index, upper_index = (structure.index(name, self.device) for name in _BOUND_INDICES)
         return ConicData(
             P=P,

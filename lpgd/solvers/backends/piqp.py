@@ -45,6 +45,7 @@ class PIQP(ElementwiseSolver):
     pip_name: ClassVar[str] = "piqp"
     finest_tolerance: ClassVar[float] = 1e-11
     problem_form: ClassVar[type[Form]] = IntervalForm
+    forgets: ClassVar[bool] = False  # an update scales the matrices anew, from what they were scaled to
     capabilities: ClassVar[Capabilities] = Capabilities(
         cones=POLYHEDRAL, quadratic=True, time_limit=False, releases_gil=False
     )
