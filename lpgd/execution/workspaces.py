@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from lpgd.arrays import FloatArray
 
 __all__ = ["Fingerprint", "Habits", "WorkspaceCache", "fingerprints", "workspaces"]
 
@@ -19,7 +20,7 @@ Fingerprint = tuple[int, ...]
 """What equal numbers have in common, and others hardly ever: who is found by it has still to be compared."""
 
 
-def fingerprints(values: NDArray[np.float64]) -> list[Fingerprint]:
+def fingerprints(values: FloatArray) -> list[Fingerprint]:
     """Of each row of (nnz,) or (R, nnz) values: the sums of all of their bits and of those of the first half.
 
     To add integers takes a tenth of the time of a hash of the content.
