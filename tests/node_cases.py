@@ -119,6 +119,9 @@ NODES = {
         lpgd.nodes.SphereLeastSquares(solver="descent", max_iterations=1000, tolerance=1e-14),
         _regression((8, 3), (8,)),
     ),
+    "least squares on the sphere, published descent": NodeCase(
+        lpgd.nodes.SphereLeastSquares(lpgd.nodes.LessDescent(refine=True)), _regression((8, 3), (8,))
+    ),
     "total variation": NodeCase(
         lpgd.nodes.TotalVariationDenoising(), _regression((12,), (), positive=1), generic=False
     ),
