@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
-from lpgd.nodes.transport.sinkhorn import Plan, annealed_sinkhorn, sinkhorn, solve_smaller_side
+from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, fixed_number
+from lpgd.nodes.transport.sinkhorn import Plan, annealed_sinkhorn, positive_or_one, sinkhorn, solve_smaller_side
 from lpgd.status import Status, refuse_elements
 
 __all__ = [
@@ -32,7 +32,8 @@ def potentials_of(plan: Tensor, cost: Tensor, rows: Tensor, columns: Tensor, gam
     Entries of the plan that underflowed are left out of the mean over rows.
     """
     smallest = torch.finfo(plan.dtype).tiny
-    exponent = plan.clamp(min=smallest).log() + gamma * cost - rows.log()[:, :, None] - columns.log()[:, None, :]
+    logarithms = positive_or_one(rows).log()[:, :, None] + positive_or_one(columns).log()[:, None, :]
+    exponent = plan.clamp(min=smallest).log() + gamma * cost - logarithms
     held = (plan > smallest).to(plan.dtype)
     count = held.sum((1, 2)).clamp(min=1.0)
     g = torch.zeros_like(columns)
@@ -66,13 +67,14 @@ def _vjp(
     if plan.shape[-2] > plan.shape[-1]:
         on_cost, on_columns, on_rows = _vjp(plan.mT, gamma, cotangent.mT, solve)
         return on_cost.mT, on_rows + on_columns[:, -1:], on_columns - on_columns[:, -1:]
-    mass = plan.sum(-2)
+    mass = plan.sum(-2)  # zero of an empty bin, whose α or β is zero: see _of_empty_bins
     weighted = plan * cotangent
-    mean = weighted.sum(-2) / mass  # (B, n)
+    divisor = positive_or_one(mass)
+    mean = weighted.sum(-2) / divisor  # (B, n)
     right = weighted.addcmul_(plan, mean[:, None, :], value=-1.0).sum(-1)
     del weighted  # as large as the plan
     alpha, good = solve(plan, right)
-    beta = mean - (plan.mT @ alpha[:, :, None])[:, :, 0] / mass
+    beta = mean - (plan.mT @ alpha[:, :, None])[:, :, 0] / divisor
     _check_factor(good & beta.isfinite().all(-1))
     on_cost = (alpha[:, :, None] + beta[:, None, :]).sub_(cotangent).mul_(plan).mul_(gamma)
     return on_cost, alpha + beta[:, -1:], beta - beta[:, -1:]
@@ -87,7 +89,36 @@ def transport_vjp_approximate(
     Gould, Xu, Xu, Liu, *Towards Understanding Gradient Approximation in Equality Constrained DDNs*, section 3.2.
     """
     weighted = plan * cotangent
-    return -gamma * weighted, weighted.sum(-1) / rows, weighted.sum(-2) / columns
+    return -gamma * weighted, weighted.sum(-1) / positive_or_one(rows), weighted.sum(-2) / positive_or_one(columns)
+
+
+def _of_empty_bins(
+    inputs: tuple[Tensor, ...], gamma: float, cotangent: Tensor, gradients: tuple[Tensor, ...], g: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients for marginals with zero entries: what these would be worth if they grew.
+
+    A new row is ``r_i q_i`` with ``q_ij ∝ c_j exp(g_j - γ M_ij)``, the conditional distribution of its mass, and so its
+    α is ``Σ_j q_ij (V_ij - β_j)``; likewise for columns.
+
+    Args:
+        inputs: M, r, c.
+        gamma: γ.
+        cotangent: V.
+        gradients: for M, and α and β, which are right where r and c are positive.
+        g: (B, n) the potential of the columns.
+    """
+    cost, rows, columns = inputs
+    on_cost, alpha, beta = gradients
+    log_rows, log_columns = (
+        torch.where(mass > 0, positive_or_one(mass).log(), -torch.inf) for mass in (rows, columns)
+    )
+    exponent = (log_columns + g)[:, None, :] - gamma * cost
+    f = -torch.logsumexp(exponent, -1)
+    along_rows, along_columns = exponent.softmax(-1), ((log_rows + f)[:, :, None] - gamma * cost).softmax(-2)
+    new_alpha = (along_rows * (cotangent - beta[:, None, :])).sum(-1)
+    new_beta = (along_columns * (cotangent - alpha[:, :, None])).sum(-2)
+    alpha, beta = torch.where(rows > 0, alpha, new_alpha), torch.where(columns > 0, beta, new_beta)
+    return on_cost, alpha + beta[:, -1:], beta - beta[:, -1:]
 
 
 def _check_factor(good: Tensor) -> None:
@@ -105,8 +136,10 @@ class OptimalTransport(BaseNode):
         minimise  <P, M> + (1/γ) Σ_ij (P_ij log(P_ij / (r_i c_j)) - P_ij + r_i c_j)
         subject to  P 1 = r,  Pᵀ 1 = c (its last row is implied, and left out)
 
-    r and c are positive and of the same sum (a softmax makes them so); elements where they are not are INFEASIBLE.  The
-    gradients for r and c are those of changes that keep the sums equal, with the last entry of c's gradient at zero.
+    r and c are at least zero and of the same positive sum (a softmax makes them so); elements where they are not are
+    INFEASIBLE.  A marginal that is left out of a call, or None, is uniform: 1/m, 1/n, or of the other one's sum.  Where
+    an entry is zero, the plan's row or column is zero, exactly.  The gradients for r and c are those of changes that
+    keep the sums equal, with the last entry of c's gradient at zero; for zero entries, those of entries that grow.
 
     Forward :func:`annealed_sinkhorn`, ``O(m n)`` for each iteration, with Newton steps where it is slow; backward
     :func:`transport_vjp`, ``O(m n min(m, n))``, whatever the number of iterations.  LPGD without augmentation re-solves
@@ -122,13 +155,15 @@ class OptimalTransport(BaseNode):
     """
 
     name = "optimal transport"
-    domain = "Here rows and columns must be positive, with the same sum (add a small mass to empty bins)."
+    domain = "Here rows and columns must be at least zero, with the same positive sum."
+    optional = 2
 
     gamma: float = 10.0
     tolerance: float | None = None
     iterations: int = 10_000
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "gamma", fixed_number("gamma", self.gamma, "a plan is one of gamma times the cost, so scale that, with gamma=1"))
         if not (self.gamma > 0 and math.isfinite(self.gamma)):
             raise ValueError(f"gamma is {self.gamma}; it must be a positive number.")
         if self.iterations < 1 or (self.tolerance is not None and not self.tolerance > 0):
@@ -139,6 +174,20 @@ class OptimalTransport(BaseNode):
     @property
     def inputs(self) -> Mapping[str, int]:
         return {"cost": 2, "rows": 1, "columns": 1}
+
+    def arrange(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """Put uniform marginals where there are none.
+
+        Raises:
+            ValueError: the cost is no matrix.
+        """
+        cost, rows, columns = inputs
+        if cost is None or cost.ndim < 2:
+            raise ValueError(f"cost has shape {None if cost is None else tuple(cost.shape)}; expected (*batch, m, n).")
+        m, n = cost.shape[-2:]
+        if rows is None:
+            rows = cost.new_full((m,), 1 / max(m, 1)) if columns is None else _uniform(columns, m)
+        return cost, rows, _uniform(rows, n) if columns is None else columns
 
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         cost, rows, columns = shapes
@@ -152,7 +201,8 @@ class OptimalTransport(BaseNode):
         cost, rows, columns = inputs
         product = rows[:, :, None] * columns[:, None, :]
         # Not of y / product: its derivative in the marginals exists where y underflows to zero.
-        logarithms = rows.log()[:, :, None] + columns.log()[:, None, :]
+        # Of an empty bin it is left out, where y is zero.
+        logarithms = positive_or_one(rows).log()[:, :, None] + positive_or_one(columns).log()[:, None, :]
         # Of what has underflowed, y log y is continued by its parabola: its derivatives are large there, not infinite.
         floor = torch.finfo(y.dtype).tiny / torch.finfo(y.dtype).eps
         held = y.clamp(min=floor)
@@ -173,7 +223,7 @@ class OptimalTransport(BaseNode):
         total, other = rows.sum(-1), columns.sum(-1)
         precision = torch.finfo(cost.dtype).eps
         equal = (total - other).abs() <= precision**0.5 * torch.maximum(total, other)
-        feasible = equal & (rows > 0).all(-1) & (columns > 0).all(-1)
+        feasible = equal & (rows >= 0).all(-1) & (columns >= 0).all(-1) & (total > 0)
         tolerance = self._tolerance(cost) if self.tolerance is None else self.tolerance
         kept = feasible.nonzero()[:, 0]
         own = (cost[kept], rows[kept], columns[kept])
@@ -186,6 +236,7 @@ class OptimalTransport(BaseNode):
             torch.full_like(cost, torch.nan).index_copy_(0, kept, answer.plan),
             _statuses(feasible, solved),
             answer.iterations.new_zeros(len(cost)).index_copy_(0, kept, answer.iterations),
+            aux=(columns.new_zeros(columns.shape).index_copy_(0, kept, answer.columns),),
             nu=cost.new_zeros(len(cost), sum(cost.shape[1:]) - 1).index_copy_(0, kept, self._multipliers(answer)),
             lam=cost.new_zeros(len(cost), 0),
         )
@@ -206,15 +257,32 @@ class OptimalTransport(BaseNode):
         return self.solve((inputs[0] + tilt.linear, *inputs[1:]), start)
 
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
-        return transport_vjp(y, self.gamma, cotangent)
+        found = transport_vjp(y, self.gamma, cotangent)
+        if _are_positive(inputs):
+            return found
+        g = potentials_of(y, *inputs, self.gamma) if aux is None else aux[0]
+        return _of_empty_bins(inputs, self.gamma, cotangent, found, g)
 
     def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        return _vjp(y, self.gamma, cotangent, partial(solve_smaller_side, factorise=torch.linalg.cholesky_ex))
+        found = _vjp(y, self.gamma, cotangent, partial(solve_smaller_side, factorise=torch.linalg.cholesky_ex))
+        if _are_positive(inputs):
+            return found
+        return _of_empty_bins(inputs, self.gamma, cotangent, found, potentials_of(y, *inputs, self.gamma))
 
     def vjp_ignoring_constraints(
         self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any
     ) -> tuple[Tensor | None, ...]:
         return transport_vjp_approximate(y, inputs[1], inputs[2], self.gamma, cotangent)
+
+
+def _uniform(other: Tensor, size: int) -> Tensor:
+    """A uniform marginal of this size with the sum of the other one."""
+    return (other.sum(-1, keepdim=True) / max(size, 1)).expand(*other.shape[:-1], size)
+
+
+def _are_positive(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether there is no empty bin."""
+    return bool((inputs[1] > 0).all() and (inputs[2] > 0).all())
 
 
 def _statuses(feasible: Tensor, solved: Tensor) -> Sequence[Status]:
