@@ -77,20 +77,10 @@ class TransportOfLogits(lpgd.nodes.OptimalTransport):
 
     def arrange(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         cost, rows, columns = inputs
-        assert cost is not None and rows is not None and columns is not None
+        assert cost is not None
+        assert rows is not None
+        assert columns is not None
         return cost, rows.softmax(-1), columns.softmax(-1)
-
-
-class TransportWithEmptyBins(TransportOfLogits):
-    """The same without mass in the second row and the first column."""
-
-    def arrange(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        cost, rows, columns = inputs
-        assert cost is not None and rows is not None and columns is not None
-        lowest = torch.tensor(-torch.inf, dtype=cost.dtype, device=cost.device)
-        rows = torch.where(torch.arange(rows.shape[-1], device=rows.device) == 1, lowest, rows)
-        columns = torch.where(torch.arange(columns.shape[-1], device=rows.device) == 0, lowest, columns)
-        return super().arrange(cost, rows, columns)
 
 
 def _transport(m: int, n: int) -> Callable[[int], tuple[Tensor, ...]]:
@@ -117,11 +107,7 @@ def positive(m: int, batch: int = 3) -> Callable[[int], tuple[Tensor, ...]]:
 NODES = {
     "transport, wide": NodeCase(TransportOfLogits(gamma=2.0), _transport(3, 4)),
     "transport, tall": NodeCase(TransportOfLogits(gamma=2.0), _transport(4, 3)),
-    "transport, uniform": NodeCase(
-        lpgd.nodes.OptimalTransport(gamma=2.0), lambda seed: _transport(3, 4)(seed)[:1]
-    ),
-    "transport, empty bins": NodeCase(TransportWithEmptyBins(gamma=2.0), _transport(3, 4)),
-    "transport, tall, empty bins": NodeCase(TransportWithEmptyBins(gamma=2.0), _transport(5, 3)),
+    "transport, uniform": NodeCase(lpgd.nodes.OptimalTransport(gamma=2.0), lambda seed: _transport(3, 4)(seed)[:1]),
     "all eigenvectors": NodeCase(lpgd.nodes.EigenDecomposition(), spectral(4), generic=False),
     "largest eigenvectors": NodeCase(lpgd.nodes.EigenDecomposition(2), spectral(5), generic=False),
     "smallest eigenvectors": NodeCase(lpgd.nodes.EigenDecomposition(2, largest=False), spectral(5), generic=False),

@@ -57,7 +57,7 @@ def written_out(A: np.ndarray, b: np.ndarray, method: LessDescent) -> tuple[np.n
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(("m", "n"), [(2, 2), (12, 5)])
 def test_each_method_is_the_paper_s_formulas(name: str, m: int, n: int):
-    """For six iterations: steps that are too long go round the sphere, and rounding errors grow from one to the next."""
+    """For six iterations: steps that are too long go round the sphere, and rounding errors grow on the way."""
     method = replace(VARIANTS[name], max_iterations=6)
     A, b = problems(m, n, 40)
     answer = SphereLeastSquares(method).solve((A, b), None)
@@ -180,7 +180,7 @@ def test_options_that_make_no_sense_are_refused():
         LessDescent(tangent=False)
     with pytest.raises(ValueError, match="step is 0"):
         LessDescent(step=0.0)
-    with pytest.raises(ValueError, match="alpha is 1.5"):
+    with pytest.raises(ValueError, match=r"alpha is 1\.5"):
         LessDescent(alpha=1.5)
     with pytest.raises(ValueError, match="beta is 1"):
         LessDescent(beta=1.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import lpgd
+from lpgd.gradients import GradientMethod
 from lpgd.nodes import RobustPooling
 from lpgd.nodes.pooling.penalties import Penalty
 from tests.node_cases import random
@@ -55,7 +56,7 @@ def test_derivatives_in_points_and_scale(penalty: Penalty, vectors: bool):
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("method", [lpgd.ImplicitKKT(), lpgd.LPGD(tau=1e-5), lpgd.LPGD(tau=1e-5, rho=1e-6)])
-def test_every_method_agrees_on_the_gradient_of_the_scale(penalty: Penalty, method: lpgd.GradientMethod):
+def test_every_method_agrees_on_the_gradient_of_the_scale(penalty: Penalty, method: GradientMethod):
     x, alpha = points(3, 4, 11), scales(1.0, 1.3, 1.6, 2.0).requires_grad_()
     exact, other = (
         torch.autograd.grad(lpgd.NodeLayer(RobustPooling(penalty, "input"), own)(x, alpha).sum(), alpha)[0]
@@ -88,7 +89,8 @@ def test_a_scale_that_is_not_positive_fails_alone():
     assert [status.name for status in y.info.statuses] == ["SOLVED"] + 3 * ["INVALID_DATA"]
     torch.testing.assert_close(y[0], layer(x[0], alpha[0]))
     y[0].backward()
-    assert alpha.grad is not None and (alpha.grad[1:] == 0).all()
+    assert alpha.grad is not None
+    assert (alpha.grad[1:] == 0).all()
     with pytest.raises(lpgd.SolverError, match="alpha must be positive"):
         lpgd.NodeLayer(RobustPooling("huber", "input"))(x, alpha)
 
@@ -106,7 +108,7 @@ def test_options_that_would_get_no_gradient_are_refused():
     learned = torch.tensor(1.0, requires_grad=True)
     with pytest.raises(ValueError, match="alpha requires a gradient, which no option gets: alpha='input'"):
         RobustPooling(alpha=learned)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="alpha is None; it must be a number .*'input'"):
+    with pytest.raises(ValueError, match=r"alpha is None; it must be a number .*'input'"):
         RobustPooling(alpha=None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"alpha has shape \(2,\)"):
         RobustPooling(alpha=torch.ones(2))  # pyright: ignore[reportArgumentType]

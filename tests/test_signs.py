@@ -35,16 +35,13 @@ def test_along_a_rotation_the_sign_never_jumps(name: str):
     layer = lpgd.NodeLayer(NODES[name])
     steps = torch.linspace(0.0, 4 * math.pi, 31, dtype=torch.float64)
     offsets = torch.tensor([0.1, 2.0, 4.0], dtype=torch.float64)
-    previous, first = None, None
+    first = previous = layer(turned(offsets))
+    side = (first[:, :2] * torch.stack([offsets.cos(), offsets.sin()], -1)).sum(-1, keepdim=True).sign()
     for step in steps:
-        y = layer(turned(step + offsets), warm_start=False if previous is None else previous)
-        if previous is not None:
-            assert ((y * previous).sum(-1) > 0.9).all()
-            expected = torch.stack([(step + offsets).cos(), (step + offsets).sin()], -1) * sign
-            torch.testing.assert_close(y[:, :2], expected, rtol=0, atol=1e-10)
-        else:
-            first = y
-            sign = (first[:, :2] * torch.stack([offsets.cos(), offsets.sin()], -1)).sum(-1, keepdim=True).sign()
+        y = layer(turned(step + offsets), warm_start=previous)
+        assert ((y * previous).sum(-1) > 0.9).all()
+        expected = torch.stack([(step + offsets).cos(), (step + offsets).sin()], -1) * side
+        torch.testing.assert_close(y[:, :2], expected, rtol=0, atol=1e-10)
         previous = y
     torch.testing.assert_close(previous, first, rtol=0, atol=1e-10)
 

@@ -112,8 +112,10 @@ class BaseNode(ABC):
         """g, at most 0 where feasible: (B, r), or None."""
         return None
 
-    def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def arrange(self, *inputs: Any) -> tuple[Tensor, ...]:
         """Look at the tensors of a call as they arrive, and move dimensions so that each element's are the last ones.
+
+        Optional ones may be None.
 
         What it does is part of the autograd graph.
         """

@@ -44,8 +44,8 @@ class RobustPooling(BaseNode):
         v·Dy/Dx_i = (κ₁ I + κ₂ z_i z_iᵀ) H⁻¹ v,   of numbers  φ''(z_i) v / Σφ''
 
     which can be negative for Welsch.  As ``φ_α(z)`` is ``φ_1(z/α)``, or α² times that, y is α times the answer for
-    ``x/α`` and α = 1, whence ``v·dy/dα = Σ_i <z_i, v·Dy/Dx_i>/α``.  Where H is singular (flat objectives, such as Huber's between two distant
-    groups) the derivative is that of the weighted mean with weights κ₁.
+    ``x/α`` and α = 1, whence ``v·dy/dα = Σ_i <z_i, v·Dy/Dx_i>/α``.  Where H is singular (flat objectives, such as
+    Huber's between two distant groups) the derivative is that of the weighted mean with weights κ₁.
 
     Convex sums of numbers are solved by Newton's method for the root of the slope, within a bracket that it cannot
     leave; others by Newton steps that a weighted mean replaces where they do not descend, O(n) each.  What is not

@@ -207,8 +207,7 @@ class SphereLeastSquares(BaseNode):
             return _answer(gram, vector, _refined(gram, vector, found) if self.solver.refine else found)
         start = starting_points(*inputs) if start is None else normalised(start)
         options = {
-            name: getattr(self, name)
-            for name in ("step", "relaxation", "backtracking", "max_iterations", "tolerance")
+            name: getattr(self, name) for name in ("step", "relaxation", "backtracking", "max_iterations", "tolerance")
         }
         found = descend(gram, vector, start, **options)
         away = leave_saddles(gram, vector, found)

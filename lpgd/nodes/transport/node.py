@@ -109,9 +109,7 @@ def _of_empty_bins(
     """
     cost, rows, columns = inputs
     on_cost, alpha, beta = gradients
-    log_rows, log_columns = (
-        torch.where(mass > 0, positive_or_one(mass).log(), -torch.inf) for mass in (rows, columns)
-    )
+    log_rows, log_columns = (torch.where(mass > 0, positive_or_one(mass).log(), -torch.inf) for mass in (rows, columns))
     exponent = (log_columns + g)[:, None, :] - gamma * cost
     f = -torch.logsumexp(exponent, -1)
     along_rows, along_columns = exponent.softmax(-1), ((log_rows + f)[:, :, None] - gamma * cost).softmax(-2)
@@ -163,7 +161,8 @@ class OptimalTransport(BaseNode):
     iterations: int = 10_000
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gamma", fixed_number("gamma", self.gamma, "a plan is one of gamma times the cost, so scale that, with gamma=1"))
+        how = "a plan is one of gamma times the cost, so scale that, with gamma=1"
+        object.__setattr__(self, "gamma", fixed_number("gamma", self.gamma, how))
         if not (self.gamma > 0 and math.isfinite(self.gamma)):
             raise ValueError(f"gamma is {self.gamma}; it must be a positive number.")
         if self.iterations < 1 or (self.tolerance is not None and not self.tolerance > 0):
@@ -260,14 +259,18 @@ class OptimalTransport(BaseNode):
         found = transport_vjp(y, self.gamma, cotangent)
         if _are_positive(inputs):
             return found
-        g = potentials_of(y, *inputs, self.gamma) if aux is None else aux[0]
+        g = self._potential(inputs, y) if aux is None else aux[0]
         return _of_empty_bins(inputs, self.gamma, cotangent, found, g)
 
     def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         found = _vjp(y, self.gamma, cotangent, partial(solve_smaller_side, factorise=torch.linalg.cholesky_ex))
         if _are_positive(inputs):
             return found
-        return _of_empty_bins(inputs, self.gamma, cotangent, found, potentials_of(y, *inputs, self.gamma))
+        return _of_empty_bins(inputs, self.gamma, cotangent, found, self._potential(inputs, y))
+
+    def _potential(self, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        cost, rows, columns = inputs
+        return potentials_of(y, cost, rows, columns, self.gamma)
 
     def vjp_ignoring_constraints(
         self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any
