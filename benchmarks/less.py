@@ -97,13 +97,18 @@ def by_scipy(A: Tensor, b: Tensor, start: Tensor) -> Tensor:
     return normalised(torch.stack(found))
 
 
-def rows(m: int, n: int, count: int = 1000) -> Iterator[Row]:
-    """The lines of the table for problems of one size, and SciPy's own."""
+def rows(m: int, n: int, count: int = 1000, dtype: torch.dtype = torch.float64) -> Iterator[Row]:
+    """The lines of the table for problems of one size, and SciPy's own; the paper's methods and objectives in a dtype."""
     A, b = problems(m, n, count)
+    own = (A.to(dtype), b.to(dtype))
     free = least_squares(A, b)
     inside = free.norm(dim=-1) < 1.0
     best = objective(A, b, SphereLeastSquares().solve((A, b), None).y)
-    theirs = objective(A, b, by_scipy(A, b, normalised(free)))
+
+    def worth(u: Tensor) -> Tensor:
+        return objective(*own, u.to(dtype)).double()
+
+    theirs = worth(by_scipy(A, b, normalised(free)))
     unit = 10.0 ** ((theirs.log10() + 1.0).floor() - DIGITS)  # of the sixth digit
 
     def row(name: str, value: Tensor, answer: NodeAnswer | None) -> Row:
@@ -121,8 +126,8 @@ def rows(m: int, n: int, count: int = 1000) -> Iterator[Row]:
         )
 
     for name, method in VARIANTS.items():
-        answer = SphereLeastSquares(method).solve((A, b), None)
-        yield row(name, objective(A, b, answer.y), answer)
+        answer = SphereLeastSquares(method).solve(own, None)
+        yield row(name, worth(answer.y), answer)
     answer = SphereLeastSquares("descent").solve((A, b), None)
     yield row("this library's descent", objective(A, b, answer.y), answer)
     yield row("secular equation", best, None)
@@ -133,11 +138,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["2x2", "64x32"])
     parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--float32", action="store_true", help="as the paper's authors")
     options = parser.parse_args()
     for size in options.sizes:
         print(f"\n{options.count} problems {size}")
         print(f"{'':24} {'failed inside':>14} {'failed outside':>15} {'better':>7} {'global':>7} {'mean gap':>9}")
-        for row in rows(*SIZES[size], options.count):
+        for row in rows(*SIZES[size], options.count, torch.float32 if options.float32 else torch.float64):
             failed = (f"{row.failed_inside}/{row.inside}", f"{row.failed_outside}/{row.outside}")
             print(
                 f"{row.name:24} {failed[0]:>14} {failed[1]:>15} {row.better:>7} {row.global_minima:>7} {row.gap:>8.2%}"

