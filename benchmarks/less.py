@@ -98,7 +98,7 @@ def by_scipy(A: Tensor, b: Tensor, start: Tensor) -> Tensor:
 
 
 def rows(m: int, n: int, count: int = 1000, dtype: torch.dtype = torch.float64) -> Iterator[Row]:
-    """The lines of the table for problems of one size, and SciPy's own; the paper's methods and objectives in a dtype."""
+    """The lines of the table for problems of one size, and SciPy's own; methods and objectives in a dtype."""
     A, b = problems(m, n, count)
     own = (A.to(dtype), b.to(dtype))
     free = least_squares(A, b)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,18 +92,33 @@ def transport_vjp_approximate(
     return -gamma * weighted, weighted.sum(-1) / positive_or_one(rows), weighted.sum(-2) / positive_or_one(columns)
 
 
-def _conditionals(inputs: tuple[Tensor, ...], gamma: float, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The potential f (B, m) that belongs to g, and the distributions of each row's and of each column's mass.
+class _Conditionals(NamedTuple):
+    """The potentials f (B, m) and g (B, n), and the distributions of each row's and of each column's mass, (B, m, n).
 
-    These are there for empty bins, too, as ``q_ij ∝ c_j exp(g_j - γ M_ij)`` of rows.
+    All are there for empty bins, too, as ``q_ij ∝ c_j exp(g_j - γ M_ij)`` of rows.
     """
+
+    f: Tensor
+    g: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def _conditionals(inputs: tuple[Tensor, ...], gamma: float, g: Tensor) -> _Conditionals:
+    """What follows from g, which is right where columns are positive."""
     cost, rows, columns = inputs
-    log_rows, log_columns = (
-        torch.where(mass > 0, positive_or_one(mass).log(), -torch.inf) for mass in (rows, columns)
-    )
+    log_rows, log_columns = (torch.where(mass > 0, positive_or_one(mass).log(), -torch.inf) for mass in (rows, columns))
     exponent = (log_columns + g)[:, None, :] - gamma * cost
     f = -torch.logsumexp(exponent, -1)
-    return f, exponent.softmax(-1), ((log_rows + f)[:, :, None] - gamma * cost).softmax(-2)
+    other = (log_rows + f)[:, :, None] - gamma * cost
+    g = torch.where(columns > 0, g, -torch.logsumexp(other, -2))
+    return _Conditionals(f, g, exponent.softmax(-1), other.softmax(-2))
+
+
+def _last_filled(columns: Tensor) -> Tensor:
+    """(B, 1) the last column that is not empty, whose constraint is the one that is implied by the others."""
+    places = torch.arange(columns.shape[-1], device=columns.device)
+    return torch.where(columns > 0, places, -1).amax(-1, keepdim=True)
 
 
 def _of_empty_bins(
@@ -122,11 +137,12 @@ def _of_empty_bins(
     """
     _, rows, columns = inputs
     on_cost, alpha, beta = gradients
-    _, along_rows, along_columns = _conditionals(inputs, gamma, g)
+    shift = beta.gather(-1, _last_filled(columns))
+    alpha, beta = alpha + shift, beta - shift
+    _, _, along_rows, along_columns = _conditionals(inputs, gamma, g)
     new_alpha = (along_rows * (cotangent - beta[:, None, :])).sum(-1)
     new_beta = (along_columns * (cotangent - alpha[:, :, None])).sum(-2)
-    alpha, beta = torch.where(rows > 0, alpha, new_alpha), torch.where(columns > 0, beta, new_beta)
-    return on_cost, alpha + beta[:, -1:], beta - beta[:, -1:]
+    return on_cost, torch.where(rows > 0, alpha, new_alpha), torch.where(columns > 0, beta, new_beta)
 
 
 def _check_factor(good: Tensor) -> None:
@@ -147,7 +163,7 @@ class OptimalTransport(BaseNode):
     r and c are at least zero and of the same positive sum (a softmax makes them so); elements where they are not are
     INFEASIBLE.  A marginal that is left out of a call, or None, is uniform: 1/m, 1/n, or of the other one's sum.  Where
     an entry is zero, the plan's row or column is zero, exactly.  The gradients for r and c are those of changes that
-    keep the sums equal, with the last entry of c's gradient at zero; for zero entries, those of entries that grow.
+    keep the sums equal, with that of c's last positive entry at zero; for zero entries, those of entries that grow.
 
     Forward :func:`annealed_sinkhorn`, ``O(m n)`` for each iteration, with Newton steps where it is slow; backward
     :func:`transport_vjp`, ``O(m n min(m, n))``, whatever the number of iterations.  LPGD without augmentation re-solves
@@ -228,17 +244,33 @@ class OptimalTransport(BaseNode):
         """
         _, rows, columns = inputs
         constant = tuple(part.detach() for part in inputs)
-        g = self._potential(constant, y.detach())
-        f, along_rows, along_columns = _conditionals(constant, self.gamma, g)
-        goal = rows[:, :, None] * along_rows + columns[:, None, :] * along_columns
-        slope = (f[:, :, None] + g[:, None, :]) / self.gamma
-        stiff = torch.finfo(y.dtype).eps ** 0.6 * self.gamma * constant[1].sum(-1) / max(y.shape[1:])
-        parabola = slope * y + (y - goal).square() / (2.0 * stiff[:, None, None])
+        known = _conditionals(constant, self.gamma, self._potential(constant, y.detach()))
+        goal = rows[:, :, None] * known.rows + columns[:, None, :] * known.columns
+        slope = (known.f[:, :, None] + known.g[:, None, :]) / self.gamma
+        parabola = slope * y + (y - goal).square() / (2.0 * self._softness(*constant[1:])[:, :, None])
         empty = (rows == 0)[:, :, None] | (columns == 0)[:, None, :]
         return torch.where(empty, parabola, terms)
 
     def equality(self, y: Tensor, *inputs: Tensor) -> Tensor:
-        return torch.cat([y.sum(-1) - inputs[1], y.sum(-2)[:, :-1] - inputs[2][:, :-1]], -1)
+        _, rows, columns = inputs
+        if _are_positive(inputs):
+            return torch.cat([y.sum(-1) - rows, y.sum(-2)[:, :-1] - columns[:, :-1]], -1)
+        units = self._units(rows.detach(), columns.detach())
+        last = _constraint_places(columns)
+        return torch.cat([(y.sum(-1) - rows) / units[0], ((y.sum(-2) - columns) / units[1]).gather(-1, last)], -1)
+
+    def _softness(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """(B, 1) the inverse curvature of an entry of an empty bin: less than other entries' by 3e-6 (in float64).
+
+        That is the relative error of ImplicitKKT beside empty bins; a system with less of it counts as singular.
+        """
+        mean = rows.sum(-1, keepdim=True) / (rows.shape[-1] * columns.shape[-1])
+        return torch.finfo(rows.dtype).eps ** 0.35 * self.gamma * mean
+
+    def _units(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
+        """What constraints are divided by: those of empty bins are as stiff as their entries."""
+        soft = self._softness(rows, columns)
+        return tuple(torch.where(mass > 0, 1.0, soft) for mass in (rows, columns))
 
     def initial(self, shape: tuple[int, ...], *inputs: Tensor) -> Tensor:
         return inputs[1][:, :, None] * inputs[2][:, None, :] / inputs[2].sum(-1)[:, None, None]
@@ -262,7 +294,7 @@ class OptimalTransport(BaseNode):
             _statuses(feasible, solved),
             answer.iterations.new_zeros(len(cost)).index_copy_(0, kept, answer.iterations),
             aux=(columns.new_zeros(columns.shape).index_copy_(0, kept, answer.columns),),
-            nu=cost.new_zeros(len(cost), sum(cost.shape[1:]) - 1).index_copy_(0, kept, self._multipliers(answer)),
+            nu=cost.new_zeros(len(cost), sum(cost.shape[1:]) - 1).index_copy_(0, kept, self._multipliers(answer, own)),
             lam=cost.new_zeros(len(cost), 0),
         )
 
@@ -271,9 +303,14 @@ class OptimalTransport(BaseNode):
         largest = self.gamma * float(cost.abs().amax()) if cost.numel() else 0.0
         return (16 * max(cost.shape[1:]) ** 0.5 + largest / 32) * torch.finfo(cost.dtype).eps
 
-    def _multipliers(self, answer: Plan) -> Tensor:
-        last = answer.columns[:, -1:]
-        return torch.cat([answer.rows + last, (answer.columns - last)[:, :-1]], -1) / -self.gamma
+    def _multipliers(self, answer: Plan, inputs: tuple[Tensor, ...]) -> Tensor:
+        _, rows, columns = inputs
+        if _are_positive(inputs):
+            last = answer.columns[:, -1:]
+            return torch.cat([answer.rows + last, (answer.columns - last)[:, :-1]], -1) / -self.gamma
+        units, last = self._units(rows, columns), answer.columns.gather(-1, _last_filled(columns))
+        others = ((answer.columns - last) * units[1]).gather(-1, _constraint_places(columns))
+        return torch.cat([(answer.rows + last) * units[0], others], -1) / -self.gamma
 
     def solve_tilted(self, inputs: tuple[Tensor, ...], tilt: Tilt, start: Tensor | None) -> NodeAnswer | None:
         """``<P, M> + <g, P>`` is a change of the cost; the quadratic term of an augmentation is not."""
@@ -302,6 +339,12 @@ class OptimalTransport(BaseNode):
         self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any
     ) -> tuple[Tensor | None, ...]:
         return transport_vjp_approximate(y, inputs[1], inputs[2], self.gamma, cotangent)
+
+
+def _constraint_places(columns: Tensor) -> Tensor:
+    """(B, n - 1) the columns whose constraints are kept: all but the last one that is not empty."""
+    places = torch.arange(columns.shape[-1] - 1, device=columns.device)
+    return torch.where(places == _last_filled(columns), columns.shape[-1] - 1, places)
 
 
 def _uniform(other: Tensor, size: int) -> Tensor:
