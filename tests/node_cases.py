@@ -54,6 +54,13 @@ def _with_outliers(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
     return make
 
 
+def _with_scales(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
+    def make(seed: int) -> tuple[Tensor, ...]:
+        return *_with_outliers(*shape)(seed), torch.tensor([1.2, 1.5, 1.8, 2.1], dtype=torch.float64)
+
+    return make
+
+
 def _regression(*shapes: tuple[int, ...], positive: int = 0) -> Callable[[int], tuple[Tensor, ...]]:
     """Normal inputs of these shapes, four elements; the last ``positive`` ones are positive."""
 
@@ -68,8 +75,11 @@ def _regression(*shapes: tuple[int, ...], positive: int = 0) -> Callable[[int], 
 class TransportOfLogits(lpgd.nodes.OptimalTransport):
     """Marginals by a softmax: whatever finite differences move, there is a plan."""
 
-    def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def arrange(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         cost, rows, columns = inputs
+        assert cost is not None
+        assert rows is not None
+        assert columns is not None
         return cost, rows.softmax(-1), columns.softmax(-1)
 
 
@@ -97,6 +107,7 @@ def positive(m: int, batch: int = 3) -> Callable[[int], tuple[Tensor, ...]]:
 NODES = {
     "transport, wide": NodeCase(TransportOfLogits(gamma=2.0), _transport(3, 4)),
     "transport, tall": NodeCase(TransportOfLogits(gamma=2.0), _transport(4, 3)),
+    "transport, uniform": NodeCase(lpgd.nodes.OptimalTransport(gamma=2.0), lambda seed: _transport(3, 4)(seed)[:1]),
     "all eigenvectors": NodeCase(lpgd.nodes.EigenDecomposition(), spectral(4), generic=False),
     "largest eigenvectors": NodeCase(lpgd.nodes.EigenDecomposition(2), spectral(5), generic=False),
     "smallest eigenvectors": NodeCase(lpgd.nodes.EigenDecomposition(2, largest=False), spectral(5), generic=False),
@@ -108,6 +119,11 @@ NODES = {
         for symmetric in (True, False)
         if symmetric or method != "lanczos"
     },
+    "principal vector with references": NodeCase(
+        lpgd.nodes.PrincipalVector(reference="input"),
+        lambda seed: (*spectral(5)(seed), random(seed + 3, 3, 5)),
+        generic=False,
+    ),
     "least squares": NodeCase(lpgd.nodes.LeastSquares(), _regression((7, 3), (7,))),
     "least squares, weighted ridge with bias and columns": NodeCase(
         lpgd.nodes.LeastSquares(weighted=True, ridge=True, bias=True, columns=True),
@@ -118,6 +134,9 @@ NODES = {
     "least squares on the sphere, descent": NodeCase(
         lpgd.nodes.SphereLeastSquares(solver="descent", max_iterations=1000, tolerance=1e-14),
         _regression((8, 3), (8,)),
+    ),
+    "least squares on the sphere, published descent": NodeCase(
+        lpgd.nodes.SphereLeastSquares(lpgd.nodes.LessDescent(refine=True)), _regression((8, 3), (8,))
     ),
     "total variation": NodeCase(
         lpgd.nodes.TotalVariationDenoising(), _regression((12,), (), positive=1), generic=False
@@ -137,6 +156,19 @@ NODES = {
             lpgd.nodes.RobustPooling(penalty, alpha=1.5, dim=-2, vector_dim=-1), _with_outliers(4, 9, 2), generic=False
         )
         for penalty in get_args(Penalty)
+    },
+    **{
+        f"pooling {penalty}, alpha an input": NodeCase(
+            lpgd.nodes.RobustPooling(penalty, "input"), _with_scales(4, 9), generic=False
+        )
+        for penalty in get_args(Penalty)
+        if penalty != "quadratic"
+    },
+    **{
+        f"vector pooling {penalty}, alpha an input": NodeCase(
+            lpgd.nodes.RobustPooling(penalty, "input", dim=-2, vector_dim=-1), _with_scales(4, 9, 2), generic=False
+        )
+        for penalty in ("huber", "welsch")
     },
     "unconstrained": NodeCase(
         lpgd.Node(lambda x, y: 0.5 * (y - x).square().sum() + 0.1 * (y**4).sum()), lambda seed: (random(seed, 3, 4),)

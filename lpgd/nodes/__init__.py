@@ -6,6 +6,7 @@ from lpgd.nodes.matrix_function import matrix_function
 from lpgd.nodes.pooling.node import RobustPooling
 from lpgd.nodes.principal.node import PrincipalVector
 from lpgd.nodes.projection import Projection
+from lpgd.nodes.sphere.less import LessDescent
 from lpgd.nodes.sphere.node import SphereLeastSquares
 from lpgd.nodes.total_variation import TotalVariationDenoising
 from lpgd.nodes.transport.node import OptimalTransport
@@ -14,6 +15,7 @@ from lpgd.nodes.user import Node
 __all__ = [
     "EigenDecomposition",
     "LeastSquares",
+    "LessDescent",
     "Node",
     "OptimalTransport",
     "PrincipalVector",

@@ -10,9 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lpgd import linalg
-from lpgd.arrays import flags
-from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
+from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, fixed_number
 from lpgd.status import Status
 
 __all__ = ["Projection", "ProjectionSet"]
@@ -57,6 +55,9 @@ class Projection(BaseNode):
     def __post_init__(self) -> None:
         if self.onto not in get_args(ProjectionSet):
             raise ValueError(f"onto is {self.onto!r}; it must be one of {', '.join(get_args(ProjectionSet))}.")
+        if self.radius is not None:
+            how = "radius=None makes it an input of the call, which gets a gradient"
+            object.__setattr__(self, "radius", fixed_number("radius", self.radius, how))
         if self.radius is not None and not 0 < self.radius < math.inf:
             raise ValueError(f"radius is {self.radius}; it must be positive and finite, or None for an input.")
 
