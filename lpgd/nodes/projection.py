@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import flags
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, fixed_number
 from lpgd.status import Status
 

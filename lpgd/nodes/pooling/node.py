@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import flags, rows_where
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, fixed_number
 from lpgd.nodes.pooling.descent import Descent, NumberSum, Root, VectorSum, blocks, descend, find_root
 from lpgd.nodes.pooling.penalties import Penalty, PenaltyFunction, hessian

@@ -150,7 +150,7 @@ def _oriented(vector: Tensor, reference: Tensor | None, start: Tensor | None) ->
         side = start.to(vector)
         near = (vector * side).sum(-1)
         # Orthogonal to rounding: a start that is another eigenvector.
-        told = near.abs() > 1e-10 * torch.linalg.vector_norm(side, dim=-1)
+        told = near.abs() > 1e-10 * linalg.vector_norm(side, dim=-1)
         along = torch.where((along == 0) & told, near, along)
     along = torch.where(along == 0, vector.sum(-1), along)
     if not along.all():

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.nodes.sphere.secular import SphereSolution, half_quadratic, normalised, product
 
 __all__ = ["descend", "least_squares", "starting_points"]
@@ -22,7 +23,7 @@ def starting_points(A: Tensor, b: Tensor) -> Tensor:
 
 def least_squares(A: Tensor, b: Tensor) -> Tensor:
     """``A⁺b``, (B, n)."""
-    found = torch.linalg.lstsq(A, b[..., None]).solution[..., 0] if A.shape[-2] >= A.shape[-1] else _shortest(A, b)
+    found = linalg.lstsq(A, b[..., None]).solution[..., 0] if A.shape[-2] >= A.shape[-1] else _shortest(A, b)
     broken = ~torch.isfinite(found).all(-1)
     if broken.any():
         found = torch.where(broken[:, None], _shortest(A, b), found)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import flags, rows_where
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, fixed_number
 from lpgd.nodes.transport.sinkhorn import Plan, annealed_sinkhorn, positive_or_one, sinkhorn, solve_smaller_side
 from lpgd.status import Status, refuse_elements
@@ -326,7 +328,7 @@ class OptimalTransport(BaseNode):
         return _of_empty_bins(inputs, self.gamma, cotangent, found, g)
 
     def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        found = _vjp(y, self.gamma, cotangent, partial(solve_smaller_side, factorise=torch.linalg.cholesky_ex))
+        found = _vjp(y, self.gamma, cotangent, partial(solve_smaller_side, factorise=linalg.cholesky_ex))
         if _are_positive(inputs):
             return found
         return _of_empty_bins(inputs, self.gamma, cotangent, found, self._potential(inputs, y))
