@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+
 __all__ = ["SphereSolution", "half_quadratic", "normalised", "product", "solve_secular"]
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.arrays import rows_where
 
 __all__ = ["Plan", "annealed_sinkhorn", "positive_or_one", "sinkhorn", "solve_smaller_side"]

@@ -161,7 +161,7 @@ class _PreparedDAQP(Prepared):
         return model
 
     def memory(self, form: IntervalForm) -> int:
-        return 14_000 + 16 * form.n * (form.n + form.m) + 8 * form.size
+        return 6_000 + 16 * form.n * (form.n + form.m) + 8 * form.size
 
     def solve(self, vectors: IntervalVectors, state: _State | None) -> Outcome:
         q, row_lower, row_upper, lower, upper = vectors
