@@ -15,8 +15,9 @@ from lpgd.nodes.base import BaseNode
 from lpgd.nodes.pooling.node import Penalty
 from lpgd.nodes.principal.node import IterationMethod
 from lpgd.nodes.projection import ProjectionSet
+from lpgd.nodes.spectral.node import FunctionName
 
-__all__ = ["NODES", "NodeCase", "positive", "random", "spectral"]
+__all__ = ["NODES", "NodeCase", "definite", "positive", "random", "spectral"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,16 @@ def spectral(m: int, batch: int = 3) -> Callable[[int], tuple[Tensor, ...]]:
     return make
 
 
+def definite(*values: float, batch: int = 3) -> Callable[[int], tuple[Tensor, ...]]:
+    """Symmetric matrices with these eigenvalues."""
+
+    def make(seed: int) -> tuple[Tensor, ...]:
+        basis = torch.linalg.qr(random(seed, batch, len(values), len(values))).Q
+        return (basis @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ basis.mT,)
+
+    return make
+
+
 def positive(m: int, batch: int = 3) -> Callable[[int], tuple[Tensor, ...]]:
     """Matrices whose eigenvalue of largest magnitude is real (Perron)."""
     return lambda seed: (random(seed, batch, m, m).abs() + 0.1,)
@@ -124,6 +135,12 @@ NODES = {
         lambda seed: (*spectral(5)(seed), random(seed + 3, 3, 5)),
         generic=False,
     ),
+    **{
+        f"spectral function {name}{place}": NodeCase(lpgd.nodes.SpectralFunction(name), definite(*values))
+        for name in get_args(FunctionName)
+        for place, values in (("", (0.5, 1.1, 2.0)), (", equal eigenvalues", (2.0, 2.0, 2.0, 1.0)))
+    },
+    "spectral function of one's own": NodeCase(lpgd.nodes.SpectralFunction(torch.tanh), spectral(4)),
     "least squares": NodeCase(lpgd.nodes.LeastSquares(), _regression((7, 3), (7,))),
     "least squares, weighted ridge with bias and columns": NodeCase(
         lpgd.nodes.LeastSquares(weighted=True, ridge=True, bias=True, columns=True),

@@ -2,11 +2,11 @@
 
 from lpgd.nodes.eigen import EigenDecomposition, rayleigh_quotients
 from lpgd.nodes.least_squares import LeastSquares
-from lpgd.nodes.matrix_function import matrix_function
 from lpgd.nodes.pooling.node import RobustPooling
 from lpgd.nodes.principal.node import PrincipalVector
 from lpgd.nodes.projection import Projection
 from lpgd.nodes.sphere.less import LessDescent
+from lpgd.nodes.spectral.node import SpectralFunction
 from lpgd.nodes.sphere.node import SphereLeastSquares
 from lpgd.nodes.total_variation import TotalVariationDenoising
 from lpgd.nodes.transport.node import OptimalTransport
@@ -21,8 +21,8 @@ __all__ = [
     "PrincipalVector",
     "Projection",
     "RobustPooling",
+    "SpectralFunction",
     "SphereLeastSquares",
     "TotalVariationDenoising",
-    "matrix_function",
     "rayleigh_quotients",
 ]

@@ -69,8 +69,8 @@ def rayleigh_quotients(matrix: Tensor, vectors: Tensor) -> Tensor:
     stationary in u_i, and as an eigenvalue it is accurate to the square of the vectors' error.
 
     Where two eigenvalues are equal the gradients of vectors and values, each for itself, do not add up to that of a
-    loss that combines them, such as ``Σ f(λ_i) u_i u_iᵀ``: that of :func:`~lpgd.nodes.matrix_function` is right there.
-    A backward pass through both warns where that matters.
+    loss that combines them, such as ``Σ f(λ_i) u_i u_iᵀ``: that of :class:`~lpgd.nodes.SpectralFunction` is right
+    there.  A backward pass through both warns where that matters.
     """
     fixed = vectors.detach()
     values = (fixed * (symmetric_part(matrix) @ fixed)).sum(-2)
@@ -101,7 +101,7 @@ def _watch(vectors: Tensor, values: Tensor, tied: Tensor) -> None:
                 "Some eigenvalues of a matrix are equal to rounding, and the loss depends on their eigenvectors and, "
                 "by rayleigh_quotients, on the eigenvalues: the gradient is right only if what it does with these "
                 "vectors does not depend on these eigenvalues.  For a function of the matrix, as its inverse root, use "
-                "lpgd.nodes.matrix_function."
+                "lpgd.nodes.SpectralFunction."
             )
 
     def of_vectors(cotangent: Tensor) -> None:
@@ -228,7 +228,7 @@ class EigenDecomposition(BaseNode):
     Nearly equal eigenvalues: the derivative of a pair of eigenvectors grows with the inverse of the gap.  From a gap of
     ``tie_tolerance max|λ|`` on the pair is left out: exact for losses that depend on its span only, with weights that
     do not vary with the eigenvalues; for another loss there is no gradient, and an LpgdWarning says so.  Functions of
-    the matrix, ``Σ f(λ_i) u_i u_iᵀ``, have one: it is that of :func:`~lpgd.nodes.matrix_function`.
+    the matrix, ``Σ f(λ_i) u_i u_iᵀ``, have one: that of :class:`~lpgd.nodes.SpectralFunction`.
 
     Args:
         k: how many; None is all m.
