@@ -141,6 +141,13 @@ NODES = {
         for place, values in (("", (0.5, 1.1, 2.0)), (", equal eigenvalues", (2.0, 2.0, 2.0, 1.0)))
     },
     "spectral function of one's own": NodeCase(lpgd.nodes.SpectralFunction(torch.tanh), spectral(4)),
+    "rotation": NodeCase(lpgd.nodes.Rotation(), lambda seed: (random(seed, 4, 3, 3),), generic=False),
+    "rotation, equal singular values": NodeCase(
+        lpgd.nodes.Rotation(), lambda seed: (2.0 * torch.linalg.qr(random(seed, 2, 3, 3)).Q,), generic=False
+    ),
+    "rotation of weighted points": NodeCase(
+        lpgd.nodes.Rotation(points=True, weighted=True), _regression((6, 3), (6, 3), (6,), positive=1), generic=False
+    ),
     "least squares": NodeCase(lpgd.nodes.LeastSquares(), _regression((7, 3), (7,))),
     "least squares, weighted ridge with bias and columns": NodeCase(
         lpgd.nodes.LeastSquares(weighted=True, ridge=True, bias=True, columns=True),

@@ -5,8 +5,9 @@ from lpgd.nodes.least_squares import LeastSquares
 from lpgd.nodes.pooling.node import RobustPooling
 from lpgd.nodes.principal.node import PrincipalVector
 from lpgd.nodes.projection import Projection
-from lpgd.nodes.sphere.less import LessDescent
+from lpgd.nodes.rotation import Rotation
 from lpgd.nodes.spectral.node import SpectralFunction
+from lpgd.nodes.sphere.less import LessDescent
 from lpgd.nodes.sphere.node import SphereLeastSquares
 from lpgd.nodes.total_variation import TotalVariationDenoising
 from lpgd.nodes.transport.node import OptimalTransport
@@ -21,6 +22,7 @@ __all__ = [
     "PrincipalVector",
     "Projection",
     "RobustPooling",
+    "Rotation",
     "SpectralFunction",
     "SphereLeastSquares",
     "TotalVariationDenoising",
