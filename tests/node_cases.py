@@ -165,6 +165,9 @@ NODES = {
     "total variation": NodeCase(
         lpgd.nodes.TotalVariationDenoising(), _regression((12,), (), positive=1), generic=False
     ),
+    "total variation, a weight for each pair": NodeCase(
+        lpgd.nodes.TotalVariationDenoising(per_pair=True), _regression((12,), (11,), positive=1), generic=False
+    ),
     **{
         f"projection {onto}": NodeCase(lpgd.nodes.Projection(onto, None), _with_radius)
         for onto in get_args(ProjectionSet)
