@@ -84,6 +84,15 @@ class TransportOfLogits(lpgd.nodes.OptimalTransport):
         return cost, rows.softmax(-1), columns.softmax(-1)
 
 
+class DependentColumns(lpgd.nodes.LeastSquares):
+    """A of rank two, whatever finite differences move."""
+
+    def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        A, *rest = inputs
+        mixing = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, -2.0], [0.5, 0.5, -0.5]], dtype=A.dtype, device=A.device)
+        return A @ mixing, *rest
+
+
 def _transport(m: int, n: int) -> Callable[[int], tuple[Tensor, ...]]:
     return lambda seed: (random(seed, 3, m, n), random(seed + 1, 3, m), random(seed + 2, 3, n))
 
@@ -154,6 +163,16 @@ NODES = {
         _regression((7, 3), (7, 2), (7,), (), positive=2),
     ),
     "least squares, wide": NodeCase(lpgd.nodes.LeastSquares(ridge=True), _regression((3, 5), (3,), (), positive=1)),
+    "least squares of minimum norm, wide": NodeCase(
+        lpgd.nodes.LeastSquares(weighted=True, bias=True, columns=True, minimum_norm=True),
+        _regression((3, 5), (3, 2), (3,), positive=1),
+    ),
+    "least squares of minimum norm, dependent columns": NodeCase(
+        DependentColumns(minimum_norm=True, rank_tolerance=1e-5), _regression((7, 3), (7,))
+    ),
+    "least squares of minimum norm, ridge": NodeCase(
+        lpgd.nodes.LeastSquares(ridge=True, minimum_norm=True), _regression((3, 5), (3,), (), positive=1)
+    ),
     "least squares on the sphere": NodeCase(lpgd.nodes.SphereLeastSquares(), _regression((6, 4), (6,))),
     "least squares on the sphere, descent": NodeCase(
         lpgd.nodes.SphereLeastSquares(solver="descent", max_iterations=1000, tolerance=1e-14),

@@ -1,7 +1,7 @@
 """Declarative nodes for :class:`lpgd.NodeLayer`: what each minimises, with its own solver and gradient."""
 
 from lpgd.nodes.eigen import EigenDecomposition, rayleigh_quotients
-from lpgd.nodes.least_squares import LeastSquares
+from lpgd.nodes.least_squares.node import LeastSquares
 from lpgd.nodes.pooling.node import RobustPooling
 from lpgd.nodes.principal.node import PrincipalVector
 from lpgd.nodes.projection import Projection
