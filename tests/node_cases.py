@@ -131,6 +131,12 @@ NODES = {
     "all eigenvectors": NodeCase(lpgd.nodes.EigenDecomposition(), spectral(4), generic=False),
     "largest eigenvectors": NodeCase(lpgd.nodes.EigenDecomposition(2), spectral(5), generic=False),
     "smallest eigenvectors": NodeCase(lpgd.nodes.EigenDecomposition(2, largest=False), spectral(5), generic=False),
+    "largest eigenvectors by iteration": NodeCase(
+        lpgd.nodes.EigenDecomposition(1, method="iteration"), spectral(8, batch=2), generic=False
+    ),
+    "smallest eigenvectors by iteration": NodeCase(
+        lpgd.nodes.EigenDecomposition(1, largest=False, method="iteration"), spectral(8, batch=2), generic=False
+    ),
     **{
         f"principal vector, {method} iteration, {'symmetric' if symmetric else 'general'}": NodeCase(
             lpgd.nodes.PrincipalVector(symmetric, method), (spectral if symmetric else positive)(5), generic=False

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
 from lpgd.nodes.eigen import square_size, symmetric_part
 from lpgd.status import Status, warn
@@ -26,9 +27,9 @@ class _Signed(NamedTuple):
 
 def nearest_rotation(matrix: Tensor) -> _Signed:
     """The rotation ``R = U Vᵀ`` that maximises ``<R, M>``, M (B, n, n), by its factors (Kabsch 1976, Umeyama 1991)."""
-    left, values, right = torch.linalg.svd(matrix)
+    left, values, right = linalg.svd(matrix)
     side = torch.ones_like(values)
-    side[:, -1] = torch.where(torch.linalg.det(left @ right) < 0, -1.0, 1.0)
+    side[:, -1] = torch.where(linalg.det(left @ right) < 0, -1.0, 1.0)
     return _Signed(left, side * values, right.mT * side[:, None, :])
 
 
@@ -74,7 +75,7 @@ def rotation_vjp_differentiable(matrix: Tensor, rotation: Tensor, cotangent: Ten
     H = symmetric_part(rotation.mT @ matrix)
     product = rotation.mT @ cotangent
     turn = product - product.mT
-    values, vectors = torch.linalg.eigh(H.detach())
+    values, vectors = linalg.eigh(H.detach())
     sums, flat = _sums(values)
     if flat.any():
         elements = flat.any(-1).any(-1).nonzero()[:10, 0].tolist()

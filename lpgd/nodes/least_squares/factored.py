@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+
 __all__ = [
     "Regression",
     "differentiate_least_squares",
@@ -50,7 +52,7 @@ def solve_least_squares(data: Regression, linear: Tensor | None = None) -> tuple
     n, batch = data.design.shape[-1], data.targets.shape[0]
     left, right = stacked(data)
     shared = left.shape[0] == 1 < batch
-    triangle = torch.linalg.qr(torch.cat([left, right], -1), mode="r").R[:, :n]
+    triangle = linalg.qr(torch.cat([left, right], -1), mode="r").R[:, :n]
     R, projected = triangle[..., :n], triangle[..., n:]
     diagonal = R.diagonal(dim1=-2, dim2=-1).abs()
     rounding = torch.finfo(R.dtype).eps * max(left.shape[-2:])
@@ -59,8 +61,8 @@ def solve_least_squares(data: Regression, linear: Tensor | None = None) -> tuple
         R = torch.where(regular[:, None, None], R, torch.eye(n, dtype=R.dtype, device=R.device))
     if linear is not None:
         extra = fold(linear) if shared else linear
-        projected = projected + torch.linalg.solve_triangular(R.mT, extra, upper=False)
-    y = torch.linalg.solve_triangular(R, projected, upper=True)
+        projected = projected + linalg.solve_triangular(R.mT, extra, upper=False)
+    y = linalg.solve_triangular(R, projected, upper=True)
     return unfold(y, batch) if shared else y, R, regular
 
 
@@ -124,7 +126,7 @@ def inverse_product(R: Tensor, columns: Tensor) -> Tensor:
     """``R⁻¹R⁻ᵀ v``, (B, n, k)."""
     shared = R.shape[0] == 1
     right = fold(columns) if shared else columns
-    s = torch.linalg.solve_triangular(R, torch.linalg.solve_triangular(R.mT, right, upper=False), upper=True)
+    s = linalg.solve_triangular(R, linalg.solve_triangular(R.mT, right, upper=False), upper=True)
     return unfold(s, columns.shape[0]) if shared else s
 
 

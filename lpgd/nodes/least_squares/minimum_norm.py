@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.nodes.least_squares.factored import Regression, normal_product, stacked, unfold
 
 __all__ = [
@@ -58,8 +59,8 @@ def solve_minimum_norm(data: Regression, tolerance: float | None) -> tuple[Tenso
     left, right = stacked(data)
     n, batch = left.shape[-1], data.targets.shape[0]
     shared = left.shape[0] == 1 < batch
-    triangle = torch.linalg.qr(torch.cat([left, right], -1), mode="r").R[:, :n]
-    outer, values, rows = torch.linalg.svd(triangle[..., :n], full_matrices=False)
+    triangle = linalg.qr(torch.cat([left, right], -1), mode="r").R[:, :n]
+    outer, values, rows = linalg.svd(triangle[..., :n], full_matrices=False)
     limit = max(left.shape[-2:]) * torch.finfo(left.dtype).eps if tolerance is None else tolerance
     present = values > limit * values.amax(-1, keepdim=True)
     basis = Basis(torch.where(present, values, 0.0), rows.mT * present[:, None, :])

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lpgd import linalg
 from lpgd.arrays import flags
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, is_shared
 from lpgd.nodes.least_squares.factored import (

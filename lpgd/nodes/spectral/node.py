@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, is_shared
 from lpgd.nodes.eigen import square_size, symmetric_part
 from lpgd.nodes.spectral.divided_differences import (
@@ -161,7 +162,7 @@ class SpectralFunction(BaseNode):
     def _decompose(self, matrix: Tensor) -> _Decomposed:
         rows = matrix.detach()
         rows = rows[:1] if is_shared(rows) else rows
-        values, vectors = torch.linalg.eigh(symmetric_part(rows.double()))
+        values, vectors = linalg.eigh(symmetric_part(rows.double()))
         # What is zero to rounding, of the decomposition above zero and of the data below it.
         scale = 10 * values.shape[-1] ** 0.5 * values.abs().amax(-1, keepdim=True)
         null = (values <= torch.finfo(values.dtype).eps * scale) & (values >= -torch.finfo(matrix.dtype).eps * scale)
