@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lpgd import linalg
+from lpgd.arrays import elements_where
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
 from lpgd.nodes.eigen import square_size, symmetric_part
 from lpgd.status import Status, warn
@@ -78,7 +79,7 @@ def rotation_vjp_differentiable(matrix: Tensor, rotation: Tensor, cotangent: Ten
     values, vectors = linalg.eigh(H.detach())
     sums, flat = _sums(values)
     if flat.any():
-        elements = flat.any(-1).any(-1).nonzero()[:10, 0].tolist()
+        elements = elements_where(flat.any(-1).any(-1))[:10]
         raise RuntimeError(
             f"the nearest rotations of elements {elements} are not unique, to rounding: they have no second derivative."
         )

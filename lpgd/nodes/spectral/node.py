@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lpgd import linalg
+from lpgd.arrays import flags
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, is_shared
 from lpgd.nodes.eigen import square_size, symmetric_part
 from lpgd.nodes.spectral.divided_differences import (
@@ -92,7 +93,7 @@ class SpectralFunction(BaseNode):
         own = self._decompose(matrix)
         result = self._of(own.values)
         y = (own.vectors * result[:, None, :]) @ own.vectors.mT
-        fine = torch.isfinite(result).all(-1).expand(len(matrix)).tolist()
+        fine = flags(torch.isfinite(result).all(-1).expand(len(matrix)))
         statuses = [Status.SOLVED if good else Status.INVALID_DATA for good in fine]
         return NodeAnswer(y.to(matrix.dtype).expand_as(matrix), statuses, [1] * len(matrix), tuple(own))
 
@@ -153,7 +154,7 @@ class SpectralFunction(BaseNode):
             noise = 10 * inside.shape[-1] * torch.finfo(inside.dtype).eps * inside.abs().amax((-2, -1), keepdim=True)
             good = ~(infinite & (inside.abs() > noise)).any(-1).any(-1)
             refuse_elements(
-                good.tolist(),
+                flags(good),
                 "The function of the matrix has no derivative: its divided differences at some eigenvalues are not "
                 "finite, as those of a root are at two that are zero.",
             )
