@@ -23,7 +23,7 @@ EXTRA = 3
 """Vectors of the block beyond k."""
 PRODUCTS, STEPS = 40, 5
 """Products with A for the estimate, beyond 2k, and steps with the inverse before each look at the residual."""
-SHIFTS, LOOKS = 4, 2
+SHIFTS, LOOKS = 4, 3
 """Shifts at most, and looks for each: a later shift is nearer to the eigenvalue, or further away if it was below it."""
 
 
@@ -96,11 +96,15 @@ def _of_order_one(matrix: Tensor, count: int, start: Tensor | None) -> Leading |
             continue
         for _ in range(LOOKS):
             values, vectors = _krylov(partial(_solved, factor), vectors, width, STEPS)
+            # These are vectors of the factors' product, which is A but for rounding: residuals of A itself mend them.
             values, vectors = _rotated(matrix, vectors)
+            change = _solved(factor, matrix @ vectors - values[:, None] * vectors)
+            values, vectors = _rotated(matrix, torch.cat([vectors, _outside(vectors, change)], -1))
+            values, vectors = values[:, :width], vectors[:, :, :width]
             left = _residuals(matrix, values, vectors)
             before, worst = left[:, :count].amax(-1), before
             # Rounding errors do not become less.
-            if (before <= 0.5 * rounding).all() or ((before <= 20.0 * rounding) & (before > 0.3 * worst)).all():
+            if (before <= 0.5 * rounding).all() or ((before <= 4.0 * rounding) & (before > 0.5 * worst)).all():
                 return _proven(matrix, values, vectors, count, norm)
     return None
 
@@ -117,6 +121,15 @@ def _proven(matrix: Tensor, values: Tensor, vectors: Tensor, count: int, norm: T
 
 def _solved(factor: Tensor, columns: Tensor) -> Tensor:
     return torch.cholesky_solve(columns, factor)
+
+
+def _outside(basis: Tensor, columns: Tensor) -> Tensor:
+    """The parts of columns that are orthogonal to a basis, of length one."""
+    for _ in range(2):
+        columns = columns - basis @ (basis.mT @ columns)
+        length = linalg.vector_norm(columns, dim=1, keepdim=True)
+        columns = columns / length.clamp(min=torch.finfo(columns.dtype).tiny)
+    return columns
 
 
 def _rotated(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
