@@ -14,17 +14,20 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.activity import ActiveSet
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.solution import AnyProblem, AnySolution
-from lpgd.solvers.base import AnySolver
+from lpgd.solvers.base import AnySolver, ConicSolver
+from lpgd.solvers.kkt.perturbed_points import PerturbedPoints
 
-__all__ = ["Envelope", "Perturbed", "perturb", "solve_tilted"]
+__all__ = ["Envelope", "Perturbed", "nearby", "perturb", "solve_tilted"]
 
 Envelope = Literal["average", "lower", "upper"]
 
@@ -93,8 +96,9 @@ def solve_tilted(
     states: Sequence[Any],
     solver: AnySolver,
     executor: Executor | None,
+    near: PerturbedPoints | None = None,
 ) -> AnySolution:
-    """The solutions of ``L + step <cotangent, point>``.
+    """The solutions of ``L + step <cotangent, point>``, by Newton's method where that finds them, or by the solver.
 
     Args:
         problem: E elements, augmented where ρ > 0.
@@ -102,8 +106,29 @@ def solve_tilted(
         steps: (k E,) with their signs.
         states: of a solution of the problem, to start from.
         solver, executor: who solves them, and where.
+        near: :func:`nearby` of these elements and the cotangent.
     """
-    return solver.solve(problem.tilt(steps, cotangent), states, executor)
+    tilted = problem.tilt(steps, cotangent)
+    if near is None:
+        return solver.solve(tilted, states, executor)
+    return near.solve(cast(ConicProblem, tilted), steps, states, solver, executor)
+
+
+def nearby(
+    solution: AnySolution, augmented: AnyProblem, cotangent: Any, unit: Tensor, solver: AnySolver
+) -> PerturbedPoints | None:
+    """Where Newton's method finds perturbed solutions from; None where it does not, or is not wanted (``refine``).
+
+    Args:
+        solution: of E elements.
+        augmented: their problem with ρ, if there is one.
+        cotangent: (E, ·) each.
+        unit: (E,) ``tilt_unit``.
+        solver: who is asked otherwise.
+    """
+    if not isinstance(solution, ConicSolution) or not isinstance(solver, ConicSolver) or not solver.refine:
+        return None
+    return PerturbedPoints.of(solution, cast(ConicProblem, augmented), cotangent, unit)
 
 
 def perturb(
@@ -138,6 +163,7 @@ def perturb(
     run = _Run(
         problem, augmented, solution.point, solution.active_set(problem), solution.states, cotangent,
         base_error, error, perturbed_solver, perturbed_solver == solver, executor, envelope,
+        nearby(solution, augmented, cotangent, unit, perturbed_solver),
     )  # fmt: skip
     if len(_SIDES[envelope]) == 1:
         # Both ends of a difference are solved to one tolerance; the old end alone would be the noisier one.
@@ -207,6 +233,7 @@ class _Run:
     is_even: bool
     executor: Executor | None
     envelope: Envelope
+    near: PerturbedPoints | None
 
     def select(self, rows: Tensor) -> _Run:
         """The same for some elements."""
@@ -222,6 +249,7 @@ class _Run:
             cotangent=self.cotangent.select(rows),
             base_error=self.base_error[rows],
             error=self.error[rows],
+            near=None if self.near is None else self.near.select(rows),
         )
 
     def with_base_solved_again(self) -> _Run:
@@ -255,7 +283,7 @@ class _Run:
         return _Sides(plus, minus, above, below, crossing, apart, self.skew(plus, minus, above & below), iterations)
 
     def _solved(self, steps: Tensor) -> AnySolution:
-        return solve_tilted(self.augmented, self.cotangent, steps, self.states, self.solver, self.executor)
+        return solve_tilted(self.augmented, self.cotangent, steps, self.states, self.solver, self.executor, self.near)
 
     def _crossing(self, results: dict[float, AnySolution], solved: dict[float, Tensor]) -> tuple[Tensor, Tensor]:
         crossing = torch.full_like(self.error, torch.inf)

@@ -27,9 +27,10 @@ from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
+from lpgd.solvers.kkt.factored import Factored
 from lpgd.solvers.kkt.system import KKTPoints, Known, respond
 
-__all__ = ["Refined", "complementary", "is_cheap", "is_small", "optimality_residual", "refine"]
+__all__ = ["Points", "Refined", "complementary", "is_cheap", "is_small", "optimality_residual", "refine"]
 
 ENOUGH = 1e-14
 """Points whose F is no larger than this are left alone."""
@@ -74,7 +75,7 @@ def refine(
     if chosen != list(range(problem.batch_size)):
         index = torch.as_tensor(chosen, dtype=torch.int64, device=problem.device)
         problem, point, slack = problem.select(chosen), point.select(index), slack[index]
-    own = _Points(problem)
+    own = Points(problem)
     xi, v = own.start(point, slack)
     error, slope, rows = own.residual(xi, v)
     before, taken = error.clone(), torch.zeros(len(chosen), dtype=torch.int64, device=problem.device)
@@ -136,28 +137,28 @@ def is_cheap(structure: ConicStructure) -> bool:
 
 def complementary(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> tuple[ConicPoint, Tensor, Tensor]:
     """The point with y and s, x and z made complementary, its slack, and (B,) |F|; NaN where it was not finite."""
-    own = _Points(problem)
+    own = Points(problem)
     start = own.start(point, slack)
     return *own.point(*start), own.residual(*start)[0]
 
 
 def optimality_residual(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> Tensor:
     """(B,) the maximum norm of F at the complementary point next to a solver's answer; NaN where that is not finite."""
-    own = _Points(problem)
+    own = Points(problem)
     return own.residual(*own.start(point, slack))[0]
 
 
-class _Points:
+class Points:
     """The map from (ξ, v) to points of a problem, F, and steps."""
 
     def __init__(self, problem: ConicProblem) -> None:
         self.problem = problem
         self.lower, self.upper = problem.full_bounds() if problem.structure.has_bounds else (None, None)
 
-    def select(self, rows: Tensor) -> _Points:
+    def select(self, rows: Tensor) -> Points:
         if rows.shape[0] == self.problem.batch_size:
             return self
-        return _Points(self.problem.select(rows.tolist()))
+        return Points(self.problem.select(rows.tolist()))
 
     def start(self, point: ConicPoint, slack: Tensor) -> tuple[Tensor, Tensor]:
         """(ξ, v): (B, n) and (B, m); multipliers of absent bounds are left out."""
@@ -190,6 +191,13 @@ class _Points:
         y = torch.from_numpy(project(cones, rows, dual=True)).to(v.device)
         slack = torch.from_numpy(project(cones, -rows)).to(v.device)
         return y, slack
+
+    def pieces(self, xi: Tensor, v: Tensor) -> Tensor:
+        """(B, nonnegative rows + n) which inequalities are active, and at which bounds variables are, as -1, 0 and 1."""
+        rows = (v[:, self.problem.structure.cones.sections["nonnegative"]] > 0).to(torch.int8)
+        if self.lower is None or self.upper is None:
+            return rows
+        return torch.cat([rows, (xi > self.upper).to(torch.int8) - (xi < self.lower).to(torch.int8)], 1)
 
     def residual(self, xi: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """|F| (B,), and its parts (B, n) and (B, m)."""
@@ -233,4 +241,25 @@ class _Points:
         moved = problem.structure.constraint.matvec(problem.data.A, dx) + rows
         # What the equalities' slack would be is a part of F, not of v.
         moved[:, : problem.structure.cones.zero] = 0.0
+        return dx + dz, dy + moved
+
+    def factored(self, xi: Tensor, v: Tensor) -> Factored:
+        """The system of Newton's method at a point, to be solved for several right-hand sides."""
+        problem, (point, _) = self.problem, self.point(xi, v)
+        view, count = ElementView(problem), problem.batch_size
+        matrices = (view.rows(name, range(count)) for name in ("P", "A"))
+        P, A = (np.broadcast_to(own, (count, own.shape[1])) for own in matrices)
+        parts = (part.numpy() for part in (point.x, v, point.z, *problem.full_bounds()))
+        return Factored(problem.structure, 0.0, P, A, *parts)
+
+    def chord(self, factored: Factored, slope: Tensor, rows: Tensor, bounds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(dξ, dv)`` for what is left of F, ``slope`` (B, n) and ``rows`` (B, m), by a system of another point.
+
+        ``bounds`` (B, n) is by how much bounds move down.
+        """
+        shift = torch.zeros_like(slope) if bounds is None else bounds
+        parts = factored.solve(*(part.numpy() for part in (slope, rows, shift)))
+        dx, dy, dz = (torch.from_numpy(part) for part in parts)
+        moved = self.problem.structure.constraint.matvec(self.problem.data.A, dx) + rows
+        moved[:, : self.problem.structure.cones.zero] = 0.0
         return dx + dz, dy + moved
