@@ -72,6 +72,7 @@ class Perturbed:
         jumped: elements of a local problem that found another solution.
         tolerance: of the solver of the perturbed problems.
         iterations: of the perturbed solves, together.
+        newton: how many of the perturbed solutions Newton's method found.
     """
 
     plus: Any
@@ -87,6 +88,7 @@ class Perturbed:
     jumped: Tensor
     tolerance: float
     iterations: Any
+    newton: Tensor
 
 
 def solve_tilted(
@@ -183,7 +185,7 @@ def perturb(
         sides = sides._replace(plus=_at(sides.plus, run.base, moved), minus=_at(sides.minus, run.base, moved))
     return Perturbed(
         sides.plus, sides.minus, sides.above, sides.below, tau, unit, moved, sides.crossing <= 1.0, kinked,
-        unclear, jumped, perturbed_solver.tolerance, sides.iterations,
+        unclear, jumped, perturbed_solver.tolerance, sides.iterations, sides.newton,
     )  # fmt: skip
 
 
@@ -191,7 +193,8 @@ class _Sides(NamedTuple):
     """Both ends of steps from E elements' solutions; (E,) each but for the points.
 
     ``crossing`` is the share of the step after which an active set changes, infinite where none does; ``apart`` says
-    whether the active sets of the ends differ.  ``skew`` is :meth:`_Run.skew` of x.
+    whether the active sets of the ends differ.  ``skew`` is :meth:`_Run.skew` of x; ``newton`` is how many of the ends
+    Newton's method found.
     """
 
     plus: Any
@@ -201,6 +204,7 @@ class _Sides(NamedTuple):
     crossing: Tensor
     apart: Tensor
     skew: Tensor
+    newton: Tensor
     iterations: Any
 
     def replaced(self, rows: Tensor, part: _Sides) -> _Sides:
@@ -280,7 +284,9 @@ class _Run:
         minus = results[-1.0].point.where(below, self.base) if -1.0 in results else self.base
         iterations = sum(result.iterations for result in results.values())
         crossing, apart = self._crossing(results, solved)
-        return _Sides(plus, minus, above, below, crossing, apart, self.skew(plus, minus, above & below), iterations)
+        newton = torch.stack([result.by_newton for result in results.values()]).sum(0)
+        skew = self.skew(plus, minus, above & below)
+        return _Sides(plus, minus, above, below, crossing, apart, skew, newton, iterations)
 
     def _solved(self, steps: Tensor) -> AnySolution:
         return solve_tilted(self.augmented, self.cotangent, steps, self.states, self.solver, self.executor, self.near)

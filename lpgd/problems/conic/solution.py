@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,7 +20,10 @@ from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.solution import AnyProblem, Solution
 from lpgd.status import Status
 
-__all__ = ["ConicSolution"]
+__all__ = ["NEWTON", "ConicSolution"]
+
+NEWTON = "NEWTON"
+"""What :attr:`ConicSolution.solvers` says of points that Newton's method found, and no solver was asked for."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,7 +42,8 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
         states: B opaque warm-start states; None where the solver has none.
         systems: what the solver factorised at the solutions, for implicit differentiation; it belongs to this call.
         asked: the name of the solver that was asked.
-        solvers: B names of the solvers that answered: another one where that one gave up.
+        solvers: B names of the solvers that answered: another one where that one gave up, and :data:`NEWTON` where
+            Newton's method found a perturbed solution from the one before.
         proofs: for each element without a solution what shows it: ``"certificate"``, ``"two solvers"`` that agree,
             ``"data"`` (crossed bounds, an objective that is not convex), ``"search"`` (of integers), or nothing.
         known_to: (B,) what is left of the optimality conditions, in units of order 1; NaN for integer programs.
@@ -81,7 +86,11 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     def rescued(self) -> dict[str, int]:
         """How many elements were solved by another solver than the one that was asked, by its name."""
         solved = (name for name, status in zip(self.solvers, self.statuses, strict=False) if status.usable)
-        return {name: count for name, count in Counter(solved).items() if name != self.asked}
+        return {name: count for name, count in Counter(solved).items() if name not in (self.asked, NEWTON)}
+
+    @property
+    def by_newton(self) -> Tensor:
+        return torch.tensor([name == NEWTON for name in self.solvers], dtype=torch.bool, device=self.x.device)
 
     def active_set(self, units_of: AnyProblem) -> ActiveSet | None:
         """Which rows and bounds are active, in the units of a problem with the same matrices and B elements.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.solution import ConicSolution
+from lpgd.problems.conic.solution import NEWTON, ConicSolution
 from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.conic.units import Units
 from lpgd.solvers.kkt.factored import Factored
@@ -34,10 +34,8 @@ from lpgd.solvers.kkt.refinement import Points, is_cheap
 from lpgd.solvers.rescue import merged
 from lpgd.status import Status
 
-__all__ = ["NEWTON", "PerturbedPoints"]
+__all__ = ["PerturbedPoints"]
 
-NEWTON = "newton"
-"""What :attr:`ConicSolution.solvers` says of points that no solver was asked for."""
 LARGEST_TILT = 0.1
 """Tilts by a larger share of the terms that they change are left to the solver: they are meant to find other points."""
 LARGEST = 1000
@@ -185,14 +183,24 @@ class PerturbedPoints:
         taken = wanted.long()
         structure = self._inside.structure
         curved = not structure.cones.is_polyhedral
-        # Chord steps: of linear and quadratic programs there is nothing but rounding to take away.
+        # Of linear and quadratic programs with the same active set there is nothing but rounding to take away.
         going = wanted & (error > ENOUGH * size) & (curved | (changes == 0))
+        moves = [steps[:, None] * torch.cat([d_xi, d_v], 1)]
         for _ in range(CHORDS if curved else 1):
             if not bool(going.any()):
                 break
-            xi, v, error, slope, rows, better = self._chord(own, going, xi, v, error, slope, rows)
+            move = self._broyden(slope, rows, moves)
+            new = xi + move[:, : xi.shape[1]], v + move[:, xi.shape[1] :]
+            found = own.residual(*new)
+            better = going & (found[0] <= FALL * error)
+            xi, v, slope, rows = (
+                torch.where(better[:, None], fresh, old)
+                for fresh, old in zip((*new, *found[1:]), (xi, v, slope, rows), strict=True)
+            )
+            error = torch.where(better, found[0], error)
+            moves.append(move)
             taken += better.long()
-            going = going & better & (error > ENOUGH * size)
+            going = better & (error > ENOUGH * size)
         solved = wanted & (error <= accepted)
         limit = max(CHANGES, SHARE * (structure.cones.nonnegative + len(structure.lower_index) + len(structure.upper_index)))
         worth = wanted & ~solved & (changes <= limit)
@@ -203,24 +211,22 @@ class PerturbedPoints:
             self._newton(own, todo, xi, v, error, accepted, size, solved, taken)
         return _Found(*own.point(xi, v), error, solved, taken)
 
-    def _chord(
-        self, own: Points, going: Tensor, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, rows: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """One step of the elements ``going`` with the systems of their solutions, where it helps."""
+    def _broyden(self, slope: Tensor, rows: Tensor, moves: Sequence[Tensor]) -> Tensor:
+        """The next step (k E, n + m) of Broyden's method, from what is left of F and the steps so far.
+
+        It corrects the systems of the solutions by what the steps have shown of F, one rank at a time: with
+        ``H`` the inverse of the corrected system, ``H⁺ = H + (s⁺ sᵀ / |s|²) H`` (Kelley, Iterative methods for linear
+        and nonlinear equations, 1995, section 7.3).
+        """
         count = self.problem.batch_size
-        parts: list[tuple[Tensor, Tensor]] = []
-        for start in range(0, going.shape[0], count):
-            side = slice(start, start + count)
-            left = [torch.where(going[side, None], part[side], 0.0) for part in (slope, rows)]
-            parts.append(Points(self._inside).chord(self._system, left[0], left[1]))
-        d_xi, d_v = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        new = xi + d_xi, v + d_v
-        found = own.residual(*new)
-        better = going & (found[0] <= FALL * error)
-        xi, v, slope, rows = (
-            torch.where(better[:, None], fresh, old) for fresh, old in zip((*new, *found[1:]), (xi, v, slope, rows), strict=True)
-        )
-        return xi, v, torch.where(better, found[0], error), slope, rows, better
+        parts = [
+            torch.cat(Points(self._inside).chord(self._system, slope[start : start + count], rows[start : start + count]), 1)
+            for start in range(0, slope.shape[0], count)
+        ]
+        move = torch.cat(parts)
+        for last, new in zip(moves, moves[1:], strict=False):
+            move = move + new * _share(last, move)
+        return move / (1.0 - _share(moves[-1], move))
 
     def _newton(
         self, own: Points, todo: Tensor, xi: Tensor, v: Tensor, error: Tensor, accepted: Tensor, size: Tensor,
@@ -271,3 +277,8 @@ class PerturbedPoints:
             known_to=found.error,
             refined=found.taken,
         )
+
+
+def _share(first: Tensor, second: Tensor) -> Tensor:
+    """(k, 1) the part of a vector along another one, in units of that."""
+    return (first * second).sum(-1, keepdim=True) / first.square().sum(-1, keepdim=True).clamp(min=1e-300)

@@ -179,7 +179,7 @@ class Points:
         return ConicPoint(x, y, xi - x), slack
 
     def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """``Π(v)`` and ``Π(v) - v``, each computed so that neither cancels for the orthants."""
+        """``Π(v)`` and ``Π(v) - v``, computed so that neither cancels where all cones are orthants."""
         cones = self.problem.structure.cones
         if cones.is_polyhedral:
             y = v.clamp(min=0.0)
@@ -187,10 +187,9 @@ class Points:
             slack = (-v).clamp(min=0.0)
             slack[:, : cones.zero] = 0.0
             return y, slack
-        rows = v.detach().cpu().numpy()
-        y = torch.from_numpy(project(cones, rows, dual=True)).to(v.device)
-        slack = torch.from_numpy(project(cones, -rows)).to(v.device)
-        return y, slack
+        # By Moreau's decomposition Π(v) = v + P_K(-v): one projection for both.
+        slack = torch.from_numpy(project(cones, -v.detach().cpu().numpy())).to(v.device)
+        return v + slack, slack
 
     def pieces(self, xi: Tensor, v: Tensor) -> Tensor:
         """(B, nonnegative rows + n) which inequalities are active, and at which bounds variables are, as -1, 0 and 1."""
