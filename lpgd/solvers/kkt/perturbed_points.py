@@ -31,6 +31,7 @@ from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.conic.units import Units
 from lpgd.solvers.kkt.factored import Factored
 from lpgd.solvers.kkt.refinement import Points, is_cheap
+from lpgd.solvers.kkt.schur import ActiveSystem, SchurFactor
 from lpgd.solvers.rescue import merged
 from lpgd.status import Status
 
@@ -157,8 +158,14 @@ class PerturbedPoints:
         return torch.where(self.fit[:, None], xi, 0.0), torch.where(self.fit[:, None], v, 0.0)
 
     @cached_property
-    def _system(self) -> Factored:
-        return Points(self._inside).factored(*self._start)
+    def _factor(self) -> SchurFactor | None:
+        """What serves every active set, where there is such a factorisation."""
+        return SchurFactor.of(self._inside)
+
+    @cached_property
+    def _system(self) -> Factored | ActiveSystem:
+        own = Points(self._inside)
+        return own.factored(*self._start) if self._factor is None else self._factor.at(own.pieces(*self._start))
 
     @cached_property
     def _direction(self) -> tuple[Tensor, Tensor]:
@@ -237,7 +244,11 @@ class PerturbedPoints:
             part = own.select(todo)
             here_xi, here_v = xi[todo], v[todo]
             _, slope, rows = part.residual(here_xi, here_v)
-            system = part.factored(here_xi, here_v)
+            system: Factored | ActiveSystem
+            if self._factor is None:
+                system = part.factored(here_xi, here_v)
+            else:
+                system = self._factor.select(todo % self.problem.batch_size).at(part.pieces(here_xi, here_v))
             d_xi, d_v = part.chord(system, slope, rows)
             new_xi, new_v = here_xi + d_xi, here_v + d_v
             found = part.residual(new_xi, new_v)[0]

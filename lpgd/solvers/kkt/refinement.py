@@ -28,6 +28,7 @@ from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.solvers.kkt.factored import Factored
+from lpgd.solvers.kkt.schur import ActiveSystem
 from lpgd.solvers.kkt.system import KKTPoints, Known, respond
 
 __all__ = ["Points", "Refined", "complementary", "is_cheap", "is_small", "optimality_residual", "refine"]
@@ -251,7 +252,7 @@ class Points:
         parts = (part.numpy() for part in (point.x, v, point.z, *problem.full_bounds()))
         return Factored(problem.structure, 0.0, P, A, *parts)
 
-    def chord(self, factored: Factored, slope: Tensor, rows: Tensor, bounds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def chord(self, factored: Factored | ActiveSystem, slope: Tensor, rows: Tensor, bounds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(dξ, dv)`` for what is left of F, ``slope`` (B, n) and ``rows`` (B, m), by a system of another point.
 
         ``bounds`` (B, n) is by how much bounds move down.
