@@ -226,8 +226,11 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> ConicSoluti
     size, structure, problem = answer.batch_size, answer.problem.structure, answer.problem
     if structure.has_integers or not structure.n:
         nothing = answer.x.new_full((size,), torch.nan)
-        return replace(answer, known_to=nothing, refined=torch.zeros(size, dtype=torch.int64))
+        return replace(
+            answer, known_to=nothing, known_before=nothing.clone(), refined=torch.zeros(size, dtype=torch.int64)
+        )
     point, slack, known_to = complementary(problem, answer.point, answer.slack)
+    answer = replace(answer, known_before=known_to.clone())
     if not wanted:
         return replace(answer, known_to=known_to, refined=torch.zeros(size, dtype=torch.int64))
     exact = known_to <= EXACT

@@ -47,6 +47,7 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
         proofs: for each element without a solution what shows it: ``"certificate"``, ``"two solvers"`` that agree,
             ``"data"`` (crossed bounds, an objective that is not convex), ``"search"`` (of integers), or nothing.
         known_to: (B,) what is left of the optimality conditions, in units of order 1; NaN for integer programs.
+        known_before: (B,) the same of the solver's own answer, before it was refined.
         refined: (B,) how many of Newton's steps were taken from the solver's answer.
     """
 
@@ -65,6 +66,7 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     solvers: tuple[str, ...] = ()
     proofs: tuple[str, ...] = ()
     known_to: Tensor | None = None
+    known_before: Tensor | None = None
     refined: Tensor | None = None
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds")
@@ -77,7 +79,7 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
         """The solutions of these elements, without their systems."""
         records = {name: getattr(self, name) for name in ("solvers", "proofs")}
         kept: dict[str, Any] = {name: tuple(own[i] for i in elements) if own else own for name, own in records.items()}
-        for name in ("known_to", "refined"):
+        for name in ("known_to", "known_before", "refined"):
             own = getattr(self, name)
             kept[name] = own if own is None else own[list(elements)]
         return replace(super().select(elements), systems=(), **kept)

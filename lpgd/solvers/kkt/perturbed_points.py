@@ -286,6 +286,7 @@ class PerturbedPoints:
             solvers=(NEWTON,) * size,
             proofs=("",) * size,
             known_to=found.error,
+            known_before=found.error.clone(),
             refined=found.taken,
         )
 
