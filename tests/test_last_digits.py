@@ -45,7 +45,9 @@ def test_every_solution_of_a_regular_problem_leaves_nothing_but_rounding(case: C
 @pytest.mark.parametrize("name", ["qp", "socp", "exponential", "sdp"])
 def test_an_answer_at_the_iteration_limit_that_refines_to_rounding_is_solved(name: str) -> None:
     case = next(case for case in REGULAR if case.name == name)
-    rough, fine = (lpgd.SCS(max_iterations=60, rescue=False, refine=wanted).solve(case.problem) for wanted in (False, True))
+    rough, fine = (
+        lpgd.SCS(max_iterations=60, rescue=False, refine=wanted).solve(case.problem) for wanted in (False, True)
+    )
     assert lpgd.Status.ITERATION_LIMIT in rough.statuses
     assert fine.statuses == (lpgd.Status.SOLVED,) * case.problem.batch_size
     torch.testing.assert_close(fine.x, case.point.x, atol=1e-10, rtol=0)

@@ -38,6 +38,8 @@ FINISHED = 1e-10
 curvature is small its iterate may be far away at a residual that another solver's solutions have."""
 USELESS = 1e-2
 """A point with a larger relative residual is no solution."""
+KEPT_BYTES = 128e6
+"""Refinement's last systems are kept for implicit differentiation if they take no more than this."""
 VERDICTS = (Status.INFEASIBLE, Status.UNBOUNDED)
 
 
@@ -249,14 +251,16 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> ConicSoluti
     ]
     if not elements:
         return replace(answer, known_to=known_to, refined=taken)
-    found = refine(problem, answer.point, answer.slack, elements)
+    found = refine(problem, answer.point, answer.slack, elements, keep=True)
     better = found.after < found.before
     rows = torch.tensor(elements, device=problem.device)[better]
     changes = {name: getattr(answer, name).clone() for name in ("x", "y", "z", "slack")}
     for name, part in (*found.point._asdict().items(), ("slack", found.slack)):
         changes[name][rows] = part[better]
     known_to[elements], taken[elements] = found.after, found.taken.cpu()
-    return replace(answer, **changes, known_to=known_to, refined=taken)
+    room = sum(part.factored.entries for part in found.kept) * 8 <= KEPT_BYTES
+    systems = (*answer.systems, *found.kept) if room else answer.systems
+    return replace(answer, **changes, known_to=known_to, refined=taken, systems=systems)
 
 
 def _by_residuals(answer: ConicSolution, residuals: Residuals, tolerance: float) -> ConicSolution:

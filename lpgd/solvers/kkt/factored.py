@@ -42,6 +42,7 @@ class Factored:
 
     Attributes:
         regular: (k,) which elements have a regular system.
+        inverse, condition: (k,) estimates of the norm of its inverse, equilibrated, and of its condition.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Factored:
         size, count = structure.n + structure.m, len(x)
         stack = max(1, STACK_LIMIT // max(size, 1) ** 2) if is_dense(structure) else max(count, 1)
         self._parts: list[tuple[slice, _Dense | _Sparse]] = []
-        self.regular = np.zeros(count, dtype=bool)
+        self.inverse, self.condition = np.full(count, np.inf), np.full(count, np.inf)
         for start in range(0, count, stack):
             pause()
             own = slice(start, start + stack)
@@ -74,7 +75,13 @@ class Factored:
                 blocks = reduce_blocks(structure, own_rho, P[own], A[own], v[own], at_bound[own])
                 part = _dense_blocks(blocks) if is_dense(structure) else _Sparse(blocks)
             self._parts.append((own, part))
-            self.regular[own] = part.regular
+            self.inverse[own], self.condition[own] = part.inverse, part.condition
+        self.regular = self.condition < ILL_CONDITIONED  # false for NaN
+
+    @property
+    def entries(self) -> int:
+        """How many numbers it holds."""
+        return sum(part.entries for _, part in self._parts)
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
         """The change (dx, dy, dz) of the points under a tilt, (k, ·) each; NaN where nothing determines it."""
@@ -105,7 +112,12 @@ class _Dense:
         self.factors, self.pivots, info = torch.linalg.lu_factor_ex(torch.from_numpy(matrices))
         direction = self._solved(np.where(idle, 0.0, probe(idle.shape[1])))
         with np.errstate(over="ignore", invalid="ignore"):
-            self.regular = (info.numpy() == 0) & (np.linalg.norm(direction, axis=1) * size < ILL_CONDITIONED)
+            self.inverse = np.where(info.numpy() == 0, np.linalg.norm(direction, axis=1), np.inf)
+            self.condition = self.inverse * size
+
+    @property
+    def entries(self) -> int:
+        return 2 * self.factors.numel()
 
     def _solved(self, right: FloatArray) -> FloatArray:
         return torch.linalg.lu_solve(self.factors, self.pivots, torch.from_numpy(right)[:, :, None])[:, :, 0].numpy()
@@ -153,7 +165,8 @@ class _Sparse:
                 self.matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.01, options={"SymmetricMode": True}
             )
         except RuntimeError:  # SuperLU: "Factor is exactly singular"
-            self.factor, self.regular = None, np.zeros(count, dtype=bool)
+            self.factor = None
+            self.inverse = self.condition = np.full(count, np.inf)
             return
         direction = probe(size)
         found = self.factor.solve(direction)
@@ -163,7 +176,12 @@ class _Sparse:
         sums = np.zeros(count)
         np.maximum.at(sums, reduced.owner, np.asarray(abs(self.matrix).sum(1)).ravel())
         with np.errstate(over="ignore", invalid="ignore"):
-            self.regular = np.sqrt(inverse) * sums < ILL_CONDITIONED
+            self.inverse = np.sqrt(inverse)
+            self.condition = self.inverse * sums
+
+    @property
+    def entries(self) -> int:
+        return 0 if self.factor is None else int(self.factor.nnz) + 2 * int(self.matrix.nnz)
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
         right = self.scale * self.reduced.right(g_x, g_y, g_z)

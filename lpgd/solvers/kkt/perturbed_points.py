@@ -209,7 +209,9 @@ class PerturbedPoints:
             taken += better.long()
             going = better & (error > ENOUGH * size)
         solved = wanted & (error <= accepted)
-        limit = max(CHANGES, SHARE * (structure.cones.nonnegative + len(structure.lower_index) + len(structure.upper_index)))
+        limit = max(
+            CHANGES, SHARE * (structure.cones.nonnegative + len(structure.lower_index) + len(structure.upper_index))
+        )
         worth = wanted & ~solved & (changes <= limit)
         if structure.traits.is_linear_program:
             worth &= changes == 0  # with another active set there is another vertex, and no system leads there
@@ -227,7 +229,9 @@ class PerturbedPoints:
         """
         count = self.problem.batch_size
         parts = [
-            torch.cat(Points(self._inside).chord(self._system, slope[start : start + count], rows[start : start + count]), 1)
+            torch.cat(
+                Points(self._inside).chord(self._system, slope[start : start + count], rows[start : start + count]), 1
+            )
             for start in range(0, slope.shape[0], count)
         ]
         move = torch.cat(parts)

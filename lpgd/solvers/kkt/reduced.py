@@ -73,9 +73,7 @@ class ReducedRows:
         tilt = np.concatenate([g_x[:, self.columns], np.take_along_axis(g_y, self.order, axis=1)], axis=1)
         return np.where(self.solved, -tilt, 0.0)
 
-    def change(
-        self, answer: FloatArray, g_x: FloatArray, g_z: FloatArray
-    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def change(self, answer: FloatArray, g_x: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         """The change (dx, dy, dz) of the points, from an answer (k, t) and the tilt."""
         dx = np.where(self.at_bound, -g_z, 0.0)
         dx[:, self.columns] = np.where(self.solved[:, : self.split], answer[:, : self.split], dx[:, self.columns])
@@ -173,9 +171,7 @@ class ReducedBlocks:
             g_x, g_y = g_x + self.quadratic @ fixed, g_y + self.constraint @ fixed
         return -np.concatenate([g_x[self.free], self.T @ g_y])
 
-    def change(
-        self, answer: FloatArray, g_x: FloatArray, g_z: FloatArray
-    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def change(self, answer: FloatArray, g_x: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         """The change (dx, dy, dz) of the points, from an answer (t,) and the tilt."""
         dx = np.where(self.at_bound, -g_z, 0.0).ravel()
         dx[self.free] = answer[: self.free.size]

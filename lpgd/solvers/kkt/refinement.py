@@ -22,21 +22,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.cones.projections import project
+from lpgd.cones.projections import SpectralDerivative, project, projection_derivative
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
+from lpgd.solvers.kkt.factor import NEAR
 from lpgd.solvers.kkt.factored import Factored
 from lpgd.solvers.kkt.schur import ActiveSystem
 from lpgd.solvers.kkt.system import KKTPoints, Known, respond
 
-__all__ = ["Points", "Refined", "complementary", "is_cheap", "is_small", "optimality_residual", "refine"]
+__all__ = ["KeptFactor", "Points", "Refined", "complementary", "is_cheap", "is_small", "optimality_residual", "refine"]
 
 ENOUGH = 1e-14
 """Points whose F is no larger than this are left alone."""
 DENSE, SPARSE, FILLED = 300, 50_000, 20
 """Steps are cheap up to so many variables and rows, or so many entries with so many in a row on average."""
+WORST = 1e13
+"""Steps by systems with a larger condition are damped."""
+CORRECTIONS, LEFT = 4, 1e-13
+"""How often a response by the system of a point nearby is corrected, and what may then be left of its equations."""
 LENGTHS = (1.0, 0.5, 0.25)
 """The lengths at which a step is tried."""
 STUCK, AHEAD, GAIN = 1e-12, 5, 0.1
@@ -52,6 +57,7 @@ class Refined(NamedTuple):
         slack: (E, m) in K.
         before, after: (E,) the maximum norm of F; NaN for points that are not finite, which are left as they are.
         taken: (E,) the number of steps.
+        kept: the systems of the last steps.
     """
 
     point: ConicPoint
@@ -59,10 +65,31 @@ class Refined(NamedTuple):
     before: Tensor
     after: Tensor
     taken: Tensor
+    kept: tuple[KeptFactor, ...] = ()
+
+
+class KeptFactor(NamedTuple):
+    """Systems that were factorised at the solutions of some elements of a batch, or one step before.
+
+    Attributes:
+        elements: (k,) the elements.
+        valid: (k,) those of which it is the last system, and regular.
+        factored: of these elements, in units of order 1.
+    """
+
+    elements: Tensor
+    valid: Tensor
+    factored: Factored
 
 
 def refine(
-    problem: ConicProblem, point: ConicPoint, slack: Tensor, elements: Sequence[int], *, steps: int = 3
+    problem: ConicProblem,
+    point: ConicPoint,
+    slack: Tensor,
+    elements: Sequence[int],
+    *,
+    steps: int = 3,
+    keep: bool = False,
 ) -> Refined:
     """Newton's method from a point, for some elements of a batch.
 
@@ -71,7 +98,9 @@ def refine(
         point, slack: a solver's answer for all B elements; for conic programs without integer variables.
         elements: which to refine.
         steps: at most.
+        keep: the systems of the last steps, for the derivative of the solutions.
     """
+    kept: list[KeptFactor] = []
     chosen = list(elements)
     if chosen != list(range(problem.batch_size)):
         index = torch.as_tensor(chosen, dtype=torch.int64, device=problem.device)
@@ -87,7 +116,12 @@ def refine(
         if not todo.shape[0]:
             break
         part = own.select(todo)
-        d_xi, d_v = part.step(xi[todo], v[todo], error[todo], slope[todo], rows[todo])
+        d_xi, d_v, factored = part.regular_step(xi[todo], v[todo], error[todo], slope[todo], rows[todo])
+        if keep and factored is not None:
+            own_elements = torch.as_tensor(chosen)[todo]
+            stale = [part._replace(valid=part.valid & ~torch.isin(part.elements, own_elements)) for part in kept]
+            kept = [part for part in stale if bool(part.valid.any())]
+            kept.append(KeptFactor(own_elements, torch.from_numpy(factored.regular), factored))
         waiting = torch.arange(todo.shape[0], device=problem.device)
         for length in LENGTHS:
             trial = own.select(todo[waiting]) if waiting.shape[0] < todo.shape[0] else part
@@ -119,7 +153,7 @@ def refine(
     if not bool(finite.all()):
         refined = refined.where(finite, point)
         own_slack = torch.where(finite[:, None], own_slack, slack)
-    return Refined(refined, own_slack, before, error, taken)
+    return Refined(refined, own_slack, before, error, taken, tuple(kept))
 
 
 def is_small(structure: ConicStructure) -> bool:
@@ -225,6 +259,57 @@ class Points:
                 break
         return count, (best_xi, best_v), best
 
+    def regular_step(
+        self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Factored | None]:
+        """:meth:`step`, and the systems, which can be kept where they are on the CPU."""
+        if self.problem.device.type != "cpu":
+            return *self.step(xi, v, error, slope, rows), None
+        factored = self.factored(xi, v)
+        d_xi, d_v = self.chord(factored, slope, rows)
+        near = torch.from_numpy((factored.condition < WORST) & (factored.inverse * error.numpy() < NEAR))
+        near &= torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)
+        left = (~near).nonzero()[:, 0]
+        if left.shape[0]:
+            d_xi[left], d_v[left] = self.select(left).step(xi[left], v[left], error[left], slope[left], rows[left])
+        return d_xi, d_v, factored
+
+    def response(self, factored: Factored, xi: Tensor, v: Tensor, tilt: ConicPoint) -> tuple[ConicPoint, Tensor]:
+        """The derivative of a solution (ξ, v) along a tilt, and (B,) whether it is exact to rounding.
+
+        By the system of a point nearby: what that leaves of the derivative of F here is solved for again.
+        """
+        problem, structure = self.problem, self.problem.structure
+        cones, count = structure.cones, problem.batch_size
+        held = torch.zeros_like(xi, dtype=torch.bool)
+        if self.lower is not None and self.upper is not None:
+            held = (xi > self.upper) | (xi < self.lower) | (self.lower >= self.upper)
+        active = v >= 0
+        active[:, : cones.zero] = True
+        curved = None if cones.is_polyhedral else projection_derivative(cones, v.numpy(), dual=True)
+        size = torch.stack([maximum_norm(part) for part in tilt]).amax(0)
+        change = ConicPoint(*(torch.zeros_like(part) for part in tilt))
+        right, exact = (tilt.x, tilt.y, tilt.z), torch.zeros(count, dtype=torch.bool)
+        d_xi, d_v, finite = torch.zeros_like(xi), torch.zeros_like(v), torch.ones(count, 1, dtype=torch.bool)
+        for _ in range(CORRECTIONS):
+            more_xi, more_v = self.chord(factored, *right)
+            finite &= torch.isfinite(more_xi).all(-1)[:, None]
+            d_xi, d_v = torch.where(finite, d_xi + more_xi, 0.0), torch.where(finite, d_v + more_v, 0.0)
+            dx = torch.where(held, -tilt.z, d_xi)
+            dz = torch.where(held, d_xi - dx, 0.0)
+            dy = torch.where(active, d_v, 0.0) if curved is None else _applied(curved, d_v)
+            change = ConicPoint(dx, dy, dz)
+            slope = tilt.x + problem.quadratic_product(dx) + structure.constraint.rmatvec(problem.data.A, dy) + dz
+            rows = tilt.y + structure.constraint.matvec(problem.data.A, dx) + dy - d_v
+            rows[:, : cones.zero] = (tilt.y + structure.constraint.matvec(problem.data.A, dx))[:, : cones.zero]
+            error = torch.maximum(maximum_norm(slope), maximum_norm(rows))
+            largest = torch.maximum(size, torch.maximum(maximum_norm(d_xi), maximum_norm(d_v)))
+            exact = finite[:, 0] & (error <= LEFT * largest)
+            if bool(exact.all()):
+                break
+            right = slope, rows, torch.zeros_like(slope)
+        return change, exact
+
     def step(self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """``(dξ, dv)`` of Newton's method."""
         problem = self.problem
@@ -252,7 +337,9 @@ class Points:
         parts = (part.numpy() for part in (point.x, v, point.z, *problem.full_bounds()))
         return Factored(problem.structure, 0.0, P, A, *parts)
 
-    def chord(self, factored: Factored | ActiveSystem, slope: Tensor, rows: Tensor, bounds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def chord(
+        self, factored: Factored | ActiveSystem, slope: Tensor, rows: Tensor, bounds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``(dξ, dv)`` for what is left of F, ``slope`` (B, n) and ``rows`` (B, m), by a system of another point.
 
         ``bounds`` (B, n) is by how much bounds move down.
@@ -260,6 +347,14 @@ class Points:
         shift = torch.zeros_like(slope) if bounds is None else bounds
         parts = factored.solve(*(part.numpy() for part in (slope, rows, shift)))
         dx, dy, dz = (torch.from_numpy(part) for part in parts)
+        finite = torch.isfinite(dx).all(-1) & torch.isfinite(dy).all(-1)  # else singular
+        if not bool(finite.all()):
+            dx, dy, dz = (torch.where(finite[:, None], part, 0.0) for part in (dx, dy, dz))
         moved = self.problem.structure.constraint.matvec(self.problem.data.A, dx) + rows
         moved[:, : self.problem.structure.cones.zero] = 0.0
-        return dx + dz, dy + moved
+        return torch.where(finite[:, None], dx + dz, torch.nan), torch.where(finite[:, None], dy + moved, torch.nan)
+
+
+def _applied(derivative: SpectralDerivative, vectors: Tensor) -> Tensor:
+    """The derivative of the projections of k points, times (k, m)."""
+    return torch.from_numpy(derivative.apply(vectors.numpy().ravel())).reshape(vectors.shape)

@@ -128,9 +128,7 @@ def _respond(
     g = points.g_x, points.g_y, points.g_z
     reduced = reduce_blocks(structure, rho, P, A, points.y - points.slack, at_bound, g)
     matrix, right = reduced.matrix, reduced.right(*g)
-    system = System(
-        matrix.row, matrix.col, matrix.data, right, reduced.owner, reduced.primal, len(at_bound), known
-    )
+    system = System(matrix.row, matrix.col, matrix.data, right, reduced.owner, reduced.primal, len(at_bound), known)
     found = solve_dense(system) if dense else solve_sparse(system)
     change = reduced.change(found.answer, points.g_x, points.g_z)
     shared = reduced.of_rows(found.null) > NULL
