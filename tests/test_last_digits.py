@@ -59,7 +59,8 @@ class Programs(NamedTuple):
     @staticmethod
     def entropy(**options: Any) -> Built:
         x, c = cp.Variable(4), cp.Parameter(4)
-        problem = cp.Problem(cp.Maximize(cp.sum(cp.entr(x)) - c @ x), [cp.sum(x) == 1])
+        constraints: list[Any] = [cp.sum(x) == 1]
+        problem = cp.Problem(cp.Maximize(cp.sum(cp.entr(x)) - c @ x), constraints)
         return lpgd.CvxpyLayer(problem, [c], [x], **options), [normal(4)]
 
     @staticmethod
@@ -83,13 +84,15 @@ class Programs(NamedTuple):
     @staticmethod
     def semidefinite(**options: Any) -> Built:
         X, C = cp.Variable((3, 3), PSD=True), cp.Parameter((3, 3))
-        problem = cp.Problem(cp.Minimize(cp.sum_squares(X - C)), [cp.trace(X) == 1])
+        constraints: list[Any] = [cp.trace(X) == 1]
+        problem = cp.Problem(cp.Minimize(cp.sum_squares(X - C)), constraints)
         return lpgd.CvxpyLayer(problem, [C], [X], **options), [normal(3, 3)]
 
     @staticmethod
     def power(**options: Any) -> Built:
         x, c = cp.Variable(3), cp.Parameter(3)
-        problem = cp.Problem(cp.Minimize(cp.sum(cp.power(cp.abs(x - c), 2.5)) + cp.sum(x)), [cp.sum(x) == 1])
+        constraints: list[Any] = [cp.sum(x) == 1]
+        problem = cp.Problem(cp.Minimize(cp.sum(cp.power(cp.abs(x - c), 2.5)) + cp.sum(x)), constraints)
         return lpgd.CvxpyLayer(problem, [c], [x], **options), [normal(3)]
 
     @staticmethod

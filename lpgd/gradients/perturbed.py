@@ -22,12 +22,11 @@ from torch import Tensor
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.activity import ActiveSet
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.solution import AnyProblem, AnySolution
-from lpgd.solvers.base import AnySolver, ConicSolver
-from lpgd.solvers.kkt.perturbed_points import PerturbedPoints
+from lpgd.solvers.base import AnySolver
+from lpgd.solvers.perturbed_points import PerturbedPoints
 
-__all__ = ["Envelope", "Perturbed", "nearby", "perturb", "solve_tilted"]
+__all__ = ["Envelope", "Perturbed", "perturb", "solve_tilted"]
 
 Envelope = Literal["average", "lower", "upper"]
 
@@ -108,29 +107,12 @@ def solve_tilted(
         steps: (k E,) with their signs.
         states: of a solution of the problem, to start from.
         solver, executor: who solves them, and where.
-        near: :func:`nearby` of these elements and the cotangent.
+        near: of these elements and the cotangent.
     """
     tilted = problem.tilt(steps, cotangent)
     if near is None:
         return solver.solve(tilted, states, executor)
-    return near.solve(cast(ConicProblem, tilted), steps, states, solver, executor)
-
-
-def nearby(
-    solution: AnySolution, augmented: AnyProblem, cotangent: Any, unit: Tensor, solver: AnySolver
-) -> PerturbedPoints | None:
-    """Where Newton's method finds perturbed solutions from; None where it does not, or is not wanted (``refine``).
-
-    Args:
-        solution: of E elements.
-        augmented: their problem with ρ, if there is one.
-        cotangent: (E, ·) each.
-        unit: (E,) ``tilt_unit``.
-        solver: who is asked otherwise.
-    """
-    if not isinstance(solution, ConicSolution) or not isinstance(solver, ConicSolver) or not solver.refine:
-        return None
-    return PerturbedPoints.of(solution, cast(ConicProblem, augmented), cotangent, unit)
+    return near.solve(cast(ConicProblem, tilted), steps, states, executor)
 
 
 def perturb(
@@ -165,7 +147,7 @@ def perturb(
     run = _Run(
         problem, augmented, solution.point, solution.active_set(problem), solution.states, cotangent,
         base_error, error, perturbed_solver, perturbed_solver == solver, executor, envelope,
-        nearby(solution, augmented, cotangent, unit, perturbed_solver),
+        PerturbedPoints.of(solution, augmented, cotangent, unit, perturbed_solver),
     )  # fmt: skip
     if len(_SIDES[envelope]) == 1:
         # Both ends of a difference are solved to one tolerance; the old end alone would be the noisier one.

@@ -379,4 +379,5 @@ def _scaled(K: sp.csc_array, scale: FloatArray) -> Any:
 
 
 def equilibration(largest: FloatArray) -> FloatArray:
+    """The factors of rows and columns, from the largest entry of each row."""
     return 1.0 / np.sqrt(np.where(largest > 0, largest, 1.0))

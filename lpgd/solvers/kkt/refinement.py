@@ -227,7 +227,7 @@ class Points:
         return v + slack, slack
 
     def pieces(self, xi: Tensor, v: Tensor) -> Tensor:
-        """(B, nonnegative rows + n) which inequalities are active, and at which bounds variables are, as -1, 0 and 1."""
+        """(B, nonnegative rows + n) which inequalities are active (1), and at which bounds variables are (-1, 1)."""
         rows = (v[:, self.problem.structure.cones.sections["nonnegative"]] > 0).to(torch.int8)
         if self.lower is None or self.upper is None:
             return rows

@@ -26,7 +26,7 @@ __all__ = ["ActiveSystem", "SchurFactor"]
 FloatArray = NDArray[np.float64]
 
 DEFINITE = 1e-5
-"""The least diagonal entry of a triangular factor, relative to the largest: the condition is about its inverse square."""
+"""The least diagonal entry of a triangular factor, over the largest: the condition is about its inverse square."""
 ROOM = 4_000_000
 """So many entries of YᵀY are made for a batch."""
 

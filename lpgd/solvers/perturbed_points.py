@@ -1,13 +1,15 @@
 """Solutions of tilted problems by Newton's method from the solution of the problem itself, whoever found that.
 
-The tilt ``τ <g, point>`` changes F of :mod:`lpgd.solvers.kkt.refinement` by ``τ g``.  With the system K at the solution,
+The tilt ``τ <g, point>`` changes F of :mod:`lpgd.solvers.kkt.refinement` by ``τ g``.  With K, its derivative at the
+solution,
 
     d = -K⁻¹ g,    (ξ, v)± = (ξ, v) ± τ d
 
 are the solutions of both sides exactly as long as no active set changes and all cones are polyhedral, and up to O(τ²)
-where cones curve: the same factorisation takes that away in a few chord steps.  Where an active set changes along the
-step, Newton's method with a system of its own follows it, for a few changes.  A point counts where F is down to rounding,
-and its system is regular: it is then the solution.  Whatever else there is, is left to a solver.
+where cones curve: a few of Broyden's steps, by the same factorisation, take that away.  Where an active set changes
+along the step, Newton's method with a system of its own follows it, for a few changes; of quadratic programs with a
+definite P one factorisation serves all active sets (:mod:`lpgd.solvers.kkt.schur`).  A point counts where F is down to
+rounding, and its system is regular: it is then the solution.  Whatever else there is, is left to a solver.
 
 Each element is looked at for itself, and nothing depends on time: what is found does not depend on the batch.
 """
@@ -18,7 +20,8 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -29,6 +32,8 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import NEWTON, ConicSolution
 from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.conic.units import Units
+from lpgd.problems.solution import AnyProblem, AnySolution
+from lpgd.solvers.base import AnySolver, ConicSolver
 from lpgd.solvers.kkt.factored import Factored
 from lpgd.solvers.kkt.refinement import Points, is_cheap
 from lpgd.solvers.kkt.schur import ActiveSystem, SchurFactor
@@ -55,14 +60,6 @@ CHANGES, SHARE = 2, 0.1
 """Newton's method is tried where so many inequalities change, or a share of all of them."""
 
 
-class Solving(Protocol):
-    """A solver, as far as it is asked for what Newton's method does not find."""
-
-    def solve(
-        self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None
-    ) -> ConicSolution: ...
-
-
 class _Found(NamedTuple):
     """Points of tilted problems, in units of order 1; they mean nothing where they are not ``solved``."""
 
@@ -83,6 +80,7 @@ class PerturbedPoints:
         cotangent: the tilt is a multiple of it.
         unit: (E,) the step at which the tilt is as large as the terms that it changes.
         fit: (E,) elements whose solution is known to rounding.
+        solver: who is asked for what Newton's method does not find.
     """
 
     problem: ConicProblem
@@ -91,12 +89,24 @@ class PerturbedPoints:
     cotangent: ConicPoint
     unit: Tensor
     fit: Tensor
+    solver: ConicSolver
 
     @classmethod
     def of(
-        cls, solution: ConicSolution, augmented: ConicProblem, cotangent: ConicPoint, unit: Tensor
+        cls, solution: AnySolution, augmented: AnyProblem, cotangent: Any, unit: Tensor, solver: AnySolver
     ) -> PerturbedPoints | None:
-        """Where to start from; None where no element is known well enough, or a step costs as much as a solve."""
+        """Where to start from; None where no element is known well enough, or a step costs as much as a solve.
+
+        Args:
+            solution: of E elements.
+            augmented: their problem with ρ, if there is one.
+            cotangent: (E, ·) each.
+            unit: (E,) ``tilt_unit``.
+            solver: who is asked otherwise; one that is not to ``refine`` answers all by itself.
+        """
+        if not isinstance(solution, ConicSolution) or not isinstance(solver, ConicSolver) or not solver.refine:
+            return None
+        augmented = cast(ConicProblem, augmented)
         structure = augmented.structure
         if solution.known_to is None or structure.has_integers or augmented.device.type != "cpu" or not structure.n:
             return None
@@ -108,19 +118,20 @@ class PerturbedPoints:
         if not bool(fit.any()):
             return None
         tilt = ConicPoint(*(part.to(solution.x.dtype) for part in cotangent))
-        return cls(augmented, solution.point, solution.slack, tilt, unit, fit)
+        return cls(augmented, solution.point, solution.slack, tilt, unit, fit, solver)
 
     def select(self, rows: Tensor) -> PerturbedPoints:
         """The same for some elements."""
         return PerturbedPoints(
             self.problem.select(rows.tolist()), self.point.select(rows), self.slack[rows], self.cotangent.select(rows),
-            self.unit[rows], self.fit[rows],
+            self.unit[rows], self.fit[rows], self.solver,
         )  # fmt: skip
 
     def solve(
-        self, tilted: ConicProblem, steps: Tensor, states: Sequence[Any], solver: Solving, executor: Executor | None
+        self, tilted: ConicProblem, steps: Tensor, states: Sequence[Any], executor: Executor | None
     ) -> ConicSolution:
         """The solutions of ``tilted``, the problem tilted by ``steps`` (k E,), by Newton's method or by the solver."""
+        solver = self.solver
         copies = steps.shape[0] // max(self.problem.batch_size, 1)
         wanted = self.fit.repeat(copies) & (steps.abs() <= LARGEST_TILT * self.unit.repeat(copies))
         if not bool(wanted.any()):
@@ -235,7 +246,7 @@ class PerturbedPoints:
             for start in range(0, slope.shape[0], count)
         ]
         move = torch.cat(parts)
-        for last, new in zip(moves, moves[1:], strict=False):
+        for last, new in pairwise(moves):
             move = move + new * _share(last, move)
         return move / (1.0 - _share(moves[-1], move))
 
