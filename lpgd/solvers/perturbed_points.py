@@ -203,11 +203,12 @@ class PerturbedPoints:
         curved = not structure.cones.is_polyhedral
         # Of linear and quadratic programs with the same active set there is nothing but rounding to take away.
         going = wanted & (error > ENOUGH * size) & (curved | (changes == 0))
-        moves = [steps[:, None] * torch.cat([d_xi, d_v], 1)]
+        moves = [torch.where(wanted[:, None], steps[:, None] * torch.cat([d_xi, d_v], 1), 0.0)]
         for _ in range(CHORDS if curved else 1):
             if not bool(going.any()):
                 break
             move = self._broyden(slope, rows, moves)
+            move = torch.where((going & torch.isfinite(move).all(-1))[:, None], move, 0.0)
             new = xi + move[:, : xi.shape[1]], v + move[:, xi.shape[1] :]
             found = own.residual(*new)
             better = going & (found[0] <= FALL * error)
@@ -265,9 +266,9 @@ class PerturbedPoints:
             else:
                 system = self._factor.select(todo % self.problem.batch_size).at(part.pieces(here_xi, here_v))
             d_xi, d_v = part.chord(system, slope, rows)
-            new_xi, new_v = here_xi + d_xi, here_v + d_v
+            fine = torch.from_numpy(system.regular) & torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)
+            new_xi, new_v = (torch.where(fine[:, None], old + d, old) for old, d in ((here_xi, d_xi), (here_v, d_v)))
             found = part.residual(new_xi, new_v)[0]
-            fine = torch.from_numpy(system.regular) & torch.isfinite(found)
             moved = todo[fine]
             xi[moved], v[moved], error[moved] = new_xi[fine], new_v[fine], found[fine]
             taken[moved] += 1
