@@ -102,9 +102,11 @@ class PerturbedPoints:
             augmented: their problem with ρ, if there is one.
             cotangent: (E, ·) each.
             unit: (E,) ``tilt_unit``.
-            solver: who is asked otherwise; one that is not to ``refine`` answers all by itself.
+            solver: who is asked otherwise; one that is not to ``refine``, or is as quick, answers all by itself.
         """
         if not isinstance(solution, ConicSolution) or not isinstance(solver, ConicSolver) or not solver.refine:
+            return None
+        if solver.is_quick_again:
             return None
         augmented = cast(ConicProblem, augmented)
         structure = augmented.structure
