@@ -382,7 +382,7 @@ def test_sparse_singular_systems_agree_with_dense_ones(monkeypatch: pytest.Monke
         expected, _ = ImplicitKKT().vjp(solution, tilt, solver)
         for limit in (1500, 0):
             with monkeypatch.context() as patch:
-                patch.setattr(kkt, "_is_dense", lambda structure: False)
+                patch.setattr(kkt, "is_dense", lambda structure: False)
                 patch.setattr(kkt_solve, "EIGEN_LIMIT", limit)
                 patch.setattr(implicit_conic, "is_batchable", lambda problem, rho: False)
                 gradient, _ = ImplicitKKT().vjp(solution, tilt, solver)

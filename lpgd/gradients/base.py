@@ -42,6 +42,8 @@ class GradientInfo:
         jumped: (B,) whether a perturbed solution of a node is another one than its tilt explains; None likewise.
         tolerance: the solver tolerance of the perturbed solves, None where there were none.
         iterations: (B,) solver iterations spent on perturbed solves, None where there were none.
+        newton: (B,) how many of the perturbed solutions were found by Newton's method from the solution; a solver was
+            asked for the others.  None for methods without a step.
         descent: (B,) the product of an approximate gradient with the exact one, where the method was asked for it: a
             positive one means that a small step along the approximate gradient descends.
         doubt: (B,) the share of an exact answer that the error of the solution may change, which rounding and the
@@ -60,7 +62,8 @@ class GradientInfo:
     crossed: Tensor | None = None
     jumped: Tensor | None = None
     tolerance: float | None = None
-    iterations: IntArray | None = None
+    iterations: Any = None
+    newton: Tensor | None = None
     descent: Tensor | None = None
     doubt: Tensor | None = None
     notices: dict[str, str] = field(default_factory=dict)

@@ -228,13 +228,14 @@ def _blank(method: LPGD, solution: AnySolution) -> GradientInfo:
     size = solution.batch_size
     no, unknown = torch.zeros(size, dtype=torch.bool), torch.full((size,), torch.nan)
     return GradientInfo.blank(
-        method, solution, tau=unknown, unit=unknown.clone(), moved=no, crossed=no.clone(), jumped=no.clone()
-    )
+        method, solution, tau=unknown, unit=unknown.clone(), moved=no, crossed=no.clone(), jumped=no.clone(),
+        newton=no.long(),
+    )  # fmt: skip
 
 
 def _record(info: GradientInfo, active: list[int], found: Perturbed) -> None:
     """Put perturbed solves on record, and warn of those that are not what they should be."""
-    for name in ("tau", "unit", "moved", "crossed", "jumped"):
+    for name in ("tau", "unit", "moved", "crossed", "jumped", "newton"):
         whole, part = getattr(info, name), getattr(found, name)
         whole[active] = part.cpu().to(whole.dtype)
     info.tolerance, info.iterations = found.tolerance, found.iterations

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,8 +23,10 @@ from torch import Tensor
 from lpgd.arrays import IntArray, integers, rows_where
 from lpgd.problems.base import Point, maximum_norm
 from lpgd.problems.conic.activity import ActiveSet
+from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
+from lpgd.solvers.perturbed_points import PerturbedPoints
 
 __all__ = ["Envelope", "Perturbed", "perturb", "solve_tilted"]
 
@@ -71,6 +73,7 @@ class Perturbed:
         jumped: elements of a local problem that found another solution.
         tolerance: of the solver of the perturbed problems.
         iterations: of the perturbed solves, together.
+        newton: how many of the perturbed solutions Newton's method found.
     """
 
     plus: Point
@@ -85,7 +88,8 @@ class Perturbed:
     unclear: Tensor
     jumped: Tensor
     tolerance: float
-    iterations: IntArray
+    iterations: Any
+    newton: Tensor
 
 
 def solve_tilted(
@@ -95,8 +99,9 @@ def solve_tilted(
     states: Sequence[Any],
     solver: AnySolver,
     executor: Executor | None,
+    near: PerturbedPoints | None = None,
 ) -> AnySolution:
-    """The solutions of ``L + step <cotangent, point>``.
+    """The solutions of ``L + step <cotangent, point>``, by Newton's method where that finds them, or by the solver.
 
     Args:
         problem: E elements, augmented where ρ > 0.
@@ -104,8 +109,12 @@ def solve_tilted(
         steps: (k E,) with their signs.
         states: of a solution of the problem, to start from.
         solver, executor: who solves them, and where.
+        near: of these elements and the cotangent.
     """
-    return solver.solve(problem.tilt(steps, cotangent), states, executor)
+    tilted = problem.tilt(steps, cotangent)
+    if near is None:
+        return solver.solve(tilted, states, executor)
+    return near.solve(cast(ConicProblem, tilted), steps, states, executor)
 
 
 def perturb(
@@ -140,6 +149,7 @@ def perturb(
     run = _Run(
         problem, augmented, solution.point, solution.active_set(problem), solution.states, cotangent,
         base_error, error, perturbed_solver, perturbed_solver == solver, executor, envelope,
+        PerturbedPoints.of(solution, augmented, cotangent, unit, perturbed_solver),
     )  # fmt: skip
     if len(_SIDES[envelope]) == 1:
         # Both ends of a difference are solved to one tolerance; the old end alone would be the noisier one.
@@ -159,7 +169,7 @@ def perturb(
         sides = sides._replace(plus=_at(sides.plus, run.base, moved), minus=_at(sides.minus, run.base, moved))
     return Perturbed(
         sides.plus, sides.minus, sides.above, sides.below, tau, unit, moved, sides.crossing <= 1.0, kinked,
-        unclear, jumped, perturbed_solver.tolerance, sides.iterations,
+        unclear, jumped, perturbed_solver.tolerance, sides.iterations, sides.newton,
     )  # fmt: skip
 
 
@@ -167,7 +177,8 @@ class _Sides(NamedTuple):
     """Both ends of steps from E elements' solutions; (E,) each but for the points.
 
     ``crossing`` is the share of the step after which an active set changes, infinite where none does; ``apart`` says
-    whether the active sets of the ends differ.  ``skew`` is :meth:`_Run.skew` of x.
+    whether the active sets of the ends differ.  ``skew`` is :meth:`_Run.skew` of x; ``newton`` is how many of the ends
+    Newton's method found.
     """
 
     plus: Point
@@ -177,7 +188,8 @@ class _Sides(NamedTuple):
     crossing: Tensor
     apart: Tensor
     skew: Tensor
-    iterations: IntArray
+    newton: Tensor
+    iterations: Any
 
     def replaced(self, rows: Tensor, part: _Sides) -> _Sides:
         """With other sides for the elements ``rows``."""
@@ -209,6 +221,7 @@ class _Run:
     is_even: bool
     executor: Executor | None
     envelope: Envelope
+    near: PerturbedPoints | None
 
     def select(self, rows: Tensor) -> _Run:
         """The same for some elements."""
@@ -223,6 +236,7 @@ class _Run:
             cotangent=self.cotangent.select(rows),
             base_error=self.base_error[rows],
             error=self.error[rows],
+            near=None if self.near is None else self.near.select(rows),
         )
 
     def with_base_solved_again(self) -> _Run:
@@ -253,10 +267,12 @@ class _Run:
         minus = results[-1.0].point.where(below, self.base) if -1.0 in results else self.base
         iterations = np.sum([result.iterations for result in results.values()], axis=0)
         crossing, apart = self._crossing(results, solved)
-        return _Sides(plus, minus, above, below, crossing, apart, self.skew(plus, minus, above & below), iterations)
+        newton = torch.stack([result.by_newton for result in results.values()]).sum(0)
+        skew = self.skew(plus, minus, above & below)
+        return _Sides(plus, minus, above, below, crossing, apart, skew, newton, iterations)
 
     def _solved(self, steps: Tensor) -> AnySolution:
-        return solve_tilted(self.augmented, self.cotangent, steps, self.states, self.solver, self.executor)
+        return solve_tilted(self.augmented, self.cotangent, steps, self.states, self.solver, self.executor, self.near)
 
     def _crossing(self, results: dict[float, AnySolution], solved: dict[float, Tensor]) -> tuple[Tensor, Tensor]:
         crossing = torch.full_like(self.error, torch.inf)

@@ -103,6 +103,11 @@ class Solution(Generic[ProblemT_co, PointT_co]):
         return {}
 
     @property
+    def by_newton(self) -> Tensor:
+        """(B,) whether Newton's method on the optimality conditions found the point, without a solver."""
+        return torch.zeros(self.batch_size, dtype=torch.bool, device=self.x.device)
+
+    @property
     def batch_size(self) -> int:
         return len(self.statuses)
 

@@ -128,6 +128,8 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
     capabilities: ClassVar[Capabilities]
     package: ClassVar[str]
     pip_name: ClassVar[str]
+    is_quick_again: ClassVar[bool] = False
+    """A warm solve after a small change takes less than a factorisation of the optimality conditions."""
     aliases: ClassVar[Mapping[str, str]] = {}
     """Other names of fields: those of the solver itself and of the field's standard layer."""
     finest_tolerance: ClassVar[float] = 1e-12

@@ -39,6 +39,8 @@ FINISHED = 1e-10
 curvature is small its iterate may be far away at a residual that another solver's solutions have."""
 USELESS = 1e-2
 """A point with a larger relative residual is no solution."""
+KEPT_BYTES = 128e6
+"""Refinement's last systems are kept for implicit differentiation if they take no more than this."""
 VERDICTS = (Status.INFEASIBLE, Status.UNBOUNDED)
 
 
@@ -227,8 +229,11 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> ConicSoluti
     size, structure, problem = answer.batch_size, answer.problem.structure, answer.problem
     if structure.has_integers or not structure.n:
         nothing = answer.x.new_full((size,), torch.nan)
-        return replace(answer, known_to=nothing, refined=torch.zeros(size, dtype=torch.int64))
+        return replace(
+            answer, known_to=nothing, known_before=nothing.clone(), refined=torch.zeros(size, dtype=torch.int64)
+        )
     point, slack, known_to = complementary(problem, answer.point, answer.slack)
+    answer = replace(answer, known_before=known_to.clone())
     if not wanted:
         return replace(answer, known_to=known_to, refined=torch.zeros(size, dtype=torch.int64))
     exact = known_to <= EXACT
@@ -247,14 +252,16 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> ConicSoluti
     ]
     if not elements:
         return replace(answer, known_to=known_to, refined=taken)
-    found = refine(problem, answer.point, answer.slack, as_index(elements, problem.device))
+    found = refine(problem, answer.point, answer.slack, elements, keep=True)
     better = found.after < found.before
     rows = torch.tensor(elements, device=problem.device)[better]
     changes = {name: getattr(answer, name).clone() for name in ("x", "y", "z", "slack")}
     for name, part in (*found.point._asdict().items(), ("slack", found.slack)):
         changes[name][rows] = part[better]
     known_to[elements], taken[elements] = found.after, found.taken.cpu()
-    return replace(answer, **changes, known_to=known_to, refined=taken)
+    room = sum(part.factored.entries for part in found.kept) * 8 <= KEPT_BYTES
+    systems = (*answer.systems, *found.kept) if room else answer.systems
+    return replace(answer, **changes, known_to=known_to, refined=taken, systems=systems)
 
 
 def _by_residuals(answer: ConicSolution, residuals: Residuals, tolerance: float) -> ConicSolution:

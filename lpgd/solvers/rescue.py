@@ -172,7 +172,7 @@ def merged(
         for place, row in zip(places, rows, strict=True):
             values[row] = getattr(other, name)[place]
         changes[name] = tuple(values)
-    for name in ("known_to", "refined"):
+    for name in ("known_to", "known_before", "refined"):
         changes[name] = getattr(solution, name).clone()
         changes[name][rows] = getattr(other, name)[places]
     states = list(solution.states)

@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self, cast
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lpgd.arrays import FloatArray, IntArray, integers
@@ -18,7 +21,10 @@ from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.solution import AnyProblem, Solution
 from lpgd.status import Status
 
-__all__ = ["ConicSolution"]
+__all__ = ["NEWTON", "ConicSolution"]
+
+NEWTON = "NEWTON"
+"""What :attr:`ConicSolution.solvers` says of points that Newton's method found, and no solver was asked for."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,10 +43,12 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
         states: B opaque warm-start states; None where the solver has none.
         systems: what the solver factorised at the solutions, for implicit differentiation; it belongs to this call.
         asked: the name of the solver that was asked.
-        solvers: B names of the solvers that answered: another one where that one gave up.
+        solvers: B names of the solvers that answered: another one where that one gave up, and :data:`NEWTON` where
+            Newton's method found a perturbed solution from the one before.
         proofs: for each element without a solution what shows it: ``"certificate"``, ``"two solvers"`` that agree,
             ``"data"`` (crossed bounds, an objective that is not convex), ``"search"`` (of integers), or nothing.
         known_to: (B,) what is left of the optimality conditions, in units of order 1; NaN for integer programs.
+        known_before: (B,) the same of the solver's own answer, before it was refined.
         refined: (B,) how many of Newton's steps were taken from the solver's answer.
     """
 
@@ -59,6 +67,7 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     solvers: tuple[str, ...] = ()
     proofs: tuple[str, ...] = ()
     known_to: Tensor | None = None
+    known_before: Tensor | None = None
     refined: Tensor | None = None
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds")
@@ -70,9 +79,8 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     def select(self, elements: Tensor) -> Self:
         """The solutions of these elements, without their systems."""
         records = {name: getattr(self, name) for name in ("solvers", "proofs")}
-        chosen = integers(elements)
-        kept: dict[str, Any] = {name: tuple(own[i] for i in chosen) if own else own for name, own in records.items()}
-        for name in ("known_to", "refined"):
+        kept: dict[str, Any] = {name: tuple(own[i] for i in elements) if own else own for name, own in records.items()}
+        for name in ("known_to", "known_before", "refined"):
             own = getattr(self, name)
             kept[name] = own if own is None else own[elements.to(own.device)]
         return replace(super().select(elements), systems=(), **kept)
@@ -81,7 +89,11 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     def rescued(self) -> dict[str, int]:
         """How many elements were solved by another solver than the one that was asked, by its name."""
         solved = (name for name, status in zip(self.solvers, self.statuses, strict=False) if status.usable)
-        return {name: count for name, count in Counter(solved).items() if name != self.asked}
+        return {name: count for name, count in Counter(solved).items() if name not in (self.asked, NEWTON)}
+
+    @property
+    def by_newton(self) -> Tensor:
+        return torch.tensor([name == NEWTON for name in self.solvers], dtype=torch.bool, device=self.x.device)
 
     def active_set(self, units_of: AnyProblem) -> ActiveSet | None:
         """Which rows and bounds are active, in the units of a problem with the same matrices and B elements.

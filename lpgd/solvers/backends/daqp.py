@@ -52,6 +52,7 @@ class DAQP(ElementwiseSolver):
 
     name: ClassVar[str] = "DAQP"
     package: ClassVar[str] = "daqp"
+    is_quick_again: ClassVar[bool] = True
     pip_name: ClassVar[str] = "daqp"
     finest_tolerance: ClassVar[float] = 1e-10
     problem_form: ClassVar[type[Form]] = IntervalForm

@@ -25,7 +25,9 @@ import scipy.sparse.linalg as spla
 from lpgd.arrays import BoolArray, FloatArray, IntArray, random_direction
 from lpgd.execution.threads import bounded_blas
 
-__all__ = ["Answers", "Known", "System", "solve_dense", "solve_matrices", "solve_sparse"]
+__all__ = [
+    "Answers", "Known", "System", "equilibration", "probe", "solve_dense", "solve_matrices", "solve_sparse",
+]  # fmt: skip
 
 
 UNTHREADED = 500
@@ -123,6 +125,13 @@ _One = tuple[FloatArray, FloatArray, bool, bool, bool, float]
 """The fields of :class:`Answers` for one element."""
 
 
+@cache
+def probe(size: int) -> FloatArray:
+    """A fixed random direction: ``|K⁻¹ probe|`` bounds the norm of K⁻¹ from below, almost surely within √size."""
+    direction = np.random.default_rng(size).standard_normal(size)
+    return np.asarray(direction / np.linalg.norm(direction))
+
+
 def _judged(
     known: Known, inverse: FloatArray, size: FloatArray, error: FloatArray, right: FloatArray
 ) -> tuple[BoolArray, FloatArray]:
@@ -171,22 +180,21 @@ def solve_matrices(
         return Answers(right, right, every, every, every, np.zeros(count))
     element, place = np.nonzero(idle)
     matrices[element, place, place] = 1.0
-    magnitudes = np.abs(matrices)
-    scale = _equilibration(magnitudes.max(2))
+    scale = equilibration(np.abs(matrices).max(2))
     scaled = scale[:, :, None] * matrices
     scaled *= scale[:, None, :]
-    probe = np.where(idle, 0.0, random_direction(side))
+    direction = np.where(idle, 0.0, probe(side))
     # Threads of BLAS cost more than they gain on matrices of this size.
     bound = bounded_blas() if side < UNTHREADED else nullcontext()
     try:
         with bound:
-            answers = np.linalg.solve(scaled, np.stack([scale * right, probe], axis=2))
+            answers = np.linalg.solve(scaled, np.stack([scale * right, direction], axis=2))
     except np.linalg.LinAlgError:
         answers = np.full((count, side, 2), np.nan)
         for one in range(count if count > 1 else 0):
             part = slice(one, one + 1)
             with suppress(np.linalg.LinAlgError):
-                both = np.stack([scale[part] * right[part], probe[part]], axis=2)
+                both = np.stack([scale[part] * right[part], direction[part]], axis=2)
                 answers[part] = np.linalg.solve(scaled[part], both)
     inverse = np.linalg.norm(answers[:, :, 1], axis=1)
     size = np.abs(scaled, out=magnitudes).sum(2).max(1)
@@ -286,12 +294,12 @@ def solve_sparse(system: System, ordering: int = 0) -> Answers:
             Answers(np.zeros(size), np.zeros(size), nothing, nothing.copy(), nothing.copy(), np.full(count, np.inf)),
             ordering,
         )
-    solution = factor.solve(np.stack([scale * right, random_direction(size)], axis=1))
+    solution = factor.solve(np.stack([scale * right, probe(size)], axis=1))
     answer = solution[:, 0] + factor.solve(scale * right - scaled @ solution[:, 0])
     # Each element's part of the probe has a norm of its own.
     inverse = np.sqrt(
         np.bincount(system.owner, solution[:, 1] ** 2, count)
-        / np.maximum(np.bincount(system.owner, random_direction(size) ** 2, count), 1e-300)
+        / np.maximum(np.bincount(system.owner, probe(size) ** 2, count), 1e-300)
     )
     answer = scale * answer
     error, largest = system.largest(np.abs(K @ answer - right)), system.largest(np.abs(right))
@@ -337,7 +345,7 @@ def _by_proximal_steps(system: System, scale: FloatArray) -> _One:
     right = scale * system.right
     if system.known.damped:
         return scale * factor.solve(right), np.zeros_like(right), False, False, False, np.inf
-    direction = random_direction(right.size)
+    direction = probe(right.size)
     both = np.stack([right, K @ direction], axis=1)
     answer = np.zeros_like(both)
     left = both
@@ -358,7 +366,7 @@ def _by_proximal_steps(system: System, scale: FloatArray) -> _One:
 def _row_scale(system: System) -> FloatArray:
     largest = np.zeros(system.right.size)
     np.maximum.at(largest, system.row, np.abs(system.value))
-    return _equilibration(largest)
+    return equilibration(largest)
 
 
 def _scaled(K: sp.csc_array, scale: FloatArray) -> Any:
@@ -366,5 +374,6 @@ def _scaled(K: sp.csc_array, scale: FloatArray) -> Any:
     return sp.csc_array((values, K.indices, K.indptr), K.shape)
 
 
-def _equilibration(largest: FloatArray) -> FloatArray:
+def equilibration(largest: FloatArray) -> FloatArray:
+    """The factors of rows and columns, from the largest entry of each row."""
     return 1.0 / np.sqrt(np.where(largest > 0, largest, 1.0))

@@ -21,20 +21,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import from_numpy, rows_where
-from lpgd.cones.projections import project
+from lpgd.cones.projections import SpectralDerivative, project, projection_derivative
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
+from lpgd.solvers.kkt.factor import NEAR
+from lpgd.solvers.kkt.factored import Factored
+from lpgd.solvers.kkt.schur import ActiveSystem
 from lpgd.solvers.kkt.system import KKTPoints, Known, respond
 
-__all__ = ["Refined", "complementary", "is_cheap", "is_small", "optimality_residual", "refine"]
+__all__ = ["KeptFactor", "Points", "Refined", "complementary", "is_cheap", "is_small", "optimality_residual", "refine"]
 
 ENOUGH = 1e-14
 """Points whose F is no larger than this are left alone."""
 DENSE, SPARSE, FILLED = 300, 50_000, 20
 """Steps are cheap up to so many variables and rows, or so many entries with so many in a row on average."""
+WORST = 1e13
+"""Steps by systems with a larger condition are damped."""
+CORRECTIONS, LEFT = 4, 1e-13
+"""How often a response by the system of a point nearby is corrected, and what may then be left of its equations."""
 LENGTHS = (1.0, 0.5, 0.25)
 """The lengths at which a step is tried."""
 STUCK, AHEAD, GAIN = 1e-12, 5, 0.1
@@ -50,6 +56,7 @@ class Refined(NamedTuple):
         slack: (E, m) in K.
         before, after: (E,) the maximum norm of F; NaN for points that are not finite, which are left as they are.
         taken: (E,) the number of steps.
+        kept: the systems of the last steps.
     """
 
     point: ConicPoint
@@ -57,9 +64,32 @@ class Refined(NamedTuple):
     before: Tensor
     after: Tensor
     taken: Tensor
+    kept: tuple[KeptFactor, ...] = ()
 
 
-def refine(problem: ConicProblem, point: ConicPoint, slack: Tensor, elements: Tensor, *, steps: int = 3) -> Refined:
+class KeptFactor(NamedTuple):
+    """Systems that were factorised at the solutions of some elements of a batch, or one step before.
+
+    Attributes:
+        elements: (k,) the elements.
+        valid: (k,) those of which it is the last system, and regular.
+        factored: of these elements, in units of order 1.
+    """
+
+    elements: Tensor
+    valid: Tensor
+    factored: Factored
+
+
+def refine(
+    problem: ConicProblem,
+    point: ConicPoint,
+    slack: Tensor,
+    elements: Sequence[int],
+    *,
+    steps: int = 3,
+    keep: bool = False,
+) -> Refined:
     """Newton's method from a point, for some elements of a batch.
 
     Args:
@@ -67,10 +97,14 @@ def refine(problem: ConicProblem, point: ConicPoint, slack: Tensor, elements: Te
         point, slack: a solver's answer for all B elements; for conic programs without integer variables.
         elements: which to refine.
         steps: at most.
+        keep: the systems of the last steps, for the derivative of the solutions.
     """
-    if not torch.equal(elements, torch.arange(problem.batch_size, device=problem.device)):
-        problem, point, slack = problem.select(elements), point.select(elements), slack[elements]
-    own = _Points(problem)
+    kept: list[KeptFactor] = []
+    chosen = list(elements)
+    if chosen != list(range(problem.batch_size)):
+        index = torch.as_tensor(chosen, dtype=torch.int64, device=problem.device)
+        problem, point, slack = problem.select(chosen), point.select(index), slack[index]
+    own = Points(problem)
     xi, v = own.start(point, slack)
     error, slope, rows = own.residual(xi, v)
     before, taken = error.clone(), torch.zeros(elements.shape[0], dtype=torch.int64, device=problem.device)
@@ -81,7 +115,12 @@ def refine(problem: ConicProblem, point: ConicPoint, slack: Tensor, elements: Te
         if not todo.shape[0]:
             break
         part = own.select(todo)
-        d_xi, d_v = part.step(xi[todo], v[todo], error[todo], slope[todo], rows[todo])
+        d_xi, d_v, factored = part.regular_step(xi[todo], v[todo], error[todo], slope[todo], rows[todo])
+        if keep and factored is not None:
+            own_elements = torch.as_tensor(chosen)[todo]
+            stale = [part._replace(valid=part.valid & ~torch.isin(part.elements, own_elements)) for part in kept]
+            kept = [part for part in stale if bool(part.valid.any())]
+            kept.append(KeptFactor(own_elements, torch.from_numpy(factored.regular), factored))
         waiting = torch.arange(todo.shape[0], device=problem.device)
         for length in LENGTHS:
             trial = own.select(todo[waiting]) if waiting.shape[0] < todo.shape[0] else part
@@ -113,7 +152,7 @@ def refine(problem: ConicProblem, point: ConicPoint, slack: Tensor, elements: Te
     if not bool(finite.all()):
         refined = refined.where(finite, point)
         own_slack = torch.where(finite[:, None], own_slack, slack)
-    return Refined(refined, own_slack, before, error, taken)
+    return Refined(refined, own_slack, before, error, taken, tuple(kept))
 
 
 def is_small(structure: ConicStructure) -> bool:
@@ -132,28 +171,28 @@ def is_cheap(structure: ConicStructure) -> bool:
 
 def complementary(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> tuple[ConicPoint, Tensor, Tensor]:
     """The point with y and s, x and z made complementary, its slack, and (B,) |F|; NaN where it was not finite."""
-    own = _Points(problem)
+    own = Points(problem)
     start = own.start(point, slack)
     return *own.point(*start), own.residual(*start)[0]
 
 
 def optimality_residual(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> Tensor:
     """(B,) the maximum norm of F at the complementary point next to a solver's answer; NaN where that is not finite."""
-    own = _Points(problem)
+    own = Points(problem)
     return own.residual(*own.start(point, slack))[0]
 
 
-class _Points:
+class Points:
     """The map from (ξ, v) to points of a problem, F, and steps."""
 
     def __init__(self, problem: ConicProblem) -> None:
         self.problem = problem
         self.lower, self.upper = problem.full_bounds() if problem.structure.has_bounds else (None, None)
 
-    def select(self, rows: Tensor) -> _Points:
+    def select(self, rows: Tensor) -> Points:
         if rows.shape[0] == self.problem.batch_size:
             return self
-        return _Points(self.problem.select(rows))
+        return Points(self.problem.select(rows.tolist()))
 
     def start(self, point: ConicPoint, slack: Tensor) -> tuple[Tensor, Tensor]:
         """(ξ, v): (B, n) and (B, m); multipliers of absent bounds are left out."""
@@ -174,7 +213,7 @@ class _Points:
         return ConicPoint(x, y, xi - x), slack
 
     def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """``Π(v)`` and ``Π(v) - v``, each computed so that neither cancels for the orthants."""
+        """``Π(v)`` and ``Π(v) - v``, computed so that neither cancels where all cones are orthants."""
         cones = self.problem.structure.cones
         if cones.is_polyhedral:
             y = v.clamp(min=0.0)
@@ -182,10 +221,16 @@ class _Points:
             slack = (-v).clamp(min=0.0)
             slack[:, : cones.zero] = 0.0
             return y, slack
-        rows = v.detach().cpu().numpy()
-        y = from_numpy(project(cones, rows, dual=True)).to(v.device)
-        slack = from_numpy(project(cones, -rows)).to(v.device)
-        return y, slack
+        # By Moreau's decomposition Π(v) = v + P_K(-v): one projection for both.
+        slack = torch.from_numpy(project(cones, -v.detach().cpu().numpy())).to(v.device)
+        return v + slack, slack
+
+    def pieces(self, xi: Tensor, v: Tensor) -> Tensor:
+        """(B, nonnegative rows + n) which inequalities are active (1), and at which bounds variables are (-1, 1)."""
+        rows = (v[:, self.problem.structure.cones.sections["nonnegative"]] > 0).to(torch.int8)
+        if self.lower is None or self.upper is None:
+            return rows
+        return torch.cat([rows, (xi > self.upper).to(torch.int8) - (xi < self.lower).to(torch.int8)], 1)
 
     def residual(self, xi: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """|F| (B,), and its parts (B, n) and (B, m)."""
@@ -213,6 +258,57 @@ class _Points:
                 break
         return count, (best_xi, best_v), best
 
+    def regular_step(
+        self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Factored | None]:
+        """:meth:`step`, and the systems, which can be kept where they are on the CPU."""
+        if self.problem.device.type != "cpu":
+            return *self.step(xi, v, error, slope, rows), None
+        factored = self.factored(xi, v)
+        d_xi, d_v = self.chord(factored, slope, rows)
+        near = torch.from_numpy((factored.condition < WORST) & (factored.inverse * error.numpy() < NEAR))
+        near &= torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)
+        left = (~near).nonzero()[:, 0]
+        if left.shape[0]:
+            d_xi[left], d_v[left] = self.select(left).step(xi[left], v[left], error[left], slope[left], rows[left])
+        return d_xi, d_v, factored
+
+    def response(self, factored: Factored, xi: Tensor, v: Tensor, tilt: ConicPoint) -> tuple[ConicPoint, Tensor]:
+        """The derivative of a solution (ξ, v) along a tilt, and (B,) whether it is exact to rounding.
+
+        By the system of a point nearby: what that leaves of the derivative of F here is solved for again.
+        """
+        problem, structure = self.problem, self.problem.structure
+        cones, count = structure.cones, problem.batch_size
+        held = torch.zeros_like(xi, dtype=torch.bool)
+        if self.lower is not None and self.upper is not None:
+            held = (xi > self.upper) | (xi < self.lower) | (self.lower >= self.upper)
+        active = v >= 0
+        active[:, : cones.zero] = True
+        curved = None if cones.is_polyhedral else projection_derivative(cones, v.numpy(), dual=True)
+        size = torch.stack([maximum_norm(part) for part in tilt]).amax(0)
+        change = ConicPoint(*(torch.zeros_like(part) for part in tilt))
+        right, exact = (tilt.x, tilt.y, tilt.z), torch.zeros(count, dtype=torch.bool)
+        d_xi, d_v, finite = torch.zeros_like(xi), torch.zeros_like(v), torch.ones(count, 1, dtype=torch.bool)
+        for _ in range(CORRECTIONS):
+            more_xi, more_v = self.chord(factored, *right)
+            finite &= torch.isfinite(more_xi).all(-1)[:, None]
+            d_xi, d_v = torch.where(finite, d_xi + more_xi, 0.0), torch.where(finite, d_v + more_v, 0.0)
+            dx = torch.where(held, -tilt.z, d_xi)
+            dz = torch.where(held, d_xi - dx, 0.0)
+            dy = torch.where(active, d_v, 0.0) if curved is None else _applied(curved, d_v)
+            change = ConicPoint(dx, dy, dz)
+            slope = tilt.x + problem.quadratic_product(dx) + structure.constraint.rmatvec(problem.data.A, dy) + dz
+            rows = tilt.y + structure.constraint.matvec(problem.data.A, dx) + dy - d_v
+            rows[:, : cones.zero] = (tilt.y + structure.constraint.matvec(problem.data.A, dx))[:, : cones.zero]
+            error = torch.maximum(maximum_norm(slope), maximum_norm(rows))
+            largest = torch.maximum(size, torch.maximum(maximum_norm(d_xi), maximum_norm(d_v)))
+            exact = finite[:, 0] & (error <= LEFT * largest)
+            if bool(exact.all()):
+                break
+            right = slope, rows, torch.zeros_like(slope)
+        return change, exact
+
     def step(self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """``(dξ, dv)`` of Newton's method."""
         problem = self.problem
@@ -230,3 +326,34 @@ class _Points:
         # What the equalities' slack would be is a part of F, not of v.
         moved[:, : problem.structure.cones.zero] = 0.0
         return dx + dz, dy + moved
+
+    def factored(self, xi: Tensor, v: Tensor) -> Factored:
+        """The system of Newton's method at a point, to be solved for several right-hand sides."""
+        problem, (point, _) = self.problem, self.point(xi, v)
+        view, count = ElementView(problem), problem.batch_size
+        matrices = (view.rows(name, range(count)) for name in ("P", "A"))
+        P, A = (np.broadcast_to(own, (count, own.shape[1])) for own in matrices)
+        parts = (part.numpy() for part in (point.x, v, point.z, *problem.full_bounds()))
+        return Factored(problem.structure, 0.0, P, A, *parts)
+
+    def chord(
+        self, factored: Factored | ActiveSystem, slope: Tensor, rows: Tensor, bounds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``(dξ, dv)`` for what is left of F, ``slope`` (B, n) and ``rows`` (B, m), by a system of another point.
+
+        ``bounds`` (B, n) is by how much bounds move down.
+        """
+        shift = torch.zeros_like(slope) if bounds is None else bounds
+        parts = factored.solve(*(part.numpy() for part in (slope, rows, shift)))
+        dx, dy, dz = (torch.from_numpy(part) for part in parts)
+        finite = torch.isfinite(dx).all(-1) & torch.isfinite(dy).all(-1)  # else singular
+        if not bool(finite.all()):
+            dx, dy, dz = (torch.where(finite[:, None], part, 0.0) for part in (dx, dy, dz))
+        moved = self.problem.structure.constraint.matvec(self.problem.data.A, dx) + rows
+        moved[:, : self.problem.structure.cones.zero] = 0.0
+        return torch.where(finite[:, None], dx + dz, torch.nan), torch.where(finite[:, None], dy + moved, torch.nan)
+
+
+def _applied(derivative: SpectralDerivative, vectors: Tensor) -> Tensor:
+    """The derivative of the projections of k points, times (k, m)."""
+    return torch.from_numpy(derivative.apply(vectors.numpy().ravel())).reshape(vectors.shape)

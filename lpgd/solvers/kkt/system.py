@@ -21,18 +21,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.sparse as sp
+from numpy.typing import NDArray
 
-from lpgd.arrays import BoolArray, FloatArray
-from lpgd.cones.projections import projection_derivative
 from lpgd.execution.interrupts import pause
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.factor import Known, System, solve_dense, solve_matrices, solve_sparse
+from lpgd.solvers.kkt.reduced import held, is_dense, reduce_blocks, reduce_rows
 
 __all__ = ["KKTPoints", "KKTResponse", "Known", "is_quick", "respond"]
 
-DENSE_LIMIT = 400
-"""Systems up to this size, or mostly filled ones, are factorised densely."""
+FloatArray = NDArray[np.float64]
+IndexArray = NDArray[np.int64]
+
 NULL = 1e-6
 """Rows with a smaller part of the null space's unit vectors have nothing to do with it."""
 STACK_LIMIT = 400_000
@@ -84,12 +84,7 @@ class KKTResponse(NamedTuple):
 def is_quick(structure: ConicStructure, count: int) -> bool:
     """Whether ``count`` systems are solved in about the time that it takes threads to change places."""
     size = structure.n + structure.m
-    return count * size**3 < 5_000_000 if _is_dense(structure) else count * size < 20_000
-
-
-def _is_dense(structure: ConicStructure) -> bool:
-    filled = structure.constraint.nnz > 0.2 * max(structure.m * structure.n, 1)
-    return filled or structure.n + structure.m <= DENSE_LIMIT
+    return count * size**3 < 5_000_000 if is_dense(structure) else count * size < 20_000
 
 
 def respond(
@@ -105,7 +100,7 @@ def respond(
         points: where, and which tilts.
         known: how well the points are known.
     """
-    size, dense = structure.n + structure.m, _is_dense(structure)
+    size, dense = structure.n + structure.m, is_dense(structure)
     count = max(1, STACK_LIMIT // max(size, 1) ** 2) if dense else len(P)
     parts = []
     for start in range(0, len(P), count):
@@ -120,12 +115,6 @@ def respond(
     return KKTResponse.joined(parts)
 
 
-def _held(points: KKTPoints) -> BoolArray:
-    """(k, n) variables at a bound: where its multiplier exceeds its slack, the projection's derivative for one row."""
-    fixed = points.lower >= points.upper
-    return (points.z > points.upper - points.x) | (-points.z > points.x - points.lower) | fixed
-
-
 def _respond(
     structure: ConicStructure,
     rho: FloatArray | float,
@@ -135,118 +124,29 @@ def _respond(
     known: Known,
     dense: bool,
 ) -> KKTResponse:
-    count, n = points.x.shape
-    T, rest = projection_derivative(structure.cones, points.y - points.slack, dual=True).factor()
-    constraint = structure.constraint.block_diagonal(A)
-    quadratic: Any = structure.quadratic.block_diagonal(P)
-    added = np.broadcast_to(rho, (count, n)).ravel()
-    if added.any():
-        quadratic = quadratic + sp.diags_array(added, format="csc")
-
-    at_bound = _held(points)
-    dx = np.where(at_bound, -points.g_z, 0.0).ravel()
-    g_x, g_y = points.g_x.ravel(), points.g_y.ravel()
-    if dx.any():
-        g_x, g_y = g_x + quadratic @ dx, g_y + constraint @ dx
-    rows = sp.csc_array(T @ constraint)
-    # A free variable that nothing active involves, in an epigraph that is not tight, say, is not determined; nor need
-    # it be where no loss depends on it: it is left where it is.
-    involved = (g_x != 0) | _has_entries(rows) | _has_entries(quadratic)
-    free = np.flatnonzero(~at_bound.ravel() & involved)
-    right = -np.concatenate([g_x[free], T @ g_y])
-    # Each row of T belongs to one element, that of its first entry.
-    owner: Any = np.concatenate([free // max(n, 1), T.indices[T.indptr[:-1]] // max(structure.m, 1)])
-    rows, quadratic = rows[:, free], quadratic[:, free][free]
-    matrix: Any = sp.coo_array(sp.block_array([[quadratic, rows.T], [rows, sp.diags_array(-rest)]], format="coo"))
-    primal = np.arange(right.size) < free.size
-    system = System(matrix.row, matrix.col, matrix.data, right, owner, primal, count, known)
+    at_bound = held(points.x, points.z, points.lower, points.upper)
+    g = points.g_x, points.g_y, points.g_z
+    reduced = reduce_blocks(structure, rho, P, A, points.y - points.slack, at_bound, g)
+    matrix, right = reduced.matrix, reduced.right(*g)
+    system = System(matrix.row, matrix.col, matrix.data, right, reduced.owner, reduced.primal, len(at_bound), known)
     found = solve_dense(system) if dense else solve_sparse(system)
-    answer = found.answer
-
-    dx[free] = answer[: free.size]
-    dy = T.T @ answer[free.size :]
-    dz = np.zeros(count * n)
-    if at_bound.any():
-        change = points.g_x.ravel() + constraint.T @ dy + structure.quadratic.block_diagonal(P) @ dx
-        change += added * dx
-        dz = np.where(at_bound.ravel(), -change, 0.0)
-    return KKTResponse(
-        dx.reshape(count, n),
-        dy.reshape(count, structure.m),
-        dz.reshape(count, n),
-        found.exact,
-        found.unique,
-        found.consistent,
-        found.doubt,
-        (abs(T).T @ found.null[free.size :] > NULL).reshape(count, structure.m),
-    )
+    change = reduced.change(found.answer, points.g_x, points.g_z)
+    shared = reduced.of_rows(found.null) > NULL
+    return KKTResponse(*change, found.exact, found.unique, found.consistent, found.doubt, shared)
 
 
 def _respond_directly(
     structure: ConicStructure, rho: FloatArray | float, P: FloatArray, A: FloatArray, points: KKTPoints, known: Known
 ) -> KKTResponse:
     """The same where D is diagonal, a row is active or not: no sparse matrix in between."""
-    count, n = points.x.shape
     nonnegative = structure.cones.sections["nonnegative"]
     active = np.ones(points.y.shape, dtype=bool)
     active[:, nonnegative] = points.y[:, nonnegative] >= points.slack[:, nonnegative]
-    at_bound = _held(points)
-    # Both are read only, P transposed as it is symmetric.
-    quadratic = P.reshape(count, n, n) if structure.quadratic.is_dense else structure.quadratic.dense_matrices(P)
-    columns_of = structure.constraint.dense_columns(A)
-    augmented = bool(np.any(rho))
-    if augmented:
-        quadratic = quadratic.copy()
-        quadratic[:, range(n), range(n)] += rho
-    dx = np.where(at_bound, -points.g_z, 0.0)
-    g_x, g_y = points.g_x, points.g_y
-    if dx.any():
-        g_x, g_y = g_x + _product(quadratic, dx), g_y + _product(columns_of.swapaxes(1, 2), dx)
-    held = ~active
-    order = np.argsort(held, axis=1, kind="stable")[:, : int(active.sum(1).max())]  # active rows of each element first
-    rows_active = np.take_along_axis(active, order, axis=1)
-    chosen = np.take_along_axis(columns_of, order[:, None, :], axis=2)  # (k, n, t)
-    if not rows_active.all():
-        chosen *= rows_active[:, None, :]
-    free = ~at_bound
-    undetermined = (quadratic[:, range(n), range(n)] == 0) & (g_x == 0) & free  # without a diagonal P has no column
-    if undetermined.any():
-        free &= ~undetermined | (chosen != 0).any(2)
-    columns = np.flatnonzero(free.any(0))  # by any of these elements
-    split = columns.size
-    solved = np.concatenate([free[:, columns], rows_active], axis=1)
-    whole = split == n
-    matrices = np.zeros((count, solved.shape[1], solved.shape[1]))
-    matrices[:, :split, :split] = quadratic if whole else quadratic[:, columns[:, None], columns]
-    matrices[:, :split, split:] = chosen if whole else chosen[:, columns]
-    if not free[:, columns].all():
-        matrices[:, :split] *= free[:, columns, None]
-        matrices[:, :split, :split] *= free[:, None, columns]
-    matrices[:, split:, :split] = matrices[:, :split, split:].swapaxes(1, 2)
-    tilt = np.concatenate([g_x[:, columns], np.take_along_axis(g_y, order, axis=1)], axis=1)
-    primal = np.arange(solved.shape[1]) < split
-    found = solve_matrices(matrices, np.where(solved, -tilt, 0.0), ~solved, primal, known)
-    answer = found.answer
-
-    free = solved[:, :split]
-    dx[:, columns] = np.where(free, answer[:, :split], dx[:, columns])
-    dy = np.zeros_like(points.y)
-    np.put_along_axis(dy, order, answer[:, split:], axis=1)
-    change = points.g_x + _product(quadratic, dx) + _product(columns_of, dy)
-    shared = np.zeros(dy.shape, dtype=bool)
-    np.put_along_axis(shared, order, found.null[:, split:] > NULL, axis=1)
-    return KKTResponse(
-        dx, dy, np.where(at_bound, -change, 0.0), found.exact, found.unique, found.consistent, found.doubt, shared
-    )
-
-
-def _product(matrices: FloatArray, vectors: FloatArray) -> FloatArray:
-    return (matrices @ vectors[:, :, None])[:, :, 0]
-
-
-def _has_entries(matrix: Any) -> BoolArray:
-    """Which columns have a nonzero entry."""
-    found = np.zeros(matrix.shape[1], dtype=bool)
-    columns = np.repeat(np.arange(matrix.shape[1]), np.diff(matrix.indptr))
-    found[columns[matrix.data != 0]] = True
-    return found
+    at_bound = held(points.x, points.z, points.lower, points.upper)
+    g = points.g_x, points.g_y, points.g_z
+    reduced = reduce_rows(structure, rho, P, A, active, at_bound, g)
+    right = reduced.right(*g)
+    found = solve_matrices(reduced.matrices, right, ~reduced.solved, reduced.primal, known)
+    change = reduced.change(found.answer, points.g_x, points.g_z)
+    shared = reduced.of_rows(found.null) > NULL
+    return KKTResponse(*change, found.exact, found.unique, found.consistent, found.doubt, shared)

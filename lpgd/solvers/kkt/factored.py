@@ -1,0 +1,199 @@
+"""Systems of optimality conditions, factorised once for any number of right-hand sides.
+
+For elements whose system is regular: ``Factored.solve`` is the derivative of their solutions along a tilt.  The others
+are said (``regular``), and their answers mean nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import scipy.sparse.linalg as spla
+import torch
+from numpy.typing import NDArray
+
+from lpgd.execution.interrupts import pause
+from lpgd.problems.conic.structure import ConicStructure
+from lpgd.solvers.kkt.factor import equilibration, probe
+from lpgd.solvers.kkt.reduced import ReducedBlocks, ReducedRows, held, is_dense, reduce_blocks, reduce_rows
+
+__all__ = ["Factored"]
+
+FloatArray = NDArray[np.float64]
+Change = tuple[FloatArray, FloatArray, FloatArray]
+
+ILL_CONDITIONED = 1e10
+"""Equilibrated systems with a larger condition, as far as a random direction shows it, count as singular."""
+STACK_LIMIT = 2_000_000
+"""So many entries of dense systems are made at once."""
+
+
+class Factored:
+    """The systems of k elements at their points.
+
+    Args:
+        structure: patterns and cones.
+        rho: added to the diagonal of P.
+        P, A: (k, ·) values, P symmetric; rows may be views of one.
+        x, v, z: (k, ·) the points, with ``v = y - s``.
+        lower, upper: (k, n) bounds.
+
+    Attributes:
+        regular: (k,) which elements have a regular system.
+        inverse, condition: (k,) estimates of the norm of its inverse, equilibrated, and of its condition.
+    """
+
+    def __init__(
+        self,
+        structure: ConicStructure,
+        rho: FloatArray | float,
+        P: FloatArray,
+        A: FloatArray,
+        x: FloatArray,
+        v: FloatArray,
+        z: FloatArray,
+        lower: FloatArray,
+        upper: FloatArray,
+    ) -> None:
+        at_bound = held(x, z, lower, upper)
+        size, count = structure.n + structure.m, len(x)
+        stack = max(1, STACK_LIMIT // max(size, 1) ** 2) if is_dense(structure) else max(count, 1)
+        self._parts: list[tuple[slice, _Dense | _Sparse]] = []
+        self.inverse, self.condition = np.full(count, np.inf), np.full(count, np.inf)
+        for start in range(0, count, stack):
+            pause()
+            own = slice(start, start + stack)
+            own_rho = rho[own] if isinstance(rho, np.ndarray) else rho
+            if is_dense(structure) and structure.cones.is_polyhedral:
+                active = v[own] >= 0
+                active[:, : structure.cones.zero] = True
+                rows = reduce_rows(structure, own_rho, P[own], A[own], active, at_bound[own])
+                part: _Dense | _Sparse = _Dense(rows, rows.matrices, ~rows.solved)
+            else:
+                blocks = reduce_blocks(structure, own_rho, P[own], A[own], v[own], at_bound[own])
+                part = _dense_blocks(blocks) if is_dense(structure) else _Sparse(blocks)
+            self._parts.append((own, part))
+            self.inverse[own], self.condition[own] = part.inverse, part.condition
+        self.regular = self.condition < ILL_CONDITIONED  # false for NaN
+
+    @property
+    def entries(self) -> int:
+        """How many numbers it holds."""
+        return sum(part.entries for _, part in self._parts)
+
+    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
+        """The change (dx, dy, dz) of the points under a tilt, (k, ·) each; NaN where nothing determines it."""
+        parts = [part.solve(g_x[own], g_y[own], g_z[own]) for own, part in self._parts]
+        if len(parts) == 1:
+            return parts[0]
+        dx, dy, dz = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return dx, dy, dz
+
+
+class _Dense:
+    """A stack of dense systems, as LU factors of the equilibrated matrices."""
+
+    def __init__(
+        self,
+        reduced: ReducedRows | ReducedBlocks,
+        matrices: FloatArray,
+        idle: NDArray[np.bool_],
+        place: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
+    ) -> None:
+        self.reduced, self.place, self.shape = reduced, place, idle.shape
+        element, row = np.nonzero(idle)
+        matrices[element, row, row] = 1.0
+        self.scale = equilibration(np.abs(matrices).max(2, initial=0.0))
+        matrices *= self.scale[:, :, None]
+        matrices *= self.scale[:, None, :]
+        size = np.abs(matrices).sum(2).max(1, initial=0.0)
+        self.factors, self.pivots, info = torch.linalg.lu_factor_ex(torch.from_numpy(matrices))
+        direction = self._solved(np.where(idle, 0.0, probe(idle.shape[1])))
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.inverse = np.where(info.numpy() == 0, np.linalg.norm(direction, axis=1), np.inf)
+            self.condition = self.inverse * size
+
+    @property
+    def entries(self) -> int:
+        return 2 * self.factors.numel()
+
+    def _solved(self, right: FloatArray) -> FloatArray:
+        return torch.linalg.lu_solve(self.factors, self.pivots, torch.from_numpy(right)[:, :, None])[:, :, 0].numpy()
+
+    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
+        right = self.reduced.right(g_x, g_y, g_z)
+        if self.place is not None:
+            spread = np.zeros(self.shape)
+            spread[self.place] = right
+            right = spread
+        answer = self.scale * self._solved(self.scale * right)
+        if self.place is not None:
+            answer = answer[self.place]
+        return _undetermined(self.reduced.change(answer, g_x, g_z), self.reduced, g_x)
+
+
+def _dense_blocks(reduced: ReducedBlocks) -> _Dense:
+    """The blocks of a sparse matrix as dense ones."""
+    count, owner = len(reduced.at_bound), reduced.owner
+    sizes = np.bincount(owner, minlength=count)
+    side = int(sizes.max(initial=0))
+    order = np.argsort(owner, kind="stable")
+    local = np.empty(order.size, dtype=np.int64)
+    local[order] = np.arange(order.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    matrices = np.zeros((count, side, side))
+    matrix = reduced.matrix
+    matrices[owner[matrix.row], local[matrix.row], local[matrix.col]] = matrix.data
+    return _Dense(reduced, matrices, np.arange(side) >= sizes[:, None], (owner, local))
+
+
+class _Sparse:
+    """All systems as one sparse matrix; where that is singular, none of them is regular."""
+
+    def __init__(self, reduced: ReducedBlocks) -> None:
+        self.reduced = reduced
+        count, size = len(reduced.at_bound), reduced.owner.size
+        matrix = reduced.matrix
+        largest = np.zeros(size)
+        np.maximum.at(largest, matrix.row, np.abs(matrix.data))
+        self.scale = equilibration(largest)
+        values = matrix.data * self.scale[matrix.row] * self.scale[matrix.col]
+        self.matrix: Any = sp.csc_array((values, (matrix.row, matrix.col)), shape=(size, size))
+        try:
+            self.factor: Any = spla.splu(
+                self.matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.01, options={"SymmetricMode": True}
+            )
+        except RuntimeError:  # SuperLU: "Factor is exactly singular"
+            self.factor = None
+            self.inverse = self.condition = np.full(count, np.inf)
+            return
+        direction = probe(size)
+        found = self.factor.solve(direction)
+        inverse = np.bincount(reduced.owner, found**2, count) / np.maximum(
+            np.bincount(reduced.owner, direction**2, count), 1e-300
+        )
+        sums = np.zeros(count)
+        np.maximum.at(sums, reduced.owner, np.asarray(abs(self.matrix).sum(1)).ravel())
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.inverse = np.sqrt(inverse)
+            self.condition = self.inverse * sums
+
+    @property
+    def entries(self) -> int:
+        return 0 if self.factor is None else int(self.factor.nnz) + 2 * int(self.matrix.nnz)
+
+    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
+        right = self.scale * self.reduced.right(g_x, g_y, g_z)
+        if self.factor is None:
+            return tuple(np.full_like(part, np.nan) for part in (g_x, g_y, g_z))  # pyright: ignore[reportReturnType]
+        answer = self.factor.solve(right)
+        answer += self.factor.solve(right - self.matrix @ answer)
+        return _undetermined(self.reduced.change(self.scale * answer, g_x, g_z), self.reduced, g_x)
+
+
+def _undetermined(change: Change, reduced: ReducedRows | ReducedBlocks, g_x: FloatArray) -> Change:
+    """The change, NaN in x where a tilt moves a variable that nothing determines."""
+    if reduced.loose.any():
+        change[0][reduced.loose & (g_x != 0)] = np.nan
+    return change

@@ -1,0 +1,235 @@
+"""The systems of :mod:`lpgd.solvers.kkt.system` for a stack of elements, reduced to what may move.
+
+``reduce`` makes the matrices, whatever is on the right; ``right`` puts a tilt on the right, and ``change`` reads the
+change of the point off the answer.  So one factorisation serves any number of tilts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from lpgd.cones.projections import projection_derivative
+from lpgd.problems.conic.structure import ConicStructure
+
+__all__ = ["ReducedBlocks", "ReducedRows", "held", "is_dense", "reduce_blocks", "reduce_rows"]
+
+FloatArray = NDArray[np.float64]
+IndexArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+DENSE_LIMIT = 400
+"""Systems up to this size, or mostly filled ones, are factorised densely."""
+
+
+def is_dense(structure: ConicStructure) -> bool:
+    """Whether systems are factorised densely."""
+    filled = structure.constraint.nnz > 0.2 * max(structure.m * structure.n, 1)
+    return filled or structure.n + structure.m <= DENSE_LIMIT
+
+
+def held(x: FloatArray, z: FloatArray, lower: FloatArray, upper: FloatArray) -> BoolArray:
+    """(k, n) variables at a bound: where its multiplier exceeds its slack, the projection's derivative for one row."""
+    return (z > upper - x) | (-z > x - lower) | (lower >= upper)
+
+
+@dataclass(frozen=True, eq=False)
+class ReducedRows:
+    """Linear and quadratic programs, dense: D is diagonal, a row is active or not.
+
+    Attributes:
+        matrices: (k, t, t), zero in the rows and columns that are not ``solved`` (k, t).
+        split: how many of the t unknowns are variables, the others multipliers.
+        quadratic, constraint: (k, n, n) with ρ, and (k, m, n).
+        order: (k, t - split) rows of A, the active ones of each element first.
+        columns: (split,) variables that are free in any element.
+        at_bound, loose: (k, n) variables at a bound, and free ones that nothing determines.
+    """
+
+    matrices: FloatArray
+    solved: BoolArray
+    split: int
+    quadratic: FloatArray
+    constraint: FloatArray
+    order: IndexArray
+    columns: IndexArray
+    at_bound: BoolArray
+    loose: BoolArray
+
+    @property
+    def primal(self) -> BoolArray:
+        """(t,) which unknowns are variables."""
+        return np.arange(self.solved.shape[1]) < self.split
+
+    def right(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> FloatArray:
+        """The right-hand sides (k, t) of a tilt."""
+        fixed = np.where(self.at_bound, -g_z, 0.0)
+        if fixed.any():
+            g_x, g_y = g_x + _product(self.quadratic, fixed), g_y + _product(self.constraint, fixed)
+        tilt = np.concatenate([g_x[:, self.columns], np.take_along_axis(g_y, self.order, axis=1)], axis=1)
+        return np.where(self.solved, -tilt, 0.0)
+
+    def change(self, answer: FloatArray, g_x: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """The change (dx, dy, dz) of the points, from an answer (k, t) and the tilt."""
+        dx = np.where(self.at_bound, -g_z, 0.0)
+        dx[:, self.columns] = np.where(self.solved[:, : self.split], answer[:, : self.split], dx[:, self.columns])
+        dy = self.of_rows(answer)
+        if not self.at_bound.any():
+            return dx, dy, np.zeros_like(dx)
+        slope = g_x + _product(self.quadratic, dx) + _product(self.constraint.swapaxes(1, 2), dy)
+        return dx, dy, np.where(self.at_bound, -slope, 0.0)
+
+    def of_rows(self, answer: FloatArray) -> FloatArray:
+        """The part of an answer that belongs to rows of A, (k, m); zero for those that are not active."""
+        rows = np.zeros(self.constraint.shape[:2])
+        np.put_along_axis(rows, self.order, answer[:, self.split :], axis=1)
+        return rows
+
+
+def reduce_rows(
+    structure: ConicStructure,
+    rho: FloatArray | float,
+    P: FloatArray,
+    A: FloatArray,
+    active: BoolArray,
+    at_bound: BoolArray,
+    g: tuple[FloatArray, FloatArray, FloatArray] | None = None,
+) -> ReducedRows:
+    """The systems of k elements of a linear or quadratic program.
+
+    Args:
+        structure: patterns and cones.
+        rho: added to the diagonal of P.
+        P, A: (k, ·) values.
+        active: (k, m) rows of A that hold with equality.
+        at_bound: (k, n) variables at a bound.
+        g: the tilt, if it is known: variables that it involves then count, so that a system is singular where nothing
+            else involves them.
+    """
+    n = structure.n
+    quadratic, constraint = structure.quadratic.dense_matrices(P), structure.constraint.dense_matrices(A)
+    if np.any(rho):
+        quadratic[:, range(n), range(n)] += rho
+    order = np.argsort(~active, axis=1, kind="stable")[:, : int(active.sum(1).max(initial=0))]
+    rows = np.take_along_axis(constraint, order[:, :, None], axis=1)
+    rows_active = np.take_along_axis(active, order, axis=1)
+    free = ~at_bound
+    loose = (quadratic[:, range(n), range(n)] == 0) & free  # without a diagonal P has no column
+    if g is not None and loose.any():
+        fixed = np.where(at_bound, -g[2], 0.0)
+        loose &= (g[0] + _product(quadratic, fixed) if fixed.any() else g[0]) == 0
+    if loose.any():
+        loose &= ~((rows != 0) & rows_active[:, :, None]).any(1)
+        free &= ~loose
+    columns = np.flatnonzero(free.any(0))  # by any of these elements
+    split = columns.size
+    solved = np.concatenate([free[:, columns], rows_active], axis=1)
+    whole = split == n
+    matrices = np.zeros((len(P), solved.shape[1], solved.shape[1]))
+    matrices[:, :split, :split] = quadratic if whole else quadratic[:, columns[:, None], columns]
+    matrices[:, split:, :split] = rows if whole else rows[:, :, columns]
+    matrices[:, :split, split:] = matrices[:, split:, :split].swapaxes(1, 2)
+    if not solved.all():
+        matrices *= solved[:, :, None]
+        matrices *= solved[:, None, :]
+    return ReducedRows(matrices, solved, split, quadratic, constraint, order, columns, at_bound, loose)
+
+
+@dataclass(frozen=True, eq=False)
+class ReducedBlocks:
+    """Programs with any cones as the blocks of one sparse matrix.
+
+    Attributes:
+        matrix: of all elements; ``owner`` (t,) has the element of each of its rows, ``primal`` (t,) the variables.
+        quadratic, constraint: block-diagonal, with ρ.
+        T: the factor ``√d Uᵀ`` of the projection's derivative.
+        free: places of the free variables among all, counted over the elements.
+        at_bound, loose: (k, n) variables at a bound, and free ones that nothing determines.
+        m: rows of A in each element.
+    """
+
+    matrix: Any
+    owner: IndexArray
+    primal: BoolArray
+    quadratic: Any
+    constraint: Any
+    T: Any
+    free: IndexArray
+    at_bound: BoolArray
+    loose: BoolArray
+    m: int
+
+    def right(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> FloatArray:
+        """The right-hand side (t,) of a tilt (k, ·) each."""
+        fixed = np.where(self.at_bound, -g_z, 0.0).ravel()
+        g_x, g_y = g_x.ravel(), g_y.ravel()
+        if fixed.any():
+            g_x, g_y = g_x + self.quadratic @ fixed, g_y + self.constraint @ fixed
+        return -np.concatenate([g_x[self.free], self.T @ g_y])
+
+    def change(self, answer: FloatArray, g_x: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """The change (dx, dy, dz) of the points, from an answer (t,) and the tilt."""
+        dx = np.where(self.at_bound, -g_z, 0.0).ravel()
+        dx[self.free] = answer[: self.free.size]
+        dy = self.T.T @ answer[self.free.size :]
+        dz = np.zeros(dx.size)
+        if self.at_bound.any():
+            slope = g_x.ravel() + self.constraint.T @ dy + self.quadratic @ dx
+            dz = np.where(self.at_bound.ravel(), -slope, 0.0)
+        return dx.reshape(g_x.shape), dy.reshape(len(g_x), self.m), dz.reshape(g_x.shape)
+
+    def of_rows(self, answer: FloatArray) -> FloatArray:
+        """The part of an answer that belongs to rows of A, each a sum over what it is part of: (k, m)."""
+        return (abs(self.T).T @ answer[self.free.size :]).reshape(len(self.at_bound), self.m)
+
+
+def reduce_blocks(
+    structure: ConicStructure,
+    rho: FloatArray | float,
+    P: FloatArray,
+    A: FloatArray,
+    v: FloatArray,
+    at_bound: BoolArray,
+    g: tuple[FloatArray, FloatArray, FloatArray] | None = None,
+) -> ReducedBlocks:
+    """The systems of k elements with any cones, at ``v = y - s`` (k, m); see :func:`reduce_rows`."""
+    count, n = at_bound.shape
+    T, rest = projection_derivative(structure.cones, v, dual=True).factor()
+    constraint: Any = structure.constraint.block_diagonal(A)
+    quadratic: Any = structure.quadratic.block_diagonal(P)
+    added = np.broadcast_to(rho, (count, n)).ravel()
+    if added.any():
+        quadratic = quadratic + sp.diags_array(added, format="csc")
+    rows = sp.csc_array(T @ constraint)
+    # A free variable that nothing active involves, in an epigraph that is not tight, say, is not determined; nor need
+    # it be where no loss depends on it: it is left where it is.
+    involved = _has_entries(rows) | _has_entries(quadratic)
+    if g is not None:
+        g_x, fixed = g[0].ravel(), np.where(at_bound, -g[2], 0.0).ravel()
+        involved |= (g_x + quadratic @ fixed if fixed.any() else g_x) != 0
+    unbound = ~at_bound.ravel()
+    free = np.flatnonzero(unbound & involved)
+    loose = (unbound & ~involved).reshape(count, n)
+    # Each row of T belongs to one element, that of its first entry.
+    owner: Any = np.concatenate([free // max(n, 1), T.indices[T.indptr[:-1]] // max(structure.m, 1)])
+    own_rows, own_quadratic = rows[:, free], quadratic[:, free][free]
+    blocks: Any = [[own_quadratic, own_rows.T], [own_rows, sp.diags_array(-rest)]]
+    matrix: Any = sp.coo_array(sp.block_array(blocks, format="coo"))
+    primal = np.arange(owner.size) < free.size
+    return ReducedBlocks(matrix, owner, primal, quadratic, constraint, T, free, at_bound, loose, structure.m)
+
+
+def _product(matrices: FloatArray, vectors: FloatArray) -> FloatArray:
+    return (matrices @ vectors[:, :, None])[:, :, 0]
+
+
+def _has_entries(matrix: Any) -> BoolArray:
+    """Which columns have a nonzero entry."""
+    found = np.zeros(matrix.shape[1], dtype=bool)
+    columns = np.repeat(np.arange(matrix.shape[1]), np.diff(matrix.indptr))
+    found[columns[matrix.data != 0]] = True
+    return found

@@ -1,0 +1,314 @@
+"""Solutions of tilted problems by Newton's method from the solution of the problem itself, whoever found that.
+
+The tilt ``τ <g, point>`` changes F of :mod:`lpgd.solvers.kkt.refinement` by ``τ g``.  With K, its derivative at the
+solution,
+
+    d = -K⁻¹ g,    (ξ, v)± = (ξ, v) ± τ d
+
+are the solutions of both sides exactly as long as no active set changes and all cones are polyhedral, and up to O(τ²)
+where cones curve: a few of Broyden's steps, by the same factorisation, take that away.  Where an active set changes
+along the step, Newton's method with a system of its own follows it, for a few changes; of quadratic programs with a
+definite P one factorisation serves all active sets (:mod:`lpgd.solvers.kkt.schur`).  A point counts where F is down to
+rounding, and its system is regular: it is then the solution.  Whatever else there is, is left to a solver.
+
+Each element is looked at for itself, and nothing depends on time: what is found does not depend on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpgd.problems.base import maximum_norm
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.solution import NEWTON, ConicSolution
+from lpgd.problems.conic.structure import ConicPoint
+from lpgd.problems.conic.units import Units
+from lpgd.problems.solution import AnyProblem, AnySolution
+from lpgd.solvers.base import AnySolver, ConicSolver
+from lpgd.solvers.kkt.factored import Factored
+from lpgd.solvers.kkt.refinement import Points, is_cheap
+from lpgd.solvers.kkt.schur import ActiveSystem, SchurFactor
+from lpgd.solvers.rescue import merged
+from lpgd.status import Status
+
+__all__ = ["PerturbedPoints"]
+
+LARGEST_TILT = 0.1
+"""Tilts by a larger share of the terms that they change are left to the solver: they are meant to find other points."""
+LARGEST = 1000
+"""Dense systems of more variables and rows are left to the solver."""
+KNOWN = 1e-12
+"""Solutions that are known less well, relative to their size, are none to start from: they are degenerate."""
+ROUNDING, ACCURACY = 1e-12, 1e-4
+"""What may be left of F relative to the point, and to the tilt."""
+ENOUGH = 1e-15
+"""With no more left than this, relative to the point, nothing is gained by another step."""
+CHORDS, FALL = 8, 0.3
+"""Steps with the first system, and the share to which each has to reduce |F|."""
+STEPS = 4
+"""Steps with systems of their own."""
+CHANGES, SHARE = 2, 0.1
+"""Newton's method is tried where so many inequalities change, or a share of all of them."""
+
+
+class _Found(NamedTuple):
+    """Points of tilted problems, in units of order 1; they mean nothing where they are not ``solved``."""
+
+    point: ConicPoint
+    slack: Tensor
+    error: Tensor
+    solved: Tensor
+    taken: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PerturbedPoints:
+    """Newton's method from the solutions of E elements, along a tilt.
+
+    Attributes:
+        problem: E elements, augmented where ρ > 0; its solutions are ``point`` and ``slack``.
+        point, slack: (E, ·) each.
+        cotangent: the tilt is a multiple of it.
+        unit: (E,) the step at which the tilt is as large as the terms that it changes.
+        fit: (E,) elements whose solution is known to rounding.
+        solver: who is asked for what Newton's method does not find.
+    """
+
+    problem: ConicProblem
+    point: ConicPoint
+    slack: Tensor
+    cotangent: ConicPoint
+    unit: Tensor
+    fit: Tensor
+    solver: ConicSolver
+
+    @classmethod
+    def of(
+        cls, solution: AnySolution, augmented: AnyProblem, cotangent: Any, unit: Tensor, solver: AnySolver
+    ) -> PerturbedPoints | None:
+        """Where to start from; None where no element is known well enough, or a step costs as much as a solve.
+
+        Args:
+            solution: of E elements.
+            augmented: their problem with ρ, if there is one.
+            cotangent: (E, ·) each.
+            unit: (E,) ``tilt_unit``.
+            solver: who is asked otherwise; one that is not to ``refine``, or is as quick, answers all by itself.
+        """
+        if not isinstance(solution, ConicSolution) or not isinstance(solver, ConicSolver) or not solver.refine:
+            return None
+        if solver.is_quick_again:
+            return None
+        augmented = cast(ConicProblem, augmented)
+        structure = augmented.structure
+        if solution.known_to is None or structure.has_integers or augmented.device.type != "cpu" or not structure.n:
+            return None
+        if structure.n + structure.m > LARGEST and not is_cheap(structure):
+            return None
+        fit = solution.known_to <= KNOWN * solution.problem.in_own_units(solution.point).largest().clamp(min=1.0)
+        if solution.statuses.count(Status.SOLVED) < solution.batch_size:
+            fit = fit & torch.tensor([status is Status.SOLVED for status in solution.statuses])
+        if not bool(fit.any()):
+            return None
+        tilt = ConicPoint(*(part.to(solution.x.dtype) for part in cotangent))
+        return cls(augmented, solution.point, solution.slack, tilt, unit, fit, solver)
+
+    def select(self, rows: Tensor) -> PerturbedPoints:
+        """The same for some elements."""
+        return PerturbedPoints(
+            self.problem.select(rows.tolist()), self.point.select(rows), self.slack[rows], self.cotangent.select(rows),
+            self.unit[rows], self.fit[rows], self.solver,
+        )  # fmt: skip
+
+    def solve(
+        self, tilted: ConicProblem, steps: Tensor, states: Sequence[Any], executor: Executor | None
+    ) -> ConicSolution:
+        """The solutions of ``tilted``, the problem tilted by ``steps`` (k E,), by Newton's method or by the solver."""
+        solver = self.solver
+        copies = steps.shape[0] // max(self.problem.batch_size, 1)
+        wanted = self.fit.repeat(copies) & (steps.abs() <= LARGEST_TILT * self.unit.repeat(copies))
+        if not bool(wanted.any()):
+            return solver.solve(tilted, states, executor)
+        found = self._found(steps, wanted)
+        rest = (~found.solved).nonzero()[:, 0].tolist()
+        if len(rest) == steps.shape[0]:
+            return solver.solve(tilted, states, executor)
+        answer = self._solution(tilted, found)
+        if not rest:
+            return answer
+        own = tuple(states[element % len(states)] for element in rest) if len(states) else ()
+        other = solver.solve(tilted.select(rest), own, executor)
+        return merged(replace(answer, asked=other.asked), rest, other, [True] * len(rest), keep_states=True)
+
+    # -- in units of order 1 --------------------------------------------------------------------------------------
+
+    @cached_property
+    def _units(self) -> Units:
+        return self.problem.units
+
+    @cached_property
+    def _inside(self) -> ConicProblem:
+        return self._units.apply(self.problem)
+
+    @cached_property
+    def _tilt(self) -> ConicPoint:
+        return self._units.tilt_in(self.problem, self.cotangent)
+
+    @cached_property
+    def _start(self) -> tuple[Tensor, Tensor]:
+        """(ξ, v) of the solutions."""
+        point = self._units.point_in(self.problem, self.point)
+        xi, v = Points(self._inside).start(point, self._units.slack_in(self.problem, self.slack))
+        return torch.where(self.fit[:, None], xi, 0.0), torch.where(self.fit[:, None], v, 0.0)
+
+    @cached_property
+    def _factor(self) -> SchurFactor | None:
+        """What serves every active set, where there is such a factorisation."""
+        return SchurFactor.of(self._inside)
+
+    @cached_property
+    def _system(self) -> Factored | ActiveSystem:
+        own = Points(self._inside)
+        return own.factored(*self._start) if self._factor is None else self._factor.at(own.pieces(*self._start))
+
+    @cached_property
+    def _direction(self) -> tuple[Tensor, Tensor]:
+        """``-K⁻¹ g``, NaN where K is singular."""
+        d_xi, d_v = Points(self._inside).chord(self._system, self._tilt.x, self._tilt.y, self._tilt.z)
+        regular = torch.from_numpy(self._system.regular)[:, None]
+        return torch.where(regular, d_xi, torch.nan), torch.where(regular, d_v, torch.nan)
+
+    def _found(self, steps: Tensor, wanted: Tensor) -> _Found:
+        copies = steps.shape[0] // self.problem.batch_size
+        own = Points(self._inside.tilt(steps, self._tilt))
+        base_xi, base_v = (part.repeat(copies, 1) for part in self._start)
+        d_xi, d_v = (part.repeat(copies, 1) for part in self._direction)
+        xi, v = base_xi + steps[:, None] * d_xi, base_v + steps[:, None] * d_v
+        wanted = wanted & torch.isfinite(xi).all(-1) & torch.isfinite(v).all(-1)
+        xi, v = torch.where(wanted[:, None], xi, base_xi), torch.where(wanted[:, None], v, base_v)
+        changes = (Points(self._inside).pieces(*self._start).repeat(copies, 1) != own.pieces(xi, v)).sum(-1)
+        error, slope, rows = own.residual(xi, v)
+        size = torch.maximum(maximum_norm(xi), maximum_norm(v)).clamp(min=1.0)
+        share = (steps.abs() / self.unit.repeat(copies)).clamp(max=1.0)
+        accepted = size * torch.minimum(torch.full_like(share, ROUNDING), ACCURACY * share)
+        taken = wanted.long()
+        structure = self._inside.structure
+        curved = not structure.cones.is_polyhedral
+        # Of linear and quadratic programs with the same active set there is nothing but rounding to take away.
+        going = wanted & (error > ENOUGH * size) & (curved | (changes == 0))
+        moves = [torch.where(wanted[:, None], steps[:, None] * torch.cat([d_xi, d_v], 1), 0.0)]
+        for _ in range(CHORDS if curved else 1):
+            if not bool(going.any()):
+                break
+            move = self._broyden(slope, rows, moves)
+            move = torch.where((going & torch.isfinite(move).all(-1))[:, None], move, 0.0)
+            new = xi + move[:, : xi.shape[1]], v + move[:, xi.shape[1] :]
+            found = own.residual(*new)
+            better = going & (found[0] <= FALL * error)
+            xi, v, slope, rows = (
+                torch.where(better[:, None], fresh, old)
+                for fresh, old in zip((*new, *found[1:]), (xi, v, slope, rows), strict=True)
+            )
+            error = torch.where(better, found[0], error)
+            moves.append(move)
+            taken += better.long()
+            going = better & (error > ENOUGH * size)
+        solved = wanted & (error <= accepted)
+        limit = max(
+            CHANGES, SHARE * (structure.cones.nonnegative + len(structure.lower_index) + len(structure.upper_index))
+        )
+        worth = wanted & ~solved & (changes <= limit)
+        if structure.traits.is_linear_program:
+            worth &= changes == 0  # with another active set there is another vertex, and no system leads there
+        todo = worth.nonzero()[:, 0]
+        if todo.shape[0]:
+            self._newton(own, todo, xi, v, error, accepted, size, solved, taken)
+        return _Found(*own.point(xi, v), error, solved, taken)
+
+    def _broyden(self, slope: Tensor, rows: Tensor, moves: Sequence[Tensor]) -> Tensor:
+        """The next step (k E, n + m) of Broyden's method, from what is left of F and the steps so far.
+
+        It corrects the systems of the solutions by what the steps have shown of F, one rank at a time: with
+        ``H`` the inverse of the corrected system, ``H⁺ = H + (s⁺ sᵀ / |s|²) H`` (Kelley, Iterative methods for linear
+        and nonlinear equations, 1995, section 7.3).
+        """
+        count = self.problem.batch_size
+        parts = [
+            torch.cat(
+                Points(self._inside).chord(self._system, slope[start : start + count], rows[start : start + count]), 1
+            )
+            for start in range(0, slope.shape[0], count)
+        ]
+        move = torch.cat(parts)
+        for last, new in pairwise(moves):
+            move = move + new * _share(last, move)
+        return move / (1.0 - _share(moves[-1], move))
+
+    def _newton(
+        self, own: Points, todo: Tensor, xi: Tensor, v: Tensor, error: Tensor, accepted: Tensor, size: Tensor,
+        solved: Tensor, taken: Tensor,
+    ) -> None:  # fmt: skip
+        """Whole steps of the elements ``todo`` with systems of their own; what is found is written to the tensors."""
+        for _ in range(STEPS):
+            part = own.select(todo)
+            here_xi, here_v = xi[todo], v[todo]
+            _, slope, rows = part.residual(here_xi, here_v)
+            system: Factored | ActiveSystem
+            if self._factor is None:
+                system = part.factored(here_xi, here_v)
+            else:
+                system = self._factor.select(todo % self.problem.batch_size).at(part.pieces(here_xi, here_v))
+            d_xi, d_v = part.chord(system, slope, rows)
+            fine = torch.from_numpy(system.regular) & torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)
+            new_xi, new_v = (torch.where(fine[:, None], old + d, old) for old, d in ((here_xi, d_xi), (here_v, d_v)))
+            found = part.residual(new_xi, new_v)[0]
+            moved = todo[fine]
+            xi[moved], v[moved], error[moved] = new_xi[fine], new_v[fine], found[fine]
+            taken[moved] += 1
+            # The system has to be that of the point that is found, so that there is no other solution.
+            same = (part.pieces(here_xi, here_v) == part.pieces(new_xi, new_v)).all(-1)
+            solved[todo] = fine & same & (found <= accepted[todo])
+            todo = todo[fine & ~solved[todo]]
+            if not todo.shape[0]:
+                return
+
+    def _solution(self, tilted: ConicProblem, found: _Found) -> ConicSolution:
+        """What was found, as a solution of the tilted problems; NaN where nothing was."""
+        count, size = self.problem.batch_size, tilted.batch_size
+        points, slacks = [], []
+        for start in range(0, size, count):
+            side = slice(start, start + count)
+            points.append(self._units.point_out(self.problem, ConicPoint(*(part[side] for part in found.point))))
+            slacks.append(self._units.slack_out(self.problem, found.slack[side]))
+        point = ConicPoint(*(torch.cat(columns) for columns in zip(*points, strict=True)))
+        nothing = np.zeros(size)
+        return ConicSolution(
+            tilted,
+            **point._asdict(),
+            slack=torch.cat(slacks),
+            statuses=tuple(Status.SOLVED if solved else Status.NUMERICAL_ERROR for solved in found.solved.tolist()),
+            iterations=np.zeros(size, dtype=np.int64),
+            setup_seconds=nothing,
+            solve_seconds=nothing.copy(),
+            states=(None,) * size,
+            asked=NEWTON,
+            solvers=(NEWTON,) * size,
+            proofs=("",) * size,
+            known_to=found.error,
+            known_before=found.error.clone(),
+            refined=found.taken,
+        )
+
+
+def _share(first: Tensor, second: Tensor) -> Tensor:
+    """(k, 1) the part of a vector along another one, in units of that."""
+    return (first * second).sum(-1, keepdim=True) / first.square().sum(-1, keepdim=True).clamp(min=1e-300)

@@ -1,0 +1,140 @@
+"""What a user sees of refinement: residuals at rounding, and derivatives that pass strict finite differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import cvxpy as cp
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import lpgd
+from lpgd.solvers import SOLVERS, ConicSolver
+from lpgd.solvers.kkt.refinement import optimality_residual
+from tests.problem_table import REGULAR, Case
+
+Built = tuple[lpgd.CvxpyLayer, list[Tensor]]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", SOLVERS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("case", REGULAR, ids=repr)
+def test_every_solution_of_a_regular_problem_leaves_nothing_but_rounding(case: Case, kind: type[ConicSolver]) -> None:
+    if not kind.is_installed():
+        pytest.skip(f"{kind.name} is not installed")
+    solver = kind()
+    if solver.unsupported(case.problem.structure):
+        return
+    solution = solver.solve(case.problem)
+    assert solution.statuses == (lpgd.Status.SOLVED,) * case.problem.batch_size
+    point, slack = solution.point, solution.slack
+    size = max(1.0, float(point.largest().max()))
+    assert float(optimality_residual(case.problem, point, slack).max()) <= 1e-12 * size
+    assert solution.known_before is not None
+    assert solution.known_to is not None
+    assert bool((solution.known_to <= solution.known_before).all())
+    torch.testing.assert_close(point.x, case.point.x, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["qp", "socp", "exponential", "sdp"])
+def test_an_answer_at_the_iteration_limit_that_refines_to_rounding_is_solved(name: str) -> None:
+    case = next(case for case in REGULAR if case.name == name)
+    rough, fine = (
+        lpgd.SCS(max_iterations=60, rescue=False, refine=wanted).solve(case.problem) for wanted in (False, True)
+    )
+    assert lpgd.Status.ITERATION_LIMIT in rough.statuses
+    assert fine.statuses == (lpgd.Status.SOLVED,) * case.problem.batch_size
+    torch.testing.assert_close(fine.x, case.point.x, atol=1e-10, rtol=0)
+
+
+class Programs(NamedTuple):
+    """Convex programs of one kind each as a layer, and data for it."""
+
+    @staticmethod
+    def entropy(**options: Any) -> Built:
+        x, c = cp.Variable(4), cp.Parameter(4)
+        constraints: list[Any] = [cp.sum(x) == 1]
+        problem = cp.Problem(cp.Maximize(cp.sum(cp.entr(x)) - c @ x), constraints)
+        return lpgd.CvxpyLayer(problem, [c], [x], **options), [normal(4)]
+
+    @staticmethod
+    def log_sum_exp(**options: Any) -> Built:
+        x, A, b = cp.Variable(3), cp.Parameter((4, 3)), cp.Parameter(4)
+        problem = cp.Problem(cp.Minimize(cp.log_sum_exp(A @ x + b) + 0.5 * cp.sum_squares(x)))
+        return lpgd.CvxpyLayer(problem, [A, b], [x], **options), [normal(4, 3), normal(4, seed=1)]
+
+    @staticmethod
+    def logistic(**options: Any) -> Built:
+        w, X = cp.Variable(3), cp.Parameter((6, 3))
+        problem = cp.Problem(cp.Minimize(cp.sum(cp.logistic(X @ w)) + 0.5 * cp.sum_squares(w)))
+        return lpgd.CvxpyLayer(problem, [X], [w], **options), [normal(6, 3)]
+
+    @staticmethod
+    def geometric(**options: Any) -> Built:
+        x, a = cp.Variable(3, pos=True), cp.Parameter(3, pos=True)
+        problem = cp.Problem(cp.Minimize(cp.sum(cp.multiply(a, x)) + 1 / (x[0] * x[1] * x[2])), [x[0] * x[1] <= 0.5])
+        return lpgd.CvxpyLayer(problem, [a], [x], gp=True, **options), [normal(3).abs() + 0.5]
+
+    @staticmethod
+    def semidefinite(**options: Any) -> Built:
+        X, C = cp.Variable((3, 3), PSD=True), cp.Parameter((3, 3))
+        constraints: list[Any] = [cp.trace(X) == 1]
+        problem = cp.Problem(cp.Minimize(cp.sum_squares(X - C)), constraints)
+        return lpgd.CvxpyLayer(problem, [C], [X], **options), [normal(3, 3)]
+
+    @staticmethod
+    def power(**options: Any) -> Built:
+        x, c = cp.Variable(3), cp.Parameter(3)
+        constraints: list[Any] = [cp.sum(x) == 1]
+        problem = cp.Problem(cp.Minimize(cp.sum(cp.power(cp.abs(x - c), 2.5)) + cp.sum(x)), constraints)
+        return lpgd.CvxpyLayer(problem, [c], [x], **options), [normal(3)]
+
+    @staticmethod
+    def second_order(**options: Any) -> Built:
+        x, c, r = cp.Variable(3), cp.Parameter(3), cp.Parameter(pos=True)
+        problem = cp.Problem(cp.Minimize(c @ x + 0.5 * cp.sum_squares(x)), [cp.norm(x) <= r])
+        return lpgd.CvxpyLayer(problem, [c, r], [x], **options), [3 * normal(3), torch.tensor(0.7, dtype=torch.float64)]
+
+    @staticmethod
+    def quadratic(**options: Any) -> Built:
+        x, q, A, b = cp.Variable(4), cp.Parameter(4), cp.Parameter((2, 4)), cp.Parameter(2)
+        problem = cp.Problem(cp.Minimize(cp.sum_squares(x) + q @ x), [A @ x <= b, x >= -0.5])
+        return lpgd.CvxpyLayer(problem, [q, A, b], [x], **options), [normal(4), normal(2, 4, seed=1), normal(2).abs()]
+
+
+BUILD: dict[str, Callable[..., Built]] = {
+    name: getattr(Programs, name)
+    for name in (
+        "entropy", "log_sum_exp", "logistic", "geometric", "semidefinite", "power", "second_order", "quadratic",
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_gradcheck_passes_with_its_default_arguments(name: str) -> None:
+    layer, tensors = BUILD[name]()
+    for tensor in tensors:
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *data: layer(*data)[0], tensors)
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_chosen_steps_of_lpgd_give_the_exact_gradient(name: str) -> None:
+    gradients = []
+    for method in (lpgd.LPGD(), lpgd.ImplicitKKT()):
+        layer, tensors = BUILD[name](gradient=method)
+        for tensor in tensors:
+            tensor.requires_grad_()
+        (x,) = layer(*tensors)
+        (normal(*x.shape, seed=3) * x).sum().backward()
+        gradients.append([tensor.grad for tensor in tensors])
+    for own, exact in zip(*gradients, strict=True):
+        assert own is not None
+        assert exact is not None
+        np.testing.assert_allclose(own, exact, rtol=1e-6, atol=1e-6 * max(1.0, float(exact.abs().max())))
