@@ -38,7 +38,7 @@ def test_every_solvers_answer_ends_at_rounding(case: Case, solver: ConicSolver) 
 def test_refined_points_are_complementary(case: Case) -> None:
     problem, cones = case.problem, case.problem.structure.cones
     solution = SCS(tolerance=1e-4).solve(problem)
-    point, slack, _, after, *_ = refine(problem, solution.point, solution.slack, range(problem.batch_size))
+    point, slack, _, after, *_ = refine(problem, solution.point, solution.slack, torch.arange(problem.batch_size))
     lower, upper = problem.full_bounds()
     assert after.max() <= 1e-12
     assert distance(cones, slack.numpy()).max() <= 1e-14

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from lpgd.arrays import IntArray, elements_where, flags
+from lpgd.arrays import elements_where, flags
 from lpgd.problems.base import Data, Point, Traits
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import IntArray, integers, rows_where
+from lpgd.arrays import integers, rows_where
 from lpgd.problems.base import Point, maximum_norm
 from lpgd.problems.conic.activity import ActiveSet
 from lpgd.problems.conic.problem import ConicProblem

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import as_index, elements_where, from_numpy
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import NEWTON, ConicSolution
@@ -125,7 +126,7 @@ class PerturbedPoints:
     def select(self, rows: Tensor) -> PerturbedPoints:
         """The same for some elements."""
         return PerturbedPoints(
-            self.problem.select(rows.tolist()), self.point.select(rows), self.slack[rows], self.cotangent.select(rows),
+            self.problem.select(rows), self.point.select(rows), self.slack[rows], self.cotangent.select(rows),
             self.unit[rows], self.fit[rows], self.solver,
         )  # fmt: skip
 
@@ -139,14 +140,14 @@ class PerturbedPoints:
         if not bool(wanted.any()):
             return solver.solve(tilted, states, executor)
         found = self._found(steps, wanted)
-        rest = (~found.solved).nonzero()[:, 0].tolist()
+        rest = elements_where(~found.solved)
         if len(rest) == steps.shape[0]:
             return solver.solve(tilted, states, executor)
         answer = self._solution(tilted, found)
         if not rest:
             return answer
         own = tuple(states[element % len(states)] for element in rest) if len(states) else ()
-        other = solver.solve(tilted.select(rest), own, executor)
+        other = solver.solve(tilted.select(as_index(rest, tilted.device)), own, executor)
         return merged(replace(answer, asked=other.asked), rest, other, [True] * len(rest), keep_states=True)
 
     # -- in units of order 1 --------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ class PerturbedPoints:
     def _direction(self) -> tuple[Tensor, Tensor]:
         """``-K⁻¹ g``, NaN where K is singular."""
         d_xi, d_v = Points(self._inside).chord(self._system, self._tilt.x, self._tilt.y, self._tilt.z)
-        regular = torch.from_numpy(self._system.regular)[:, None]
+        regular = from_numpy(self._system.regular)[:, None]
         return torch.where(regular, d_xi, torch.nan), torch.where(regular, d_v, torch.nan)
 
     def _found(self, steps: Tensor, wanted: Tensor) -> _Found:
@@ -268,7 +269,7 @@ class PerturbedPoints:
             else:
                 system = self._factor.select(todo % self.problem.batch_size).at(part.pieces(here_xi, here_v))
             d_xi, d_v = part.chord(system, slope, rows)
-            fine = torch.from_numpy(system.regular) & torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)
+            fine = from_numpy(system.regular) & torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)
             new_xi, new_v = (torch.where(fine[:, None], old + d, old) for old, d in ((here_xi, d_xi), (here_v, d_v)))
             found = part.residual(new_xi, new_v)[0]
             moved = todo[fine]

@@ -252,7 +252,7 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> ConicSoluti
     ]
     if not elements:
         return replace(answer, known_to=known_to, refined=taken)
-    found = refine(problem, answer.point, answer.slack, elements, keep=True)
+    found = refine(problem, answer.point, answer.slack, as_index(elements, problem.device), keep=True)
     better = found.after < found.before
     rows = torch.tensor(elements, device=problem.device)[better]
     changes = {name: getattr(answer, name).clone() for name in ("x", "y", "z", "slack")}

@@ -85,15 +85,15 @@ def response(
         units.apply(part), units.point_in(part, point), units.slack_in(part, slack), units.tilt_in(part, own_tilt)
     )
     rho = _curvature(method.rho, part, units)
-    answer = ConicPoint(*(torch.zeros_like(own) for own in places.point))
-    left = ~places.weak
+    answer = ConicPoint(*(torch.zeros_like(own) for own in located.point))
+    left = ~located.weak
     findings = Findings(len(active), bool(method.rho), part.structure)
     if solution.systems and method.rho == 0.0 and units.is_trivial:
         _by_kept_systems(problem, solution, tilt, rows, left, answer)
-        _by_last_steps(solution, places, rows, left, answer, findings)
-    if is_batchable(places.problem, method.rho) and (method.rho == 0.0 or units.is_trivial) and bool(left.any()):
-        _at_once(places, left, method.rho, answer)
-    rest = (places.weak | left).nonzero()[:, 0].tolist()
+        _by_last_steps(solution, located, rows, left, answer, findings)
+    if is_batchable(located.problem, method.rho) and (method.rho == 0.0 or units.is_trivial) and bool(left.any()):
+        _at_once(located, left, method.rho, answer)
+    rest = elements_where(located.weak | left)
     if rest:
         if executor is None and is_quick(part.structure, len(rest)):
             executor = SerialExecutor()
@@ -213,7 +213,7 @@ def _by_kept_systems(
 
 
 def _by_last_steps(
-    solution: ConicSolution, places: _Places, rows: Tensor, left: Tensor, answer: ConicPoint, findings: Findings
+    solution: ConicSolution, located: _Located, rows: Tensor, left: Tensor, answer: ConicPoint, findings: Findings
 ) -> None:
     """The same by the systems of refinement's last steps."""
     place = torch.full((solution.batch_size,), -1, dtype=torch.int64, device=rows.device)
@@ -226,20 +226,20 @@ def _by_last_steps(
         if not bool(wanted.any()):
             continue
         own = own.clamp(min=0)
-        points = Points(places.problem.select(own.tolist()))
-        start = points.start(places.point.select(own), places.slack[own])
-        response, exact = points.response(kept.factored, *start, places.tilt.select(own))
+        points = Points(located.problem.select(own))
+        start = points.start(located.point.select(own), located.slack[own])
+        response, exact = points.response(kept.factored, *start, located.tilt.select(own))
         inverse, condition = kept.factored.inverse, kept.factored.condition
-        error = places.lipschitz[own.numpy()] * inverse * places.error[own].numpy()
+        error = located.lipschitz[own.numpy()] * inverse * located.error[own].numpy()
         doubt = ROUNDING * condition + inverse * error
-        exact = exact & wanted & torch.from_numpy(doubt < DOUBT)
+        exact = exact & wanted & from_numpy(doubt < DOUBT)
         for whole, part in zip(answer, response, strict=True):
             whole[own[exact]] = part[exact]
         left[own[exact]] = False
         findings.doubt[own[exact].numpy()] = doubt[exact.numpy()]
 
 
-def _at_once(places: _Places, left: Tensor, rho: float, answer: ConicPoint) -> None:
+def _at_once(located: _Located, left: Tensor, rho: float, answer: ConicPoint) -> None:
     """The same by one factorisation for all."""
     elements = rows_where(left)
     problem, point, slack, tilt = located[:4]

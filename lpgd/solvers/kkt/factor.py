@@ -26,7 +26,7 @@ from lpgd.arrays import BoolArray, FloatArray, IntArray, random_direction
 from lpgd.execution.threads import bounded_blas
 
 __all__ = [
-    "Answers", "Known", "System", "equilibration", "probe", "solve_dense", "solve_matrices", "solve_sparse",
+    "Answers", "Known", "System", "equilibration",  "solve_dense", "solve_matrices", "solve_sparse",
 ]  # fmt: skip
 
 
@@ -125,13 +125,6 @@ _One = tuple[FloatArray, FloatArray, bool, bool, bool, float]
 """The fields of :class:`Answers` for one element."""
 
 
-@cache
-def probe(size: int) -> FloatArray:
-    """A fixed random direction: ``|K⁻¹ probe|`` bounds the norm of K⁻¹ from below, almost surely within √size."""
-    direction = np.random.default_rng(size).standard_normal(size)
-    return np.asarray(direction / np.linalg.norm(direction))
-
-
 def _judged(
     known: Known, inverse: FloatArray, size: FloatArray, error: FloatArray, right: FloatArray
 ) -> tuple[BoolArray, FloatArray]:
@@ -183,7 +176,7 @@ def solve_matrices(
     scale = equilibration(np.abs(matrices).max(2))
     scaled = scale[:, :, None] * matrices
     scaled *= scale[:, None, :]
-    direction = np.where(idle, 0.0, probe(side))
+    direction = np.where(idle, 0.0, random_direction(side))
     # Threads of BLAS cost more than they gain on matrices of this size.
     bound = bounded_blas() if side < UNTHREADED else nullcontext()
     try:
@@ -197,7 +190,7 @@ def solve_matrices(
                 both = np.stack([scale[part] * right[part], direction[part]], axis=2)
                 answers[part] = np.linalg.solve(scaled[part], both)
     inverse = np.linalg.norm(answers[:, :, 1], axis=1)
-    size = np.abs(scaled, out=magnitudes).sum(2).max(1)
+    size = np.abs(scaled).sum(2).max(1)
     answer = scale * answers[:, :, 0]
     with np.errstate(over="ignore", invalid="ignore"):
         error = np.abs((matrices @ answer[:, :, None])[:, :, 0] - right).max(1)
@@ -294,12 +287,12 @@ def solve_sparse(system: System, ordering: int = 0) -> Answers:
             Answers(np.zeros(size), np.zeros(size), nothing, nothing.copy(), nothing.copy(), np.full(count, np.inf)),
             ordering,
         )
-    solution = factor.solve(np.stack([scale * right, probe(size)], axis=1))
+    solution = factor.solve(np.stack([scale * right, random_direction(size)], axis=1))
     answer = solution[:, 0] + factor.solve(scale * right - scaled @ solution[:, 0])
     # Each element's part of the probe has a norm of its own.
     inverse = np.sqrt(
         np.bincount(system.owner, solution[:, 1] ** 2, count)
-        / np.maximum(np.bincount(system.owner, probe(size) ** 2, count), 1e-300)
+        / np.maximum(np.bincount(system.owner, random_direction(size) ** 2, count), 1e-300)
     )
     answer = scale * answer
     error, largest = system.largest(np.abs(K @ answer - right)), system.largest(np.abs(right))
@@ -345,7 +338,7 @@ def _by_proximal_steps(system: System, scale: FloatArray) -> _One:
     right = scale * system.right
     if system.known.damped:
         return scale * factor.solve(right), np.zeros_like(right), False, False, False, np.inf
-    direction = probe(right.size)
+    direction = random_direction(right.size)
     both = np.stack([right, K @ direction], axis=1)
     answer = np.zeros_like(both)
     left = both

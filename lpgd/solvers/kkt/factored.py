@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import scipy.sparse.linalg as spla
-import torch
-from numpy.typing import NDArray
 
+from lpgd import linalg
+from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy, random_direction
 from lpgd.execution.interrupts import pause
 from lpgd.problems.conic.structure import ConicStructure
-from lpgd.solvers.kkt.factor import equilibration, probe
+from lpgd.solvers.kkt.factor import equilibration
 from lpgd.solvers.kkt.reduced import ReducedBlocks, ReducedRows, held, is_dense, reduce_blocks, reduce_rows
 
 __all__ = ["Factored"]
 
-FloatArray = NDArray[np.float64]
 Change = tuple[FloatArray, FloatArray, FloatArray]
 
 ILL_CONDITIONED = 1e10
@@ -99,8 +98,8 @@ class _Dense:
         self,
         reduced: ReducedRows | ReducedBlocks,
         matrices: FloatArray,
-        idle: NDArray[np.bool_],
-        place: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
+        idle: BoolArray,
+        place: tuple[IntArray, IntArray] | None = None,
     ) -> None:
         self.reduced, self.place, self.shape = reduced, place, idle.shape
         element, row = np.nonzero(idle)
@@ -109,8 +108,8 @@ class _Dense:
         matrices *= self.scale[:, :, None]
         matrices *= self.scale[:, None, :]
         size = np.abs(matrices).sum(2).max(1, initial=0.0)
-        self.factors, self.pivots, info = torch.linalg.lu_factor_ex(torch.from_numpy(matrices))
-        direction = self._solved(np.where(idle, 0.0, probe(idle.shape[1])))
+        self.factors, self.pivots, info = linalg.lu_factor_ex(from_numpy(matrices))
+        direction = self._solved(np.where(idle, 0.0, random_direction(idle.shape[1])))
         with np.errstate(over="ignore", invalid="ignore"):
             self.inverse = np.where(info.numpy() == 0, np.linalg.norm(direction, axis=1), np.inf)
             self.condition = self.inverse * size
@@ -120,7 +119,7 @@ class _Dense:
         return 2 * self.factors.numel()
 
     def _solved(self, right: FloatArray) -> FloatArray:
-        return torch.linalg.lu_solve(self.factors, self.pivots, torch.from_numpy(right)[:, :, None])[:, :, 0].numpy()
+        return linalg.lu_solve(self.factors, self.pivots, from_numpy(right)[:, :, None])[:, :, 0].numpy()
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
         right = self.reduced.right(g_x, g_y, g_z)
@@ -168,7 +167,7 @@ class _Sparse:
             self.factor = None
             self.inverse = self.condition = np.full(count, np.inf)
             return
-        direction = probe(size)
+        direction = random_direction(size)
         found = self.factor.solve(direction)
         inverse = np.bincount(reduced.owner, found**2, count) / np.maximum(
             np.bincount(reduced.owner, direction**2, count), 1e-300

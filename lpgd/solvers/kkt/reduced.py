@@ -11,16 +11,14 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 
+from lpgd.arrays import BoolArray, FloatArray, IntArray
 from lpgd.cones.projections import projection_derivative
 from lpgd.problems.conic.structure import ConicStructure
 
 __all__ = ["ReducedBlocks", "ReducedRows", "held", "is_dense", "reduce_blocks", "reduce_rows"]
 
-FloatArray = NDArray[np.float64]
-IndexArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
+BoolArray = BoolArray
 
 DENSE_LIMIT = 400
 """Systems up to this size, or mostly filled ones, are factorised densely."""
@@ -55,8 +53,8 @@ class ReducedRows:
     split: int
     quadratic: FloatArray
     constraint: FloatArray
-    order: IndexArray
-    columns: IndexArray
+    order: IntArray
+    columns: IntArray
     at_bound: BoolArray
     loose: BoolArray
 
@@ -153,12 +151,12 @@ class ReducedBlocks:
     """
 
     matrix: Any
-    owner: IndexArray
+    owner: IntArray
     primal: BoolArray
     quadratic: Any
     constraint: Any
     T: Any
-    free: IndexArray
+    free: IntArray
     at_bound: BoolArray
     loose: BoolArray
     m: int

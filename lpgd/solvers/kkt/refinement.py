@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import from_numpy, rows_where
 from lpgd.cones.projections import SpectralDerivative, project, projection_derivative
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.elements import ElementView
@@ -85,7 +86,7 @@ def refine(
     problem: ConicProblem,
     point: ConicPoint,
     slack: Tensor,
-    elements: Sequence[int],
+    elements: Tensor,
     *,
     steps: int = 3,
     keep: bool = False,
@@ -100,10 +101,8 @@ def refine(
         keep: the systems of the last steps, for the derivative of the solutions.
     """
     kept: list[KeptFactor] = []
-    chosen = list(elements)
-    if chosen != list(range(problem.batch_size)):
-        index = torch.as_tensor(chosen, dtype=torch.int64, device=problem.device)
-        problem, point, slack = problem.select(chosen), point.select(index), slack[index]
+    if not torch.equal(elements, torch.arange(problem.batch_size, device=problem.device)):
+        problem, point, slack = problem.select(elements), point.select(elements), slack[elements]
     own = Points(problem)
     xi, v = own.start(point, slack)
     error, slope, rows = own.residual(xi, v)
@@ -117,10 +116,10 @@ def refine(
         part = own.select(todo)
         d_xi, d_v, factored = part.regular_step(xi[todo], v[todo], error[todo], slope[todo], rows[todo])
         if keep and factored is not None:
-            own_elements = torch.as_tensor(chosen)[todo]
+            own_elements = elements[todo]
             stale = [part._replace(valid=part.valid & ~torch.isin(part.elements, own_elements)) for part in kept]
             kept = [part for part in stale if bool(part.valid.any())]
-            kept.append(KeptFactor(own_elements, torch.from_numpy(factored.regular), factored))
+            kept.append(KeptFactor(own_elements, from_numpy(factored.regular), factored))
         waiting = torch.arange(todo.shape[0], device=problem.device)
         for length in LENGTHS:
             trial = own.select(todo[waiting]) if waiting.shape[0] < todo.shape[0] else part
@@ -192,7 +191,7 @@ class Points:
     def select(self, rows: Tensor) -> Points:
         if rows.shape[0] == self.problem.batch_size:
             return self
-        return Points(self.problem.select(rows.tolist()))
+        return Points(self.problem.select(rows))
 
     def start(self, point: ConicPoint, slack: Tensor) -> tuple[Tensor, Tensor]:
         """(ξ, v): (B, n) and (B, m); multipliers of absent bounds are left out."""
@@ -222,7 +221,7 @@ class Points:
             slack[:, : cones.zero] = 0.0
             return y, slack
         # By Moreau's decomposition Π(v) = v + P_K(-v): one projection for both.
-        slack = torch.from_numpy(project(cones, -v.detach().cpu().numpy())).to(v.device)
+        slack = from_numpy(project(cones, -v.detach().cpu().numpy())).to(v.device)
         return v + slack, slack
 
     def pieces(self, xi: Tensor, v: Tensor) -> Tensor:
@@ -266,7 +265,7 @@ class Points:
             return *self.step(xi, v, error, slope, rows), None
         factored = self.factored(xi, v)
         d_xi, d_v = self.chord(factored, slope, rows)
-        near = torch.from_numpy((factored.condition < WORST) & (factored.inverse * error.numpy() < NEAR))
+        near = from_numpy((factored.condition < WORST) & (factored.inverse * error.numpy() < NEAR))
         near &= torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)
         left = (~near).nonzero()[:, 0]
         if left.shape[0]:
@@ -345,7 +344,7 @@ class Points:
         """
         shift = torch.zeros_like(slope) if bounds is None else bounds
         parts = factored.solve(*(part.numpy() for part in (slope, rows, shift)))
-        dx, dy, dz = (torch.from_numpy(part) for part in parts)
+        dx, dy, dz = (from_numpy(part) for part in parts)
         finite = torch.isfinite(dx).all(-1) & torch.isfinite(dy).all(-1)  # else singular
         if not bool(finite.all()):
             dx, dy, dz = (torch.where(finite[:, None], part, 0.0) for part in (dx, dy, dz))
@@ -356,4 +355,4 @@ class Points:
 
 def _applied(derivative: SpectralDerivative, vectors: Tensor) -> Tensor:
     """The derivative of the projections of k points, times (k, m)."""
-    return torch.from_numpy(derivative.apply(vectors.numpy().ravel())).reshape(vectors.shape)
+    return from_numpy(derivative.apply(vectors.numpy().ravel())).reshape(vectors.shape)

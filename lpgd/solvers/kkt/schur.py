@@ -15,15 +15,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import FloatArray, from_numpy
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.solvers.kkt.reduced import is_dense
 
 __all__ = ["ActiveSystem", "SchurFactor"]
-
-FloatArray = NDArray[np.float64]
 
 DEFINITE = 1e-5
 """The least diagonal entry of a triangular factor, over the largest: the condition is about its inverse square."""
@@ -57,12 +56,12 @@ class SchurFactor:
         structure, data = problem.structure, problem.data
         if not structure.cones.is_polyhedral or structure.quadratic.nnz < structure.n or not is_dense(structure):
             return None
-        bounded = torch.from_numpy(np.union1d(structure.lower_index, structure.upper_index))
+        bounded = from_numpy(np.union1d(structure.lower_index, structure.upper_index))
         count = max((datum.shape[0] for datum in (data.P, data.A) if datum.ndim == 2), default=1)
         wide = structure.m + bounded.shape[0]
         if count * wide**2 > ROOM:
             return None
-        lower, info = torch.linalg.cholesky_ex(structure.quadratic.to_dense(torch.atleast_2d(problem.symmetric_P)))
+        lower, info = linalg.cholesky_ex(structure.quadratic.to_dense(torch.atleast_2d(problem.symmetric_P)))
         diagonal = lower.diagonal(dim1=-2, dim2=-1)
         if bool(info.any()) or not bool((diagonal.amin(-1) > DEFINITE * diagonal.amax(-1)).all()):
             return None
@@ -73,7 +72,7 @@ class SchurFactor:
         if lower.shape[0] != C.shape[0] and 1 not in (lower.shape[0], C.shape[0]):
             return None
         right = C.mT.expand(max(lower.shape[0], C.shape[0]), -1, -1)
-        Y = torch.linalg.solve_triangular(lower.expand(right.shape[0], -1, -1), right, upper=False)
+        Y = linalg.solve_triangular(lower.expand(right.shape[0], -1, -1), right, upper=False)
         return cls(lower, Y, Y.mT @ Y, bounded, structure.m, structure.cones.zero)
 
     def select(self, elements: Tensor) -> SchurFactor:
@@ -116,7 +115,7 @@ class ActiveSystem:
         size = matrices.diagonal(dim1=-2, dim2=-1).amax(-1) if count else matrices.new_ones(active.shape[0])
         idle = torch.where(self.active, 0.0, size[:, None])
         matrices.diagonal(dim1=-2, dim2=-1).add_(idle)
-        self.small, info = torch.linalg.cholesky_ex(matrices)
+        self.small, info = linalg.cholesky_ex(matrices)
         self.regular = (info == 0).numpy()
         if count:
             diagonal = self.small.diagonal(dim1=-2, dim2=-1)
@@ -124,8 +123,8 @@ class ActiveSystem:
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         """The change (dx, dy, dz) of the points under a tilt, (B, ·) each."""
-        factor, x, z = self.factor, torch.from_numpy(g_x), torch.from_numpy(g_z)
-        rows = torch.from_numpy(g_y)
+        factor, x, z = self.factor, from_numpy(g_x), from_numpy(g_z)
+        rows = from_numpy(g_y)
         if factor.bounded.shape[0]:
             rows = torch.cat([rows, z[:, factor.bounded]], 1)
         h = _solved(factor.lower, x)
@@ -142,8 +141,8 @@ def _solved(lower: Tensor, vectors: Tensor, transposed: bool = False) -> Tensor:
     """``L⁻¹ v`` or ``L⁻ᵀ v`` for vectors (B, n)."""
     matrix = lower.mT if transposed else lower
     if lower.shape[0] == 1:
-        return torch.linalg.solve_triangular(matrix[0], vectors.T, upper=transposed).T
-    return torch.linalg.solve_triangular(matrix, vectors[:, :, None], upper=transposed)[:, :, 0]
+        return linalg.solve_triangular(matrix[0], vectors.T, upper=transposed).T
+    return linalg.solve_triangular(matrix, vectors[:, :, None], upper=transposed)[:, :, 0]
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:

@@ -21,17 +21,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from lpgd.arrays import BoolArray, FloatArray
 from lpgd.execution.interrupts import pause
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.factor import Known, System, solve_dense, solve_matrices, solve_sparse
 from lpgd.solvers.kkt.reduced import held, is_dense, reduce_blocks, reduce_rows
 
 __all__ = ["KKTPoints", "KKTResponse", "Known", "is_quick", "respond"]
-
-FloatArray = NDArray[np.float64]
-IndexArray = NDArray[np.int64]
 
 NULL = 1e-6
 """Rows with a smaller part of the null space's unit vectors have nothing to do with it."""
