@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from lpgd.execution.threads import one_torch_thread, torch_threads, without_auto
 from lpgd.execution.torch_isolation import isolated_torch
 from lpgd.gradients.base import GradientInfo, GradientMethod
 from lpgd.problems.base import Data, is_surely_finite
+from lpgd.problems.lanes import Lanes, joined, mapped, separated, with_rows
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
 from lpgd.status import SolverError, Status, describe_failures, warn
@@ -40,12 +41,15 @@ class CallInfo:
         gradients: one record for each backward (or forward-mode) pass through this call, in order.
         backward_seconds: wall-clock time of those passes together.
         choice: what :attr:`solver` is the text of.
+        usable: (B, 1) which elements have a solution; within ``torch.func.vmap`` those of a lane, where all else is of
+            the batch of all lanes.
     """
 
     solution: Any = None
     gradients: list[GradientInfo] = field(default_factory=list)
     backward_seconds: float = 0.0
     choice: object = ""
+    usable: Tensor | None = None
 
     @property
     def solver(self) -> str:
@@ -114,7 +118,8 @@ def solve(
         raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
     info = info or CallInfo()
     call = Call(solver, gradient, on_error, executor, states, info)
-    parts = _SolveFunction.apply(call, problem, *problem.data)
+    *parts, usable = _SolveFunction.apply(call, problem, *problem.data, *getattr(problem, "attached", ()))
+    info.usable = usable
     return info.solution.outputs._make(parts)
 
 
@@ -124,49 +129,76 @@ def _threads(solver: AnySolver) -> AbstractContextManager[None]:
 
 class _SolveFunction(torch.autograd.Function):
     @staticmethod
-    def forward(call: Call, problem: AnyProblem, *data: Tensor) -> tuple[Tensor, ...]:
-        problem = problem.with_data(problem.data._make(datum.detach() for datum in data))
+    def forward(call: Call, problem: AnyProblem, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(problem.data)
+        problem = problem.with_data(problem.data._make(datum.detach() for datum in tensors[:count]))
+        if tensors[count:]:
+            problem = cast(Any, problem).with_attached([part.detach() for part in tensors[count:]])
         with _threads(call.solver):
             solution = call.solver.solve(problem, call.states, call.executor)
         check_solution(solution, call.on_error)
         call.info.solution = solution
+        usable = solution.usable[:, None]
         if call.on_error == "nan" and solution.failed:
-            filled = torch.where(solution.usable[:, None], 0.0, torch.nan)
-            return tuple(part + filled for part in solution.outputs)
+            filled = torch.where(usable, 0.0, torch.nan)
+            return *(part + filled for part in solution.outputs), usable
         # Tensors of their own: the outputs know this node, which knows the solution, which must not know the outputs.
-        return tuple(part.detach() for part in solution.outputs)
+        return *(part.detach() for part in solution.outputs), usable
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        call, _, *data = inputs
+        call, problem, *data = inputs
         ctx.call, ctx.solution = call, call.info.solution
+        ctx.attached = len(data) - len(problem.data)
+        data = data[: len(problem.data)]
+        *output, usable = output
+        ctx.mark_non_differentiable(usable)
         # Saved so that autograd notices data or outputs that were changed in place before the backward pass.
         ctx.save_for_backward(*data, *output)
         ctx.save_for_forward(*data, *output)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        gradient = _DerivativeFunction.apply(ctx.call, ctx.solution, True, *cotangents, *ctx.saved_tensors)
+        count = len(ctx.solution.problem.data)
+        needs = ctx.needs_input_grad[2 : 2 + count]
+        needed = frozenset(place for place, one in enumerate(needs) if one)
+        tensors = (*cotangents[:-1], *ctx.saved_tensors)
+        gradient = _DerivativeFunction.apply(ctx.call, ctx.solution, needed, *tensors)
         notices = ctx.call.info.gradients[-1].notices
-        needs = ctx.needs_input_grad[2:]
         for name, needed in zip(ctx.solution.problem.data._fields, needs, strict=True):
             if needed and name in notices:
                 warn(notices[name])
-        return None, None, *(part if needed else None for part, needed in zip(gradient, needs, strict=True))
+        gradient = (part if needed else None for part, needed in zip(gradient, needs, strict=True))
+        return None, None, *gradient, *(None,) * ctx.attached
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        _, _, *parts = tangents  # the first two belong to the call and to the problem
-        data = ctx.saved_tensors[: len(parts)]
+        count = len(ctx.solution.problem.data)
+        parts = tangents[2 : 2 + count]  # the first two belong to the call and to the problem
+        data = ctx.saved_tensors[:count]
         known = (torch.zeros_like(own) if part is None else part for own, part in zip(data, parts, strict=True))
-        return _DerivativeFunction.apply(ctx.call, ctx.solution, False, *known, *ctx.saved_tensors)
+        return *_DerivativeFunction.apply(ctx.call, ctx.solution, None, *known, *ctx.saved_tensors), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-        raise RuntimeError(
-            "an optimization layer takes batches itself, and solves them at once: call it with tensors that have batch "
-            "dimensions instead of within torch.func.vmap."
-        )
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        """All lanes are solved as one batch; what they share stays shared."""
+        call, problem, *tensors = inputs
+        problem, lanes, dims, count = mapped(problem), info.batch_size, in_dims[2:], len(problem.data)
+        size, kinds = problem.batch_size, problem.datum_ndims
+        # The problem as the caller made it holds the lanes hidden: here its data are those of the first one.
+        first = [part if dim is None else part.select(dim, 0) for part, dim in zip(tensors, dims, strict=True)]
+        problem = problem.with_data(problem.data._make(first[:count]))
+        data = [
+            joined(part, dim, lanes, size, ndim, whole=False)
+            for part, dim, ndim in zip(tensors[:count], dims[:count], kinds, strict=True)
+        ]
+        attached = [
+            joined(part, dim, lanes, size, part.ndim) for part, dim in zip(tensors[count:], dims[count:], strict=True)
+        ]
+        more = (attached,) if attached else ()
+        problem = problem.lanes(lanes, problem.data._make(data), *more)
+        outputs = _SolveFunction.apply(call, problem, *problem.data, *attached)
+        return tuple(separated(part, lanes) for part in outputs), (0,) * len(outputs)
 
 
 class _DerivativeFunction(torch.autograd.Function):
@@ -177,17 +209,21 @@ class _DerivativeFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(call: Call, solution: AnySolution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        call: Call, solution: AnySolution, needed: frozenset[int] | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Reverse where ``needed`` says which data need a gradient, forward where it is None."""
         started = time.perf_counter()
         with _threads(call.solver), without_autocast(solution.x.device.type):
-            answer, info = _derivative(call, solution, reverse, tensors)
+            answer, info = _derivative(call, solution, needed is not None, tensors)
         call.info.gradients.append(info)
         call.info.backward_seconds += time.perf_counter() - started
         return tuple(answer)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call, ctx.solution, ctx.reverse, *tensors = inputs
+        ctx.call, ctx.solution, needed, *tensors = inputs
+        ctx.reverse = needed is not None
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -205,20 +241,36 @@ class _DerivativeFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _lane_by_lane(_DerivativeFunction, info, in_dims, inputs)
-
-
-def _lane_by_lane(function: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
-    """A vmap rule for derivatives: one pass for each of the vectors, as torch.func.jacrev and jacfwd ask for them."""
-
-    def lane(number: int) -> tuple[Any, ...]:
-        return tuple(
-            part if dim is None else part.select(dim, number) for part, dim in zip(inputs, in_dims, strict=True)
+        """One derivative of the batch of all lanes."""
+        call, solution, needed, *tensors = inputs
+        kinds, outputs = mapped(solution.problem).datum_ndims, (1,) * len(solution.outputs)
+        direction = outputs if needed is not None else kinds
+        # Data that need a gradient have rows of their own, for the gradient has their shape.
+        every = needed is None or call.gradient.is_differentiable(solution.problem)
+        whole = [every or place in cast(frozenset[int], needed) for place in range(len(kinds))]
+        lanes = Lanes(
+            info.batch_size,
+            solution,
+            tensors,
+            in_dims[3:],
+            (*direction, *kinds, *outputs),
+            (*(True,) * len(direction), *whole, *(True,) * len(outputs)),
         )
 
-    results = zip(*(function.apply(*lane(number)) for number in range(info.batch_size)), strict=True)
-    outputs = tuple(torch.stack(parts) for parts in results)
-    return outputs, (0,) * len(outputs)
+        def derivative(lanes: Lanes) -> tuple[Tensor, ...]:
+            solution, tensors = lanes.batch()
+            if needed is None:
+                answer = _DerivativeFunction.apply(call, solution, None, *tensors)
+                return tuple(separated(part, lanes.count) for part in answer)
+            answer = _DerivativeFunction.apply(call, with_rows(solution, needed), needed, *tensors)
+            return lanes.gradient(answer, needed)
+
+        return _together(derivative, lanes)
+
+
+def _together(derivative: Callable[[Lanes], tuple[Tensor, ...]], lanes: Lanes) -> tuple[Any, Any]:
+    parts = list(zip(*(derivative(chunk) for chunk in lanes.chunks()), strict=True))
+    return tuple(torch.cat(rows) if len(rows) > 1 else rows[0] for rows in parts), (0,) * len(parts)
 
 
 class _SecondFunction(torch.autograd.Function):
@@ -249,7 +301,20 @@ class _SecondFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _lane_by_lane(_SecondFunction, info, in_dims, inputs)
+        """One derivative of the batch of all lanes, whose data have a row for each element."""
+        call, solution, reverse, *tensors = inputs
+        kinds, outputs = mapped(solution.problem).datum_ndims, (1,) * len(solution.outputs)
+        own = (*outputs, *kinds, *outputs)
+        every = (*(kinds if reverse else own), *own)
+        lanes = Lanes(info.batch_size, solution, tensors, in_dims[3:], every, (True,) * len(every))
+        needed = frozenset(range(len(kinds)))
+
+        def derivative(lanes: Lanes) -> tuple[Tensor, ...]:
+            solution, tensors = lanes.batch()
+            answer = _SecondFunction.apply(call, with_rows(solution, needed), reverse, *tensors)
+            return tuple(separated(part, lanes.count) for part in answer)
+
+        return _together(derivative, lanes)
 
 
 def _second_derivative(

@@ -14,6 +14,7 @@ __all__ = [
     "Centered",
     "Data",
     "DataT",
+    "MappedProblem",
     "Point",
     "PointOperations",
     "PointT",
@@ -228,6 +229,24 @@ class Problem(Protocol[DataT, PointT]):
         """The same problems with other data of the same shapes."""
         ...
 
+    @property
+    def device(self) -> torch.device: ...
+
+    def with_data(self, data: DataT) -> Self:
+        """The same problems with other data of the same shapes."""
+        ...
+
+    def with_attached(self, tensors: Sequence[Tensor]) -> Self:
+        """The same problems with other tensors in the place of those attached."""
+        ...
+
+    def lanes(self, count: int, data: DataT, attached: Sequence[Tensor] = ()) -> Self:
+        """``count`` copies of this batch, one after the other, with data and attached tensors of all of them.
+
+        Data that are the same for all copies may be those of this batch.
+        """
+        ...
+
     def objective(self, x: Tensor) -> Tensor:
         """(B, n) to (B,)."""
         ...
@@ -274,4 +293,20 @@ class Problem(Protocol[DataT, PointT]):
 
     def zero_gradient(self) -> DataT:
         """A gradient of the data that is zero."""
+        ...
+
+
+class MappedProblem(Problem[DataT, PointT], Protocol):
+    """A problem that ``torch.func.vmap`` can map over."""
+
+    @property
+    def datum_ndims(self) -> tuple[int, ...]:
+        """How many dimensions each datum has for one element."""
+        ...
+
+    def lanes(self, count: int, data: DataT) -> Self:
+        """``count`` copies of this batch, one after the other, with the data of all of them.
+
+        Data that are the same in all copies may be those of this batch.
+        """
         ...

@@ -143,12 +143,12 @@ class Solution(Generic[ProblemT_co, PointT_co]):
         size = self.batch_size // count
         return [self.select(range(part * size, (part + 1) * size)) for part in range(count)]
 
-    def select(self, elements: Sequence[int]) -> Self:
-        """The solutions of these elements."""
+    def select(self, elements: Sequence[int], problem: AnyProblem | None = None) -> Self:
+        """The solutions of these elements; ``problem`` is theirs, where it is known."""
         chosen = list(elements)
         changes: dict[str, Any] = {name: getattr(self, name)[chosen] for name in self._tensors}
         changes |= {name: tuple(getattr(self, name)[i] for i in chosen) for name in self._tuples}
-        return replace(cast(Any, self), problem=self.problem.select(chosen), **changes)
+        return replace(cast(Any, self), problem=problem or self.problem.select(chosen), **changes)
 
 
 AnySolution: TypeAlias = Solution[AnyProblem, Any]

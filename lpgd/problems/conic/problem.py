@@ -80,6 +80,15 @@ class ConicProblem:
         return replace(self, data=data)
 
     @property
+    def datum_ndims(self) -> tuple[int, ...]:
+        """All data are vectors."""
+        return (1,) * len(self.data)
+
+    def lanes(self, count: int, data: ConicData) -> ConicProblem:
+        """``count`` copies of this batch, one after the other; data with as many rows as before serve all of them."""
+        return replace(self, data=data, batch_size=count * self.batch_size)
+
+    @property
     def device(self) -> torch.device:
         return self.data.q.device
 
