@@ -22,7 +22,7 @@ from lpgd.execution.threads import one_torch_thread, torch_threads, without_auto
 from lpgd.execution.torch_isolation import isolated_torch
 from lpgd.gradients.base import GradientInfo, GradientMethod
 from lpgd.problems.base import Data, is_surely_finite
-from lpgd.problems.lanes import Lanes, joined, mapped, separated, with_rows
+from lpgd.problems.lanes import Lanes, Source, joined, mapped, over_vectors, separated
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
 from lpgd.status import SolverError, Status, describe_failures, warn
@@ -148,7 +148,7 @@ class _SolveFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, problem, *data = inputs
-        ctx.call, ctx.solution = call, call.info.solution
+        ctx.call, ctx.source = call, Source(call.info.solution)
         ctx.attached = len(data) - len(problem.data)
         data = data[: len(problem.data)]
         *output, usable = output
@@ -159,13 +159,14 @@ class _SolveFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        count = len(ctx.solution.problem.data)
+        data = ctx.source.solution.problem.data
+        count = len(data)
         needs = ctx.needs_input_grad[2 : 2 + count]
         needed = frozenset(place for place, one in enumerate(needs) if one)
         tensors = (*cotangents[:-1], *ctx.saved_tensors)
-        gradient = _DerivativeFunction.apply(ctx.call, ctx.solution, needed, *tensors)
+        gradient = over_vectors(_DerivativeFunction, (ctx.call, ctx.source, needed), tensors)
         notices = ctx.call.info.gradients[-1].notices
-        for name, needed in zip(ctx.solution.problem.data._fields, needs, strict=True):
+        for name, needed in zip(data._fields, needs, strict=True):
             if needed and name in notices:
                 warn(notices[name])
         gradient = (part if needed else None for part, needed in zip(gradient, needs, strict=True))
@@ -173,11 +174,11 @@ class _SolveFunction(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        count = len(ctx.solution.problem.data)
+        count = len(ctx.source.solution.problem.data)
         parts = tangents[2 : 2 + count]  # the first two belong to the call and to the problem
         data = ctx.saved_tensors[:count]
         known = (torch.zeros_like(own) if part is None else part for own, part in zip(data, parts, strict=True))
-        return *_DerivativeFunction.apply(ctx.call, ctx.solution, None, *known, *ctx.saved_tensors), None
+        return *_DerivativeFunction.apply(ctx.call, ctx.source, None, *known, *ctx.saved_tensors), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -193,7 +194,8 @@ class _SolveFunction(torch.autograd.Function):
             for part, dim, ndim in zip(tensors[:count], dims[:count], kinds, strict=True)
         ]
         attached = [
-            joined(part, dim, lanes, size, part.ndim) for part, dim in zip(tensors[count:], dims[count:], strict=True)
+            joined(part, dim, lanes, size, part.ndim - (1 if dim is None else 2))
+            for part, dim in zip(tensors[count:], dims[count:], strict=True)
         ]
         more = (attached,) if attached else ()
         problem = problem.lanes(lanes, problem.data._make(data), *more)
@@ -210,10 +212,10 @@ class _DerivativeFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        call: Call, solution: AnySolution, needed: frozenset[int] | None, *tensors: Tensor
+        call: Call, source: Source, needed: frozenset[int] | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         """Reverse where ``needed`` says which data need a gradient, forward where it is None."""
-        started = time.perf_counter()
+        started, solution = time.perf_counter(), source.resolved()
         with _threads(call.solver), without_autocast(solution.x.device.type):
             answer, info = _derivative(call, solution, needed is not None, tensors)
         call.info.gradients.append(info)
@@ -222,27 +224,29 @@ class _DerivativeFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call, ctx.solution, needed, *tensors = inputs
+        ctx.call, ctx.source, needed, *tensors = inputs
         ctx.reverse = needed is not None
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        _check_twice(ctx.call.gradient, ctx.solution.problem, ctx.reverse)
-        return None, None, None, *_SecondFunction.apply(ctx.call, ctx.solution, True, *cotangents, *ctx.saved_tensors)
+        _check_twice(ctx.call.gradient, ctx.source.solution.problem, ctx.reverse)
+        head, tensors = (ctx.call, ctx.source, True), (*cotangents, *ctx.saved_tensors)
+        return None, None, None, *over_vectors(_SecondFunction, head, tensors)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        _check_twice(ctx.call.gradient, ctx.solution.problem, ctx.reverse)
+        _check_twice(ctx.call.gradient, ctx.source.solution.problem, ctx.reverse)
         own = ctx.saved_tensors
         known = (torch.zeros_like(one) if part is None else part for one, part in zip(own, tangents[3:], strict=True))
-        return _SecondFunction.apply(ctx.call, ctx.solution, False, *known, *own)
+        return _SecondFunction.apply(ctx.call, ctx.source, False, *known, *own)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         """One derivative of the batch of all lanes."""
-        call, solution, needed, *tensors = inputs
+        call, source, needed, *tensors = inputs
+        solution = source.solution
         kinds, outputs = mapped(solution.problem).datum_ndims, (1,) * len(solution.outputs)
         direction = outputs if needed is not None else kinds
         # Data that need a gradient have rows of their own, for the gradient has their shape.
@@ -250,7 +254,7 @@ class _DerivativeFunction(torch.autograd.Function):
         whole = [every or place in cast(frozenset[int], needed) for place in range(len(kinds))]
         lanes = Lanes(
             info.batch_size,
-            solution,
+            source,
             tensors,
             in_dims[3:],
             (*direction, *kinds, *outputs),
@@ -258,11 +262,11 @@ class _DerivativeFunction(torch.autograd.Function):
         )
 
         def derivative(lanes: Lanes) -> tuple[Tensor, ...]:
-            solution, tensors = lanes.batch()
+            source, tensors = lanes.batch()
             if needed is None:
-                answer = _DerivativeFunction.apply(call, solution, None, *tensors)
+                answer = _DerivativeFunction.apply(call, source, None, *tensors)
                 return tuple(separated(part, lanes.count) for part in answer)
-            answer = _DerivativeFunction.apply(call, with_rows(solution, needed), needed, *tensors)
+            answer = _DerivativeFunction.apply(call, source.with_rows(needed), needed, *tensors)
             return lanes.gradient(answer, needed)
 
         return _together(derivative, lanes)
@@ -277,8 +281,8 @@ class _SecondFunction(torch.autograd.Function):
     """The derivative of a reverse pass, which is a function of cotangents, data and outputs."""
 
     @staticmethod
-    def forward(call: Call, solution: AnySolution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        started = time.perf_counter()
+    def forward(call: Call, source: Source, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        started, solution = time.perf_counter(), source.resolved()
         count = len(solution.outputs) + len(solution.problem.data) + len(solution.outputs)
         direction, own = tensors[:-count], tensors[-count:]
         no_autocast = torch.autocast(solution.x.device.type, enabled=False)
@@ -302,16 +306,17 @@ class _SecondFunction(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         """One derivative of the batch of all lanes, whose data have a row for each element."""
-        call, solution, reverse, *tensors = inputs
+        call, source, reverse, *tensors = inputs
+        solution = source.solution
         kinds, outputs = mapped(solution.problem).datum_ndims, (1,) * len(solution.outputs)
         own = (*outputs, *kinds, *outputs)
         every = (*(kinds if reverse else own), *own)
-        lanes = Lanes(info.batch_size, solution, tensors, in_dims[3:], every, (True,) * len(every))
+        lanes = Lanes(info.batch_size, source, tensors, in_dims[3:], every, (True,) * len(every))
         needed = frozenset(range(len(kinds)))
 
         def derivative(lanes: Lanes) -> tuple[Tensor, ...]:
-            solution, tensors = lanes.batch()
-            answer = _SecondFunction.apply(call, with_rows(solution, needed), reverse, *tensors)
+            source, tensors = lanes.batch()
+            answer = _SecondFunction.apply(call, source.with_rows(needed), reverse, *tensors)
             return tuple(separated(part, lanes.count) for part in answer)
 
         return _together(derivative, lanes)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from lpgd.autograd import CallInfo, OnError, solve
 from lpgd.execution.tasks import SerialExecutor
@@ -40,6 +41,10 @@ class Recorded:
 
 class LayerOutput(tuple[Tensor, ...], Recorded):
     """The tensors a layer returns, as a plain tuple, with the record of the call beside them."""
+
+
+# For torch.func, which takes outputs apart and puts them together again, without the record.
+register_pytree_node(LayerOutput, lambda output: (list(output), None), lambda parts, _: LayerOutput(parts))
 
 
 WarmStart = bool | Recorded | AnySolution
@@ -126,7 +131,7 @@ class BaseLayer(torch.nn.Module):
         return previous.states
 
     def _remember(self, solution: AnySolution, batch: Batch, solver: AnySolver) -> None:
-        if solver.takes_states:
+        if solver.takes_states and solution.batch_size == batch.batch_size:  # else these are lanes of torch.func.vmap
             self._last.states = (solution.problem.structure.digest, batch.batch_shape, solution.states)
 
     def __getstate__(self) -> dict[str, Any]:

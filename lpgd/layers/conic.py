@@ -176,14 +176,14 @@ class ConicLayer(OptimizationLayer):
 
 def _slack(structure: ConicStructure, data: ConicData, x: Tensor, info: CallInfo) -> Tensor:
     """``b - A x``, differentiable where there is a solution: the gradient of a row without one is zero."""
-    solution = info.solution
-    assert solution is not None
-    size = x.shape[0]
+    solution, usable = info.solution, info.usable
+    assert solution is not None and usable is not None
+    b = per_element(data.b, x.shape[0])
     if not solution.failed:
-        return per_element(data.b, size) - structure.constraint.matvec(data.A, x)
-    usable = solution.usable[:, None]
-    s = per_element(data.b, size) - structure.constraint.matvec(data.A, torch.where(usable, x, 0.0))
-    return torch.where(usable, s, solution.problem.slack(x.detach()))
+        return b - structure.constraint.matvec(data.A, x)
+    s = b - structure.constraint.matvec(data.A, torch.where(usable, x, 0.0))
+    iterate = b.detach() - structure.constraint.matvec(data.A.detach(), x.detach())
+    return torch.where(usable, s, iterate)
 
 
 @eager

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lpgd.cones.product import Cones
 from lpgd.layers.inputs import Batch
+from lpgd.layers.look import look_at
 from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicStructure
 
@@ -126,8 +127,14 @@ def read_matrix(name: str, tensor: Tensor, batch: Batch) -> Matrix:
     """
     if tensor.layout is torch.strided:
         return Matrix(Pattern((tensor.shape[-2], tensor.shape[-1])), batch.rows(tensor, 2))
-    if tensor.dense_dim():
-        raise ValueError(f"{name} is a hybrid tensor with {tensor.dense_dim()} dense dimensions; it must have none.")
+    try:
+        dense = tensor.dense_dim()
+    except RuntimeError as error:  # torch.func.grad and others cannot wrap them (torch 2.13)
+        raise TypeError(
+            f"{name} is {tensor.layout}, which torch.func does not take: pass tensor.to_sparse_coo() or a dense one."
+        ) from error
+    if dense:
+        raise ValueError(f"{name} is a hybrid tensor with {dense} dense dimensions; it must have none.")
     if tensor.layout is torch.sparse_coo:
         tensor = tensor.coalesce()
         indices = (tensor.indices(),)
@@ -135,7 +142,13 @@ def read_matrix(name: str, tensor: Tensor, batch: Batch) -> Matrix:
         indices = (tensor.crow_indices(), tensor.col_indices())
     else:
         indices = (tensor.ccol_indices(), tensor.row_indices())
-    arrays = tuple(index.detach().cpu().numpy().astype(np.int64, copy=False) for index in indices)
+    arrays: tuple[IndexArray, ...] = ()
+
+    def read(shown: Sequence[Tensor]) -> None:
+        nonlocal arrays
+        arrays = tuple(index.detach().cpu().numpy().astype(np.int64, copy=False) for index in shown)
+
+    look_at(read, indices, [index.ndim for index in indices])
     digest = hashlib.blake2b(digest_size=16)
     for array in arrays:
         digest.update(array.tobytes())

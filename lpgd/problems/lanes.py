@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lpgd.problems.base import MappedProblem
 from lpgd.problems.solution import AnySolution
 
-__all__ = ["Lanes", "joined", "mapped", "separated", "summed", "with_rows"]
+__all__ = ["Lanes", "Source", "joined", "mapped", "over_vectors", "separated", "summed"]
+
+IndexArray = NDArray[np.int64]
 
 LARGEST = 1 << 24
 """How many entries of data a batch of lanes has at most, where each lane has a derivative of one solution of its own."""
@@ -72,15 +76,58 @@ def mapped(problem: object) -> MappedProblem[Any, Any]:
     return cast(MappedProblem[Any, Any], problem)
 
 
-def with_rows(solution: AnySolution, needed: frozenset[int]) -> AnySolution:
-    """The same solution of problems with a row for each element of these data, and of their gradient."""
-    problem = mapped(solution.problem)
-    data = [
-        joined(datum, None, 1, problem.batch_size, ndim) if place in needed else datum
-        for place, (datum, ndim) in enumerate(zip(problem.data, problem.datum_ndims, strict=True))
-    ]
-    problem = problem.with_data(problem.data._make(data))
-    return replace(cast(Any, solution), problem=problem)
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The solution that a derivative is taken of, or copies of its elements: which ones, and nothing done yet.
+
+    Transforms of ``torch.func`` around the lanes would lay hands on every tensor that is touched before
+    :meth:`resolved` is called, where none of them is active any more.
+
+    Attributes:
+        solution: of B elements.
+        index: the elements; None for all of them.
+        rows: which data have a row for each element, and with them their gradient.
+    """
+
+    solution: AnySolution
+    index: IndexArray | None = None
+    rows: frozenset[int] = frozenset()
+
+    @property
+    def size(self) -> int:
+        """How many elements there are."""
+        return self.solution.batch_size if self.index is None else self.index.size
+
+    def repeated(self, count: int, size: int) -> Source:
+        """``count`` copies of each ``size`` elements, one copy after the other; more of them belong to lanes around."""
+        index = np.arange(self.size) if self.index is None else self.index
+        outer = index.size // size if size else 1
+        copies = np.broadcast_to(index.reshape(outer, 1, size), (outer, count, size))
+        return replace(self, index=copies.reshape(-1))
+
+    def with_rows(self, rows: frozenset[int]) -> Source:
+        """The same with a row for each element of these data."""
+        return replace(self, rows=rows)
+
+    def resolved(self) -> AnySolution:
+        """The solution of a batch of problems."""
+        solution, index = self.solution, self.index
+        if index is not None:
+            own, chosen = np.arange(solution.batch_size), index.tolist()
+            count = index.size // max(own.size, 1)
+            if np.array_equal(index, np.tile(own, count)):
+                problem = mapped(solution.problem).lanes(count, solution.problem.data)
+                solution = solution.select(chosen, problem)
+            else:
+                solution = solution.select(chosen)
+        if self.rows:
+            problem = mapped(solution.problem)
+            data = [
+                joined(datum, None, 1, problem.batch_size, ndim) if place in self.rows else datum
+                for place, (datum, ndim) in enumerate(zip(problem.data, problem.datum_ndims, strict=True))
+            ]
+            solution = replace(cast(Any, solution), problem=problem.with_data(problem.data._make(data)))
+        return solution
 
 
 @dataclass(frozen=True)
@@ -89,7 +136,7 @@ class Lanes:
 
     Args:
         count: N.
-        solution: of which a derivative is taken.
+        source: what a derivative is taken of.
         tensors: cotangents or tangents, and what else the derivative is a function of; at last the outputs.
         dims: where each tensor has its lanes, or None.
         kinds: the number of dimensions of one element of each tensor.
@@ -97,7 +144,7 @@ class Lanes:
     """
 
     count: int
-    solution: AnySolution
+    source: Source
     tensors: Sequence[Tensor]
     dims: Sequence[int | None]
     kinds: Sequence[int]
@@ -115,7 +162,7 @@ class Lanes:
 
     def chunks(self) -> list[Lanes]:
         """The lanes in parts that fit into memory."""
-        entries = sum(part.numel() for part in self.solution.problem.data)
+        entries = sum(part.numel() for part in self.source.solution.problem.data)
         most = max(1, LARGEST // max(entries, 1))
         if self.is_solved or self.count <= most:
             return [self]
@@ -128,26 +175,16 @@ class Lanes:
         ]
         return replace(self, count=count, tensors=tensors)
 
-    def batch(self) -> tuple[AnySolution, list[Tensor]]:
-        """The solution and the tensors as those of one batch."""
+    def batch(self) -> tuple[Source, list[Tensor]]:
+        """The source and the tensors as those of one batch."""
         parts = zip(self.tensors, self.dims, self.kinds, self.whole, strict=True)
         tensors = [joined(part, dim, self.count, self.size, ndim, whole=whole) for part, dim, ndim, whole in parts]
-        return self.solution if self.is_solved else self._repeated(), tensors
-
-    def _repeated(self) -> AnySolution:
-        solution, size = self.solution, self.size
-        outer = solution.batch_size // size if size else 1
-        if outer == 1:
-            problem = mapped(solution.problem).lanes(self.count, solution.problem.data)
-            return solution.select(list(range(size)) * self.count, problem)
-        # Lanes around these come first in the solution.
-        index = torch.arange(solution.batch_size).reshape(outer, 1, size).expand(outer, self.count, size)
-        return solution.select(index.flatten().tolist())
+        return self.source if self.is_solved else self.source.repeated(self.count, self.size), tensors
 
     def gradient(self, parts: Sequence[Tensor], needed: frozenset[int]) -> tuple[Tensor, ...]:
         """The gradient of the data of all lanes, with a row for each element, as (N, own shape) of each lane's data."""
         count, answer = len(parts), []
-        first = len(self.tensors) - len(self.solution.outputs) - count
+        first = len(self.tensors) - len(self.source.solution.outputs) - count
         for place, part in enumerate(parts):
             datum, dim, ndim = (own[first + place] for own in (self.tensors, self.dims, self.kinds))
             own = tuple(datum.shape) if dim is None else tuple(datum.movedim(dim, 0).shape[1:])
@@ -156,3 +193,37 @@ class Lanes:
             else:
                 answer.append(part.new_zeros(()).expand(self.count, *own))
         return tuple(answer)
+
+
+_torch: Any = torch
+
+
+def over_vectors(function: Any, head: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``function.apply(*head, *tensors)``, for all vectors at once that ``is_grads_batched`` maps over.
+
+    That is another mechanism than ``torch.func.vmap``: it hands tensors with a hidden dimension to backward passes,
+    asks for no rule, and knows few operations (torch 2.13).  The rule for lanes does what it should.
+    """
+    hidden = [_torch._C._functorch.is_legacy_batchedtensor(part) for part in tensors]
+    if not any(hidden):
+        return function.apply(*head, *tensors)
+    level = _torch._C._vmapmode_increment_nesting() - 1
+    _torch._C._vmapmode_decrement_nesting()
+    # The third argument is for tensors without such a dimension.
+    shown = [
+        _torch._remove_batch_dim(part, level, 0, 0) if own else part for part, own in zip(tensors, hidden, strict=True)
+    ]
+    lanes = next(part.shape[0] for part, own in zip(shown, hidden, strict=True) if own)
+    dims = (*(None for _ in head), *(0 if own else None for own in hidden))
+    _torch._C._vmapmode_decrement_nesting()
+    try:
+        answer, _ = function.vmap(_Lanes(lanes), dims, *head, *shown)
+    finally:
+        _torch._C._vmapmode_increment_nesting()
+    return tuple(_torch._add_batch_dim(part, 0, level) for part in answer)
+
+
+class _Lanes(NamedTuple):
+    """What a rule is told of its lanes."""
+
+    batch_size: int

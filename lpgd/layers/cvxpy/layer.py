@@ -21,6 +21,7 @@ from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayou
 from lpgd.layers.cvxpy.maps import SparseMap
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.inputs import batch_inputs
+from lpgd.layers.look import look_at
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solvers import ConicSolver
@@ -164,7 +165,9 @@ class CvxpyLayer(OptimizationLayer):
 
     def _data(self, tensors: Sequence[Tensor], batch_size: int) -> ConicData:
         """Parameters to problem data; a datum that only shared parameters reach stays shared."""
-        check_attributes(self.parameter_layouts, tensors)
+        layouts = self.parameter_layouts
+        ndims = [len(layout.shape) for layout in layouts]
+        look_at(lambda shown: check_attributes(layouts, shown), tensors, ndims)
         columns = _Columns(self.parameter_layouts, tensors, batch_size)
         return ConicData(*(data_map(columns) for data_map in self._data_maps))
 
