@@ -211,9 +211,7 @@ class _DerivativeFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        call: Call, source: Source, needed: frozenset[int] | None, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(call: Call, source: Source, needed: frozenset[int] | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Reverse where ``needed`` says which data need a gradient, forward where it is None."""
         started, solution = time.perf_counter(), source.resolved()
         with _threads(call.solver), without_autocast(solution.x.device.type):

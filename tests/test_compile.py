@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.gradient_cases import CASES, COSTS, WEIGHTS
 
+
 # The compiler asks non-leaf tensors for their .grad, and hides the warning from all but those who make it an error.
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

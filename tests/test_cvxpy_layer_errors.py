@@ -109,7 +109,7 @@ CALLS = {
     "integers": (
         lambda: LAYER(THREE, torch.tensor(1)),
         TypeError,
-        "limit is torch.int64; it must be float32 or float64",
+        "limit is torch.int64; it must be float64, float32",
     ),
     "half": (lambda: LAYER(THREE.half(), ONE), TypeError, "cost is torch.float16"),
     "complex": (lambda: LAYER(THREE.cfloat(), ONE), TypeError, "cost is torch.complex64"),

@@ -91,9 +91,7 @@ def test_one_batch_is_solved_forward_and_one_backward() -> None:
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("method", [lpgd.ImplicitKKT(), lpgd.LPGD(tau=1e-4)])
 @pytest.mark.parametrize("solver", [None, "InteriorPoint"])
-def test_data_that_lanes_share(
-    batch: tuple[int, ...], shared: bool, method: Any, solver: str | None
-) -> None:
+def test_data_that_lanes_share(batch: tuple[int, ...], shared: bool, method: Any, solver: str | None) -> None:
     """Without constraints x = -P⁻¹q, and the gradient of wᵀx is -½(u xᵀ + x uᵀ) for P, -u for q, with u = P⁻¹w."""
     chosen = None if solver is None else lpgd.InteriorPoint()
     layer = lpgd.QPLayer(gradient=method, solver=chosen)
@@ -134,7 +132,10 @@ def test_inputs_without_gradient_have_lanes_too() -> None:
         lambda c, step, target: binary(c - step * (1 - 2 * target)),
         lpgd.DirectLoss(TAU, envelope="lower"),
     )
-    c, targets = normal(LANES, 2, N), torch.stack([TARGET, 1 - TARGET]).expand(LANES, 2, N) * positive(normal(LANES, 1, 1))
+    c, targets = (
+        normal(LANES, 2, N),
+        torch.stack([TARGET, 1 - TARGET]).expand(LANES, 2, N) * positive(normal(LANES, 1, 1)),
+    )
     for target, dim in ((targets, 0), (targets[0], None)):
         got = vmap(grad(lambda c, t: direct(c, target=t).sum()), in_dims=(0, dim))(c, target)
         t = target.expand(LANES, 2, N)
@@ -188,6 +189,7 @@ def test_several_outputs_of_a_cvxpy_layer() -> None:
         vmap(layer)(-values)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 def test_sparse_matrices_that_lanes_share() -> None:
     q = normal(LANES, N)
 

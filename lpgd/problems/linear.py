@@ -145,15 +145,11 @@ class LinearProblem(Centered):
         size = count * self.batch_size
         c = data.c if data.c.shape[0] == size else data.c.repeat(count, 1)
         center = None if self.center is None else self.center.repeat(count, 1)
-        copies = replace(
-            self, data=LinearData(c), batch_size=size, rows=count * self.places, center=center
-        )
+        copies = replace(self, data=LinearData(c), batch_size=size, rows=count * self.places, center=center)
         if not attached:
             return copies
         # Rows of tensors are those of all copies: so must be those of all else.
-        extra = tuple(
-            values if isinstance(values, Tensor) else _taken(values, copies.places) for values in self.extra
-        )
+        extra = tuple(values if isinstance(values, Tensor) else _taken(values, copies.places) for values in self.extra)
         return replace(copies, extra=extra, rows=tuple(range(size))).with_attached(attached)
 
     @property

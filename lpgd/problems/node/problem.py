@@ -78,9 +78,7 @@ class NodeProblem(Centered):
 
     def lanes(self, count: int, data: Data) -> NodeProblem:
         """``count`` copies of this batch, one after the other; a shared input stays shared."""
-        rows = (
-            datum if datum.shape[0] == count * self.batch_size else _tiled(datum, count) for datum in data
-        )
+        rows = (datum if datum.shape[0] == count * self.batch_size else _tiled(datum, count) for datum in data)
         changes = {name: part if part is None else _tiled(part, count) for name, part in self._added().items()}
         return replace(self, data=data._make(rows), batch_size=count * self.batch_size, **changes)
 
