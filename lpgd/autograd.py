@@ -30,6 +30,8 @@ from lpgd.status import SolverError, Status, describe_failures, warn
 __all__ = ["CallInfo", "OnError", "check_solution", "solve"]
 
 OnError = Literal["raise", "nan", "warn"]
+Explain = Callable[[AnySolution, int], str]
+"""Says what is wrong with the data of an element without a solution, as far as is known."""
 
 
 @dataclass(eq=False, repr=False)
@@ -70,6 +72,8 @@ class CallInfo:
         return self.solution.statuses if self.solution is not None else ()
 
 
+_EXPLAINED = 3
+"""Of how many elements a message tells what is wrong with their data."""
 _SHOWN = 3
 """How many gradients a record prints."""
 
@@ -84,6 +88,7 @@ class Call:
     executor: Executor | None
     states: Sequence[Any]
     info: CallInfo
+    explain: Explain | None = None
 
 
 def solve(
@@ -95,6 +100,7 @@ def solve(
     executor: Executor | None = None,
     states: Sequence[Any] = (),
     info: CallInfo | None = None,
+    explain: Explain | None = None,
 ) -> Any:
     """Solve a batch of problems of any class, differentiably in all their data.
 
@@ -107,6 +113,7 @@ def solve(
         executor: where the work runs; None is the solver's own choice.
         states: warm-start states of a solution of such a batch (``Solution.states``).
         info: filled with the record of this call.
+        explain: what messages say of an element without a solution beside its status.
 
     Returns:
         The solutions: those parts of a point of the problem's class that losses see (``Solution.outputs``).
@@ -117,7 +124,7 @@ def solve(
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
     info = info or CallInfo()
-    call = Call(solver, gradient, on_error, executor, states, info)
+    call = Call(solver, gradient, on_error, executor, states, info, explain)
     *parts, usable = _SolveFunction.apply(call, problem, *problem.data, *getattr(problem, "attached", ()))
     info.usable = usable
     return info.solution.outputs._make(parts)
@@ -136,7 +143,7 @@ class _SolveFunction(torch.autograd.Function):
             problem = cast(Any, problem).with_attached([part.detach() for part in tensors[count:]])
         with _threads(call.solver):
             solution = call.solver.solve(problem, call.states, call.executor)
-        check_solution(solution, call.on_error)
+        check_solution(solution, call.on_error, call.explain)
         call.info.solution = solution
         usable = solution.usable[:, None]
         if call.on_error == "nan" and solution.failed:
@@ -391,7 +398,7 @@ _TWICE_DIFFERENTIABLE = (
 )
 
 
-def check_solution(solution: AnySolution, on_error: OnError) -> None:
+def check_solution(solution: AnySolution, on_error: OnError, explain: Explain | None = None) -> None:
     """Raise or warn about elements without a solution, and warn about inaccurate ones.
 
     Raises:
@@ -399,6 +406,9 @@ def check_solution(solution: AnySolution, on_error: OnError) -> None:
     """
     statuses, failed = solution.statuses, solution.failed
     domain = f" {solution.domain}" if solution.domain else ""
+    if failed and on_error != "nan" and explain is not None:
+        reasons = [text for element in failed[:_EXPLAINED] if (text := explain(solution, element))]
+        domain += "".join(f" {text}." for text in reasons)
     if failed and on_error == "raise":
         raise SolverError(
             f"no solution for {describe_failures(statuses, failed)}.{domain} "

@@ -20,6 +20,7 @@ from lpgd.layers.cvxpy.attributes import check_attributes
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
 from lpgd.layers.cvxpy.maps import SparseMap
 from lpgd.layers.eager import eager, signature_of
+from lpgd.layers.explanations import Part, explanation
 from lpgd.layers.inputs import batch_inputs
 from lpgd.layers.look import look_at
 from lpgd.problems.conic.solution import ConicSolution
@@ -133,7 +134,12 @@ class CvxpyLayer(OptimizationLayer):
         """
         inputs = batch_inputs(self.parameter_layouts, params)
         data = self._data(inputs.tensors, inputs.batch_size)
-        point, info = self._solve(data, self.structure, inputs, solver_args, warm_start)
+        parts = [
+            Part(f"parameter {layout.name}", tensor, len(layout.shape))
+            for layout, tensor in zip(self.parameter_layouts, params, strict=True)
+        ]
+        why = explanation(parts, inputs)
+        point, info = self._solve(data, self.structure, inputs, solver_args, warm_start, why)
         output = LayerOutput(inputs.restore(reader(point), reader.layout.shape) for reader in self._readers)
         output.info, output.batch_shape = info, inputs.batch_shape
         return output

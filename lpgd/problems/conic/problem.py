@@ -164,17 +164,20 @@ class ConicProblem:
 
         Args:
             rho: ρ ≥ 0, not scaled by any step.
-            center: (B, n); its solution stays optimal if it is one of this problem.
+            center: (B, n); its solution stays optimal if it is one of this problem.  The values of rows with two ends
+                are no variables of the problem that is meant, and stay out.
         """
         if rho == 0.0:
             return self
         structure = self.structure.with_diagonal
-        diagonal = structure.quadratic.positions(np.arange(structure.n), np.arange(structure.n))
+        own = np.arange(structure.own)
+        diagonal = structure.quadratic.positions(own, own)
         place = structure.quadratic.positions(self.structure.quadratic.rows, self.structure.quadratic.columns)
         P = self.data.P.new_zeros(*self.data.P.shape[:-1], structure.quadratic.nnz)
         P[..., torch.from_numpy(place).to(self.device)] = self.data.P
         P[..., torch.from_numpy(diagonal).to(self.device)] += rho
-        q = per_element(self.data.q, self.batch_size) - rho * center
+        q = per_element(self.data.q, self.batch_size).clone()
+        q[:, : structure.own] -= rho * center[:, : structure.own]
         return ConicProblem(structure, self.data._replace(P=P, q=q), self.batch_size)
 
     # -- derivatives of the Lagrangian ------------------------------------------------------------------------
