@@ -19,9 +19,7 @@ from lpgd.problems.conic.structure import ConicData, ConicStructure, per_element
 __all__ = ["without_absent_rows"]
 
 
-def without_absent_rows(
-    structure: ConicStructure, data: ConicData, batch_size: int
-) -> tuple[ConicData, Tensor | None]:
+def without_absent_rows(structure: ConicStructure, data: ConicData, batch_size: int) -> tuple[ConicData, Tensor | None]:
     """The data with absent rows of the nonnegative cone made harmless, and which these are: (m,) or (R, m), or None."""
     section = structure.cones.sections["nonnegative"]
     rows = data.b[..., section]

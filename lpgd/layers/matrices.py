@@ -209,9 +209,7 @@ class Plan:
             constraint = SparsityPattern((cones.rows, whole), rows, columns)
             lower, upper = np.concatenate([lower, values]), np.concatenate([upper, values])
         whole_numbers = np.array(integer, dtype=np.int64)
-        self.structure = ConicStructure(
-            closed, constraint, cones, lower, upper, whole_numbers, two_sided=two_sided
-        )
+        self.structure = ConicStructure(closed, constraint, cones, lower, upper, whole_numbers, two_sided=two_sided)
 
     def quadratic_values(self, matrix: Matrix) -> Tensor:
         """Values of P on the structure's pattern.

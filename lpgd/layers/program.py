@@ -132,7 +132,10 @@ class ProgramLayer(OptimizationLayer):
         chosen = plan(n, cones, P and P.pattern, patterns, has_lower, has_upper, self._integer, with_ends)
         nothing = torch.empty(0, dtype=torch.float64, device=batch.device)
         lower, upper = (_bound(tensors.get(name, bound), n, batch, nothing) for name, bound in bounds.items())
-        q, right = batch.rows(tensors[cost], 1), [batch.rows(tensors[name], 1) for name in ("b", "h") if name in tensors]
+        q, right = (
+            batch.rows(tensors[cost], 1),
+            [batch.rows(tensors[name], 1) for name in ("b", "h") if name in tensors],
+        )
         if with_ends:
             zeros, free = nothing.new_zeros(k), nothing.new_full((k,), torch.inf)
             right = [*right[: "b" in tensors], zeros]
