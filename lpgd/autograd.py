@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lpgd.execution.threads import one_torch_thread, torch_threads, without_autocast
 from lpgd.execution.torch_isolation import isolated_torch
-from lpgd.gradients.base import GradientInfo, GradientMethod
-from lpgd.problems.base import Data, is_surely_finite
+from lpgd.gradients.base import GradientInfo, GradientMethod, check_cotangent
+from lpgd.gradients.second import check_twice, second_derivative
 from lpgd.problems.lanes import Lanes, Source, joined, mapped, over_vectors, separated
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
@@ -154,15 +154,14 @@ class _SolveFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        call, problem, *data = inputs
+        call, problem, *tensors = inputs
         ctx.call, ctx.source = call, Source(call.info.solution)
-        ctx.attached = len(data) - len(problem.data)
-        data = data[: len(problem.data)]
-        *output, usable = output
+        data, (*outputs, usable) = tensors[: len(problem.data)], output
+        ctx.attached = len(tensors) - len(data)
         ctx.mark_non_differentiable(usable)
         # Saved so that autograd notices data or outputs that were changed in place before the backward pass.
-        ctx.save_for_backward(*data, *output)
-        ctx.save_for_forward(*data, *output)
+        ctx.save_for_backward(*data, *outputs)
+        ctx.save_for_forward(*data, *outputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
@@ -180,7 +179,7 @@ class _SolveFunction(torch.autograd.Function):
         return None, None, *gradient, *(None,) * ctx.attached
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         count = len(ctx.source.solution.problem.data)
         parts = tangents[2 : 2 + count]  # the first two belong to the call and to the problem
         data = ctx.saved_tensors[:count]
@@ -236,13 +235,13 @@ class _DerivativeFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        _check_twice(ctx.call.gradient, ctx.source.solution.problem, ctx.reverse)
+        check_twice(ctx.call.gradient, ctx.source.solution.problem, ctx.reverse)
         head, tensors = (ctx.call, ctx.source, True), (*cotangents, *ctx.saved_tensors)
         return None, None, None, *over_vectors(_SecondFunction, head, tensors)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        _check_twice(ctx.call.gradient, ctx.source.solution.problem, ctx.reverse)
+        check_twice(ctx.call.gradient, ctx.source.solution.problem, ctx.reverse)
         own = ctx.saved_tensors
         known = (torch.zeros_like(one) if part is None else part for one, part in zip(own, tangents[3:], strict=True))
         return _SecondFunction.apply(ctx.call, ctx.source, False, *known, *own)
@@ -278,8 +277,9 @@ class _DerivativeFunction(torch.autograd.Function):
 
 
 def _together(derivative: Callable[[Lanes], tuple[Tensor, ...]], lanes: Lanes) -> tuple[Any, Any]:
-    parts = list(zip(*(derivative(chunk) for chunk in lanes.chunks()), strict=True))
-    return tuple(torch.cat(rows) if len(rows) > 1 else rows[0] for rows in parts), (0,) * len(parts)
+    chunks = [derivative(chunk) for chunk in lanes.chunks()]
+    parts = chunks[0] if len(chunks) == 1 else tuple(torch.cat(rows) for rows in zip(*chunks, strict=True))
+    return parts, (0,) * len(parts)
 
 
 class _SecondFunction(torch.autograd.Function):
@@ -292,7 +292,7 @@ class _SecondFunction(torch.autograd.Function):
         direction, own = tensors[:-count], tensors[-count:]
         no_autocast = torch.autocast(solution.x.device.type, enabled=False)
         with isolated_torch(), torch_threads(1), torch.enable_grad(), no_autocast:
-            answer = _second_derivative(call, solution, reverse, direction, own)
+            answer = second_derivative(call.gradient, solution, reverse, direction, own)
         call.info.backward_seconds += time.perf_counter() - started
         return answer
 
@@ -327,38 +327,6 @@ class _SecondFunction(torch.autograd.Function):
         return _together(derivative, lanes)
 
 
-def _second_derivative(
-    call: Call, solution: AnySolution, reverse: bool, direction: Sequence[Tensor], tensors: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """The derivative, along or against ``direction``, of the gradient as a function of cotangents, data and outputs."""
-    outputs, usable, fields = solution.outputs, solution.usable[:, None], len(solution.problem.data)
-    count = len(solution.outputs)
-
-    def gradient(*parts: Tensor) -> tuple[Tensor, ...]:
-        cotangents, data, points = parts[:count], parts[count : count + fields], parts[count + fields :]
-        known = (outputs._make(torch.where(usable, part, 0.0) for part in own) for own in (points, cotangents))
-        return tuple(call.gradient.differentiable_vjp(solution, solution.problem.data._make(data), *known))
-
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    parts = gradient(*leaves)
-    moving = [place for place, part in enumerate(parts) if part.requires_grad]
-    known = [parts[place] for place in moving]
-    if reverse:
-        if not moving:
-            return tuple(torch.zeros_like(leaf) for leaf in leaves)
-        return torch.autograd.grad(known, leaves, [direction[place] for place in moving], materialize_grads=True)
-    # The product with the derivative, by differentiating the one with its transpose, which is linear in its argument.
-    answer = [torch.zeros_like(part) for part in parts]
-    if moving:
-        weights = [torch.zeros_like(part, requires_grad=True) for part in known]
-        rows = torch.autograd.grad(known, leaves, weights, create_graph=True, materialize_grads=True)
-        rows, along = zip(*(pair for pair in zip(rows, direction, strict=True) if pair[0].requires_grad), strict=True)
-        found = torch.autograd.grad(rows, weights, along, materialize_grads=True)
-        for place, own in zip(moving, found, strict=True):
-            answer[place] = own
-    return tuple(answer)
-
-
 for _function in (_SolveFunction, _DerivativeFunction, _SecondFunction):
     # Kept: torch 2.13 works it out in every call, which takes as long as a small layer's arithmetic.
     cast(Any, _function.forward).__signature__ = inspect.signature(_function.forward)
@@ -378,19 +346,8 @@ def _derivative(
         usable = solution.usable[:, None]
         parts = [torch.where(usable, part, 0.0) for part in parts]
     cotangent = solution.cotangent(parts)
-    _check_cotangent(cotangent)
+    check_cotangent(cotangent)
     return call.gradient.vjp(solution, cotangent, call.solver, call.executor)
-
-
-def _check_twice(method: GradientMethod, problem: AnyProblem, reverse: bool) -> None:
-    """Refuse the derivative of a derivative where none exists."""
-    if not (reverse and method.is_differentiable(problem)):
-        what = str(method) if reverse else "forward mode"
-        raise RuntimeError(
-            f"the gradient of this optimization layer, by {what}, cannot be differentiated again: detach it, or take "
-            "finite differences of it (second derivatives are there for declarative nodes, by their closed forms and "
-            "by ImplicitKKT, of gradients in reverse mode)."
-        )
 
 
 _TWICE_DIFFERENTIABLE = (
@@ -431,15 +388,3 @@ def check_solution(solution: AnySolution, on_error: OnError, explain: Explain | 
     if Status.INACCURATE in statuses:
         inaccurate = [index for index, status in enumerate(statuses) if status is Status.INACCURATE]
         warn(describe_failures(statuses, inaccurate))
-
-
-def _check_cotangent(cotangent: Data) -> None:
-    for name, part in zip(cotangent._fields, cotangent, strict=True):
-        if is_surely_finite(part):
-            continue
-        bad = (~torch.isfinite(part).all(-1)).nonzero()[:, 0].tolist()
-        if bad:
-            raise ValueError(
-                f"the loss gradient with respect to {name} is NaN or infinite for elements {bad[:10]}: "
-                "look at the loss (a logarithm or a square root at zero, or an overflow?)."
-            )

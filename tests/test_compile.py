@@ -42,6 +42,32 @@ def test_a_compiled_model_breaks_once_and_has_the_same_gradient(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+@pytest.mark.parametrize(("layer", "_"), CASES.values(), ids=CASES)
+def test_a_full_graph_is_refused_in_one_sentence(layer: Any, _: Any) -> None:
+    torch.compiler.reset()
+    model = torch.compile(lambda c: layer(2 * c), backend="eager", fullgraph=True)
+    with pytest.raises(
+        RuntimeError, match=r"calls solvers.*: compile with fullgraph=False, which breaks the graph once"
+    ):
+        model(COSTS)
+
+
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_model_under_autocast() -> None:
+    torch.compiler.reset()
+    linear, (layer, expected) = torch.nn.Linear(4, 4), CASES["QPLayer"]
+    with torch.no_grad():
+        linear.weight.copy_(torch.eye(4))
+        linear.bias.zero_()
+    model = torch.compile(lambda c: (layer(linear(c)) * WEIGHTS).sum(), backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        model(COSTS.float()).backward()
+    assert linear.bias.grad is not None
+    torch.testing.assert_close(linear.bias.grad.double(), expected(COSTS), atol=0.05, rtol=0.01)
+
+
 def test_the_compiler_is_imported_by_compilers_only() -> None:
     code = (
         "import sys, torch, lpgd\n"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import lpgd
-from tests.gradient_cases import CASES, COSTS, EYE, N, WEIGHTS, positive
+from tests.gradient_cases import CASES, COSTS, EYE, WEIGHTS, N, positive
 from tests.layer_cases import normal
 
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +13,7 @@ from torch import Tensor
 import lpgd
 from lpgd.gradients import GradientMethod
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.solvers.backends.forms import IntervalForm
-from lpgd.solvers.backends.forms import Matrices
+from lpgd.solvers.backends.forms import IntervalForm, Matrices
 from lpgd.solvers.choose import SOLVERS
 from tests.layer_cases import normal
 
@@ -118,14 +118,14 @@ def test_forward_mode() -> None:
     tangents["P"] = tangents["P"] + tangents["P"].mT
     names = list(given)
 
-    def function(*parts: Tensor) -> tuple[Tensor, Tensor]:
+    def function(method: GradientMethod, *parts: Tensor) -> tuple[Tensor, Tensor]:
         output = solve(**dict(zip(names, parts, strict=True)), gradient=method)
         return output.x, output.z
 
     step, finite = 1e-6, {name: torch.nan_to_num(part, posinf=0, neginf=0) for name, part in tangents.items()}
     there, back = (solve(**{name: given[name] + sign * step * finite[name] for name in names}) for sign in (1.0, -1.0))
     for method in (lpgd.ImplicitKKT(), lpgd.LPGD(tau=1e-5)):
-        _, (dx, dz) = torch.func.jvp(function, tuple(given.values()), tuple(tangents.values()))
+        _, (dx, dz) = torch.func.jvp(partial(function, method), tuple(given.values()), tuple(tangents.values()))
         torch.testing.assert_close(dx, (there.x - back.x) / (2 * step), atol=1e-5, rtol=0)
         torch.testing.assert_close(dz, (there.z - back.z) / (2 * step), atol=1e-4, rtol=0)
 

@@ -13,7 +13,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import lpgd
 from lpgd.problems import lanes
-from tests.gradient_cases import CASES, N, TARGET, TAU, WEIGHTS, binary, positive
+from tests.gradient_cases import CASES, TARGET, TAU, WEIGHTS, N, binary, positive
 from tests.layer_cases import normal
 
 LANES, BATCH = 5, 3

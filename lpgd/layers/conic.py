@@ -181,7 +181,8 @@ class ConicLayer(OptimizationLayer):
 def _slack(structure: ConicStructure, data: ConicData, x: Tensor, info: CallInfo) -> Tensor:
     """``b - A x``, differentiable where there is a solution: the gradient of a row without one is zero."""
     solution, usable = info.solution, info.usable
-    assert solution is not None and usable is not None
+    assert solution is not None
+    assert usable is not None
     b = per_element(data.b, x.shape[0])
     if not solution.failed:
         return b - structure.constraint.matvec(data.A, x)

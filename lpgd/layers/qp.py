@@ -130,8 +130,8 @@ class QPLayer(ProgramLayer):
         """The solver's whole answer, not differentiable: statuses, residuals, iterations, times.
 
         Arguments are those of a call; leading batch dimensions are flattened to one.  The rows of its ``y`` are the
-        equalities and then the inequalities, its ``z`` is z_box; with l, its ``x`` is (x, G x) and its ``z`` (z_box, z).
-        Elements without a solution do not raise.
+        equalities and then the inequalities, its ``z`` is z_box; with l, its ``x`` is (x, G x) and its ``z`` is
+        (z_box, z).  Elements without a solution do not raise.
         """
         refuse_positional("QPLayer", "layer.solve(P, q", misplaced)
         with torch.no_grad():

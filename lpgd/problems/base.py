@@ -229,24 +229,6 @@ class Problem(Protocol[DataT, PointT]):
         """The same problems with other data of the same shapes."""
         ...
 
-    @property
-    def device(self) -> torch.device: ...
-
-    def with_data(self, data: DataT) -> Self:
-        """The same problems with other data of the same shapes."""
-        ...
-
-    def with_attached(self, tensors: Sequence[Tensor]) -> Self:
-        """The same problems with other tensors in the place of those attached."""
-        ...
-
-    def lanes(self, count: int, data: DataT, attached: Sequence[Tensor] = ()) -> Self:
-        """``count`` copies of this batch, one after the other, with data and attached tensors of all of them.
-
-        Data that are the same for all copies may be those of this batch.
-        """
-        ...
-
     def objective(self, x: Tensor) -> Tensor:
         """(B, n) to (B,)."""
         ...

@@ -23,7 +23,7 @@ __all__ = ["Lanes", "Source", "joined", "mapped", "over_vectors", "separated", "
 IndexArray = NDArray[np.int64]
 
 LARGEST = 1 << 24
-"""How many entries of data a batch of lanes has at most, where each lane has a derivative of one solution of its own."""
+"""How many entries of data a batch of lanes may have, where each lane has a derivative of one solution of its own."""
 
 
 def joined(part: Tensor, dim: int | None, lanes: int, size: int, ndim: int, *, whole: bool = True) -> Tensor:
@@ -186,7 +186,7 @@ class Lanes:
         count, answer = len(parts), []
         first = len(self.tensors) - len(self.source.solution.outputs) - count
         for place, part in enumerate(parts):
-            datum, dim, ndim = (own[first + place] for own in (self.tensors, self.dims, self.kinds))
+            datum, dim, ndim = self.tensors[first + place], self.dims[first + place], self.kinds[first + place]
             own = tuple(datum.shape) if dim is None else tuple(datum.movedim(dim, 0).shape[1:])
             if place in needed:
                 answer.append(summed(part, own, self.count, self.size, ndim))

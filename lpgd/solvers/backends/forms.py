@@ -300,8 +300,9 @@ class IntervalFrame(Frame):
         upper[:, whole.upper_index] = vectors.upper
         shift = row_upper[:, self.with_ends].copy()
         row_lower[:, self.with_ends], row_upper[:, self.with_ends] = lower[:, own:] + shift, upper[:, own:] + shift
-        parts = (np.ascontiguousarray(part[:, :own]) for part in (lower, upper))
-        return IntervalVectors(np.array(vectors.q[:, :own], order="C"), row_lower, row_upper, *parts, shift)
+        q = np.array(vectors.q[:, :own], order="C")
+        lower, upper = np.ascontiguousarray(lower[:, :own]), np.ascontiguousarray(upper[:, :own])
+        return IntervalVectors(q, row_lower, row_upper, lower, upper, shift)
 
     def invert(self, point: IntervalPoint, vectors: IntervalVectors, A: FloatArray) -> Point:
         slack, structure = np.zeros_like(point.y), self.structure
