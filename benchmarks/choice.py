@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+import cvxpy as cp
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ __all__ = ["run"]
 Data = Sequence[Tensor]
 
 BOUND = 1.3
-EXTRAS = ("PIQP", "PROXQP")
+EXTRAS = ("PIQP", "PROXQP", "MOREAU")
 """What a plain installation lacks."""
 
 
@@ -144,6 +145,23 @@ def _cvxpy(name: str, batch: int) -> _Task:
     )
 
 
+def _sum_of_squares(n: int, batch: int) -> _Task:
+    """A dense QP as CVXPY sees it: P is RᵀR, and R the parameter."""
+    x = cp.Variable(n)
+    R, q, A, b = cp.Parameter((n, n)), cp.Parameter(n), cp.Parameter((n // 5, n)), cp.Parameter(n // 5)
+    G, h = cp.Parameter((n, n)), cp.Parameter(n)
+    problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(R @ x) + q @ x), [A @ x == b, G @ x <= h])
+
+    def draw(size: int, seed: int) -> tuple[Tensor, ...]:
+        P, *rest = draw_qps(n, size, seed)
+        return torch.linalg.cholesky(P).mT.contiguous(), *rest
+
+    def layer(solver: str | None, gradient: Any) -> Any:
+        return lpgd.CvxpyLayer(problem, [R, q, A, b, G, h], [x], solver=solver, gradient=gradient)
+
+    return _Task(f"cvxpy_qp{n}", f"CVXPY: dense QP n {n}", (batch, batch), draw, layer, lambda data: (tuple(data), {}))
+
+
 def tasks(quick: bool) -> Iterator[_Task]:
     yield _qp(10, 64, True)
     yield _qp(10, 64, False)
@@ -158,6 +176,10 @@ def tasks(quick: bool) -> Iterator[_Task]:
     yield _lp(600, 4, 300, 0.01)
     yield _sparse_qp(500, 4)
     yield _cvxpy("nnls", 32)
+    yield _sum_of_squares(50, 64)
+    yield _cvxpy("portfolio", 32)
+    yield _cvxpy("logistic", 32)
+    yield _cvxpy("sdp", 32)
 
 
 def run(settings: Settings) -> Iterator[Result | Target]:

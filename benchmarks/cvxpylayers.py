@@ -12,14 +12,15 @@ from .results import Result, Target, ratio_target
 __all__ = ["run"]
 
 TARGETS = {"portfolio": (2.0, 4.0), "logistic": (4.0, 8.0), "sdp": (4.0, 8.0), "nnls": (4.0, 8.0)}
-NAMED = {"nnls": (("INTERIOR", "exact"), ("INTERIOR", "lpgd"), ("DAQP", "exact"), ("DAQP", "lpgd"))}
+MOREAU = (("MOREAU", "exact"), ("MOREAU", "lpgd"))
+NAMED = {"nnls": (("INTERIOR", "exact"), ("INTERIOR", "lpgd"), ("DAQP", "exact"), ("DAQP", "lpgd"), *MOREAU)}
 
 
 def run(settings: Settings) -> Iterator[Result | Target]:
     for name, bounds in TARGETS.items():
         program = PROGRAMS[name]
         case, instance = conic_case("cvxpylayers", program, program.batch[settings.quick])
-        result = compare(case, conic_sides(program, instance, NAMED.get(name, ())), settings)
+        result = compare(case, conic_sides(program, instance, NAMED.get(name, MOREAU)), settings)
         yield result
         yield ratio_target(
             result, f"{program.title}, batch {case.batch}: × cvxpylayers' best mode", *bounds, "cvxpylayers"

@@ -21,7 +21,7 @@ __all__ = ["dense_qp_case", "our_qp_sides", "run"]
 
 SIZES = {10: 64, 20: 64, 50: 64, 100: 64, 200: 16, 500: 4}
 QUICK_SIZES = {10: 8, 20: 4}
-SOLVERS = ("INTERIOR", "DAQP", "PIQP", "PROXQP", "OSQP", "CLARABEL")
+SOLVERS = ("INTERIOR", "DAQP", "MOREAU", "PIQP", "PROXQP", "OSQP", "CLARABEL")
 QP_PEERS = ("qpth", "ProxSuite")
 
 
@@ -64,7 +64,9 @@ def dense_qp_case(n: int, batch: int, comparison: str = "dense_qp") -> Case:
     )
 
 
-def our_qp_sides(named: Sequence[str] = SOLVERS, lpgd_solvers: Sequence[str] = ("INTERIOR", "DAQP")) -> list[Side]:
+def our_qp_sides(
+    named: Sequence[str] = SOLVERS, lpgd_solvers: Sequence[str] = ("INTERIOR", "DAQP", "MOREAU")
+) -> list[Side]:
     """The default, and each of the named solvers that is installed; LPGD (Domke's small step) with some of them."""
 
     def arguments(data: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
@@ -85,7 +87,7 @@ def run(settings: Settings) -> Iterator[Result | Target | Curve]:
     memory = Curve("dense_qp_memory", "dense QP: growth of memory for each element", "n", "MiB an element")
     for n, batch in (QUICK_SIZES if settings.quick else SIZES).items():
         case = dense_qp_case(n, batch)
-        named = SOLVERS if n <= 100 else ("INTERIOR", "DAQP", "PIQP", "PROXQP")
+        named = SOLVERS if n <= 100 else ("INTERIOR", "DAQP", "MOREAU", "PIQP", "PROXQP")
         result = compare(case, [*our_qp_sides(named), *dense_qp_peers(n, max(n // 5, 1), n)], settings)
         for entry in result.entries:
             if entry.usable and entry.kind == "exact":

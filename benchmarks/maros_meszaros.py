@@ -22,7 +22,7 @@ from .results import Curve, Result, Target, fastest
 __all__ = ["run"]
 
 Problem = dict[str, NDArray[np.float64]]
-SOLVERS = ("DAQP", "INTERIOR", "PIQP", "PROXQP", "CLARABEL")
+SOLVERS = ("DAQP", "INTERIOR", "MOREAU", "PIQP", "PROXQP", "CLARABEL")
 PEERS = ("qpth", "ProxSuite", "dQP")
 PERTURBATION = 1e-2
 OPTIMUM_ERROR = 1e-6

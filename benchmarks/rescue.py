@@ -61,7 +61,9 @@ def frequency(settings: Settings) -> Iterator[Target]:
     weights += weights.transpose(0, 2, 1)
     P = torch.from_numpy(np.stack([np.diag(own.sum(1)) - own for own in weights]))
     zeros, ones = torch.zeros(n, dtype=torch.float64), torch.ones(1, n, dtype=torch.float64)
-    for name in solver_names(("DAQP", "CLARABEL", "INTERIOR", "HIGHS", "PIQP", "OSQP", "PROXQP", "SCS", "ECOS")):
+    for name in solver_names(
+        ("DAQP", "CLARABEL", "INTERIOR", "HIGHS", "PIQP", "OSQP", "PROXQP", "SCS", "MOREAU", "ECOS")
+    ):
         output = lpgd.solve_qp(P, zeros, A=ones, b=ones[0, :1], lb=zeros, solver=name, on_error="nan")
         unsolved = len(output.info.solution.failed)
         note = f"without an answer: {unsolved}; by others: {output.info.solution.rescued}"

@@ -75,7 +75,7 @@ def backward_ratios(settings: Settings) -> Iterator[Result | Target]:
             lambda d: ((P, *d), {"A": A, "b": b, "G": G, "h": h}),
             True,
         )
-        for name in solver_names(("DAQP", "INTERIOR", "SCS", "PROXQP", "OSQP"))
+        for name in solver_names(("DAQP", "INTERIOR", "MOREAU", "SCS", "PROXQP", "OSQP"))
         for tau in (1e-4,)
     ]
     yield from _backward(

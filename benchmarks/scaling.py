@@ -22,7 +22,7 @@ __all__ = ["run"]
 
 SIZE, QUICK_SIZE = 50, 10
 BATCHES, QUICK_BATCHES = (1, 4, 16, 64, 256), (1, 4)
-SOLVERS = ("INTERIOR", "DAQP")
+SOLVERS = ("INTERIOR", "DAQP", "MOREAU")
 
 
 def batches(settings: Settings) -> Iterator[Result | Curve]:

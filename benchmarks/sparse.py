@@ -185,7 +185,7 @@ def lp_sides(n: int) -> tuple[list[Side], sp.csc_matrix]:
 
     gradient = lpgd.LPGD(tau=TAU)
     sides = [layer_side(lpgd.LPLayer(gradient=gradient), "LPGD", arguments, chosen=False)]
-    for name in solver_names(("HIGHS", "CLARABEL", "PIQP", "SCS", "INTERIOR")):
+    for name in solver_names(("HIGHS", "CLARABEL", "PIQP", "SCS", "INTERIOR", "MOREAU")):
         sides.append(layer_side(lpgd.LPLayer(name, gradient=gradient), "LPGD", arguments, chosen=True))
     for solver in ("Clarabel", "SCS"):
         sides.append(cvxpylayers_side(problem, parameters, x, solver, "lpgd", tau=TAU))

@@ -16,7 +16,7 @@ __all__ = ["run"]
 FINER = (("SCS", "lpgd", 1e-8), ("SCS", "exact", 1e-8))
 NAMED = (("INTERIOR", "lpgd"), ("INTERIOR", "exact"), ("DAQP", "lpgd"))
 # With ρ > 0 the perturbed problems are quadratic: HiGHS starts those cold, in time that grows with n³.
-NAMED_SMALL = (*NAMED, ("HIGHS", "lpgd"))
+NAMED_SMALL = (*NAMED, ("HIGHS", "lpgd"), ("MOREAU", "lpgd"), ("MOREAU", "exact"))
 LARGE, PART = 150, 50
 """The peer's exact mode takes 130 MiB for each board: it runs on a third of the large batch, and counts three times."""
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import from_numpy
 from lpgd.diagnostics.measurement import Measurement
 from lpgd.diagnostics.moreau import envelope_values
 from lpgd.diagnostics.passes import Loss, Parameters, Pass
@@ -186,7 +187,7 @@ def plot_perturbed_path(
     if not np.isfinite(unit):
         raise ValueError(f"the gradient of the loss at the solution of element {element} is zero: it does not move.")
     steps = unit * np.geomspace(1e-3, 10.0, 60) if taus is None else np.sort(np.asarray(taus, dtype=float))
-    found = run.perturbed_path(element, torch.from_numpy(np.concatenate([-steps[::-1], steps])), rho)
+    found = run.perturbed_path(element, from_numpy(np.concatenate([-steps[::-1], steps])), rho)
     values = _numbers(torch.where(found.usable[:, None], found.x, torch.nan))
     values = np.insert(values, len(steps), _numbers(run.solution.x[element]), axis=0)
     panel = _axes(axes, (1, 1), (7.0, 4.0))[0, 0]

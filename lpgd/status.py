@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 __all__ = [
@@ -108,7 +108,7 @@ _silent = _Silent()
 
 
 @contextmanager
-def silent() -> Iterator[None]:
+def silent() -> Generator[None]:
     """Drop this library's warnings in this thread: what is asked of a second means only to check the first one."""
     before = _silent.on
     _silent.on = True

@@ -68,7 +68,7 @@ def test_problem_contract() -> None:
     g, step, center = LinearPoint(normal(4, 6, seed=2)), normal(8, seed=3), normal(4, 6, seed=4)
     tilted = problem.augment(0.4, center).tilt(step, g)
     for part in range(2):
-        own, rows = step[4 * part : 4 * part + 4], range(4 * part, 4 * part + 4)
+        own, rows = step[4 * part : 4 * part + 4], torch.arange(4 * part, 4 * part + 4)
         expected = ((c + own[:, None] * g.x) * x).sum(-1) + 0.2 * (x - center).square().sum(-1)
         torch.testing.assert_close(tilted.select(rows).lagrangian(LinearPoint(x)), expected)
     again = problem.augment(0.4, center).augment(0.6, x)
@@ -79,9 +79,9 @@ def test_problem_contract() -> None:
     torch.testing.assert_close(difference, expected)
     leaf_c = leaf(c)
     (gradient,) = torch.autograd.grad((leaf_c * x).sum(), leaf_c)
-    part = problem.select([3, 1])
+    part = problem.select(torch.tensor([3, 1]))
     scattered = problem.scatter(
-        [3, 1], part.gradient_difference(LinearPoint(x[[3, 1]]), LinearPoint(0 * x[:2]), step[:2])
+        torch.tensor([3, 1]), part.gradient_difference(LinearPoint(x[[3, 1]]), LinearPoint(0 * x[:2]), step[:2])
     )
     assert not scattered.c[[0, 2]].any()
     torch.testing.assert_close(scattered.c[[3, 1]], step[:2, None] * gradient[[3, 1]])

@@ -15,6 +15,7 @@ from lpgd import (
     SCS,
     Clarabel,
     MissingPackageError,
+    Moreau,
     available,
 )
 from lpgd.cones.product import Cones
@@ -40,15 +41,17 @@ def test_a_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch
         ECOS().solve(case.problem)
     for solver in SOLVERS:
         monkeypatch.setattr(solver, "is_installed", classmethod(lambda cls: False))
-    with pytest.raises(MissingPackageError, match="pip install clarabel or pip install scs or pip install ecos"):
+    with pytest.raises(
+        MissingPackageError, match="pip install clarabel or pip install scs or pip install moreau or pip install ecos"
+    ):
         choose_solver(case.problem.structure)
 
 
 def test_solvers_are_chosen_by_what_they_can_do() -> None:
     structures = {case.name: case.problem.structure for case in CASES}
-    names = ("CLARABEL", "SCS", "INTERIOR", "DAQP", "HIGHS", "PIQP", "OSQP", "PROXQP", "ECOS")
+    names = ("CLARABEL", "SCS", "INTERIOR", "DAQP", "HIGHS", "PIQP", "OSQP", "PROXQP", "MOREAU", "ECOS")
     assert available() == (names if ECOS.is_installed() else names[:-1])
-    assert available(structures["sdp"]) == ("CLARABEL", "SCS")
+    assert available(structures["sdp"]) == ("CLARABEL", "SCS", "MOREAU")
     assert available(structures["dual exponential"]) == ("SCS",)
     assert choose_solver(structures["qp"]).name == "CLARABEL"
     assert choose_solver(structures["dual power"]).name == "SCS"
@@ -68,10 +71,15 @@ def test_solvers_are_chosen_by_what_they_can_do() -> None:
         choose_solver(structures["qp"], "SCS", {"epsilon": 1e-3})
 
 
+def dense(n: int, rows: int) -> ConicStructure:
+    return ConicStructure(SparsityPattern.dense(n, n), SparsityPattern.dense(rows, n), Cones(nonnegative=rows))
+
+
 def test_a_known_situation_chooses_by_class_size_and_device() -> None:
     structures = {case.name: case.problem.structure for case in CASES}
     large, cpu = LARGE.problem.structure, Situation()
-    assert choose_solver(structures["qp"], situation=cpu) == DAQP()
+    assert preference(structures["qp"], cpu)[:2] == (Moreau, DAQP)
+    assert choose_solver(structures["qp"], situation=cpu) == (Moreau() if Moreau.is_installed() else DAQP())
     assert choose_solver(structures["qp"], situation=Situation("cuda")).name == "INTERIOR"
     assert choose_solver(structures["socp"], situation=Situation("cuda")).name == "CLARABEL"
     assert choose_solver(large, situation=cpu).name == "INTERIOR"  # a dense linear program
@@ -79,6 +87,14 @@ def test_a_known_situation_chooses_by_class_size_and_device() -> None:
     sparse = ConicStructure(SparsityPattern.empty(n, n), SparsityPattern((n, n), rows, rows), Cones(nonnegative=n))
     assert choose_solver(sparse, situation=Situation(augmented=False)).name == "HIGHS"
     assert choose_solver(sparse, situation=Situation(augmented=True)).name in ("PIQP", "CLARABEL")
+    program = dense(100, 120)
+    assert preference(program, cpu)[0] is DAQP
+    assert preference(dense(200, 240), cpu)[:2] == (Moreau, DAQP)
+    # CVXPY's form of the first: the squares are variables, and P their half of the diagonal.
+    epigraph = ConicStructure(
+        SparsityPattern((100, 100), rows[50:100], rows[50:100]), program.constraint, program.cones
+    )
+    assert preference(epigraph, cpu)[0] is DAQP
     for structure in structures.values():
         assert set(preference(structure, cpu)) == set(SOLVERS)
         assert preference(structure, cpu)[-1] is ECOS

@@ -147,7 +147,7 @@ def test_projection_onto_a_box_with_its_bounds_as_duals() -> None:
     layer = lpgd.CvxpyLayer(
         problem, [c, low, high], [above.dual_variables[0], x, below.dual_variables[0]], solver_args=TIGHT
     )
-    assert layer.structure.m == 4  # rows only define the square: the bounds are bounds
+    assert layer.structure.m == 0  # rows only defined the square: the bounds are bounds
     data = [torch.tensor([-3.0, 0.2, 2.0, 9.0], dtype=torch.float64), -torch.ones(4).double(), torch.ones(4).double()]
     data[2][3] = torch.inf  # an infinite bound is no bound
     own, exact = [leaf(datum) for datum in data], [leaf(datum) for datum in data]

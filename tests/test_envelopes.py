@@ -146,7 +146,7 @@ SIMPLEX = {
 }
 
 
-@pytest.mark.parametrize("solver", ["INTERIOR", "HIGHS", "CLARABEL", "DAQP", "SCS"])
+@pytest.mark.parametrize("solver", ["INTERIOR", "HIGHS", "CLARABEL", "DAQP", "SCS", "MOREAU"])
 def test_a_chosen_step_that_moves_no_vertex_is_warned_about(solver: str) -> None:
     layer = lpgd.LPLayer(solver=solver, gradient=lpgd.LPGD())
     costs = torch.tensor([[0.0, 1.0, 2.0], [3.0, 1.0, 2.0]], dtype=torch.float64, requires_grad=True)

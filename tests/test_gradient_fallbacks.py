@@ -85,7 +85,7 @@ def test_elements_without_cotangent_or_solution_cost_nothing_and_get_zero() -> N
         gradient, info = method.vjp(solution, cotangent, TIGHT)
         assert info.used == ["no solution", "zero cotangent", used]
         assert not gradient.q[:2].any()
-        alone, _ = method.vjp(solution.select([2]), cotangent.select(torch.tensor([2])), TIGHT)
+        alone, _ = method.vjp(solution.select(torch.tensor([2])), cotangent.select(torch.tensor([2])), TIGHT)
         torch.testing.assert_close(gradient.A, alone.A, atol=1e-8, rtol=1e-8)
 
 
@@ -131,5 +131,5 @@ def test_singular_elements_do_not_spoil_the_others() -> None:
     with pytest.warns(LpgdWarning, match=r"elements \[1\] are singular"):
         gradient, info = ImplicitKKT().vjp(solution, cotangent, TIGHT)
     assert info.used == ["implicit", "implicit, regularised", "implicit"]
-    regular, _ = ImplicitKKT().vjp(solution.select([0, 2]), cotangent.select(torch.tensor([0, 2])), TIGHT)
+    regular, _ = ImplicitKKT().vjp(solution.select(torch.tensor([0, 2])), cotangent.select(torch.tensor([0, 2])), TIGHT)
     torch.testing.assert_close(gradient.A[[0, 2]], regular.A, atol=1e-9, rtol=1e-9)

@@ -24,6 +24,7 @@ from lpgd import (
     ImplicitKKT,
     InteriorPoint,
     LpgdWarning,
+    Moreau,
     ProxQP,
     SerialExecutor,
 )
@@ -155,6 +156,7 @@ def test_limit_of_lpgd_equals_implicit(case: Case, rho: float) -> None:
         (OSQP(), 1e-4),
         (ProxQP(), 1e-4),
         (InteriorPoint(), 2e-4),
+        (Moreau(), 2e-4),
     ],
     ids=lambda value: getattr(value, "name", None),
 )

@@ -246,7 +246,7 @@ def test_shared_and_repeated_matrices_give_the_same_as_one_for_each_element() ->
     shared = TIGHT.solve(problem)
     copies = replace(problem, data=problem.data._replace(A=problem.data.A.repeat(20, 1)))
     torch.testing.assert_close(TIGHT.solve(copies).x, shared.x, atol=1e-7, rtol=0)
-    alone = TIGHT.solve(problem.select([17]))
+    alone = TIGHT.solve(problem.select(torch.tensor([17])))
     torch.testing.assert_close(alone.x[0], shared.x[17], atol=1e-7, rtol=0)
 
 

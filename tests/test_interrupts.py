@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are sent by 
 ROOT = Path(__file__).parent.parent
 LISTENING = [SCS, ECOS, OSQP]
 LISTEN = [solver.name for solver in LISTENING if solver.is_installed()]  # ecos has no wheels from Python 3.13 on
-SOLVERS = ["CLARABEL", *LISTEN, "DAQP", "HIGHS", "PIQP", "PROXQP", "INTERIOR", "CUSTOM"]
+SOLVERS = ["CLARABEL", *LISTEN, "DAQP", "HIGHS", "PIQP", "PROXQP", "INTERIOR", "MOREAU", "CUSTOM"]
 
 
 def run(*arguments: str, seconds: float = 300.0) -> str:
@@ -70,7 +70,7 @@ def test_an_interrupted_solve_is_not_a_failure_of_the_solver() -> None:
 
 
 def test_a_child_does_not_wait_for_threads_of_its_parent() -> None:
-    assert run("tests.interrupt_run", "60", "fork", "CLARABEL", "INTERIOR").split() == ["same"] * 2
+    assert run("tests.interrupt_run", "60", "fork", "CLARABEL", "INTERIOR", "MOREAU").split() == ["same"] * 3
 
 
 def test_tasks_that_nobody_wants_any_more_end() -> None:

@@ -186,7 +186,7 @@ def test_a_tilt_unit_is_none_of_a_sum_that_cancels() -> None:
 # -- which solutions moved -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", ["DAQP", "INTERIOR", "CLARABEL", "SCS", "ECOS", "HIGHS", "PIQP"])
+@pytest.mark.parametrize("solver", ["DAQP", "INTERIOR", "CLARABEL", "SCS", "ECOS", "HIGHS", "PIQP", "MOREAU"])
 def test_moved_is_a_change_of_vertex(solver: str) -> None:
     """Against the vertices that an exact simplex method finds for the tilted costs."""
     rng = np.random.default_rng(1)

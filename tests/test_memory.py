@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from lpgd import available
 from lpgd.execution.workspaces import WorkspaceCache
 from tests.test_interrupts import LISTEN, run
 
 LISTED = [*LISTEN, "CLARABEL", "DAQP", "HIGHS", "PIQP", "PROXQP"]
+
+BATCHED = [name for name in ("MOREAU",) if name in available()]
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
@@ -23,14 +26,15 @@ def reports(*arguments: str) -> list[dict[str, Any]]:
 @linux
 def test_solvers_state_what_their_workspaces_hold() -> None:
     found = reports("tests.memory_run", "held", *LISTED)
-    assert len(found) == 3 * len(LISTED)
+    found += reports("tests.memory_run", "held", *BATCHED)
+    assert len(found) == 3 * len(LISTED) + 6 * len(BATCHED)
     for report in found:
         assert 0.4 < report["stated"] / report["held"] < 2.5, report
 
 
 @linux
 def test_training_with_new_matrices_does_not_grow() -> None:
-    for report in reports("tests.memory_run", "growth", "SCS", "HIGHS", "CLARABEL"):
+    for report in reports("tests.memory_run", "growth", "SCS", "HIGHS", "CLARABEL", *BATCHED):
         assert report["grown"] < 10, report
         assert report["idle"] <= 10, report
 

@@ -116,7 +116,7 @@ def test_augment_adds_the_proximal_term(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_select_and_scatter_are_transposes(case: Case) -> None:
     chosen = [2, 0]
-    part = case.problem.select(chosen)
+    part = case.problem.select(torch.tensor(chosen))
     point = random_point(case, 8)
     rows = point.select(torch.tensor(chosen))
     torch.testing.assert_close(part.lagrangian(rows), case.problem.lagrangian(point)[chosen])
@@ -124,7 +124,7 @@ def test_select_and_scatter_are_transposes(case: Case) -> None:
     gradient = part.gradient_difference(rows, zero, torch.ones(2).double())
     weight = torch.tensor([1.0, 0.0, 1.0]).double()
     everything = case.problem.gradient_difference(point, ConicPoint(*(torch.zeros_like(p) for p in point)), weight)
-    for ours, theirs in zip(case.problem.scatter(chosen, gradient), everything, strict=True):
+    for ours, theirs in zip(case.problem.scatter(torch.tensor(chosen), gradient), everything, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -139,7 +139,7 @@ def test_problems_and_structures_survive_copies(case: Case) -> None:
 
 
 def element(case: Case, index: int) -> tuple[Matrices, Vectors, tuple[np.ndarray, ...]]:
-    problem = case.problem.select([index])
+    problem = case.problem.select(torch.tensor([index]))
     row = {name: datum.reshape(-1).numpy() for name, datum in problem.data._asdict().items()}
     P = problem.symmetric_P.reshape(-1).numpy()
     finite = np.isfinite(row["lower"]), np.isfinite(row["upper"])

@@ -27,6 +27,7 @@ from lpgd import (
     InteriorPoint,
     LpgdWarning,
     LPLayer,
+    Moreau,
     ProxQP,
     QPLayer,
     SerialExecutor,
@@ -38,7 +39,18 @@ from lpgd.solvers import ConicSolver
 from tests.redundant import Redundant, cotangent, of_single, redundant
 from tests.test_refinement import ellipsoid
 
-SOLVERS = [Clarabel(), SCS(tolerance=1e-4), ECOS(), DAQP(), HiGHS(), PIQP(), OSQP(), ProxQP(), InteriorPoint()]
+SOLVERS = [
+    Clarabel(),
+    SCS(tolerance=1e-4),
+    ECOS(),
+    DAQP(),
+    HiGHS(),
+    PIQP(),
+    OSQP(),
+    ProxQP(),
+    InteriorPoint(),
+    Moreau(),
+]
 SERIAL = SerialExecutor()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lpgd import DAQP, ECOS, OSQP, PIQP, SCS, Clarabel, HiGHS, InteriorPoint, ProxQP
+from lpgd import DAQP, ECOS, OSQP, PIQP, SCS, Clarabel, HiGHS, InteriorPoint, Moreau, ProxQP
 from lpgd.cones.product import Cones
 from lpgd.cones.projections import distance
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
@@ -16,6 +16,7 @@ from tests.problem_table import CASES, REGULAR, Case
 
 SOLVERS = [
     SCS(tolerance=1e-4), Clarabel(), ECOS(), DAQP(), HiGHS(), PIQP(), OSQP(tolerance=1e-4), ProxQP(), InteriorPoint(),
+    Moreau(),
 ]  # fmt: skip
 
 
@@ -25,7 +26,7 @@ def test_every_solvers_answer_ends_at_rounding(case: Case, solver: ConicSolver) 
     if solver.unsupported(case.problem.structure):
         return
     problem, solution = case.problem, solver.solve(case.problem)
-    refined = refine(problem, solution.point, solution.slack, range(problem.batch_size))
+    refined = refine(problem, solution.point, solution.slack, torch.arange(problem.batch_size))
     assert refined.after.max() <= 1e-12
     assert torch.all(refined.after <= refined.before)
     torch.testing.assert_close(refined.point.x, case.point.x, atol=1e-11, rtol=0)
@@ -37,7 +38,7 @@ def test_every_solvers_answer_ends_at_rounding(case: Case, solver: ConicSolver) 
 def test_refined_points_are_complementary(case: Case) -> None:
     problem, cones = case.problem, case.problem.structure.cones
     solution = SCS(tolerance=1e-4).solve(problem)
-    point, slack, _, after, _ = refine(problem, solution.point, solution.slack, range(problem.batch_size))
+    point, slack, _, after, _ = refine(problem, solution.point, solution.slack, torch.arange(problem.batch_size))
     lower, upper = problem.full_bounds()
     assert after.max() <= 1e-12
     assert distance(cones, slack.numpy()).max() <= 1e-14
@@ -54,12 +55,12 @@ def test_only_the_asked_for_elements_are_refined_in_their_order() -> None:
     case = next(case for case in CASES if case.name == "every cone")
     solution = SCS(tolerance=1e-4).solve(case.problem)
     solution.x[1] = torch.nan
-    refined = refine(case.problem, solution.point, solution.slack, [2, 1, 0])
+    refined = refine(case.problem, solution.point, solution.slack, torch.tensor([2, 1, 0]))
     assert refined.point.x.shape[0] == 3
     torch.testing.assert_close(refined.point.x[[0, 2]], case.point.x[[2, 0]], atol=1e-11, rtol=0)
     assert refined.point.x[1].isnan().all()
     assert refined.taken[1] == 0
-    assert refine(case.problem, solution.point, solution.slack, []).taken.shape == (0,)
+    assert refine(case.problem, solution.point, solution.slack, torch.arange(0)).taken.shape == (0,)
     assert optimality_residual(case.problem, solution.point, solution.slack).isnan().tolist() == [False, True, False]
 
 
@@ -85,7 +86,7 @@ def test_doubled_cones_converge_onto_the_manifold_of_their_multipliers(copies: i
     problem = ellipsoid(copies)
     solution = SCS(tolerance=tolerance).solve(problem)
     single = SCS(tolerance=1e-11).solve(ellipsoid(1))
-    refined = refine(problem, solution.point, solution.slack, [0], steps=4)
+    refined = refine(problem, solution.point, solution.slack, torch.arange(1), steps=4)
     assert refined.after.max() <= 1e-12
     torch.testing.assert_close(refined.point.x, single.x, atol=1e-8, rtol=0)
 
@@ -93,6 +94,6 @@ def test_doubled_cones_converge_onto_the_manifold_of_their_multipliers(copies: i
 def test_a_point_at_the_solution_is_left_alone() -> None:
     case = next(case for case in CASES if case.name == "lp")
     point = ConicPoint(*(part.clone() for part in case.point))
-    refined = refine(case.problem, point, case.problem.slack(point.x).clamp(min=0), [0, 1, 2])
+    refined = refine(case.problem, point, case.problem.slack(point.x).clamp(min=0), torch.arange(3))
     assert refined.before.max() < 1e-13
     torch.testing.assert_close(tuple(refined.point), tuple(case.point), atol=1e-13, rtol=0)

@@ -19,6 +19,7 @@ from lpgd import (
     Clarabel,
     HiGHS,
     InteriorPoint,
+    Moreau,
     ProxQP,
     SerialExecutor,
 )
@@ -58,7 +59,9 @@ def test_one_workspace_serves_everything_that_shares_its_matrices(monkeypatch: p
     assert len(made) == 2  # SCS cannot take a new P: one more workspace for rho, re-used too
 
 
-@pytest.mark.parametrize("solver", [Clarabel(), Clarabel(equilibrate=False), ECOS(), InteriorPoint(), *EXACT], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [Clarabel(), Clarabel(equilibrate=False), ECOS(), InteriorPoint(), Moreau(), *EXACT], ids=repr
+)
 def test_results_do_not_depend_on_what_was_solved_before(solver: ConicSolver) -> None:
     # Every x in the simplex with equal costs is optimal: which one is returned shows any trace of other problems.
     def face(row: torch.Tensor) -> torch.Tensor:
@@ -83,7 +86,7 @@ def test_clarabel_takes_new_matrices_in_place(monkeypatch: pytest.MonkeyPatch) -
     assert len(made) <= 8
 
 
-@pytest.mark.parametrize("solver", [SCS(), *EXACT, OSQP(), ProxQP()], ids=lambda solver: solver.name)
+@pytest.mark.parametrize("solver", [SCS(), *EXACT, OSQP(), ProxQP(), Moreau(), Moreau(method="ipm")], ids=repr)
 def test_warm_starts_save_iterations(solver: ConicSolver) -> None:
     saved = 0
     for case in REGULAR:
@@ -109,7 +112,7 @@ def test_a_solve_depends_on_its_data_and_its_state_alone(solver: ConicSolver) ->
         for element in range(3):
             workspaces.clear()
             states = pickle.loads(pickle.dumps([first.states[element]]))
-            alone.append(solver.solve(moved.select([element]), states, SerialExecutor()))
+            alone.append(solver.solve(moved.select(torch.tensor([element])), states, SerialExecutor()))
         workspaces.clear()
         solver.solve(case.problem, executor=SerialExecutor())
         together = solver.solve(moved, first.states, SerialExecutor())
@@ -125,11 +128,11 @@ def test_states_of_another_problem_do_no_harm(solver: ConicSolver) -> None:
     torch.testing.assert_close(solver.solve(QP.problem, other).x, QP.point.x, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("solver", [*EXACT, PIQP(), OSQP(), ProxQP()], ids=repr)
+@pytest.mark.parametrize("solver", [*EXACT, PIQP(), OSQP(), ProxQP(), Moreau()], ids=repr)
 def test_several_threads_get_the_answers_of_one(solver: ConicSolver) -> None:
     # Objects that two threads share corrupt the heap in several bindings: each task has workspaces of its own.
     batched = next(case for case in CASES if case.name == "qp, batched matrices")
-    problems = [case.problem.select([0, 1, 2] * 20) for case in (QP, batched)]
+    problems = [case.problem.select(torch.tensor([0, 1, 2] * 20)) for case in (QP, batched)]
     for problem in [*problems, LARGE.problem] if solver in EXACT else problems:
         serial = solver.solve(problem, executor=SerialExecutor())
         with ThreadPoolExecutor(8) as threads:

@@ -141,7 +141,7 @@ def test_a_batch_of_copies_starts_from_the_rows_of_a_solution():
     solution = layer.solve(x)
     assert len(solution.states) == 6
     assert torch.equal(torch.stack([*solution.states]), solution.x)
-    assert torch.equal(torch.stack(list(solution.select([4, 1]).states)), solution.x[[4, 1]])
+    assert torch.equal(torch.stack(list(solution.select(torch.tensor([4, 1])).states)), solution.x[[4, 1]])
     again = layer.solver.solve(layer.solve(x.repeat(2, 1)).problem, solution.states)
     torch.testing.assert_close(again.x, solution.x.repeat(2, 1))
     assert again.iterations.sum() == 0

@@ -114,7 +114,9 @@ def _data_in_old_units(problem: ConicProblem, units: Units, gradient: ConicData)
     return ConicData(*parts)
 
 
-@pytest.mark.parametrize("solver", ["CLARABEL", "INTERIOR", "PIQP", "SCS", *(["ECOS"] if ECOS.is_installed() else [])])
+@pytest.mark.parametrize(
+    "solver", ["CLARABEL", "INTERIOR", "PIQP", "SCS", "MOREAU", *(["ECOS"] if ECOS.is_installed() else [])]
+)
 def test_an_answer_far_from_the_active_set_is_not_left_there(solver: str) -> None:
     # Curvatures of other sizes than the multipliers: solvers end with both a multiplier and its slack at 1e-5.
     for done, tally in judge("scales", 25, 21, 2175, ("program",), (solver,), ("implicit",)):

@@ -23,6 +23,7 @@ from lpgd import (
     HiGHS,
     InteriorPoint,
     LpgdWarning,
+    Moreau,
     ProxQP,
     SerialExecutor,
     Status,
@@ -47,8 +48,18 @@ SOLVER_TABLE = [
     (OSQP(), 1e-5),
     (ProxQP(), 1e-7),
     (InteriorPoint(), 1e-5),
+    (Moreau(), 1e-5),
+    (Moreau(method="ipm"), 1e-4),
 ]
-BY_NAME = {solver.name + (" sparse" if getattr(solver, "sparse", False) else ""): solver for solver, _ in SOLVER_TABLE}
+
+
+def _label(solver: ConicSolver) -> str:
+    if getattr(solver, "sparse", None):
+        return f"{solver.name} sparse"
+    return f"{solver.name} ipm" if getattr(solver, "method", None) == "ipm" else solver.name
+
+
+BY_NAME = {_label(solver): solver for solver, _ in SOLVER_TABLE}
 
 
 def supported(solver: ConicSolver) -> list[Case]:
@@ -57,7 +68,11 @@ def supported(solver: ConicSolver) -> list[Case]:
 
 LARGE = planted("large", Cones(zero=100, nonnegative=300), 300, seed=50, rank=0, lower=300, upper=300, active_bounds=50)
 SOCP, QP = (next(case for case in CASES if case.name == name) for name in ("socp", "qp"))
-PAIRS = [pytest.param(s, e, c, id=f"{s.name}-{c}") for s, e in SOLVER_TABLE for c in supported(s)]
+PAIRS = [
+    pytest.param(s, e, c, id=f"{name}-{c}")
+    for (name, s), (_, e) in zip(BY_NAME.items(), SOLVER_TABLE, strict=True)
+    for c in supported(s)
+]
 
 
 def box(q: list[list[float]], b: list[list[float]] | None = None, *, curvature: float = 0.0) -> ConicProblem:
@@ -160,7 +175,7 @@ TIMED = [solver for solver in BY_NAME.values() if solver.capabilities.time_limit
 
 @pytest.mark.parametrize("solver", TIMED, ids=lambda solver: solver.name)
 def test_a_time_limit_reaches_the_solver(solver: ConicSolver) -> None:
-    limited = replace(solver, time_limit=1e-4, tolerance=1e-12).solve(LARGE.problem.select([0]))
+    limited = replace(solver, time_limit=1e-4, tolerance=1e-12).solve(LARGE.problem.select(torch.tensor([0])))
     assert limited.statuses == (Status.TIME_LIMIT,)
 
 
@@ -168,7 +183,7 @@ def test_a_time_limit_reaches_the_solver(solver: ConicSolver) -> None:
 def test_a_time_limit_is_one_of_each_element(solver: ConicSolver) -> None:
     # HiGHS adds up the times of all solves of an object.
     case, limit = next(case for case in CASES if case.name == "lp"), 0.2
-    problem = case.problem.select([0] * 50)
+    problem = case.problem.select(torch.zeros(50, dtype=torch.int64))
     solution, spent = None, 0.0
     while spent < 1.5 * limit:
         solution = replace(solver, time_limit=limit).solve(problem, executor=SerialExecutor())
@@ -237,7 +252,7 @@ def test_executors_agree_in_order(solver: ConicSolver, name: str) -> None:
 @pytest.mark.parametrize("solver", BY_NAME.values(), ids=BY_NAME)
 def test_a_batch_of_none(solver: ConicSolver) -> None:
     case = next(case for case in CASES if case.name == "qp")
-    solution = solver.solve(case.problem.select([]))
+    solution = solver.solve(case.problem.select(torch.zeros(0, dtype=torch.int64)))
     assert solution.x.shape == (0, 8)
     assert solution.statuses == ()
     assert solution.residuals.worst.shape == (0,)

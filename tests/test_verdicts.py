@@ -133,7 +133,7 @@ def test_another_solver_answers_and_is_on_record() -> None:
     assert solution.asked == "SCS"
     assert solution.rescued == {"CLARABEL": 3}
     torch.testing.assert_close(solution.objective, problem.objective(LARGE.point.x), atol=0, rtol=1e-6)
-    assert solution.select([1]).solvers == ("CLARABEL",)
+    assert solution.select(torch.tensor([1])).solvers == ("CLARABEL",)
 
 
 def test_newtons_steps_finish_what_a_solver_left() -> None:

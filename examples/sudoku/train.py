@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -303,7 +303,7 @@ class Trainer:
 
 
 @contextmanager
-def _interruption() -> Iterator[list[int]]:
+def _interruption() -> Generator[list[int]]:
     """A list that the first Ctrl-C makes true; a second one interrupts at once."""
     received: list[int] = []
 

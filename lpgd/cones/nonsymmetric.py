@@ -19,9 +19,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lpgd.cones.product import FloatArray
+from lpgd.arrays import BoolArray, FloatArray
 
 __all__ = [
     "exponential_regions",
@@ -33,7 +32,7 @@ __all__ = [
     "project_power",
 ]
 
-Masks = tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]
+Masks = tuple[BoolArray, BoolArray, BoolArray]
 
 NEGLIGIBLE = 1e-100
 """An entry below this share of its point's largest one is taken as 0: far below rounding."""

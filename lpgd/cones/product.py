@@ -25,12 +25,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
+
+from lpgd.arrays import FloatArray, IntArray
 
 __all__ = ["Cones", "smat", "svec", "svec_indices", "svec_size"]
-
-FloatArray = NDArray[np.float64]
-IndexArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class Cones:
         return sections
 
     @cached_property
-    def blocks(self) -> IndexArray:
+    def blocks(self) -> IntArray:
         """(m,) the cone that each row belongs to, counted from 0; each zero or nonnegative row is one of its own."""
         linear = self.zero + self.nonnegative
         triples = self.exponential + self.dual_exponential + len(self.power)
@@ -129,7 +127,7 @@ def svec_size(side: int) -> int:
     return side * (side + 1) // 2
 
 
-def svec_indices(side: int) -> tuple[IndexArray, IndexArray]:
+def svec_indices(side: int) -> tuple[IntArray, IntArray]:
     """Rows and columns of the lower triangle, column by column: the order of ``svec``."""
     columns, rows = np.triu_indices(side)
     return rows.astype(np.int64), columns.astype(np.int64)

@@ -23,8 +23,9 @@ from functools import lru_cache
 import numpy as np
 import scipy.sparse as sp
 
+from lpgd.arrays import FloatArray, IntArray
 from lpgd.cones.nonsymmetric import exponential_spectrum, power_spectrum, project_exponential, project_power
-from lpgd.cones.product import Cones, FloatArray, IndexArray, smat, svec, svec_indices, svec_size
+from lpgd.cones.product import Cones, smat, svec, svec_indices, svec_size
 
 __all__ = [
     "BlockGroup",
@@ -49,7 +50,7 @@ class BlockGroup:
         basis: (k, t, t) eigenvectors of each block, as columns.
     """
 
-    rows: IndexArray
+    rows: IntArray
     basis: FloatArray
 
 
@@ -102,7 +103,7 @@ class SpectralDerivative:
             return sp.csr_array((scales, kept.astype(np.int32), pointers), shape=(kept.size, count)), 1.0 - values
 
         # A block whose eigenvalues are all equal is a multiple of the identity: its rows need no basis.
-        mixed: list[tuple[IndexArray, FloatArray]] = []
+        mixed: list[tuple[IntArray, FloatArray]] = []
         lengths = np.ones(count, dtype=np.int64)
         for group in self.groups:
             eigenvalues = self.eigenvalues[group.rows]
@@ -215,7 +216,7 @@ class ConeBlock:
     """
 
     kind: str
-    rows: IndexArray
+    rows: IntArray
     side: int = 0
     exponents: FloatArray | None = None
     polar: bool = False

@@ -14,10 +14,10 @@ exponential and power cones         as second-order ones, and for exponential on
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from lpgd.arrays import BoolArray, FloatArray, IntArray
 from lpgd.cones.nonsymmetric import exponential_regions, normalised, power_regions, project_exponential, project_power
-from lpgd.cones.product import Cones, FloatArray, IndexArray, smat
+from lpgd.cones.product import Cones, smat
 from lpgd.cones.projections import ConeBlock, cone_blocks
 
 __all__ = ["interior_direction", "kinks", "regions"]
@@ -28,7 +28,7 @@ JUMP = 0.05
 _BOUNDARY, _INSIDE, _POLAR, _FACE, _EDGE = range(5)
 
 
-def regions(cones: Cones, points: FloatArray) -> tuple[IndexArray, FloatArray]:
+def regions(cones: Cones, points: FloatArray) -> tuple[IntArray, FloatArray]:
     """The pieces that points lie in, and how deep.
 
     Args:
@@ -59,7 +59,7 @@ def regions(cones: Cones, points: FloatArray) -> tuple[IndexArray, FloatArray]:
     return pieces, depths
 
 
-def kinks(cones: Cones, points: FloatArray, tolerance: FloatArray) -> tuple[NDArray[np.bool_], FloatArray]:
+def kinks(cones: Cones, points: FloatArray, tolerance: FloatArray) -> tuple[BoolArray, FloatArray]:
     """Where the derivative of the projection onto K* jumps nearby, and how fast it changes elsewhere.
 
     Args:
@@ -92,7 +92,7 @@ def interior_direction(cones: Cones) -> FloatArray:
     return direction
 
 
-def _of_block(block: ConeBlock, points: FloatArray) -> tuple[IndexArray, FloatArray]:
+def _of_block(block: ConeBlock, points: FloatArray) -> tuple[IntArray, FloatArray]:
     """Pieces and depths (j k,) at points (j k, t), j for each cone, all cones in turn."""
     if block.kind == "second_order":
         bound, length = points[:, 0], np.linalg.norm(points[:, 1:], axis=-1)
@@ -111,7 +111,7 @@ def _of_block(block: ConeBlock, points: FloatArray) -> tuple[IndexArray, FloatAr
     return pieces, depths * size
 
 
-def _exponential(unit: FloatArray) -> tuple[IndexArray, FloatArray]:
+def _exponential(unit: FloatArray) -> tuple[IntArray, FloatArray]:
     inside, polar, face = exponential_regions(unit)
     u, v, w = unit.T
     pieces = np.select([inside, polar, face & (w > 0), face], [_INSIDE, _POLAR, _FACE, _EDGE], _BOUNDARY)
@@ -133,7 +133,7 @@ def _below_exponential(base: FloatArray, other: FloatArray, lead: FloatArray, fa
     return np.where((base > 0) & np.isfinite(depth), np.maximum(depth, 0.0), 0.0)
 
 
-def _power(unit: FloatArray, exponents: FloatArray) -> tuple[IndexArray, FloatArray]:
+def _power(unit: FloatArray, exponents: FloatArray) -> tuple[IntArray, FloatArray]:
     inside, polar, _ = power_regions(unit, exponents)
     u, v, w = unit.T
     one, rest = np.ones_like(exponents), 1.0 - exponents
@@ -160,7 +160,7 @@ def _to_cones(points: FloatArray, projected: FloatArray) -> FloatArray:
     return np.minimum(np.linalg.norm(points - projected, axis=-1), np.linalg.norm(projected, axis=-1))
 
 
-def _kinks_of(block: ConeBlock, points: FloatArray, tolerance: FloatArray) -> tuple[NDArray[np.bool_], FloatArray]:
+def _kinks_of(block: ConeBlock, points: FloatArray, tolerance: FloatArray) -> tuple[BoolArray, FloatArray]:
     """Points (j, k, t), tolerance (j, 1): see :func:`kinks`; (j, k) each."""
     with np.errstate(divide="ignore"):
         if block.kind == "second_order":

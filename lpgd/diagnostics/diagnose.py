@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.diagnostics.advice import advise
 from lpgd.diagnostics.measurement import (
     NEGLIGIBLE,
@@ -132,4 +133,4 @@ class _Differences:
         if size <= self.count:
             return torch.eye(size, dtype=torch.float64)
         random = torch.randn(size, self.count, dtype=torch.float64, generator=self.generator)
-        return torch.linalg.qr(random).Q.T
+        return linalg.qr(random).Q.T

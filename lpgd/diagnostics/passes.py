@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +18,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from lpgd.arrays import as_index
 from lpgd.gradients.base import GradientInfo, GradientMethod, check_compatible
 from lpgd.gradients.perturbed import solve_tilted
 from lpgd.layers.base import BaseLayer, OptimizationLayer
@@ -105,7 +106,7 @@ def _opened(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
 
 @contextmanager
-def collected_warnings() -> Iterator[list[str]]:
+def collected_warnings() -> Generator[list[str]]:
     """The library's own warnings inside, each text once, in a list; others are passed on."""
     texts: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
@@ -287,8 +288,8 @@ class Pass:
 
     def perturbed_path(self, element: int, steps: Tensor, rho: float) -> Any:
         """The solutions of one element for many signed steps, solved as one batch."""
-        problem, solution = self.problem.select([element]), self.solution.select([element])
-        cotangent = self.cotangent.select(torch.tensor([element], device=solution.x.device))
+        row = as_index([element], self.solution.x.device)
+        problem, solution, cotangent = self.problem.select(row), self.solution.select(row), self.cotangent.select(row)
         augmented = problem.augment(rho, solution.x)
         return solve_tilted(augmented, cotangent, steps.to(solution.x), solution.states, self.solver, self.executor)
 

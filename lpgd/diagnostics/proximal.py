@@ -9,17 +9,15 @@ import cvxpy as cp
 import numpy as np
 import scipy.sparse as sp
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import FloatArray
 from lpgd.cones.product import Cones, svec_indices, svec_size
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
 
 __all__ = ["lower_envelope_of_loss"]
-
-FloatArray = NDArray[np.float64]
 
 
 def lower_envelope_of_loss(

@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
@@ -59,7 +59,7 @@ _told = _Told()
 
 
 @contextmanager
-def stoppable(event: threading.Event | None) -> Iterator[None]:
+def stoppable(event: threading.Event | None) -> Generator[None]:
     """The task inside ends at its next :func:`pause` once the event is set."""
     before = _told.event
     try:
@@ -142,7 +142,7 @@ _handler = _Handler()
 
 
 @contextmanager
-def kept_handler() -> Iterator[None]:
+def kept_handler() -> Generator[None]:
     """SIGINT's handler in C is afterwards what it was before, whatever solvers in any threads do to it."""
     handler, user = _handler, object()
     try:

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ class _Filter:
 
 
 @contextmanager
-def quiet(wanted: bool = True) -> Iterator[None]:
+def quiet(wanted: bool = True) -> Generator[None]:
     """Drop what this thread prints through ``sys.stdout``, as OSQP and SCS do from C; other threads print on."""
     if not wanted:
         yield
@@ -53,7 +53,7 @@ def quiet(wanted: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_descriptor() -> Iterator[None]:
+def quiet_descriptor() -> Generator[None]:
     """Drop what the whole process writes to file descriptor 1: for a moment only, as all threads are meant."""
     if sys.stdout is not None:
         sys.stdout.flush()

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 from lpgd.execution.interrupts import abandon, hear, hearing, stoppable
 from lpgd.execution.threads import bounded_blas, torch_threads
+from lpgd.status import warn
 
 __all__ = ["SerialExecutor", "core_count", "default_executor", "run_tasks", "split", "worker_count"]
 
@@ -71,7 +74,8 @@ def run_tasks(
 
     A single task runs in the calling thread.  An exception in a task is raised here; it ends the others, and so does an
     interrupt: those that have not begun never do, those in threads stop at their next
-    :func:`~lpgd.execution.interrupts.pause`.
+    :func:`~lpgd.execution.interrupts.pause`.  Tasks of processes that died are run once more, in a fresh pool, with a
+    warning; the fresh pool stands for the broken one from then on.
 
     Args:
         takes_interrupts: the tasks take the handler of interrupts away from Python while they run.  They then never
@@ -82,11 +86,19 @@ def run_tasks(
         if not tasks or not listens:
             return [function(task) for task in tasks]
         return _finished([(_in_turn, function, tasks)], None, listens)[0]
-    return _finished([(_bounded, function, task) for task in tasks], executor, listens)
+    calls = [(_bounded, function, task) for task in tasks]
+    if not isinstance(executor, ProcessPoolExecutor):
+        return _finished(calls, executor, listens)
+    return _survived(calls, executor, listens)
 
 
-def _finished(calls: Sequence[tuple[Any, ...]], executor: Executor | None, listens: bool) -> list[Any]:
-    """The results of calls on an executor; none of them goes on after this."""
+def _finished(
+    calls: Sequence[tuple[Any, ...]], executor: Executor | None, listens: bool, kept: dict[int, Any] | None = None
+) -> list[Any]:
+    """The results of calls on an executor; none of them goes on after this.
+
+    Those that are there when another call fails are ``kept``, by the call's number.
+    """
     here = executor is None or type(executor) is ThreadPoolExecutor
     signals = _Signals(threading.Event(), threading.Event()) if here else None
     futures: list[Future[Any]] = []
@@ -98,6 +110,11 @@ def _finished(calls: Sequence[tuple[Any, ...]], executor: Executor | None, liste
         elif signals is not None:
             signals.begin.set()
         return [future.result() for future in futures]
+    except BrokenProcessPool:
+        for number, future in enumerate(futures):
+            if kept is not None and future.done() and not future.cancelled() and future.exception() is None:
+                kept[number] = future.result()
+        raise
     finally:
         left = not all(future.done() for future in futures)
         if signals is not None:
@@ -106,6 +123,34 @@ def _finished(calls: Sequence[tuple[Any, ...]], executor: Executor | None, liste
             signals.begin.set()  # whoever still waits to begin stops at once
         if left:
             abandon(futures, signals and signals.stop)
+
+
+_fresh: WeakKeyDictionary[ProcessPoolExecutor, ProcessPoolExecutor] = WeakKeyDictionary()
+"""Pools that stand for broken ones."""
+
+
+def _survived(calls: Sequence[tuple[Any, ...]], executor: ProcessPoolExecutor, listens: bool) -> list[Any]:
+    """The results of calls on a pool of processes, whose death loses no call.
+
+    Raises:
+        BrokenProcessPool: the processes of the fresh pool died as well.
+    """
+    while executor in _fresh:
+        executor = _fresh[executor]
+    results: dict[int, Any] = {}
+    try:
+        return _finished(calls, executor, listens, results)
+    except BrokenProcessPool:
+        left = [number for number in range(len(calls)) if number not in results]
+    warn(
+        f"a process of the executor died (was it killed, or out of memory?): {len(left)} of {len(calls)} tasks are run "
+        "once more, in a fresh pool of processes, which takes the place of the broken one."
+    )
+    pool: Any = executor
+    fresh = ProcessPoolExecutor(pool._max_workers, pool._mp_context, pool._initializer, pool._initargs)
+    _fresh[executor] = fresh
+    results |= dict(zip(left, _finished([calls[number] for number in left], fresh, listens), strict=True))
+    return [results[number] for number in range(len(calls))]
 
 
 class _Signals(NamedTuple):
@@ -126,7 +171,7 @@ def _in_turn(signals: _Signals | None, function: Callable[[Task], Result], tasks
 
 
 @contextmanager
-def _told(signals: _Signals | None) -> Iterator[None]:
+def _told(signals: _Signals | None) -> Generator[None]:
     """Begin when told to, and stop when told to."""
     if signals is not None:
         signals.begin.wait()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -61,7 +61,7 @@ def _set(count: int) -> None:
 
 
 @contextmanager
-def torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Generator[None]:
     """Torch's operations in this thread use ``count`` threads while inside."""
     before = torch.get_num_threads()  # in a new thread, this is also where torch sets its own number
     if before == count:
@@ -75,7 +75,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Generator[None]:
     """Torch's operations use one thread while inside: the library's parallel work is in its tasks.
 
     Torch's threads wait for each other actively after every operation: on small operations they gain nothing, and they
@@ -98,7 +98,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def all_torch_threads() -> Iterator[None]:
+def all_torch_threads() -> Generator[None]:
     """Torch's operations use the caller's number of threads again, inside :func:`one_torch_thread`."""
     with torch_threads(getattr(_outside, "threads", None) or torch.get_num_threads()):
         yield
@@ -143,7 +143,7 @@ _blas_bound = _BlasBound()
 
 
 @contextmanager
-def bounded_blas() -> Iterator[None]:
+def bounded_blas() -> Generator[None]:
     """One BLAS thread while inside, so that workers times BLAS threads stay within the cores."""
     bound, worker = _blas_bound, object()
     try:  # an interrupt may come at any point, also inside of enter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def isolated_torch() -> Iterator[None]:
+def isolated_torch() -> Generator[None]:
     """Inside, saved tensors go through no hooks; a process made by fork goes on with one thread of torch.
 
     ``torch.func`` refuses to run where there are hooks on saved tensors, as those of checkpointing and ``save_on_cpu``

@@ -6,7 +6,7 @@ import atexit
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Generator, Hashable
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,7 +108,7 @@ class WorkspaceCache:
         return workspace
 
     @contextmanager
-    def _whole(self) -> Iterator[None]:
+    def _whole(self) -> Generator[None]:
         """Held by one thread at a time; what an interrupt has left half done is forgotten."""
         with self.lock:
             if self.changing:

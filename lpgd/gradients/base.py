@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from lpgd.problems.base import Data, Traits, is_surely_finite
+from lpgd.arrays import IntArray, elements_where, flags
+from lpgd.problems.base import Data, Point, Traits, is_surely_finite
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
 
@@ -60,7 +61,7 @@ class GradientInfo:
     crossed: Tensor | None = None
     jumped: Tensor | None = None
     tolerance: float | None = None
-    iterations: Any = None
+    iterations: IntArray | None = None
     descent: Tensor | None = None
     doubt: Tensor | None = None
     notices: dict[str, str] = field(default_factory=dict)
@@ -68,9 +69,7 @@ class GradientInfo:
     @classmethod
     def blank(cls, method: GradientMethod, solution: AnySolution, **more: Any) -> Self:
         """The record while no element has a gradient yet: of those without a solution it stays what it is."""
-        return cls(
-            method, ["zero cotangent" if usable else "no solution" for usable in solution.usable.tolist()], **more
-        )
+        return cls(method, ["zero cotangent" if usable else "no solution" for usable in flags(solution.usable)], **more)
 
     def __repr__(self) -> str:
         parts = [f"{number} {name}" for name, number in self.counts.items()]
@@ -101,10 +100,10 @@ class GradientMethod(ABC):
     def vjp(
         self,
         solution: AnySolution,
-        cotangent: Any,
+        cotangent: Point,
         solver: AnySolver,
         executor: Executor | None = None,
-    ) -> tuple[Any, GradientInfo]:
+    ) -> tuple[Data, GradientInfo]:
         """The gradient of ``<cotangent, solution>`` with respect to the problem's data.
 
         Args:
@@ -122,10 +121,10 @@ class GradientMethod(ABC):
     def jvp(
         self,
         solution: AnySolution,
-        tangent: Any,
+        tangent: Data,
         solver: AnySolver,
         executor: Executor | None = None,
-    ) -> tuple[Any, GradientInfo]:
+    ) -> tuple[Point, GradientInfo]:
         """The change of the solution along a tangent of the data: forward mode.
 
         Args:
@@ -139,7 +138,7 @@ class GradientMethod(ABC):
         """Whether there is a :meth:`differentiable_vjp` for this problem."""
         return False
 
-    def differentiable_vjp(self, solution: AnySolution, data: Any, outputs: Any, cotangent: Any) -> Any:
+    def differentiable_vjp(self, solution: AnySolution, data: Data, outputs: Data, cotangent: Point) -> Data:
         """The gradient of :meth:`vjp` by differentiable operations, for second derivatives.
 
         Args:
@@ -194,7 +193,7 @@ def relevant_elements(solution: AnySolution, vectors: Iterable[Tensor]) -> list[
     nonzero = keep.new_zeros(keep.shape)
     for part in parts:
         nonzero = nonzero | part.any(-1)
-    return (keep & nonzero).nonzero()[:, 0].tolist()
+    return elements_where(keep & nonzero)
 
 
 def check_cotangent(cotangent: Data) -> None:
@@ -206,7 +205,7 @@ def check_cotangent(cotangent: Data) -> None:
     for name, part in zip(cotangent._fields, cotangent, strict=True):
         if is_surely_finite(part):
             continue
-        bad = (~torch.isfinite(part).all(-1)).nonzero()[:, 0].tolist()
+        bad = elements_where(~torch.isfinite(part).all(-1))
         if bad:
             raise ValueError(
                 f"the loss gradient with respect to {name} is NaN or infinite for elements {bad[:10]}: "

@@ -7,11 +7,12 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor
 
+from lpgd.arrays import as_index, elements_where
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit.method import ImplicitKKT
+from lpgd.problems.base import Data, Point
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.solution import NodeSolution
 from lpgd.problems.solution import AnyProblem, AnySolution
@@ -33,10 +34,10 @@ class ClosedForm(GradientMethod):
     def vjp(
         self,
         solution: AnySolution,
-        cotangent: Any,
+        cotangent: Point,
         solver: AnySolver,
         executor: Executor | None = None,
-    ) -> tuple[Any, GradientInfo]:
+    ) -> tuple[Data, GradientInfo]:
         problem = cast(NodeProblem, solution.problem)
         info = GradientInfo.blank(self, solution)
         active = relevant_elements(solution, cotangent)
@@ -52,10 +53,10 @@ class ClosedForm(GradientMethod):
     def jvp(
         self,
         solution: AnySolution,
-        tangent: Any,
+        tangent: Data,
         solver: AnySolver,
         executor: Executor | None = None,
-    ) -> tuple[Any, GradientInfo]:
+    ) -> tuple[Point, GradientInfo]:
         traits = solution.problem.traits
         if not traits.has_kkt:
             raise TypeError(
@@ -67,10 +68,10 @@ class ClosedForm(GradientMethod):
     def is_differentiable(self, problem: AnyProblem) -> bool:
         return True
 
-    def differentiable_vjp(self, solution: AnySolution, data: Any, outputs: Any, cotangent: Any) -> Any:
+    def differentiable_vjp(self, solution: AnySolution, data: Data, outputs: Data, cotangent: Point) -> Data:
         """The node's formula from its inputs and its solution alone."""
         own = cast(NodeSolution, solution).traced(data, outputs)
-        elements = own.usable.nonzero()[:, 0].tolist()
+        elements = elements_where(own.usable)
         node = own.problem.node
         gradient = by_formula(
             lambda inputs, y, cotangent, _: node.differentiable_vjp(inputs, y, cotangent), own, cotangent.x, elements
@@ -93,8 +94,8 @@ def by_formula(
     problem, own, g = solution.problem, solution, cotangent
     node = problem.node
     if len(active) < problem.batch_size:
-        own = solution.select(active)
-        g = g[torch.as_tensor(active, dtype=torch.int64, device=problem.device)]
+        rows = as_index(active, problem.device)
+        own, g = solution.select(rows), g[rows]
     part = own.problem
     try:
         answer = formula(tuple(part.data), part.shaped(own.x), part.shaped(g), own.aux)
@@ -114,6 +115,6 @@ def by_formula(
             f"the closed form of {node.name} answered {len(answer)} gradients for {len(problem.data)} inputs "
             f"({', '.join(problem.data._fields)})."
         )
-    rows = (datum.new_zeros(datum.shape) if row is None else row for datum, row in zip(part.data, answer, strict=True))
-    gradient = problem.data._make(rows)
-    return gradient if part is problem else problem.scatter(active, gradient)
+    parts = (datum.new_zeros(datum.shape) if row is None else row for datum, row in zip(part.data, answer, strict=True))
+    gradient = problem.data._make(parts)
+    return gradient if part is problem else problem.scatter(as_index(active, problem.device), gradient)

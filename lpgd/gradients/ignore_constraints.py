@@ -10,13 +10,15 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
+from lpgd.arrays import as_index, elements_where, flags
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.closed_form import ClosedForm, by_formula
+from lpgd.problems.base import Data, Point
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.solution import NodeSolution
 from lpgd.problems.node.structure import NodePoint
@@ -53,10 +55,10 @@ class IgnoreConstraints(GradientMethod):
     def vjp(
         self,
         solution: AnySolution,
-        cotangent: Any,
+        cotangent: Point,
         solver: AnySolver,
         executor: Executor | None = None,
-    ) -> tuple[Any, GradientInfo]:
+    ) -> tuple[Data, GradientInfo]:
         solution = cast(NodeSolution, solution)
         problem = solution.problem
         info = GradientInfo.blank(self, solution)
@@ -70,7 +72,9 @@ class IgnoreConstraints(GradientMethod):
                 info.used[element] = "constraints ignored"
         elif active:
             change, part = self._change(solution, cotangent.x, active, info)
-            gradient = problem.scatter(active, part.directional_gradient(_alone(solution.x[active]), change))
+            gradient = problem.scatter(
+                as_index(active, problem.device), part.directional_gradient(_alone(solution.x[active]), change)
+            )
         if self.descent_test:
             exact, _ = ClosedForm().vjp(solution, cotangent, solver, executor)
             products = [
@@ -83,17 +87,21 @@ class IgnoreConstraints(GradientMethod):
     def jvp(
         self,
         solution: AnySolution,
-        tangent: Any,
+        tangent: Data,
         solver: AnySolver,
         executor: Executor | None = None,
-    ) -> tuple[Any, GradientInfo]:
+    ) -> tuple[Point, GradientInfo]:
         solution = cast(NodeSolution, solution)
         info = GradientInfo.blank(self, solution)
-        elements = [index for index, usable in enumerate(solution.usable.tolist()) if usable]
+        elements = elements_where(solution.usable)
         change = torch.zeros_like(solution.x)
         if elements:
             rows = tangent._make(part[elements] for part in tangent)
-            slope = solution.problem.select(elements).mixed_product(_alone(solution.x[elements]), rows).x
+            slope = (
+                solution.problem.select(as_index(elements, solution.x.device))
+                .mixed_product(_alone(solution.x[elements]), rows)
+                .x
+            )
             whole = torch.zeros_like(solution.x)
             whole[elements] = slope
             response, _ = self._change(solution, whole, elements, info)
@@ -104,12 +112,12 @@ class IgnoreConstraints(GradientMethod):
         self, solution: NodeSolution, tilt: Tensor, elements: list[int], info: GradientInfo
     ) -> tuple[NodePoint, _Unconstrained]:
         """The change of the unconstrained minimisers under a tilt, and their problem."""
-        part = _Unconstrained.of(solution.problem.select(elements))
+        part = _Unconstrained.of(solution.problem.select(as_index(elements, solution.x.device)))
         point = _alone(solution.x[elements])
         response, regular = bordered_response(
             part, point, _alone(tilt[elements]), point.lam > 0, matrix_free=self.matrix_free
         )
-        for element, exact in zip(elements, regular.tolist(), strict=True):
+        for element, exact in zip(elements, flags(regular), strict=True):
             info.used[element] = "constraints ignored" if exact else "constraints ignored, regularised"
             if not exact:
                 info.fallbacks.append(element)

@@ -24,10 +24,12 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
+from lpgd.arrays import as_index, elements_where, flags, integers, rows_where
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit.method import ImplicitKKT
 from lpgd.gradients.perturbed import Envelope, Perturbed, perturb
 from lpgd.gradients.small_steps import check_small_steps, is_doubtful
+from lpgd.problems.base import Data, Point
 from lpgd.problems.solution import AnySolution
 from lpgd.solvers.base import AnySolver
 from lpgd.status import SolverError, warn
@@ -79,23 +81,23 @@ class LPGD(GradientMethod):
         augmented = {"can_augment"} if self.rho else set()
         return self.needs | augmented | ({"is_continuous"} if self.tau is None else set())
 
-    def steps(self, tau: float, cotangent: Any) -> Tensor:
+    def steps(self, tau: float, cotangent: Point) -> Tensor:
         """(B,) the steps that a given τ stands for, by which the cotangent is multiplied."""
         return cotangent.x.new_full(cotangent.x.shape[:1], tau)
 
     def vjp(
         self,
         solution: AnySolution,
-        cotangent: Any,
+        cotangent: Point,
         solver: AnySolver,
         executor: Executor | None = None,
-    ) -> tuple[Any, GradientInfo]:
+    ) -> tuple[Data, GradientInfo]:
         problem = solution.problem
         pair = _Perturbed(self, solution, cotangent, solver, executor)
         gradient = problem.zero_gradient()
         if pair.elements:
             part = pair.problem.gradient_difference(pair.plus, pair.minus, pair.weight)
-            gradient = part if pair.is_whole else problem.scatter(pair.elements, part)
+            gradient = part if pair.is_whole else problem.scatter(as_index(pair.elements, problem.device), part)
         if pair.unsolved:
             part, info = pair.fallback().vjp(solution, pair.of_unsolved(cotangent), solver, executor)
             pair.record_fallback(info)
@@ -107,15 +109,15 @@ class LPGD(GradientMethod):
     def jvp(
         self,
         solution: AnySolution,
-        tangent: Any,
+        tangent: Data,
         solver: AnySolver,
         executor: Executor | None = None,
-    ) -> tuple[Any, GradientInfo]:
+    ) -> tuple[Point, GradientInfo]:
         problem, point = solution.problem, solution.point
         direction = problem.mixed_product(point, tangent)
         pair = _Perturbed(self, solution, direction, solver, executor)
         change = point._make(torch.zeros_like(part) for part in point)
-        index = torch.as_tensor(pair.elements, device=problem.device, dtype=torch.int64)
+        index = as_index(pair.elements, problem.device)
         for whole, part in zip(change, pair.plus.minus(pair.minus).scaled(pair.weight), strict=True):
             whole[index] = part.to(whole.dtype)  # steps are float64
         if pair.unsolved:
@@ -143,7 +145,7 @@ class _Perturbed:
         self,
         method: LPGD,
         solution: AnySolution,
-        cotangent: Any,
+        cotangent: Point,
         solver: AnySolver,
         executor: Executor | None,
     ) -> None:
@@ -151,8 +153,8 @@ class _Perturbed:
         self.info = _blank(method, solution)
         active = relevant_elements(solution, cotangent)
         if len(active) < solution.batch_size:
-            index = torch.as_tensor(active, dtype=torch.int64, device=self.whole.device)
-            solution, cotangent = solution.select(active), cotangent.select(index)
+            index = as_index(active, self.whole.device)
+            solution, cotangent = solution.select(index), cotangent.select(index)
         problem = solution.problem
         self.elements, self.unsolved, self.lost, self.problem = active, [], set(), problem
         self.plus, self.minus, self.weight = solution.point, solution.point, solution.x.new_zeros(len(active))
@@ -167,21 +169,21 @@ class _Perturbed:
         if bool(doubtful.any()):
             lost = check_small_steps(method, solution, cotangent, found, active, executor, self.info, doubtful)
             keep = keep & ~lost
-            self.lost = {active[row] for row in lost.nonzero()[:, 0].tolist()}
+            self.lost = {active[row] for row in elements_where(lost)}
         self.weight = torch.where(keep, 1.0 / (found.tau * (found.above.double() + found.below.double()).clamp(1)), 0.0)
         self.plus, self.minus = found.plus, found.minus
         if not keep.all():
-            self.unsolved = [element for element, fine in zip(active, keep.tolist(), strict=True) if not fine]
-            rows = keep.nonzero()[:, 0]
-            self.elements = [active[row] for row in rows.tolist()]
-            self.problem = problem.select(rows.tolist())
+            self.unsolved = [element for element, fine in zip(active, flags(keep), strict=True) if not fine]
+            rows = rows_where(keep)
+            self.elements = [active[row] for row in integers(rows)]
+            self.problem = problem.select(rows)
             self.plus, self.minus, self.weight = self.plus.select(rows), self.minus.select(rows), self.weight[rows]
 
     @property
     def is_whole(self) -> bool:
         return len(self.elements) == self.whole.batch_size
 
-    def is_still(self, cotangent: Any) -> bool:
+    def is_still(self, cotangent: Point) -> bool:
         """Whether there were perturbed solutions of a linear program, and none moved that could have."""
         if not self.elements or self.unsolved or not self.whole.traits.is_linear_program or not bool(self.still.all()):
             return False
@@ -201,7 +203,7 @@ class _Perturbed:
             )
         return ImplicitKKT(rho=self.method.rho)
 
-    def of_unsolved(self, cotangent: Any) -> Any:
+    def of_unsolved(self, cotangent: Point) -> Any:
         """A cotangent, or a tilt, that is zero for all but the elements for the fallback.
 
         The fallback is given the whole batch, so that what it says of elements names their places in it.
@@ -238,7 +240,7 @@ def _record(info: GradientInfo, active: list[int], found: Perturbed) -> None:
     info.tolerance, info.iterations = found.tolerance, found.iterations
     method: Any = info.method
     names = {(True, True): "average", (True, False): "lower", (False, True): "upper"}
-    for element, above, below in zip(active, found.above.tolist(), found.below.tolist(), strict=True):
+    for element, above, below in zip(active, flags(found.above), flags(found.below), strict=True):
         info.used[element] = names.get((above, below), "none")
         if info.used[element] != method.envelope:
             info.fallbacks.append(element)
@@ -250,7 +252,7 @@ def _record(info: GradientInfo, active: list[int], found: Perturbed) -> None:
         )
 
     def named(mask: Tensor) -> list[int]:
-        return [element for element, marked in zip(active, mask.tolist(), strict=True) if marked]
+        return [element for element, marked in zip(active, flags(mask), strict=True) if marked]
 
     if kinked := named(found.kinked & (found.above | found.below)):
         warn(f"{method}: elements {kinked[:10]} {_KINK}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lpgd.gradients.lpgd import LPGD
 from lpgd.gradients.perturbed import Envelope
+from lpgd.problems.base import Point
 
 __all__ = ["BlackboxBackprop", "DirectLoss", "Domke"]
 
@@ -79,6 +79,6 @@ class DirectLoss(LPGD):
         if self.tau is None or self.rho != 0.0:
             raise ValueError("DirectLoss takes a tau, and rho=0; use LPGD for anything else.")
 
-    def steps(self, tau: float, cotangent: Any) -> Tensor:
+    def steps(self, tau: float, cotangent: Point) -> Tensor:
         sizes = [part.abs().amax(-1) for part in cotangent if part.shape[-1]]
         return tau / torch.stack(sizes).amax(0)

@@ -16,10 +16,12 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.problems.base import maximum_norm
+from lpgd.arrays import IntArray, integers, rows_where
+from lpgd.problems.base import Point, maximum_norm
 from lpgd.problems.conic.activity import ActiveSet
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
@@ -71,8 +73,8 @@ class Perturbed:
         iterations: of the perturbed solves, together.
     """
 
-    plus: Any
-    minus: Any
+    plus: Point
+    minus: Point
     above: Tensor
     below: Tensor
     tau: Tensor
@@ -83,12 +85,12 @@ class Perturbed:
     unclear: Tensor
     jumped: Tensor
     tolerance: float
-    iterations: Any
+    iterations: IntArray
 
 
 def solve_tilted(
     problem: AnyProblem,
-    cotangent: Any,
+    cotangent: Point,
     steps: Tensor,
     states: Sequence[Any],
     solver: AnySolver,
@@ -108,7 +110,7 @@ def solve_tilted(
 
 def perturb(
     solution: AnySolution,
-    cotangent: Any,
+    cotangent: Point,
     solver: AnySolver,
     executor: Executor | None,
     *,
@@ -152,7 +154,7 @@ def perturb(
     elif problem.traits.is_continuous and (steps is None or not problem.traits.is_linear_program):
         # Of a linear program a given step is meant to find other vertices.
         jumped = _jumps(run, tau, unit, sides, TINY_TILT)
-    if run.active is not None and run.active.is_vertex and not any(part.any() for part in cotangent[1:]):
+    if run.active is not None and run.active.is_vertex and not any(part.any() for part in tuple(cotangent)[1:]):
         # A vertex that stays does not move at all: what is left is noise, which a tiny step would magnify.
         sides = sides._replace(plus=_at(sides.plus, run.base, moved), minus=_at(sides.minus, run.base, moved))
     return Perturbed(
@@ -168,14 +170,14 @@ class _Sides(NamedTuple):
     whether the active sets of the ends differ.  ``skew`` is :meth:`_Run.skew` of x.
     """
 
-    plus: Any
-    minus: Any
+    plus: Point
+    minus: Point
     above: Tensor
     below: Tensor
     crossing: Tensor
     apart: Tensor
     skew: Tensor
-    iterations: Any
+    iterations: IntArray
 
     def replaced(self, rows: Tensor, part: _Sides) -> _Sides:
         """With other sides for the elements ``rows``."""
@@ -197,10 +199,10 @@ class _Run:
 
     problem: AnyProblem
     augmented: AnyProblem
-    base: Any
+    base: Point
     active: ActiveSet | None
     states: Sequence[Any]
-    cotangent: Any
+    cotangent: Point
     base_error: Tensor
     error: Tensor
     solver: AnySolver
@@ -210,15 +212,14 @@ class _Run:
 
     def select(self, rows: Tensor) -> _Run:
         """The same for some elements."""
-        elements = rows.tolist()
-        problem = self.problem.select(elements)
+        problem = self.problem.select(rows)
         return replace(
             self,
             problem=problem,
-            augmented=problem if self.augmented is self.problem else self.augmented.select(elements),
+            augmented=problem if self.augmented is self.problem else self.augmented.select(rows),
             base=self.base.select(rows),
             active=None if self.active is None else self.active.select(rows),
-            states=tuple(self.states[element] for element in elements) if len(self.states) else (),
+            states=tuple(self.states[element] for element in integers(rows)) if len(self.states) else (),
             cotangent=self.cotangent.select(rows),
             base_error=self.base_error[rows],
             error=self.error[rows],
@@ -250,7 +251,7 @@ class _Run:
         above, below = solved.get(1.0, nothing), solved.get(-1.0, nothing)
         plus = results[1.0].point.where(above, self.base) if 1.0 in results else self.base
         minus = results[-1.0].point.where(below, self.base) if -1.0 in results else self.base
-        iterations = sum(result.iterations for result in results.values())
+        iterations = np.sum([result.iterations for result in results.values()], axis=0)
         crossing, apart = self._crossing(results, solved)
         return _Sides(plus, minus, above, below, crossing, apart, self.skew(plus, minus, above & below), iterations)
 
@@ -272,7 +273,7 @@ class _Run:
             ends.append(end)
         return crossing, ends[-1].unequal(ends[-2]).any(-1)
 
-    def skew(self, plus: Any, minus: Any, both: Tensor, parts: slice = PRIMAL) -> Tensor:
+    def skew(self, plus: Point, minus: Point, both: Tensor, parts: slice = PRIMAL) -> Tensor:
         """(E,) ``|z₊ + z₋ - 2 z₀| / |z₊ - z₋|`` of some parts; 0 within the solver's error and without ``both``."""
         worst = torch.zeros_like(self.error)
         if not both.any():
@@ -297,7 +298,8 @@ class _Run:
         """
         base, plus, minus = (self.problem.in_own_units(point)[0] for point in (self.base, sides.plus, sides.minus))
         moved = maximum_norm(plus - minus) > self._noise(self.error, maximum_norm(base))
-        if self.active is not None and self.active.is_vertex and not any(part.any() for part in self.cotangent[1:]):
+        on_duals = any(part.any() for part in tuple(self.cotangent)[1:])
+        if self.active is not None and self.active.is_vertex and not on_duals:
             moved = moved & sides.apart
         return moved
 
@@ -305,7 +307,7 @@ class _Run:
 def _shortened(run: _Run, tau: Tensor, unit: Tensor, sides: _Sides) -> tuple[_Run, Tensor, _Sides, Tensor, Tensor]:
     """Steps within the reach of the solutions' active sets, where they were not, and which elements have none."""
     kinked, unclear = torch.zeros_like(sides.above), torch.zeros_like(sides.above)
-    rows = _rough(sides).nonzero()[:, 0]
+    rows = rows_where(_rough(sides))
     if not len(rows):
         return run, tau, sides, kinked, unclear
     part, steps, tau = run.select(rows), tau[rows], tau.clone()
@@ -315,12 +317,12 @@ def _shortened(run: _Run, tau: Tensor, unit: Tensor, sides: _Sides) -> tuple[_Ru
     for _ in range(ATTEMPTS):
         curved = torch.where(found.skew > CURVED, (0.1 * CURVED / found.skew).clamp(min=0.01), 1.0)
         shorter = steps * torch.minimum(0.5 * found.crossing, curved)
-        chosen = (_rough(found) & (shorter >= shortest)).nonzero()[:, 0]
+        chosen = rows_where(_rough(found) & (shorter >= shortest))
         if not len(chosen):
             break
         steps = _replaced(steps, chosen, shorter[chosen])
         found = found.replaced(chosen, own.select(chosen).sides(steps[chosen]))
-    left = _rough(found).nonzero()[:, 0]
+    left = rows_where(_rough(found))
     if len(left):
         judge = replace(own.select(left), envelope="average")
         judged = _picked(found, left) if run.envelope == "average" else judge.sides(steps[left])
@@ -338,9 +340,9 @@ def _rough(sides: _Sides) -> Tensor:
     return (sides.crossing <= 1.0) | (sides.skew > CURVED)
 
 
-def _at(point: Any, base: Any, moved: Tensor) -> Any:
+def _at(point: Point, base: Point, moved: Tensor) -> Point:
     """The point, with x where it was for elements that have not moved."""
-    return point._replace(x=torch.where(moved[:, None], point.x, base.x))
+    return point._make((torch.where(moved[:, None], point.x, base.x), *tuple(point)[1:]))
 
 
 def _jumps(run: _Run, tau: Tensor, unit: Tensor, sides: _Sides, small: float) -> Tensor:
@@ -352,7 +354,7 @@ def _jumps(run: _Run, tau: Tensor, unit: Tensor, sides: _Sides, small: float) ->
     tilt = tau / unit
     far = _reach(run, sides)
     jumped = (tilt <= small) & (far > JUMP) & (far > 10 * tilt)
-    rows = jumped.nonzero()[:, 0]
+    rows = rows_where(jumped)
     if len(rows):
         part, both = run.select(rows), _picked(sides, rows)
         if not (both.above & both.below).all():

@@ -37,8 +37,9 @@ def second_derivative(
 
     def gradient(*parts: Tensor) -> tuple[Tensor, ...]:
         cotangents, data, points = parts[:count], parts[count : count + fields], parts[count + fields :]
-        known = (outputs._make(torch.where(usable, part, 0.0) for part in own) for own in (points, cotangents))
-        return tuple(method.differentiable_vjp(solution, solution.problem.data._make(data), *known))
+        known, cotangent = ([torch.where(usable, part, 0.0) for part in own] for own in (points, cotangents))
+        own = solution.problem.data._make(data), outputs._make(known), solution.cotangent(cotangent)
+        return tuple(method.differentiable_vjp(solution, *own))
 
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     parts = gradient(*leaves)

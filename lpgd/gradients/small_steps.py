@@ -8,21 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
+from lpgd.arrays import flags, integers, rows_where
 from lpgd.gradients.base import GradientInfo
 from lpgd.gradients.implicit.findings import CURVED
 from lpgd.gradients.implicit.method import ImplicitKKT
 from lpgd.gradients.perturbed import Perturbed
-from lpgd.problems.base import maximum_norm
+from lpgd.problems.base import Point, maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.convexity import is_definite
 from lpgd.status import silent, warn
+
+if TYPE_CHECKING:
+    from lpgd.gradients.lpgd import LPGD
 
 __all__ = ["check_small_steps", "is_doubtful"]
 
@@ -37,12 +41,12 @@ ROUGH = 0.1
 """Forces of constraints that differ by more are those of other constraints; by less, it is rounding."""
 
 
-def is_doubtful(method: Any, problem: AnyProblem, cotangent: Any, found: Perturbed) -> Tensor:
+def is_doubtful(method: LPGD, problem: AnyProblem, cotangent: Point, found: Perturbed) -> Tensor:
     """(E,) elements whose small steps are to be checked."""
     return _may_be_singular(method, problem) | _is_faint(method, problem, cotangent, found)
 
 
-def _may_be_singular(method: Any, problem: AnyProblem) -> Tensor:
+def _may_be_singular(method: LPGD, problem: AnyProblem) -> Tensor:
     """(E,) elements whose small steps are to be checked: a definite curvature, and data of order 1, need no look.
 
     Of a linear program a step that was given is meant to find other vertices.
@@ -57,7 +61,7 @@ def _may_be_singular(method: Any, problem: AnyProblem) -> Tensor:
     return ~is_definite(program) | (method.tau is None and not program.units.is_trivial)
 
 
-def _is_faint(method: Any, problem: AnyProblem, cotangent: Any, found: Perturbed) -> Tensor:
+def _is_faint(method: LPGD, problem: AnyProblem, cotangent: Point, found: Perturbed) -> Tensor:
     """(E,) elements with a part that a chosen step moves by so little that rounding may show in the difference.
 
     A loss on multipliers that stay as they are makes the step short, and says nothing of how far x moves.
@@ -74,9 +78,9 @@ def _is_faint(method: Any, problem: AnyProblem, cotangent: Any, found: Perturbed
 
 
 def check_small_steps(
-    method: Any,
+    method: LPGD,
     solution: AnySolution,
-    cotangent: Any,
+    cotangent: Point,
     found: Perturbed,
     active: list[int],
     executor: Executor | None,
@@ -91,17 +95,18 @@ def check_small_steps(
     the second and short enough for the first.
     """
     tilt, lost = found.tau / found.unit, torch.zeros_like(found.above)
-    rows = (doubtful & (tilt <= SMALL_TILT) & (found.above | found.below)).nonzero()[:, 0]
+    rows = rows_where(doubtful & (tilt <= SMALL_TILT) & (found.above | found.below))
     if not rows.shape[0]:
         return lost
-    elements = rows.tolist()
-    chosen, tilts = solution.select(elements), cotangent.select(rows)
+    elements = integers(rows)
+    chosen, tilts = solution.select(rows), cotangent.select(rows)
     part = cast(ConicProblem, chosen.problem)
     with silent():
-        change, info = ImplicitKKT(rho=method.rho).response(chosen, tilts, executor)
+        answer, info = ImplicitKKT(rho=method.rho).response(chosen, tilts, executor)
+    change = cast(ConicPoint, answer)
     count = (found.above.double() + found.below.double()).clamp(min=1)[rows]
     weight = 1.0 / (found.tau[rows] * count)
-    moves = found.plus.select(rows).minus(found.minus.select(rows)).scaled(weight)
+    moves = cast(ConicPoint, found.plus.select(rows).minus(found.minus.select(rows)).scaled(weight))
     unique = torch.tensor([[used == "implicit"] for used in info.used], device=weight.device)
     # Multipliers are compared where they are unique.
     step, exact = (
@@ -123,14 +128,14 @@ def check_small_steps(
     doubt = (maximum_norm(step - exact) / torch.maximum(size, floor)).double().cpu()
     record.doubt = torch.full((len(record.used),), torch.nan, dtype=torch.float64)
     record.doubt[[active[element] for element in elements]] = torch.where(loose, torch.inf, doubt)
-    if names := [active[element] for element, singular in zip(elements, loose.tolist(), strict=True) if singular]:
+    if names := [active[element] for element, singular in zip(elements, flags(loose), strict=True) if singular]:
         if part.traits.is_curved:
             warn(f"{method}: the multipliers of elements {names[:10]} {CURVED}")
         else:
             warn(f"{method}: the optimality conditions of elements {names[:10]} {_SINGULAR}")
     if bool(far.any()):
         worst = float((maximum_norm(step - exact) / size)[far].max())
-        names = [active[element] for element, wrong in zip(elements, far.tolist(), strict=True) if wrong]
+        names = [active[element] for element, wrong in zip(elements, flags(far), strict=True) if wrong]
         warn(f"{method}: elements {names[:10]} {_DISAGREE.format(share=worst)}")
     return lost
 

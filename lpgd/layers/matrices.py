@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import IntArray, from_numpy
 from lpgd.cones.product import Cones
 from lpgd.layers.inputs import Batch
 from lpgd.layers.look import look_at
@@ -25,8 +25,6 @@ from lpgd.problems.conic.structure import ConicStructure
 
 __all__ = ["Matrix", "Plan", "join", "plan", "read_matrix"]
 
-IndexArray = NDArray[np.int64]
-
 KEPT = 32
 """Structures, and patterns of sparse tensors, that are kept: the most recent ones."""
 
@@ -34,13 +32,13 @@ KEPT = 32
 class Placement:
     """Where each of k values goes among ``size`` entries; values that meet are added, the other entries are zero."""
 
-    def __init__(self, places: IndexArray, size: int) -> None:
+    def __init__(self, places: IntArray, size: int) -> None:
         self.size = size
         whole = np.arange(size)
         self.is_identity = np.array_equal(places, whole)
         order = places if self.is_identity else np.argsort(places, kind="stable")
         self.is_permutation = np.array_equal(places[order], whole)
-        self.index = torch.from_numpy(order if self.is_permutation else places)
+        self.index = from_numpy(order if self.is_permutation else places)
         self.on_device = {self.index.device: self.index}
 
     def __call__(self, values: Tensor) -> Tensor:
@@ -89,9 +87,9 @@ class _Stored:
     layout: torch.layout
     shape: tuple[int, ...]
     digest: bytes
-    indices: tuple[IndexArray, ...] = field(compare=False, repr=False)
+    indices: tuple[IntArray, ...] = field(compare=False, repr=False)
 
-    def entries(self) -> tuple[IndexArray, IndexArray, IndexArray]:
+    def entries(self) -> tuple[IntArray, IntArray, IntArray]:
         """For each stored value, its place in the flattened batch, its row and its column."""
         if self.layout is torch.sparse_coo:
             (index,) = self.indices
@@ -142,7 +140,7 @@ def read_matrix(name: str, tensor: Tensor, batch: Batch) -> Matrix:
         indices = (tensor.crow_indices(), tensor.col_indices())
     else:
         indices = (tensor.ccol_indices(), tensor.row_indices())
-    arrays: tuple[IndexArray, ...] = ()
+    arrays: tuple[IntArray, ...] = ()
 
     def read(shown: Sequence[Tensor]) -> None:
         nonlocal arrays

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import elements_where
 from lpgd.nodes.base import BaseNode, NodeAnswer
 from lpgd.status import Status, warn
 
@@ -47,7 +49,7 @@ def eigen_decomposition(matrix: Tensor, largest: bool, reference: Tensor | None 
     have a positive entry of largest magnitude, the first of those that are equal to rounding.
     """
     # Of -X the smallest come first: no eigenvectors have to be reversed.
-    values, vectors = torch.linalg.eigh((matrix + matrix.mT).mul_(-0.5 if largest else 0.5))
+    values, vectors = linalg.eigh((matrix + matrix.mT).mul_(-0.5 if largest else 0.5))
     values = -values if largest else values
     rows = vectors.mT  # they lie one after the other
     magnitude = rows.abs()
@@ -161,25 +163,25 @@ def eigen_vjp_differentiable(matrix: Tensor, vectors: Tensor, cotangent: Tensor,
     values = (vectors * (matrix @ vectors)).sum(-2)  # (B, k)
     product = vectors.mT @ cotangent
     gap = values[:, None, :] - values[:, :, None] + torch.eye(count, dtype=values.dtype, device=values.device)
-    bound = tolerance * torch.linalg.matrix_norm(matrix, 2)
+    bound = tolerance * linalg.matrix_norm(matrix, 2)
     tied = (gap.abs() <= bound[:, None, None]).any(-1).any(-1)
     off = 1.0 - torch.eye(count, dtype=values.dtype, device=values.device)
     change = vectors @ (off * product / gap)  # (B, m, k)
     if count < size:
-        sigma = (1.0 + torch.linalg.matrix_norm(matrix)).detach()
+        sigma = (1.0 + linalg.matrix_norm(matrix)).detach()
         shift = values[:, :, None] - values[:, None, :] - sigma[:, None, None]  # (B, k, k): λ_j - λ_i - σ
         inside = (vectors[:, None] * shift[:, :, None]) @ vectors.mT[:, None]
         unit = torch.eye(size, dtype=values.dtype, device=values.device)
         systems = values[:, :, None, None] * unit - matrix[:, None] - inside  # (B, k, m, m)
         outside = cotangent - vectors @ product
-        answer, information = torch.linalg.solve_ex(systems, outside.mT[..., None])
+        answer, information = linalg.solve_ex(systems, outside.mT[..., None])
         rest = answer[..., 0].mT
         large = rest.norm(dim=-2) * bound[:, None] > outside.norm(dim=-2)
         tied = tied | (information != 0).any(-1) | (large | ~rest.isfinite().all(-2)).any(-1)
         change = change + rest
     if tied.any():
         raise RuntimeError(
-            f"eigenvalues of elements {tied.nonzero()[:10, 0].tolist()} are equal to others, to rounding: their "
+            f"eigenvalues of elements {elements_where(tied)[:10]} are equal to others, to rounding: their "
             "eigenvectors have no second derivative."
         )
     return symmetric_part(change @ vectors.mT)

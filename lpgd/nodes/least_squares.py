@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import flags
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, is_shared
 from lpgd.status import Status
 
@@ -56,7 +58,7 @@ def solve_least_squares(data: Regression, linear: Tensor | None = None) -> tuple
     if penalty is not None:
         left = torch.cat([left, penalty.sqrt().diag_embed().expand(rows, n, n)], -2)
         right = torch.nn.functional.pad(right, (0, 0, 0, n))
-    triangle = torch.linalg.qr(torch.cat([left, right], -1), mode="r").R[:, :n]
+    triangle = linalg.qr(torch.cat([left, right], -1), mode="r").R[:, :n]
     R, projected = triangle[..., :n], triangle[..., n:]
     diagonal = R.diagonal(dim1=-2, dim2=-1).abs()
     rounding = torch.finfo(R.dtype).eps * max(left.shape[-2:])
@@ -65,8 +67,8 @@ def solve_least_squares(data: Regression, linear: Tensor | None = None) -> tuple
         R = torch.where(regular[:, None, None], R, torch.eye(n, dtype=R.dtype, device=R.device))
     if linear is not None:
         extra = _fold(linear) if shared else linear
-        projected = projected + torch.linalg.solve_triangular(R.mT, extra, upper=False)
-    y = torch.linalg.solve_triangular(R, projected, upper=True)
+        projected = projected + linalg.solve_triangular(R.mT, extra, upper=False)
+    y = linalg.solve_triangular(R, projected, upper=True)
     return _unfold(y, batch) if shared else y, R, regular
 
 
@@ -112,7 +114,7 @@ def _inverse_product(R: Tensor, columns: Tensor) -> Tensor:
     """``R⁻¹R⁻ᵀ v``, (B, n, k)."""
     shared = R.shape[0] == 1
     right = _fold(columns) if shared else columns
-    s = torch.linalg.solve_triangular(R, torch.linalg.solve_triangular(R.mT, right, upper=False), upper=True)
+    s = linalg.solve_triangular(R, linalg.solve_triangular(R.mT, right, upper=False), upper=True)
     return _unfold(s, columns.shape[0]) if shared else s
 
 
@@ -261,7 +263,7 @@ class LeastSquares(BaseNode):
             valid = valid & (ridge >= 0.0)
         statuses = [
             (Status.SOLVED if full else Status.NUMERICAL_ERROR) if fine else Status.INVALID_DATA
-            for fine, full in zip(valid.tolist(), regular.expand(batch).tolist(), strict=True)
+            for fine, full in zip(flags(valid), flags(regular.expand(batch)), strict=True)
         ]
         return NodeAnswer(y if self.columns else y[..., 0], statuses, [1] * batch, (R,))
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lpgd import linalg
+
 __all__ = ["matrix_function"]
 
 
@@ -39,7 +41,7 @@ class _MatrixFunction(torch.autograd.Function):
         # Rows that are not finite, which eigh refuses for the whole batch, are NaN in the answer.
         finite = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
         unit = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        values, vectors = torch.linalg.eigh(torch.where(finite, matrix, unit))
+        values, vectors = linalg.eigh(torch.where(finite, matrix, unit))
         with torch.enable_grad():
             if _value(function, values).requires_grad:
                 raise ValueError("the function uses a tensor that requires a gradient, and would get none: detach it.")

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import flags
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
 from lpgd.status import Status
 
@@ -117,7 +119,7 @@ class Projection(BaseNode):
         r, count = self._radius(inputs), x.shape[0]
         statuses = [Status.SOLVED] * count
         if self.radius is None:
-            statuses = [Status.SOLVED if fine else Status.INVALID_DATA for fine in (r[:, 0] > 0).tolist()]
+            statuses = [Status.SOLVED if fine else Status.INVALID_DATA for fine in flags(r[:, 0] > 0)]
         known = self._known(x)
         return NodeAnswer(self._project(x, r, known), statuses, [0] * count, None if known is None else (known,))
 
@@ -205,4 +207,4 @@ def _norm(x: Tensor) -> Tensor:
     """(B, 1), without overflow or underflow of squares."""
     # The product does not depend on the unit, which needs no derivative.
     unit = x.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    return unit * torch.linalg.vector_norm(x / unit, dim=-1, keepdim=True)
+    return unit * linalg.vector_norm(x / unit, dim=-1, keepdim=True)

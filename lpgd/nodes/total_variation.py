@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lpgd.arrays import flags
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
 from lpgd.status import Status
 
@@ -190,7 +191,7 @@ class TotalVariationDenoising(BaseNode):
 
     def _solve(self, signal: Tensor, weight: Tensor, curvature: float = 1.0) -> NodeAnswer:
         y, signs = denoise(signal, weight.clamp_min(0.0))
-        statuses = [Status.SOLVED if fine else Status.INVALID_DATA for fine in (weight >= 0.0).tolist()]
+        statuses = [Status.SOLVED if fine else Status.INVALID_DATA for fine in flags(weight >= 0.0)]
         nu = None
         if y.shape[-1] > 1:
             nu = curvature * (y - signal).cumsum(-1)[:, :-1] * (y.diff(dim=-1) == 0.0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from lpgd.arrays import flags
 from lpgd.nodes.base import BaseNode, NodeAnswer
 from lpgd.status import Status
 
@@ -157,7 +158,7 @@ class Node(BaseNode):
             ) from error
 
     @contextmanager
-    def _explained(self, role: str, shapes: Sequence[tuple[int, ...]]) -> Iterator[None]:
+    def _explained(self, role: str, shapes: Sequence[tuple[int, ...]]) -> Generator[None]:
         """What a function of the user's raises gets a note with the shapes that it was called with."""
         try:
             yield
@@ -214,7 +215,7 @@ class Node(BaseNode):
                     f"the solver of {self.name} answered shape {tuple(y.shape)}; with batched=True y has shape "
                     f"{(size, *shape)} here."
                 )
-            known = torch.isfinite(y).reshape(size, math.prod(shape)).all(-1).tolist()
+            known = flags(torch.isfinite(y).reshape(size, math.prod(shape)).all(-1))
             statuses = [Status.SOLVED if row else Status.NO_SOLUTION for row in known]
             return NodeAnswer(y, statuses, torch.zeros(size))
         rows, statuses = [], []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self, SupportsIndex, TypeVar, cast
 
@@ -265,11 +265,11 @@ class Problem(Protocol[DataT, PointT]):
         """``∇_z <∇_w L(point), tangent>``: the tilt of forward mode."""
         ...
 
-    def select(self, elements: Sequence[int]) -> Self:
-        """The batch of these elements."""
+    def select(self, elements: Tensor) -> Self:
+        """The batch of these elements, int64 indices."""
         ...
 
-    def scatter(self, elements: Sequence[int], data: DataT) -> DataT:
+    def scatter(self, elements: Tensor, data: DataT) -> DataT:
         """A gradient of the data of ``select(elements)`` as one of this problem's, zero elsewhere."""
         ...
 

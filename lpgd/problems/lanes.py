@@ -12,15 +12,13 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import IntArray, from_numpy
 from lpgd.problems.base import MappedProblem
 from lpgd.problems.solution import AnySolution
 
 __all__ = ["Lanes", "Source", "joined", "mapped", "over_vectors", "separated", "summed"]
-
-IndexArray = NDArray[np.int64]
 
 LARGEST = 1 << 24
 """How many entries of data a batch of lanes may have, where each lane has a derivative of one solution of its own."""
@@ -90,7 +88,7 @@ class Source:
     """
 
     solution: AnySolution
-    index: IndexArray | None = None
+    index: IntArray | None = None
     rows: frozenset[int] = frozenset()
 
     @property
@@ -113,7 +111,7 @@ class Source:
         """The solution of a batch of problems."""
         solution, index = self.solution, self.index
         if index is not None:
-            own, chosen = np.arange(solution.batch_size), index.tolist()
+            own, chosen = np.arange(solution.batch_size), from_numpy(index).to(solution.x.device)
             count = index.size // max(own.size, 1)
             if np.array_equal(index, np.tile(own, count)):
                 problem = mapped(solution.problem).lanes(count, solution.problem.data)

@@ -20,9 +20,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import FloatArray, IntArray, integers
 from lpgd.problems.base import Centered, PointOperations, Traits, maximum_norm
 from lpgd.problems.solution import Solution
 from lpgd.status import Status
@@ -198,21 +198,19 @@ class LinearProblem(Centered):
 
     # -- batches ----------------------------------------------------------------------------------------------
 
-    def select(self, elements: Sequence[int]) -> LinearProblem:
+    def select(self, elements: Tensor) -> LinearProblem:
         """The batch of these elements; ``extra`` is not copied."""
-        index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
         return replace(
             self,
-            data=LinearData(self.data.c[index]),
+            data=LinearData(self.data.c[elements]),
             batch_size=len(elements),
-            rows=tuple(self.places[element] for element in elements),
-            center=None if self.center is None else self.center[index],
+            rows=tuple(self.places[element] for element in integers(elements)),
+            center=None if self.center is None else self.center[elements],
         )
 
-    def scatter(self, elements: Sequence[int], data: LinearData) -> LinearData:
+    def scatter(self, elements: Tensor, data: LinearData) -> LinearData:
         """A gradient of the data of ``select(elements)`` as one of this batch's: zero for the other elements."""
-        index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
-        return LinearData(torch.zeros_like(self.data.c).index_add(0, index, data.c))
+        return LinearData(torch.zeros_like(self.data.c).index_add(0, elements, data.c))
 
     def zero_gradient(self) -> LinearData:
         """A gradient of the data that is zero."""
@@ -245,9 +243,9 @@ class LinearSolution(Solution[LinearProblem, LinearPoint]):
     x: Tensor
     answers: tuple[Any, ...]
     statuses: tuple[Status, ...]
-    iterations: NDArray[np.int64]
-    setup_seconds: NDArray[np.float64]
-    solve_seconds: NDArray[np.float64]
+    iterations: IntArray
+    setup_seconds: FloatArray
+    solve_seconds: FloatArray
     states: Sequence[Any]
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "iterations", "setup_seconds", "solve_seconds")

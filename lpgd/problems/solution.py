@@ -7,11 +7,10 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, TypeVar, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import FloatArray, IntArray, integers
 from lpgd.problems.base import Data, Point, Problem
 from lpgd.status import Status, describe_counts
 
@@ -61,9 +60,9 @@ class Solution(Generic[ProblemT_co, PointT_co]):
     problem: ProblemT_co
     x: Tensor
     statuses: tuple[Status, ...]
-    iterations: NDArray[np.int64]
-    setup_seconds: NDArray[np.float64]
-    solve_seconds: NDArray[np.float64]
+    iterations: IntArray
+    setup_seconds: FloatArray
+    solve_seconds: FloatArray
     states: Sequence[Any]
 
     _tensors: ClassVar[tuple[str, ...]]
@@ -141,14 +140,16 @@ class Solution(Generic[ProblemT_co, PointT_co]):
     def parts(self, count: int) -> list[Self]:
         """The ``count`` equal parts that a batch consists of, one after the other (as ``tilt`` makes them)."""
         size = self.batch_size // count
-        return [self.select(range(part * size, (part + 1) * size)) for part in range(count)]
+        return [
+            self.select(torch.arange(part * size, (part + 1) * size, device=self.x.device)) for part in range(count)
+        ]
 
-    def select(self, elements: Sequence[int], problem: AnyProblem | None = None) -> Self:
-        """The solutions of these elements; ``problem`` is theirs, where it is known."""
-        chosen = list(elements)
+    def select(self, elements: Tensor, problem: AnyProblem | None = None) -> Self:
+        """The solutions of these elements, int64 indices; ``problem`` is theirs, where it is known."""
+        chosen = integers(elements)
         changes: dict[str, Any] = {name: getattr(self, name)[chosen] for name in self._tensors}
         changes |= {name: tuple(getattr(self, name)[i] for i in chosen) for name in self._tuples}
-        return replace(cast(Any, self), problem=problem or self.problem.select(chosen), **changes)
+        return replace(cast(Any, self), problem=problem or self.problem.select(elements), **changes)
 
 
 AnySolution: TypeAlias = Solution[AnyProblem, Any]

@@ -6,6 +6,7 @@ from lpgd.solvers.backends.daqp import DAQP
 from lpgd.solvers.backends.ecos import ECOS
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.highs import HiGHS
+from lpgd.solvers.backends.moreau import Moreau
 from lpgd.solvers.backends.osqp import OSQP
 from lpgd.solvers.backends.piqp import PIQP
 from lpgd.solvers.backends.proxqp import ProxQP
@@ -30,6 +31,7 @@ __all__ = [
     "ElementwiseSolver",
     "HiGHS",
     "InteriorPoint",
+    "Moreau",
     "NodeSolver",
     "Outcome",
     "Prepared",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
+from lpgd.arrays import integers, rows_where
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
@@ -174,11 +175,11 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
         lengths = better_lengths(posed, answer, self.tolerance)
         if lengths is None:
             return answer
-        elements = lengths.isfinite().nonzero()[:, 0].tolist()
+        elements = rows_where(lengths.isfinite())
         posed = pose(problem.select(elements), (), lengths[elements])
         again = self._judged(posed, executor)
         taken = [status is Status.SOLVED for status in again.statuses]
-        return merged(answer, elements, again, taken, keep_states=True)
+        return merged(answer, integers(elements), again, taken, keep_states=True)
 
     def _judged(self, posed: Posed, executor: Executor | None) -> ConicSolution:
         answer = self.solve_posed(posed.inside, posed.states, executor)

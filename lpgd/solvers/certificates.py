@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import from_numpy
 from lpgd.cones.projections import distance, project
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
@@ -35,7 +36,7 @@ MARGIN = 1e-9
 def proves_infeasible(problem: ConicProblem, y: Tensor) -> Tensor:
     """(B,) whether multipliers y (B, m), with the best z that goes with them, prove that no point is feasible."""
     size, structure = problem.batch_size, problem.structure
-    y = _each_finite(y, lambda rows: torch.from_numpy(np.asarray(project(structure.cones, rows, dual=True))))
+    y = _each_finite(y, lambda rows: from_numpy(np.asarray(project(structure.cones, rows, dual=True))))
     y = y / maximum_norm(y)[:, None].clamp(min=1e-300)
     slope = structure.constraint.rmatvec(problem.data.A, y)
     lower, upper = problem.full_bounds()
@@ -65,7 +66,7 @@ def proves_unbounded(problem: ConicProblem, direction: Tensor) -> Tensor:
     terms = per_element(problem.data.q, size) * d
     value, curvature = terms.sum(-1), (d * problem.quadratic_product(d)).sum(-1)
     outward = structure.constraint.matvec(problem.data.A, d)
-    left = _each_finite(-outward, lambda rows: torch.from_numpy(np.asarray(distance(structure.cones, rows)))[:, None])
+    left = _each_finite(-outward, lambda rows: from_numpy(np.asarray(distance(structure.cones, rows)))[:, None])
     # Along d the objective falls to t = v / dᵀP d, by then A x has left the cone by t times its distance.
     falls = value < -MARGIN * terms.abs().sum(-1)
     return falls & (curvature * REACH <= -value) & (left[:, 0] * REACH <= 1.0)

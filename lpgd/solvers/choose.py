@@ -13,6 +13,7 @@ from lpgd.solvers.backends.clarabel import Clarabel
 from lpgd.solvers.backends.daqp import DAQP
 from lpgd.solvers.backends.ecos import ECOS
 from lpgd.solvers.backends.highs import HiGHS
+from lpgd.solvers.backends.moreau import Moreau
 from lpgd.solvers.backends.osqp import OSQP
 from lpgd.solvers.backends.piqp import PIQP
 from lpgd.solvers.backends.proxqp import ProxQP
@@ -26,7 +27,7 @@ __all__ = ["SOLVERS", "Choice", "Situation", "available", "choose_solver", "pref
 rescue_by((Clarabel, InteriorPoint, DAQP, PIQP, HiGHS, ProxQP, OSQP, ECOS, SCS))
 """Clarabel first, which has nearly every cone and hands over certificates."""
 
-SOLVERS: tuple[type[ConicSolver], ...] = (Clarabel, SCS, InteriorPoint, DAQP, HiGHS, PIQP, OSQP, ProxQP, ECOS)
+SOLVERS: tuple[type[ConicSolver], ...] = (Clarabel, SCS, InteriorPoint, DAQP, HiGHS, PIQP, OSQP, ProxQP, Moreau, ECOS)
 """Every backend; where nothing of the situation is known, the first that can take a problem is chosen.
 
 ECOS, under the GPLv3 and without a release since 2024, comes last: every problem of its has another solver.
@@ -56,11 +57,14 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
       objective, needs no tuning, and is accurate; then SCS, for the cones that Clarabel lacks, and last ECOS.
     - Linear and quadratic programs on another device than the CPU: the interior-point method in torch, which stays
       on it.
+    - Quadratic programs of up to 60 variables and rows together, where P has its whole diagonal: Moreau, which takes a
+      batch in one call; and of 300 to 600 where they are dense, for its factorisations are faster than DAQP's.
     - Small linear and quadratic programs: DAQP, whose perturbed solves start from the active set of the solution.
-      Small is up to 200 variables and rows together; where P has its whole diagonal 400, and 1000 for dense rows.
+      Small is up to 200 variables and rows together, 250 with a quadratic objective; where P has its whole diagonal
+      400, and 1000 for dense rows.
     - Sparse linear programs that no gradient method augments: HiGHS, whose simplex starts from the basis.
     - Up to 5000 variables, where there are few cores, as they hold the interpreter's lock: PIQP, but for large dense
-      linear programs, and for dense quadratic programs ProxQP.
+      linear programs, and for dense quadratic programs ProxQP; without these DAQP for up to 500 variables and rows.
     - Linear programs: HiGHS; tiny programs: Clarabel; small quadratic ones: SCS, whose answers are refined as all are.
     - Dense or small ones, for up to 3000 variables and rows together: the interior-point method in torch, all elements
       at once.
@@ -100,7 +104,10 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
     linear = not structure.quadratic.nnz
     if situation is not None and polyhedral:
         size = structure.n + structure.m
-        filled = structure.constraint.nnz >= _FILLED * structure.n * structure.m
+        entries, places = structure.constraint.nnz, structure.n * structure.m
+        if not linear:
+            entries, places = entries + structure.quadratic.nnz, places + structure.n**2
+        filled = entries >= _FILLED * places
         dense = filled or size <= _SMALL
         on_cpu, simplex = situation.device == "cpu", linear and situation.augmented is False
         few = structure.n <= _MEDIUM and core_count() <= _FEW_CORES
@@ -108,13 +115,19 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
         rules: list[tuple[bool, type[ConicSolver], str]] = [
             (not on_cpu, InteriorPoint, f"it stays on the device {situation.device}"),
             (
-                size <= ((_MIDDLE if filled else _SMALL) if curved else _TINY),
+                on_cpu and curved and (size <= _MINUTE or (filled and _HUNDREDS < size <= _MANY_HUNDREDS)),
+                Moreau,
+                "the fastest for quadratic programs of this size, in one call for a batch",
+            ),
+            (
+                size <= ((_MIDDLE if filled else _SMALL) if curved else _TINY if linear else _EPIGRAPH),
                 DAQP,
                 "the fastest for small linear and quadratic programs",
             ),
             (simplex and not dense, HiGHS, "the fastest for sparse linear programs without an added quadratic term"),
             (few and not (dense and linear and size > _TINY), PIQP, "fast on few cores"),
             (few and dense and not linear, ProxQP, "fast for dense quadratic programs on few cores"),
+            (filled and not linear and size <= _MIDDLE / 2, DAQP, "fast for dense quadratic programs"),
             (simplex and size > _MINUTE, HiGHS, "fast for linear programs without an added quadratic term"),
             (size <= _MINUTE, Clarabel, "fast for tiny programs"),
             (curved and on_cpu and size <= _SMALL, SCS, "fast for small quadratic programs"),
@@ -130,9 +143,10 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
     return list(ranked.items())
 
 
-_LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS, OSQP, ECOS)
-_QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS, ECOS)
+_LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS, OSQP, Moreau, ECOS)
+_QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS, Moreau, ECOS)
 _MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 400, 1000, 3000, 5000, 0.1, 4
+_EPIGRAPH, _HUNDREDS, _MANY_HUNDREDS = 250, 300, 600
 
 _DEFAULT_NAMES = {"DIFFCP"}  # the standard layer's own default, which names no solver in particular
 

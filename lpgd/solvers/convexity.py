@@ -11,6 +11,8 @@ import scipy.sparse.linalg as spla
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import floats, from_numpy, rows_where
 from lpgd.execution.memo import TensorMemo
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.sparsity import SparsityPattern
@@ -69,7 +71,7 @@ def _rows_convex(pattern: SparsityPattern, values: Tensor) -> Tensor:
     dense = n <= DENSE_LIMIT or pattern.nnz > 0.2 * n * n
     by_factors = _by_cholesky if dense else _by_pivots
     for single in (False, True):
-        left = (~convex).nonzero()[:, 0]
+        left = rows_where(~convex)
         if single and left.shape[0]:
             part = values[left]
             left = left[(part == part.float().double()).all(-1)]
@@ -82,9 +84,9 @@ def _rows_convex(pattern: SparsityPattern, values: Tensor) -> Tensor:
 
 def _dominated(pattern: SparsityPattern, values: Tensor) -> Tensor:
     """(R,) whether each diagonal entry is at least the sum of the others in its row (Gershgorin)."""
-    diagonal = torch.from_numpy(pattern.rows == pattern.columns).to(values.device)
+    diagonal = from_numpy(pattern.rows == pattern.columns).to(values.device)
     signed = torch.where(diagonal, values, -values.abs())
-    rows = torch.from_numpy(pattern.rows).to(values.device)
+    rows = from_numpy(pattern.rows).to(values.device)
     return (values.new_zeros(len(values), pattern.shape[0]).index_add(1, rows, signed) >= 0).all(-1)
 
 
@@ -99,17 +101,17 @@ def _by_cholesky(pattern: SparsityPattern, values: Tensor, shift: Tensor) -> Ten
         else:
             place = np.searchsorted(used, pattern.rows) * used.size + np.searchsorted(used, pattern.columns)
             matrices = part.new_zeros(len(part), used.size * used.size)
-            matrices[:, torch.from_numpy(place).to(part.device)] = part
+            matrices[:, from_numpy(place).to(part.device)] = part
             matrices = matrices.reshape(-1, used.size, used.size)
         matrices.diagonal(dim1=-2, dim2=-1).add_(own[:, None])
-        found.append(torch.linalg.cholesky_ex(matrices).info == 0)
+        found.append(linalg.cholesky_ex(matrices).info == 0)
     return torch.cat(found)
 
 
 def _by_pivots(pattern: SparsityPattern, values: Tensor, shift: Tensor) -> Tensor:
     """By the signs of the pivots of a sparse factorisation without exchanges of rows (Sylvester's law of inertia)."""
     found = []
-    for row, own in zip(values.cpu().numpy(), shift.tolist(), strict=True):
+    for row, own in zip(values.cpu().numpy(), floats(shift), strict=True):
         matrix = pattern.csc(row)
         matrix.setdiag(matrix.diagonal() + own)
         try:

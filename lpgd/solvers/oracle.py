@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import elements_where
 from lpgd.execution.interrupts import pause
 from lpgd.execution.tasks import SerialExecutor, run_tasks, split
 from lpgd.execution.threads import all_torch_threads
@@ -84,7 +85,7 @@ class Oracle(Solver[LinearProblem, LinearSolution]):
             raise ValueError("this solver takes no quadratic term (rho > 0): it was declared without quadratic=True.")
         # A solver of the user's own may not be called from several threads unless they say so.
         executor = executor or SerialExecutor()
-        valid = problem.finite().nonzero()[:, 0].tolist()
+        valid = elements_where(problem.finite())
         chunks = split(len(valid), executor, per_worker=1 if self.batched else 4)
         tasks = [self._task(problem, [valid[place] for place in chunk], states) for chunk in chunks]
         with all_torch_threads():

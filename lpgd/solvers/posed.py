@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import as_index, elements_where, flags
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.magnitudes import INFINITE
 from lpgd.problems.conic.problem import ConicProblem
@@ -79,9 +80,9 @@ def pose(problem: ConicProblem, states: Sequence[Any] = (), lengths: Tensor | No
     cleaned, settled = _with_clean_bounds(problem)
     convex = is_convex(cleaned)
     if not bool(convex.all()):
-        settled |= dict.fromkeys((~convex).nonzero()[:, 0].tolist(), Status.NOT_CONVEX)
+        settled |= dict.fromkeys(elements_where(~convex), Status.NOT_CONVEX)
     if settled and not bool(problem.finite().all()):
-        finite = problem.finite().tolist()
+        finite = flags(problem.finite())
         settled = {element: status for element, status in settled.items() if finite[element]}
     exponents = _exponents(states, problem.batch_size)
     units = cleaned.units if exponents is None and lengths is None else Units.of(cleaned, exponents, lengths)
@@ -112,7 +113,7 @@ def _with_clean_bounds(problem: ConicProblem) -> tuple[ConicProblem, dict[int, S
         crossed = low > high
         if bool(crossed.any()):
             far = low - high > MARGIN * torch.maximum(low.abs(), high.abs())
-            settled = dict.fromkeys(far.any(-1).nonzero()[:, 0].tolist(), Status.INFEASIBLE)
+            settled = dict.fromkeys(elements_where(far.any(-1)), Status.INFEASIBLE)
             middle = torch.where(crossed & ~far, 0.5 * (low + high), torch.nan)
             lower, upper = per_element(lower, size).clone(), per_element(upper, size).clone()
             lower[:, low_at] = torch.where(torch.isnan(middle), low, middle)
@@ -238,7 +239,7 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> ConicSoluti
     )
     taken = torch.zeros(size, dtype=torch.int64)
     cheap = is_cheap(structure)
-    rough, wrong = (~exact).tolist(), (known_to > useless).tolist()
+    rough, wrong = flags(~exact), flags(known_to > useless)
     elements = [
         element
         for element, status in enumerate(answer.statuses)
@@ -246,7 +247,7 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> ConicSoluti
     ]
     if not elements:
         return replace(answer, known_to=known_to, refined=taken)
-    found = refine(problem, answer.point, answer.slack, elements)
+    found = refine(problem, answer.point, answer.slack, as_index(elements, problem.device))
     better = found.after < found.before
     rows = torch.tensor(elements, device=problem.device)[better]
     changes = {name: getattr(answer, name).clone() for name in ("x", "y", "z", "slack")}
@@ -260,8 +261,8 @@ def _by_residuals(answer: ConicSolution, residuals: Residuals, tolerance: float)
     """Of an integer program residuals prove that a point is feasible, not that there is no better one."""
     whole = answer.problem.structure.has_integers
     error, accepted = (residuals.primal if whole else residuals.worst).cpu(), max(ACCEPTED, 10 * tolerance)
-    exact, useless = (error <= accepted).tolist(), (~(error <= max(USELESS, accepted))).tolist()
-    finished = (error <= FINISHED).tolist()
+    exact, useless = flags(error <= accepted), flags(~(error <= max(USELESS, accepted)))
+    finished = flags(error <= FINISHED)
     statuses = list(answer.statuses)
     for index, status in enumerate(statuses):
         if status.usable:
@@ -290,7 +291,9 @@ def _proofs(answer: ConicSolution) -> list[str]:
         if elements and answer.problem.structure.has_integers:
             proofs = ["search" if index in elements else proof for index, proof in enumerate(proofs)]
         elif elements:
-            found = proves(answer.problem.select(elements), getattr(answer, name)[elements]).tolist()
+            found = flags(
+                proves(answer.problem.select(as_index(elements, answer.x.device)), getattr(answer, name)[elements])
+            )
             for element, fine in zip(elements, found, strict=True):
                 proofs[element] = "certificate" if fine else ""
     return proofs

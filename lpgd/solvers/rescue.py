@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lpgd.arrays import as_index, elements_where, flags
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.solvers.kkt.refinement import is_small
@@ -46,7 +47,7 @@ def _vague(solution: ConicSolution) -> list[int]:
     polyhedral = structure.cones.is_polyhedral and not structure.has_integers
     if solution.known_to is None or not polyhedral or not is_small(structure):
         return []
-    rows = (solution.known_to > VAGUE).nonzero()[:, 0].tolist()
+    rows = elements_where(solution.known_to > VAGUE)
     rows = [row for row in rows if solution.statuses[row] is Status.SOLVED]
     if not rows:
         return []
@@ -71,7 +72,7 @@ def settled(
         elements = [element for element, status in enumerate(attempt.statuses) if status in _OPEN or element in claims]
         if not elements:
             break
-        again = other.attempt(attempt.problem.select(elements), (), executor)
+        again = other.attempt(attempt.problem.select(as_index(elements, attempt.x.device)), (), executor)
         taken = [False] * len(elements)
         proofs, better = list(again.proofs), _is_better(attempt, elements, again)
         for place, element in enumerate(elements):
@@ -104,10 +105,10 @@ def _sharpened(solution: ConicSolution, others: Sequence[Attempting], executor: 
         elements = _vague(solution)
         if not elements:
             break
-        again = other.attempt(solution.problem.select(elements), (), executor)
+        again = other.attempt(solution.problem.select(as_index(elements, solution.x.device)), (), executor)
         assert solution.known_to is not None
         assert again.known_to is not None
-        better = (again.known_to < GAIN * solution.known_to[elements]).tolist()
+        better = flags(again.known_to < GAIN * solution.known_to[elements])
         taken = [good and status is Status.SOLVED for good, status in zip(better, again.statuses, strict=True)]
         solution = merged(solution, elements, again, taken)
     return solution
@@ -124,7 +125,7 @@ def _unproven(solution: ConicSolution) -> list[int]:
 def _is_better(solution: ConicSolution, elements: Sequence[int], again: ConicSolution) -> list[bool]:
     """Whether an inaccurate answer is nearer to a solution than the one that there is; any is, where there is none."""
     own = torch.where(solution.usable, solution.error, torch.inf)[list(elements)]
-    return (again.usable & (again.error < own)).tolist()
+    return flags(again.usable & (again.error < own))
 
 
 def _with_feasible_unbounded(
@@ -134,7 +135,7 @@ def _with_feasible_unbounded(
     elements = [element for element, status in enumerate(solution.statuses) if status is Status.UNBOUNDED]
     if not elements or not others or solution.problem.structure.has_integers:
         return solution
-    problem = solution.problem.select(elements)
+    problem = solution.problem.select(as_index(elements, solution.x.device))
     flat = replace(
         problem, data=problem.data._replace(P=torch.zeros_like(problem.data.P), q=torch.zeros_like(problem.data.q))
     )

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import FloatArray, as_index, elements_where, flags, from_numpy, rows_where
 from lpgd.cones.regions import interior_direction, kinks
 from lpgd.execution.tasks import SerialExecutor, run_tasks
 from lpgd.gradients.base import GradientInfo
@@ -35,9 +35,10 @@ from lpgd.solvers.interior_point.derivative import is_batchable, kept_response, 
 from lpgd.solvers.kkt.refinement import complementary, optimality_residual, refine
 from lpgd.solvers.kkt.system import KKTPoints, KKTResponse, Known, is_quick, respond
 
-__all__ = ["in_data", "response"]
+if TYPE_CHECKING:
+    from lpgd.gradients.implicit.method import ImplicitKKT
 
-FloatArray = NDArray[np.float64]
+__all__ = ["in_data", "response"]
 
 KNOWN_WELL = 1e-10
 """Points with a larger |F| are refined where their error matters: at curved cones, and near kinks."""
@@ -52,7 +53,7 @@ NOTHING = 1e-7
 
 
 def response(
-    method: Any,
+    method: ImplicitKKT,
     solution: ConicSolution,
     tilt: ConicPoint,
     active: Sequence[int],
@@ -73,28 +74,28 @@ def response(
     info.doubt = torch.full((problem.batch_size,), torch.nan, dtype=torch.float64)
     if not active:
         return change
-    rows = torch.as_tensor(list(active), dtype=torch.int64, device=problem.device)
+    rows = as_index(active, problem.device)
     part, point, slack, own_tilt = problem, solution.point, solution.slack, tilt
     if len(active) < problem.batch_size:
-        part, point, slack = problem.select(active), point.select(rows), slack[rows]
+        part, point, slack = problem.select(rows), point.select(rows), slack[rows]
         own_tilt = tilt.select(rows)
     units = part.units
-    places = _known_point(
+    located = _known_point(
         units.apply(part), units.point_in(part, point), units.slack_in(part, slack), units.tilt_in(part, own_tilt)
     )
     rho = _curvature(method.rho, part, units)
-    answer = ConicPoint(*(torch.zeros_like(own) for own in places.point))
-    left = ~places.weak
+    answer = ConicPoint(*(torch.zeros_like(own) for own in located.point))
+    left = ~located.weak
     if solution.systems and method.rho == 0.0 and units.is_trivial:
         _by_kept_systems(problem, solution, tilt, rows, left, answer)
-    if is_batchable(places.problem, method.rho) and (method.rho == 0.0 or units.is_trivial) and bool(left.any()):
-        _at_once(places, left, method.rho, answer)
+    if is_batchable(located.problem, method.rho) and (method.rho == 0.0 or units.is_trivial) and bool(left.any()):
+        _at_once(located, left, method.rho, answer)
     findings = Findings(len(active), bool(method.rho), part.structure)
-    rest = (places.weak | left).nonzero()[:, 0].tolist()
+    rest = elements_where(located.weak | left)
     if rest:
         if executor is None and is_quick(part.structure, len(rest)):
             executor = SerialExecutor()
-        _one_by_one(places, rest, rho, answer, findings, executor)
+        _one_by_one(located, rest, rho, answer, findings, executor)
     moved = units.point_out(part, answer)
     for whole, own in zip(change, moved, strict=True):
         whole[rows] = own
@@ -111,7 +112,7 @@ def in_data(solution: ConicSolution, change: ConicPoint) -> ConicData:
     return problem.bilinear_gradient(change.x, change.y, x, y, d_lower, d_upper)
 
 
-class _Places(NamedTuple):
+class _Located(NamedTuple):
     """Points of E elements, refined where that matters, in units of order 1.
 
     Attributes:
@@ -133,23 +134,23 @@ class _Places(NamedTuple):
     v_side: Tensor
 
 
-def _known_point(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint) -> _Places:
+def _known_point(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint) -> _Located:
     tilt = ConicPoint(*(part.to(point.x.dtype) for part in tilt))
     curved = not problem.structure.cones.is_polyhedral
     error = optimality_residual(problem, point, slack)
-    places = _places(problem, point, slack, tilt, error)
-    rough = error > KNOWN_WELL if curved else (error > KNOWN) | (places.weak & (error > KNOWN_WELL))
+    located = _locate(problem, point, slack, tilt, error)
+    rough = error > KNOWN_WELL if curved else (error > KNOWN) | (located.weak & (error > KNOWN_WELL))
     if not bool(rough.any()):
-        return places
-    elements = rough.nonzero()[:, 0]
-    refined = refine(problem, point, slack, elements.tolist())
+        return located
+    elements = rows_where(rough)
+    refined = refine(problem, point, slack, elements)
     point, slack = ConicPoint(*(part.clone() for part in point)), slack.clone()
     for whole, own in zip((*point, slack, error), (*refined.point, refined.slack, refined.after), strict=True):
         whole[elements] = own
-    return _places(problem, point, slack, tilt, error)
+    return _locate(problem, point, slack, tilt, error)
 
 
-def _places(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint, error: Tensor) -> _Places:
+def _locate(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint, error: Tensor) -> _Located:
     """The kinks nearby."""
     structure, cones = problem.structure, problem.structure.cones
     tolerance = (100 * error).clamp(KINK, 1e-3)[:, None]
@@ -160,7 +161,7 @@ def _places(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: Conic
         lipschitz = np.zeros(problem.batch_size)
     else:
         found, lipschitz = kinks(cones, v.detach().cpu().numpy(), tolerance[:, 0].cpu().numpy())
-        near = torch.from_numpy(found).to(v.device)
+        near = from_numpy(found).to(v.device)
     weak, xi_side = near.any(-1), torch.zeros_like(point.x)
     if structure.has_bounds:
         lower, upper = problem.full_bounds()
@@ -170,9 +171,9 @@ def _places(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: Conic
         xi_side = (above.double() - below.double()) * 2 * tolerance
     v_side = torch.zeros_like(v)
     if bool(weak.any()):
-        direction = torch.from_numpy(interior_direction(cones)).to(v.device)
+        direction = from_numpy(interior_direction(cones)).to(v.device)
         v_side = torch.where(near, 2 * tolerance * direction, 0.0)
-    return _Places(problem, point, slack, tilt, error, lipschitz, weak, xi_side, v_side)
+    return _Located(problem, point, slack, tilt, error, lipschitz, weak, xi_side, v_side)
 
 
 def _curvature(rho: float, problem: ConicProblem, units: Units) -> FloatArray | float:
@@ -207,12 +208,12 @@ def _by_kept_systems(
         left[own[exact]] = False
 
 
-def _at_once(places: _Places, left: Tensor, rho: float, answer: ConicPoint) -> None:
+def _at_once(located: _Located, left: Tensor, rho: float, answer: ConicPoint) -> None:
     """The same by one factorisation for all."""
-    elements = left.nonzero()[:, 0]
-    problem, point, slack, tilt = places[:4]
+    elements = rows_where(left)
+    problem, point, slack, tilt = located[:4]
     if elements.shape[0] < problem.batch_size:
-        problem, point = problem.select(elements.tolist()), point.select(elements)
+        problem, point = problem.select(elements), point.select(elements)
         slack, tilt = slack[elements], tilt.select(elements)
     response, exact = polyhedral_response(problem, point, slack, tilt, rho)
     for whole, part in zip(answer, response, strict=True):
@@ -237,27 +238,27 @@ def _respond(task: _Task) -> KKTResponse:
 
 
 def _responses(
-    places: _Places, elements: Sequence[int], rho: FloatArray | float, side: float, executor: Executor | None
+    located: _Located, elements: Sequence[int], rho: FloatArray | float, side: float, executor: Executor | None
 ) -> KKTResponse:
     """The responses of some elements, increasing, with what is at a kink brought to one side."""
-    problem, point, slack = places.problem, places.point, places.slack
+    problem, point, slack = located.problem, located.point, located.slack
     if side:
-        v, xi = point.y - slack + side * places.v_side, point.x + point.z + side * places.xi_side
+        v, xi = point.y - slack + side * located.v_side, point.x + point.z + side * located.xi_side
         moved = ConicPoint(xi, torch.where(v.isnan(), 0.0, v), torch.zeros_like(xi))
         # ξ and v as a point whose complementary one is meant.
         point, slack, _ = complementary(problem, moved, torch.zeros_like(v))
     view = ElementView(problem)
     lower, upper = problem.full_bounds()
-    parts = (*point, slack, *places.tilt, lower, upper)
+    parts = (*point, slack, *located.tilt, lower, upper)
     rows = [part.detach().cpu().numpy() for part in parts]
-    error = places.error.cpu().numpy()
+    error = located.error.cpu().numpy()
     tasks, order = [], []
     for chunk in view.groups(list(elements), executor, per_worker=1):
         matrices = (view.rows(name, chunk) for name in ("P", "A"))
         P, A = (np.broadcast_to(own, (len(chunk), own.shape[1])) for own in matrices)
         points = KKTPoints(*(own[chunk] for own in rows))
         own_rho = rho[chunk] if isinstance(rho, np.ndarray) else rho
-        tasks.append(_Task(problem.structure, own_rho, P, A, points, Known(error[chunk], places.lipschitz[chunk])))
+        tasks.append(_Task(problem.structure, own_rho, P, A, points, Known(error[chunk], located.lipschitz[chunk])))
         order += chunk
     results = run_tasks(_respond, tasks, executor)
     back = np.argsort(order)  # elements are increasing
@@ -265,7 +266,7 @@ def _responses(
 
 
 def _one_by_one(
-    places: _Places,
+    located: _Located,
     elements: list[int],
     rho: FloatArray | float,
     answer: ConicPoint,
@@ -273,13 +274,13 @@ def _one_by_one(
     executor: Executor | None,
 ) -> None:
     """Write the response of some elements, and what there is to say about each."""
-    found = _responses(places, elements, rho, 0.0, executor)
-    weak = places.weak.tolist()
+    found = _responses(located, elements, rho, 0.0, executor)
+    weak = flags(located.weak)
     at_kink = [k for k, element in enumerate(elements) if weak[element]]
     if at_kink:
         chosen = [elements[k] for k in at_kink]
-        sides = [_responses(places, chosen, rho, side, executor) for side in (1.0, -1.0)]
-        tilt = places.tilt.x.abs().amax(-1) if places.tilt.x.shape[1] else places.error
+        sides = [_responses(located, chosen, rho, side, executor) for side in (1.0, -1.0)]
+        tilt = located.tilt.x.abs().amax(-1) if located.tilt.x.shape[1] else located.error
         size = NOTHING * tilt.cpu().numpy()[chosen]
         differ = _differences(sides[0].x, sides[1].x, size)
         found = found.copy()
@@ -293,21 +294,23 @@ def _one_by_one(
                     whole[k] = part[own]
     for k, element in enumerate(elements):
         singular = found.unique[k] and not found.exact[k] and findings.is_curved(found.shared[k])
-        if singular and _is_steady(places, element, rho, found.x[k], findings.concerns(found.shared[k])):
+        if singular and _is_steady(located, element, rho, found.x[k], findings.concerns(found.shared[k])):
             findings.steady.add(element)
     for whole, part in zip(answer, found[:3], strict=True):
-        whole[elements] = torch.from_numpy(part).to(whole.device)
+        whole[elements] = from_numpy(part).to(whole.device)
     findings.add(elements, found)
 
 
-def _is_steady(places: _Places, element: int, rho: FloatArray | float, dx: FloatArray, with_constraints: bool) -> bool:
+def _is_steady(
+    located: _Located, element: int, rho: FloatArray | float, dx: FloatArray, with_constraints: bool
+) -> bool:
     """Whether x moves alike with other multipliers of the same solution.
 
     ``with_constraints`` says that gradients of the constraints themselves may be asked for: where planes share
     multipliers with curved ones those depend on more than x.
     """
-    row = torch.tensor([element], device=places.error.device)
-    problem, point, slack = places.problem.select([element]), places.point.select(row), places.slack[row]
+    row = torch.tensor([element], device=located.error.device)
+    problem, point, slack = located.problem.select(row), located.point.select(row), located.slack[row]
     A = problem.structure.constraint.dense_matrices(np.atleast_2d(problem.data.A.detach().cpu().numpy()))[0]
     lower, upper = (bound[0] for bound in problem.full_bounds())
     x, z = point.x[0], point.z[0]
@@ -319,9 +322,9 @@ def _is_steady(places: _Places, element: int, rho: FloatArray | float, dx: Float
         return False
     own_rho = rho[[element]] if isinstance(rho, np.ndarray) else rho
     for other in others:
-        there = places._replace(
-            problem=problem, point=point._replace(y=torch.from_numpy(other)[None].to(point.y)), slack=slack,
-            tilt=places.tilt.select(row), error=places.error[row], lipschitz=places.lipschitz[[element]],
+        there = located._replace(
+            problem=problem, point=point._replace(y=from_numpy(other)[None].to(point.y)), slack=slack,
+            tilt=located.tilt.select(row), error=located.error[row], lipschitz=located.lipschitz[[element]],
         )  # fmt: skip
         again = _responses(there, [0], own_rho, 0.0, SerialExecutor()).x[0]
         if np.abs(again - dx).max() > STEADY * max(np.abs(dx).max(), np.abs(again).max(), 1e-300):

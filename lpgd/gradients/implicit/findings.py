@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
+from lpgd.arrays import BoolArray, FloatArray, from_numpy
 from lpgd.gradients.base import GradientInfo
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.factor import DOUBT
@@ -17,8 +16,6 @@ from lpgd.solvers.kkt.system import KKTResponse
 from lpgd.status import warn
 
 __all__ = ["CURVED", "Findings"]
-
-FloatArray = NDArray[np.float64]
 
 SAME = 1e-5
 """Answers of the two sides of a kink that differ by a smaller share are one."""
@@ -86,11 +83,11 @@ class Findings:
             elif self.concerns(shared):
                 self.dependent.append(element)
 
-    def is_curved(self, rows: NDArray[np.bool_]) -> bool:
+    def is_curved(self, rows: BoolArray) -> bool:
         """Whether one of these rows (m,) is of a curved cone."""
         return bool(rows[self.structure.cones.sections["nonnegative"].stop :].any())
 
-    def concerns(self, rows: NDArray[np.bool_]) -> bool:
+    def concerns(self, rows: BoolArray) -> bool:
         """Whether anybody may ask for the gradient with respect to one of these rows (m,)."""
         return bool(np.delete(rows, self.structure.constant_rows).any())
 
@@ -99,7 +96,7 @@ class Findings:
         assert info.doubt is not None
         for place, element in enumerate(active):
             info.used[element] = self.used[place]
-        info.doubt[list(active)] = torch.from_numpy(self.doubt)
+        info.doubt[list(active)] = from_numpy(self.doubt)
         info.fallbacks = [element for element in active if info.used[element] == "implicit, regularised"]
 
         def named(places: list[int]) -> str:

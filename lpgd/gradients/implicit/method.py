@@ -17,6 +17,7 @@ import numpy as np
 
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit import conic, node
+from lpgd.problems.base import Data, Point
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
 
@@ -87,10 +88,10 @@ class ImplicitKKT(GradientMethod):
     def vjp(
         self,
         solution: AnySolution,
-        cotangent: Any,
+        cotangent: Point,
         solver: AnySolver,
         executor: Executor | None = None,
-    ) -> tuple[Any, GradientInfo]:
+    ) -> tuple[Data, GradientInfo]:
         problem = solution.problem
         change, info = self.response(solution, cotangent, executor)
         if self.rho == 0.0 and problem.stays_still(cotangent, change):
@@ -100,17 +101,17 @@ class ImplicitKKT(GradientMethod):
     def jvp(
         self,
         solution: AnySolution,
-        tangent: Any,
+        tangent: Data,
         solver: AnySolver,
         executor: Executor | None = None,
-    ) -> tuple[Any, GradientInfo]:
+    ) -> tuple[Point, GradientInfo]:
         return self.response(solution, solution.problem.mixed_product(solution.point, tangent), executor)
 
     def is_differentiable(self, problem: AnyProblem) -> bool:
         """Of declarative nodes it is."""
         return _conditions(problem).differentiable_vjp is not None
 
-    def differentiable_vjp(self, solution: AnySolution, data: Any, outputs: Any, cotangent: Any) -> Any:
+    def differentiable_vjp(self, solution: AnySolution, data: Data, outputs: Data, cotangent: Point) -> Data:
         """The vjp as a function of data, minimisers and cotangent.
 
         Raises:
@@ -121,7 +122,9 @@ class ImplicitKKT(GradientMethod):
             return super().differentiable_vjp(solution, data, outputs, cotangent)
         return formula(self, solution, data, outputs, cotangent)
 
-    def response(self, solution: AnySolution, tilt: Any, executor: Executor | None = None) -> tuple[Any, GradientInfo]:
+    def response(
+        self, solution: AnySolution, tilt: Point, executor: Executor | None = None
+    ) -> tuple[Point, GradientInfo]:
         """The derivative of the solution along a tilt ``<g, point>`` of the Lagrangian, (B, ·) each."""
         info = GradientInfo.blank(self, solution)
         active = relevant_elements(solution, tilt)

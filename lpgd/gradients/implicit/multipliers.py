@@ -10,14 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray
 from lpgd.cones.product import Cones
 from lpgd.cones.projections import distance, projection_derivative
 
 __all__ = ["OtherMultipliers", "other_multipliers"]
-
-FloatArray = NDArray[np.float64]
 
 FACE = 1e-6
 """Eigenvalues of the projection's derivative that differ from 1 by less are those of the face of y."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lpgd.arrays import as_index, flags, integers, rows_where
 from lpgd.gradients.base import GradientInfo
+from lpgd.problems.base import Data, Point
 from lpgd.problems.node.multipliers import active_rows
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.solution import NodeSolution
@@ -16,11 +18,14 @@ from lpgd.problems.node.structure import NodePoint
 from lpgd.solvers.node.bordered import bordered_response, is_large
 from lpgd.status import warn
 
+if TYPE_CHECKING:
+    from lpgd.gradients.implicit.method import ImplicitKKT
+
 __all__ = ["differentiable_vjp", "in_data", "response"]
 
 
 def response(
-    method: Any,
+    method: ImplicitKKT,
     solution: NodeSolution,
     tilt: NodePoint,
     active: list[int],
@@ -41,18 +46,18 @@ def response(
     change = NodePoint(*(torch.zeros_like(part) for part in whole))
     if not active:
         return change
-    rows = torch.as_tensor(active, dtype=torch.int64, device=problem.device)
+    rows = as_index(active, problem.device)
     parts = (part if part.shape[-1] else nothing for part, nothing in zip(tilt, change, strict=True))
     tilt = NodePoint(*parts).select(rows)  # a cotangent has no multipliers
-    chosen, point = problem.select(active), whole.select(rows)
+    chosen, point = problem.select(rows), whole.select(rows)
     if not chosen.node.is_exact and method.active_tolerance is None:  # with it a user knows of a rough solver
         _check_stationary(chosen, point, active)
     binding, one_sided = _active(method, chosen, point)
     answer, exact = bordered_response(chosen, point, tilt, binding, method.rho, method.matrix_free)
-    for element, regular, weak in zip(active, exact.tolist(), one_sided.tolist(), strict=True):
+    for element, regular, weak in zip(active, flags(exact), flags(one_sided), strict=True):
         kind = "implicit, one-sided" if weak else "implicit"
         info.used[element] = kind if regular else "implicit, regularised"
-    info.fallbacks = [element for element, regular in zip(active, exact.tolist(), strict=True) if not regular]
+    info.fallbacks = [element for element, regular in zip(active, flags(exact), strict=True) if not regular]
     if info.fallbacks:
         warn(
             f"{method}: the optimality conditions of elements {info.fallbacks[:10]} are singular (degenerate or "
@@ -69,22 +74,22 @@ def in_data(solution: NodeSolution, change: NodePoint) -> Any:
     problem, usable = solution.problem, solution.usable
     if usable.all():
         return problem.directional_gradient(solution.point, change)
-    rows = usable.nonzero()[:, 0]
-    elements = rows.tolist()
-    gradient = problem.select(elements).directional_gradient(solution.point.select(rows), change.select(rows))
-    return problem.scatter(elements, gradient)
+    rows = rows_where(usable)
+    gradient = problem.select(rows).directional_gradient(solution.point.select(rows), change.select(rows))
+    return problem.scatter(rows, gradient)
 
 
-def differentiable_vjp(method: Any, solution: NodeSolution, data: Any, outputs: Any, cotangent: Any) -> Any:
+def differentiable_vjp(
+    method: ImplicitKKT, solution: NodeSolution, data: Data, outputs: Data, cotangent: Point
+) -> Data:
     """The bordered system and the vjp of the optimality conditions as functions of data, minimisers and cotangent.
 
     Raises:
         RuntimeError: systems that are singular, or too large to be formed.
     """
     whole = solution.traced(data, outputs)
-    elements = whole.usable.nonzero()[:, 0].tolist()
-    rows = torch.as_tensor(elements, dtype=torch.int64, device=whole.problem.device)
-    own, tilt = whole.select(elements), NodePoint(cotangent.x, *(0.0 * part for part in whole.point[1:]))
+    rows = rows_where(whole.usable)
+    own, tilt = whole.select(rows), NodePoint(cotangent.x, *(0.0 * part for part in whole.point[1:]))
     if method.matrix_free or is_large(own.problem, own.point):
         raise RuntimeError(
             f"{method}: second derivatives need the matrix of the optimality conditions, which is too large here, or "
@@ -93,15 +98,15 @@ def differentiable_vjp(method: Any, solution: NodeSolution, data: Any, outputs: 
     binding, _ = _active(method, own.problem, own.point)
     change, exact = bordered_response(own.problem, own.point, tilt.select(rows), binding, method.rho, False)
     if not exact.all():
-        singular = [element for element, fine in zip(elements, exact.tolist(), strict=True) if not fine]
+        singular = [element for element, fine in zip(integers(rows), flags(exact), strict=True) if not fine]
         raise RuntimeError(
             f"{method}: the optimality conditions of elements {singular[:10]} are singular, and have no second "
             "derivative: give rho > 0, or detach the gradient."
         )
-    return whole.problem.scatter(elements, own.problem.directional_gradient(own.point, change))
+    return whole.problem.scatter(rows, own.problem.directional_gradient(own.point, change))
 
 
-def _active(method: Any, problem: NodeProblem, point: NodePoint) -> tuple[Tensor, Tensor]:
+def _active(method: ImplicitKKT, problem: NodeProblem, point: NodePoint) -> tuple[Tensor, Tensor]:
     """Inequalities that are active, and (B,) whether one of an element's has a multiplier of zero."""
     if not point.lam.shape[-1]:
         return torch.zeros_like(point.lam, dtype=torch.bool), point.x.new_zeros(len(point.x), dtype=torch.bool)
@@ -125,7 +130,7 @@ def _check_stationary(problem: NodeProblem, point: NodePoint, elements: list[int
     left = torch.where(left.isfinite(), left, 0)  # infinite derivatives are refused elsewhere
     bad = left.amax(-1) > NOT_STATIONARY * (1 + point.x.abs().amax(-1))
     if bad.any():
-        named = [element for element, wrong in zip(elements, bad.tolist(), strict=True) if wrong]
+        named = [element for element, wrong in zip(elements, flags(bad), strict=True) if wrong]
         warn(
             f"the solutions of {problem.node.name} for elements {named[:10]} do not satisfy the optimality conditions, "
             "so implicit differentiation says nothing of them: its solver ended too early, or elsewhere, or the "

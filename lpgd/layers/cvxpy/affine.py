@@ -9,14 +9,11 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray, IntArray
 from lpgd.problems.conic.sparsity import SparsityPattern
 
 __all__ = ["AffineMatrix", "Bounds", "bound_map", "consecutive_rows", "reordered", "selection"]
-
-IndexArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +28,9 @@ class AffineMatrix:
 
     shape: tuple[int, int]
     width: int
-    row: IndexArray
-    column: IndexArray
-    parameter: IndexArray
+    row: IntArray
+    column: IntArray
+    parameter: IntArray
     value: FloatArray
 
     @classmethod
@@ -46,7 +43,7 @@ class AffineMatrix:
 
     @classmethod
     def _summed(
-        cls, shape: tuple[int, int], width: int, position: IndexArray, parameter: IndexArray, value: FloatArray
+        cls, shape: tuple[int, int], width: int, position: IntArray, parameter: IntArray, value: FloatArray
     ) -> AffineMatrix:
         # Stacked matrices have r c rows, too many for the row pointers of a compressed matrix.
         unique, entry = np.unique(position * width + parameter, return_inverse=True)
@@ -56,7 +53,7 @@ class AffineMatrix:
         column, row = np.divmod(position, max(shape[0], 1))
         return cls(shape, width, row, column, parameter, total[stored])
 
-    def select_rows(self, rows: IndexArray) -> AffineMatrix:
+    def select_rows(self, rows: IntArray) -> AffineMatrix:
         """These rows, which must be increasing."""
         place = np.full(self.shape[0], -1, dtype=np.int64)
         place[rows] = np.arange(rows.size)
@@ -91,11 +88,11 @@ class Bounds:
             ``from_upper @ max(z, 0)``, z the signed multipliers of the bounds.
     """
 
-    lower_index: IndexArray
-    upper_index: IndexArray
+    lower_index: IntArray
+    upper_index: IntArray
     lower: sp.csr_array
     upper: sp.csr_array
-    rows: IndexArray
+    rows: IntArray
     from_lower: sp.csr_array
     from_upper: sp.csr_array
 
@@ -133,8 +130,8 @@ class Bounds:
 
 
 def _one_side(
-    A: AffineMatrix, b: sp.csr_array, entries: IndexArray, stated: sp.csr_array | None, infinite: float
-) -> tuple[IndexArray, sp.csr_array, IndexArray, sp.csr_array]:
+    A: AffineMatrix, b: sp.csr_array, entries: IntArray, stated: sp.csr_array | None, infinite: float
+) -> tuple[IntArray, sp.csr_array, IntArray, sp.csr_array]:
     """Bounded variables, their bounds, the rows used up, and the way back for their multipliers."""
     (m, n), width = A.shape, A.width
     given = np.zeros(0, dtype=np.int64)
@@ -159,7 +156,7 @@ def _one_side(
     return index, bounds, row[used], back
 
 
-def reordered(tensor: Any, order: IndexArray) -> sp.coo_array:
+def reordered(tensor: Any, order: IntArray) -> sp.coo_array:
     """A tensor with its columns in this order."""
     return sp.coo_array(sp.csc_array(tensor)[:, order])
 
@@ -171,7 +168,7 @@ def consecutive_rows(tensor: sp.coo_array, start: int, stop: int, width: int) ->
     return sp.csr_array((tensor.data[inside], (row[inside] - start, column[inside])), shape=(stop - start, width))
 
 
-def bound_map(tensor: Any, values: FloatArray | None, order: IndexArray) -> sp.csr_array | None:
+def bound_map(tensor: Any, values: FloatArray | None, order: IntArray) -> sp.csr_array | None:
     """The map (n, p + 1) to bounds that are a tensor, or else constant values, or else absent."""
     if tensor is not None:
         return sp.csr_array(reordered(tensor, order))
@@ -181,7 +178,7 @@ def bound_map(tensor: Any, values: FloatArray | None, order: IndexArray) -> sp.c
     return sp.csr_array((values, (rows, column)), shape=(values.size, order.size))
 
 
-def tightened(stated: sp.csr_array | None, entries: IndexArray, end: float, shape: tuple[int, int]) -> Any:
+def tightened(stated: sp.csr_array | None, entries: IntArray, end: float, shape: tuple[int, int]) -> Any:
     """Bounds of which those of ``entries`` are no wider than ``end``: 0 for lower ones, 1 for upper ones of booleans.
 
     Args:

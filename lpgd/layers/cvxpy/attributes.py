@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import elements_where
 from lpgd.layers.cvxpy.layout import ParameterLayout
 
 __all__ = ["check_attributes"]
@@ -40,7 +42,7 @@ def check_attributes(layouts: Sequence[ParameterLayout], tensors: Sequence[Tenso
                 broken = _not_semidefinite(signed.reshape(-1, *layout.shape), room)
             else:
                 broken = signed.amin(-1) < -room
-            elements = broken.nonzero()[:, 0].tolist()
+            elements = elements_where(broken)
             if elements:
                 where = f" of elements {elements[:10]}" if batched else ""
                 raise ValueError(
@@ -55,7 +57,7 @@ def _not_semidefinite(matrices: Tensor, room: Tensor) -> Tensor:
     nonzero = finite & (room > 0)
     # A Cholesky factorisation of the shifted matrix tells, at a tenth of the eigenvalues' price.
     shift = symmetric.shape[-1] * room.double()[:, None, None] * torch.eye(symmetric.shape[-1]).to(symmetric)
-    failed = torch.linalg.cholesky_ex(symmetric[nonzero] + shift[nonzero]).info.ne(0)
+    failed = linalg.cholesky_ex(symmetric[nonzero] + shift[nonzero]).info.ne(0)
     broken = torch.zeros_like(nonzero)
     broken[nonzero] = failed
     return broken

@@ -16,7 +16,7 @@ import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import cvxpy as cp
 import cvxpy.settings as cvxpy_settings
@@ -32,15 +32,13 @@ from cvxpy.reductions.solvers.conic_solvers.conic_solver import ConicSolver
 from cvxpy.reductions.solvers.utilities import extract_dual_value, get_dual_values
 from cvxpy.utilities import scopes
 from cvxpy.utilities.psd_utils import TriangleKind
-from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray, IntArray
 from lpgd.cones.product import Cones
 from lpgd.layers.cvxpy.affine import AffineMatrix, Bounds, bound_map, consecutive_rows, reordered, selection, tightened
-from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, IndexArray, ParameterLayout, VariableLayout
+from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
 
 __all__ = ["canonicalise"]
-
-FloatArray = NDArray[np.float64]
 
 _STRUCTURES = ("symmetric", "PSD", "NSD", "diag", "sparsity")
 
@@ -312,6 +310,10 @@ class _Reduced:
         return _flat(value, "C")
 
 
+def _bounds(variable: cp.Variable) -> Sequence[Any]:
+    return cast("Sequence[Any] | None", variable.attributes["bounds"]) or ()
+
+
 def _reduce(problem: cp.Problem, gp: bool) -> _Reduced:
     # CVXPY caches on the problem it reduces, so it gets one of its own.  Before 1.9.3 it reduces a square of a
     # symmetric, diagonal or sparse variable wrongly, but not one of an expression such as -1 * -X.
@@ -320,7 +322,7 @@ def _reduce(problem: cp.Problem, gp: bool) -> _Reduced:
     objective = problem.objective.tree_copy(id_objects=expressions) if structured else problem.objective
     reducible: Any = cp.Problem(objective, problem.constraints)
     # Of such a variable CVXPY can keep only one bound for all entries; others must become rows.
-    target = _Target(bounded=all(np.ndim(bound) == 0 for v in structured for bound in v.attributes["bounds"] or ()))
+    target = _Target(bounded=all(np.ndim(bound) == 0 for v in structured for bound in _bounds(v)))
     with warnings.catch_warnings(), contextlib.nullcontext() if gp else scopes.quad_form_dpp_scope():
         # CVXPY's reductions read values of sparse variables in the way it warns its users about.
         warnings.filterwarnings("ignore", message=".*sparse CVXPY expression", category=RuntimeWarning)
@@ -342,11 +344,11 @@ def _flat(value: Any, order: Any) -> FloatArray:
 
 def _parameter_layouts(
     parameters: Sequence[cp.Parameter], reduced: _Reduced
-) -> tuple[tuple[ParameterLayout, ...], IndexArray]:
+) -> tuple[tuple[ParameterLayout, ...], IntArray]:
     """The layouts, and which column of CVXPY's tensors each column of ours is, the constant last."""
     logarithms = set() if reduced.gp is None else {new for (new,) in reduced.gp.param_id_map.values()}
     layouts: list[ParameterLayout] = []
-    order: list[IndexArray] = []
+    order: list[IntArray] = []
     start = 0
     for parameter in parameters:
         entries = np.arange(parameter.size, dtype=np.float64).reshape(parameter.shape)
@@ -378,7 +380,7 @@ def _variable_layout(
     owners: dict[int, tuple[Any, int]],
     reduced: _Reduced,
     bounds: Bounds,
-    kept: IndexArray,
+    kept: IntArray,
     m: int,
 ) -> VariableLayout:
     n = int(reduced.program.x.size)

@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
+from lpgd.arrays import IntArray, from_numpy
 from lpgd.autograd import OnError
 from lpgd.gradients import GradientMethod
+from lpgd.layers.absent import without_absent_rows
 from lpgd.layers.base import LayerOutput, OptimizationLayer, WarmStart
 from lpgd.layers.cvxpy.attributes import check_attributes
-from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
-from lpgd.layers.cvxpy.maps import SparseMap
+from lpgd.layers.cvxpy.elimination import NO_PIVOTS, find_pivots
+from lpgd.layers.cvxpy.layout import CanonicalProgram, VariableLayout
+from lpgd.layers.cvxpy.maps import Columns, DataMap, SparseMap
+from lpgd.layers.cvxpy.substitution import ExpandedSolution, Substitution
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.explanations import Part, explanation
-from lpgd.layers.inputs import batch_inputs
+from lpgd.layers.inputs import Inputs, batch_inputs
 from lpgd.layers.look import look_at
+from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solvers import ConicSolver
@@ -59,12 +62,17 @@ class CvxpyLayer(OptimizationLayer):
         on_error: ``"raise"``: an element without a solution raises; ``"nan"``: its rows are NaN and its gradient
             zero; ``"warn"``: its rows are the solver's last iterate, or NaN, with a warning and a zero gradient.
         executor: a ``concurrent.futures.Executor`` for the elements of a batch; None is one thread for each core.
+        eliminate: substitute variables that one row defines, such as those of CVXPY's ``sum_squares``, where that
+            makes the program cheaper (:mod:`lpgd.layers.cvxpy.elimination` has the rule).  Outputs and gradients stay
+            the same; what ``variables`` names is never substituted.  With ``rho > 0`` the augmentation is of the
+            variables that are left.  Squares of a matrix F are formed by ``FᵀF``: with a condition of F beyond about
+            1e3, False keeps more digits.
         verbose: let the solver print.
 
     Attributes:
         gradient: the gradient method; it may be replaced between calls (schedules of τ and ρ).
         solver: the solver; it may be replaced too.
-        structure: patterns and cones of the conic program that is solved.
+        structure: patterns and cones of the conic program that is solved; a call's ``info.solution`` is of that.
 
     Raises:
         ValueError: parameters or variables do not belong to the problem, it is not DPP, or the solver cannot take it.
@@ -85,27 +93,24 @@ class CvxpyLayer(OptimizationLayer):
         on_error: OnError = "raise",
         executor: Executor | None = None,
         *,
+        eliminate: bool = True,
         verbose: bool = False,
     ) -> None:
         from lpgd.layers.cvxpy.canonical import canonicalise
 
-        program = canonicalise(problem, parameters, variables, gp=gp)
-        structure = ConicStructure(
-            program.quadratic,
-            program.constraint,
-            program.cones,
-            program.lower_index,
-            program.upper_index,
-            program.integer_index,
-            _constant_rows(program),
-        )
+        whole = canonicalise(problem, parameters, variables, gp=gp)
+        pivots = find_pivots(whole) if eliminate else NO_PIVOTS
+        self._substitution = Substitution(whole, pivots) if pivots.rows.size else None
+        program = self._substitution.program if self._substitution is not None else whole
+        structure = _structure(program)
         super().__init__(structure, True, solver, gradient, solver_args, on_error, executor, verbose)
         self.structure = structure
         self.parameter_layouts = program.parameters
         self.variable_layouts = program.variables
-        self._data_maps = [_DataMap(getattr(program, name)) for name in ConicData._fields]
+        self._whole = structure if program is whole else _structure(whole)
+        self._data_maps = [DataMap(getattr(whole, name)) for name in ConicData._fields]
         both = np.isin(np.arange(program.n), program.lower_index) & np.isin(np.arange(program.n), program.upper_index)
-        self._readers = [_Reader(layout, torch.from_numpy(both)) for layout in program.variables]
+        self._readers = [_Reader(layout, from_numpy(both)) for layout in program.variables]
 
     @eager
     def forward(
@@ -133,13 +138,13 @@ class CvxpyLayer(OptimizationLayer):
                 definiteness that its parameter was declared with.
         """
         inputs = batch_inputs(self.parameter_layouts, params)
-        data = self._data(inputs.tensors, inputs.batch_size)
+        data = self._data(self._columns(inputs))
         parts = [
             Part(f"parameter {layout.name}", tensor, len(layout.shape))
             for layout, tensor in zip(self.parameter_layouts, params, strict=True)
         ]
-        why = explanation(parts, inputs)
-        point, info = self._solve(data, self.structure, inputs, solver_args, warm_start, why)
+        start, why = _as_solved(warm_start), explanation(parts, inputs)
+        point, info = self._solve(data, self.structure, inputs, solver_args, start, why)
         output = LayerOutput(inputs.restore(reader(point), reader.layout.shape) for reader in self._readers)
         output.info, output.batch_shape = info, inputs.batch_shape
         return output
@@ -157,98 +162,63 @@ class CvxpyLayer(OptimizationLayer):
     ) -> ConicSolution:
         """The solver's whole answer, not differentiable: statuses, residuals, iterations, times, x, y, z and s.
 
-        Arguments are those of a call; leading batch dimensions are flattened to one.  Elements without a solution
+        It has all variables and rows that CVXPY's reductions lead to, those that were substituted, too.  Arguments are
+        those of a call; leading batch dimensions are flattened to one.  Elements without a solution
         do not raise: see ``ConicSolution.statuses``.
         """
         inputs = batch_inputs(self.parameter_layouts, params)
         with torch.no_grad():
-            data = self._data(inputs.tensors, inputs.batch_size)
-        return self._solution(data, self.structure, inputs, solver_args, warm_start)
+            columns = self._columns(inputs)
+            data = self._data(columns)
+        solution = self._solution(data, self.structure, inputs, solver_args, _as_solved(warm_start))
+        if self._substitution is None:
+            return solution
+        with torch.no_grad():
+            whole = ConicData(*(data_map(columns) for data_map in self._data_maps))
+            whole, _ = without_absent_rows(self._whole, whole, inputs.batch_size)
+            problem = ConicProblem(self._whole, whole, inputs.batch_size)
+            return self._substitution.expand(solution, problem, self._substitution.parts(columns))
 
     def extra_repr(self) -> str:
         structure = self.structure
         return f"{structure.n} variables, {structure.m} rows, {structure.cones}, {super().extra_repr()}"
 
-    def _data(self, tensors: Sequence[Tensor], batch_size: int) -> ConicData:
-        """Parameters to problem data; a datum that only shared parameters reach stays shared."""
+    def _columns(self, inputs: Inputs) -> Columns:
         layouts = self.parameter_layouts
         ndims = [len(layout.shape) for layout in layouts]
-        look_at(lambda shown: check_attributes(layouts, shown), tensors, ndims)
-        columns = _Columns(self.parameter_layouts, tensors, batch_size)
+        look_at(lambda shown: check_attributes(layouts, shown), inputs.tensors, ndims)
+        return Columns(layouts, inputs.tensors, inputs.batch_size)
+
+    def _data(self, columns: Columns) -> ConicData:
+        """Parameters to the data that are solved; a datum that only shared parameters reach stays shared."""
+        if self._substitution is not None:
+            return self._substitution.data(columns, self._substitution.parts(columns))
         return ConicData(*(data_map(columns) for data_map in self._data_maps))
 
 
-def _constant_rows(program: CanonicalProgram) -> NDArray[np.int64]:
+def _as_solved(warm_start: WarmStart) -> WarmStart:
+    solved = warm_start.solved if isinstance(warm_start, ExpandedSolution) else None
+    return warm_start if solved is None else solved
+
+
+def _structure(program: CanonicalProgram) -> ConicStructure:
+    return ConicStructure(
+        program.quadratic,
+        program.constraint,
+        program.cones,
+        program.lower_index,
+        program.upper_index,
+        program.integer_index,
+        _constant_rows(program),
+    )
+
+
+def _constant_rows(program: CanonicalProgram) -> IntArray:
     """The rows of A and b that no parameter reaches."""
     constant = np.ones(program.cones.rows, dtype=bool)
     for affine, rows in ((program.A, program.constraint.rows), (program.b, np.arange(program.cones.rows))):
         constant[rows[np.diff(affine.matrix[:, :-1].tocsr().indptr) > 0]] = False
     return np.flatnonzero(constant)
-
-
-class _Columns:
-    """The parameter vector θ, in float64: shared by the batch as far as the parameters that are asked for are."""
-
-    def __init__(self, layouts: Sequence[ParameterLayout], tensors: Sequence[Tensor], batch_size: int) -> None:
-        self.batch_size = batch_size
-        width = max((layout.columns.stop for layout in layouts), default=0)
-        self.parts: dict[int, Tensor] = {}
-        for position, (layout, tensor) in enumerate(zip(layouts, tensors, strict=True)):
-            values = tensor.to(torch.float64)
-            if layout.symmetric:
-                # Of a symmetric matrix only one triangle is read: this spreads the gradient over both.
-                values = 0.5 * (values + values.mT)
-            flat = values.flatten(values.ndim - len(layout.shape)) if layout.shape else values.unsqueeze(-1)
-            values = flat.index_select(-1, torch.from_numpy(layout.take).to(flat.device))
-            self.parts[position] = _log(values) if layout.log else values
-        self.order = sorted(self.parts, key=lambda position: layouts[position].columns.start)
-        self.sizes = {position: layout.take.size for position, layout in enumerate(layouts)}
-        self.device = tensors[0].device if tensors else torch.device("cpu")
-        self.width = width
-        self.cache: dict[bool, Tensor] = {}
-
-    def vector(self, positions: frozenset[int]) -> Tensor:
-        """(p,) or, if any of these parameters is batched, (B, p); other parameters' columns may be zero."""
-        batched = any(self.parts[position].ndim == 2 for position in positions)
-        if batched not in self.cache:
-            leading = (self.batch_size,) if batched else ()
-            parts = [
-                self.parts[position].expand(*leading, self.sizes[position])
-                if batched or self.parts[position].ndim == 1
-                else self.parts[position].new_zeros(self.sizes[position])
-                for position in self.order
-            ]
-            empty = torch.zeros(*leading, 0, dtype=torch.float64, device=self.device)
-            self.cache[batched] = torch.cat([*parts, empty], dim=-1)
-        vector = self.cache[batched]
-        if vector.requires_grad and not any(self.parts[position].requires_grad for position in positions):
-            # A datum that no differentiated parameter reaches needs no gradient, whatever the others do.
-            return vector.detach() if unpack_dual(vector).tangent is None else vector
-        return vector
-
-
-def _log(values: Tensor) -> Tensor:
-    """The logarithm, NaN with a zero derivative where there is none: a failed element's gradient is zero."""
-    positive = values > 0
-    return torch.where(positive, torch.log(torch.where(positive, values, 1.0)), torch.nan)
-
-
-class _DataMap:
-    """One datum as an affine function of the parameter vector."""
-
-    def __init__(self, affine: AffineMap) -> None:
-        matrix: Any = affine.matrix.tocsc().astype("float64")
-        self.reaching = affine.reaching
-        self.constant = torch.from_numpy(matrix[:, [-1]].toarray().ravel())
-        self.has_constant = bool(self.constant.ne(0).any())
-        self.linear = SparseMap(matrix[:, :-1])
-
-    def __call__(self, columns: _Columns) -> Tensor:
-        constant = self.constant.to(columns.device)
-        if not self.reaching:
-            return constant
-        value = self.linear(columns.vector(self.reaching))
-        return value + constant if self.has_constant else value
 
 
 class _Reader:

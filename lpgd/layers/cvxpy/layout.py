@@ -11,14 +11,12 @@ from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray, IntArray
 from lpgd.cones.product import Cones
 from lpgd.problems.conic.sparsity import SparsityPattern
 
 __all__ = ["AffineMap", "CanonicalProgram", "ParameterLayout", "VariableLayout"]
-
-IndexArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +40,7 @@ class ParameterLayout:
     name: str
     shape: tuple[int, ...]
     columns: slice
-    take: IndexArray
+    take: IntArray
     log: bool = False
     attributes: frozenset[str] = frozenset()
 
@@ -62,9 +60,9 @@ class AffineMap:
     """
 
     matrix: sp.csr_array
-    boundaries: IndexArray
+    boundaries: IntArray
 
-    def __call__(self, theta: NDArray[np.float64]) -> NDArray[np.float64]:
+    def __call__(self, theta: FloatArray) -> FloatArray:
         """The data at one parameter vector: (p,) to (rows,)."""
         return self.matrix @ np.append(theta, 1.0)
 
@@ -102,7 +100,7 @@ class VariableLayout:
     upper: sp.csr_array | None = None
     exp: bool = False
 
-    def read(self, x: NDArray[np.float64], y: NDArray[np.float64], z: NDArray[np.float64]) -> NDArray[np.float64]:
+    def read(self, x: FloatArray, y: FloatArray, z: FloatArray) -> FloatArray:
         """The variable's value at one solution: x (n,), y (m,), z (n,)."""
         value = np.zeros(int(np.prod(self.shape)))
         terms = ((self.primal, x), (self.dual, y), (self.lower, np.maximum(-z, 0.0)), (self.upper, np.maximum(z, 0.0)))
@@ -141,9 +139,9 @@ class CanonicalProgram:
     cones: Cones
     quadratic: SparsityPattern
     constraint: SparsityPattern
-    lower_index: IndexArray
-    upper_index: IndexArray
-    integer_index: IndexArray
+    lower_index: IntArray
+    upper_index: IntArray
+    integer_index: IntArray
     P: AffineMap
     q: AffineMap
     A: AffineMap

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import rows_where
 from lpgd.nodes.base import Tilt
 from lpgd.nodes.pooling.end import finish, slope_noise
 from lpgd.nodes.pooling.penalties import PenaltyFunction, Slope, Sums, hessian
@@ -145,7 +147,7 @@ class NumberSum:
             below.append(torch.lt(own, middle - reach, out=count).sum(-1))
             within.append(torch.le(own, middle + reach, out=count).sum(-1))
         rank = (self.x.shape[-1] - 1) // 2
-        return ((torch.cat(below) > rank) | (torch.cat(within) <= rank)).nonzero()[:, 0]
+        return rows_where((torch.cat(below) > rank) | (torch.cat(within) <= rank))
 
     def step(self, u: Tensor, rows: Tensor | None = None) -> Step:
         slope, curvature, total, value = self.sums(u, rows)
@@ -174,7 +176,7 @@ class NumberSum:
 
     def noise(self, u: Tensor) -> Tensor:
         """(B, 1) what rounding moves a minimiser by: that of N slopes, which are at most ``|z|`` and about α."""
-        parts = [torch.linalg.vector_norm(u[block] - self.x[block], dim=-1, keepdim=True) for block in blocks(self.x)]
+        parts = [linalg.vector_norm(u[block] - self.x[block], dim=-1, keepdim=True) for block in blocks(self.x)]
         count, eps = self.x.shape[-1], torch.finfo(u.dtype).eps
         return 4 * eps / count**0.5 * (torch.cat(parts) / count**0.5).clamp(max=self.penalty.alpha)
 
@@ -203,7 +205,7 @@ class VectorSum:
 
     def median_beyond(self, u: Tensor, radius: Tensor) -> Tensor:
         """Rows whose median is farther from u (B, d) than the radius (B,)."""
-        return ((self.x.median(1).values - u).abs().amax(-1) > radius).nonzero()[:, 0]
+        return rows_where((self.x.median(1).values - u).abs().amax(-1) > radius)
 
     def step(self, u: Tensor, rows: Tensor | None = None) -> Step:
         """At u (R, d), one for each of these rows; None is all."""
@@ -222,13 +224,13 @@ class VectorSum:
         # The tiny part keeps points that are outliers to all others where they are.
         mean = -slope / (total + rho).clamp(min=torch.finfo(x.dtype).eps)
         unit = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        factor, failed = torch.linalg.cholesky_ex(hessian(z, terms) + rho * unit)
+        factor, failed = linalg.cholesky_ex(hessian(z, terms) + rho * unit)
         pivot = factor.diagonal(dim1=-2, dim2=-1).amin(-1, keepdim=True)
         fine = (failed == 0)[:, None] & (pivot > 0.03 * (total + rho).sqrt())
         factor = torch.where(fine[..., None], factor, unit)
         newton = torch.where(fine, -torch.cholesky_solve(slope[..., None], factor)[..., 0], mean)
         # Newton's error is about the square of its step over α, where the penalty has no kinks.
-        length = torch.linalg.vector_norm(newton, dim=-1)
+        length = linalg.vector_norm(newton, dim=-1)
         error = 10 / self.penalty.alpha * length**2 if self.penalty.is_smooth else length
         return Step(value, slope, newton, mean, error, fine[:, 0], total[:, 0], torch.zeros_like(value))
 
@@ -283,7 +285,7 @@ def descend(function: NumberSum | VectorSum, u: Tensor) -> Descent:
         less = new.slope.abs().amax(-1) <= 0.5 * slope.abs().amax(-1)
         good = torch.where(precise, less, new.value < value)
         ended = precise & ~less
-        other = (~good & ~ended).nonzero()[:, 0]
+        other = rows_where(~good & ~ended)
         u = torch.where(good[:, None], u + newton, u)
         now = Step(
             *(
@@ -296,11 +298,11 @@ def descend(function: NumberSum | VectorSum, u: Tensor) -> Descent:
             for own, row in zip(now, step(u[other], rows[other]), strict=True):
                 own[other] = row
         if ended.any():
-            place = ended.nonzero()[:, 0]
+            place = rows_where(ended)
             now.newton[place] = 0
             now.curved[place] &= now.slope[place].abs().amax(-1) <= 4 * function.slope_noise(u[place], rows[place])
     ends.u[rows] = u
-    doubtful = (~ends.converged).nonzero()[:, 0]
+    doubtful = rows_where(~ends.converged)
     if len(doubtful):
         end = finish(function.penalty, *function.chosen(doubtful, ends.u[doubtful]))
         last = function.step(end.u, doubtful)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.nodes.base import Tilt
 from lpgd.nodes.pooling.penalties import PenaltyFunction, hessian
 
@@ -71,8 +72,8 @@ def finish(penalty: PenaltyFunction, x: Tensor, u: Tensor, tilt: Tilt | None) ->
     reach = 1e6 * (longest + x.abs().amax((1, 2)))
     for _ in range(LIMIT):
         now = _sums(penalty, x, u, tilt)
-        values, vectors = torch.linalg.eigh(now.hessian)
-        small = torch.linalg.vector_norm(now.slope, dim=-1) <= ROUNDING * now.noise
+        values, vectors = linalg.eigh(now.hessian)
+        small = linalg.vector_norm(now.slope, dim=-1) <= ROUNDING * now.noise
         # Of a curvature within this of zero nobody can tell its sign from the Hessian alone.
         bent = values[:, 0] < -(torch.finfo(u.dtype).eps ** 0.5) * now.total
         step = _newton(now, values, vectors, longest)
@@ -121,7 +122,7 @@ def _newton(now: _Sums, values: Tensor, vectors: Tensor, longest: Tensor) -> Ten
     sizes = torch.maximum(values.abs(), floor)
     along = (vectors.mT @ now.slope[..., None])[..., 0]
     step = -(vectors @ torch.where(sizes > 0, along / torch.where(sizes > 0, sizes, 1), 0)[..., None])[..., 0]
-    length = torch.linalg.vector_norm(step, dim=-1)
+    length = linalg.vector_norm(step, dim=-1)
     return step * (longest / length.clamp(min=torch.finfo(step.dtype).tiny)).clamp(max=1)[:, None]
 
 

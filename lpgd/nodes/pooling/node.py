@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import flags, rows_where
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
 from lpgd.nodes.pooling.descent import Descent, NumberSum, Root, VectorSum, blocks, descend, find_root
 from lpgd.nodes.pooling.penalties import Penalty, PenaltyFunction, hessian
@@ -165,11 +167,11 @@ class RobustPooling(BaseNode):
         z = u[:, None] - x
         terms = self.function.terms(z.square().sum(-1))
         matrix, total = hessian(z, terms), terms.first.sum(-1)
-        values = torch.linalg.eigvalsh(matrix)
+        values = linalg.eigvalsh(matrix)
         flat = (values.abs().amin(-1) <= 100 * torch.finfo(z.dtype).eps * total)[:, None]
         unit = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
         mean = torch.where(total > 0, total, 1)[:, None, None] * unit
-        s = torch.linalg.solve(torch.where(flat[..., None], mean, matrix), v)[:, None]
+        s = linalg.solve(torch.where(flat[..., None], mean, matrix), v)[:, None]
         second = torch.where(flat, 0, terms.second)
         return terms.first[..., None] * s + (second * (z * s).sum(-1))[..., None] * z
 
@@ -203,11 +205,11 @@ class RobustPooling(BaseNode):
         if len(rows):
             best = best.improved(rows, descend(function.at(rows), points[rows].median(1).values))
         if known is not None:
-            rows = ((known - best.u).abs().amax(-1) > best.radius).nonzero()[:, 0]
+            rows = rows_where((known - best.u).abs().amax(-1) > best.radius)
             if len(rows):
                 best = best.improved(rows, descend(function.at(rows), known[rows]))
         # Where no point is within reach, the objective is flat: from the point that is nearest to the median.
-        rows = (best.total < 0.5 * self.function.curvature).nonzero()[:, 0]
+        rows = rows_where(best.total < 0.5 * self.function.curvature)
         if len(rows):
             medians = points[rows].median(1, keepdim=True).values
             place = (points[rows] - medians).square().sum(-1).argmin(-1)
@@ -220,5 +222,5 @@ class RobustPooling(BaseNode):
         if end is None:
             return NodeAnswer(y, solved, torch.zeros(len(u), dtype=torch.int64))
         if not end.converged.all():
-            solved = [Status.SOLVED if fine else Status.ITERATION_LIMIT for fine in end.converged.tolist()]
+            solved = [Status.SOLVED if fine else Status.ITERATION_LIMIT for fine in flags(end.converged)]
         return NodeAnswer(y, solved, end.iterations)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import from_numpy, rows_where
 from lpgd.nodes.pooling.descent import BLOCK, blocks
 
 __all__ = ["minimise_truncated"]
@@ -29,7 +30,7 @@ def _best_mean(x: Tensor, alpha: float) -> Tensor:
     # at one of these.  Others need not be looked at; any window costs at least the minimum.
     above = x.abs().clamp_(max=alpha).square_().sum(-1).amax()
     m = max(1, size - int(above / alpha**2) - 2)
-    near = ((x[:, m - 1 :] - x[:, : size - m + 1]).amin(0) <= 2.001 * alpha).nonzero()[:, 0]
+    near = rows_where((x[:, m - 1 :] - x[:, : size - m + 1]).amin(0) <= 2.001 * alpha)
     first, last = int(near[0]), int(near[-1])
     # After x_i was let out the window goes from the next point to the last one within 2α of x_i.  After x_j was let in
     # it begins with the first one within 2α, whose place is how many windows of the other kind have ended by then.
@@ -54,7 +55,7 @@ def _best_mean(x: Tensor, alpha: float) -> Tensor:
     mean = x.mul((places >= low) & (places < high)).sum(-1, keepdim=True) / (high - low)
     u = _settled(x, mean, low, high, alpha).add_(middle)
     # Numbers much closer to zero than the middle have lost digits with it.
-    rows = (middle.abs() > 4 * u.abs())[:, 0].nonzero()[:, 0]
+    rows = rows_where((middle.abs() > 4 * u.abs())[:, 0])
     if len(rows):
         away = ordered[rows] - u[rows]
         inside = (away.abs() <= alpha).to(x.dtype)
@@ -67,9 +68,9 @@ def _settled(x: Tensor, mean: Tensor, low: Tensor, high: Tensor, alpha: float) -
 
     The rounding of running sums can prefer a window that is not that of its mean.
     """
-    rows = ((torch.searchsorted(x, mean - alpha) != low) | (torch.searchsorted(x, mean + alpha, right=True) != high))[
-        :, 0
-    ].nonzero()[:, 0]
+    rows = rows_where(
+        ((torch.searchsorted(x, mean - alpha) != low) | (torch.searchsorted(x, mean + alpha, right=True) != high))[:, 0]
+    )
     while len(rows):
         own = x[rows].double()
         old = mean[rows].double()
@@ -94,4 +95,4 @@ def _cost(low: Tensor, high: Tensor, low_square: Tensor, high_square: Tensor, co
 
 def _sorted(x: Tensor) -> Tensor:
     """Rows in ascending order, as a tensor of its own.  NumPy sorts with vector instructions, and without indices."""
-    return x.sort(-1).values if x.is_cuda else torch.from_numpy(np.sort(x.detach().cpu().numpy(), axis=-1)).to(x.device)
+    return x.sort(-1).values if x.is_cuda else from_numpy(np.sort(x.detach().cpu().numpy(), axis=-1)).to(x.device)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import flags
 from lpgd.execution.threads import torch_threads
 from lpgd.nodes.principal.iterations import generic_matrix
 from lpgd.status import refuse_elements
@@ -31,7 +33,7 @@ def principal_vjp_symmetric(matrix: Tensor, vector: Tensor, value: Tensor, cotan
     gap = torch.where(gap > 0, gap, 1.0).to(matrix.dtype)
     outer = vector[:, :, None] * vector[:, None, :]
     system = torch.diag_embed(value[:, None].expand_as(vector)) - symmetric + gap[:, None, None] * outer
-    factor, info = torch.linalg.cholesky_ex(system)
+    factor, info = linalg.cholesky_ex(system)
     tangent, probe = _tangent(vector, cotangent), _probe(vector)
     both = torch.cholesky_solve(torch.stack([tangent, probe], -1), factor)
     answer = _tangent(vector, both[:, :, 0])
@@ -70,7 +72,7 @@ def principal_vjp_general(matrix: Tensor, vector: Tensor, value: Tensor, cotange
     system = torch.diag_embed(value[:, None].expand_as(vector)) - transposed + along * vector[:, None, :]
     with torch_threads(1):  # see there what LU needs
         probe = _probe(vector)
-        both, info = torch.linalg.solve_ex(system, torch.stack([tangent, probe], -1))
+        both, info = linalg.solve_ex(system, torch.stack([tangent, probe], -1))
     answer = _tangent(vector, both[:, :, 0])
     _check(matrix, value, probe, _tangent(vector, both[:, :, 1]), info == 0)
     return answer[:, :, None] * vector[:, None, :]
@@ -92,17 +94,17 @@ def _probe(vector: Tensor) -> Tensor:
 def _check(matrix: Tensor, value: Tensor, probe: Tensor, answer: Tensor, factored: Tensor) -> None:
     """Refuse systems whose answer to the probe is that of a gap of rounding errors: then any cotangent's is one."""
     m = matrix.shape[-1]
-    norm = torch.maximum(value.abs(), torch.linalg.matrix_norm(matrix) / m**0.5)
+    norm = torch.maximum(value.abs(), linalg.matrix_norm(matrix) / m**0.5)
     # A gap of 100 √m rounding errors, more than an iteration's tolerance leaves; of m directions the probe has about
     # 1/√m along the one that matters.
     smallest = 100 * m * torch.finfo(matrix.dtype).eps * norm
-    small = torch.linalg.vector_norm(answer, dim=-1) * smallest <= torch.linalg.vector_norm(probe, dim=-1)
+    small = linalg.vector_norm(answer, dim=-1) * smallest <= linalg.vector_norm(probe, dim=-1)
     _refuse(factored & (small | (probe == 0).all(-1)))
 
 
 def _refuse(good: Tensor) -> None:
     refuse_elements(
-        good.tolist(),
+        flags(good),
         "The principal vector has no derivative where its eigenvalue is double to rounding (or, of a symmetric matrix, "
         "not the largest).",
     )

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import rows_where
 from lpgd.nodes.principal.lanczos import SMALL, decomposed, leading_eigenvector
 
 __all__ = [
@@ -121,12 +123,12 @@ def _iterate(
         own, basis, sigma = double[active], block[active], shift[active, None, None]
         for _ in range(STEPS):
             basis = own @ basis + sigma * basis
-            basis = basis / torch.linalg.vector_norm(basis, dim=-2, keepdim=True).clamp(min=1e-300)
-        basis = torch.linalg.qr(basis).Q
+            basis = basis / linalg.vector_norm(basis, dim=-2, keepdim=True).clamp(min=1e-300)
+        basis = linalg.qr(basis).Q
         product = own @ basis
         rotation, ritz = _ritz(basis.mT @ product, symmetric)
         leading, image = (basis @ rotation)[:, :, 0], (product @ rotation)[:, :, 0]
-        length = torch.linalg.vector_norm(image - ritz[:, None] * leading, dim=-1)
+        length = linalg.vector_norm(image - ritz[:, None] * leading, dim=-1)
         block[active], vector[active], value[active] = basis @ rotation, leading, ritz
         scale = ritz.abs() + shift[active].abs()
         residual[active] = length / torch.where(scale == 0, 1.0, scale)
@@ -180,7 +182,7 @@ def lanczos_or_decomposition(
     answer = Principal(
         _oriented(found.vector, reference).to(dtype), found.value.to(dtype), found.residual.to(dtype), spent
     )
-    rest = (~(found.proven & (found.residual <= tolerance))).nonzero()[:, 0]
+    rest = rows_where(~(found.proven & (found.residual <= tolerance)))
     if len(rest):
         own = None if start is None else start[rest]
         again = _iterate(matrix[rest], min(WIDTH, size), True, reference, own, tolerance, iterations)
@@ -195,15 +197,15 @@ def _ritz(projected: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
     if projected.shape[-1] == 1:
         return torch.ones_like(projected), projected[:, 0, 0]
     if symmetric:
-        values, vectors = torch.linalg.eigh(projected)
+        values, vectors = linalg.eigh(projected)
         return vectors.flip(-1), values[:, -1]
-    values, vectors = torch.linalg.eig(projected)
+    values, vectors = linalg.eig(projected)
     first = values.abs().argmax(-1, keepdim=True)
     leading = vectors.gather(-1, first[:, None, :].expand(-1, projected.shape[-1], -1)).real
-    leading = leading / torch.linalg.vector_norm(leading, dim=-2, keepdim=True).clamp(min=1e-300)
+    leading = leading / linalg.vector_norm(leading, dim=-2, keepdim=True).clamp(min=1e-300)
     # The rest of the block is the complement of y: a QR decomposition that starts with y.
     identity = torch.eye(projected.shape[-1], dtype=projected.dtype, device=projected.device)
-    rotation = torch.linalg.qr(torch.cat([leading, identity.expand_as(projected)], -1)).Q
+    rotation = linalg.qr(torch.cat([leading, identity.expand_as(projected)], -1)).Q
     first_column = rotation[:, :, :1]
     return rotation, (first_column.mT @ projected @ first_column)[:, 0, 0]
 
@@ -214,9 +216,9 @@ def _shift(matrix: Tensor, vector: Tensor) -> Tensor:
     def far_end(sigma: Tensor) -> Tensor:
         ahead = vector
         for _ in range(2 * STEPS):
-            ahead = ahead / torch.linalg.vector_norm(ahead, dim=-2, keepdim=True).clamp(min=1e-300)
+            ahead = ahead / linalg.vector_norm(ahead, dim=-2, keepdim=True).clamp(min=1e-300)
             ahead = matrix @ ahead - sigma[:, None, None] * ahead
-        return torch.linalg.vector_norm(ahead, dim=(-2, -1))
+        return linalg.vector_norm(ahead, dim=(-2, -1))
 
     radius = far_end(matrix.new_zeros(len(matrix)))
     smallest = radius - far_end(radius)

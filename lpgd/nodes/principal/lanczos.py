@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+
 __all__ = ["SMALL", "Leading", "decomposed", "leading_eigenvector"]
 
 STEPS = 28
@@ -37,11 +39,11 @@ class Leading(NamedTuple):
 
 def decomposed(matrix: Tensor) -> tuple[Leading, Tensor, Tensor]:
     """The same by the whole decomposition, with all its values (B, m) in ascending order and vectors (B, m, m)."""
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = linalg.eigh(matrix)
     answer, value = vectors[:, :, -1], values[:, -1]
     norm = _positive(torch.maximum(value.abs(), values[:, 0].abs()))
     left = (matrix @ answer[:, :, None])[:, :, 0] - value[:, None] * answer
-    length = torch.linalg.vector_norm(left / norm[:, None], dim=-1)
+    length = linalg.vector_norm(left / norm[:, None], dim=-1)
     return Leading(answer, value, length, torch.ones_like(value, dtype=torch.bool), 1), values, vectors
 
 
@@ -68,7 +70,7 @@ def leading_eigenvector(matrix: Tensor, start: Tensor, tolerance: float) -> Lead
     rows, own, going = torch.arange(len(matrix), device=matrix.device), matrix, proven
     for _ in range(ROUNDS):
         above = torch.maximum(2.0 * length, 1e-3 * (top - second))[rows] + 1e-12 * norm[rows]
-        factor, info = torch.linalg.cholesky_ex((value[rows] + above)[:, None, None] * identity - own)
+        factor, info = linalg.cholesky_ex((value[rows] + above)[:, None, None] * identity - own)
         proven[rows] &= info == 0
         for _ in range(SOLVES):
             ahead = _unit(torch.cholesky_solve(vector[rows][:, :, None], factor)[:, :, 0])
@@ -98,9 +100,9 @@ def _krylov(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
         basis[:, step] = ahead
         images[:, step] = (matrix @ ahead[:, :, None])[:, :, 0]
         known, ahead = basis[:, : step + 1], images[:, step]
-        tiny = 1e-10 * torch.linalg.vector_norm(ahead, dim=-1, keepdim=True) if tiny is None else tiny
+        tiny = 1e-10 * linalg.vector_norm(ahead, dim=-1, keepdim=True) if tiny is None else tiny
         ahead = _orthogonal(known, ahead)
-        length = torch.linalg.vector_norm(ahead, dim=-1, keepdim=True)
+        length = linalg.vector_norm(ahead, dim=-1, keepdim=True)
         ended = length <= tiny
         if ended.any():  # the space is invariant, and goes on with another vector
             other = torch.roll(start, step + 1, -1) + torch.roll(start.abs(), -step - 1, -1)
@@ -108,7 +110,7 @@ def _krylov(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
         else:
             ahead = ahead / length
     basis, images = basis.mT, images.mT
-    values, vectors = torch.linalg.eigh(basis.mT @ images)
+    values, vectors = linalg.eigh(basis.mT @ images)
     return _unit((basis @ vectors[:, :, -1:])[:, :, 0]), values[:, -1], values[:, -2], values.abs().amax(-1)
 
 
@@ -124,11 +126,11 @@ def _residual(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
     """``|A y - λ y|`` and its Rayleigh quotient λ, (B,) each."""
     image = (matrix @ vector[:, :, None])[:, :, 0]
     value = (vector * image).sum(-1)
-    return torch.linalg.vector_norm(image - value[:, None] * vector, dim=-1), value
+    return linalg.vector_norm(image - value[:, None] * vector, dim=-1), value
 
 
 def _unit(vector: Tensor) -> Tensor:
-    return vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp(min=torch.finfo(vector.dtype).tiny)
+    return vector / linalg.vector_norm(vector, dim=-1, keepdim=True).clamp(min=torch.finfo(vector.dtype).tiny)
 
 
 def _positive(size: Tensor) -> Tensor:

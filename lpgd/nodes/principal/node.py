@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lpgd.arrays import flags
 from lpgd.nodes.base import BaseNode, NodeAnswer
 from lpgd.nodes.eigen import square_size
 from lpgd.nodes.principal.derivative import principal_vjp_decomposed, principal_vjp_general, principal_vjp_symmetric
@@ -100,7 +101,7 @@ class PrincipalVector(BaseNode):
             answer = simultaneous_iteration(matrix, symmetric=self.symmetric, width=self.width, **options)
         else:
             answer, aux = lanczos_or_decomposition(matrix, **options)
-        done = (answer.residual <= self.tolerance).tolist()
+        done = flags(answer.residual <= self.tolerance)
         statuses = [Status.SOLVED if good else Status.ITERATION_LIMIT for good in done]
         nu = answer.value if self.symmetric else torch.zeros_like(answer.value)
         return NodeAnswer(answer.vector, statuses, answer.iterations, aux, nu[:, None], nu.new_zeros(len(nu), 0))

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.nodes.sphere.secular import SphereSolution, normalised, product
 
 __all__ = ["Direction", "descend", "starting_points"]
@@ -19,7 +20,7 @@ Direction = Literal["gradient", "tangent", "decayed", "cosine"]
 
 def starting_points(A: Tensor, b: Tensor) -> Tensor:
     """The least-squares solution scaled to length 1, (B, n); the first unit vector where it is zero."""
-    found = torch.linalg.lstsq(A, b[..., None]).solution[..., 0] if A.shape[-2] >= A.shape[-1] else _shortest(A, b)
+    found = linalg.lstsq(A, b[..., None]).solution[..., 0] if A.shape[-2] >= A.shape[-1] else _shortest(A, b)
     broken = ~torch.isfinite(found).all(-1)
     if broken.any():
         found = torch.where(broken[:, None], _shortest(A, b), found)
@@ -27,7 +28,7 @@ def starting_points(A: Tensor, b: Tensor) -> Tensor:
 
 
 def _shortest(A: Tensor, b: Tensor) -> Tensor:
-    return product(torch.linalg.pinv(A), b)
+    return product(linalg.pinv(A), b)
 
 
 def descend(

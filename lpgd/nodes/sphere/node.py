@@ -12,6 +12,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import elements_where, flags, rows_where
 from lpgd.execution.threads import torch_threads
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, is_shared
 from lpgd.nodes.sphere.descent import Direction, descend, starting_points
@@ -87,13 +89,13 @@ def _solve_differentiably(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor) -> Ten
     n = y.shape[-1]
     hessian = gram - mu[:, None, None] * torch.eye(n, dtype=y.dtype, device=y.device)
     system = torch.cat([torch.cat([hessian, y[:, :, None]], -1), torch.nn.functional.pad(y, (0, 1))[:, None]], 1)
-    answer, information = torch.linalg.solve_ex(system, torch.nn.functional.pad(v, (0, 1))[..., None])
+    answer, information = linalg.solve_ex(system, torch.nn.functional.pad(v, (0, 1))[..., None])
     s = answer[:, :n, 0]
-    rounding = 10 * torch.finfo(y.dtype).eps * torch.linalg.matrix_norm(hessian)
+    rounding = 10 * torch.finfo(y.dtype).eps * linalg.matrix_norm(hessian)
     singular = (information != 0) | ~(s.norm(dim=-1) * rounding <= v.norm(dim=-1))
     if singular.any():
         raise RuntimeError(
-            f"the solutions on the sphere of elements {singular.nonzero()[:10, 0].tolist()} are not unique, to "
+            f"the solutions on the sphere of elements {elements_where(singular)[:10]} are not unique, to "
             "rounding: they have no second derivative."
         )
     return s
@@ -111,9 +113,9 @@ def _solve_bordered(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor) -> tuple[Ten
     shifted.diagonal(dim1=-2, dim2=-1).sub_(mu[:, None])
     factor = shifted.mT  # symmetric, and in the order that LAPACK works in
     information = torch.empty(len(y), dtype=torch.int32, device=y.device)
-    torch.linalg.cholesky_ex(factor, out=(factor, information))
-    both = torch.linalg.solve_triangular(factor, torch.stack([v, y], -1), upper=False)
-    first, second = torch.linalg.solve_triangular(factor.mT, both, upper=True).unbind(-1)
+    linalg.cholesky_ex(factor, out=(factor, information))
+    both = linalg.solve_triangular(factor, torch.stack([v, y], -1), upper=False)
+    first, second = linalg.solve_triangular(factor.mT, both, upper=True).unbind(-1)
     ratio = (y * first).sum(-1, keepdim=True) / (y * second).sum(-1, keepdim=True)
     return first - ratio * second, information == 0
 
@@ -127,10 +129,10 @@ def _solve_any_bordered(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor, free: Te
     system[:, :n, n] = system[:, n, :n] = y
     right = torch.nn.functional.pad(v, (0, 1))[..., None]
     with torch_threads(1):  # see there what LU needs
-        answer, information = torch.linalg.solve_ex(system, right)
+        answer, information = linalg.solve_ex(system, right)
     singular = information != 0 if free is None else (information != 0) | free
     if singular.any():
-        answer[singular] = torch.linalg.pinv(system[singular], hermitian=True) @ right[singular]
+        answer[singular] = linalg.pinv(system[singular], hermitian=True) @ right[singular]
     return answer[:, :n, 0]
 
 
@@ -253,10 +255,10 @@ def leave_saddles(gram: Tensor, vector: Tensor, found: SphereSolution) -> tuple[
     shifted = (
         torch.baddbmm(gram, (scale[:, None] * u)[..., None], u[:, None]) + (rounding - mu)[:, None, None] * identity
     )
-    rows = ((torch.linalg.cholesky_ex(shifted).info != 0) & found.converged).nonzero()[:, 0]
+    rows = rows_where((linalg.cholesky_ex(shifted).info != 0) & found.converged)
     if not len(rows):
         return None
-    lowest = torch.linalg.eigh(shifted[rows]).eigenvectors[:, :, 0]
+    lowest = linalg.eigh(shifted[rows]).eigenvectors[:, :, 0]
     return rows, normalised(u[rows] + 0.1 * lowest)
 
 
@@ -274,14 +276,14 @@ def stay_on_branch(gram: Tensor, vector: Tensor, found: SphereSolution, start: T
         start: (B, n).
     """
     start = normalised(start)
-    apart = _is_uphill(gram, vector, start, found.u).nonzero()[:, 0]
+    apart = rows_where(_is_uphill(gram, vector, start, found.u))
     if not len(apart):
         return found
     G = gram[apart] if gram.shape[0] > 1 else gram.expand(len(apart), -1, -1)
     c, start = vector[apart], start[apart]
     u, fine = _newton(G, c, start)
     # Newton's method alone is enough from near, and might go anywhere else: up, or far.
-    rest = (~fine | _is_uphill(G, c, start, u)).nonzero()[:, 0]
+    rest = rows_where(~fine | _is_uphill(G, c, start, u))
     if len(rest):
         local = descend(G[rest], c[rest], start[rest], max_iterations=1000)
         u[rest], fine[rest] = _newton(G[rest], c[rest], local.u)
@@ -321,9 +323,9 @@ def _is_uphill(gram: Tensor, vector: Tensor, start: Tensor, end: Tensor) -> Tens
 
 def _answer(gram: Tensor, vector: Tensor, found: SphereSolution) -> NodeAnswer:
     mu = multiplier(gram, vector, found.u)
-    statuses = [Status.SOLVED if fine else Status.ITERATION_LIMIT for fine in found.converged.tolist()]
+    statuses = [Status.SOLVED if fine else Status.ITERATION_LIMIT for fine in flags(found.converged)]
     if not mu.isfinite().all():  # AᵀA overflowed
-        fine = mu.isfinite().tolist()
+        fine = flags(mu.isfinite())
         statuses = [own if good else Status.NUMERICAL_ERROR for own, good in zip(statuses, fine, strict=True)]
     aux = (gram, mu) if found.free is None else (gram, mu, found.free)
     return NodeAnswer(found.u, statuses, found.iterations, aux, nu=-mu[:, None])

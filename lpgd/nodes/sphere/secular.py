@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+
 __all__ = ["SphereSolution", "normalised", "product", "solve_secular"]
 
 
@@ -56,7 +58,7 @@ def solve_secular(
     fine = gram.sum((1, 2)).isfinite()  # an overflow of one element must not stop eigh for all
     if not fine.all():
         gram = torch.where(fine[:, None, None], gram, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = linalg.eigh(gram)
     rounding = torch.finfo(gram.dtype).eps * gram.shape[-1]
     values = values.expand_as(vector)
     gaps = values - values[:, :1]

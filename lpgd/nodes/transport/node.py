@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import flags, rows_where
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
 from lpgd.nodes.transport.sinkhorn import Plan, annealed_sinkhorn, sinkhorn, solve_smaller_side
 from lpgd.status import Status, refuse_elements
@@ -92,7 +94,7 @@ def transport_vjp_approximate(
 
 def _check_factor(good: Tensor) -> None:
     refuse_elements(
-        good.tolist(),
+        flags(good),
         "The derivative of a transport plan has no Cholesky factor: the plan has fallen apart, to rounding, into parts "
         "that share no mass; lower gamma, or use float64.",
     )
@@ -175,7 +177,7 @@ class OptimalTransport(BaseNode):
         equal = (total - other).abs() <= precision**0.5 * torch.maximum(total, other)
         feasible = equal & (rows > 0).all(-1) & (columns > 0).all(-1)
         tolerance = self._tolerance(cost) if self.tolerance is None else self.tolerance
-        kept = feasible.nonzero()[:, 0]
+        kept = rows_where(feasible)
         own = (cost[kept], rows[kept], columns[kept])
         potential = None if start is None else potentials_of(start[kept], *own, self.gamma)
         answer = annealed_sinkhorn(
@@ -209,7 +211,7 @@ class OptimalTransport(BaseNode):
         return transport_vjp(y, self.gamma, cotangent)
 
     def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        return _vjp(y, self.gamma, cotangent, partial(solve_smaller_side, factorise=torch.linalg.cholesky_ex))
+        return _vjp(y, self.gamma, cotangent, partial(solve_smaller_side, factorise=linalg.cholesky_ex))
 
     def vjp_ignoring_constraints(
         self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any
@@ -219,8 +221,8 @@ class OptimalTransport(BaseNode):
 
 def _statuses(feasible: Tensor, solved: Tensor) -> Sequence[Status]:
     """A status for each element, where ``solved`` has the feasible ones only."""
-    own = iter(solved.tolist())
+    own = iter(flags(solved))
     return [
         (Status.SOLVED if next(own) else Status.ITERATION_LIMIT) if good else Status.INFEASIBLE
-        for good in feasible.tolist()
+        for good in flags(feasible)
     ]

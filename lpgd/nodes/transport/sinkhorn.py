@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import rows_where
+
 __all__ = ["Plan", "annealed_sinkhorn", "sinkhorn", "solve_smaller_side"]
 
 _State = tuple[Tensor, Tensor, Tensor]  # plan, f, g
@@ -93,7 +96,7 @@ def sinkhorn(
             found, _ = _iterations(*part, start + step, gamma)
             worse = ~_is_better((_residual(found[0], part[1]), *found[1:]), known, part[1], part[2])
             if worse.any():
-                _put_back(worse.nonzero()[:, 0], part, gamma, known, found)
+                _put_back(rows_where(worse), part, gamma, known, found)
         residual[active] = _residual(found[0], part[1])
         spent[active] += STEPS * done
         turn += done
@@ -131,7 +134,7 @@ def annealed_sinkhorn(
     if potential is not None and stages:
         few = min(STAGE_ITERATIONS, iterations)
         near = sinkhorn(cost, rows, columns, gamma, potential=potential, tolerance=tolerance, iterations=few)
-        left = (~(near.residual <= tolerance)).nonzero()[:, 0]
+        left = rows_where(~(near.residual <= tolerance))
         if len(left) and iterations > few:
             own = (cost[left], rows[left], columns[left])
             again = annealed_sinkhorn(*own, gamma, tolerance=tolerance, iterations=iterations - few)
@@ -206,7 +209,7 @@ def _iterations(
             break
     f, g = first_f + u[:, :, 0].log(), first_g + v[:, :, 0].log()
     plan = kernel.mul_(u).mul_(v.mT)
-    far = (~(_drift(u, v) <= limit)).nonzero()[:, 0]
+    far = rows_where(~(_drift(u, v) <= limit))
     if len(far):
         own = (cost[far], gamma, log_rows[far], log_columns[far])
         own_f, own_g = f[far], start[far]
@@ -269,7 +272,7 @@ def _newton_step(plan: Tensor, rows: Tensor) -> Tensor:
 def _factor_in_place(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The Cholesky factors of symmetric matrices, which are overwritten, in the order that LAPACK works in."""
     factor, info = matrix.mT, torch.empty(len(matrix), dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(factor, out=(factor, info))
+    linalg.cholesky_ex(factor, out=(factor, info))
     return factor, info
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import from_numpy
 from lpgd.cones.regions import regions
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
@@ -105,12 +106,12 @@ def active_set(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> Activ
     if structure.cones.is_polyhedral:
         return ActiveSet(place, problem.traits.is_linear_program)
     pieces, depths = regions(structure.cones, np.nan_to_num(rows.cpu().numpy()))
-    blocks = torch.from_numpy(structure.cones.blocks)
+    blocks = from_numpy(structure.cones.blocks)
     bounds = int(blocks[-1]) + 1 + torch.arange(place.shape[1] - len(blocks))
     return ActiveSet(
         place,
         False,
-        torch.from_numpy(pieces).to(place.device),
-        torch.from_numpy(depths).to(place.device),
+        from_numpy(pieces).to(place.device),
+        from_numpy(depths).to(place.device),
         torch.cat([blocks, bounds]).to(place.device),
     )

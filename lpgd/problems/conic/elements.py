@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 
 import numpy as np
-from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray
 from lpgd.execution.tasks import split
 from lpgd.problems.conic.problem import ConicProblem
 
@@ -34,12 +34,12 @@ class ElementView:
         finite = problem.finite().cpu().numpy()
         self.valid = [index for index in range(self.size) if finite[index]]
 
-    def row(self, name: str, element: int) -> NDArray[np.float64]:
+    def row(self, name: str, element: int) -> FloatArray:
         """One datum of one element; ``P`` is symmetrised."""
         datum = self.data[name]
         return datum if datum.ndim == 1 else datum[element % datum.shape[0]]
 
-    def rows(self, name: str, elements: Sequence[int]) -> NDArray[np.float64]:
+    def rows(self, name: str, elements: Sequence[int]) -> FloatArray:
         """One datum of some elements, (k, ·), or (1, ·) where the batch shares it."""
         datum = self.data[name]
         return datum[None] if datum.ndim == 1 else datum[np.asarray(elements, dtype=np.int64) % datum.shape[0]]

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import IntArray, from_numpy
 from lpgd.execution.memo import TensorMemo
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.sparsity import SparsityPattern
@@ -112,7 +112,7 @@ def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor) -> tuple[Tens
     """
     constraint, quadratic, device = structure.constraint, structure.quadratic, A.device
     index = {
-        name: torch.from_numpy(np.asarray(own)).to(device)
+        name: from_numpy(np.asarray(own)).to(device)
         for name, own in (
             ("row", structure.cones.blocks[constraint.rows]),
             ("column", constraint.columns),
@@ -120,7 +120,7 @@ def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor) -> tuple[Tens
             ("second", quadratic.columns),
         )
     }
-    blocks = torch.from_numpy(structure.cones.blocks).to(device)
+    blocks = from_numpy(structure.cones.blocks).to(device)
     a, in_a = _logarithms(A)
     p, in_p = _logarithms(P)
     count = max(len(part) for part in (a, p) if part.shape[-1])
@@ -283,12 +283,9 @@ def times(datum: Tensor, factor: Tensor, size: int) -> Tensor:
     return per_element(datum, size) * repeated(factor, size)
 
 
-def pairs(variable: Tensor, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Tensor:
+def pairs(variable: Tensor, rows: IntArray, columns: IntArray) -> Tensor:
     """``D_i D_j`` for the entries (i, j) of a pattern: (R, n) to (R, nnz)."""
-    return (
-        variable[:, torch.from_numpy(rows).to(variable.device)]
-        * variable[:, torch.from_numpy(columns).to(variable.device)]
-    )
+    return variable[:, from_numpy(rows).to(variable.device)] * variable[:, from_numpy(columns).to(variable.device)]
 
 
 def repeated(part: Tensor, size: int) -> Tensor:

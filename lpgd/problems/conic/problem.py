@@ -20,7 +20,6 @@ Models (arXiv 2407.05920).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import from_numpy
 from lpgd.execution.memo import TensorMemo
 from lpgd.problems.base import Traits, maximum_norm
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure, per_element
@@ -174,8 +174,8 @@ class ConicProblem:
         diagonal = structure.quadratic.positions(own, own)
         place = structure.quadratic.positions(self.structure.quadratic.rows, self.structure.quadratic.columns)
         P = self.data.P.new_zeros(*self.data.P.shape[:-1], structure.quadratic.nnz)
-        P[..., torch.from_numpy(place).to(self.device)] = self.data.P
-        P[..., torch.from_numpy(diagonal).to(self.device)] += rho
+        P[..., from_numpy(place).to(self.device)] = self.data.P
+        P[..., from_numpy(diagonal).to(self.device)] += rho
         q = per_element(self.data.q, self.batch_size).clone()
         q[:, : structure.own] -= rho * center[:, : structure.own]
         return ConicProblem(structure, self.data._replace(P=P, q=q), self.batch_size)
@@ -245,27 +245,25 @@ class ConicProblem:
 
     # -- batches ----------------------------------------------------------------------------------------------
 
-    def select(self, elements: Sequence[int]) -> ConicProblem:
+    def select(self, elements: Tensor) -> ConicProblem:
         """The batch of these elements; shared data, and rows that are all wanted in order, are not copied."""
-        index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
 
         def chosen(datum: Tensor) -> Tensor:
             if datum.ndim == 1:
                 return datum
-            rows = index % max(datum.shape[0], 1)
+            rows = elements % max(datum.shape[0], 1)
             whole = torch.arange(datum.shape[0], device=self.device)
             return datum if torch.equal(rows, whole) else datum[rows]
 
         data = ConicData(*(chosen(datum) for datum in self.data))
         return replace(self, data=data, batch_size=len(elements))
 
-    def scatter(self, elements: Sequence[int], data: ConicData) -> ConicData:
+    def scatter(self, elements: Tensor, data: ConicData) -> ConicData:
         """A gradient of the data of ``select(elements)`` as one of this batch's: zero for the other elements."""
-        index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
         full = self.zero_gradient()
         return ConicData(
             *(
-                part if own.ndim == 1 else own.index_add(0, index % max(own.shape[0], 1), part)
+                part if own.ndim == 1 else own.index_add(0, elements % max(own.shape[0], 1), part)
                 for own, part in zip(full, data, strict=True)
             )
         )

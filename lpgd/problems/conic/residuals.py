@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import from_numpy
 from lpgd.cones.product import Cones
 from lpgd.cones.projections import distance
 from lpgd.problems.base import maximum_norm
@@ -81,5 +82,5 @@ def _distance(cones: Cones, points: Tensor, *, dual: bool) -> Tensor:
     finite = torch.isfinite(points).all(-1)
     distances = points.new_full(points.shape[:1], torch.nan)
     rows = points[finite].cpu().numpy()
-    distances[finite] = torch.from_numpy(np.asarray(distance(cones, rows, dual=dual))).to(points.device)
+    distances[finite] = from_numpy(np.asarray(distance(cones, rows, dual=dual))).to(points.device)
     return distances

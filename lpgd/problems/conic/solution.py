@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self, cast
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import FloatArray, IntArray, integers
 from lpgd.problems.conic.activity import ActiveSet, active_set
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.residuals import Residuals, residuals_of
@@ -51,9 +50,9 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     z: Tensor
     slack: Tensor
     statuses: tuple[Status, ...]
-    iterations: NDArray[np.int64]
-    setup_seconds: NDArray[np.float64]
-    solve_seconds: NDArray[np.float64]
+    iterations: IntArray
+    setup_seconds: FloatArray
+    solve_seconds: FloatArray
     states: Sequence[Any]
     systems: tuple[Any, ...] = ()
     asked: str = ""
@@ -68,13 +67,14 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     def point(self) -> ConicPoint:
         return ConicPoint(self.x, self.y, self.z)
 
-    def select(self, elements: Sequence[int], problem: AnyProblem | None = None) -> Self:
+    def select(self, elements: Tensor, problem: AnyProblem | None = None) -> Self:
         """The solutions of these elements, without their systems."""
         records = {name: getattr(self, name) for name in ("solvers", "proofs")}
-        kept: dict[str, Any] = {name: tuple(own[i] for i in elements) if own else own for name, own in records.items()}
+        chosen = integers(elements)
+        kept: dict[str, Any] = {name: tuple(own[i] for i in chosen) if own else own for name, own in records.items()}
         for name in ("known_to", "refined"):
             own = getattr(self, name)
-            kept[name] = own if own is None else own[list(elements)]
+            kept[name] = own if own is None else own[elements.to(own.device)]
         return replace(super().select(elements, problem), systems=(), **kept)
 
     @property

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from lpgd.arrays import FloatArray, IntArray, from_numpy
+
 __all__ = ["SparsityPattern"]
 
 
@@ -30,8 +32,8 @@ class SparsityPattern:
     """
 
     shape: tuple[int, int]
-    rows: NDArray[np.int64]
-    columns: NDArray[np.int64]
+    rows: IntArray
+    columns: IntArray
 
     def __post_init__(self) -> None:
         rows = np.ascontiguousarray(self.rows, dtype=np.int64)
@@ -67,11 +69,11 @@ class SparsityPattern:
         nothing = np.zeros(0, dtype=np.int64)
         return cls((rows, columns), nothing, nothing)
 
-    @property
+    @cached_property
     def nnz(self) -> int:
         return self.rows.size
 
-    @property
+    @cached_property
     def is_dense(self) -> bool:
         return self.nnz == self.shape[0] * self.shape[1]
 
@@ -93,7 +95,7 @@ class SparsityPattern:
         state.update(self.columns.tobytes())
         return state.digest()
 
-    def positions(self, rows: ArrayLike, columns: ArrayLike) -> NDArray[np.int64]:
+    def positions(self, rows: ArrayLike, columns: ArrayLike) -> IntArray:
         """Where the entries ``(rows, columns)`` stand in ``values``; -1 for one outside the pattern."""
         wanted = np.asarray(columns, dtype=np.int64) * self.shape[0] + np.asarray(rows, dtype=np.int64)
         if self.is_dense:
@@ -103,11 +105,11 @@ class SparsityPattern:
         found = np.minimum(found, max(keys.size - 1, 0))
         return np.where(keys[found] == wanted, found, -1) if keys.size else np.full(wanted.shape, -1, dtype=np.int64)
 
-    def csc(self, values: NDArray[np.float64]) -> sp.csc_array:
+    def csc(self, values: FloatArray) -> sp.csc_array:
         """The SciPy matrix with these ``values`` (nnz,); index arrays are copied, as some solvers sort theirs."""
         return sp.csc_array((values, self.indices.copy(), self.indptr.copy()), shape=self.shape)
 
-    def block_diagonal(self, values: NDArray[np.float64]) -> sp.csc_array:
+    def block_diagonal(self, values: FloatArray) -> sp.csc_array:
         """Several matrices of this pattern as the blocks of one: values (k, nnz) to (k r, k c)."""
         copies = np.arange(len(values), dtype=np.int32)[:, None]
         indices = (self.indices + copies * np.int32(self.shape[0])).ravel()
@@ -115,7 +117,7 @@ class SparsityPattern:
         shape = (len(values) * self.shape[0], len(values) * self.shape[1])
         return sp.csc_array((values.ravel(), indices, indptr), shape=shape)
 
-    def dense_matrices(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def dense_matrices(self, values: FloatArray) -> FloatArray:
         """(k, nnz) values to new (k, r, c) matrices."""
         if self.is_dense:
             return values.reshape(len(values), self.shape[1], self.shape[0]).swapaxes(1, 2).copy()
@@ -155,7 +157,7 @@ class SparsityPattern:
             matrix = self.to_dense(values)
             return vectors @ (matrix if transpose else matrix.mT)
         if _is_plain(values, vectors):
-            return torch.from_numpy(self.numpy_product(values.numpy(), vectors.numpy(), transpose))
+            return from_numpy(self.numpy_product(values.numpy(), vectors.numpy(), transpose))
         grouped = vectors.reshape(-1, 1 if values.ndim == 1 else values.shape[0], vectors.shape[-1])
         if self.is_dense:
             matrices = self.to_dense(values)
@@ -165,9 +167,7 @@ class SparsityPattern:
         product = vectors.new_zeros(*grouped.shape[:2], size).index_add(-1, self._index(target, values), terms)
         return product.reshape(-1, size)
 
-    def numpy_product(
-        self, values: NDArray[np.float64], vectors: NDArray[np.float64], transpose: bool = False
-    ) -> NDArray[np.float64]:
+    def numpy_product(self, values: FloatArray, vectors: FloatArray, transpose: bool = False) -> FloatArray:
         """:meth:`matvec` or :meth:`rmatvec` outside autograd: threads of a parallel gather and scatter cost more."""
         if values.ndim == 1:
             matrix = sp.csc_array((values, self.indices, self.indptr), shape=self.shape)
@@ -210,17 +210,17 @@ class SparsityPattern:
                 return self.gather(y.mT @ x)
             if plain:
                 terms = y.numpy()[:, self.rows]
-                return torch.from_numpy(np.einsum("be,be->e", terms, x.numpy()[:, self.columns]))
+                return from_numpy(np.einsum("be,be->e", terms, x.numpy()[:, self.columns]))
             return (y[:, self._index("rows", y)] * x[:, self._index("columns", x)]).sum(0)
         groups = y.shape[0] // max(rows, 1)
         y, x = y.reshape(groups, rows, y.shape[-1]), x.reshape(groups, rows, x.shape[-1])
         if plain and self.is_dense:
             products = x.numpy()[..., :, None] * y.numpy()[..., None, :]  # column by column
-            return torch.from_numpy((products[0] if groups == 1 else products.sum(0)).reshape(rows, self.nnz))
+            return from_numpy((products[0] if groups == 1 else products.sum(0)).reshape(rows, self.nnz))
         if plain:
             terms = y.numpy()[..., self.rows]
             terms *= x.numpy()[..., self.columns]
-            return torch.from_numpy(terms[0] if terms.shape[0] == 1 else terms.sum(0))
+            return from_numpy(terms[0] if terms.shape[0] == 1 else terms.sum(0))
         if self.is_dense:
             return self.gather(torch.einsum("kbr,kbc->brc", y, x))
         return (y[..., self._index("rows", y)] * x[..., self._index("columns", x)]).sum(0)
@@ -230,7 +230,7 @@ class SparsityPattern:
         key = (name, like.device)
         if key not in cache:
             entries = self.rows * self.shape[1] + self.columns if name == "flat" else getattr(self, name)
-            cache[key] = torch.from_numpy(entries).to(like.device)
+            cache[key] = from_numpy(entries).to(like.device)
         return cache[key]
 
     def __getstate__(self) -> dict[str, Any]:

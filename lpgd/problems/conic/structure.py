@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import IntArray, from_numpy
 from lpgd.cones.product import Cones
 from lpgd.problems.base import PointOperations, Traits
 from lpgd.problems.conic.sparsity import SparsityPattern
@@ -69,10 +69,10 @@ class ConicStructure:
     quadratic: SparsityPattern
     constraint: SparsityPattern
     cones: Cones
-    lower_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    upper_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    integer_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    constant_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    lower_index: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    upper_index: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    integer_index: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    constant_rows: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     two_sided: int = 0
 
     def __post_init__(self) -> None:
@@ -183,7 +183,7 @@ class ConicStructure:
         return {}
 
     @cached_property
-    def transpose_position(self) -> NDArray[np.int64]:
+    def transpose_position(self) -> IntArray:
         """For each entry (i, j) of P's pattern, where (j, i) stands."""
         return self.quadratic.positions(self.quadratic.columns, self.quadratic.rows)
 
@@ -195,7 +195,7 @@ class ConicStructure:
 
     def index(self, name: str, device: torch.device) -> Tensor:
         """``lower_index``, ``upper_index``, ``integer_index`` or ``transpose_position`` as a tensor."""
-        return torch.from_numpy(getattr(self, name)).to(device)
+        return from_numpy(getattr(self, name)).to(device)
 
     @property
     def own(self) -> int:

@@ -17,7 +17,6 @@ Data that are of order 1 already are left alone, so that matrices and prepared s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lpgd.arrays import from_numpy
 from lpgd.execution.memo import TensorMemo
 from lpgd.problems.conic.magnitudes import (
     lonely_units,
@@ -90,14 +90,13 @@ class Units:
         """Whether P and A are those of the problem up to a factor of P."""
         return self.variable is None and self.row is None
 
-    def select(self, elements: Sequence[int]) -> Units:
+    def select(self, elements: Tensor) -> Units:
         """The units of these elements."""
-        index = torch.as_tensor(list(elements), dtype=torch.int64)
 
         def chosen(part: Tensor | None) -> Tensor | None:
             if part is None or part.shape[0] == 1:
                 return part
-            return part[index.to(part.device) % part.shape[0]]
+            return part[elements.to(part.device) % part.shape[0]]
 
         return Units(*(chosen(part) for part in (self.variable, self.row, self.length, self.cost, self.alone)))
 
@@ -144,9 +143,9 @@ class Units:
     def _constraint(self, problem: ConicProblem) -> Tensor:
         constraint, A, size = problem.structure.constraint, problem.data.A, problem.batch_size
         if self.variable is not None:
-            A = times(A, self.variable[:, torch.from_numpy(constraint.columns).to(A.device)], size)
+            A = times(A, self.variable[:, from_numpy(constraint.columns).to(A.device)], size)
         if self.row is not None:
-            A = times(A, self.row[:, torch.from_numpy(constraint.rows).to(A.device)], size)
+            A = times(A, self.row[:, from_numpy(constraint.rows).to(A.device)], size)
         return A
 
     def _quadratic_factor(self, size: int) -> Tensor | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.node.problem import NodeProblem
 
@@ -49,7 +50,7 @@ def estimate_multipliers(problem: NodeProblem, x: Tensor) -> tuple[Tensor, Tenso
         if jacobian is None:
             multipliers = _conjugate_gradients(problem, x, slope, keep)
         else:
-            inverse = torch.linalg.pinv(jacobian * keep[..., None])  # (B, n, p + r)
+            inverse = linalg.pinv(jacobian * keep[..., None])  # (B, n, p + r)
             multipliers = -(slope[:, None] @ inverse)[:, 0]
         lam = multipliers[:, p:]
         noise = 100 * torch.finfo(x.dtype).eps * (1 + maximum_norm(multipliers)[:, None])

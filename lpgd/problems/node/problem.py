@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpgd.arrays import elements_where
 from lpgd.nodes.base import BaseNode, Tilt, is_shared
 from lpgd.problems.base import Centered, Data, Traits, is_surely_finite, maximum_norm
 from lpgd.problems.node.structure import NodePoint, NodeStructure
@@ -258,7 +259,7 @@ class NodeProblem(Centered):
         """
         good = torch.stack([torch.isfinite(part).all(-1) for part in change]).all(0)
         if not good.all():
-            failed = (~good).nonzero()[:, 0].tolist()
+            failed = elements_where(~good)
             raise SolverError(
                 f"the second derivatives of {self.node.name} are not finite at the solutions of elements "
                 f"{failed[:10]}: there is no derivative there.",
@@ -287,9 +288,9 @@ class NodeProblem(Centered):
 
     # -- batches ----------------------------------------------------------------------------------------------
 
-    def select(self, elements: Sequence[int]) -> NodeProblem:
+    def select(self, elements: Tensor) -> NodeProblem:
         """The batch of these elements."""
-        index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
+        index = elements
         data = self.data._make(
             datum[:1].expand(len(index), *datum.shape[1:]) if is_shared(datum) and len(index) else datum[index]
             for datum in self.data
@@ -300,11 +301,10 @@ class NodeProblem(Centered):
     def _added(self) -> dict[str, Tensor | None]:
         return {name: getattr(self, name) for name in _ADDED}
 
-    def scatter(self, elements: Sequence[int], data: Any) -> Any:
+    def scatter(self, elements: Tensor, data: Data) -> Any:
         """A gradient of the data of ``select(elements)`` as one of this batch's: zero for the other elements."""
-        index = torch.as_tensor(list(elements), dtype=torch.int64, device=self.device)
         zero = self.zero_gradient()
-        return self.data._make(own.index_add(0, index, part) for own, part in zip(zero, data, strict=True))
+        return self.data._make(own.index_add(0, elements, part) for own, part in zip(zero, data, strict=True))
 
     def zero_gradient(self) -> Any:
         """A gradient of the data that is zero."""

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import FloatArray, IntArray
 from lpgd.problems.base import Data, maximum_norm
 from lpgd.problems.node.multipliers import estimate_multipliers
 from lpgd.problems.node.problem import NodeProblem
@@ -40,9 +39,9 @@ class NodeSolution(Solution[NodeProblem, NodePoint]):
     problem: NodeProblem
     x: Tensor
     statuses: tuple[Status, ...]
-    iterations: NDArray[np.int64]
-    setup_seconds: NDArray[np.float64]
-    solve_seconds: NDArray[np.float64]
+    iterations: IntArray
+    setup_seconds: FloatArray
+    solve_seconds: FloatArray
     states: Sequence[Any]
     aux: Any = None
     nu: Tensor | None = None
@@ -79,9 +78,9 @@ class NodeSolution(Solution[NodeProblem, NodePoint]):
             known = self.problem.node.multipliers(tuple(self.problem.data), self.problem.shaped(x), self.aux)
         return NodePoint(self.x, *(known or estimate_multipliers(self.problem, x)))
 
-    def select(self, elements: Sequence[int], problem: AnyProblem | None = None) -> Self:
+    def select(self, elements: Tensor, problem: AnyProblem | None = None) -> Self:
         """The solutions of these elements."""
-        chosen = list(elements)
+        chosen = elements
         own = {name: getattr(self, name) for name in ("nu", "lam")}
         changes: dict[str, Any] = {name: part if part is None else part[chosen] for name, part in own.items()}
         if self.aux is not None:

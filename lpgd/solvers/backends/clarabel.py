@@ -8,8 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 
+from lpgd.arrays import IntArray
 from lpgd.cones.product import Cones, svec_indices, svec_size
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
@@ -145,8 +145,8 @@ class _Layout(NamedTuple):
     """Clarabel's cones, and how its rows are ordered."""
 
     cones: list[Any]
-    rows: NDArray[np.int64]  # for each of its rows, ours
-    own: NDArray[np.int64] | None  # for each of ours, its; None where the order is the same
+    rows: IntArray  # for each of its rows, ours
+    own: IntArray | None  # for each of ours, its; None where the order is the same
 
 
 @lru_cache(maxsize=64)
@@ -156,7 +156,7 @@ def _layout(cones: Cones) -> _Layout:
     return _Layout(_cones(Clarabel.module(), cones), rows, None if same else np.argsort(rows))
 
 
-def _clarabel_rows(cones: Cones) -> NDArray[np.int64]:
+def _clarabel_rows(cones: Cones) -> IntArray:
     """For each of Clarabel's rows, ours: it stacks the upper triangle of a matrix by columns, we the lower one."""
     rows = np.arange(cones.rows, dtype=np.int64)
     start = cones.sections["semidefinite"].start

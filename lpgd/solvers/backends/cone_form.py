@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
-from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray
 from lpgd.solvers.backends.forms import RowForm, RowPoint
 
 __all__ = ["ConeForm"]
-
-FloatArray = NDArray[np.float64]
 
 
 class ConeForm:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.forms import Form, IntervalForm, IntervalPoint, RowForm, RowPoint
@@ -147,7 +147,7 @@ class _PreparedInterval(Prepared):
             return Outcome(Status.SOLVED, IntervalPoint(x, *self._multipliers(x, vectors)), 0)
         return Outcome(Status.SOLVED, IntervalPoint(*_parts(answer, "(x, y, z)", (form.n, form.m, form.n))), 0)
 
-    def _multipliers(self, x: NDArray[np.float64], vectors: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _multipliers(self, x: FloatArray, vectors: Any) -> tuple[FloatArray, FloatArray]:
         """``min |P x + q + Aᵀy + z|`` over multipliers of the right sign of active ends, zero elsewhere."""
         form, slackness = self.form, 10 * self.options.tolerance * (1 + np.abs(x).max(initial=0.0))
         values = np.concatenate([form.A @ x, x])
@@ -187,7 +187,7 @@ def _failure(status: Status) -> Outcome:
     return Outcome(status, None, 0)
 
 
-def _parts(answer: Any, names: str, sizes: tuple[int, ...]) -> list[NDArray[np.float64]]:
+def _parts(answer: Any, names: str, sizes: tuple[int, ...]) -> list[FloatArray]:
     """Copies of what a function returned, once its shapes are right."""
     if not isinstance(answer, (tuple, list)) or len(answer) != len(sizes):
         raise TypeError(f"the custom solver returned {type(answer).__name__}; it must return {names} or a Status.")

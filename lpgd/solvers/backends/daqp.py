@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.forms import Form, IntervalForm, IntervalPoint, IntervalVectors
@@ -15,8 +16,6 @@ from lpgd.solvers.base import POLYHEDRAL, Capabilities
 from lpgd.status import SetUpError, Status
 
 __all__ = ["DAQP"]
-
-FloatArray = NDArray[np.float64]
 
 # DAQP 0.11 (include/constants.h).
 _STATUSES = {

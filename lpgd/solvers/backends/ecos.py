@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray
 from lpgd.execution.interrupts import InterruptedSolveError, hearing
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.solvers.backends.cone_form import ConeForm
@@ -18,8 +18,6 @@ from lpgd.solvers.base import Capabilities
 from lpgd.status import Status
 
 __all__ = ["ECOS"]
-
-FloatArray = NDArray[np.float64]
 
 # ECOS 2.0 (include/ecos.h).
 _STATUSES = {

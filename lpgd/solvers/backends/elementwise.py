@@ -17,10 +17,9 @@ from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy
 from lpgd.execution.interrupts import InterruptedSolveError, hearing, kept_handler, pause, send_on
 from lpgd.execution.memo import TensorMemo
 from lpgd.execution.tasks import SerialExecutor, run_tasks
@@ -29,13 +28,11 @@ from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
-from lpgd.solvers.backends.forms import Form, Matrices, RowForm, Vectors
+from lpgd.solvers.backends.forms import Form, Matrices, RowForm, Vectors, groups_by_bounds
 from lpgd.solvers.base import ConicSolver
 from lpgd.status import SetUpError, Status
 
 __all__ = ["ElementwiseSolver", "Outcome", "Prepared"]
-
-FloatArray = NDArray[np.float64]
 
 
 class Outcome(NamedTuple):
@@ -180,7 +177,7 @@ class _Results(NamedTuple):
     y: FloatArray
     z: FloatArray
     slack: FloatArray
-    iterations: NDArray[np.int64]
+    iterations: IntArray
     setup_seconds: FloatArray
     solve_seconds: FloatArray
     states: list[Any]
@@ -222,7 +219,7 @@ def _assemble(problem: ConicProblem, tasks: Sequence[_Task], results: Sequence[_
             getattr(whole, name)[task.elements] = getattr(part, name)
         for element, status, state in zip(task.elements, part.statuses, part.states, strict=True):
             whole.statuses[element], whole.states[element] = status, state
-    x, y, z, slack = (torch.from_numpy(part).to(problem.device) for part in (whole.x, whole.y, whole.z, whole.slack))
+    x, y, z, slack = (from_numpy(part).to(problem.device) for part in (whole.x, whole.y, whole.z, whole.slack))
     return ConicSolution(
         problem,
         x=x,
@@ -246,7 +243,7 @@ def _digests(view: ElementView) -> list[bytes]:
     return [P[pair % len(P)] + A[pair % len(A)] for pair in range(view.distinct)]
 
 
-def _row_digests(tensor: Tensor, values: NDArray[np.float64]) -> list[bytes]:
+def _row_digests(tensor: Tensor, values: FloatArray) -> list[bytes]:
     """Fingerprints of the rows of a datum."""
 
     def compute() -> list[bytes]:
@@ -268,15 +265,10 @@ def _solve_groups(task: _Task) -> _Results:
     vectors = Vectors(*(np.broadcast_to(datum, (len(task.elements), datum.shape[1])) for datum in task.vectors))
     keyed = task.solver.form_type.keyed_by_bounds
     lower, upper = (np.isfinite(bound) if keyed else np.ones(bound.shape, bool) for bound in vectors[2:])
-    if (lower == lower[:1]).all() and (upper == upper[:1]).all():
-        _solve_group(task, list(range(len(task.elements))), vectors, lower[0], upper[0], results)
-        return results
-    groups: dict[bytes, list[int]] = {}
-    for place in range(len(task.elements)):
-        groups.setdefault(lower[place].tobytes() + upper[place].tobytes(), []).append(place)
-    for places in groups.values():
-        part = Vectors(*(datum[places] for datum in vectors))
-        _solve_group(task, places, part, lower[places[0]], upper[places[0]], results)
+    groups = groups_by_bounds(lower, upper)
+    for places, finite_lower, finite_upper in groups:
+        part = vectors if len(groups) == 1 else Vectors(*(datum[places] for datum in vectors))
+        _solve_group(task, places, part, finite_lower, finite_upper, results)
     return results
 
 
@@ -293,8 +285,8 @@ def _solve_group(
     task: _Task,
     places: list[int],
     part: Vectors,
-    finite_lower: NDArray[np.bool_],
-    finite_upper: NDArray[np.bool_],
+    finite_lower: BoolArray,
+    finite_upper: BoolArray,
     results: _Results,
 ) -> None:
     """Solve elements with the same finite bounds; workspaces are taken from this process's cache, and put back."""

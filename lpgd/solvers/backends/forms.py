@@ -15,8 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 
+from lpgd.arrays import BoolArray, FloatArray, IntArray
 from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicStructure
 
@@ -36,10 +36,8 @@ __all__ = [
     "RowPoint",
     "RowVectors",
     "Vectors",
+    "groups_by_bounds",
 ]
-
-FloatArray = NDArray[np.float64]
-IndexArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +55,8 @@ class Matrices:
     structure: ConicStructure
     P: FloatArray
     A: FloatArray
-    finite_lower: NDArray[np.bool_]
-    finite_upper: NDArray[np.bool_]
+    finite_lower: BoolArray
+    finite_upper: BoolArray
 
 
 class Vectors(NamedTuple):
@@ -68,6 +66,20 @@ class Vectors(NamedTuple):
     b: FloatArray
     lower: FloatArray
     upper: FloatArray
+
+
+def groups_by_bounds(lower: BoolArray, upper: BoolArray) -> list[tuple[list[int], BoolArray, BoolArray]]:
+    """Elements whose finite bounds are the same ones, and which those are.
+
+    Args:
+        lower, upper: (k, ·) whether a bound is finite.
+    """
+    if (lower == lower[:1]).all() and (upper == upper[:1]).all():
+        return [(list(range(len(lower))), lower[0], upper[0])] if len(lower) else []
+    groups: dict[bytes, list[int]] = {}
+    for place in range(len(lower)):
+        groups.setdefault(lower[place].tobytes() + upper[place].tobytes(), []).append(place)
+    return [(places, lower[places[0]], upper[places[0]]) for places in groups.values()]
 
 
 class Point(NamedTuple):
@@ -83,9 +95,7 @@ class Frame(ABC):
     """What a form has of the structure and the choice of finite bounds alone: the translation of vectors and points."""
 
     @abstractmethod
-    def __init__(
-        self, structure: ConicStructure, finite_lower: NDArray[np.bool_], finite_upper: NDArray[np.bool_]
-    ) -> None: ...
+    def __init__(self, structure: ConicStructure, finite_lower: BoolArray, finite_upper: BoolArray) -> None: ...
 
     @abstractmethod
     def vectors(self, vectors: Vectors) -> Any:
@@ -131,9 +141,7 @@ class Form(ABC):
         self.frame: Any = self.frame_of(structure, matrices.finite_lower, matrices.finite_upper)
 
     @classmethod
-    def frame_of(
-        cls, structure: ConicStructure, finite_lower: NDArray[np.bool_], finite_upper: NDArray[np.bool_]
-    ) -> Any:
+    def frame_of(cls, structure: ConicStructure, finite_lower: BoolArray, finite_upper: BoolArray) -> Any:
         """The frame of a structure and a choice of finite bounds; it is made once."""
         key = (cls.frame_class, finite_lower.tobytes(), finite_upper.tobytes())
         frames: dict[Any, Any] = structure.row_patterns
@@ -157,7 +165,7 @@ class Form(ABC):
         return self.structure.quadratic.dense_matrices(self.P[None])[0]
 
 
-def _upper_triangle(structure: ConicStructure) -> tuple[IndexArray, SparsityPattern]:
+def _upper_triangle(structure: ConicStructure) -> tuple[IntArray, SparsityPattern]:
     patterns = structure.row_patterns
     if "upper triangle" not in patterns:
         whole = structure.quadratic
@@ -184,9 +192,7 @@ class RowPoint(NamedTuple):
 class RowFrame(Frame):
     """The frame of :class:`RowForm`."""
 
-    def __init__(
-        self, structure: ConicStructure, finite_lower: NDArray[np.bool_], finite_upper: NDArray[np.bool_]
-    ) -> None:
+    def __init__(self, structure: ConicStructure, finite_lower: BoolArray, finite_upper: BoolArray) -> None:
         self.upper_index = structure.upper_index[finite_upper]
         self.lower_index = structure.lower_index[finite_lower]
         self.finite_lower, self.finite_upper = finite_lower, finite_upper
@@ -281,9 +287,7 @@ class IntervalFrame(Frame):
 
     knows_ends: ClassVar[bool] = True
 
-    def __init__(
-        self, structure: ConicStructure, finite_lower: NDArray[np.bool_], finite_upper: NDArray[np.bool_]
-    ) -> None:
+    def __init__(self, structure: ConicStructure, finite_lower: BoolArray, finite_upper: BoolArray) -> None:
         self.count = structure.two_sided if self.knows_ends else 0
         self.whole, self.structure = structure, structure.with_ends if self.count else structure
         self.zero = self.structure.cones.zero

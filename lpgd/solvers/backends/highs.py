@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray, IntArray
 from lpgd.execution.quiet import quiet_descriptor
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
@@ -172,9 +172,7 @@ def _new_solver(highspy: Any) -> Any:
 class _Model:
     """HiGHS with the model of a form: its matrices at once, its vectors for each solve."""
 
-    def __init__(
-        self, options: HiGHS, form: IntervalForm, settings: dict[str, Any], integer_index: NDArray[np.int64]
-    ) -> None:
+    def __init__(self, options: HiGHS, form: IntervalForm, settings: dict[str, Any], integer_index: IntArray) -> None:
         highspy = options.module()
         self.solver = solver = _new_solver(highspy)
         common = {
@@ -281,7 +279,7 @@ class _IntegerState(NamedTuple):
     """Where the solution of an integer program starts from."""
 
     relaxation: _Basis | None
-    x: NDArray[np.float64]
+    x: FloatArray
 
 
 class _PreparedInteger(Prepared):
@@ -329,9 +327,7 @@ class _PreparedInteger(Prepared):
             _, y, z = relaxed.point
         return Outcome(status, IntervalPoint(x, scale * y, scale * z), nodes, _IntegerState(relaxed.state, x))
 
-    def _branch(
-        self, vectors: IntervalVectors, state: Any, started: float
-    ) -> tuple[Status, int, NDArray[np.float64] | None]:
+    def _branch(self, vectors: IntervalVectors, state: Any, started: float) -> tuple[Status, int, FloatArray | None]:
         """Branch and cut: the status, the number of nodes, and the solution if there is one.
 
         From a start, HiGHS ends too early on one program in twenty: it calls the start optimal though there are better
@@ -350,8 +346,8 @@ class _PreparedInteger(Prepared):
         return status, nodes + more, again
 
     def _search(
-        self, vectors: IntervalVectors, start: NDArray[np.float64] | None, started: float
-    ) -> tuple[Status, int, NDArray[np.float64] | None]:
+        self, vectors: IntervalVectors, start: FloatArray | None, started: float
+    ) -> tuple[Status, int, FloatArray | None]:
         solver, limit = self.model.solver, self.options.time_limit
         self.model.set(vectors)
         solver.clearSolver()
@@ -369,9 +365,7 @@ class _PreparedInteger(Prepared):
             status = Status.WITHIN_GAP
         return status, nodes, np.array(found.col_value)
 
-    def _fixed_multipliers(
-        self, vectors: IntervalVectors, x: NDArray[np.float64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _fixed_multipliers(self, vectors: IntervalVectors, x: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Multipliers of rows and of the continuous variables' bounds, with the integer variables at ``x``.
 
         From no basis: from the relaxation's, rows that the integer variables alone make tight would keep its prices.

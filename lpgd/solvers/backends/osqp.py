@@ -7,8 +7,8 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray
 from lpgd.execution.interrupts import InterruptedSolveError
 from lpgd.execution.quiet import quiet
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
@@ -17,8 +17,6 @@ from lpgd.solvers.base import POLYHEDRAL, Capabilities
 from lpgd.status import SetUpError, Status
 
 __all__ = ["OSQP"]
-
-FloatArray = NDArray[np.float64]
 
 # OSQP 1 (include/public/osqp_api_constants.h).
 _STATUSES = {

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from lpgd.arrays import FloatArray
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.forms import Form, IntervalForm, IntervalPoint, IntervalVectors
@@ -23,9 +23,6 @@ _STATUSES = {
     "PROXQP_DUAL_INFEASIBLE": Status.UNBOUNDED,
 }
 _INFINITE = 1e20  # what ProxQP takes for infinity
-
-
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

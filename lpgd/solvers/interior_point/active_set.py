@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lpgd.arrays import rows_where
 from lpgd.execution.interrupts import pause
 from lpgd.solvers.interior_point.box_program import BoxProgram, product_of
 from lpgd.solvers.interior_point.equality_system import (
@@ -116,7 +117,7 @@ def settle(program: BoxProgram, start: ActiveSet, tolerance: float, regularizati
             settled = replace(
                 settled, kept=KeptSystem(elements, done, factorised, torch.ones_like(program.b[:1, : program.m]))
             )
-        left = (sound & ~done & (changed <= DECAY * changes)).nonzero()[:, 0]
+        left = rows_where(sound & ~done & (changed <= DECAY * changes))
         if not left.shape[0]:
             break
         program, sets, changes, elements = program.select(left), corrected.select(left), changed[left], elements[left]

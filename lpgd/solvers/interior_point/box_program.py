@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lpgd.arrays import from_numpy
 from lpgd.execution.memo import TensorMemo
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, per_element
@@ -273,12 +274,12 @@ def _quadratic(problem: ConicProblem) -> Tensor | None:
     if not structure.quadratic.nnz or not bool(values.any()):
         return None
     off = structure.quadratic.rows != structure.quadratic.columns
-    diagonal = not off.any() or not bool(values[..., torch.from_numpy(off).to(values.device)].any())
+    diagonal = not off.any() or not bool(values[..., from_numpy(off).to(values.device)].any())
     if not diagonal:
         return _matrices(structure.quadratic.to_dense(values), problem.batch_size)
-    on = torch.from_numpy(~off).to(values.device)
+    on = from_numpy(~off).to(values.device)
     full = values.new_zeros(*values.shape[:-1], structure.n)
-    full[..., torch.from_numpy(structure.quadratic.rows[~off]).to(values.device)] = values[..., on]
+    full[..., from_numpy(structure.quadratic.rows[~off]).to(values.device)] = values[..., on]
     return _matrices(full[..., None], problem.batch_size)[..., 0]
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import from_numpy, random_direction
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint
 from lpgd.solvers.interior_point.box_program import BoxProgram, Scaling
@@ -50,8 +51,7 @@ def kept_response(
     """The same by a system that the solver has left, for its elements."""
     whole = torch.equal(kept.elements, torch.arange(problem.batch_size, device=problem.device))
     if not whole:
-        rows = kept.elements.tolist()
-        problem, point, tilt = problem.select(rows), point.select(kept.elements), tilt.select(kept.elements)
+        problem, point, tilt = problem.select(kept.elements), point.select(kept.elements), tilt.select(kept.elements)
     response, exact = _response(problem, point, tilt, 0.0, kept.system, kept.row_scale)
     return response, exact & kept.valid
 
@@ -119,6 +119,4 @@ def _program(problem: ConicProblem, rho: float, free: Tensor) -> tuple[BoxProgra
 
 def _probe(like: Tensor) -> Tensor:
     """A fixed random direction, the same for every element."""
-    direction = np.random.default_rng(like.shape[1]).standard_normal(like.shape[1])
-    direction /= max(np.linalg.norm(direction), 1e-300)
-    return torch.from_numpy(direction).to(like).expand(like.shape)
+    return from_numpy(random_direction(like.shape[1]).copy()).to(like).expand(like.shape)

@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.execution.memo import TensorMemo
 from lpgd.solvers.interior_point.box_program import BoxProgram, product_of
 
@@ -160,7 +161,7 @@ def _cholesky(matrices: Tensor, diagonal: Tensor, regularization: Tensor) -> tup
     view = matrices.diagonal(dim1=-2, dim2=-1)
     view += diagonal
     view += regularization * (view + 1.0)
-    factors, info = torch.linalg.cholesky_ex(matrices)
+    factors, info = linalg.cholesky_ex(matrices)
     return factors, info > 0
 
 
@@ -288,7 +289,7 @@ class _ReducedFactor(Factor):
         self.equalities = equalities
         self.schur: Tensor | None = None
         if program.equalities:
-            half = torch.linalg.solve_triangular(factors, equalities.mT, upper=False)
+            half = linalg.solve_triangular(factors, equalities.mT, upper=False)
             self.schur, broken = _cholesky(half.mT @ half, half.new_zeros(1), regularization)
             self.failed = failed | broken
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lpgd.arrays import rows_where
 from lpgd.execution.interrupts import pause
 from lpgd.solvers.interior_point.active_set import ActiveSet, is_suitable, settle
 from lpgd.solvers.interior_point.box_program import BoxProgram
@@ -103,7 +104,7 @@ def solve_programs(program: BoxProgram, start: ActiveSet | None, limits: Limits,
     if start is None:
         return _solve_cold(program, limits, verbose)
     answers = _settled(program, start, limits)
-    left = (answers.status < 0).nonzero()[:, 0]
+    left = rows_where(answers.status < 0)
     if left.shape[0]:
         part = program if left.shape[0] == program.size else program.select(left)
         rest = _solve_cold(part, limits, verbose)
@@ -136,7 +137,7 @@ def _solve_plainly(program: BoxProgram, limits: Limits, verbose: bool) -> Answer
     if program.q.dtype != torch.float64 or limits.tolerance >= CROSSOVER or not is_suitable(program):
         return _Run(program, limits, homogeneous=False, verbose=verbose).answers
     answers = _Run(program, replace(limits, tolerance=CROSSOVER), homogeneous=False, verbose=verbose).answers
-    near = (answers.status == Status.SOLVED).nonzero()[:, 0]
+    near = rows_where(answers.status == Status.SOLVED)
     if not near.shape[0]:
         return answers
     part, reached = program.select(near), answers.select(near)
@@ -144,7 +145,7 @@ def _solve_plainly(program: BoxProgram, limits: Limits, verbose: bool) -> Answer
     exact.iterations.add_(reached.iterations)
     answers.put(near, exact)
     answers = replace(answers, kept=tuple(kept.moved(near) for kept in exact.kept))
-    left = (exact.status < 0).nonzero()[:, 0]
+    left = rows_where(exact.status < 0)
     if left.shape[0]:
         spent = int(reached.iterations.max())
         rest = replace(limits, iterations=max(limits.iterations - spent, 1))
@@ -174,7 +175,7 @@ def _solve_cold(program: BoxProgram, limits: Limits, verbose: bool) -> Answers:
     unsolved |= (answers.status == Status.ITERATION_LIMIT) & (plain.iterations < limits.iterations)
     spent = int(answers.iterations.max()) if program.size else 0
     if spent < limits.iterations and bool(unsolved.any()):
-        rows = unsolved.nonzero()[:, 0]
+        rows = rows_where(unsolved)
         rest = replace(limits, iterations=limits.iterations - spent)
         second = _Run(program.select(rows), rest, homogeneous=True, verbose=verbose).answers
         kept = (answers.status[rows] == Status.INACCURATE) & (second.status > Status.UNBOUNDED)
@@ -182,7 +183,7 @@ def _solve_cold(program: BoxProgram, limits: Limits, verbose: bool) -> Answers:
         answers.put(rows[~kept], second.select(~kept))
     open_ends = (answers.status == Status.NUMERICAL_ERROR) | (answers.status == Status.ITERATION_LIMIT)
     if program.size and spent < limits.iterations and bool(open_ends.any()):
-        rows = open_ends.nonzero()[:, 0]
+        rows = rows_where(open_ends)
         part = program.select(rows)
         rays = _Run(part.rays(), plain, homogeneous=False, verbose=verbose).answers
         falls = (rays.status == Status.SOLVED) & ((part.q * rays.x).sum(1) < -DESCENT * largest(part.q)[:, 0])
@@ -227,7 +228,7 @@ class _Run:
             status = self._judge(state, iteration)
             finished = self.left & (status >= 0)
             if bool(finished.any()):
-                self._record(finished.nonzero()[:, 0], status, iteration)
+                self._record(rows_where(finished), status, iteration)
                 self.left &= ~finished
                 remaining = int(self.left.sum())
                 if not remaining:
@@ -305,7 +306,7 @@ class _Run:
         answers.iterations[elements] = iteration
 
     def _compact(self) -> None:
-        kept = self.left.nonzero()[:, 0]
+        kept = rows_where(self.left)
         self.program = self.program.select(kept)
         self.system = self.system.select(self.program)
         self.point, self.best = self.point.select(kept), self.best.select(kept)

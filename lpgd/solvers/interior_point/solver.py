@@ -9,17 +9,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 
+from lpgd.arrays import flags, integers
 from lpgd.execution.tasks import run_tasks, split, worker_count
 from lpgd.execution.threads import all_torch_threads, one_torch_thread
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.solution import ConicSolution
-from lpgd.solvers.base import Capabilities, ConicSolver
+from lpgd.solvers.backends.batched import BatchAnswers, BatchedSolver
+from lpgd.solvers.base import Capabilities
 from lpgd.solvers.interior_point.active_set import ActiveSet, is_suitable
 from lpgd.solvers.interior_point.box_program import BoxProgram, Scaling
-from lpgd.solvers.interior_point.equality_system import KeptSystem
 from lpgd.solvers.interior_point.predictor_corrector import Answers, Limits, solve_programs
 from lpgd.status import Status
 
@@ -41,7 +40,7 @@ def _work(problem: ConicProblem) -> float:
 
 
 @dataclass(frozen=True)
-class InteriorPoint(ConicSolver):
+class InteriorPoint(BatchedSolver):
     """A primal-dual interior-point method that solves a whole batch of dense LPs and convex QPs at once.
 
     Every iteration is a few dozen operations on the whole batch, with one factorisation for each element;
@@ -100,48 +99,28 @@ class InteriorPoint(ConicSolver):
             regularization=regularization,
         )
 
-    def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> ConicSolution:
+    def solve_batch(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> BatchAnswers:
         with torch.no_grad(), one_torch_thread():
             return self._solve(problem, states, executor)
 
-    def _solve(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> ConicSolution:
-        started = time.perf_counter()
-        size, structure, q = problem.batch_size, problem.structure, problem.data.q
-        point = [q.new_full((size, length), torch.nan) for length in (structure.n, structure.m, structure.n)]
-        slack = torch.full_like(point[1], torch.nan)
-        statuses = torch.full((size,), int(Status.INVALID_DATA))
-        iterations = torch.zeros(size, dtype=torch.int64)
-        valid = problem.finite()
-        whole = bool(valid.all())
-        rows = valid.nonzero()[:, 0]
-        kept: tuple[KeptSystem, ...] = ()
-        if rows.shape[0]:
-            part = problem if whole else problem.select(rows.tolist())
-            scaling = Scaling.of(part, _PRECISIONS[self.precision][0])
-            start = _active_set(problem, states) if whole and is_suitable(scaling.program) else None
-            answers = self._answers(_Task(scaling.program, start, self._limits, self.verbose), _work(part), executor)
-            kept = tuple(own.scaled(scaling.row_scale).moved(rows) for own in answers.kept)
-            solved, part_slack = scaling.invert(answers.x, answers.z, answers.s)
-            status = answers.status
-            for full, own in zip((*point, slack), (*solved, part_slack), strict=True):
-                full[rows] = own
-            statuses[rows.cpu()], iterations[rows.cpu()] = status.cpu(), answers.iterations.cpu()
+    def _solve(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> BatchAnswers:
+        scaling = Scaling.of(problem, _PRECISIONS[self.precision][0])
+        start = _active_set(problem, states) if is_suitable(scaling.program) else None
+        answers = self._answers(_Task(scaling.program, start, self._limits, self.verbose), _work(problem), executor)
+        systems = tuple(own.scaled(scaling.row_scale) for own in answers.kept)
+        point, slack = scaling.invert(answers.x, answers.z, answers.s)
         lower, upper = problem.full_bounds()
-        rows = point[1] > slack
-        rows[:, : structure.cones.zero] = True
-        ends = ActiveSet(rows, point[2] > upper - point[0], -point[2] > point[0] - lower)
-        solved = torch.isfinite(point[0][:, 0]).tolist()
-        seconds = time.perf_counter() - started
-        return ConicSolution(
-            problem,
-            *point,
-            slack=slack,
-            statuses=tuple(Status(value) for value in statuses.tolist()),
-            iterations=iterations.numpy(),
-            setup_seconds=np.zeros(size),
-            solve_seconds=np.full(size, seconds / max(size, 1)),
-            states=tuple(_State(ends, row) if fine else None for row, fine in enumerate(solved)),
-            systems=kept,
+        rows = point.y > slack
+        rows[:, : problem.structure.cones.zero] = True
+        ends = ActiveSet(rows, point.z > upper - point.x, -point.z > point.x - lower)
+        fine = flags(torch.isfinite(point.x[:, 0]))
+        return BatchAnswers(
+            point,
+            slack,
+            [Status(value) for value in integers(answers.status)],
+            answers.iterations,
+            [_State(ends, row) if good else None for row, good in enumerate(fine)],
+            systems,
         )
 
     def _answers(self, task: _Task, work: float, executor: Executor | None) -> Answers:

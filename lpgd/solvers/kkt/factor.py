@@ -16,21 +16,17 @@ from __future__ import annotations
 
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 import scipy.sparse.linalg as spla
-from numpy.typing import NDArray
 
+from lpgd.arrays import BoolArray, FloatArray, IntArray, random_direction
 from lpgd.execution.threads import bounded_blas
 
 __all__ = ["Answers", "Known", "System", "solve_dense", "solve_matrices", "solve_sparse"]
 
-FloatArray = NDArray[np.float64]
-IndexArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 
 UNTHREADED = 500
 """Dense systems up to this size are factorised by one thread each."""
@@ -93,16 +89,16 @@ class Answers(NamedTuple):
 class System:
     """``K answer = right``, K symmetric and, but for a permutation, block diagonal with one block an element."""
 
-    row: IndexArray
-    column: IndexArray
+    row: IntArray
+    column: IntArray
     value: FloatArray
     right: FloatArray
-    owner: IndexArray  # the element of each row
+    owner: IntArray  # the element of each row
     primal: BoolArray  # rows of the primal variables
     count: int
     known: Known
 
-    def only(self, element: int) -> tuple[System, IndexArray]:
+    def only(self, element: int) -> tuple[System, IntArray]:
         """One element's system, and its rows in this one."""
         rows = np.flatnonzero(self.owner == element)
         place = np.full(self.right.size, -1, dtype=np.int64)
@@ -125,13 +121,6 @@ class System:
 
 _One = tuple[FloatArray, FloatArray, bool, bool, bool, float]
 """The fields of :class:`Answers` for one element."""
-
-
-@cache
-def _probe(size: int) -> FloatArray:
-    """A fixed random direction: ``|K⁻¹ probe|`` bounds the norm of K⁻¹ from below, almost surely within √size."""
-    direction = np.random.default_rng(size).standard_normal(size)
-    return np.asarray(direction / np.linalg.norm(direction))
 
 
 def _judged(
@@ -185,7 +174,7 @@ def solve_matrices(
     scale = _equilibration(np.abs(matrices).max(2))
     scaled = scale[:, :, None] * matrices
     scaled *= scale[:, None, :]
-    probe = np.where(idle, 0.0, _probe(side))
+    probe = np.where(idle, 0.0, random_direction(side))
     # Threads of BLAS cost more than they gain on matrices of this size.
     bound = bounded_blas() if side < UNTHREADED else nullcontext()
     try:
@@ -296,12 +285,12 @@ def solve_sparse(system: System, ordering: int = 0) -> Answers:
             Answers(np.zeros(size), np.zeros(size), nothing, nothing.copy(), nothing.copy(), np.full(count, np.inf)),
             ordering,
         )
-    solution = factor.solve(np.stack([scale * right, _probe(size)], axis=1))
+    solution = factor.solve(np.stack([scale * right, random_direction(size)], axis=1))
     answer = solution[:, 0] + factor.solve(scale * right - scaled @ solution[:, 0])
     # Each element's part of the probe has a norm of its own.
     inverse = np.sqrt(
         np.bincount(system.owner, solution[:, 1] ** 2, count)
-        / np.maximum(np.bincount(system.owner, _probe(size) ** 2, count), 1e-300)
+        / np.maximum(np.bincount(system.owner, random_direction(size) ** 2, count), 1e-300)
     )
     answer = scale * answer
     error, largest = system.largest(np.abs(K @ answer - right)), system.largest(np.abs(right))
@@ -347,7 +336,7 @@ def _by_proximal_steps(system: System, scale: FloatArray) -> _One:
     right = scale * system.right
     if system.known.damped:
         return scale * factor.solve(right), np.zeros_like(right), False, False, False, np.inf
-    direction = _probe(right.size)
+    direction = random_direction(right.size)
     both = np.stack([right, K @ direction], axis=1)
     answer = np.zeros_like(both)
     left = both

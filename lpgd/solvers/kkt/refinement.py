@@ -15,13 +15,13 @@ vanish then.  If none of them is better by far, the point stays.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import from_numpy, rows_where
 from lpgd.cones.projections import project
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.elements import ElementView
@@ -59,9 +59,7 @@ class Refined(NamedTuple):
     taken: Tensor
 
 
-def refine(
-    problem: ConicProblem, point: ConicPoint, slack: Tensor, elements: Sequence[int], *, steps: int = 3
-) -> Refined:
+def refine(problem: ConicProblem, point: ConicPoint, slack: Tensor, elements: Tensor, *, steps: int = 3) -> Refined:
     """Newton's method from a point, for some elements of a batch.
 
     Args:
@@ -70,18 +68,16 @@ def refine(
         elements: which to refine.
         steps: at most.
     """
-    chosen = list(elements)
-    if chosen != list(range(problem.batch_size)):
-        index = torch.as_tensor(chosen, dtype=torch.int64, device=problem.device)
-        problem, point, slack = problem.select(chosen), point.select(index), slack[index]
+    if not torch.equal(elements, torch.arange(problem.batch_size, device=problem.device)):
+        problem, point, slack = problem.select(elements), point.select(elements), slack[elements]
     own = _Points(problem)
     xi, v = own.start(point, slack)
     error, slope, rows = own.residual(xi, v)
-    before, taken = error.clone(), torch.zeros(len(chosen), dtype=torch.int64, device=problem.device)
+    before, taken = error.clone(), torch.zeros(elements.shape[0], dtype=torch.int64, device=problem.device)
     left = error > ENOUGH  # false for NaN
     stuck = torch.zeros_like(left)
     for _ in range(steps):
-        todo = left.nonzero()[:, 0]
+        todo = rows_where(left)
         if not todo.shape[0]:
             break
         part = own.select(todo)
@@ -105,7 +101,7 @@ def refine(
     stuck &= error > STUCK
     if is_small(problem.structure) and bool(stuck.any()):
         stuck &= error > STUCK * own.point(xi, v)[0].largest()
-    todo = stuck.nonzero()[:, 0]
+    todo = rows_where(stuck)
     if is_small(problem.structure) and todo.shape[0]:
         count, ends, known = own.select(todo).ahead(xi[todo], v[todo], error[todo], slope[todo], rows[todo])
         better = known < GAIN * error[todo]
@@ -157,7 +153,7 @@ class _Points:
     def select(self, rows: Tensor) -> _Points:
         if rows.shape[0] == self.problem.batch_size:
             return self
-        return _Points(self.problem.select(rows.tolist()))
+        return _Points(self.problem.select(rows))
 
     def start(self, point: ConicPoint, slack: Tensor) -> tuple[Tensor, Tensor]:
         """(ξ, v): (B, n) and (B, m); multipliers of absent bounds are left out."""
@@ -187,8 +183,8 @@ class _Points:
             slack[:, : cones.zero] = 0.0
             return y, slack
         rows = v.detach().cpu().numpy()
-        y = torch.from_numpy(project(cones, rows, dual=True)).to(v.device)
-        slack = torch.from_numpy(project(cones, -rows)).to(v.device)
+        y = from_numpy(project(cones, rows, dual=True)).to(v.device)
+        slack = from_numpy(project(cones, -rows)).to(v.device)
         return y, slack
 
     def residual(self, xi: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,7 +225,7 @@ class _Points:
         P, A = (np.broadcast_to(own, (count, own.shape[1])) for own in matrices)
         known = Known(error.cpu().numpy(), np.zeros(count), damped=True)
         change = respond(problem.structure, 0.0, P, A, points, known)
-        dx, dy, dz = (torch.from_numpy(part).to(xi.device) for part in change[:3])
+        dx, dy, dz = (from_numpy(part).to(xi.device) for part in change[:3])
         moved = problem.structure.constraint.matvec(problem.data.A, dx) + rows
         # What the equalities' slack would be is a part of F, not of v.
         moved[:, : problem.structure.cones.zero] = 0.0

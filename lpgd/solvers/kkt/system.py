@@ -22,17 +22,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 
+from lpgd.arrays import BoolArray, FloatArray
 from lpgd.cones.projections import projection_derivative
 from lpgd.execution.interrupts import pause
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.factor import Known, System, solve_dense, solve_matrices, solve_sparse
 
 __all__ = ["KKTPoints", "KKTResponse", "Known", "is_quick", "respond"]
-
-FloatArray = NDArray[np.float64]
-IndexArray = NDArray[np.int64]
 
 DENSE_LIMIT = 400
 """Systems up to this size, or mostly filled ones, are factorised densely."""
@@ -62,11 +59,11 @@ class KKTResponse(NamedTuple):
     x: FloatArray
     y: FloatArray
     z: FloatArray
-    exact: NDArray[np.bool_]  # (k,) false for the minimum-norm answer of a singular system
-    unique: NDArray[np.bool_]  # (k,) whether there is no freedom but that of multipliers
-    consistent: NDArray[np.bool_]  # (k,) whether the change is one that the system allows
+    exact: BoolArray  # (k,) false for the minimum-norm answer of a singular system
+    unique: BoolArray  # (k,) whether there is no freedom but that of multipliers
+    consistent: BoolArray  # (k,) whether the change is one that the system allows
     doubt: FloatArray  # (k,) the share of the answer that the point's error may change
-    shared: NDArray[np.bool_]  # (k, m) rows whose multipliers are not unique
+    shared: BoolArray  # (k, m) rows whose multipliers are not unique
 
     @classmethod
     def joined(cls, parts: Sequence[KKTResponse]) -> KKTResponse:
@@ -123,7 +120,7 @@ def respond(
     return KKTResponse.joined(parts)
 
 
-def _held(points: KKTPoints) -> NDArray[np.bool_]:
+def _held(points: KKTPoints) -> BoolArray:
     """(k, n) variables at a bound: where its multiplier exceeds its slack, the projection's derivative for one row."""
     fixed = points.lower >= points.upper
     return (points.z > points.upper - points.x) | (-points.z > points.x - points.lower) | fixed
@@ -240,7 +237,7 @@ def _product(matrices: FloatArray, vectors: FloatArray) -> FloatArray:
     return (matrices @ vectors[:, :, None])[:, :, 0]
 
 
-def _has_entries(matrix: Any) -> NDArray[np.bool_]:
+def _has_entries(matrix: Any) -> BoolArray:
     """Which columns have a nonzero entry."""
     found = np.zeros(matrix.shape[1], dtype=bool)
     columns = np.repeat(np.arange(matrix.shape[1]), np.diff(matrix.indptr))

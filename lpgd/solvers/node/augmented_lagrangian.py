@@ -58,4 +58,4 @@ class AugmentedLagrangian:
         """The functions of these elements."""
         own = (self.nu, self.lam, self.penalty)
         nu, lam, penalty = (part if part is None else part[rows] for part in own)
-        return replace(self, problem=self.problem.select(rows.tolist()), nu=nu, lam=lam, penalty=penalty)
+        return replace(self, problem=self.problem.select(rows), nu=nu, lam=lam, penalty=penalty)

@@ -22,6 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import from_numpy, random_direction, rows_where
 from lpgd.execution.threads import torch_threads
 from lpgd.problems.node.multipliers import LARGE
 from lpgd.problems.node.problem import NodeProblem
@@ -85,28 +87,27 @@ def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor) -> tu
     weight = torch.where(weight > 0, weight, 1).rsqrt()
     scaled = weight[:, :, None] * matrix * weight[:, None]
     target = weight * right
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(scaled.shape[-1], generator=generator, dtype=torch.float64).to(scaled)
-    both = torch.stack([target, (probe / probe.norm()).expand_as(target)], -1)
+    probe = from_numpy(random_direction(scaled.shape[-1]).copy()).to(scaled)
+    both = torch.stack([target, probe.expand_as(target)], -1)
     # solve_ex takes no zero rows of a batch on every device: an empty batch has nothing to solve.
     if not scaled.shape[0] or not scaled.shape[-1]:
         return torch.zeros_like(right), right.new_ones(right.shape[0], dtype=torch.bool)
     with torch_threads(1):  # see there what LU needs
-        factors, pivots, failed = torch.linalg.lu_factor_ex(scaled)
-        answers = torch.linalg.lu_solve(factors, pivots, both)
+        factors, pivots, failed = linalg.lu_factor_ex(scaled)
+        answers = linalg.lu_solve(factors, pivots, both)
         answer = answers[..., 0]
         residual = target - (scaled @ answer[..., None])[..., 0]
-        correction = torch.linalg.lu_solve(factors, pivots, residual[..., None])[..., 0]
+        correction = linalg.lu_solve(factors, pivots, residual[..., None])[..., 0]
     exact = (failed == 0) & (answers[..., 1].norm(dim=-1) < 1e-3 / eps) & torch.isfinite(answer).all(-1)
     small = eps**0.6 * target.abs().amax(-1).clamp(min=torch.finfo(right.dtype).tiny)
     exact = exact & (residual.abs().amax(-1) <= small)
     answer = weight * torch.where(exact[:, None], answer + correction, 0)
-    rest = (~exact).nonzero()[:, 0]
+    rest = rows_where(~exact)
     if len(rest):
         # The pseudo-inverse of the matrix itself: least norm in the units of the variables.
         own = matrix[rest]
         finite = torch.isfinite(own).all(-1).all(-1)[:, None, None]
-        inverse = torch.linalg.pinv(torch.where(finite, own, 0), hermitian=True, rtol=matrix.shape[-1] * eps**0.75)
+        inverse = linalg.pinv(torch.where(finite, own, 0), hermitian=True, rtol=matrix.shape[-1] * eps**0.75)
         inverse = torch.where(finite, inverse, torch.nan)
         answer[rest] = (inverse @ right[rest][..., None])[..., 0]
     return torch.cat([answer[:, :n], torch.where(present, answer[:, n:], 0)], -1), exact

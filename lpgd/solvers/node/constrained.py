@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import rows_where
 from lpgd.problems.node.multipliers import LARGE, estimate_multipliers
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.structure import NodePoint
@@ -87,14 +89,14 @@ def polish(problem: NodeProblem, point: NodePoint, max_iterations: int = 30) -> 
         done = (patience[rows] <= 0) | ~torch.isfinite(size) | (best[rows] == 0)
         done = done | (~halved & (best[rows] < torch.finfo(size.dtype).eps ** 0.6))
         if done.any():
-            left = (~done).nonzero()[:, 0]
-            rows, point, problem_left = rows[left], point.select(left), problem.select(left.tolist())
+            left = rows_where(~done)
+            rows, point, problem_left = rows[left], point.select(left), problem.select(left)
             problem = problem_left
     enough = torch.finfo(best.dtype).eps ** 0.6
     fine = best <= enough
-    rest = (~fine & torch.isfinite(best)).nonzero()[:, 0]
+    rest = rows_where(~fine & torch.isfinite(best))
     if len(rest) and len(rest) * whole.x.shape[-1] ** 2 <= LARGE:
-        part, own = every.select(rest.tolist()), whole.select(rest)
+        part, own = every.select(rest), whole.select(rest)
         fine[rest] = _residual(part, own, _rounding(part, own))[0] <= enough
     whole = NodePoint(whole.x, unit * whole.nu, unit * whole.lam)
     return ConstrainedResult(whole, torch.where(fine, int(Status.SOLVED), int(Status.NUMERICAL_ERROR)), iterations)
@@ -117,7 +119,7 @@ def is_minimiser(problem: NodeProblem, point: NodePoint) -> Tensor:
     steep = hessian / scale[:, None, None] + eps**-0.3 * jacobian.mT @ jacobian
     finite = finite & torch.isfinite(jacobian).all(-1).all(-1)
     steep = torch.where(finite[:, None, None], steep, 0)
-    return finite & (torch.linalg.eigvalsh(steep).amin(-1) >= -10 * eps**0.3)
+    return finite & (linalg.eigvalsh(steep).amin(-1) >= -10 * eps**0.3)
 
 
 def method_of_multipliers(
@@ -168,9 +170,9 @@ def method_of_multipliers(
         violation = torch.where(usable, change, violation)
         ready = usable & (change < 1e-2 * (1 + x.abs().amax(-1)))
         solved = torch.zeros_like(usable)
-        near = ready.nonzero()[:, 0]
+        near = rows_where(ready)
         if len(near):
-            part = problem.select(near.tolist())
+            part = problem.select(near)
             answer = polish(part, point.select(near))
             moved = (answer.point.x - x[near]).abs().amax(-1)
             close = moved <= 10 * change[near] + precision**0.5 * (1 + x[near].abs().amax(-1))
@@ -187,18 +189,18 @@ def method_of_multipliers(
         if ended.any() or not usable.all():
             unbounded = (descent.status == int(Status.UNBOUNDED))[hopeless]
             status[rows[hopeless]] = torch.where(unbounded, int(Status.UNBOUNDED), int(Status.NUMERICAL_ERROR))
-        left = (~ended).nonzero()[:, 0]
+        left = rows_where(~ended)
         for own, new in zip(whole, point, strict=True):
             own[rows[left]] = new[left]
         if ended.any():
             rows, point, penalty, violation = rows[left], point.select(left), penalty[left], violation[left]
             endless = endless[left]
-            problem = problem.select(left.tolist())
+            problem = problem.select(left)
     residual = _residual(problem, point)[0] if len(rows) else penalty
     status[rows] = torch.where(residual <= precision**0.5, int(Status.INACCURATE), status[rows])
-    lost = ((status == int(Status.NUMERICAL_ERROR)) | (status == int(Status.ITERATION_LIMIT))).nonzero()[:, 0]
+    lost = rows_where((status == int(Status.NUMERICAL_ERROR)) | (status == int(Status.ITERATION_LIMIT)))
     if len(lost):
-        answer = verdict(every.select(lost.tolist()), (start[lost], whole.x[lost]), minimise)
+        answer = verdict(every.select(lost), (start[lost], whole.x[lost]), minimise)
         proven = answer == int(Status.INFEASIBLE)
         status[lost] = torch.where(proven, answer, status[lost])
     whole = NodePoint(whole.x, unit * whole.nu, unit * whole.lam)

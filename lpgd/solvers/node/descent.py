@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+from lpgd.arrays import rows_where
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
 from lpgd.status import Status
 
@@ -61,7 +63,7 @@ class _Run:
         if ended.any():
             for name in ("rows", "x", "value", "slope", "best", "first"):
                 setattr(self, name, getattr(self, name)[left])
-            self.function = self.function.select(left.nonzero()[:, 0])
+            self.function = self.function.select(rows_where(left))
         return left
 
     def leave_saddles(self, direction: Tensor, curvature: Tensor) -> Tensor:
@@ -227,17 +229,17 @@ def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, T
     weight = torch.where(weight > 0, weight, 1).rsqrt()
     hessian = weight[..., :, None] * hessian * weight[..., None, :]
     slope = weight * slope
-    factor, failed = torch.linalg.cholesky_ex(hessian)
+    factor, failed = linalg.cholesky_ex(hessian)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     eps = torch.finfo(slope.dtype).eps
     curved = (failed == 0) & (pivots.amin(-1) > 10 * eps**0.5 * pivots.amax(-1))
     unit = torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
     safe = torch.where(curved[:, None, None], factor, unit)
     direction = -torch.cholesky_solve(slope[..., None], safe)[..., 0]
-    rest = (~curved).nonzero()[:, 0]
+    rest = rows_where(~curved)
     lowest, curvature = torch.zeros_like(slope), torch.zeros_like(slope[:, 0])
     if len(rest):
-        values, vectors = torch.linalg.eigh(0.5 * (hessian[rest] + hessian[rest].mT))
+        values, vectors = linalg.eigh(0.5 * (hessian[rest] + hessian[rest].mT))
         sizes = values.abs()
         top = sizes.amax(-1, keepdim=True)
         sizes = torch.where(top > 0, torch.maximum(sizes, 10 * eps**0.5 * top), 1)
@@ -245,7 +247,7 @@ def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, T
         direction[rest] = -(vectors @ (along / sizes)[..., None])[..., 0]
         negative = values[:, 0] < -(eps**0.4) * top[:, 0]
         down = weight[rest] * vectors[..., 0]
-        length = torch.linalg.vector_norm(down, dim=-1)
+        length = linalg.vector_norm(down, dim=-1)
         lowest[rest] = down / length[:, None]
         curvature[rest] = torch.where(negative, values[:, 0] / length.square(), 0)
     return weight * direction, curved, lowest, curvature

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lpgd.arrays import rows_where
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
@@ -46,10 +47,10 @@ def verdict(
     enough = torch.finfo(points[0].dtype).eps ** 0.3
     feasible = torch.stack([_worst(problem, x) <= enough * (1 + maximum_norm(x)) for x in points]).any(0)
     answer = torch.full(feasible.shape, int(Status.NUMERICAL_ERROR), device=feasible.device)
-    rows = (~feasible & torch.isfinite(points[-1]).all(-1)).nonzero()[:, 0]
+    rows = rows_where(~feasible & torch.isfinite(points[-1]).all(-1))
     if not len(rows):
         return answer
-    part = problem.select(rows.tolist())
+    part = problem.select(rows)
     function = _Violation(part)
     x = minimise(function, points[-1][rows]).x
     left, slope, reach = function.value(x), maximum_norm(function.gradient(x)), 1 + maximum_norm(x)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import as_index, from_numpy
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.status import Status
 
@@ -28,9 +29,10 @@ def scipy_minimise(
     """
     size = x.shape[0]
     points = [
-        _minimise_one(problem.select([element]), x[element], tolerance, max_iterations) for element in range(size)
+        _minimise_one(problem.select(as_index([element], problem.device)), x[element], tolerance, max_iterations)
+        for element in range(size)
     ]
-    found = [torch.from_numpy(point).to(x) for point, _, _ in points]
+    found = [from_numpy(point).to(x) for point, _, _ in points]
     status = torch.tensor([status for _, status, _ in points], device=x.device)
     iterations = torch.tensor([count for _, _, count in points], device=x.device)
     return torch.stack(found) if found else x, status, iterations
@@ -40,7 +42,7 @@ def _minimise_one(
     problem: NodeProblem, x: Tensor, tolerance: float, max_iterations: int
 ) -> tuple[np.ndarray, int, int]:
     def tensor(point: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(point)).to(x)[None]
+        return from_numpy(np.array(point)).to(x)[None]
 
     def number(value: Tensor) -> np.ndarray:
         return value[0].detach().cpu().double().numpy()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import elements_where, flags, integers, rows_where
 from lpgd.execution.threads import without_autocast
 from lpgd.execution.torch_isolation import isolated_torch
 from lpgd.nodes.base import NodeAnswer
@@ -79,9 +80,9 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
         """Solve every element of a batch, in this thread and on the device of the inputs."""
         started = time.perf_counter()
         start = _starts(states, problem.batch_size) if len(states) else None
-        rows = None if problem.is_surely_finite() else problem.finite().nonzero()[:, 0]
+        rows = None if problem.is_surely_finite() else rows_where(problem.finite())
         rows = None if rows is not None and len(rows) == problem.batch_size else rows
-        part = problem if rows is None else problem.select(rows.tolist())
+        part = problem if rows is None else problem.select(rows)
         if start is not None:
             start = torch.where(torch.isfinite(start), start, 0).to(problem.dtype)
             start = start if rows is None else start[rows]
@@ -151,9 +152,9 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
             return _from_codes(problem, point.x, status, iterations, point.nu, point.lam)
         point, status, iterations = polish(problem, warm_point(problem, x))
         fine = (status == int(Status.SOLVED)) & is_minimiser(problem, point)
-        rest = (~fine).nonzero()[:, 0]
+        rest = rows_where(~fine)
         if len(rest):
-            again = method_of_multipliers(problem.select(rest.tolist()), x[rest], self._minimise)
+            again = method_of_multipliers(problem.select(rest), x[rest], self._minimise)
             for own, new in zip(point, again.point, strict=True):
                 own[rest] = new
             status[rest] = again.status
@@ -178,7 +179,7 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
             missing = ~torch.isfinite(x).all(-1)
             statuses = tuple(
                 Status.NUMERICAL_ERROR if lost and status.usable else status
-                for status, lost in zip(statuses, missing.tolist(), strict=True)
+                for status, lost in zip(statuses, flags(missing), strict=True)
             )
         known = answer.iterations.cpu() if isinstance(answer.iterations, Tensor) else answer.iterations
         iterations = np.asarray(known, dtype=np.int64)
@@ -205,7 +206,7 @@ def _warn_of_start(problem: NodeProblem, x: Tensor) -> None:
         "constraints": (*problem.constraints(x), problem.jacobian_product(x)(torch.ones_like(_joined(problem, x)))),
     }
     for role, values in parts.items():
-        bad = (~torch.isfinite(torch.cat(values, -1)).all(-1)).nonzero()[:, 0].tolist()
+        bad = elements_where(~torch.isfinite(torch.cat(values, -1)).all(-1))
         if bad:
             warn(
                 f"the {role} of {problem.node.name}, or the derivatives, are not finite where the solver starts, for "
@@ -227,7 +228,7 @@ def _from_codes(
     lam: Tensor | None = None,
 ) -> NodeAnswer:
     """The answer of a generic solver, whose points are flattened, and whose statuses are codes."""
-    return NodeAnswer(problem.shaped(x), tuple(map(Status, status.tolist())), iterations, None, nu, lam)
+    return NodeAnswer(problem.shaped(x), tuple(map(Status, integers(status))), iterations, None, nu, lam)
 
 
 def _checked(answer: NodeAnswer, problem: NodeProblem) -> NodeAnswer:
@@ -255,7 +256,7 @@ def _starts(states: Sequence[Any], size: int) -> Tensor:
 
 def _spread(problem: NodeProblem, solution: NodeSolution, rows: Tensor) -> NodeSolution:
     """The solution of some elements as one of the whole batch, whose other elements have invalid data."""
-    size, places = problem.batch_size, rows.tolist()
+    size, places = problem.batch_size, integers(rows)
 
     def spread(part: Tensor, value: float) -> Tensor:
         return part.new_full((size, *part.shape[1:]), value).index_copy(0, rows, part)

@@ -1,0 +1,77 @@
+"""Tensors as lists and arrays, with their types: torch's own functions do not say what a list or an array holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = [
+    "BoolArray",
+    "FloatArray",
+    "IntArray",
+    "as_index",
+    "elements_where",
+    "flags",
+    "floats",
+    "from_numpy",
+    "integers",
+    "random_direction",
+    "rows_where",
+]
+
+FloatArray: TypeAlias = NDArray[np.float64]
+IntArray: TypeAlias = NDArray[np.int64]
+BoolArray: TypeAlias = NDArray[np.bool_]
+
+
+def rows_where(mask: Tensor) -> Tensor:
+    """The indices of the true entries of a mask (B,)."""
+    return mask.nonzero()[:, 0]
+
+
+def elements_where(mask: Tensor) -> list[int]:
+    """:func:`rows_where` as a list."""
+    return integers(rows_where(mask))
+
+
+def as_index(elements: Sequence[int], device: torch.device) -> Tensor:
+    """Elements of a batch as indices, int64."""
+    return torch.as_tensor(list(elements), dtype=torch.int64, device=device)
+
+
+def integers(index: Tensor) -> list[int]:
+    """The entries of an integer tensor of one dimension."""
+    return cast("list[int]", cast(Any, index).tolist())
+
+
+def flags(mask: Tensor) -> list[bool]:
+    """The entries of a mask of one dimension."""
+    return cast("list[bool]", cast(Any, mask).tolist())
+
+
+def floats(vector: Tensor) -> list[float]:
+    """The entries of a vector."""
+    return cast("list[float]", cast(Any, vector).tolist())
+
+
+def from_numpy(array: NDArray[Any]) -> Tensor:
+    """A tensor that shares an array's memory."""
+    return cast(Tensor, cast(Any, torch).from_numpy(array))
+
+
+@cache
+def random_direction(size: int) -> FloatArray:
+    """A fixed random vector of length 1, to probe matrices K with.
+
+    ``|K⁻¹ direction|`` bounds the norm of K⁻¹ from below, almost surely within ``√size``.
+    """
+    direction = np.random.default_rng(size).standard_normal(size)
+    direction /= np.linalg.norm(direction) if size else 1.0
+    direction.flags.writeable = False
+    return direction
