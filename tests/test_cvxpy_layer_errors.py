@@ -111,7 +111,6 @@ CALLS = {
         TypeError,
         "limit is torch.int64; it must be float64, float32",
     ),
-    "half": (lambda: LAYER(THREE.half(), ONE), TypeError, "cost is torch.float16"),
     "complex": (lambda: LAYER(THREE.cfloat(), ONE), TypeError, "cost is torch.complex64"),
     "sparse": (lambda: LAYER(THREE.to_sparse(), ONE), TypeError, "cost is torch.sparse_coo; pass a dense tensor"),
     "devices": (lambda: LAYER(THREE.to("meta"), ONE), ValueError, "cost on meta, limit on cpu.*move them to one"),

@@ -116,7 +116,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "bound kind": (lambda: LP(V2, ub="1"), TypeError, "ub is a str"),
     "bound switch": (lambda: LP(V2, ub=True), TypeError, "ub is a bool"),
     "integers": (lambda: LP(torch.tensor([1, 2])), TypeError, "c is torch.int64; it must be float64, float32"),
-    "half": (lambda: QP(I2.half(), V2), TypeError, "P is torch.float16"),
+    "complex": (lambda: QP(I2 + 0j, V2), TypeError, "P is torch.complex64"),
     "numpy": (lambda: QP(np.eye(2), V2), TypeError, "P is a ndarray; pass a torch tensor"),
     "devices": (lambda: QP(I2.to("meta"), V2), ValueError, "q on cpu, P on meta.*move them to one"),
     "batches": (

@@ -111,10 +111,13 @@ class ConicLayer(OptimizationLayer):
             ValueError, TypeError: an argument has the wrong shape, type, layout or device.
         """
         batch, structure, data = self._read(P, q, A, b)
-        rows = self.cones.sections["nonnegative"]
-        parts = [Part("q", q, 1), Part("A", A, 2), Part("b", b, 1, torch.inf, rows)]
-        parts += [] if P is None else [Part("P", P, 2)]
-        point, info = self._solve(data, structure, batch, solver_args, warm_start, explanation(parts, batch))
+
+        def listed() -> list[Part]:
+            parts = [Part("q", q, 1), Part("A", A, 2)]
+            parts.append(Part("b", b, 1, torch.inf, self.cones.sections["nonnegative"]))
+            return parts if P is None else [Part("P", P, 2), *parts]
+
+        point, info = self._solve(data, structure, batch, solver_args, warm_start, explanation(listed, batch))
         s = _slack(structure, data, point.x, info)
         output = ConicOutput(
             batch.restore(point.x, (structure.n,)),

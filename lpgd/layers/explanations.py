@@ -39,12 +39,12 @@ class Part(NamedTuple):
 
 
 def explanation(
-    parts: Sequence[Part], batch: Batch, ends: Sequence[tuple[str, str]] = ()
+    listed: Callable[[], Sequence[Part]], batch: Batch, ends: Sequence[tuple[str, str]] = ()
 ) -> Callable[[AnySolution, int], str]:
     """A function of a solution and an element that says what is wrong with its data, in words, or nothing.
 
     Args:
-        parts: the tensors of the call.
+        listed: makes the list of the call's tensors, where it is needed.
         batch: of the call.
         ends: pairs of names of lower and upper ends.
     """
@@ -54,6 +54,7 @@ def explanation(
         # Within torch.func.vmap the elements are those of all lanes, whose tensors are hidden.
         if solution.batch_size != batch.batch_size or status not in (Status.INVALID_DATA, Status.INFEASIBLE):
             return ""
+        parts = listed()
         known = {part.name: _entries(part, batch, element) for part in parts}
         crossed = [(lower, upper) for lower, upper in ends if lower in known and upper in known]
         if status is Status.INFEASIBLE:

@@ -169,14 +169,16 @@ _ABSENT = {"h": torch.inf, "ub": torch.inf, "l": -torch.inf, "lb": -torch.inf}
 
 
 def _explanation(tensors: dict[str, Tensor], bounds: dict[str, Bound], batch: Batch) -> Explain:
-    numbers = {name: bound for name, bound in bounds.items() if bound is not None and name not in tensors}
-    known = {**tensors, **{name: torch.tensor(float(cast(float, bound))) for name, bound in numbers.items()}}
-    shapes = {name: 2 if name in ("P", "A", "G") else 1 for name in tensors}
-    parts = [
-        Part(name, tensor, min(shapes.get(name, 0), tensor.ndim), _ABSENT.get(name, 0.0))
-        for name, tensor in known.items()
-    ]
-    return explanation(parts, batch, (("l", "h"), ("lb", "ub")))
+    def listed() -> list[Part]:
+        numbers = {name: bound for name, bound in bounds.items() if bound is not None and name not in tensors}
+        known = {**tensors, **{name: torch.tensor(float(cast(float, bound))) for name, bound in numbers.items()}}
+        shapes = {name: 2 if name in ("P", "A", "G") else 1 for name in tensors}
+        return [
+            Part(name, tensor, min(shapes.get(name, 0), tensor.ndim), _ABSENT.get(name, 0.0))
+            for name, tensor in known.items()
+        ]
+
+    return explanation(listed, batch, (("l", "h"), ("lb", "ub")))
 
 
 def _index_set(integer: Sequence[int]) -> tuple[int, ...]:

@@ -101,7 +101,7 @@ class Source:
         index = np.arange(self.size) if self.index is None else self.index
         outer = index.size // size if size else 1
         copies = np.broadcast_to(index.reshape(outer, 1, size), (outer, count, size))
-        return replace(self, index=copies.reshape(-1))
+        return replace(self, index=copies.reshape(-1).copy())
 
     def with_rows(self, rows: frozenset[int]) -> Source:
         """The same with a row for each element of these data."""

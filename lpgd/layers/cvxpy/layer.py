@@ -139,11 +139,12 @@ class CvxpyLayer(OptimizationLayer):
         """
         inputs = batch_inputs(self.parameter_layouts, params)
         data = self._data(self._columns(inputs))
-        parts = [
-            Part(f"parameter {layout.name}", tensor, len(layout.shape))
-            for layout, tensor in zip(self.parameter_layouts, params, strict=True)
-        ]
-        start, why = _as_solved(warm_start), explanation(parts, inputs)
+
+        def listed() -> list[Part]:
+            known = zip(self.parameter_layouts, params, strict=True)
+            return [Part(f"parameter {layout.name}", tensor, len(layout.shape)) for layout, tensor in known]
+
+        start, why = _as_solved(warm_start), explanation(listed, inputs)
         point, info = self._solve(data, self.structure, inputs, solver_args, start, why)
         output = LayerOutput(inputs.restore(reader(point), reader.layout.shape) for reader in self._readers)
         output.info, output.batch_shape = info, inputs.batch_shape
