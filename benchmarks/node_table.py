@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lpgd.nodes.base import BaseNode
 from lpgd.nodes.eigen import EigenDecomposition
-from lpgd.nodes.least_squares import LeastSquares
+from lpgd.nodes.least_squares.node import LeastSquares
 from lpgd.nodes.pooling.node import Penalty, RobustPooling
 from lpgd.nodes.principal.node import PrincipalVector
 from lpgd.nodes.projection import Projection, ProjectionSet

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lpgd.layers.node import NodeLayer
-from lpgd.nodes.least_squares import LeastSquares
+from lpgd.nodes.least_squares.node import LeastSquares
 from lpgd.nodes.total_variation import TotalVariationDenoising
 
 from .harness import Case, Settings, Side, compare

@@ -18,6 +18,7 @@ from lpgd.nodes.sphere.node import SphereLeastSquares, differentiate_sphere, mul
 from lpgd.nodes.sphere.secular import solve_secular
 
 from .harness import Settings
+from .less import VARIANTS
 from .results import Target
 
 __all__ = ["run", "shares", "take_turns"]
@@ -160,12 +161,10 @@ def shares(m: int, n: int, count: int) -> tuple[dict[str, Share], int]:
     descent = partial(SphereLeastSquares, "descent")
     nodes = {
         "secular": SphereLeastSquares(),
-        "RM, BLS, exact step": descent(),
-        "RM, BLS, step 1": descent(step=1.0),
-        "RM, exact step": descent(backtracking=False),
-        "PGD, BLS, exact step": descent(direction="gradient"),
-        "TWD, BLS, exact step": descent(direction="decayed"),
-        "DW, BLS, exact step": descent(direction="cosine"),
+        "descent": descent(),
+        "descent, step 1": descent(step=1.0),
+        "descent without backtracking": descent(backtracking=False),
+        **{f"LESS {name}": SphereLeastSquares(method) for name, method in VARIANTS.items()},
     }
     points, seconds = {}, {}
     calls = {name: lambda node=node: node.solve((A, b), None).y for name, node in nodes.items()}
@@ -205,7 +204,7 @@ def forward(settings: Settings) -> Iterator[Target]:
                 f"{theirs.seconds:.3f} s of SLSQP, whose points are global minima in {theirs.best:.1%}, mean relative "
                 f"error {theirs.error:.0e}"
             )
-            wanted = {"secular": 1.0, "RM, BLS, exact step": 0.995}.get(name)
+            wanted = {"secular": 1.0, "descent": 0.995}.get(name)
             title = f"sphere, {count} problems {m}×{n}, {name}: share of global minima"
             yield Target(title, wanted, None, ours.best, note=note)
 

@@ -1,4 +1,4 @@
-"""What re-use is worth: warm perturbed solves, the layer against a bare loop over the binding, and set-ups counted."""
+"""What re-use is worth: warm perturbed solves, the layer against bare loops over a binding, and set-ups counted."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lpgd.execution.threads import bounded_blas
 
 from .dense_qp import draw_qps
 from .harness import Case, Settings, compare
+from .new_matrices import against_bare_loops
 from .ours import layer_side, solver_names
 from .results import Curve, Result, Target
 
@@ -293,4 +294,5 @@ def setups(settings: Settings) -> Iterator[Target]:
 def run(settings: Settings) -> Iterator[Result | Target | Curve]:
     yield from backward_ratios(settings)
     yield from against_bare(settings)
+    yield from against_bare_loops(settings)
     yield from setups(settings)

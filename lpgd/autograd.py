@@ -347,7 +347,26 @@ def _derivative(
         parts = [torch.where(usable, part, 0.0) for part in parts]
     cotangent = solution.cotangent(parts)
     check_cotangent(cotangent)
-    return call.gradient.vjp(solution, cotangent, call.solver, call.executor)
+    try:
+        return call.gradient.vjp(solution, cotangent, call.solver, call.executor)
+    except SolverError as error:
+        if call.on_error == "raise" or not error.indices:
+            raise
+        return _without(call, solution, cotangent, error)
+
+
+def _without(call: Call, solution: AnySolution, cotangent: Any, error: SolverError) -> tuple[Any, GradientInfo]:
+    """The gradient of the other elements, where a backward pass failed for some: theirs is zero."""
+    failed = list(error.indices)
+    keep = torch.ones(solution.batch_size, 1, dtype=torch.bool, device=solution.x.device)
+    keep[failed] = False
+    rest = cotangent._make(torch.where(keep, part, 0.0) for part in cotangent)
+    gradient, info = call.gradient.vjp(solution, rest, call.solver, call.executor)
+    for element in failed:
+        info.used[element] = "no perturbed solution"
+    if call.on_error == "warn":
+        warn(f"the backward pass has no gradient for elements {failed[:10]}, which get zero: {error}")
+    return gradient, info
 
 
 _TWICE_DIFFERENTIABLE = (

@@ -15,8 +15,9 @@ from lpgd.nodes.base import BaseNode
 from lpgd.nodes.pooling.node import Penalty
 from lpgd.nodes.principal.node import IterationMethod
 from lpgd.nodes.projection import ProjectionSet
+from lpgd.nodes.spectral.node import FunctionName
 
-__all__ = ["NODES", "NodeCase", "positive", "random", "spectral"]
+__all__ = ["NODES", "NodeCase", "definite", "positive", "random", "spectral"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ def _with_outliers(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
     return make
 
 
+def _with_scales(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
+    def make(seed: int) -> tuple[Tensor, ...]:
+        return *_with_outliers(*shape)(seed), torch.tensor([1.2, 1.5, 1.8, 2.1], dtype=torch.float64)
+
+    return make
+
+
 def _regression(*shapes: tuple[int, ...], positive: int = 0) -> Callable[[int], tuple[Tensor, ...]]:
     """Normal inputs of these shapes, four elements; the last ``positive`` ones are positive."""
 
@@ -68,9 +76,21 @@ def _regression(*shapes: tuple[int, ...], positive: int = 0) -> Callable[[int], 
 class TransportOfLogits(lpgd.nodes.OptimalTransport):
     """Marginals by a softmax: whatever finite differences move, there is a plan."""
 
-    def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def arrange(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         cost, rows, columns = inputs
+        assert cost is not None
+        assert rows is not None
+        assert columns is not None
         return cost, rows.softmax(-1), columns.softmax(-1)
+
+
+class DependentColumns(lpgd.nodes.LeastSquares):
+    """A of rank two, whatever finite differences move."""
+
+    def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        A, *rest = inputs
+        mixing = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, -2.0], [0.5, 0.5, -0.5]], dtype=A.dtype, device=A.device)
+        return A @ mixing, *rest
 
 
 def _transport(m: int, n: int) -> Callable[[int], tuple[Tensor, ...]]:
@@ -89,6 +109,16 @@ def spectral(m: int, batch: int = 3) -> Callable[[int], tuple[Tensor, ...]]:
     return make
 
 
+def definite(*values: float, batch: int = 3) -> Callable[[int], tuple[Tensor, ...]]:
+    """Symmetric matrices with these eigenvalues."""
+
+    def make(seed: int) -> tuple[Tensor, ...]:
+        basis = torch.linalg.qr(random(seed, batch, len(values), len(values))).Q
+        return (basis @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ basis.mT,)
+
+    return make
+
+
 def positive(m: int, batch: int = 3) -> Callable[[int], tuple[Tensor, ...]]:
     """Matrices whose eigenvalue of largest magnitude is real (Perron)."""
     return lambda seed: (random(seed, batch, m, m).abs() + 0.1,)
@@ -97,9 +127,16 @@ def positive(m: int, batch: int = 3) -> Callable[[int], tuple[Tensor, ...]]:
 NODES = {
     "transport, wide": NodeCase(TransportOfLogits(gamma=2.0), _transport(3, 4)),
     "transport, tall": NodeCase(TransportOfLogits(gamma=2.0), _transport(4, 3)),
+    "transport, uniform": NodeCase(lpgd.nodes.OptimalTransport(gamma=2.0), lambda seed: _transport(3, 4)(seed)[:1]),
     "all eigenvectors": NodeCase(lpgd.nodes.EigenDecomposition(), spectral(4), generic=False),
     "largest eigenvectors": NodeCase(lpgd.nodes.EigenDecomposition(2), spectral(5), generic=False),
     "smallest eigenvectors": NodeCase(lpgd.nodes.EigenDecomposition(2, largest=False), spectral(5), generic=False),
+    "largest eigenvectors by iteration": NodeCase(
+        lpgd.nodes.EigenDecomposition(1, method="iteration"), spectral(8, batch=2), generic=False
+    ),
+    "smallest eigenvectors by iteration": NodeCase(
+        lpgd.nodes.EigenDecomposition(1, largest=False, method="iteration"), spectral(8, batch=2), generic=False
+    ),
     **{
         f"principal vector, {method} iteration, {'symmetric' if symmetric else 'general'}": NodeCase(
             lpgd.nodes.PrincipalVector(symmetric, method), (spectral if symmetric else positive)(5), generic=False
@@ -108,19 +145,53 @@ NODES = {
         for symmetric in (True, False)
         if symmetric or method != "lanczos"
     },
+    "principal vector with references": NodeCase(
+        lpgd.nodes.PrincipalVector(reference="input"),
+        lambda seed: (*spectral(5)(seed), random(seed + 3, 3, 5)),
+        generic=False,
+    ),
+    **{
+        f"spectral function {name}{place}": NodeCase(lpgd.nodes.SpectralFunction(name), definite(*values))
+        for name in get_args(FunctionName)
+        for place, values in (("", (0.5, 1.1, 2.0)), (", equal eigenvalues", (2.0, 2.0, 2.0, 1.0)))
+    },
+    "spectral function of one's own": NodeCase(lpgd.nodes.SpectralFunction(torch.tanh), spectral(4)),
+    "rotation": NodeCase(lpgd.nodes.Rotation(), lambda seed: (random(seed, 4, 3, 3),), generic=False),
+    "rotation, equal singular values": NodeCase(
+        lpgd.nodes.Rotation(), lambda seed: (2.0 * torch.linalg.qr(random(seed, 2, 3, 3)).Q,), generic=False
+    ),
+    "rotation of weighted points": NodeCase(
+        lpgd.nodes.Rotation(points=True, weighted=True), _regression((6, 3), (6, 3), (6,), positive=1), generic=False
+    ),
     "least squares": NodeCase(lpgd.nodes.LeastSquares(), _regression((7, 3), (7,))),
     "least squares, weighted ridge with bias and columns": NodeCase(
         lpgd.nodes.LeastSquares(weighted=True, ridge=True, bias=True, columns=True),
         _regression((7, 3), (7, 2), (7,), (), positive=2),
     ),
     "least squares, wide": NodeCase(lpgd.nodes.LeastSquares(ridge=True), _regression((3, 5), (3,), (), positive=1)),
+    "least squares of minimum norm, wide": NodeCase(
+        lpgd.nodes.LeastSquares(weighted=True, bias=True, columns=True, minimum_norm=True),
+        _regression((3, 5), (3, 2), (3,), positive=1),
+    ),
+    "least squares of minimum norm, dependent columns": NodeCase(
+        DependentColumns(minimum_norm=True, rank_tolerance=1e-5), _regression((7, 3), (7,))
+    ),
+    "least squares of minimum norm, ridge": NodeCase(
+        lpgd.nodes.LeastSquares(ridge=True, minimum_norm=True), _regression((3, 5), (3,), (), positive=1)
+    ),
     "least squares on the sphere": NodeCase(lpgd.nodes.SphereLeastSquares(), _regression((6, 4), (6,))),
     "least squares on the sphere, descent": NodeCase(
         lpgd.nodes.SphereLeastSquares(solver="descent", max_iterations=1000, tolerance=1e-14),
         _regression((8, 3), (8,)),
     ),
+    "least squares on the sphere, published descent": NodeCase(
+        lpgd.nodes.SphereLeastSquares(lpgd.nodes.LessDescent(refine=True)), _regression((8, 3), (8,))
+    ),
     "total variation": NodeCase(
         lpgd.nodes.TotalVariationDenoising(), _regression((12,), (), positive=1), generic=False
+    ),
+    "total variation, a weight for each pair": NodeCase(
+        lpgd.nodes.TotalVariationDenoising(per_pair=True), _regression((12,), (11,), positive=1), generic=False
     ),
     **{
         f"projection {onto}": NodeCase(lpgd.nodes.Projection(onto, None), _with_radius)
@@ -137,6 +208,19 @@ NODES = {
             lpgd.nodes.RobustPooling(penalty, alpha=1.5, dim=-2, vector_dim=-1), _with_outliers(4, 9, 2), generic=False
         )
         for penalty in get_args(Penalty)
+    },
+    **{
+        f"pooling {penalty}, alpha an input": NodeCase(
+            lpgd.nodes.RobustPooling(penalty, "input"), _with_scales(4, 9), generic=False
+        )
+        for penalty in get_args(Penalty)
+        if penalty != "quadratic"
+    },
+    **{
+        f"vector pooling {penalty}, alpha an input": NodeCase(
+            lpgd.nodes.RobustPooling(penalty, "input", dim=-2, vector_dim=-1), _with_scales(4, 9, 2), generic=False
+        )
+        for penalty in ("huber", "welsch")
     },
     "unconstrained": NodeCase(
         lpgd.Node(lambda x, y: 0.5 * (y - x).square().sum() + 0.1 * (y**4).sum()), lambda seed: (random(seed, 3, 4),)

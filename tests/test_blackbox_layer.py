@@ -222,3 +222,55 @@ class TestInputs:
             x = layer(costs, extra)
             torch.testing.assert_close(x, expected)
             torch.testing.assert_close(torch.autograd.grad(x, costs, g)[0], gradient)
+
+
+def cheapest_of_positive(costs: np.ndarray) -> np.ndarray:
+    """A solver that refuses negative costs, as Dijkstra's algorithm does."""
+    if (costs < 0).any():
+        raise ValueError("a negative length")
+    return (costs == costs.min()).astype(float)
+
+
+def test_perturbed_costs_that_a_solver_refuses_end_their_element_alone() -> None:
+    costs = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.5, 9.0]], dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([[0.0, 0.0, 0.0], [3.0, 0.0, 0.0]], dtype=torch.float64)
+    # Element 1: the upper side has costs (1 - 3, 1.5, 9), which are refused; the lower one (4, 1.5, 9) is there.
+    layer = lpgd.BlackboxLayer(cheapest_of_positive, lpgd.LPGD(tau=1.0))
+    with pytest.warns(lpgd.LpgdWarning) as caught:
+        (gradient,) = torch.autograd.grad((layer(costs) * weights).sum(), costs)
+    texts = " ".join(str(item.message) for item in caught)
+    assert "ValueError in the backward pass, for the perturbed costs of element 1 (of element 1: a negative" in texts
+    assert "from the other side" in texts
+    expected = torch.tensor([[0.0, 0.0, 0.0], [-1.0, 1.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_valid_costs_make_perturbed_costs_such_as_a_solver_takes() -> None:
+    costs = torch.tensor([[1.0, 1.5, 9.0]], dtype=torch.float64, requires_grad=True)
+    layer = lpgd.BlackboxLayer(
+        cheapest_of_positive, lpgd.LPGD(tau=2.0, envelope="upper"), valid_costs=lambda c: c.clip(min=0.0)
+    )
+    weights = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(layer(costs) @ weights, costs, torch.ones(1, dtype=torch.float64))
+    # The costs (1, 1.5 - 2, 9) are (1, 0, 9) when clipped: the cheapest is the second; (x(c) - x(c - τ g)) / τ.
+    torch.testing.assert_close(gradient, torch.tensor([[0.5, -0.5, 0.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("on_error", ["nan", "warn", "raise"])
+def test_elements_without_any_perturbed_solution_follow_on_error(on_error: Any) -> None:
+    costs = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.5, 9.0]], dtype=torch.float64, requires_grad=True)
+    # Element 0 loses both sides; the cheapest of element 1 moves from the first to the second on the lower side.
+    weights = torch.tensor([[9.0, -9.0, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    layer = lpgd.BlackboxLayer(cheapest_of_positive, lpgd.LPGD(tau=0.9), on_error=on_error)
+    output = layer(costs)
+    loss = (output * weights).sum()
+    if on_error == "raise":
+        match = r"no perturbed problem of elements \[0\]"
+        with pytest.warns(lpgd.LpgdWarning), pytest.raises(lpgd.SolverError, match=match):
+            loss.backward()
+        return
+    with pytest.warns(lpgd.LpgdWarning):
+        (gradient,) = torch.autograd.grad(loss, costs)
+    expected = torch.tensor([[0.0, 0.0, 0.0], [-1.0, 1.0, 0.0]], dtype=torch.float64) / 1.8
+    torch.testing.assert_close(gradient, expected)
+    assert output.info.gradients[-1].used == ["no perturbed solution", "average"]

@@ -310,7 +310,7 @@ ONES = torch.ones(2, 3, dtype=torch.float64)
         (
             lpgd.nodes.OptimalTransport(),
             (torch.rand(2, 3, 3, dtype=torch.float64), torch.tensor([[0.5, 0.5, 0.0], [1, 1, 1]]).double(), ONES),
-            "element 0 of 2.*rows and columns must be positive, with the same sum",
+            "element 0 of 2.*rows and columns must be at least zero, with the same positive sum",
         ),
         (lpgd.nodes.LeastSquares(), (torch.zeros(5, 3), torch.ones(5)), "A must have independent columns"),
         (lpgd.nodes.TotalVariationDenoising(), (ONES, torch.tensor([1.0, -1.0])), "element 1 of 2.*weight must not be"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import lpgd
 from lpgd import (
     LPGD,
     Clarabel,
@@ -133,3 +134,14 @@ def test_singular_elements_do_not_spoil_the_others() -> None:
     assert info.used == ["implicit", "implicit, regularised", "implicit"]
     regular, _ = ImplicitKKT().vjp(solution.select(torch.tensor([0, 2])), cotangent.select(torch.tensor([0, 2])), TIGHT)
     torch.testing.assert_close(gradient.A[[0, 2]], regular.A, atol=1e-9, rtol=1e-9)
+
+
+def test_a_loss_gradient_along_the_cost_is_no_zero_gradient_to_warn_of() -> None:
+    # <x, c> at a vertex: a tilt along the cost changes no solution, and the loss depends on c directly.
+    c = torch.tensor([[1.0, 2.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    layer = lpgd.LPLayer(gradient=ImplicitKKT())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = layer(c, A=torch.ones(1, 3, dtype=torch.float64), b=torch.ones(1, dtype=torch.float64), lb=0.0).x
+        (gradient,) = torch.autograd.grad((x * c).sum(), c)
+    torch.testing.assert_close(gradient, x.detach())

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lpgd.layers.node import NodeLayer
 from lpgd.nodes.base import Tilt
-from lpgd.nodes.least_squares import LeastSquares
+from lpgd.nodes.least_squares.node import LeastSquares
 from lpgd.status import Status
 from tests.node_reference import ROUNDING
 
@@ -208,7 +209,83 @@ def test_shapes_that_do_not_fit_are_named():
         LeastSquares().variable_shape((4, 2), (5,))
     with pytest.raises(ValueError, match="weights has 3 rows"):
         LeastSquares(weighted=True).variable_shape((4, 2), (4,), (3,))
-    with pytest.raises(ValueError, match=r"3 rows for 4 unknowns.*ridge=True"):
+    with pytest.raises(ValueError, match=r"3 rows for 4 unknowns.*ridge=True.*minimum_norm=True"):
         LeastSquares(bias=True).variable_shape((3, 3), (3,))
     with pytest.raises(dataclasses.FrozenInstanceError):
         LeastSquares().ridge = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def of_rank(rank: int, m: int, n: int, batch: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * m + n + rank)
+    left, right = (
+        torch.randn(batch, *shape, generator=generator, dtype=torch.float64) for shape in ((m, rank), (rank, n))
+    )
+    return left @ right
+
+
+SHAPES = [(2, 9, 4), (4, 9, 4), (3, 3, 6), (2, 3, 6), (1, 5, 5), (0, 4, 3)]
+
+
+@pytest.mark.parametrize(("rank", "m", "n"), SHAPES)
+def test_the_solution_of_minimum_norm_is_the_pseudo_inverse(rank, m, n):
+    A, b = of_rank(rank, m, n), torch.randn(3, m, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights = torch.rand(3, m, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + 0.2
+    root = weights.sqrt()[..., None]
+    y = NodeLayer(LeastSquares(columns=True, minimum_norm=True))(A, b)
+    torch.testing.assert_close(y, torch.linalg.pinv(A, rtol=1e-12) @ b, rtol=0, atol=1e-11)
+    y = NodeLayer(LeastSquares(weighted=True, columns=True, minimum_norm=True))(A, b, weights)
+    torch.testing.assert_close(y, torch.linalg.pinv(root * A, rtol=1e-12) @ (root * b), rtol=0, atol=1e-11)
+
+
+def test_where_the_solution_is_unique_it_is_the_same_with_the_same_gradients():
+    for options in OPTIONS:
+        inputs = [part.requires_grad_() for part in problem(LeastSquares(**options))]
+        one, other = (NodeLayer(LeastSquares(**options, minimum_norm=asked))(*inputs) for asked in (False, True))
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        cotangent = torch.randn(one.shape, dtype=one.dtype, generator=torch.Generator().manual_seed(1))
+        for mine, theirs in zip(
+            torch.autograd.grad(one, inputs, cotangent), torch.autograd.grad(other, inputs, cotangent), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("rank", "m", "n"), [(2, 6, 4), (3, 3, 5), (2, 3, 5)])
+def test_gradients_at_constant_rank_are_those_of_finite_differences(rank, m, n):
+    generator = torch.Generator().manual_seed(4)
+    left, right, b = (
+        torch.randn(2, *shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((m, rank), (rank, n), (m,))
+    )
+    weights = (torch.rand(2, m, generator=generator, dtype=torch.float64) + 0.2).requires_grad_()
+    layer = NodeLayer(LeastSquares(weighted=True, minimum_norm=True))
+
+    def solution(left, right, b, weights):
+        return layer(left @ right, b, weights)
+
+    assert torch.autograd.gradcheck(solution, (left, right, b, weights), atol=1e-6)
+    assert torch.autograd.gradgradcheck(solution, (left, right, b, weights), atol=1e-5, rtol=1e-5)
+
+
+def test_shared_matrices_of_minimum_norm_are_decomposed_once():
+    node = LeastSquares(minimum_norm=True)
+    A = of_rank(2, 3, 5, batch=1)
+    b = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    one, other = node.solve((A.expand(4, 3, 5), b), None), node.solve((A.repeat(4, 1, 1), b), None)
+    assert one.aux[0].shape == (1, 3)
+    torch.testing.assert_close(one.y, other.y, rtol=0, atol=1e-13)
+    cotangent = torch.ones_like(one.y)
+    for mine, theirs in zip(
+        node.vjp((A.expand(4, 3, 5), b), one.y, cotangent, one.aux),
+        node.vjp((A.repeat(4, 1, 1), b), other.y, cotangent, None),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+def test_the_rank_tolerance_decides_what_counts_as_zero():
+    A = torch.diag(torch.tensor([1.0, 1e-4], dtype=torch.float64))
+    b = torch.ones(2, dtype=torch.float64)
+    exact = NodeLayer(LeastSquares(minimum_norm=True))(A, b)
+    rough = NodeLayer(LeastSquares(minimum_norm=True, rank_tolerance=1e-3))(A, b)
+    torch.testing.assert_close(exact, torch.tensor([1.0, 1e4], dtype=torch.float64))
+    assert rough.tolist() == [1.0, 0.0]

@@ -125,7 +125,7 @@ def test_marginals_that_no_plan_has_are_infeasible_and_leave_the_others_exact():
     cost, rows, columns = draw(3, 4, batch=4)
     rows, columns = rows.clone(), columns.clone()
     rows[1] *= 1.5
-    columns[2, 0], columns[2, 1] = 0.0, columns[2, 0] + columns[2, 1]
+    columns[2, 0], columns[2, 1] = -0.1, columns[2, 0] + columns[2, 1] + 0.1
     answer = OptimalTransport().solve((cost, rows, columns), None)
     assert answer.statuses == [Status.SOLVED, Status.INFEASIBLE, Status.INFEASIBLE, Status.SOLVED]
     alone = OptimalTransport().solve((cost[3:], rows[3:], columns[3:]), None)

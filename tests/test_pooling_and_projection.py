@@ -234,3 +234,21 @@ def test_radii_whose_squares_leave_the_range_of_the_dtype(onto, radius):
         answers.append((y.detach().double() / (scale * radius), *torch.autograd.grad((y * v.to(dtype)).sum(), own)))
     for single, double in zip(*answers, strict=True):  # the gradient does not depend on the unit of length
         torch.testing.assert_close(single.double(), double, atol=1e-5, rtol=1e-5)
+
+
+def test_masked_scores_are_exact_zeros_of_the_simplex() -> None:
+    # An attention mask: what is left out has a score of minus infinity.
+    x = torch.tensor([[0.3, -torch.inf, 1.0], [-torch.inf, 5.0, -torch.inf]], dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    kept = torch.tensor([[0.3, 1.0]], dtype=torch.float64, requires_grad=True)
+    alone = lpgd.NodeLayer(lpgd.nodes.Projection("simplex"))(kept)
+    (expected,) = torch.autograd.grad((alone * weights[[0, 2]]).sum(), kept)
+    y = lpgd.NodeLayer(lpgd.nodes.Projection("simplex"))(x)
+    (gradient,) = torch.autograd.grad((y * weights).sum(), x)
+    torch.testing.assert_close(y[0], torch.tensor([0.15, 0.0, 0.85], dtype=torch.float64))  # the closed form
+    torch.testing.assert_close(y[1], torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(gradient[:1, [0, 2]], expected)
+    assert gradient[0, 1] == 0
+    assert not gradient[1].any()
+    with pytest.raises(lpgd.SolverError, match="element 0 of 1"):  # nothing is left
+        lpgd.NodeLayer(lpgd.nodes.Projection("simplex"))(torch.full((1, 3), -torch.inf))

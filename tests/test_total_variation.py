@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cvxpy as cp
 import numpy as np
 import pytest
 import torch
@@ -188,3 +189,62 @@ def test_the_pass_through_of_the_layer_hands_the_cotangent_on():
 def test_a_signal_without_points_is_refused():
     with pytest.raises(ValueError, match="signal has no points"):
         lpgd.NodeLayer(lpgd.nodes.TotalVariationDenoising())(torch.zeros(2, 0), torch.ones(2))
+
+
+def pair_weights(batch: int, count: int, seed: int = 9) -> Tensor:
+    """Positive weights of all sizes, one zero, and one that no jump pays for."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(batch, count - 1, generator=generator, dtype=torch.float64).square() * 2
+    weights[:, 3], weights[:, 7] = 0.0, 1e3
+    return weights
+
+
+def test_the_solution_with_a_weight_for_each_pair_is_that_of_a_quadratic_program():
+    signal, weights = signals(3, 30), pair_weights(3, 30)
+    y, _ = denoise(signal, weights)
+    for row, own, found in zip(signal.numpy(), weights.numpy(), y.numpy(), strict=True):
+        variable = cp.Variable(30)
+        objective = 0.5 * cp.sum_squares(variable - row) + own @ cp.abs(cp.diff(variable))
+        accuracy = {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12}
+        cp.Problem(cp.Minimize(objective)).solve(solver=cp.CLARABEL, **accuracy)
+        np.testing.assert_allclose(found, variable.value, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "count"), [(200, 40), (1, 3000)])
+def test_the_dual_certificate_of_signals_with_weights_of_pairs(batch, count):
+    signal, weights = signals(batch, count, 4), pair_weights(batch, count)
+    y, signs = denoise(signal, weights)
+    dual, jumps = (y - signal).cumsum(1), signs != 0
+    assert torch.all(dual[:, -1].abs() < 1e-9)
+    assert torch.all(dual[:, :-1].abs() <= weights + 1e-9)
+    assert torch.all((dual[:, :-1] - weights * signs)[jumps].abs() < 1e-9)
+    assert torch.equal(y.diff(dim=1).sign(), signs)
+
+
+def test_equal_weights_of_pairs_are_one_weight():
+    signal, weight = signals(3, 50), torch.tensor([0.1, 0.7, 5.0], dtype=torch.float64)
+    cotangent = torch.randn(3, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    one, signs = denoise(signal, weight)
+    each, own = denoise(signal, weight[:, None].expand(3, 49))
+    torch.testing.assert_close(each, one, rtol=0, atol=1e-14)
+    assert torch.equal(signs, own)
+    total = differentiate_denoised(signs, cotangent)[1]
+    parts = differentiate_denoised(signs, cotangent, per_pair=True)[1]
+    torch.testing.assert_close(parts.sum(1), total, rtol=0, atol=1e-13)
+
+
+def test_weights_of_pairs_have_their_gradients():
+    layer = lpgd.NodeLayer(lpgd.nodes.TotalVariationDenoising(per_pair=True))
+    signal, weights = signals(2, 16).requires_grad_(), (pair_weights(2, 16) + 0.05).requires_grad_()
+    assert torch.autograd.gradcheck(layer, (signal, weights), atol=1e-6)
+
+
+def test_weights_of_pairs_are_looked_at():
+    layer = lpgd.NodeLayer(lpgd.nodes.TotalVariationDenoising(per_pair=True), on_error="nan")
+    with pytest.raises(ValueError, match="weight has 3 entries; 5 points have 4 pairs"):
+        layer(torch.zeros(5), torch.ones(3))
+    y = layer(torch.arange(6.0).view(2, 3), torch.tensor([[0.5, 0.5], [0.5, -0.1]]))
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+    single = layer(torch.tensor([2.5]), torch.zeros(0))
+    assert single.tolist() == [2.5]

@@ -6,11 +6,71 @@ import atexit
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Hashable
+from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["WorkspaceCache", "workspaces"]
+import numpy as np
+
+from lpgd.arrays import FloatArray
+
+__all__ = ["Fingerprint", "Habits", "WorkspaceCache", "fingerprints", "workspaces"]
+
+Fingerprint = tuple[int, ...]
+"""What equal numbers have in common, and others hardly ever: who is found by it has still to be compared."""
+
+
+def fingerprints(values: FloatArray) -> list[Fingerprint]:
+    """Of each row of (nnz,) or (R, nnz) values: the sums of all of their bits and of those of the first half.
+
+    To add integers takes a tenth of the time of a hash of the content.
+    """
+    bits = np.ascontiguousarray(np.atleast_2d(values)).view(np.int64)
+    half = bits[:, : bits.shape[1] // 2]
+    return list(zip(bits.sum(1).tolist(), half.sum(1).tolist(), strict=True))
+
+
+class Habits:
+    """Whether matrices come back, by solver and structure: where they are new in every call, no workspace is kept.
+
+    Workspaces are kept until a few calls in a row have found none of theirs.  Then only fingerprints are, of the last
+    batches, and once one of them comes back so are workspaces.
+    """
+
+    PATIENCE = 3
+
+    def __init__(self, forget: Callable[[Hashable], None]) -> None:
+        self.lock = threading.Lock()
+        self.forget = forget
+        self.missed: OrderedDict[Hashable, int] = OrderedDict()
+        self.seen: OrderedDict[Hashable, Hashable] = OrderedDict()
+
+    def keeps(self, kind: Hashable, prints: Sequence[Fingerprint]) -> bool:
+        """Whether to keep the workspaces of a call with these matrices."""
+        with self.lock:
+            if self.missed.get(kind, 0) < self.PATIENCE:
+                return True
+            own = [(kind, one) for one in prints]
+            if any(one in self.seen for one in own):
+                self.missed[kind] = 0
+                return True
+            self.seen.update(dict.fromkeys(own))
+            _shorten(self.seen)
+            return False
+
+    def record(self, kind: Hashable, found: int) -> None:
+        """How many workspaces a call that keeps them has found."""
+        with self.lock:
+            self.missed[kind] = missed = 0 if found else self.missed.get(kind, 0) + 1
+            _shorten(self.missed)
+        if missed == self.PATIENCE:
+            self.forget(kind)
+
+    def clear(self) -> None:
+        """Expect all matrices back."""
+        with self.lock:
+            self.missed.clear()
+            self.seen.clear()
 
 
 class WorkspaceCache:
@@ -20,14 +80,20 @@ class WorkspaceCache:
 
     Workspaces of one family differ in their matrices.  Where these are new in every call, idle workspaces are never
     used again, so a family keeps only as many as it asks for; when one is missed that was dropped for this, the family
-    gets twice the room.  In bytes no family takes more than its share, so that none drives out all others.
+    gets twice the room, up to a number of bytes.  No family takes more than its share, so that none drives out all
+    others.
 
     Args:
         capacity: how much cost (bytes, roughly) of idle workspaces is kept.
+
+    Attributes:
+        habits: whether workspaces of a kind are worth keeping; a kind is the first part of its families.
     """
 
     SHARE = 0.75
     """Of the capacity, for one family."""
+    GROWN = 2**24
+    """Bytes for more workspaces of a family than it asked for."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -41,13 +107,14 @@ class WorkspaceCache:
         self.growth: OrderedDict[Hashable, int] = OrderedDict()
         self.tickets = 0
         self.changing = False
+        self.habits = Habits(self.forget)
 
-    def take(self, key: Hashable) -> Any | None:
-        """A workspace put back under this key, or None."""
+    def take(self, key: Hashable, fits: Callable[[Any], bool] | None = None) -> Any | None:
+        """The last workspace put back under this key, of those that fit, or None."""
         with self._whole():
-            tickets = self.by_key.get(key)
-            if tickets:
-                return self._remove(tickets[-1])
+            for ticket in reversed(self.by_key.get(key, ())):
+                if fits is None or fits(self.idle[ticket][2]):
+                    return self._remove(ticket)
             family = self.dropped.pop(key, None)
             if family is not None:
                 self.growth[family] = min(2 * self.growth.get(family, 1), _REMEMBERED)
@@ -58,7 +125,8 @@ class WorkspaceCache:
         """The longest idle workspace of a family if more than ``keep`` of them are idle: one to give new data."""
         with self._whole():
             members = self.by_family.get(family, ())
-            return self._remove(next(iter(members))) if len(members) > self._room(family, keep) else None
+            full = len(members) > keep and self._is_full(family, keep)
+            return self._remove(next(iter(members))) if full else None
 
     def put(self, key: Hashable, family: Hashable, workspace: Any, cost: int, keep: int | None = None) -> None:
         """Hand a workspace back for later tasks with the same key.
@@ -77,7 +145,7 @@ class WorkspaceCache:
             members[self.tickets] = None
             self.cost += cost
             self.cost_of[family] = self.cost_of.get(family, 0) + cost
-            while keep is not None and len(members) > self._room(family, keep):
+            while keep is not None and len(members) > keep and self._is_full(family, keep):
                 ticket = next(iter(members))
                 self.dropped[self.idle[ticket][0]] = family
                 self._remove(ticket)
@@ -88,12 +156,23 @@ class WorkspaceCache:
                 self._remove(next(iter(self.idle)))
 
     def clear(self) -> None:
-        """Forget every idle workspace."""
+        """Forget every idle workspace, and what they were used for."""
         with self._whole():
             self._forget()
+        self.habits.clear()
 
-    def _room(self, family: Hashable, keep: int) -> int:
-        return keep * self.growth.get(family, 1)
+    def forget(self, kind: Hashable) -> None:
+        """Forget the idle workspaces of a kind: of the families, which are tuples, that begin with it."""
+        with self._whole():
+            for family in [own for own in self.by_family if isinstance(own, tuple) and own and own[0] == kind]:
+                for ticket in list(self.by_family[family]):
+                    self._remove(ticket)
+
+    def _is_full(self, family: Hashable, keep: int) -> bool:
+        """Whether a family with more than ``keep`` workspaces has too many."""
+        count = len(self.by_family[family])
+        more = self.cost_of[family] * (1 - keep / count)
+        return count > keep * self.growth.get(family, 1) or more > self.GROWN
 
     def _remove(self, ticket: int) -> Any:
         key, family, workspace, cost = self.idle.pop(ticket)
@@ -138,6 +217,7 @@ atexit.register(workspaces.clear)  # else ProxQP's binding reports them as leake
 
 def _reset_after_fork() -> None:
     workspaces.lock = threading.Lock()
+    workspaces.habits.lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

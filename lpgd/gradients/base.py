@@ -31,7 +31,7 @@ class GradientInfo:
             multipliers are not unique, what concerns the solution alone is exact, and there is no warning),
             ``"implicit, one-sided"`` (an active inequality without a multiplier), ``"closed form"``,
             ``"constraints ignored"``, ``"constraints ignored, regularised"`` (by a pseudo-inverse),
-            ``"zero cotangent"``, or ``"no solution"`` (gradient zero).
+            ``"zero cotangent"``, ``"no solution"``, or ``"no perturbed solution"`` (gradient zero).
         fallbacks: elements whose gradient does not come from what the method asks for.
         tau: (B,) step τ used, NaN where none was.
         unit: (B,) the step at which the tilt is as large as the terms that it changes: ``tau / unit`` is the step

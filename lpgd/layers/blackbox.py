@@ -47,6 +47,9 @@ class BlackboxLayer(OracleLayer):
             Only then a gradient method with ρ > 0 can be used.
         warm_start: the solver takes a keyword ``start`` too: a copy of its answer to similar costs of this element
             (batched: a list of those), or None.  Perturbed solves start from the answer to the costs themselves.
+        valid_costs: a function from costs (as the solver gets them) to such as it takes, for perturbed costs in the
+            backward pass: a solver of shortest paths that refuses negative lengths takes
+            ``valid_costs=lambda c: c.clip(min=0.0)``.
         features: a feature map Ψ: then the solver finds an x of any kind for weights c, best for ``<c, Ψ(x, ξ)>``, and
             the layer returns ``features(x, *extra)``, of the costs' shape, to which all of the above applies.  The x
             are in ``info.solution.answers``.
@@ -82,6 +85,7 @@ class BlackboxLayer(OracleLayer):
         quadratic: bool = False,
         warm_start: bool = False,
         features: Callable[..., Any] | None = None,
+        valid_costs: Callable[[Any], Any] | None = None,
         ndim: int | None = None,
     ) -> None:
         oracle = Oracle(
@@ -92,6 +96,7 @@ class BlackboxLayer(OracleLayer):
             quadratic=quadratic,
             warm_start=warm_start,
             features=features,
+            valid_costs=valid_costs,
         )
         super().__init__(oracle, ndim, gradient, on_error, executor)
 

@@ -16,7 +16,7 @@ from lpgd.layers.base import BaseLayer, CallOptions, WarmStart
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.inputs import HALF, Batch, Expected, check_inputs
 from lpgd.layers.oracle import TensorOutput, record
-from lpgd.nodes.base import BaseNode
+from lpgd.nodes.base import BaseNode, refuse_learned_options
 from lpgd.nodes.user import Node
 from lpgd.problems.base import Traits
 from lpgd.problems.node.problem import NodeProblem
@@ -64,6 +64,7 @@ class NodeLayer(BaseLayer):
         if not isinstance(node, BaseNode):
             made = f"{node.__name__}(...)" if isinstance(node, type) else "lpgd.Node(objective)"
             raise TypeError(f"node is {node!r}; it must be a declarative node, such as {made}.")
+        refuse_learned_options(node)
         if solver is not None and not isinstance(solver, NodeSolver):
             raise TypeError(f"solver is {solver!r}; it must be an lpgd.NodeSolver, or None.")
         self._node, self._solver = node, solver or NodeSolver()
@@ -86,11 +87,12 @@ class NodeLayer(BaseLayer):
         return f"node={self._node}, gradient={self.gradient}"
 
     @eager
-    def forward(self, *inputs: Tensor, warm_start: WarmStart = False) -> TensorOutput:
+    def forward(self, *inputs: Tensor | None, warm_start: WarmStart = False) -> TensorOutput:
         """Solve for these inputs.
 
         Args:
-            *inputs: the node's inputs, (*batch, *shape) each; batch dimensions broadcast.
+            *inputs: the node's inputs, (*batch, *shape) each; batch dimensions broadcast.  None, or left out at the
+                end, where the node says what it takes instead.
             warm_start: a previous result for inputs of these shapes, or True for this thread's last one if it fits.
 
         Returns:
@@ -109,7 +111,7 @@ class NodeLayer(BaseLayer):
         @signature_of(forward)
         def __call__(self, *args: Any, **keywords: Any) -> Any: ...
 
-    def solve(self, *inputs: Tensor, warm_start: WarmStart = False) -> NodeSolution:
+    def solve(self, *inputs: Tensor | None, warm_start: WarmStart = False) -> NodeSolution:
         """The solver's whole answer, not differentiable: minimisers x (B, n), multipliers (``point``), statuses, times.
 
         Arguments are those of a call.  Elements without a solution do not raise.
@@ -117,18 +119,19 @@ class NodeLayer(BaseLayer):
         with torch.no_grad():
             return cast(NodeSolution, self._plain(*self._problem(inputs), warm_start))
 
-    def _problem(self, inputs: tuple[Tensor, ...]) -> tuple[NodeProblem, Batch, CallOptions]:
+    def _problem(self, inputs: tuple[Tensor | None, ...]) -> tuple[NodeProblem, Batch, CallOptions]:
         node = self._node
         names, ndims = tuple(node.inputs), tuple(node.inputs.values())
-        if len(inputs) != len(names):
-            raise ValueError(f"{node.name} takes {len(names)} inputs ({', '.join(names)}); it got {len(inputs)}.")
-        for name, tensor in zip(names, inputs, strict=True):
-            if not isinstance(tensor, Tensor):
+        missing = len(names) - len(inputs)
+        if not 0 <= missing <= node.optional:
+            count = f"{len(names)}" if not node.optional else f"{len(names) - node.optional} to {len(names)}"
+            raise ValueError(f"{node.name} takes {count} inputs ({', '.join(names)}); it got {len(inputs)}.")
+        for place, (name, tensor) in enumerate(zip(names, inputs, strict=False)):
+            if not isinstance(tensor, Tensor) and not (tensor is None and place >= len(names) - node.optional):
                 raise TypeError(f"{name} is a {type(tensor).__name__}; pass a torch tensor (torch.as_tensor).")
-        given = reduce(torch.promote_types, (tensor.dtype for tensor in inputs))
-        arranged = node.arrange(
-            *(tensor.double() if given in HALF and tensor.is_floating_point() else tensor for tensor in inputs)
-        )
+        given = reduce(torch.promote_types, (tensor.dtype for tensor in inputs if tensor is not None))
+        inputs = (*inputs, *(None,) * missing)
+        arranged = node.arrange(*(_whole(tensor) if given in HALF else tensor for tensor in inputs))
         expected = []
         for name, tensor, ndim in zip(names, arranged, ndims, strict=True):
             if tensor.ndim < ndim:
@@ -153,6 +156,11 @@ class NodeLayer(BaseLayer):
             return f"{node.name}'s own, as it has one."
         few = structure.n <= NEWTON_LIMIT
         return f"{'newton' if few else 'lbfgs'}, as {node.name} has {structure.n} variables and no solver of its own."
+
+
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    """In float64, as nothing is computed in half precision."""
+    return tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
 
 
 def _rows(batch: Batch, tensor: Tensor, ndim: int) -> Tensor:

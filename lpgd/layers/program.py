@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lpgd.autograd import Explain, OnError
 from lpgd.cones.product import Cones
+from lpgd.execution.threads import one_torch_thread
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
 from lpgd.layers.explanations import Part, explanation
@@ -119,7 +120,8 @@ class ProgramLayer(OptimizationLayer):
                 expected.append(Expected(name, () if scalar else (n,)))
                 tensors[name] = bound
         batch = check_inputs(expected, list(tensors.values()))
-        return self._assemble(int(n), batch, cost, tensors, {"lb": lb, "ub": ub})
+        with one_torch_thread():  # several wait for more work for a while, on the cores that solvers are to have next
+            return self._assemble(int(n), batch, cost, tensors, {"lb": lb, "ub": ub})
 
     def _assemble(self, n: int, batch: Batch, cost: str, tensors: dict[str, Tensor], bounds: dict[str, Bound]) -> _Call:
         matrices = {name: read_matrix(name, tensors[name], batch) for name in ("P", "A", "G") if name in tensors}

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import fields, is_dataclass
+from typing import Any, ClassVar, NamedTuple, SupportsFloat
 
 from torch import Tensor
 
 from lpgd.status import Status
 
-__all__ = ["BaseNode", "NodeAnswer", "Tilt", "is_shared"]
+__all__ = ["BaseNode", "NodeAnswer", "Tilt", "fixed_number", "is_shared", "refuse_learned_options"]
 
 
 class NodeAnswer(NamedTuple):
@@ -70,6 +71,7 @@ class BaseNode(ABC):
 
     Attributes:
         name: for messages.
+        optional: so many of the last inputs may be left out of a call, or be None; :meth:`arrange` puts tensors there.
         has_kkt: f, h and g are twice differentiable at solutions, so that optimality conditions can be differentiated.
         domain: what inputs must be beside their shapes, in words; it is part of the message where an element fails.
         is_exact: its solver's answers are solutions; where that is not known, implicit differentiation has a look.
@@ -80,6 +82,7 @@ class BaseNode(ABC):
     domain: str = ""
     is_exact: bool = True
     has_kkt: ClassVar[bool] = True
+    optional: ClassVar[int] = 0
 
     @property
     @abstractmethod
@@ -109,8 +112,10 @@ class BaseNode(ABC):
         """g, at most 0 where feasible: (B, r), or None."""
         return None
 
-    def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def arrange(self, *inputs: Any) -> tuple[Tensor, ...]:
         """Look at the tensors of a call as they arrive, and move dimensions so that each element's are the last ones.
+
+        Optional ones may be None.
 
         What it does is part of the autograd graph.
         """
@@ -172,3 +177,35 @@ class BaseNode(ABC):
 def is_shared(tensor: Tensor) -> bool:
     """Whether all rows of a batched input are one and the same."""
     return tensor.shape[0] > 1 and tensor.stride(0) == 0
+
+
+def fixed_number(option: str, value: object, instead: str) -> float:
+    """The value of an option as a number.
+
+    Raises:
+        ValueError: it is none, or a tensor that wants a gradient; ``instead`` is what to do then, a clause.
+    """
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise ValueError(f"{option} requires a gradient, which no option gets: {instead}.")
+        if value.numel() != 1:
+            raise ValueError(f"{option} has shape {tuple(value.shape)}; an option is one number: {instead}.")
+        return float(value)
+    if isinstance(value, SupportsFloat) and not isinstance(value, str):
+        return float(value)
+    raise ValueError(f"{option} is {value!r}; it must be a number ({instead}).")
+
+
+def refuse_learned_options(node: BaseNode) -> None:
+    """Options are constants: a tensor among them that requires a gradient would get none.
+
+    Raises:
+        ValueError: there is one; the message names it.
+    """
+    for field in fields(node) if is_dataclass(node) else ():
+        value = getattr(node, field.name)
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"{field.name} of {node.name} requires a gradient, which no option gets: pass {field.name}.item(), or "
+                f"make it an input, which the node's description names where there is such a form."
+            )

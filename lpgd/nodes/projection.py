@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lpgd import linalg
 from lpgd.arrays import flags
-from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
+from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, fixed_number
 from lpgd.status import Status
 
 __all__ = ["Projection", "ProjectionSet"]
@@ -57,12 +57,25 @@ class Projection(BaseNode):
     def __post_init__(self) -> None:
         if self.onto not in get_args(ProjectionSet):
             raise ValueError(f"onto is {self.onto!r}; it must be one of {', '.join(get_args(ProjectionSet))}.")
+        if self.radius is not None:
+            how = "radius=None makes it an input of the call, which gets a gradient"
+            object.__setattr__(self, "radius", fixed_number("radius", self.radius, how))
         if self.radius is not None and not 0 < self.radius < math.inf:
             raise ValueError(f"radius is {self.radius}; it must be positive and finite, or None for an input.")
 
     @property
     def inputs(self) -> Mapping[str, int]:
         return {"x": 1} if self.radius is not None else {"x": 1, "radius": 0}
+
+    def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Scores of minus infinity, as of an attention mask, are exact zeros of the simplex: any low score is one."""
+        x = inputs[0]
+        if self.onto != "simplex" or not x.numel() or bool(x.detach().sum().isfinite()):
+            return inputs
+        masked = x == -torch.inf
+        largest = x.detach().amax(-1, keepdim=True)
+        radius = self.radius if self.radius is not None else inputs[1].detach()[..., None].abs()
+        return torch.where(masked & largest.isfinite(), largest - 2 * radius - 1, x), *inputs[1:]
 
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         if shapes[0] == (0,):

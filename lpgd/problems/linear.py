@@ -88,6 +88,7 @@ class LinearProblem(Centered):
         extra: further inputs of the oracle, without a gradient, each with one row for each element of the original
             batch: tensors, arrays or sequences.
         rows: for each element its place in the original batch, and in ``extra``; None is the original batch itself.
+        tilted: whether costs are perturbed ones, of a backward pass.
         rho, center: the term ``(ρ/2) |x - center|²``, for oracles that take one; center is (B, n), or None for ρ = 0.
 
     Raises:
@@ -101,6 +102,7 @@ class LinearProblem(Centered):
     rows: tuple[int, ...] | None = None
     rho: float = 0.0
     center: Tensor | None = None
+    tilted: bool = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.batch_size} elements of {self.structure})"
@@ -179,7 +181,8 @@ class LinearProblem(Centered):
         copies = step.shape[0] // self.batch_size if self.batch_size else 1
         c = self.data.c.repeat(copies, 1) + step[:, None] * cotangent.x.repeat(copies, 1)
         center = None if self.center is None else self.center.repeat(copies, 1)
-        return replace(self, data=LinearData(c), batch_size=step.shape[0], rows=copies * self.places, center=center)
+        changes: dict[str, Any] = {"rows": copies * self.places, "center": center, "tilted": True}
+        return replace(self, data=LinearData(c), batch_size=step.shape[0], **changes)
 
     def tilt_unit(self, point: LinearPoint, cotangent: LinearPoint) -> Tensor:
         """(B,) ``|c| / |g|`` in the maximum norm; costs of 0 count as 1, and a zero cotangent gives infinity."""

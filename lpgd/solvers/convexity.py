@@ -14,16 +14,16 @@ from torch import Tensor
 from lpgd import linalg
 from lpgd.arrays import floats, from_numpy, rows_where
 from lpgd.execution.memo import TensorMemo
+from lpgd.problems.base import maximum_norm
+from lpgd.problems.conic.magnitudes import curvatures
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.sparsity import SparsityPattern
+from lpgd.problems.conic.sparsity import PART, SparsityPattern
 from lpgd.problems.conic.structure import per_element
 
 __all__ = ["is_convex", "is_definite"]
 
 DENSE_LIMIT = 1500
 """Matrices up to this size, and mostly filled ones, are factorised densely."""
-STACK_LIMIT = 8_000_000
-"""So many entries of dense matrices are held at once."""
 DEFINITE = 1e-9
 """The least eigenvalue, relative to the largest entry of P, of one that is not singular."""
 FINEST = 3e-8
@@ -40,34 +40,43 @@ def is_convex(problem: ConicProblem) -> Tensor:
     pattern, values = problem.structure.quadratic, problem.symmetric_P
     if not pattern.nnz:
         return values.new_ones(problem.batch_size, dtype=torch.bool)
-    rows = _memo(problem.data.P, ("convex", pattern.digest), lambda: _rows_convex(pattern, values))
-    return per_element(rows[:, None], problem.batch_size)[:, 0]
+
+    def rows() -> Tensor:
+        definite = pattern.is_dense and problem.structure.n <= DENSE_LIMIT
+        return _rows_convex(pattern, values, _rows_definite(problem) if definite else None)
+
+    found = _memo(problem.data.P, ("convex", pattern.digest), rows)
+    return per_element(found[:, None], problem.batch_size)[:, 0]
 
 
 def is_definite(problem: ConicProblem) -> Tensor:
     """(B,) whether P is positive definite, by more than rounding: its curvature alone makes solutions unique."""
-    pattern, values = problem.structure.quadratic, problem.symmetric_P
-    if not pattern.nnz:
-        return values.new_zeros(problem.batch_size, dtype=torch.bool)
+    if not problem.structure.quadratic.nnz:
+        return problem.data.q.new_zeros(problem.batch_size, dtype=torch.bool)
+    return per_element(_rows_definite(problem)[:, None], problem.batch_size)[:, 0]
+
+
+def _rows_definite(problem: ConicProblem) -> Tensor:
+    """(R,) the same for each row of P."""
+    pattern = problem.structure.quadratic
 
     def rows() -> Tensor:
-        known = torch.atleast_2d(values.detach())
+        known = torch.atleast_2d(problem.symmetric_P.detach())
         dense = pattern.shape[0] <= DENSE_LIMIT or pattern.nnz > 0.2 * pattern.shape[0] ** 2
-        if np.unique(pattern.rows).size < pattern.shape[0]:  # a variable without curvature
+        if not pattern.is_dense and np.unique(pattern.rows).size < pattern.shape[0]:  # a variable without curvature
             return known.new_zeros(len(known), dtype=torch.bool)
-        return (_by_cholesky if dense else _by_pivots)(pattern, known, -DEFINITE * known.abs().amax(-1))
+        return (_by_cholesky if dense else _by_pivots)(pattern, known, -DEFINITE * maximum_norm(curvatures(problem)))
 
-    found = _memo(problem.data.P, ("definite", pattern.digest), rows)
-    return per_element(found[:, None], problem.batch_size)[:, 0]
+    return _memo(problem.data.P, ("definite", pattern.digest), rows)
 
 
 _memo = TensorMemo()
 
 
-def _rows_convex(pattern: SparsityPattern, values: Tensor) -> Tensor:
-    """(R,) for each row of values."""
+def _rows_convex(pattern: SparsityPattern, values: Tensor, definite: Tensor | None) -> Tensor:
+    """(R,) for each row of values; ``definite`` are those that are known to be."""
     values, n = torch.atleast_2d(values.detach()), pattern.shape[0]
-    convex = values.new_zeros(len(values), dtype=torch.bool) if pattern.is_dense else _dominated(pattern, values)
+    convex = _dominated(pattern, values) if definite is None else definite.clone()
     dense = n <= DENSE_LIMIT or pattern.nnz > 0.2 * n * n
     by_factors = _by_cholesky if dense else _by_pivots
     for single in (False, True):
@@ -79,6 +88,8 @@ def _rows_convex(pattern: SparsityPattern, values: Tensor) -> Tensor:
             part = values if left.shape[0] == len(values) else values[left]
             precision = float(np.finfo(np.float32).eps) * max(n, 8) if single else FINEST
             convex[left] = by_factors(pattern, part, (precision * part.abs().amax(-1)).clamp(min=1e-300))
+    if bool(convex.all()):
+        return convex
     return convex | ~torch.isfinite(values.sum(-1))
 
 
@@ -93,7 +104,7 @@ def _dominated(pattern: SparsityPattern, values: Tensor) -> Tensor:
 def _by_cholesky(pattern: SparsityPattern, values: Tensor, shift: Tensor) -> Tensor:
     # Only variables that are in the objective: CVXPY's quadratics involve few of the program's.
     used = np.arange(pattern.shape[0]) if pattern.is_dense else np.unique(pattern.rows)
-    count = max(1, STACK_LIMIT // used.size**2)
+    count = max(1, PART // used.size**2)
     found = []
     for part, own in zip(values.split(count), shift.split(count), strict=True):
         if pattern.is_dense:

@@ -19,7 +19,7 @@ from lpgd.execution.tasks import SerialExecutor, run_tasks, split
 from lpgd.execution.threads import all_torch_threads
 from lpgd.problems.linear import LinearProblem, LinearSolution
 from lpgd.solvers.base import Solver
-from lpgd.status import SolverError, Status
+from lpgd.status import SolverError, Status, warn
 
 __all__ = ["Oracle", "Sense"]
 
@@ -36,7 +36,8 @@ class Oracle(Solver[LinearProblem, LinearSolution]):
     It gets copies of arrays, and may do with them what it likes.  What it returns is checked: an answer of another
     shape or kind is an error that names the element; ``None``, an answer with NaN or infinity, or a
     :class:`~lpgd.Status` is an element without a solution; an exception is raised as a SolverError that names the
-    element, with the exception as its cause.
+    element, with the exception as its cause.  Of perturbed costs, in a backward pass, an exception ends the element
+    alone, with a warning: they may be none that the function takes (see ``valid_costs``).
 
     Args:
         function: the solver; for an executor with processes, one that pickles.
@@ -47,6 +48,8 @@ class Oracle(Solver[LinearProblem, LinearSolution]):
             subtracted); ρ is 0.0 and the centre None where there is no such term.
         warm_start: it also gets ``start=``, its last answer for this element (batched: a list of them), or None.
         features: a feature map Ψ: the solution is ``features(answer, *extra)``, of the shape of the costs.
+        valid_costs: a function from costs to those that the function takes, such as clipping at zero; perturbed costs
+            go through it, those of the user do not.
     """
 
     function: Callable[..., Any] = None  # pyright: ignore[reportAssignmentType]  # fields of the base have defaults
@@ -56,13 +59,14 @@ class Oracle(Solver[LinearProblem, LinearSolution]):
     quadratic: bool = False
     warm_start: bool = False
     features: Callable[..., Any] | None = None
+    valid_costs: Callable[[Any], Any] | None = None
 
     name: ClassVar[str] = "ORACLE"
 
     def __post_init__(self) -> None:
-        for name in ("function", "features"):
+        for name in ("function", "features", "valid_costs"):
             value = getattr(self, name)
-            if not (callable(value) or (name == "features" and value is None)):
+            if not (callable(value) or (name != "function" and value is None)):
                 raise TypeError(f"{name} is {value!r}; it must be callable.")
         if self.sense not in get_args(Sense):
             raise ValueError(f"sense is {self.sense!r}; it must be one of {', '.join(get_args(Sense))}.")
@@ -105,6 +109,7 @@ class Oracle(Solver[LinearProblem, LinearSolution]):
             [self._rows(values, places) for values in problem.extra],
             [states[element % len(states)] for element in elements] if states else [None] * len(elements),
             problem.rho,
+            problem.tilted,
             None if center is None else self._array(center)[elements].reshape(-1, *shape),
         )
 
@@ -129,11 +134,14 @@ class _Task(NamedTuple):
     extra: list[Any]  # k rows each
     starts: list[Any]
     rho: float
+    tilted: bool  # costs are perturbed ones
     centers: Array | None  # (k, *shape)
 
     def call(self, costs: Array, extra: list[Any], start: Any, center: Array | None) -> tuple[Any, Any]:
         """What the function answers, and the solution that this is."""
         oracle, keywords = self.oracle, {}
+        if self.tilted and oracle.valid_costs is not None:
+            costs = oracle.valid_costs(costs)
         if oracle.quadratic:
             keywords |= {"rho": self.rho, "center": center}
         if oracle.warm_start:
@@ -156,6 +164,7 @@ class _Results:
         x: (k, *shape) in float64, NaN where there is no solution.
         answers: of the user's function; None where there is no solution.
         seconds: time in the function.
+        errors: exceptions of the function, by their elements' places in the batch, of perturbed costs.
     """
 
     def __init__(self, task: _Task) -> None:
@@ -164,6 +173,7 @@ class _Results:
         self.x: Array = torch.empty_like(task.costs) if task.oracle.as_torch else np.empty(task.costs.shape)
         self.answers: list[Any] = [None] * count
         self.seconds = np.zeros(count)
+        self.errors: dict[int, Exception] = {}
 
     def read(self, task: _Task, answer: Any, solution: Any) -> None:
         """Take the next element's solution.
@@ -226,7 +236,10 @@ def _solve_each(task: _Task) -> _Results | _Raised:
             try:
                 answer, solution = task.call(task.costs[index], extra, task.starts[index], center)
             except Exception as error:  # raised again, with the element's name, where the results come together
-                return _Raised([place], error)
+                if not task.tilted:
+                    return _Raised([place], error)
+                results.errors[place] = error
+                answer = solution = Status.NUMERICAL_ERROR
             results.seconds[index] = clock() - started
             results.read(task, answer, solution)
     return results.finish()
@@ -234,13 +247,18 @@ def _solve_each(task: _Task) -> _Results | _Raised:
 
 def _solve_batched(task: _Task) -> _Results | _Raised:
     size, starts = len(task.places), task.starts if any(start is not None for start in task.starts) else None
+    results = _Results(task)
     started = time.perf_counter()
+    answer: Any
+    solution: Any
     try:
         with torch.no_grad():
             answer, solution = task.call(task.costs, task.extra, starts, task.centers)
     except Exception as error:  # raised again, with the elements' names, where the results come together
-        return _Raised(task.places, error)
-    results = _Results(task)
+        if not task.tilted:
+            return _Raised(task.places, error)
+        results.errors |= dict.fromkeys(task.places, error)
+        answer = solution = Status.NUMERICAL_ERROR
     results.seconds[:] = (time.perf_counter() - started) / size
     if solution is None or isinstance(solution, Status):
         answer, solution = [answer] * size, [solution] * size
@@ -277,6 +295,7 @@ def _assemble(
 ) -> LinearSolution:
     size = problem.batch_size
     statuses, answers, seconds = [Status.INVALID_DATA] * size, [None] * size, np.zeros(size)
+    errors: dict[int, Exception] = {}
     x: Array = np.full(problem.data.c.shape, np.nan)
     if oracle.as_torch:
         x = torch.full_like(problem.data.c, torch.nan)
@@ -289,8 +308,17 @@ def _assemble(
             ) from result.error
         for element, status, answer in zip(task.elements, result.statuses, result.answers, strict=True):
             statuses[element], answers[element] = status, answer
+        errors |= result.errors
         seconds[task.elements] = result.seconds
         x[task.elements] = result.x.reshape(len(task.elements), -1)
+    if errors:
+        place, error = next(iter(errors.items()))
+        noun = "element" if len(errors) == 1 else "elements"
+        warn(
+            f"the solver raised {type(error).__name__} in the backward pass, for the perturbed costs of {noun} "
+            f"{_names(sorted(errors))} (of element {place}: {error}). valid_costs=, such as clipping, makes perturbed "
+            "costs such as it takes; a smaller tau leaves them nearer to the costs themselves."
+        )
     return LinearSolution(
         problem,
         torch.as_tensor(x).to(problem.device),

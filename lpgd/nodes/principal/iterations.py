@@ -62,8 +62,8 @@ def power_iteration(
     estimates of both ends of the spectrum makes that eigenvalue the dominant one.  Of a general matrix it is the
     one of the eigenvalue of largest magnitude, which must be real.
 
-    It works in float64.  y points to the side of ``reference`` (of the vector of ones where that is None; the largest
-    entry is positive where y is orthogonal to it).  [PMaF] eqs. 16, 17.
+    It works in float64.  y points to the side of ``reference`` (eq. 17 of [PMaF]); without one to that of ``start``
+    (eq. 16), and without a start to that of the vector of ones.
 
     Args:
         matrix: A; of a symmetric one ``½(A + Aᵀ)`` counts.
@@ -137,12 +137,22 @@ def _iterate(
         if not len(active):
             break
     dtype = matrix.dtype
-    return Principal(_oriented(vector, reference).to(dtype), value.to(dtype), residual.to(dtype), spent)
+    return Principal(_oriented(vector, reference, start).to(dtype), value.to(dtype), residual.to(dtype), spent)
 
 
-def _oriented(vector: Tensor, reference: Tensor | None) -> Tensor:
-    """±y on the side of the reference."""
-    along = vector.sum(-1) if reference is None else (vector * reference.to(vector)).sum(-1)
+def _oriented(vector: Tensor, reference: Tensor | None, start: Tensor | None) -> Tensor:
+    """±y on the side of the reference; without one on that of an earlier y, [PMaF] eq. 16, and of the vector of ones.
+
+    Where y is orthogonal to what decides, the next one does, and in the end the largest entry, which is positive.
+    """
+    along = vector.new_zeros(len(vector)) if reference is None else (vector * reference.to(vector)).sum(-1)
+    if start is not None:
+        side = start.to(vector)
+        near = (vector * side).sum(-1)
+        # Orthogonal to rounding: a start that is another eigenvector.
+        told = near.abs() > 1e-10 * linalg.vector_norm(side, dim=-1)
+        along = torch.where((along == 0) & told, near, along)
+    along = torch.where(along == 0, vector.sum(-1), along)
     if not along.all():
         largest = vector.gather(-1, vector.abs().argmax(-1, keepdim=True))[:, 0]
         along = torch.where(along == 0, largest, along)
@@ -180,12 +190,13 @@ def lanczos_or_decomposition(
         found = leading_eigenvector(double, begin, tolerance)
     dtype, spent = matrix.dtype, torch.full((count,), found.iterations, dtype=torch.int64, device=matrix.device)
     answer = Principal(
-        _oriented(found.vector, reference).to(dtype), found.value.to(dtype), found.residual.to(dtype), spent
+        _oriented(found.vector, reference, start).to(dtype), found.value.to(dtype), found.residual.to(dtype), spent
     )
     rest = rows_where(~(found.proven & (found.residual <= tolerance)))
     if len(rest):
         own = None if start is None else start[rest]
-        again = _iterate(matrix[rest], min(WIDTH, size), True, reference, own, tolerance, iterations)
+        side = reference[rest] if reference is not None and reference.ndim > 1 else reference
+        again = _iterate(matrix[rest], min(WIDTH, size), True, side, own, tolerance, iterations)
         for whole, part in zip(answer, again, strict=True):
             whole[rest] = part
         spent[rest] += found.iterations

@@ -41,7 +41,9 @@ class PrincipalVector(BaseNode):
             Krylov space, a Cholesky factor that proves that no eigenvalue is larger, and inverse iteration; None is
             ``"lanczos"`` for symmetric matrices, else ``"simultaneous"``.
         width: of the block.
-        reference: y points to its side; None is the vector of ones.
+        reference: y points to its side, [PMaF] eq. 17: m numbers, or ``"input"``: a second input (m,), one for each
+            element, whose gradient is zero.  None is the side of the earlier y under a warm start, eq. 16, so that y
+            does not jump along a path of matrices, else that of the vector of ones.
         tolerance: of ``|Ay - λy|`` relative to the eigenvalue (after the shift that makes it the dominant one).
         iterations: products with the matrix at most.
 
@@ -56,7 +58,7 @@ class PrincipalVector(BaseNode):
     symmetric: bool = True
     method: IterationMethod | None = None
     width: int = WIDTH
-    reference: tuple[float, ...] | None = None
+    reference: tuple[float, ...] | Literal["input"] | None = None
     tolerance: float = 1e-13
     iterations: int = 10_000
 
@@ -71,14 +73,18 @@ class PrincipalVector(BaseNode):
                 "they must be positive."
             )
 
+        if isinstance(self.reference, str) and self.reference != "input":
+            raise ValueError(f"reference is {self.reference!r}; it must be numbers, 'input' or None.")
+
     @property
     def inputs(self) -> Mapping[str, int]:
-        return {"matrix": 2}
+        return {"matrix": 2, "reference": 1} if self.reference == "input" else {"matrix": 2}
 
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         size = square_size(shapes[0])
-        if self.reference is not None and len(self.reference) != size:
-            raise ValueError(f"reference has {len(self.reference)} entries; for this matrix it must have {size}.")
+        entries = shapes[1][0] if self.reference == "input" else size if self.reference is None else len(self.reference)
+        if entries != size:
+            raise ValueError(f"reference has {entries} entries; for this matrix it must have {size}.")
         return (size,)
 
     def objective(self, y: Tensor, *inputs: Tensor) -> Tensor:
@@ -91,7 +97,9 @@ class PrincipalVector(BaseNode):
 
     def solve(self, inputs: tuple[Tensor, ...], start: Tensor | None) -> NodeAnswer:
         matrix = inputs[0]
-        reference = None if self.reference is None else matrix.new_tensor(self.reference)
+        reference = inputs[1] if self.reference == "input" else None
+        if reference is None and self.reference is not None:
+            reference = matrix.new_tensor(self.reference)
         aux = None
         options: dict[str, Any] = {"reference": reference, "start": start}
         options |= {"tolerance": self.tolerance, "iterations": self.iterations}
@@ -108,8 +116,9 @@ class PrincipalVector(BaseNode):
 
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
         matrix = inputs[0]
+        constant = (None,) * (len(inputs) - 1)  # the reference
         if aux is not None:
-            return (principal_vjp_decomposed(aux[0], aux[1], y, cotangent),)
+            return (principal_vjp_decomposed(aux[0], aux[1], y, cotangent), *constant)
         value = (y * (matrix @ y[:, :, None])[:, :, 0]).sum(-1) / y.square().sum(-1)
         rule = principal_vjp_symmetric if self.symmetric else principal_vjp_general
-        return (rule(matrix, y, value, cotangent),)
+        return (rule(matrix, y, value, cotangent), *constant)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from lpgd import linalg
 from lpgd.arrays import elements_where, flags, rows_where
 from lpgd.execution.threads import torch_threads
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, is_shared
-from lpgd.nodes.sphere.descent import Direction, descend, starting_points
+from lpgd.nodes.sphere.descent import descend, least_squares, starting_points
+from lpgd.nodes.sphere.less import LessDescent, descend_as_published
 from lpgd.nodes.sphere.secular import SphereSolution, normalised, product, solve_secular
 from lpgd.status import Status
 
@@ -144,40 +145,38 @@ class SphereLeastSquares(BaseNode):
 
     with inputs A (m, n) and b (m,) for each element, and y (n,).  It is not convex.  ``solver="secular"`` finds the
     global minimum by one eigendecomposition of AᵀA (:func:`solve_secular`); ``solver="descent"`` a local one, from the
-    normalised least-squares solution or from the start (:func:`descend`, which describes the other options).  Where
-    minima are tied (the hard case), the one on the start's side is chosen.
+    normalised least-squares solution or from the start (:func:`descend`, which describes the other options), and a
+    :class:`LessDescent` one by a method of the paper.  Where minima are tied (the hard case), the one on the start's
+    side is chosen.
 
     The gradient is one bordered solve for each element; LPGD's tilted and augmented problems have the same form with
     ``Aᵀb - τg + ρy*`` in the place of Aᵀb, and are solved by the secular equation, or after descent, from y*, by
     Newton's method.
 
     Args:
-        solver: ``"secular"`` or ``"descent"``.
-        direction, step, relaxation, backtracking, decay: of the descent.
-        max_iterations: limit of the descent.
-        tolerance: of the descent.
+        solver: ``"secular"``, ``"descent"``, or a :class:`LessDescent`, which has options of its own.
+        step, relaxation, backtracking: of ``"descent"``.
+        max_iterations: limit of ``"descent"``.
+        tolerance: of ``"descent"``.
     """
 
-    solver: Literal["secular", "descent"] = "secular"
-    direction: Direction = "tangent"
+    solver: Literal["secular", "descent"] | LessDescent = "secular"
     step: float | None = None
     relaxation: float = 0.9
     backtracking: bool = True
-    decay: float = 0.9
     max_iterations: int = 100
     tolerance: float = 1e-7
 
     name = "SphereLeastSquares"
 
     def __post_init__(self) -> None:
-        for option, known in (("solver", ("secular", "descent")), ("direction", get_args(Direction))):
-            if getattr(self, option) not in known:
-                raise ValueError(f"{option} is {getattr(self, option)!r}; it must be one of {', '.join(known)}.")
+        if not isinstance(self.solver, LessDescent) and self.solver not in ("secular", "descent"):
+            raise ValueError(f"solver is {self.solver!r}; it must be one of secular, descent, or a LessDescent.")
         for option in ("relaxation", "tolerance", "max_iterations") + ("step",) * (self.step is not None):
             if not getattr(self, option) > 0:
                 raise ValueError(f"{option} is {getattr(self, option)}; it must be positive.")
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay is {self.decay}; it must be between 0 and 1.")
+        # Published descents end where f changes little, which need not be near a solution.
+        object.__setattr__(self, "is_exact", not isinstance(self.solver, LessDescent) or self.solver.refine)
 
     @property
     def inputs(self) -> Mapping[str, int]:
@@ -203,10 +202,14 @@ class SphereLeastSquares(BaseNode):
         gram, vector = normal_equations(*inputs)
         if self.solver == "secular":
             return _answer(gram, vector, solve_secular(gram, vector, start))
+        if isinstance(self.solver, LessDescent):
+            free = least_squares(*inputs)
+            start = normalised(free if start is None else start)
+            found = descend_as_published(gram, vector, start, free, self.solver)
+            return _answer(gram, vector, _refined(gram, vector, found) if self.solver.refine else found)
         start = starting_points(*inputs) if start is None else normalised(start)
         options = {
-            name: getattr(self, name)
-            for name in ("direction", "step", "relaxation", "backtracking", "decay", "max_iterations", "tolerance")
+            name: getattr(self, name) for name in ("step", "relaxation", "backtracking", "max_iterations", "tolerance")
         }
         found = descend(gram, vector, start, **options)
         away = leave_saddles(gram, vector, found)
@@ -302,6 +305,13 @@ def _newton(gram: Tensor, vector: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     left = vector - product(gram, u) + multiplier(gram, vector, u)[:, None] * u
     size = product(gram, u).norm(dim=-1) + vector.norm(dim=-1)
     return u, left.norm(dim=-1) <= torch.finfo(u.dtype).eps ** 0.7 * size
+
+
+def _refined(gram: Tensor, vector: Tensor, found: SphereSolution) -> SphereSolution:
+    """Stationary points next to the ends of a descent; an end that has none stays, and is not converged."""
+    u, fine = _newton(gram.expand(len(vector), -1, -1), vector, found.u)
+    fine = fine & ~_is_uphill(gram, vector, found.u, u)
+    return found._replace(u=torch.where(fine[:, None], u, found.u), converged=found.converged & fine)
 
 
 def _is_uphill(gram: Tensor, vector: Tensor, start: Tensor, end: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lpgd import linalg
 
-__all__ = ["SphereSolution", "normalised", "product", "solve_secular"]
+__all__ = ["SphereSolution", "half_quadratic", "normalised", "product", "solve_secular"]
 
 
 class SphereSolution(NamedTuple):
@@ -122,3 +122,8 @@ def normalised(vector: Tensor) -> Tensor:
     unit = torch.zeros_like(vector)
     unit[..., 0] = 1.0
     return torch.where(length > 0.0, vector / torch.where(length > 0.0, length, 1.0), unit)
+
+
+def half_quadratic(u: Tensor, pushed: Tensor, vector: Tensor) -> Tensor:
+    """(B,) ``½uᵀGu - cᵀu`` from the product Gu."""
+    return (u * (0.5 * pushed - vector)).sum(-1)

@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lpgd import linalg
 from lpgd.arrays import flags, rows_where
-from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
-from lpgd.nodes.transport.sinkhorn import Plan, annealed_sinkhorn, sinkhorn, solve_smaller_side
+from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, fixed_number
+from lpgd.nodes.transport.sinkhorn import Plan, annealed_sinkhorn, positive_or_one, sinkhorn, solve_smaller_side
 from lpgd.status import Status, refuse_elements
 
 __all__ = [
@@ -34,7 +34,8 @@ def potentials_of(plan: Tensor, cost: Tensor, rows: Tensor, columns: Tensor, gam
     Entries of the plan that underflowed are left out of the mean over rows.
     """
     smallest = torch.finfo(plan.dtype).tiny
-    exponent = plan.clamp(min=smallest).log() + gamma * cost - rows.log()[:, :, None] - columns.log()[:, None, :]
+    logarithms = positive_or_one(rows).log()[:, :, None] + positive_or_one(columns).log()[:, None, :]
+    exponent = plan.clamp(min=smallest).log() + gamma * cost - logarithms
     held = (plan > smallest).to(plan.dtype)
     count = held.sum((1, 2)).clamp(min=1.0)
     g = torch.zeros_like(columns)
@@ -68,13 +69,14 @@ def _vjp(
     if plan.shape[-2] > plan.shape[-1]:
         on_cost, on_columns, on_rows = _vjp(plan.mT, gamma, cotangent.mT, solve)
         return on_cost.mT, on_rows + on_columns[:, -1:], on_columns - on_columns[:, -1:]
-    mass = plan.sum(-2)
+    mass = plan.sum(-2)  # zero of an empty bin, whose α or β is zero: see _of_empty_bins
     weighted = plan * cotangent
-    mean = weighted.sum(-2) / mass  # (B, n)
+    divisor = positive_or_one(mass)
+    mean = weighted.sum(-2) / divisor  # (B, n)
     right = weighted.addcmul_(plan, mean[:, None, :], value=-1.0).sum(-1)
     del weighted  # as large as the plan
     alpha, good = solve(plan, right)
-    beta = mean - (plan.mT @ alpha[:, :, None])[:, :, 0] / mass
+    beta = mean - (plan.mT @ alpha[:, :, None])[:, :, 0] / divisor
     _check_factor(good & beta.isfinite().all(-1))
     on_cost = (alpha[:, :, None] + beta[:, None, :]).sub_(cotangent).mul_(plan).mul_(gamma)
     return on_cost, alpha + beta[:, -1:], beta - beta[:, -1:]
@@ -89,7 +91,60 @@ def transport_vjp_approximate(
     Gould, Xu, Xu, Liu, *Towards Understanding Gradient Approximation in Equality Constrained DDNs*, section 3.2.
     """
     weighted = plan * cotangent
-    return -gamma * weighted, weighted.sum(-1) / rows, weighted.sum(-2) / columns
+    return -gamma * weighted, weighted.sum(-1) / positive_or_one(rows), weighted.sum(-2) / positive_or_one(columns)
+
+
+class _Conditionals(NamedTuple):
+    """The potentials f (B, m) and g (B, n), and the distributions of each row's and of each column's mass, (B, m, n).
+
+    All are there for empty bins, too, as ``q_ij ∝ c_j exp(g_j - γ M_ij)`` of rows.
+    """
+
+    f: Tensor
+    g: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def _conditionals(inputs: tuple[Tensor, ...], gamma: float, g: Tensor) -> _Conditionals:
+    """What follows from g, which is right where columns are positive."""
+    cost, rows, columns = inputs
+    log_rows, log_columns = (torch.where(mass > 0, positive_or_one(mass).log(), -torch.inf) for mass in (rows, columns))
+    exponent = (log_columns + g)[:, None, :] - gamma * cost
+    f = -torch.logsumexp(exponent, -1)
+    other = (log_rows + f)[:, :, None] - gamma * cost
+    g = torch.where(columns > 0, g, -torch.logsumexp(other, -2))
+    return _Conditionals(f, g, exponent.softmax(-1), other.softmax(-2))
+
+
+def _last_filled(columns: Tensor) -> Tensor:
+    """(B, 1) the last column that is not empty, whose constraint is the one that is implied by the others."""
+    places = torch.arange(columns.shape[-1], device=columns.device)
+    return torch.where(columns > 0, places, -1).amax(-1, keepdim=True)
+
+
+def _of_empty_bins(
+    inputs: tuple[Tensor, ...], gamma: float, cotangent: Tensor, gradients: tuple[Tensor, ...], g: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients for marginals with zero entries: what these would be worth if they grew.
+
+    A new row is ``r_i q_i``, and so its α is ``Σ_j q_ij (V_ij - β_j)``; likewise for columns.
+
+    Args:
+        inputs: M, r, c.
+        gamma: γ.
+        cotangent: V.
+        gradients: for M, and α and β, which are right where r and c are positive.
+        g: (B, n) the potential of the columns.
+    """
+    _, rows, columns = inputs
+    on_cost, alpha, beta = gradients
+    shift = beta.gather(-1, _last_filled(columns))
+    alpha, beta = alpha + shift, beta - shift
+    _, _, along_rows, along_columns = _conditionals(inputs, gamma, g)
+    new_alpha = (along_rows * (cotangent - beta[:, None, :])).sum(-1)
+    new_beta = (along_columns * (cotangent - alpha[:, :, None])).sum(-2)
+    return on_cost, torch.where(rows > 0, alpha, new_alpha), torch.where(columns > 0, beta, new_beta)
 
 
 def _check_factor(good: Tensor) -> None:
@@ -107,8 +162,10 @@ class OptimalTransport(BaseNode):
         minimise  <P, M> + (1/γ) Σ_ij (P_ij log(P_ij / (r_i c_j)) - P_ij + r_i c_j)
         subject to  P 1 = r,  Pᵀ 1 = c (its last row is implied, and left out)
 
-    r and c are positive and of the same sum (a softmax makes them so); elements where they are not are INFEASIBLE.  The
-    gradients for r and c are those of changes that keep the sums equal, with the last entry of c's gradient at zero.
+    r and c are at least zero and of the same positive sum (a softmax makes them so); elements where they are not are
+    INFEASIBLE.  A marginal that is left out of a call, or None, is uniform: 1/m, 1/n, or of the other one's sum.  Where
+    an entry is zero, the plan's row or column is zero, exactly.  The gradients for r and c are those of changes that
+    keep the sums equal, with that of c's last positive entry at zero; for zero entries, those of entries that grow.
 
     Forward :func:`annealed_sinkhorn`, ``O(m n)`` for each iteration, with Newton steps where it is slow; backward
     :func:`transport_vjp`, ``O(m n min(m, n))``, whatever the number of iterations.  LPGD without augmentation re-solves
@@ -124,13 +181,16 @@ class OptimalTransport(BaseNode):
     """
 
     name = "optimal transport"
-    domain = "Here rows and columns must be positive, with the same sum (add a small mass to empty bins)."
+    domain = "Here rows and columns must be at least zero, with the same positive sum."
+    optional = 2
 
     gamma: float = 10.0
     tolerance: float | None = None
     iterations: int = 10_000
 
     def __post_init__(self) -> None:
+        how = "a plan is one of gamma times the cost, so scale that, with gamma=1"
+        object.__setattr__(self, "gamma", fixed_number("gamma", self.gamma, how))
         if not (self.gamma > 0 and math.isfinite(self.gamma)):
             raise ValueError(f"gamma is {self.gamma}; it must be a positive number.")
         if self.iterations < 1 or (self.tolerance is not None and not self.tolerance > 0):
@@ -141,6 +201,20 @@ class OptimalTransport(BaseNode):
     @property
     def inputs(self) -> Mapping[str, int]:
         return {"cost": 2, "rows": 1, "columns": 1}
+
+    def arrange(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """Put uniform marginals where there are none.
+
+        Raises:
+            ValueError: the cost is no matrix.
+        """
+        cost, rows, columns = inputs
+        if cost is None or cost.ndim < 2:
+            raise ValueError(f"cost has shape {None if cost is None else tuple(cost.shape)}; expected (*batch, m, n).")
+        m, n = cost.shape[-2:]
+        if rows is None:
+            rows = cost.new_full((m,), 1 / max(m, 1)) if columns is None else _uniform(columns, m)
+        return cost, rows, _uniform(rows, n) if columns is None else columns
 
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         cost, rows, columns = shapes
@@ -154,7 +228,7 @@ class OptimalTransport(BaseNode):
         cost, rows, columns = inputs
         product = rows[:, :, None] * columns[:, None, :]
         # Not of y / product: its derivative in the marginals exists where y underflows to zero.
-        logarithms = rows.log()[:, :, None] + columns.log()[:, None, :]
+        logarithms = positive_or_one(rows).log()[:, :, None] + positive_or_one(columns).log()[:, None, :]
         # Of what has underflowed, y log y is continued by its parabola: its derivatives are large there, not infinite.
         floor = torch.finfo(y.dtype).tiny / torch.finfo(y.dtype).eps
         held = y.clamp(min=floor)
@@ -162,10 +236,43 @@ class OptimalTransport(BaseNode):
             y < floor, (math.log(floor) + 1.0) * (y - floor) + (y - floor).square() / (2.0 * floor), 0.0
         )
         divergence = entropy - y * logarithms - y + product
-        return (y * cost + divergence / self.gamma).sum((-2, -1))
+        terms = y * cost + divergence / self.gamma
+        return (terms if _are_positive(inputs) else self._with_empty_bins(terms, y, inputs)).sum((-2, -1))
+
+    def _with_empty_bins(self, terms: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The terms of the objective with others for entries of empty bins, where y log y has no second derivative.
+
+        A stiff parabola around ``r_i q_ij``, by which an entry grows with its bin, and a slope that makes zero optimal.
+        """
+        _, rows, columns = inputs
+        constant = tuple(part.detach() for part in inputs)
+        known = _conditionals(constant, self.gamma, self._potential(constant, y.detach()))
+        goal = rows[:, :, None] * known.rows + columns[:, None, :] * known.columns
+        slope = (known.f[:, :, None] + known.g[:, None, :]) / self.gamma
+        parabola = slope * y + (y - goal).square() / (2.0 * self._softness(*constant[1:])[:, :, None])
+        empty = (rows == 0)[:, :, None] | (columns == 0)[:, None, :]
+        return torch.where(empty, parabola, terms)
 
     def equality(self, y: Tensor, *inputs: Tensor) -> Tensor:
-        return torch.cat([y.sum(-1) - inputs[1], y.sum(-2)[:, :-1] - inputs[2][:, :-1]], -1)
+        _, rows, columns = inputs
+        if _are_positive(inputs):
+            return torch.cat([y.sum(-1) - rows, y.sum(-2)[:, :-1] - columns[:, :-1]], -1)
+        units = self._units(rows.detach(), columns.detach())
+        last = _constraint_places(columns)
+        return torch.cat([(y.sum(-1) - rows) / units[0], ((y.sum(-2) - columns) / units[1]).gather(-1, last)], -1)
+
+    def _softness(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """(B, 1) the inverse curvature of an entry of an empty bin: less than other entries' by 3e-6 (in float64).
+
+        That is the relative error of ImplicitKKT beside empty bins; a system with less of it counts as singular.
+        """
+        mean = rows.sum(-1, keepdim=True) / (rows.shape[-1] * columns.shape[-1])
+        return torch.finfo(rows.dtype).eps ** 0.35 * self.gamma * mean
+
+    def _units(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
+        """What constraints are divided by: those of empty bins are as stiff as their entries."""
+        soft = self._softness(rows, columns)
+        return tuple(torch.where(mass > 0, 1.0, soft) for mass in (rows, columns))
 
     def initial(self, shape: tuple[int, ...], *inputs: Tensor) -> Tensor:
         return inputs[1][:, :, None] * inputs[2][:, None, :] / inputs[2].sum(-1)[:, None, None]
@@ -175,7 +282,7 @@ class OptimalTransport(BaseNode):
         total, other = rows.sum(-1), columns.sum(-1)
         precision = torch.finfo(cost.dtype).eps
         equal = (total - other).abs() <= precision**0.5 * torch.maximum(total, other)
-        feasible = equal & (rows > 0).all(-1) & (columns > 0).all(-1)
+        feasible = equal & (rows >= 0).all(-1) & (columns >= 0).all(-1) & (total > 0)
         tolerance = self._tolerance(cost) if self.tolerance is None else self.tolerance
         kept = rows_where(feasible)
         own = (cost[kept], rows[kept], columns[kept])
@@ -188,7 +295,8 @@ class OptimalTransport(BaseNode):
             torch.full_like(cost, torch.nan).index_copy_(0, kept, answer.plan),
             _statuses(feasible, solved),
             answer.iterations.new_zeros(len(cost)).index_copy_(0, kept, answer.iterations),
-            nu=cost.new_zeros(len(cost), sum(cost.shape[1:]) - 1).index_copy_(0, kept, self._multipliers(answer)),
+            aux=(columns.new_zeros(columns.shape).index_copy_(0, kept, answer.columns),),
+            nu=cost.new_zeros(len(cost), sum(cost.shape[1:]) - 1).index_copy_(0, kept, self._multipliers(answer, own)),
             lam=cost.new_zeros(len(cost), 0),
         )
 
@@ -197,9 +305,14 @@ class OptimalTransport(BaseNode):
         largest = self.gamma * float(cost.abs().amax()) if cost.numel() else 0.0
         return (16 * max(cost.shape[1:]) ** 0.5 + largest / 32) * torch.finfo(cost.dtype).eps
 
-    def _multipliers(self, answer: Plan) -> Tensor:
-        last = answer.columns[:, -1:]
-        return torch.cat([answer.rows + last, (answer.columns - last)[:, :-1]], -1) / -self.gamma
+    def _multipliers(self, answer: Plan, inputs: tuple[Tensor, ...]) -> Tensor:
+        _, rows, columns = inputs
+        if _are_positive(inputs):
+            last = answer.columns[:, -1:]
+            return torch.cat([answer.rows + last, (answer.columns - last)[:, :-1]], -1) / -self.gamma
+        units, last = self._units(rows, columns), answer.columns.gather(-1, _last_filled(columns))
+        others = ((answer.columns - last) * units[1]).gather(-1, _constraint_places(columns))
+        return torch.cat([(answer.rows + last) * units[0], others], -1) / -self.gamma
 
     def solve_tilted(self, inputs: tuple[Tensor, ...], tilt: Tilt, start: Tensor | None) -> NodeAnswer | None:
         """``<P, M> + <g, P>`` is a change of the cost; the quadratic term of an augmentation is not."""
@@ -208,15 +321,42 @@ class OptimalTransport(BaseNode):
         return self.solve((inputs[0] + tilt.linear, *inputs[1:]), start)
 
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
-        return transport_vjp(y, self.gamma, cotangent)
+        found = transport_vjp(y, self.gamma, cotangent)
+        if _are_positive(inputs):
+            return found
+        g = self._potential(inputs, y) if aux is None else aux[0]
+        return _of_empty_bins(inputs, self.gamma, cotangent, found, g)
 
     def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        return _vjp(y, self.gamma, cotangent, partial(solve_smaller_side, factorise=linalg.cholesky_ex))
+        found = _vjp(y, self.gamma, cotangent, partial(solve_smaller_side, factorise=linalg.cholesky_ex))
+        if _are_positive(inputs):
+            return found
+        return _of_empty_bins(inputs, self.gamma, cotangent, found, self._potential(inputs, y))
+
+    def _potential(self, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        cost, rows, columns = inputs
+        return potentials_of(y, cost, rows, columns, self.gamma)
 
     def vjp_ignoring_constraints(
         self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any
     ) -> tuple[Tensor | None, ...]:
         return transport_vjp_approximate(y, inputs[1], inputs[2], self.gamma, cotangent)
+
+
+def _constraint_places(columns: Tensor) -> Tensor:
+    """(B, n - 1) the columns whose constraints are kept: all but the last one that is not empty."""
+    places = torch.arange(columns.shape[-1] - 1, device=columns.device)
+    return torch.where(places == _last_filled(columns), columns.shape[-1] - 1, places)
+
+
+def _uniform(other: Tensor, size: int) -> Tensor:
+    """A uniform marginal of this size with the sum of the other one."""
+    return (other.sum(-1, keepdim=True) / max(size, 1)).expand(*other.shape[:-1], size)
+
+
+def _are_positive(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether there is no empty bin."""
+    return bool((inputs[1] > 0).all() and (inputs[2] > 0).all())
 
 
 def _statuses(feasible: Tensor, solved: Tensor) -> Sequence[Status]:

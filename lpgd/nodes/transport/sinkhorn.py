@@ -12,7 +12,7 @@ from torch import Tensor
 from lpgd import linalg
 from lpgd.arrays import rows_where
 
-__all__ = ["Plan", "annealed_sinkhorn", "sinkhorn", "solve_smaller_side"]
+__all__ = ["Plan", "annealed_sinkhorn", "positive_or_one", "sinkhorn", "solve_smaller_side"]
 
 _State = tuple[Tensor, Tensor, Tensor]  # plan, f, g
 
@@ -67,8 +67,8 @@ def sinkhorn(
 
     Args:
         cost: M.
-        rows: r, positive.
-        columns: c, positive, of the same sum as r.
+        rows: r, at least zero, of a positive sum.  Where it is zero the plan is.
+        columns: c, likewise, of the same sum as r.
         gamma: γ > 0, the inverse of the entropic regularisation.
         potential: g of an earlier :class:`Plan` to start from; None starts from zero.
         tolerance: of :attr:`Plan.residual`.
@@ -81,6 +81,7 @@ def sinkhorn(
     plan, residual = torch.empty_like(cost), torch.full_like(total[:, 0], torch.inf)
     spent = torch.zeros(len(cost), dtype=torch.int64, device=cost.device)
     active = torch.arange(len(cost), device=cost.device)
+    has_empty = bool((rows == 0).any() or (columns == 0).any())
     most, turn = -(-iterations // STEPS) if len(cost) else 0, 0
     while turn < most:
         whole = len(active) == len(cost)  # then nothing is copied
@@ -89,11 +90,11 @@ def sinkhorn(
         step = _newton_step(plan if whole else plan[active], part[1]) if turn >= NEWTON_FROM else None
         if whole:
             plan = cost  # lets go of the old plan before there are new ones
-        found, done = _iterations(*part, start, gamma, most - turn if step is None else 1, tolerance)
+        found, done = _iterations(*part, start, gamma, has_empty, most - turn if step is None else 1, tolerance)
         if step is not None:
             known = (_residual(found[0], part[1]), *found[1:])
             del found  # of two plans one is enough: that of the other potentials follows from them
-            found, _ = _iterations(*part, start + step, gamma)
+            found, _ = _iterations(*part, start + step, gamma, has_empty)
             worse = ~_is_better((_residual(found[0], part[1]), *found[1:]), known, part[1], part[2])
             if worse.any():
                 _put_back(rows_where(worse), part, gamma, known, found)
@@ -108,6 +109,11 @@ def sinkhorn(
         active = active[~(residual[active] <= tolerance)]
         if not len(active):
             break
+    if has_empty:  # whose potentials no scaling has touched
+        own = -_log_sum((log_columns + g)[:, None, :].sub(cost, alpha=gamma), -1)
+        f = torch.where(rows > 0, f, own)
+        own = -_log_sum((log_rows + f)[:, :, None].sub(cost, alpha=gamma), -2)
+        g = torch.where(columns > 0, g, own)
     return Plan(plan, f, g, residual, spent)
 
 
@@ -177,6 +183,7 @@ def _iterations(
     log_columns: Tensor,
     start: Tensor,
     gamma: float,
+    has_empty: bool,
     blocks: int = 1,
     tolerance: float = 0.0,
 ) -> tuple[_State, int]:
@@ -186,18 +193,23 @@ def _iterations(
     than ten iterations follow each other while the worst residual falls so fast that those which are left to be done
     take less time than a Newton step.
     """
+
+    def quotient(mass: Tensor, product: Tensor) -> Tensor:
+        # An empty bin's row of the kernel is zero, whatever its scaling is.
+        return torch.where(mass > 0, mass / product, 1.0) if has_empty else mass / product
+
     # What underflows in the kernel must not count in the plan: scalings stay within a sixth of the exponent's range.
     limit = math.log(torch.finfo(cost.dtype).max) / 6
     first_f, first_g = -_log_sum((log_columns + start)[:, None, :].sub(cost, alpha=gamma), -1), start
     kernel = _kernel(cost, gamma, log_rows, log_columns, first_f, first_g)
     transposed, u = kernel.mT, torch.ones_like(rows)[:, :, None]
-    v = columns[:, :, None] / (transposed @ u)
+    v = quotient(columns[:, :, None], transposed @ u)
     total, done, worst = rows.sum(-1), 0, math.inf
     patience = 1.5 + min(cost.shape[1:]) / 80  # a Newton step is O(m n min(m, n))
     while True:
         for _ in range(STEPS - 1 if not done else STEPS):
-            u = rows[:, :, None] / (kernel @ v)
-            v = columns[:, :, None] / (transposed @ u)
+            u = quotient(rows[:, :, None], kernel @ v)
+            v = quotient(columns[:, :, None], transposed @ u)
         done += 1
         if done == blocks:
             break
@@ -217,6 +229,11 @@ def _iterations(
             own_f, own_g = _log_iteration(*own, own_g)
         plan[far], f[far], g[far] = _kernel(*own, own_f, own_g), own_f, own_g
     return (plan, f, g), done
+
+
+def positive_or_one(mass: Tensor) -> Tensor:
+    """A divisor of what is zero where the mass is."""
+    return torch.where(mass > 0, mass, 1.0)
 
 
 def _drift(u: Tensor, v: Tensor) -> Tensor:
@@ -259,9 +276,9 @@ def _newton_step(plan: Tensor, rows: Tensor) -> Tensor:
     missing, mass = rows - plan.sum(-1), plan.sum(-2)  # the columns of the plan are right
     if plan.shape[-2] <= plan.shape[-1]:
         alpha, good = solve_smaller_side(plan, missing)
-        beta = -(plan.mT @ alpha[:, :, None])[:, :, 0] / mass
+        beta = -(plan.mT @ alpha[:, :, None])[:, :, 0] / positive_or_one(mass)
     else:
-        weight = plan.sum(-1)
+        weight = positive_or_one(plan.sum(-1))
         beta, good = solve_smaller_side(plan.mT, -(plan.mT @ (missing / weight)[:, :, None])[:, :, 0])
         alpha = (missing - (plan @ beta[:, :, None])[:, :, 0]) / weight
     size = torch.maximum((alpha.amax(-1) + beta.amax(-1)).abs(), (alpha.amin(-1) + beta.amin(-1)).abs())
@@ -282,10 +299,11 @@ def solve_smaller_side(
     """α (B, m) with ``(diag(P1) - P diag(Pᵀ1)⁻¹ Pᵀ) α = right``, m ≤ n, and (B,) whether there is a Cholesky factor.
 
     The matrix is the Laplacian of a graph: each row's diagonal is the sum of the others, and is computed so, with no
-    cancellation however sharp the plan.  The row of largest mass, a redundant one, is dropped: its α is zero.
+    cancellation however sharp the plan.  The row of largest mass, a redundant one, is dropped: its α is zero, and so is
+    that of rows without mass.
     ``factorise`` takes a matrix to a Cholesky factor and its LAPACK codes.
     """
-    weight = plan.sum(-2).rsqrt()[:, None, :]
+    weight = positive_or_one(plan.sum(-2)).rsqrt()[:, None, :]
     width = max(MIN_BLOCK, -(-plan.shape[-1] // 4))  # in blocks of columns: no further array as large as the plan
     laplacian = plan.new_zeros(*plan.shape[:-1], plan.shape[-2])
     for part, own in zip(plan.split(width, -1), weight.split(width, -1), strict=True):
@@ -294,7 +312,8 @@ def solve_smaller_side(
     diagonal = laplacian.diagonal(dim1=-2, dim2=-1)
     diagonal.zero_()
     degree = laplacian.sum(-1)
-    free = torch.ones_like(right).scatter_(-1, plan.sum(-1).argmax(-1, keepdim=True), 0.0)
+    mass = plan.sum(-1)
+    free = (mass > 0).to(plan.dtype).scatter_(-1, mass.argmax(-1, keepdim=True), 0.0)
     laplacian.neg_().mul_(free[:, :, None]).mul_(free[:, None, :])
     diagonal.copy_(degree * free + (1.0 - free))
     factor, info = factorise(laplacian)

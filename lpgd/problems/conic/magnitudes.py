@@ -18,7 +18,17 @@ from lpgd.problems.conic.structure import ConicStructure, per_element
 if TYPE_CHECKING:
     from lpgd.problems.conic.problem import ConicProblem
 
-__all__ = ["INFINITE", "lonely_units", "lonely_variables", "matrix_units", "pairs", "repeated", "times", "vector_units"]
+__all__ = [
+    "INFINITE",
+    "curvatures",
+    "lonely_units",
+    "lonely_variables",
+    "matrix_units",
+    "pairs",
+    "repeated",
+    "times",
+    "vector_units",
+]
 
 DIGITS = 40
 """Entries of a row that are so many exponents of two below its largest one, after scaling, are rounding."""
@@ -54,12 +64,11 @@ def lonely_variables(problem: ConicProblem) -> Tensor | None:
 
     None where there are none, or no others.  Each is a problem of its own, whose sizes say nothing of the others'.
     """
-    structure, A, P = problem.structure, problem.data.A, problem.symmetric_P
+    structure, A = problem.structure, problem.data.A
     _, columns = _memo(A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A))
     lonely = (columns == 0).all(0)
     if structure.quadratic.nnz and bool(lonely.any()):
-        _, curvature = _memo(P, ("maxima", structure.quadratic.digest), partial(_maxima, structure.quadratic, P))
-        lonely = lonely & (curvature == 0).all(0)
+        lonely = lonely & (curvatures(problem) == 0).all(0)
     return lonely if bool(lonely.any()) and not bool(lonely.all()) else None
 
 
@@ -82,7 +91,7 @@ def matrix_units(problem: ConicProblem) -> tuple[Tensor | None, Tensor | None]:
     if not _is_wide(rows) and not _is_wide(columns):
         if not structure.quadratic.nnz:
             return None, None
-        _, curvature = _memo(P, ("maxima", structure.quadratic.digest), partial(_maxima, structure.quadratic, P))
+        curvature = curvatures(problem)
         # Variables that no row involves are known by their curvature alone.
         count = max(columns.shape[0], curvature.shape[0])
         columns, curvature = repeated(columns, count), repeated(curvature, count)
@@ -92,10 +101,15 @@ def matrix_units(problem: ConicProblem) -> tuple[Tensor | None, Tensor | None]:
     return _equilibrated(structure, A, P)
 
 
-def _maxima(pattern: SparsityPattern, values: Tensor) -> tuple[Tensor, Tensor]:
+def curvatures(problem: ConicProblem) -> Tensor:
+    """(R, n) the largest magnitude in each row of ``½ (P + Pᵀ)``."""
+    pattern, P = problem.structure.quadratic, problem.symmetric_P
+    return _memo(P, ("rows", pattern.digest), lambda: pattern.largest(torch.atleast_2d(P.detach()), ("rows",))[0])
+
+
+def _maxima(pattern: SparsityPattern, values: Tensor) -> tuple[Tensor, ...]:
     """The largest magnitudes in the rows (·, r) and in the columns (·, c) of matrices on a pattern."""
-    magnitudes = torch.atleast_2d(values.detach().abs())
-    return pattern.maxima(magnitudes, "rows"), pattern.maxima(magnitudes, "columns")
+    return pattern.largest(torch.atleast_2d(values.detach()), ("rows", "columns"))
 
 
 def _is_wide(sizes: Tensor) -> bool:
@@ -195,9 +209,10 @@ def vector_units(
     E = ones(1, structure.m) if row is None else repeated(row, size)
     q, P = maximum_norm(times(data.q, D, size)), problem.symmetric_P
     if structure.quadratic.nnz:
-        if variable is not None:
-            P = times(P, pairs(variable, structure.quadratic.rows, structure.quadratic.columns), size)
-        P = maximum_norm(P)
+        if variable is None:
+            P = maximum_norm(curvatures(problem))
+        else:
+            P = maximum_norm(times(P, pairs(variable, structure.quadratic.rows, structure.quadratic.columns), size))
     else:
         P = q.new_zeros(1)
     right = maximum_norm(times(data.b, E, size))

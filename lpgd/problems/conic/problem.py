@@ -96,7 +96,11 @@ class ConicProblem:
     def symmetric_P(self) -> Tensor:
         """Values of ``½ (P + Pᵀ)`` on the pattern, with the leading shape of P: what every solver sees."""
         P = self.data.P
-        return _memo(P, self.structure.digest, lambda: 0.5 * (P + self.structure.transposed(P)))
+        if self.structure.quadratic.is_dense and not P.requires_grad:
+            square = P.reshape(*P.shape[:-1], self.structure.n, self.structure.n)
+            if torch.equal(square, square.mT):  # as most are: nothing is written
+                return P
+        return _memo(P, self.structure.digest, lambda: self.structure.plus_transposed(0.5 * P))
 
     # -- evaluation -------------------------------------------------------------------------------------------
 
@@ -214,9 +218,9 @@ class ConicProblem:
         rows = {name: datum.shape[0] if datum.ndim == 2 else None for name, datum in self.data._asdict().items()}
         P = self.data.P.new_zeros(self.data.P.shape)
         if structure.quadratic.nnz:
-            outer = structure.quadratic.outer(dx, x, rows["P"])
-            P = 0.5 * (outer + structure.transposed(outer))
-        A = structure.constraint.outer(dy, x, rows["A"]) + structure.constraint.outer(y, dx, rows["A"])
+            P = structure.plus_transposed(structure.quadratic.outer(0.5 * dx, x, rows["P"]))
+        # Both terms in one product: elements B + i belong to the row of i.
+        A = structure.constraint.outer(torch.cat([dy, y]), torch.cat([x, dx]), rows["A"])
         lower_index, upper_index = (structure.index(name, self.device) for name in _BOUND_INDICES)
         return ConicData(
             P=P,
@@ -313,7 +317,7 @@ class ConicProblem:
         if not self.traits.is_linear_program or self.batch_size == 0 or cotangent.y.any():
             return False
         size = cotangent.x.abs().amax()
-        return bool(size > 0 and change.x.abs().amax() <= 1e-9 * size)
+        return bool(size > 0 and change.x.abs().amax() <= 1e-9 * size and self.would_move(cotangent).any())
 
     def would_move(self, cotangent: ConicPoint) -> Tensor:
         """(B,) whether a tilt of a linear program's cost may change its solution: it is not a multiple of the cost."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -15,7 +16,10 @@ from torch import Tensor
 
 from lpgd.arrays import FloatArray, IntArray, from_numpy
 
-__all__ = ["SparsityPattern"]
+__all__ = ["PART", "SparsityPattern"]
+
+PART = 32_768
+"""So many numbers are worked on at once: what stays in a core's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +129,14 @@ class SparsityPattern:
         matrices[:, self.rows, self.columns] = values
         return matrices
 
+    def dense_columns(self, values: FloatArray) -> FloatArray:
+        """(k, nnz) values to (k, c, r) transposed matrices, to be read only."""
+        if self.is_dense:
+            return values.reshape(len(values), self.shape[1], self.shape[0])
+        matrices = np.zeros((len(values), self.shape[1], self.shape[0]))
+        matrices[:, self.columns, self.rows] = values
+        return matrices
+
     def to_dense(self, values: Tensor) -> Tensor:
         """(..., nnz) values to (..., r, c) matrices."""
         leading = values.shape[:-1]
@@ -196,6 +208,19 @@ class SparsityPattern:
         index = self._index(axis, values).expand(values.shape)
         return values.new_full((len(values), size), least).scatter_reduce(1, index, values, "amax")
 
+    def largest(self, values: Tensor, axes: Sequence[Literal["rows", "columns"]]) -> tuple[Tensor, ...]:
+        """For each axis the largest magnitudes, (R, nnz) to (R, r) or (R, c); 0 where there is no entry.
+
+        In parts that stay in a core's cache: memory that is new costs more than the arithmetic.
+        """
+        count = max(1, PART // max(self.nnz, 1))
+        parts: list[list[Tensor]] = [[] for _ in axes]
+        for part in values.split(count):
+            magnitudes = part.abs()
+            for found, axis in zip(parts, axes, strict=True):
+                found.append(self.maxima(magnitudes, axis))
+        return tuple(torch.cat(found) if len(found) != 1 else found[0] for found in parts)
+
     def outer(self, y: Tensor, x: Tensor, rows: int | None) -> Tensor:
         """``Σ y xᵀ`` on the pattern, over all elements to (nnz,), or over those that share a row to (rows, nnz).
 
@@ -214,15 +239,14 @@ class SparsityPattern:
             return (y[:, self._index("rows", y)] * x[:, self._index("columns", x)]).sum(0)
         groups = y.shape[0] // max(rows, 1)
         y, x = y.reshape(groups, rows, y.shape[-1]), x.reshape(groups, rows, x.shape[-1])
-        if plain and self.is_dense:
-            products = x.numpy()[..., :, None] * y.numpy()[..., None, :]  # column by column
-            return from_numpy((products[0] if groups == 1 else products.sum(0)).reshape(rows, self.nnz))
+        if self.is_dense and groups == 1:
+            return (x[0, :, :, None] * y[0, :, None, :]).reshape(rows, self.nnz)  # column by column
+        if self.is_dense:
+            return torch.bmm(x.permute(1, 2, 0), y.transpose(0, 1)).reshape(rows, self.nnz)
         if plain:
             terms = y.numpy()[..., self.rows]
             terms *= x.numpy()[..., self.columns]
             return from_numpy(terms[0] if terms.shape[0] == 1 else terms.sum(0))
-        if self.is_dense:
-            return self.gather(torch.einsum("kbr,kbc->brc", y, x))
         return (y[..., self._index("rows", y)] * x[..., self._index("columns", x)]).sum(0)
 
     def _index(self, name: str, like: Tensor) -> Tensor:

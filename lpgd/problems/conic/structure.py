@@ -193,6 +193,13 @@ class ConicStructure:
             return values.reshape(*values.shape[:-1], self.n, self.n).mT.reshape(values.shape)
         return values[..., self.index("transpose_position", values.device)]
 
+    def plus_transposed(self, values: Tensor) -> Tensor:
+        """Values of ``P + Pᵀ`` from those of P, (..., nnz P) each."""
+        if self.quadratic.is_dense:
+            square = values.reshape(*values.shape[:-1], self.n, self.n)
+            return (square + square.mT).reshape(values.shape)
+        return values + self.transposed(values)
+
     def index(self, name: str, device: torch.device) -> Tensor:
         """``lower_index``, ``upper_index``, ``integer_index`` or ``transpose_position`` as a tensor."""
         return from_numpy(getattr(self, name)).to(device)

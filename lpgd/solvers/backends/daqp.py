@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,8 @@ class DAQP(ElementwiseSolver):
     pip_name: ClassVar[str] = "daqp"
     finest_tolerance: ClassVar[float] = 1e-10
     problem_form: ClassVar[type[Form]] = IntervalForm
+    handover: ClassVar[float] = 6e-5  # it lets other threads run in each of its three calls
+    asks_whether_definite: ClassVar[bool] = True
     capabilities: ClassVar[Capabilities] = Capabilities(cones=POLYHEDRAL, quadratic=True, warm_start=True)
     aliases: ClassVar[dict[str, str]] = {
         "eps": "tolerance",
@@ -67,6 +70,10 @@ class DAQP(ElementwiseSolver):
 
     def prepare(self, form: IntervalForm) -> Prepared:
         return _PreparedDAQP(self, form)
+
+    def prepare_once(self, form: IntervalForm) -> Prepared:
+        # Without equalities, a single call differs from a workspace in the last bits (daqp 0.11.0).
+        return _PreparedDAQP(self, form, once=form.zero > 0)
 
 
 class _Answer(NamedTuple):
@@ -97,6 +104,12 @@ STEADY = 1e-3
 """Steps that change by less than this, relatively, and are long lead away for ever."""
 
 
+@cache
+def _binding() -> Any:
+    """DAQP's package, asked for once for each element."""
+    return DAQP.module()
+
+
 def _is_definite(P: FloatArray, least: float) -> bool:
     try:
         np.linalg.cholesky(P - least * np.eye(len(P)))
@@ -106,34 +119,49 @@ def _is_definite(P: FloatArray, least: float) -> bool:
 
 
 class _PreparedDAQP(Prepared):
-    def __init__(self, options: DAQP, form: IntervalForm) -> None:
-        self.options = options
+    """A workspace, or with ``once`` what a single call without one takes; that is faster, and has the same results."""
+
+    def __init__(self, options: DAQP, form: IntervalForm, once: bool = False) -> None:
         # An update without any constraint is refused (daqp 0.11.0): infinite bounds serve.
         self.n, self.bounds = form.n, form.n if form.has_bounds or not form.m else 0
-        P, self.A = form.dense_P(), form.dense_A()
+        P, A = form.dense_P(), form.dense_A()
         # Which rows are equalities is fixed; of bounds that meet, DAQP takes care itself.
         self.sense = np.zeros(self.bounds + form.m, dtype=np.int32)
         self.sense[self.bounds : self.bounds + form.zero] = _EQUALITY
-        self.ended_at: FloatArray | None = None  # multipliers of the active set whose factors the workspace has
-        size = float(np.abs(P).max(initial=0.0)) or 1.0
         # A pivot of rounding passes DAQP's own test (daqp 0.11.0).
-        self.proximal = 0.0 if form.has_quadratic and _is_definite(P, DEFINITE * size) else PROXIMAL * size
-        self.model = options.module().Model()
-        self.model.settings = {
+        self.proximal, definite = 0.0, form.definite
+        if not definite:
+            size = float(np.abs(P).max(initial=0.0)) or 1.0
+            definite = definite is None and form.has_quadratic and _is_definite(P, DEFINITE * size)
+            if not definite:
+                self.proximal = PROXIMAL * size
+                P = P + self.proximal * np.eye(self.n)
+        self.module = _binding()
+        self.settings = {
             "primal_tol": options.tolerance,
             "iter_limit": options.max_iterations,
             "time_limit": options.time_limit or 0.0,
             "eps_prox": 0.0,
+            # By default a workspace does not eliminate equalities where a single call does (daqp 0.11.0).
+            "eq_reduction": 1 if form.zero else -1,
         }
+        self.matrices: Any = (P, A)  # until a workspace has them
+        self.model: Any = None if once and not self.proximal else self._set_up()
+
+    def _set_up(self) -> Any:
+        """A workspace."""
+        P, A = self.matrices
+        model = self.module.Model()
+        model.settings = self.settings
         ends = np.zeros(self.sense.size)
-        if self.proximal:
-            P = P + self.proximal * np.eye(self.n)
         # DAQP copies what it is given.
-        if self.model.setup(P, np.zeros(self.n), self.A, ends, ends, self.sense.copy())[0] == _NOT_CONVEX:
+        if model.setup(P, np.zeros(self.n), A, ends, ends, self.sense.copy())[0] == _NOT_CONVEX:
             raise SetUpError("DAQP cannot factorise P.")
+        self.matrices = None
+        return model
 
     def memory(self, form: IntervalForm) -> int:
-        return 14_000 + 16 * form.n * (form.n + form.m) + 8 * form.size
+        return 6_000 + 16 * form.n * (form.n + form.m) + 8 * form.size
 
     def solve(self, vectors: IntervalVectors, state: _State | None) -> Outcome:
         q, row_lower, row_upper, lower, upper, _ = vectors
@@ -153,14 +181,24 @@ class _PreparedDAQP(Prepared):
 
     def _solve_once(self, q: FloatArray, lower: FloatArray, upper: FloatArray, state: _State | None) -> _Answer:
         """The answer for the P that was factorised."""
-        flag = self._move(q, lower, upper, state)
+        if self.model is None:
+            answer = self._solve_at_once(q, lower, upper) if state is None else None
+            if answer is not None:
+                return answer
+            self.model = self._set_up()
+        sense = self._sense(lower, upper, state)
+        # Without the marks DAQP would go on with the factors it ended with, whose last bits depend on what it solved.
+        flag = self.model.update(f=q, bupper=upper, blower=lower, sense=sense)
         if flag < 0:
-            self.ended_at = None
             return _Answer(_STATUSES.get(flag, Status.NUMERICAL_ERROR))
         x, _, flag, info = self.model.solve()
-        status, multipliers = _STATUSES.get(flag, Status.NUMERICAL_ERROR), info["lam"]
-        self.ended_at = multipliers if status is Status.SOLVED else None
-        return _Answer(status, x, multipliers, info["iterations"])
+        return _Answer(_STATUSES.get(flag, Status.NUMERICAL_ERROR), x, info["lam"], info["iterations"])
+
+    def _solve_at_once(self, q: FloatArray, lower: FloatArray, upper: FloatArray) -> _Answer | None:
+        """From a cold start, without a workspace; None where there is no solution: what shows it is lost."""
+        P, A = self.matrices
+        x, _, flag, info = self.module.solve(P, q, A, upper, lower, self.sense.copy(), **self.settings)
+        return _Answer(_STATUSES[flag], x, info["lam"], info["iterations"]) if flag > 0 else None
 
     def _iterate(self, q: FloatArray, lower: FloatArray, upper: FloatArray, state: _State | None) -> _Answer:
         """Proximal-point steps, from the element's last solution; x is a direction where the steps lead away."""
@@ -180,16 +218,14 @@ class _PreparedDAQP(Prepared):
                 return answer._replace(status=Status.UNBOUNDED, x=step, iterations=total)
         return answer._replace(status=Status.ITERATION_LIMIT, iterations=total)
 
-    def _move(self, q: FloatArray, lower: FloatArray, upper: FloatArray, state: _State | None) -> int:
-        sense = self.sense.copy()  # DAQP writes to it
-        if state is not None:
-            if self.ended_at is not None and np.array_equal(np.sign(self.ended_at), np.sign(state.multipliers)):
-                return self.model.update(f=q, bupper=upper, blower=lower)
-            self._mark(sense, state.multipliers, lower, upper)
-        return self.model.update(f=q, bupper=upper, blower=lower, sense=sense)
+    def _sense(self, lower: FloatArray, upper: FloatArray, state: _State | None) -> NDArray[np.int32]:
+        """What DAQP is told of each row, and writes to: equalities, and the active set to start from.
 
-    def _mark(self, sense: NDArray[np.int32], multipliers: FloatArray, lower: FloatArray, upper: FloatArray) -> None:
-        """Mark an active set.  An end that is infinite must not be marked: it gives NaN (daqp 0.11.0)."""
-        free = sense == 0
-        sense[free & (multipliers > 0) & np.isfinite(upper)] = _AT_UPPER
-        sense[free & (multipliers < 0) & np.isfinite(lower)] = _AT_LOWER
+        An end that is infinite must not be marked: it gives NaN (daqp 0.11.0).
+        """
+        sense = self.sense.copy()
+        if state is not None:
+            free = sense == 0
+            sense[free & (state.multipliers > 0) & np.isfinite(upper)] = _AT_UPPER
+            sense[free & (state.multipliers < 0) & np.isfinite(lower)] = _AT_LOWER
+        return sense

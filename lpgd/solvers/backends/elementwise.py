@@ -7,76 +7,32 @@ solves for any vectors.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy
 from lpgd.execution.interrupts import InterruptedSolveError, hearing, kept_handler, pause, send_on
 from lpgd.execution.memo import TensorMemo
 from lpgd.execution.tasks import SerialExecutor, run_tasks
-from lpgd.execution.workspaces import workspaces
+from lpgd.execution.workspaces import fingerprints, workspaces
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
-from lpgd.solvers.backends.forms import Form, Matrices, RowForm, Vectors, groups_by_bounds
+from lpgd.solvers.backends.forms import Form, Matrices, RowForm, Vectors
+from lpgd.solvers.backends.prepared import Outcome, Pair, Prepared, Workspace, fits
 from lpgd.solvers.base import ConicSolver
+from lpgd.solvers.convexity import is_definite
 from lpgd.status import SetUpError, Status
 
 __all__ = ["ElementwiseSolver", "Outcome", "Prepared"]
-
-
-class Outcome(NamedTuple):
-    """One element's result.
-
-    Attributes:
-        status: the result.
-        point: a named tuple of the solver's form, such as ``RowPoint``; it is kept, so nothing may write to it later.
-            Of an infeasible problem multipliers that prove it, of an unbounded one a direction, where the solver tells;
-            None where there is nothing.
-        iterations: of the solver.
-        state: whatever the backend wants to be warm-started from.
-    """
-
-    status: Status
-    point: Any
-    iterations: int
-    state: Any = None
-
-
-class Prepared(ABC):
-    """A workspace for one element's matrices; never used by two threads at once."""
-
-    @abstractmethod
-    def solve(self, vectors: Any, state: Any) -> Outcome:
-        """Solve for these vectors of the solver's form, from ``state`` (None: cold).
-
-        The result depends on the data and the state only, up to the solver's tolerance.
-
-        Raises:
-            InterruptedSolveError: the solver has a handler of SIGINT of its own, and stopped because of it.
-        """
-
-    @abstractmethod
-    def memory(self, form: Any) -> int:
-        """About how many bytes it and its form hold: what the cache of idle workspaces is bounded by.
-
-        Measured as the growth of the process, for each solver; within a factor of two for programs of 8 to 800
-        variables.
-        """
-
-    def update(self, form: Any) -> None:
-        """Take new values of P and A on the same pattern; only where the solver's ``updates_matrices`` is true."""
-        raise TypeError(f"{type(self).__name__} declares no update of its matrices.")
 
 
 class ElementwiseSolver(ConicSolver):
@@ -87,6 +43,17 @@ class ElementwiseSolver(ConicSolver):
 
     takes_interrupts: ClassVar[bool] = False
     """Whether it puts a handler of SIGINT of its own in place of Python's for the time of each solve."""
+
+    forgets: ClassVar[bool] = True
+    """Whether a solve leaves no trace in its workspace, not in the last bit.  Workspaces of other solvers belong to one
+    task of a call, so that results depend on nothing but the calls that there were."""
+
+    handover: ClassVar[float] = 6e-4
+    """Elements that take fewer seconds than this are solved in the calling thread: to hand the interpreter over takes
+    up to a tenth of a millisecond, several times for each element."""
+
+    asks_whether_definite: ClassVar[bool] = False
+    """Whether ``Matrices.definite`` is to be known."""
 
     @property
     def form_type(self) -> type[Form]:
@@ -111,42 +78,48 @@ class ElementwiseSolver(ConicSolver):
             SetUpError: the solver refuses them.
         """
 
+    def prepare_once(self, form: Any) -> Prepared:
+        """The same for a workspace that solves once, with the same results to the last bit; nothing may be kept."""
+        return self.prepare(form)
+
     def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> ConicSolution:
         self.module()
         if executor is None and not self.runs_in_threads:
             executor = SerialExecutor()
         view = ElementView(problem)
-        digests = _digests(view)
-        # Elements that start from one state follow each other: a workspace that is in that state stays there.
-        chunks = view.groups(view.valid, executor, len(states) or None)
-        tasks: list[_Task] = []
-        results: list[_Results] = []
-        threads = executor is None or isinstance(executor, ThreadPoolExecutor)
-        key = (self, problem.structure.digest)
-        aside = self.takes_interrupts and hearing() and _seconds.get(key, np.inf) * len(view.valid) > ASIDE
-        if threads and len(chunks) > 1:
-            trial = chunks[0][:TRIAL]
-            tasks.append(_task(self, view, digests, trial, states))
-            results += run_tasks(_solve_elements, tasks, SerialExecutor(), aside)
-            chunks[0] = chunks[0][TRIAL:]
-            if results[0].seconds < QUICK:
+        if not view.valid:
+            return _assemble(problem, [], [])
+        pairs, key = _pairs(self, view), (self, problem.structure.digest)
+        seconds = _seconds.get(key, np.inf)
+        # Elements that start from one state follow each other.
+        # Which task has which elements may depend on their number alone where workspaces remember what they solved.
+        one_each = not self.forgets and view.distinct == 1
+        chunks = view.groups(view.valid, executor, len(states) or None, per_worker=1 if one_each else 4)
+        here = executor is None or isinstance(executor, ThreadPoolExecutor)
+        if here and seconds < self.handover:
+            executor = SerialExecutor()
+            if self.forgets:
                 chunks = [[element for chunk in chunks for element in chunk]]
-        rest = [_task(self, view, digests, elements, states) for elements in chunks if elements]
-        results += run_tasks(_solve_elements, rest, executor, aside)
-        if self.takes_interrupts:
-            _remember(key, max((part.seconds for part in results), default=0.0))
-        return _assemble(problem, tasks + rest, results)
+        kept = view.distinct < len(view.valid) or workspaces.habits.keeps(key, [pair.fingerprint for pair in pairs])
+        tasks = [
+            _task(self, view, pairs, elements, states, None if self.forgets else slot, kept)
+            for slot, elements in enumerate(chunks)
+        ]
+        aside = self.takes_interrupts and hearing() and seconds * len(view.valid) > ASIDE
+        results = run_tasks(_solve_elements, tasks, executor, aside)
+        found = sum(part.found for part in results)
+        if found or (kept and view.distinct >= len(view.valid)):
+            workspaces.habits.record(key, found)
+        _remember(key, sum(part.seconds for part in results) / len(view.valid))
+        return _assemble(problem, tasks, results)
 
 
-TRIAL, QUICK = 2, 6e-4
-"""How many elements are solved first; where one takes fewer seconds than this, so are the others, in this thread: to
-hand the interpreter over takes up to a tenth of a millisecond, several times for each element."""
 ASIDE = 2e-3
 """A solver that takes interrupts works aside of the main thread if that is for more seconds than this: to hand it over
 takes a tenth of a millisecond, and as long as it lasts every interrupt is heard.  In the main thread, one that comes
 after the solver's last look is not."""
 _seconds: dict[Any, float] = {}
-"""How long an element took, by solver and structure; where that is not known, a solver works aside."""
+"""How long an element took, by solver and structure, or for ever: who solves it, and no bit of its solution."""
 _KNOWN = 1024
 
 
@@ -162,11 +135,13 @@ class _Task(NamedTuple):
     solver: ElementwiseSolver
     structure: ConicStructure
     elements: list[int]
-    matrices: dict[int, tuple[FloatArray, FloatArray, bytes]]  # P, A and their digest, by pair
+    matrices: dict[int, Pair]
     pairs: list[int]  # for each element, its pair
     vectors: Vectors  # (k, ·) or (1, ·) each
     states: list[Any]
-    distinct: int  # distinct pairs in the whole batch
+    slot: int | None  # the task that its workspaces belong to, where they belong to one
+    kept: bool  # whether workspaces are kept
+    room: int  # how many
 
 
 class _Results(NamedTuple):
@@ -181,11 +156,8 @@ class _Results(NamedTuple):
     setup_seconds: FloatArray
     solve_seconds: FloatArray
     states: list[Any]
-
-    @property
-    def seconds(self) -> float:
-        """How long one of its elements took."""
-        return float((self.setup_seconds + self.solve_seconds).mean()) if self.statuses else 0.0
+    found: int = 0  # workspaces that the cache had
+    seconds: float = 0.0  # how long the thread was at work
 
     @classmethod
     def empty(cls, count: int, structure: ConicStructure) -> _Results:
@@ -197,18 +169,28 @@ class _Results(NamedTuple):
 
 
 def _task(
-    solver: ElementwiseSolver, view: ElementView, digests: list[bytes], elements: list[int], states: Sequence[Any]
+    solver: ElementwiseSolver,
+    view: ElementView,
+    all_pairs: Sequence[Pair],
+    elements: list[int],
+    states: Sequence[Any],
+    slot: int | None,
+    kept: bool,
 ) -> _Task:
     pairs = [element % view.distinct for element in elements]
+    matrices = {pair: all_pairs[pair] for pair in pairs}
     return _Task(
         solver,
         view.problem.structure,
         elements,
-        {pair: (view.row("P", pair), view.row("A", pair), digests[pair]) for pair in set(pairs)},
+        matrices,
         pairs,
         Vectors(*(view.rows(name, elements) for name in Vectors._fields)),
         [states[element % len(states)] if states else None for element in elements],
-        view.distinct,
+        slot,
+        kept,
+        # This batch's own matrices, and those of one augmentation.
+        2 * (view.distinct if slot is None else len(matrices)) + 4,
     )
 
 
@@ -237,26 +219,26 @@ def _assemble(problem: ConicProblem, tasks: Sequence[_Task], results: Sequence[_
 _memo = TensorMemo()
 
 
-def _digests(view: ElementView) -> list[bytes]:
-    """A fingerprint of the content of each (P, A) pair."""
-    P, A = (_row_digests(view.problem.data._asdict()[name], view.data[name]) for name in ("P", "A"))
-    return [P[pair % len(P)] + A[pair % len(A)] for pair in range(view.distinct)]
-
-
-def _row_digests(tensor: Tensor, values: FloatArray) -> list[bytes]:
-    """Fingerprints of the rows of a datum."""
-
-    def compute() -> list[bytes]:
-        rows = np.ascontiguousarray(np.atleast_2d(values))
-        return [hashlib.sha256(row).digest() for row in rows]
-
-    return _memo(tensor, "digests", compute)
+def _pairs(solver: ElementwiseSolver, view: ElementView) -> list[Pair]:
+    """The distinct matrices of a batch."""
+    data = view.problem.data
+    P, A = (
+        _memo(tensor, "fingerprints", partial(fingerprints, view.data[name]))
+        for name, tensor in (("P", data.P), ("A", data.A))
+    )
+    definite = is_definite(view.problem).tolist() if solver.asks_whether_definite else [None] * view.distinct
+    return [
+        Pair(view.row("P", pair), view.row("A", pair), P[pair % len(P)] + A[pair % len(A)], definite[pair])
+        for pair in range(view.distinct)
+    ]
 
 
 def _solve_elements(task: _Task) -> _Results:
     """Solve some elements, and leave the handler of interrupts as it was."""
+    started = time.thread_time()
     with kept_handler() if task.solver.takes_interrupts else nullcontext():
-        return _solve_groups(task)
+        results = _solve_groups(task)
+    return results._replace(seconds=time.thread_time() - started)
 
 
 def _solve_groups(task: _Task) -> _Results:
@@ -265,20 +247,86 @@ def _solve_groups(task: _Task) -> _Results:
     vectors = Vectors(*(np.broadcast_to(datum, (len(task.elements), datum.shape[1])) for datum in task.vectors))
     keyed = task.solver.form_type.keyed_by_bounds
     lower, upper = (np.isfinite(bound) if keyed else np.ones(bound.shape, bool) for bound in vectors[2:])
-    groups = groups_by_bounds(lower, upper)
-    for places, finite_lower, finite_upper in groups:
-        part = vectors if len(groups) == 1 else Vectors(*(datum[places] for datum in vectors))
-        _solve_group(task, places, part, finite_lower, finite_upper, results)
-    return results
+    if (lower == lower[:1]).all() and (upper == upper[:1]).all():
+        found = _solve_group(task, list(range(len(task.elements))), vectors, lower[0], upper[0], results)
+        return results._replace(found=found)
+    groups: dict[bytes, list[int]] = {}
+    for place in range(len(task.elements)):
+        groups.setdefault(lower[place].tobytes() + upper[place].tobytes(), []).append(place)
+    found = 0
+    for places in groups.values():
+        part = Vectors(*(datum[places] for datum in vectors))
+        found += _solve_group(task, places, part, lower[places[0]], upper[places[0]], results)
+    return results._replace(found=found)
 
 
-class _Held(NamedTuple):
-    """A workspace in use, and what it goes back to the cache under."""
+class _Desk:
+    """Workspaces of one task and one choice of finite bounds, one in use at a time, from this process's cache.
 
-    pair: int
-    key: tuple[Any, ...]
-    form: Form
-    prepared: Prepared
+    Where none are to be kept, one that takes new matrices serves all elements, and stays for the next call.
+    """
+
+    def __init__(self, task: _Task, finite_lower: BoolArray, finite_upper: BoolArray) -> None:
+        self.task, self.finite = task, (finite_lower, finite_upper)
+        key = (task.solver, task.structure.digest)
+        self.family = (key, task.slot, finite_lower.tobytes(), finite_upper.tobytes())
+        self.pair: int | None = None
+        self.key: Any = None
+        self.used: Workspace | None = None
+        self.found = 0
+
+    def prepared(self, pair: int) -> Prepared:
+        """The workspace for a pair of matrices.
+
+        Raises:
+            SetUpError: the solver refuses them.
+        """
+        if self.used is None or self.pair != pair:
+            self.used = self._take(pair)
+        return self.used.prepared
+
+    def _take(self, pair: int) -> Workspace:
+        task, own = self.task, self.task.matrices[pair]
+        spare = None
+        if task.kept:
+            self.put_back()
+            self.key = (*self.family, own.fingerprint)
+            found, self.pair = workspaces.take(self.key, partial(fits, pair=own)), pair
+            if found is not None:
+                self.found += 1
+                return found
+            if task.solver.updates_matrices:
+                spare = workspaces.take_oldest(self.family, task.room)
+        elif task.solver.updates_matrices:
+            self.key = (*self.family, "spare")
+            spare, self.used = self.used or workspaces.take(self.key), None
+        else:
+            self.used = None
+        self.pair = pair
+        P, A = own.P, own.A
+        if task.kept:  # copies: a view would keep the whole batch, and see what is written to it later
+            P, A = P.copy(), A.copy()
+        matrices = Matrices(task.structure, P, A, *self.finite, own.definite)
+        form = task.solver.form_type(matrices)
+        if spare is not None:
+            spare.prepared.update(form)
+            prepared = spare.prepared
+        elif task.kept or task.solver.updates_matrices:
+            prepared = task.solver.prepare(form)
+        else:
+            prepared = task.solver.prepare_once(form)
+        return Workspace(matrices, form, prepared)
+
+    def put_back(self) -> None:
+        """Hand back the workspace in use."""
+        task, used = self.task, self.used
+        self.used = None
+        if used is None or not (task.kept or task.solver.updates_matrices):
+            return
+        size = used.prepared.memory(used.form)
+        if not task.kept:
+            used = used._replace(matrices=None, form=None)
+        workspaces.put(self.key, self.family, used, size, task.room + 1)  # one more: it is given new data next
 
 
 def _solve_group(
@@ -288,37 +336,30 @@ def _solve_group(
     finite_lower: BoolArray,
     finite_upper: BoolArray,
     results: _Results,
-) -> None:
-    """Solve elements with the same finite bounds; workspaces are taken from this process's cache, and put back."""
-    family = (task.solver, task.structure.digest, finite_lower.tobytes(), finite_upper.tobytes())
+) -> int:
+    """Solve elements with the same finite bounds; the number of workspaces that were found ready."""
     frame = task.solver.form_type.frame_of(task.structure, finite_lower, finite_upper)
     vectors = frame.vectors(part)
     one = type(vectors)
     points, kept = [], []
-    held: _Held | None = None
-    clock = time.perf_counter
+    desk, clock = _Desk(task, finite_lower, finite_upper), time.perf_counter
     for index, row in enumerate(zip(*vectors, strict=True)):
         place, pair = places[index], task.pairs[places[index]]
-        if held is None or held.pair != pair:
-            held, started = _hand_back(held, family, task), clock()
-            P, A, digest = task.matrices[pair]
-            key = (*family, digest)
-            try:
-                taken = _workspace(task, key, family, Matrices(task.structure, P, A, finite_lower, finite_upper))
-            except SetUpError:
-                results.statuses[place] = Status.NUMERICAL_ERROR
-                continue
-            held = _Held(pair, key, *taken)
-            results.setup_seconds[place] = clock() - started
         started = clock()
-        outcome = _solved(held.prepared, one(*row), task.states[place])
-        results.solve_seconds[place] = clock() - started
+        try:
+            prepared = desk.prepared(pair)
+            ready = clock()
+            outcome = _solved(prepared, one(*row), task.states[place])
+        except SetUpError:
+            results.statuses[place] = Status.NUMERICAL_ERROR
+            continue
+        results.setup_seconds[place], results.solve_seconds[place] = ready - started, clock() - ready
         results.statuses[place], results.states[place] = outcome.status, outcome.state
         results.iterations[place] = outcome.iterations
         if outcome.point is not None:
             kept.append(index)
             points.append(outcome.point)
-    _hand_back(held, family, task)
+    desk.put_back()
     if kept:
         point = type(points[0])(*(np.array(parts) for parts in zip(*points, strict=True)))
         if len(kept) < len(places):
@@ -326,9 +367,10 @@ def _solve_group(
         rows = [places[index] for index in kept]
         pairs = [task.pairs[row] for row in rows]
         shared = len(task.matrices) == 1
-        A = task.matrices[pairs[0]][1] if shared else np.stack([task.matrices[pair][1] for pair in pairs])
+        A = task.matrices[pairs[0]].A if shared else np.stack([task.matrices[pair].A for pair in pairs])
         for name, value in frame.invert(point, vectors, A)._asdict().items():
             getattr(results, name)[rows] = value
+    return desk.found
 
 
 def _solved(prepared: Prepared, vectors: Any, state: Any) -> Outcome:
@@ -340,30 +382,3 @@ def _solved(prepared: Prepared, vectors: Any, state: Any) -> Outcome:
         except InterruptedSolveError:
             pause()
             send_on()
-
-
-def _hand_back(held: _Held | None, family: tuple[Any, ...], task: _Task) -> None:
-    if held is not None:
-        form, prepared = held.form, held.prepared
-        # One more than stay where it is given new data: that one is then the oldest.
-        workspaces.put(held.key, family, (form, prepared), prepared.memory(form), _room(task) + 1)
-
-
-def _room(task: _Task) -> int:
-    """How many workspaces of a family stay idle: this batch's own matrices, and those of one augmentation."""
-    return 2 * task.distinct + 4
-
-
-def _workspace(task: _Task, key: tuple[Any, ...], family: tuple[Any, ...], matrices: Matrices) -> tuple[Form, Prepared]:
-    found = workspaces.take(key)
-    if found is not None:
-        return found
-    # Copies: a view would keep the whole batch, and see what is written to it later.
-    form = task.solver.form_type(replace(matrices, P=matrices.P.copy(), A=matrices.A.copy()))
-    if task.solver.updates_matrices:
-        stale = workspaces.take_oldest(family, _room(task))
-        if stale is not None:
-            prepared = stale[1]
-            prepared.update(form)
-            return form, prepared
-    return form, task.solver.prepare(form)

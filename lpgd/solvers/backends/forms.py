@@ -50,6 +50,7 @@ class Matrices:
         A: (nnz A,) values.
         finite_lower, finite_upper: which of the structure's bounds are finite; all of them for a form that is not
             ``keyed_by_bounds``.
+        definite: whether P is positive definite, by more than rounding; None where nobody has looked.
     """
 
     structure: ConicStructure
@@ -57,6 +58,7 @@ class Matrices:
     A: FloatArray
     finite_lower: BoolArray
     finite_upper: BoolArray
+    definite: bool | None = None
 
 
 class Vectors(NamedTuple):
@@ -122,6 +124,7 @@ class Form(ABC):
         frame: the rest of the form, which elements of one structure and choice of finite bounds share.
         n: number of variables.
         has_quadratic: whether P has an entry that is not zero.
+        definite: whether P is positive definite, by more than rounding; None where nobody has looked.
         size: how many numbers it holds; what the memory of workspaces is estimated from.
     """
 
@@ -131,13 +134,15 @@ class Form(ABC):
 
     n: int
     has_quadratic: bool
+    definite: bool | None
     size: int
 
     def __init__(self, matrices: Matrices) -> None:
         structure = matrices.structure
         self.n, self.structure = structure.n, structure
         self.P = matrices.P
-        self.has_quadratic = bool(np.any(matrices.P))
+        self.definite = matrices.definite
+        self.has_quadratic = bool(matrices.definite) or bool(np.any(matrices.P))
         self.frame: Any = self.frame_of(structure, matrices.finite_lower, matrices.finite_upper)
 
     @classmethod
@@ -161,7 +166,9 @@ class Form(ABC):
         return pattern.csc(self.P[entries])
 
     def dense_P(self) -> FloatArray:
-        """(n, n), row by row."""
+        """(n, n), row by row; to be read only."""
+        if self.structure.quadratic.is_dense:  # P is symmetric
+            return self.P.reshape(self.n, self.n)
         return self.structure.quadratic.dense_matrices(self.P[None])[0]
 
 

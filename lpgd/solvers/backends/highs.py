@@ -87,6 +87,7 @@ class HiGHS(ElementwiseSolver):
     pip_name: ClassVar[str] = "highspy"
     finest_tolerance: ClassVar[float] = 1e-9
     problem_form: ClassVar[type[Form]] = IntervalForm
+    forgets: ClassVar[bool] = False  # linear programs end at the same vertex, by other factors
     capabilities: ClassVar[Capabilities] = Capabilities(POLYHEDRAL, quadratic=True, warm_start=True, integer=True)
     aliases: ClassVar[dict[str, str]] = {
         "eps": "tolerance",

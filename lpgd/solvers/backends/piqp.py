@@ -46,6 +46,7 @@ class PIQP(ElementwiseSolver):
     finest_tolerance: ClassVar[float] = 1e-11
     # For good, PIQP makes a row zero that has no end once, and prints three lines of it (piqp 0.7.0).
     problem_form: ClassVar[type[Form]] = BoxForm
+    forgets: ClassVar[bool] = False  # an update scales the matrices anew, from what they were scaled to
     capabilities: ClassVar[Capabilities] = Capabilities(
         cones=POLYHEDRAL, quadratic=True, time_limit=False, releases_gil=False
     )

@@ -46,6 +46,7 @@ class ProxQP(ElementwiseSolver):
     pip_name: ClassVar[str] = "proxsuite"
     finest_tolerance: ClassVar[float] = 1e-11
     problem_form: ClassVar[type[Form]] = IntervalForm
+    forgets: ClassVar[bool] = False  # new matrices meet what the old ones left in it
     capabilities: ClassVar[Capabilities] = Capabilities(
         cones=POLYHEDRAL, quadratic=True, warm_start=True, time_limit=False, releases_gil=False
     )

@@ -66,6 +66,7 @@ class SCS(ElementwiseSolver):
     pip_name: ClassVar[str] = "scs"
     finest_tolerance: ClassVar[float] = 1e-9
     takes_interrupts: ClassVar[bool] = True
+    forgets: ClassVar[bool] = False  # it keeps the scale of its steps
     capabilities: ClassVar[Capabilities] = Capabilities(
         cones=frozenset(
             {

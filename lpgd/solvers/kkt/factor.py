@@ -171,7 +171,8 @@ def solve_matrices(
         return Answers(right, right, every, every, every, np.zeros(count))
     element, place = np.nonzero(idle)
     matrices[element, place, place] = 1.0
-    scale = _equilibration(np.abs(matrices).max(2))
+    magnitudes = np.abs(matrices)
+    scale = _equilibration(magnitudes.max(2))
     scaled = scale[:, :, None] * matrices
     scaled *= scale[:, None, :]
     probe = np.where(idle, 0.0, random_direction(side))
@@ -188,7 +189,7 @@ def solve_matrices(
                 both = np.stack([scale[part] * right[part], probe[part]], axis=2)
                 answers[part] = np.linalg.solve(scaled[part], both)
     inverse = np.linalg.norm(answers[:, :, 1], axis=1)
-    size = np.abs(scaled).sum(2).max(1)
+    size = np.abs(scaled, out=magnitudes).sum(2).max(1)
     answer = scale * answers[:, :, 0]
     with np.errstate(over="ignore", invalid="ignore"):
         error = np.abs((matrices @ answer[:, :, None])[:, :, 0] - right).max(1)

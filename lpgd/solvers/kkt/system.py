@@ -191,31 +191,38 @@ def _respond_directly(
     active = np.ones(points.y.shape, dtype=bool)
     active[:, nonnegative] = points.y[:, nonnegative] >= points.slack[:, nonnegative]
     at_bound = _held(points)
-    quadratic, constraint = structure.quadratic.dense_matrices(P), structure.constraint.dense_matrices(A)
-    quadratic[:, range(n), range(n)] += rho
+    # Both are read only, P transposed as it is symmetric.
+    quadratic = P.reshape(count, n, n) if structure.quadratic.is_dense else structure.quadratic.dense_matrices(P)
+    columns_of = structure.constraint.dense_columns(A)
+    augmented = bool(np.any(rho))
+    if augmented:
+        quadratic = quadratic.copy()
+        quadratic[:, range(n), range(n)] += rho
     dx = np.where(at_bound, -points.g_z, 0.0)
     g_x, g_y = points.g_x, points.g_y
     if dx.any():
-        g_x, g_y = g_x + _product(quadratic, dx), g_y + _product(constraint, dx)
+        g_x, g_y = g_x + _product(quadratic, dx), g_y + _product(columns_of.swapaxes(1, 2), dx)
     held = ~active
-    order = np.argsort(held, axis=1, kind="stable")[:, : int((~held).sum(1).max())]  # active rows of each element first
-    constraint_rows = np.take_along_axis(constraint, order[:, :, None], axis=1)
+    order = np.argsort(held, axis=1, kind="stable")[:, : int(active.sum(1).max())]  # active rows of each element first
     rows_active = np.take_along_axis(active, order, axis=1)
+    chosen = np.take_along_axis(columns_of, order[:, None, :], axis=2)  # (k, n, t)
+    if not rows_active.all():
+        chosen *= rows_active[:, None, :]
     free = ~at_bound
     undetermined = (quadratic[:, range(n), range(n)] == 0) & (g_x == 0) & free  # without a diagonal P has no column
     if undetermined.any():
-        free &= ~undetermined | ((constraint_rows != 0) & rows_active[:, :, None]).any(1)
+        free &= ~undetermined | (chosen != 0).any(2)
     columns = np.flatnonzero(free.any(0))  # by any of these elements
     split = columns.size
     solved = np.concatenate([free[:, columns], rows_active], axis=1)
     whole = split == n
     matrices = np.zeros((count, solved.shape[1], solved.shape[1]))
     matrices[:, :split, :split] = quadratic if whole else quadratic[:, columns[:, None], columns]
-    matrices[:, split:, :split] = constraint_rows if whole else constraint_rows[:, :, columns]
-    matrices[:, :split, split:] = matrices[:, split:, :split].swapaxes(1, 2)
-    if not solved.all():
-        matrices *= solved[:, :, None]
-        matrices *= solved[:, None, :]
+    matrices[:, :split, split:] = chosen if whole else chosen[:, columns]
+    if not free[:, columns].all():
+        matrices[:, :split] *= free[:, columns, None]
+        matrices[:, :split, :split] *= free[:, None, columns]
+    matrices[:, split:, :split] = matrices[:, :split, split:].swapaxes(1, 2)
     tilt = np.concatenate([g_x[:, columns], np.take_along_axis(g_y, order, axis=1)], axis=1)
     primal = np.arange(solved.shape[1]) < split
     found = solve_matrices(matrices, np.where(solved, -tilt, 0.0), ~solved, primal, known)
@@ -225,7 +232,7 @@ def _respond_directly(
     dx[:, columns] = np.where(free, answer[:, :split], dx[:, columns])
     dy = np.zeros_like(points.y)
     np.put_along_axis(dy, order, answer[:, split:], axis=1)
-    change = points.g_x + _product(quadratic, dx) + _product(constraint.swapaxes(1, 2), dy)
+    change = points.g_x + _product(quadratic, dx) + _product(columns_of, dy)
     shared = np.zeros(dy.shape, dtype=bool)
     np.put_along_axis(shared, order, found.null[:, split:] > NULL, axis=1)
     return KKTResponse(
