@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -18,11 +18,11 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from lpgd.arrays import elements_where
 from lpgd.execution.threads import one_torch_thread, torch_threads, without_autocast
 from lpgd.execution.torch_isolation import isolated_torch
-from lpgd.gradients.base import GradientInfo, GradientMethod
-from lpgd.problems.base import Data, is_surely_finite
+from lpgd.gradients.base import GradientInfo, GradientMethod, check_cotangent
+from lpgd.gradients.second import check_twice, second_derivative
+from lpgd.problems.lanes import Lanes, Source, joined, mapped, over_vectors, separated
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
 from lpgd.status import SolverError, Status, describe_failures, warn
@@ -30,6 +30,8 @@ from lpgd.status import SolverError, Status, describe_failures, warn
 __all__ = ["CallInfo", "OnError", "check_solution", "solve"]
 
 OnError = Literal["raise", "nan", "warn"]
+Explain = Callable[[AnySolution, int], str]
+"""Says what is wrong with the data of an element without a solution, as far as is known."""
 
 
 @dataclass(eq=False, repr=False)
@@ -41,12 +43,15 @@ class CallInfo:
         gradients: one record for each backward (or forward-mode) pass through this call, in order.
         backward_seconds: wall-clock time of those passes together.
         choice: what :attr:`solver` is the text of.
+        usable: (B, 1) which elements have a solution; within ``torch.func.vmap`` those of a lane, where all else is of
+            the batch of all lanes.
     """
 
     solution: Any = None
     gradients: list[GradientInfo] = field(default_factory=list)
     backward_seconds: float = 0.0
     choice: object = ""
+    usable: Tensor | None = None
 
     @property
     def solver(self) -> str:
@@ -67,6 +72,8 @@ class CallInfo:
         return self.solution.statuses if self.solution is not None else ()
 
 
+_EXPLAINED = 3
+"""Of how many elements a message tells what is wrong with their data."""
 _SHOWN = 3
 """How many gradients a record prints."""
 
@@ -81,6 +88,7 @@ class Call:
     executor: Executor | None
     states: Sequence[Any]
     info: CallInfo
+    explain: Explain | None = None
 
 
 def solve(
@@ -92,6 +100,7 @@ def solve(
     executor: Executor | None = None,
     states: Sequence[Any] = (),
     info: CallInfo | None = None,
+    explain: Explain | None = None,
 ) -> Any:
     """Solve a batch of problems of any class, differentiably in all their data.
 
@@ -104,6 +113,7 @@ def solve(
         executor: where the work runs; None is the solver's own choice.
         states: warm-start states of a solution of such a batch (``Solution.states``).
         info: filled with the record of this call.
+        explain: what messages say of an element without a solution beside its status.
 
     Returns:
         The solutions: those parts of a point of the problem's class that losses see (``Solution.outputs``).
@@ -114,8 +124,9 @@ def solve(
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
     info = info or CallInfo()
-    call = Call(solver, gradient, on_error, executor, states, info)
-    parts = _SolveFunction.apply(call, problem, *problem.data)
+    call = Call(solver, gradient, on_error, executor, states, info, explain)
+    *parts, usable = _SolveFunction.apply(call, problem, *problem.data, *getattr(problem, "attached", ()))
+    info.usable = usable
     return info.solution.outputs._make(parts)
 
 
@@ -125,49 +136,77 @@ def _threads(solver: AnySolver) -> AbstractContextManager[None]:
 
 class _SolveFunction(torch.autograd.Function):
     @staticmethod
-    def forward(call: Call, problem: AnyProblem, *data: Tensor) -> tuple[Tensor, ...]:
-        problem = problem.with_data(problem.data._make(datum.detach() for datum in data))
+    def forward(call: Call, problem: AnyProblem, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(problem.data)
+        problem = problem.with_data(problem.data._make(datum.detach() for datum in tensors[:count]))
+        if tensors[count:]:
+            problem = cast(Any, problem).with_attached([part.detach() for part in tensors[count:]])
         with _threads(call.solver):
             solution = call.solver.solve(problem, call.states, call.executor)
-        check_solution(solution, call.on_error)
+        check_solution(solution, call.on_error, call.explain)
         call.info.solution = solution
+        usable = solution.usable[:, None]
         if call.on_error == "nan" and solution.failed:
-            filled = torch.where(solution.usable[:, None], 0.0, torch.nan)
-            return tuple(part + filled for part in solution.outputs)
+            filled = torch.where(usable, 0.0, torch.nan)
+            return *(part + filled for part in solution.outputs), usable
         # Tensors of their own: the outputs know this node, which knows the solution, which must not know the outputs.
-        return tuple(part.detach() for part in solution.outputs)
+        return *(part.detach() for part in solution.outputs), usable
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        call, _, *data = inputs
-        ctx.call, ctx.solution = call, call.info.solution
+        call, problem, *tensors = inputs
+        ctx.call, ctx.source = call, Source(call.info.solution)
+        data, (*outputs, usable) = tensors[: len(problem.data)], output
+        ctx.attached = len(tensors) - len(data)
+        ctx.mark_non_differentiable(usable)
         # Saved so that autograd notices data or outputs that were changed in place before the backward pass.
-        ctx.save_for_backward(*data, *output)
-        ctx.save_for_forward(*data, *output)
+        ctx.save_for_backward(*data, *outputs)
+        ctx.save_for_forward(*data, *outputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        gradient = _DerivativeFunction.apply(ctx.call, ctx.solution, True, *cotangents, *ctx.saved_tensors)
+        data = ctx.source.solution.problem.data
+        count = len(data)
+        needs = ctx.needs_input_grad[2 : 2 + count]
+        needed = frozenset(place for place, one in enumerate(needs) if one)
+        tensors = (*cotangents[:-1], *ctx.saved_tensors)
+        gradient = over_vectors(_DerivativeFunction, (ctx.call, ctx.source, needed), tensors)
         notices = ctx.call.info.gradients[-1].notices
-        needs = ctx.needs_input_grad[2:]
-        for name, needed in zip(ctx.solution.problem.data._fields, needs, strict=True):
+        for name, needed in zip(data._fields, needs, strict=True):
             if needed and name in notices:
                 warn(notices[name])
-        return None, None, *(part if needed else None for part, needed in zip(gradient, needs, strict=True))
+        gradient = (part if needed else None for part, needed in zip(gradient, needs, strict=True))
+        return None, None, *gradient, *(None,) * ctx.attached
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        _, _, *parts = tangents  # the first two belong to the call and to the problem
-        data = ctx.saved_tensors[: len(parts)]
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        count = len(ctx.source.solution.problem.data)
+        parts = tangents[2 : 2 + count]  # the first two belong to the call and to the problem
+        data = ctx.saved_tensors[:count]
         known = (torch.zeros_like(own) if part is None else part for own, part in zip(data, parts, strict=True))
-        return _DerivativeFunction.apply(ctx.call, ctx.solution, False, *known, *ctx.saved_tensors)
+        return *_DerivativeFunction.apply(ctx.call, ctx.source, None, *known, *ctx.saved_tensors), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-        raise RuntimeError(
-            "an optimization layer takes batches itself, and solves them at once: call it with tensors that have batch "
-            "dimensions instead of within torch.func.vmap."
-        )
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        """All lanes are solved as one batch; what they share stays shared."""
+        call, problem, *tensors = inputs
+        problem, lanes, dims, count = mapped(problem), info.batch_size, in_dims[2:], len(problem.data)
+        size, kinds = problem.batch_size, problem.datum_ndims
+        # The problem as the caller made it holds the lanes hidden: here its data are those of the first one.
+        first = [part if dim is None else part.select(dim, 0) for part, dim in zip(tensors, dims, strict=True)]
+        problem = problem.with_data(problem.data._make(first[:count]))
+        data = [
+            joined(part, dim, lanes, size, ndim, whole=False)
+            for part, dim, ndim in zip(tensors[:count], dims[:count], kinds, strict=True)
+        ]
+        attached = [
+            joined(part, dim, lanes, size, part.ndim - (1 if dim is None else 2))
+            for part, dim in zip(tensors[count:], dims[count:], strict=True)
+        ]
+        more = (attached,) if attached else ()
+        problem = problem.lanes(lanes, problem.data._make(data), *more)
+        outputs = _SolveFunction.apply(call, problem, *problem.data, *attached)
+        return tuple(separated(part, lanes) for part in outputs), (0,) * len(outputs)
 
 
 class _DerivativeFunction(torch.autograd.Function):
@@ -178,61 +217,82 @@ class _DerivativeFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(call: Call, solution: AnySolution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        started = time.perf_counter()
+    def forward(call: Call, source: Source, needed: frozenset[int] | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Reverse where ``needed`` says which data need a gradient, forward where it is None."""
+        started, solution = time.perf_counter(), source.resolved()
         with _threads(call.solver), without_autocast(solution.x.device.type):
-            answer, info = _derivative(call, solution, reverse, tensors)
+            answer, info = _derivative(call, solution, needed is not None, tensors)
         call.info.gradients.append(info)
         call.info.backward_seconds += time.perf_counter() - started
         return tuple(answer)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call, ctx.solution, ctx.reverse, *tensors = inputs
+        ctx.call, ctx.source, needed, *tensors = inputs
+        ctx.reverse = needed is not None
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        _check_twice(ctx.call.gradient, ctx.solution.problem, ctx.reverse)
-        return None, None, None, *_SecondFunction.apply(ctx.call, ctx.solution, True, *cotangents, *ctx.saved_tensors)
+        check_twice(ctx.call.gradient, ctx.source.solution.problem, ctx.reverse)
+        head, tensors = (ctx.call, ctx.source, True), (*cotangents, *ctx.saved_tensors)
+        return None, None, None, *over_vectors(_SecondFunction, head, tensors)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        _check_twice(ctx.call.gradient, ctx.solution.problem, ctx.reverse)
+        check_twice(ctx.call.gradient, ctx.source.solution.problem, ctx.reverse)
         own = ctx.saved_tensors
         known = (torch.zeros_like(one) if part is None else part for one, part in zip(own, tangents[3:], strict=True))
-        return _SecondFunction.apply(ctx.call, ctx.solution, False, *known, *own)
+        return _SecondFunction.apply(ctx.call, ctx.source, False, *known, *own)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _lane_by_lane(_DerivativeFunction, info, in_dims, inputs)
-
-
-def _lane_by_lane(function: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
-    """A vmap rule for derivatives: one pass for each of the vectors, as torch.func.jacrev and jacfwd ask for them."""
-
-    def lane(number: int) -> tuple[Any, ...]:
-        return tuple(
-            part if dim is None else part.select(dim, number) for part, dim in zip(inputs, in_dims, strict=True)
+        """One derivative of the batch of all lanes."""
+        call, source, needed, *tensors = inputs
+        solution = source.solution
+        kinds, outputs = mapped(solution.problem).datum_ndims, (1,) * len(solution.outputs)
+        direction = outputs if needed is not None else kinds
+        # Data that need a gradient have rows of their own, for the gradient has their shape.
+        every = needed is None or call.gradient.is_differentiable(solution.problem)
+        whole = [every or place in cast(frozenset[int], needed) for place in range(len(kinds))]
+        lanes = Lanes(
+            info.batch_size,
+            source,
+            tensors,
+            in_dims[3:],
+            (*direction, *kinds, *outputs),
+            (*(True,) * len(direction), *whole, *(True,) * len(outputs)),
         )
 
-    results = zip(*(function.apply(*lane(number)) for number in range(info.batch_size)), strict=True)
-    outputs = tuple(torch.stack(parts) for parts in results)
-    return outputs, (0,) * len(outputs)
+        def derivative(lanes: Lanes) -> tuple[Tensor, ...]:
+            source, tensors = lanes.batch()
+            if needed is None:
+                answer = _DerivativeFunction.apply(call, source, None, *tensors)
+                return tuple(separated(part, lanes.count) for part in answer)
+            answer = _DerivativeFunction.apply(call, source.with_rows(needed), needed, *tensors)
+            return lanes.gradient(answer, needed)
+
+        return _together(derivative, lanes)
+
+
+def _together(derivative: Callable[[Lanes], tuple[Tensor, ...]], lanes: Lanes) -> tuple[Any, Any]:
+    chunks = [derivative(chunk) for chunk in lanes.chunks()]
+    parts = chunks[0] if len(chunks) == 1 else tuple(torch.cat(rows) for rows in zip(*chunks, strict=True))
+    return parts, (0,) * len(parts)
 
 
 class _SecondFunction(torch.autograd.Function):
     """The derivative of a reverse pass, which is a function of cotangents, data and outputs."""
 
     @staticmethod
-    def forward(call: Call, solution: AnySolution, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        started = time.perf_counter()
+    def forward(call: Call, source: Source, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        started, solution = time.perf_counter(), source.resolved()
         count = len(solution.outputs) + len(solution.problem.data) + len(solution.outputs)
         direction, own = tensors[:-count], tensors[-count:]
         no_autocast = torch.autocast(solution.x.device.type, enabled=False)
         with isolated_torch(), torch_threads(1), torch.enable_grad(), no_autocast:
-            answer = _second_derivative(call, solution, reverse, direction, own)
+            answer = second_derivative(call.gradient, solution, reverse, direction, own)
         call.info.backward_seconds += time.perf_counter() - started
         return answer
 
@@ -250,40 +310,21 @@ class _SecondFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _lane_by_lane(_SecondFunction, info, in_dims, inputs)
+        """One derivative of the batch of all lanes, whose data have a row for each element."""
+        call, source, reverse, *tensors = inputs
+        solution = source.solution
+        kinds, outputs = mapped(solution.problem).datum_ndims, (1,) * len(solution.outputs)
+        own = (*outputs, *kinds, *outputs)
+        every = (*(kinds if reverse else own), *own)
+        lanes = Lanes(info.batch_size, source, tensors, in_dims[3:], every, (True,) * len(every))
+        needed = frozenset(range(len(kinds)))
 
+        def derivative(lanes: Lanes) -> tuple[Tensor, ...]:
+            source, tensors = lanes.batch()
+            answer = _SecondFunction.apply(call, source.with_rows(needed), reverse, *tensors)
+            return tuple(separated(part, lanes.count) for part in answer)
 
-def _second_derivative(
-    call: Call, solution: AnySolution, reverse: bool, direction: Sequence[Tensor], tensors: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """The derivative, along or against ``direction``, of the gradient as a function of cotangents, data and outputs."""
-    outputs, usable, fields = solution.outputs, solution.usable[:, None], len(solution.problem.data)
-    count = len(solution.outputs)
-
-    def gradient(*parts: Tensor) -> tuple[Tensor, ...]:
-        cotangents, data, points = parts[:count], parts[count : count + fields], parts[count + fields :]
-        known, cotangent = ([torch.where(usable, part, 0.0) for part in own] for own in (points, cotangents))
-        own = solution.problem.data._make(data), outputs._make(known), solution.cotangent(cotangent)
-        return tuple(call.gradient.differentiable_vjp(solution, *own))
-
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    parts = gradient(*leaves)
-    moving = [place for place, part in enumerate(parts) if part.requires_grad]
-    known = [parts[place] for place in moving]
-    if reverse:
-        if not moving:
-            return tuple(torch.zeros_like(leaf) for leaf in leaves)
-        return torch.autograd.grad(known, leaves, [direction[place] for place in moving], materialize_grads=True)
-    # The product with the derivative, by differentiating the one with its transpose, which is linear in its argument.
-    answer = [torch.zeros_like(part) for part in parts]
-    if moving:
-        weights = [torch.zeros_like(part, requires_grad=True) for part in known]
-        rows = torch.autograd.grad(known, leaves, weights, create_graph=True, materialize_grads=True)
-        rows, along = zip(*(pair for pair in zip(rows, direction, strict=True) if pair[0].requires_grad), strict=True)
-        found = torch.autograd.grad(rows, weights, along, materialize_grads=True)
-        for place, own in zip(moving, found, strict=True):
-            answer[place] = own
-    return tuple(answer)
+        return _together(derivative, lanes)
 
 
 for _function in (_SolveFunction, _DerivativeFunction, _SecondFunction):
@@ -305,7 +346,7 @@ def _derivative(
         usable = solution.usable[:, None]
         parts = [torch.where(usable, part, 0.0) for part in parts]
     cotangent = solution.cotangent(parts)
-    _check_cotangent(cotangent)
+    check_cotangent(cotangent)
     try:
         return call.gradient.vjp(solution, cotangent, call.solver, call.executor)
     except SolverError as error:
@@ -328,23 +369,12 @@ def _without(call: Call, solution: AnySolution, cotangent: Any, error: SolverErr
     return gradient, info
 
 
-def _check_twice(method: GradientMethod, problem: AnyProblem, reverse: bool) -> None:
-    """Refuse the derivative of a derivative where none exists."""
-    if not (reverse and method.is_differentiable(problem)):
-        what = str(method) if reverse else "forward mode"
-        raise RuntimeError(
-            f"the gradient of this optimization layer, by {what}, cannot be differentiated again: detach it, or take "
-            "finite differences of it (second derivatives are there for declarative nodes, by their closed forms and "
-            "by ImplicitKKT, of gradients in reverse mode)."
-        )
-
-
 _TWICE_DIFFERENTIABLE = (
     "third derivatives of solutions are not computed: detach the second ones, or take finite differences of them."
 )
 
 
-def check_solution(solution: AnySolution, on_error: OnError) -> None:
+def check_solution(solution: AnySolution, on_error: OnError, explain: Explain | None = None) -> None:
     """Raise or warn about elements without a solution, and warn about inaccurate ones.
 
     Raises:
@@ -352,6 +382,9 @@ def check_solution(solution: AnySolution, on_error: OnError) -> None:
     """
     statuses, failed = solution.statuses, solution.failed
     domain = f" {solution.domain}" if solution.domain else ""
+    if failed and on_error != "nan" and explain is not None:
+        reasons = [text for element in failed[:_EXPLAINED] if (text := explain(solution, element))]
+        domain += "".join(f" {text}." for text in reasons)
     if failed and on_error == "raise":
         raise SolverError(
             f"no solution for {describe_failures(statuses, failed)}.{domain} "
@@ -374,15 +407,3 @@ def check_solution(solution: AnySolution, on_error: OnError) -> None:
     if Status.INACCURATE in statuses:
         inaccurate = [index for index, status in enumerate(statuses) if status is Status.INACCURATE]
         warn(describe_failures(statuses, inaccurate))
-
-
-def _check_cotangent(cotangent: Data) -> None:
-    for name, part in zip(cotangent._fields, cotangent, strict=True):
-        if is_surely_finite(part):
-            continue
-        bad = elements_where(~torch.isfinite(part).all(-1))
-        if bad:
-            raise ValueError(
-                f"the loss gradient with respect to {name} is NaN or infinite for elements {bad[:10]}: "
-                "look at the loss (a logarithm or a square root at zero, or an overflow?)."
-            )

@@ -76,8 +76,9 @@ _ADVICE = {
         "the solver broke down numerically: rescale the problem, remove redundant constraints, or use another solver"
     ),
     Status.INVALID_DATA: (
-        "the data hold NaN or infinity (only variable bounds may be infinite), or for a node a value outside of its "
-        "domain, such as a negative weight: look at what computes these parameters"
+        "the data hold NaN or infinity (only an end of an inequality or a bound may be infinite, where that means "
+        "that there is none), or for a node a value outside of its domain, such as a negative weight: look at what "
+        "computes these parameters"
     ),
     Status.NOT_CONVEX: (
         "P has a negative eigenvalue, so the problem is not convex: build P as a product with its own transpose, or "

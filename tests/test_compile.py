@@ -7,76 +7,11 @@ import subprocess
 import sys
 from typing import Any
 
-import cvxpy as cp
 import pytest
 import torch
 from torch import Tensor
 
-import lpgd
-
-N, TAU = 4, 1.0
-EYE, ZEROS, TARGET = torch.eye(N).double(), torch.zeros(N).double(), torch.tensor([1.0, 0.0, 1.0, 0.0]).double()
-COSTS = torch.tensor([0.7, -0.4, 0.3, -1.2]).double()
-WEIGHTS = torch.tensor([1.5, -2.0, -3.0, 0.5]).double()
-
-
-def positive(x: Tensor) -> Tensor:
-    return (x > 0).double()
-
-
-class Nearest(torch.nn.Module):
-    """The nearest nonnegative point, by CVXPY."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        x, c = cp.Variable(N), cp.Parameter(N)
-        self.layer = lpgd.CvxpyLayer(cp.Problem(cp.Minimize(cp.sum_squares(x - c)), [x >= 0]), [c], [x])
-
-    def forward(self, c: Tensor) -> Tensor:
-        return self.layer(c)[0]
-
-
-def projection_gradient(c: Tensor) -> Tensor:
-    return positive(c) * WEIGHTS
-
-
-def step_gradient(c: Tensor) -> Tensor:
-    # The lower envelope of argmin cᵀx over the unit cube.
-    return (positive(-c - TAU * WEIGHTS) - positive(-c)) / TAU
-
-
-def direct_loss_gradient(c: Tensor) -> Tensor:
-    # argmax <c, x> over binary x, less τ times the Hamming distance to the target; one weight, WEIGHTS[0].
-    return WEIGHTS[0] * (positive(c) - positive(c - TAU * (1 - 2 * TARGET))) / TAU
-
-
-def binary(c: Any, **_: Any) -> Any:
-    return (c > 0) * 1.0
-
-
-BY_TILT = lpgd.LPGD(tau=TAU, envelope="lower")
-qp, lp, conic = lpgd.QPLayer(), lpgd.LPLayer(gradient=BY_TILT), lpgd.ConicLayer(lpgd.Cones(nonnegative=N))
-node, blackbox = (
-    lpgd.NodeLayer(lpgd.Node(lambda y, w: (y - w).square().sum())),
-    lpgd.BlackboxLayer(lambda c: (c < 0) * 1.0, BY_TILT),
-)
-direct = lpgd.DirectLossLayer(
-    binary,
-    lambda x, *_: x,
-    lambda x, t: abs(x - t).sum(),
-    lambda c, step, target: binary(c - step * (1 - 2 * target)),
-    lpgd.DirectLoss(TAU, envelope="lower"),
-)
-CASES: dict[str, tuple[Any, Any]] = {
-    "CvxpyLayer": (Nearest(), projection_gradient),
-    "QPLayer": (lambda c: qp(EYE, -c, lb=0.0).x, projection_gradient),
-    "LPLayer": (lambda c: lp(c, lb=0.0, ub=1.0).x, step_gradient),
-    "ConicLayer": (lambda c: conic(EYE, -c, -EYE, ZEROS).x, projection_gradient),
-    "NodeLayer": (node, lambda c: WEIGHTS),
-    "BlackboxLayer": (blackbox, step_gradient),
-    "DirectLossLayer": (lambda c: direct(c, target=TARGET), direct_loss_gradient),
-    "solve_qp": (lambda c: lpgd.solve_qp(EYE, -c, lb=0.0).x, projection_gradient),
-}
+from tests.gradient_cases import CASES, COSTS, WEIGHTS
 
 
 # The compiler asks non-leaf tensors for their .grad, and hides the warning from all but those who make it an error.
@@ -105,6 +40,32 @@ def test_a_compiled_model_breaks_once_and_has_the_same_gradient(
     # What is before the layer and what is behind it, and at most the work on constant arguments.
     assert len(graphs) <= 3
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+@pytest.mark.parametrize(("layer", "_"), CASES.values(), ids=CASES)
+def test_a_full_graph_is_refused_in_one_sentence(layer: Any, _: Any) -> None:
+    torch.compiler.reset()
+    model = torch.compile(lambda c: layer(2 * c), backend="eager", fullgraph=True)
+    with pytest.raises(
+        RuntimeError, match=r"calls solvers.*: compile with fullgraph=False, which breaks the graph once"
+    ):
+        model(COSTS)
+
+
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_model_under_autocast() -> None:
+    torch.compiler.reset()
+    linear, (layer, expected) = torch.nn.Linear(4, 4), CASES["QPLayer"]
+    with torch.no_grad():
+        linear.weight.copy_(torch.eye(4))
+        linear.bias.zero_()
+    model = torch.compile(lambda c: (layer(linear(c)) * WEIGHTS).sum(), backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        model(COSTS.float()).backward()
+    assert linear.bias.grad is not None
+    torch.testing.assert_close(linear.bias.grad.double(), expected(COSTS), atol=0.05, rtol=0.01)
 
 
 def test_the_compiler_is_imported_by_compilers_only() -> None:

@@ -42,12 +42,6 @@ def test_hessians(transform: Callable[..., Callable[[Tensor], Tensor]]) -> None:
     torch.testing.assert_close(transform(loss)(x), expected, atol=1e-10, rtol=0)
 
 
-@EVERY
-def test_batches_are_passed_to_the_layer_itself(function: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(RuntimeError, match=r"call it with tensors that have batch dimensions.*vmap"):
-        torch.func.vmap(function)(random(0, 4, 3))
-
-
 @pytest.mark.parametrize("method", [lpgd.ClosedForm(), lpgd.ImplicitKKT(), lpgd.LPGD(0.1), lpgd.LPGD(0.1, rho=0.5)])
 def test_single_precision(method: GradientMethod) -> None:
     def energy(x: Tensor, y: Tensor) -> Tensor:

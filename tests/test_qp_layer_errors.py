@@ -115,8 +115,8 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "bound": (lambda: LP(V2, lb=torch.zeros(3)), ValueError, r"lb has shape \(3,\); expected \(\*batch, 2\)"),
     "bound kind": (lambda: LP(V2, ub="1"), TypeError, "ub is a str"),
     "bound switch": (lambda: LP(V2, ub=True), TypeError, "ub is a bool"),
-    "integers": (lambda: LP(torch.tensor([1, 2])), TypeError, "c is torch.int64; it must be float32 or float64"),
-    "half": (lambda: QP(I2.half(), V2), TypeError, "P is torch.float16"),
+    "integers": (lambda: LP(torch.tensor([1, 2])), TypeError, "c is torch.int64; it must be float64, float32"),
+    "complex": (lambda: QP(I2 + 0j, V2), TypeError, "P is torch.complex64"),
     "numpy": (lambda: QP(np.eye(2), V2), TypeError, "P is a ndarray; pass a torch tensor"),
     "devices": (lambda: QP(I2.to("meta"), V2), ValueError, "q on cpu, P on meta.*move them to one"),
     "batches": (

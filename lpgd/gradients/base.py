@@ -9,14 +9,15 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
-from lpgd.arrays import elements_where, flags
-from lpgd.problems.base import Data, Point, Traits
+from lpgd.arrays import IntArray, elements_where, flags
+from lpgd.problems.base import Data, Point, Traits, is_surely_finite
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
 
-__all__ = ["GradientInfo", "GradientMethod", "check_compatible"]
+__all__ = ["GradientInfo", "GradientMethod", "check_compatible", "check_cotangent"]
 
 
 @dataclass(eq=False, repr=False)
@@ -196,3 +197,20 @@ def relevant_elements(solution: AnySolution, vectors: Iterable[Tensor]) -> list[
     for part in parts:
         nonzero = nonzero | part.any(-1)
     return elements_where(keep & nonzero)
+
+
+def check_cotangent(cotangent: Data) -> None:
+    """Refuse loss gradients that are not finite.
+
+    Raises:
+        ValueError: with the elements.
+    """
+    for name, part in zip(cotangent._fields, cotangent, strict=True):
+        if is_surely_finite(part):
+            continue
+        bad = elements_where(~torch.isfinite(part).all(-1))
+        if bad:
+            raise ValueError(
+                f"the loss gradient with respect to {name} is NaN or infinite for elements {bad[:10]}: "
+                "look at the loss (a logarithm or a square root at zero, or an overflow?)."
+            )

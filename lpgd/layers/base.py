@@ -9,16 +9,18 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
-from lpgd.autograd import CallInfo, OnError, solve
+from lpgd.autograd import CallInfo, Explain, OnError, solve
 from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
+from lpgd.layers.absent import without_absent_rows
 from lpgd.layers.inputs import Batch
 from lpgd.layers.standard_options import StandardOptions
 from lpgd.problems.base import Structure, Traits
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
-from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
+from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure, per_element
 from lpgd.problems.solution import AnyProblem, AnySolution, Solution
 from lpgd.solvers import Choice, ConicSolver, Situation, choose_solver
 from lpgd.solvers.base import AnySolver
@@ -40,6 +42,10 @@ class Recorded:
 
 class LayerOutput(tuple[Tensor, ...], Recorded):
     """The tensors a layer returns, as a plain tuple, with the record of the call beside them."""
+
+
+# For torch.func, which takes outputs apart and puts them together again, without the record.
+register_pytree_node(LayerOutput, lambda output: (list(output), None), lambda parts, _: LayerOutput(parts))
 
 
 WarmStart = bool | Recorded | AnySolution
@@ -83,7 +89,12 @@ class BaseLayer(torch.nn.Module):
         check_compatible(method, self._traits())
 
     def _differentiable(
-        self, problem: AnyProblem, batch: Batch, call: CallOptions, warm_start: WarmStart
+        self,
+        problem: AnyProblem,
+        batch: Batch,
+        call: CallOptions,
+        warm_start: WarmStart,
+        explain: Explain | None = None,
     ) -> tuple[Any, CallInfo]:
         """Solve a batch, differentiably: the outputs and the record."""
         info = CallInfo(choice=call.choice)
@@ -95,6 +106,7 @@ class BaseLayer(torch.nn.Module):
             executor=call.executor,
             states=self._states(warm_start, problem.structure, batch),
             info=info,
+            explain=explain,
         )
         self._remember(info.solution, batch, call.solver)
         return outputs, info
@@ -126,7 +138,7 @@ class BaseLayer(torch.nn.Module):
         return previous.states
 
     def _remember(self, solution: AnySolution, batch: Batch, solver: AnySolver) -> None:
-        if solver.takes_states:
+        if solver.takes_states and solution.batch_size == batch.batch_size:  # else these are lanes of torch.func.vmap
             self._last.states = (solution.problem.structure.digest, batch.batch_shape, solution.states)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -224,10 +236,17 @@ class OptimizationLayer(BaseLayer):
         batch: Batch,
         solver_args: Mapping[str, Any] | None,
         warm_start: WarmStart,
+        explain: Explain | None = None,
     ) -> tuple[ConicPoint, CallInfo]:
         """Solve a batch, differentiably."""
-        call = self._call_options(structure, solver_args, data.q.device)
-        return self._differentiable(ConicProblem(structure, data, batch.batch_size), batch, call, warm_start)
+        call, size = self._call_options(structure, solver_args, data.q.device), batch.batch_size
+        data, absent = without_absent_rows(structure, data, size)
+        problem = ConicProblem(structure, data, size)
+        point, info = self._differentiable(problem, batch, call, warm_start, explain)
+        if absent is not None:
+            absent = per_element(absent, size) & ~torch.isnan(point.y)
+            point = point._replace(y=torch.where(absent, 0.0, point.y))
+        return point, info
 
     def _solution(
         self,
@@ -239,6 +258,7 @@ class OptimizationLayer(BaseLayer):
     ) -> ConicSolution:
         """Solve a batch: the solver's whole answer."""
         call = self._call_options(structure, solver_args, data.q.device)
+        data, _ = without_absent_rows(structure, data, batch.batch_size)
         return self._plain(ConicProblem(structure, data, batch.batch_size), batch, call, warm_start)
 
     def _situation(self, device: torch.device | None = None) -> Situation:

@@ -14,6 +14,7 @@ from lpgd.cones.product import Cones
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
 from lpgd.layers.eager import eager, signature_of
+from lpgd.layers.explanations import Part, explanation
 from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs
 from lpgd.layers.matrices import Pattern, plan, read_matrix
 from lpgd.problems.conic.solution import ConicSolution
@@ -98,7 +99,7 @@ class ConicLayer(OptimizationLayer):
             P: (*batch, n, n), dense or sparse, or None for a linear objective.
             q: (*batch, n).
             A: (*batch, m, n), dense or sparse; m is ``cones.rows``.
-            b: (*batch, m).
+            b: (*batch, m); entries of the nonnegative cone's rows may be +inf: such a row is absent, with s = inf.
             solver_args: options for this call, over those of the layer.
             warm_start: as for :meth:`lpgd.layers.qp.QPLayer.forward`.
 
@@ -110,7 +111,13 @@ class ConicLayer(OptimizationLayer):
             ValueError, TypeError: an argument has the wrong shape, type, layout or device.
         """
         batch, structure, data = self._read(P, q, A, b)
-        point, info = self._solve(data, structure, batch, solver_args, warm_start)
+
+        def listed() -> list[Part]:
+            parts = [Part("q", q, 1), Part("A", A, 2)]
+            parts.append(Part("b", b, 1, torch.inf, self.cones.sections["nonnegative"]))
+            return parts if P is None else [Part("P", P, 2), *parts]
+
+        point, info = self._solve(data, structure, batch, solver_args, warm_start, explanation(listed, batch))
         s = _slack(structure, data, point.x, info)
         output = ConicOutput(
             batch.restore(point.x, (structure.n,)),
@@ -176,14 +183,15 @@ class ConicLayer(OptimizationLayer):
 
 def _slack(structure: ConicStructure, data: ConicData, x: Tensor, info: CallInfo) -> Tensor:
     """``b - A x``, differentiable where there is a solution: the gradient of a row without one is zero."""
-    solution = info.solution
+    solution, usable = info.solution, info.usable
     assert solution is not None
-    size = x.shape[0]
+    assert usable is not None
+    b = per_element(data.b, x.shape[0])
     if not solution.failed:
-        return per_element(data.b, size) - structure.constraint.matvec(data.A, x)
-    usable = solution.usable[:, None]
-    s = per_element(data.b, size) - structure.constraint.matvec(data.A, torch.where(usable, x, 0.0))
-    return torch.where(usable, s, solution.problem.slack(x.detach()))
+        return b - structure.constraint.matvec(data.A, x)
+    s = b - structure.constraint.matvec(data.A, torch.where(usable, x, 0.0))
+    iterate = b.detach() - structure.constraint.matvec(data.A.detach(), x.detach())
+    return torch.where(usable, s, iterate)
 
 
 @eager

@@ -9,9 +9,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["MATRIX_LAYOUTS", "Batch", "Expected", "Inputs", "batch_inputs", "check_inputs", "refuse_positional"]
+__all__ = ["HALF", "MATRIX_LAYOUTS", "Batch", "Expected", "Inputs", "batch_inputs", "check_inputs", "refuse_positional"]
 
 MATRIX_LAYOUTS = (torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
+
+
+HALF = (torch.float16, torch.bfloat16)
+"""Types that calls may have, and nothing is computed in."""
+FLOATS = (torch.float64, torch.float32, *HALF)
 
 
 class _Named(Protocol):
@@ -142,8 +147,10 @@ def check_inputs(expected: Sequence[Expected], tensors: Sequence[Tensor], what: 
 def _check_kind(item: Expected, tensor: Tensor, what: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{what}{item.name} is a {type(tensor).__name__}; pass a torch tensor (torch.as_tensor).")
-    if tensor.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{what}{item.name} is {tensor.dtype}; it must be float32 or float64 (tensor.double()).")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{what}{item.name} is {tensor.dtype}; it must be float64, float32, float16 or bfloat16 (tensor.double())."
+        )
     if tensor.layout not in item.layouts:
         hint = "a dense tensor" if len(item.layouts) == 1 else "a dense, COO, CSR or CSC tensor"
         raise TypeError(f"{what}{item.name} is {tensor.layout}; pass {hint} (tensor.to_dense()).")

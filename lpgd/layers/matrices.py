@@ -19,6 +19,7 @@ from torch import Tensor
 from lpgd.arrays import IntArray, from_numpy
 from lpgd.cones.product import Cones
 from lpgd.layers.inputs import Batch
+from lpgd.layers.look import look_at
 from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicStructure
 
@@ -124,8 +125,14 @@ def read_matrix(name: str, tensor: Tensor, batch: Batch) -> Matrix:
     """
     if tensor.layout is torch.strided:
         return Matrix(Pattern((tensor.shape[-2], tensor.shape[-1])), batch.rows(tensor, 2))
-    if tensor.dense_dim():
-        raise ValueError(f"{name} is a hybrid tensor with {tensor.dense_dim()} dense dimensions; it must have none.")
+    try:
+        dense = tensor.dense_dim()
+    except RuntimeError as error:  # torch.func.grad and others cannot wrap them (torch 2.13)
+        raise TypeError(
+            f"{name} is {tensor.layout}, which torch.func does not take: pass tensor.to_sparse_coo() or a dense one."
+        ) from error
+    if dense:
+        raise ValueError(f"{name} is a hybrid tensor with {dense} dense dimensions; it must have none.")
     if tensor.layout is torch.sparse_coo:
         tensor = tensor.coalesce()
         indices = (tensor.indices(),)
@@ -133,7 +140,13 @@ def read_matrix(name: str, tensor: Tensor, batch: Batch) -> Matrix:
         indices = (tensor.crow_indices(), tensor.col_indices())
     else:
         indices = (tensor.ccol_indices(), tensor.row_indices())
-    arrays = tuple(index.detach().cpu().numpy().astype(np.int64, copy=False) for index in indices)
+    arrays: tuple[IntArray, ...] = ()
+
+    def read(shown: Sequence[Tensor]) -> None:
+        nonlocal arrays
+        arrays = tuple(index.detach().cpu().numpy().astype(np.int64, copy=False) for index in shown)
+
+    look_at(read, indices, [index.ndim for index in indices])
     digest = hashlib.blake2b(digest_size=16)
     for array in arrays:
         digest.update(array.tobytes())
@@ -153,6 +166,8 @@ class Plan:
         blocks: patterns of the matrices that A consists of.
         has_lower, has_upper: whether every variable has such a bound.
         integer: the variables that take whole numbers only.
+        two_sided: how many rows, the last ones of the blocks, have two ends: see
+            :class:`~lpgd.problems.conic.structure.ConicStructure`; all rows are of the zero cone then.
     """
 
     def __init__(
@@ -164,6 +179,7 @@ class Plan:
         has_lower: bool,
         has_upper: bool,
         integer: tuple[int, ...] = (),
+        two_sided: int = 0,
     ) -> None:
         own = quadratic.sparsity() if quadratic is not None else SparsityPattern.empty(n, n)
         closed = own if own.is_dense else _with_transpose(own)
@@ -181,14 +197,17 @@ class Plan:
             self.stacked = Placement(np.argsort(order), order.size)
         self.closed = Placement(closed.positions(own.rows, own.columns), closed.nnz)
         every, none = np.arange(n), np.zeros(0, dtype=np.int64)
-        self.structure = ConicStructure(
-            closed,
-            constraint,
-            cones,
-            every if has_lower else none,
-            every if has_upper else none,
-            np.array(integer, dtype=np.int64),
-        )
+        lower, upper = (every if has_bound else none for has_bound in (has_lower, has_upper))
+        self.two_sided = two_sided
+        if two_sided:
+            values, whole = np.arange(n, n + two_sided), n + two_sided
+            closed = SparsityPattern((whole, whole), closed.rows, closed.columns)
+            rows = np.concatenate([constraint.rows, np.arange(cones.rows - two_sided, cones.rows)])
+            columns = np.concatenate([constraint.columns, values])
+            constraint = SparsityPattern((cones.rows, whole), rows, columns)
+            lower, upper = np.concatenate([lower, values]), np.concatenate([upper, values])
+        whole_numbers = np.array(integer, dtype=np.int64)
+        self.structure = ConicStructure(closed, constraint, cones, lower, upper, whole_numbers, two_sided=two_sided)
 
     def quadratic_values(self, matrix: Matrix) -> Tensor:
         """Values of P on the structure's pattern.
@@ -200,9 +219,13 @@ class Plan:
     def constraint_values(self, matrices: Sequence[Matrix]) -> Tensor:
         """Values of A, the blocks one below the other, on the structure's pattern."""
         if self.all_dense:
-            return join([matrix.values.mT for matrix in matrices], 2).flatten(-2)
-        parts = [matrix.values.mT.flatten(-2) if matrix.pattern.is_dense else matrix.values for matrix in matrices]
-        return self.stacked(join(parts))
+            values = join([matrix.values.mT for matrix in matrices], 2).flatten(-2)
+        else:
+            parts = [matrix.values.mT.flatten(-2) if matrix.pattern.is_dense else matrix.values for matrix in matrices]
+            values = self.stacked(join(parts))
+        if not self.two_sided:
+            return values
+        return torch.cat([values, values.new_full((*values.shape[:-1], self.two_sided), -1.0)], -1)
 
 
 def _with_transpose(own: SparsityPattern) -> SparsityPattern:

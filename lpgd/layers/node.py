@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,7 +14,7 @@ from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import ClosedForm, GradientMethod
 from lpgd.layers.base import BaseLayer, CallOptions, WarmStart
 from lpgd.layers.eager import eager, signature_of
-from lpgd.layers.inputs import Batch, Expected, check_inputs
+from lpgd.layers.inputs import HALF, Batch, Expected, check_inputs
 from lpgd.layers.oracle import TensorOutput, record
 from lpgd.nodes.base import BaseNode, refuse_learned_options
 from lpgd.nodes.user import Node
@@ -43,7 +45,8 @@ class NodeLayer(BaseLayer):
     Raises:
         TypeError: something else than a node, or a gradient method that it does not have what it takes for.
 
-    Results are in the dtype of the inputs and on their device.  Where a solution is not unique, or a local one, it is
+    Results are in the dtype of the inputs and on their device, and computed in it: inputs in half precision in float64.
+    Where a solution is not unique, or a local one, it is
     the one that the node's solver finds; a warm start (and the perturbed solves of LPGD) stay with its
     branch.  Gradients of closed forms and of ``ImplicitKKT`` can be differentiated again (``create_graph=True``, and
     ``torch.func`` in both modes); second derivatives by other methods, and third ones, are refused.
@@ -88,8 +91,8 @@ class NodeLayer(BaseLayer):
         """Solve for these inputs.
 
         Args:
-            *inputs: the node's inputs, (*batch, *shape) each, float32 or float64; batch dimensions broadcast.  None,
-                or left out at the end, where the node says what it takes instead.
+            *inputs: the node's inputs, (*batch, *shape) each; batch dimensions broadcast.  None, or left out at the
+                end, where the node says what it takes instead.
             warm_start: a previous result for inputs of these shapes, or True for this thread's last one if it fits.
 
         Returns:
@@ -126,17 +129,21 @@ class NodeLayer(BaseLayer):
         for place, (name, tensor) in enumerate(zip(names, inputs, strict=False)):
             if not isinstance(tensor, Tensor) and not (tensor is None and place >= len(names) - node.optional):
                 raise TypeError(f"{name} is a {type(tensor).__name__}; pass a torch tensor (torch.as_tensor).")
+        given = reduce(torch.promote_types, (tensor.dtype for tensor in inputs if tensor is not None))
         inputs = (*inputs, *(None,) * missing)
-        arranged = node.arrange(*inputs)
+        arranged = node.arrange(*(_whole(tensor) if given in HALF else tensor for tensor in inputs))
         expected = []
         for name, tensor, ndim in zip(names, arranged, ndims, strict=True):
             if tensor.ndim < ndim:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected (*batch, {ndim} dimensions).")
             expected.append(Expected(name, tuple(tensor.shape[tensor.ndim - ndim :])))
         batch = check_inputs(expected, arranged)
+        working, batch = batch.dtype, replace(batch, dtype=given)
         structure = NodeStructure(node, tuple(cast("tuple[int, ...]", item.shape) for item in expected))
         _ = structure.shape  # where the node refuses shapes that do not fit together
-        data = input_class(names)(*(_rows(batch, tensor, ndim) for tensor, ndim in zip(arranged, ndims, strict=True)))
+        data = input_class(names)(
+            *(_rows(batch, tensor.to(working), ndim) for tensor, ndim in zip(arranged, ndims, strict=True))
+        )
         problem = NodeProblem(structure, data, batch.batch_size)
         return problem, batch, CallOptions(self._solver, None, self.gradient, self._choice(structure))
 
@@ -151,7 +158,12 @@ class NodeLayer(BaseLayer):
         return f"{'newton' if few else 'lbfgs'}, as {node.name} has {structure.n} variables and no solver of its own."
 
 
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    """In float64, as nothing is computed in half precision."""
+    return tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
+
+
 def _rows(batch: Batch, tensor: Tensor, ndim: int) -> Tensor:
     """One row for each element; a tensor that the batch shares is expanded, not copied."""
-    own = batch.flatten(tensor.to(batch.dtype), ndim)
+    own = batch.flatten(tensor, ndim)
     return own if own.ndim > ndim else own.expand(batch.batch_size, *own.shape)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from lpgd.autograd import OnError
+from lpgd.autograd import Explain, OnError
 from lpgd.cones.product import Cones
 from lpgd.execution.threads import one_torch_thread
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
+from lpgd.layers.explanations import Part, explanation
 from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs
 from lpgd.layers.matrices import Pattern, join, plan, read_matrix
 from lpgd.problems.conic.structure import ConicData, ConicStructure
@@ -36,7 +37,8 @@ class ProgramOutput(_ProgramFields, Recorded):
     Attributes:
         x: (*batch, n) the minimiser.
         y: (*batch, m) multipliers of ``A x = b``.
-        z: (*batch, k) multipliers of ``G x ≤ h``, nonnegative.
+        z: (*batch, k) multipliers of ``G x ≤ h``, nonnegative; of ``l ≤ G x ≤ h`` positive at an upper and negative at
+            a lower end.
         z_box: (*batch, n) multipliers of the bounds: positive at an upper, negative at a lower bound.
     """
 
@@ -48,6 +50,7 @@ class _Call(NamedTuple):
     structure: ConicStructure
     data: ConicData
     sizes: tuple[int, int]  # m, k
+    explain: Explain
 
 
 Bound = Tensor | float | None
@@ -81,6 +84,7 @@ class ProgramLayer(OptimizationLayer):
         h: Tensor | None,
         lb: Bound,
         ub: Bound,
+        l: Tensor | None,
     ) -> _Call:
         """Check the arguments and put them together.
 
@@ -95,16 +99,21 @@ class ProgramLayer(OptimizationLayer):
             raise ValueError(f"integer holds {self._integer[-1]}, but {cost} has {n} entries.")
         tensors: dict[str, Any] = dict(objective)
         expected = [Expected(cost, (n,)), *(Expected(name, (n, n), MATRIX_LAYOUTS) for name in list(objective)[1:])]
-        for names, symbol, pair in ((("A", "b"), "m", (A, b)), (("G", "h"), "k", (G, h))):
-            matrix, vector = pair
-            if matrix is None and vector is None:
+        for (name, matrix), symbol, vectors in (
+            (("A", A), "m", {"b": b}),
+            (("G", G), "k", {"h": h} if l is None else {"h": h, "l": l}),
+        ):
+            given = {own: vector for own, vector in vectors.items() if vector is not None}
+            if matrix is None and not given:
                 continue
-            if matrix is None or vector is None:
-                given, missing = names if vector is None else reversed(names)
-                raise ValueError(f"{given} is given but {missing} is not: constraints need both, or neither.")
+            if matrix is None or not given:
+                one, other = (" or ".join(vectors), name) if matrix is None else (name, " or ".join(vectors))
+                one = " and ".join(given) if matrix is None else one
+                raise ValueError(f"{one} is given but {other} is not: constraints need both, or neither.")
             rows = _size(matrix, -2, symbol)
-            expected += [Expected(names[0], (rows, n), MATRIX_LAYOUTS), Expected(names[1], (rows,))]
-            tensors |= {names[0]: matrix, names[1]: vector}
+            expected.append(Expected(name, (rows, n), MATRIX_LAYOUTS))
+            expected += [Expected(own, (rows,)) for own in given]
+            tensors |= {name: matrix, **given}
         for name, bound in (("lb", lb), ("ub", ub)):
             if isinstance(bound, Tensor) or not (bound is None or _is_number(bound)):
                 scalar = isinstance(bound, Tensor) and bound.ndim == 0
@@ -118,29 +127,60 @@ class ProgramLayer(OptimizationLayer):
         matrices = {name: read_matrix(name, tensors[name], batch) for name in ("P", "A", "G") if name in tensors}
         blocks = [matrices[name] for name in ("A", "G") if name in matrices]
         m, k = (tensors[name].shape[-2] if name in tensors else 0 for name in ("A", "G"))
-        P = matrices.get("P")
+        P, with_ends = matrices.get("P"), k if "l" in tensors else 0
         patterns = tuple(block.pattern for block in blocks) or (Pattern((0, n)),)
         has_lower, has_upper = (bound is not None for bound in bounds.values())
-        chosen = plan(n, Cones(m, k), P and P.pattern, patterns, has_lower, has_upper, self._integer)
+        cones = Cones(m + with_ends, k - with_ends)
+        chosen = plan(n, cones, P and P.pattern, patterns, has_lower, has_upper, self._integer, with_ends)
         nothing = torch.empty(0, dtype=torch.float64, device=batch.device)
         lower, upper = (_bound(tensors.get(name, bound), n, batch, nothing) for name, bound in bounds.items())
+        q, right = (
+            batch.rows(tensors[cost], 1),
+            [batch.rows(tensors[name], 1) for name in ("b", "h") if name in tensors],
+        )
+        if with_ends:
+            zeros, free = nothing.new_zeros(k), nothing.new_full((k,), torch.inf)
+            right = [*right[: "b" in tensors], zeros]
+            q = join([q, zeros])
+            lower = join([lower, batch.rows(tensors["l"], 1)])
+            upper = join([upper, batch.rows(tensors["h"], 1) if "h" in tensors else free])
         data = ConicData(
             P=nothing if P is None else chosen.quadratic_values(P),
-            q=batch.rows(tensors[cost], 1),
+            q=q,
             A=chosen.constraint_values(blocks) if blocks else nothing,
-            b=join([batch.rows(tensors[name], 1) for name in ("b", "h") if name in tensors]) if blocks else nothing,
+            b=join(right) if right else nothing,
             lower=lower,
             upper=upper,
         )
-        return _Call(batch, chosen.structure, data, (m, k))
+        return _Call(batch, chosen.structure, data, (m, k), _explanation(tensors, bounds, batch))
 
     def _run(self, call: _Call, solver_args: Mapping[str, Any] | None, warm_start: WarmStart) -> ProgramOutput:
-        point, info = self._solve(call.data, call.structure, call.batch, solver_args, warm_start)
-        n, (m, k), restore = call.structure.n, call.sizes, call.batch.restore
-        y, z = restore(point.y, (m + k,)).split((m, k), -1)
-        output = ProgramOutput(restore(point.x, (n,)), y, z, restore(point.z, (n,)))
+        point, info = self._solve(call.data, call.structure, call.batch, solver_args, warm_start, call.explain)
+        n, (m, k), restore = call.structure.own, call.sizes, call.batch.restore
+        x, z_box = (part[:, :n] if call.structure.two_sided else part for part in (point.x, point.z))
+        if call.structure.two_sided:
+            y, z = restore(point.y[:, :m], (m,)), restore(point.z[:, n:], (k,))
+        else:
+            y, z = restore(point.y, (m + k,)).split((m, k), -1)
+        output = ProgramOutput(restore(x, (n,)), y, z, restore(z_box, (n,)))
         output.info, output.batch_shape = info, call.batch.batch_shape
         return output
+
+
+_ABSENT = {"h": torch.inf, "ub": torch.inf, "l": -torch.inf, "lb": -torch.inf}
+
+
+def _explanation(tensors: dict[str, Tensor], bounds: dict[str, Bound], batch: Batch) -> Explain:
+    def listed() -> list[Part]:
+        numbers = {name: bound for name, bound in bounds.items() if bound is not None and name not in tensors}
+        known = {**tensors, **{name: torch.tensor(float(cast(float, bound))) for name, bound in numbers.items()}}
+        shapes = {name: 2 if name in ("P", "A", "G") else 1 for name in tensors}
+        return [
+            Part(name, tensor, min(shapes.get(name, 0), tensor.ndim), _ABSENT.get(name, 0.0))
+            for name, tensor in known.items()
+        ]
+
+    return explanation(listed, batch, (("l", "h"), ("lb", "ub")))
 
 
 def _index_set(integer: Sequence[int]) -> tuple[int, ...]:

@@ -25,10 +25,13 @@ class QPLayer(ProgramLayer):
     """The solution of a convex quadratic program, as a differentiable function of all of its data.
 
         minimise    ½ xᵀP x + qᵀx
-        subject to  A x = b,  G x ≤ h,  lb ≤ x ≤ ub
+        subject to  A x = b,  l ≤ G x ≤ h,  lb ≤ x ≤ ub
 
-    Multipliers y of the equalities, z ≥ 0 of the inequalities and z_box of the bounds, positive at an upper and
-    negative at a lower bound, have ``P x + q + Aᵀy + Gᵀz + z_box = 0``.
+    Multipliers y of the equalities, z of the inequalities and z_box of the bounds, positive at an upper and negative at
+    a lower end, have ``P x + q + Aᵀy + Gᵀz + z_box = 0``; without l, ``z ≥ 0``.
+
+    An end or a bound that is infinite (1e20 and more) is absent, for each element on its own: it has no multiplier and
+    no gradient.  Ends that are equal make an equality; one above the other leaves the element without a solution.
 
     Args:
         solver: a solver, the name of one, or None to choose for each problem.
@@ -75,6 +78,7 @@ class QPLayer(ProgramLayer):
         h: Tensor | None = None,
         lb: Bound = None,
         ub: Bound = None,
+        l: Tensor | None = None,
         solver_args: Mapping[str, Any] | None = None,
         warm_start: WarmStart = False,
     ) -> ProgramOutput:
@@ -84,7 +88,9 @@ class QPLayer(ProgramLayer):
             P: (*batch, n, n), dense or sparse.
             q: (*batch, n).
             A, b: (*batch, m, n) and (*batch, m), or None for both.
-            G, h: (*batch, k, n) and (*batch, k), or None for both.
+            G, h: (*batch, k, n) and (*batch, k), or None for both; entries of h may be +inf.
+            l: (*batch, k), or None; entries may be -inf.  With it, h may be None.  Solvers that know rows with two ends
+                get them as they are, others ``G x - w = 0`` with bounds on w.
             lb, ub: (*batch, n), one number for all variables, or None; entries may be infinite.
             solver_args: options for this call, over those of the layer.
             warm_start: start from a previous result of problems of the same structure and a batch of this size: an
@@ -99,7 +105,7 @@ class QPLayer(ProgramLayer):
             ValueError, TypeError: an argument has the wrong shape, type, layout or device, or a constraint no name.
         """
         refuse_positional("QPLayer", "layer(P, q", misplaced)
-        return self._run(self._read({"q": q, "P": P}, A, b, G, h, lb, ub), solver_args, warm_start)
+        return self._run(self._read({"q": q, "P": P}, A, b, G, h, lb, ub, l), solver_args, warm_start)
 
     if TYPE_CHECKING:
 
@@ -117,24 +123,26 @@ class QPLayer(ProgramLayer):
         h: Tensor | None = None,
         lb: Bound = None,
         ub: Bound = None,
+        l: Tensor | None = None,
         solver_args: Mapping[str, Any] | None = None,
         warm_start: WarmStart = False,
     ) -> ConicSolution:
         """The solver's whole answer, not differentiable: statuses, residuals, iterations, times.
 
         Arguments are those of a call; leading batch dimensions are flattened to one.  The rows of its ``y`` are the
-        equalities and then the inequalities, its ``z`` is z_box.  Elements without a solution do not raise.
+        equalities and then the inequalities, its ``z`` is z_box; with l, its ``x`` is (x, G x) and its ``z`` is
+        (z_box, z).  Elements without a solution do not raise.
         """
         refuse_positional("QPLayer", "layer.solve(P, q", misplaced)
         with torch.no_grad():
-            call = self._read({"q": q, "P": P}, A, b, G, h, lb, ub)
+            call = self._read({"q": q, "P": P}, A, b, G, h, lb, ub, l)
         return self._solution(call.data, call.structure, call.batch, solver_args, warm_start)
 
 
 class LPLayer(ProgramLayer):
     """The solution of a linear program, as a differentiable function of all of its data.
 
-        minimise cᵀx   subject to  A x = b,  G x ≤ h,  lb ≤ x ≤ ub
+        minimise cᵀx   subject to  A x = b,  l ≤ G x ≤ h,  lb ≤ x ≤ ub
 
     Arguments, attributes, errors and conventions are those of :class:`QPLayer`; ``c + Aᵀy + Gᵀz + z_box = 0``.  Where
     the solution is a vertex the exact gradient with respect to c is zero, which is warned about: with
@@ -174,12 +182,13 @@ class LPLayer(ProgramLayer):
         h: Tensor | None = None,
         lb: Bound = None,
         ub: Bound = None,
+        l: Tensor | None = None,
         solver_args: Mapping[str, Any] | None = None,
         warm_start: WarmStart = False,
     ) -> ProgramOutput:
         """Solve the program for these data: c is (*batch, n), the others, by name, as in :meth:`QPLayer.forward`."""
         refuse_positional("LPLayer", "layer(c", misplaced)
-        return self._run(self._read({"c": c}, A, b, G, h, lb, ub), solver_args, warm_start)
+        return self._run(self._read({"c": c}, A, b, G, h, lb, ub, l), solver_args, warm_start)
 
     if TYPE_CHECKING:
 
@@ -196,13 +205,14 @@ class LPLayer(ProgramLayer):
         h: Tensor | None = None,
         lb: Bound = None,
         ub: Bound = None,
+        l: Tensor | None = None,
         solver_args: Mapping[str, Any] | None = None,
         warm_start: WarmStart = False,
     ) -> ConicSolution:
         """The solver's whole answer, not differentiable, as :meth:`QPLayer.solve`."""
         refuse_positional("LPLayer", "layer.solve(c", misplaced)
         with torch.no_grad():
-            call = self._read({"c": c}, A, b, G, h, lb, ub)
+            call = self._read({"c": c}, A, b, G, h, lb, ub, l)
         return self._solution(call.data, call.structure, call.batch, solver_args, warm_start)
 
 
@@ -217,6 +227,7 @@ def solve_qp(
     h: Tensor | None = None,
     lb: Bound = None,
     ub: Bound = None,
+    l: Tensor | None = None,
     solver: ConicSolver | str | None = None,
     gradient: GradientMethod | None = None,
     solver_args: Mapping[str, Any] | None = None,
@@ -230,7 +241,7 @@ def solve_qp(
     """
     refuse_positional("solve_qp", "solve_qp(P, q", misplaced)
     layer = QPLayer(solver, gradient, solver_args, on_error, executor)
-    return layer(P, q, A=A, b=b, G=G, h=h, lb=lb, ub=ub, warm_start=False if warm_start is None else warm_start)
+    return layer(P, q, A=A, b=b, G=G, h=h, lb=lb, ub=ub, l=l, warm_start=False if warm_start is None else warm_start)
 
 
 @eager
@@ -243,6 +254,7 @@ def solve_lp(
     h: Tensor | None = None,
     lb: Bound = None,
     ub: Bound = None,
+    l: Tensor | None = None,
     solver: ConicSolver | str | None = None,
     gradient: GradientMethod | None = None,
     solver_args: Mapping[str, Any] | None = None,
@@ -254,4 +266,4 @@ def solve_lp(
     """Solve a linear program, differentiably: :class:`LPLayer` as a function; see :func:`solve_qp`."""
     refuse_positional("solve_lp", "solve_lp(c", misplaced)
     layer = LPLayer(solver, gradient, solver_args, on_error, executor, integer)
-    return layer(c, A=A, b=b, G=G, h=h, lb=lb, ub=ub, warm_start=False if warm_start is None else warm_start)
+    return layer(c, A=A, b=b, G=G, h=h, lb=lb, ub=ub, l=l, warm_start=False if warm_start is None else warm_start)

@@ -15,4 +15,9 @@ def _run(function: Callable[..., Any], args: tuple[Any, ...], keywords: Mapping[
     return function(*args, **keywords)
 
 
-run: Callable[..., Any] = torch.compiler.disable(_run)
+REASON = (
+    "an optimization layer calls solvers, which no graph of tensor operations can hold: compile with fullgraph=False, "
+    "which breaks the graph once at each layer"
+)
+
+run: Callable[..., Any] = torch.compiler.disable(_run, reason=REASON)

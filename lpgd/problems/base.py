@@ -14,6 +14,7 @@ __all__ = [
     "Centered",
     "Data",
     "DataT",
+    "MappedProblem",
     "Point",
     "PointOperations",
     "PointT",
@@ -274,4 +275,20 @@ class Problem(Protocol[DataT, PointT]):
 
     def zero_gradient(self) -> DataT:
         """A gradient of the data that is zero."""
+        ...
+
+
+class MappedProblem(Problem[DataT, PointT], Protocol):
+    """A problem that ``torch.func.vmap`` can map over."""
+
+    @property
+    def datum_ndims(self) -> tuple[int, ...]:
+        """How many dimensions each datum has for one element."""
+        ...
+
+    def lanes(self, count: int, data: DataT) -> Self:
+        """``count`` copies of this batch, one after the other, with the data of all of them.
+
+        Data that are the same in all copies may be those of this batch.
+        """
         ...

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,6 +127,34 @@ class LinearProblem(Centered):
         return replace(self, data=data)
 
     @property
+    def datum_ndims(self) -> tuple[int, ...]:
+        """Costs are vectors."""
+        return (1,)
+
+    @property
+    def attached(self) -> tuple[Tensor, ...]:
+        """Further inputs of the oracle that are tensors."""
+        return tuple(values for values in self.extra if isinstance(values, Tensor))
+
+    def with_attached(self, tensors: Sequence[Tensor]) -> LinearProblem:
+        """The same problems with other tensors among ``extra``."""
+        parts = iter(tensors)
+        extra = tuple(next(parts) if isinstance(values, Tensor) else values for values in self.extra)
+        return replace(self, extra=extra)
+
+    def lanes(self, count: int, data: LinearData, attached: Sequence[Tensor] = ()) -> LinearProblem:
+        """``count`` copies of this batch, one after the other."""
+        size = count * self.batch_size
+        c = data.c if data.c.shape[0] == size else data.c.repeat(count, 1)
+        center = None if self.center is None else self.center.repeat(count, 1)
+        copies = replace(self, data=LinearData(c), batch_size=size, rows=count * self.places, center=center)
+        if not attached:
+            return copies
+        # Rows of tensors are those of all copies: so must be those of all else.
+        extra = tuple(values if isinstance(values, Tensor) else _taken(values, copies.places) for values in self.extra)
+        return replace(copies, extra=extra, rows=tuple(range(size))).with_attached(attached)
+
+    @property
     def places(self) -> tuple[int, ...]:
         """For each element its place in the original batch."""
         return self.rows or ()
@@ -193,6 +222,10 @@ class LinearProblem(Centered):
     def finite(self) -> Tensor:
         """(B,) whether an element's costs are finite."""
         return torch.isfinite(self.data.c).all(-1)
+
+
+def _taken(values: Any, places: tuple[int, ...]) -> Any:
+    return values[list(places)] if isinstance(values, np.ndarray) else [values[place] for place in places]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

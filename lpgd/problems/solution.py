@@ -149,12 +149,12 @@ class Solution(Generic[ProblemT_co, PointT_co]):
             self.select(torch.arange(part * size, (part + 1) * size, device=self.x.device)) for part in range(count)
         ]
 
-    def select(self, elements: Tensor) -> Self:
-        """The solutions of these elements, int64 indices."""
+    def select(self, elements: Tensor, problem: AnyProblem | None = None) -> Self:
+        """The solutions of these elements, int64 indices; ``problem`` is theirs, where it is known."""
         chosen = integers(elements)
         changes: dict[str, Any] = {name: getattr(self, name)[chosen] for name in self._tensors}
         changes |= {name: tuple(getattr(self, name)[i] for i in chosen) for name in self._tuples}
-        return replace(cast(Any, self), problem=self.problem.select(elements), **changes)
+        return replace(cast(Any, self), problem=problem or self.problem.select(elements), **changes)
 
 
 AnySolution: TypeAlias = Solution[AnyProblem, Any]

@@ -97,6 +97,8 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
 
 def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tuple[type[ConicSolver], str]]:
     """Every solver, best first, and why it stands where it does."""
+    if structure.two_sided:
+        structure = structure.with_ends  # what the matrices of a problem look like; few solvers add variables
     best: list[tuple[type[ConicSolver], str]] = []
     polyhedral = situation is not None and structure.cones.is_polyhedral
     linear = not structure.quadratic.nnz

@@ -114,7 +114,7 @@ class Oracle(Solver[LinearProblem, LinearSolution]):
         )
 
     def _array(self, tensor: Tensor) -> Array:
-        return tensor if self.as_torch else tensor.cpu().numpy()
+        return tensor if self.as_torch else _plain(tensor)
 
     def _rows(self, values: Any, places: list[int]) -> Any:
         """The rows of an extra input, copied where they are numbers."""
@@ -272,7 +272,11 @@ def _solve_batched(task: _Task) -> _Results | _Raised:
 
 
 def _plain(value: Any) -> Any:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+    """Tensors as arrays; NumPy has no bfloat16."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    return (value.float() if value.dtype is torch.bfloat16 else value).numpy()
 
 
 def _copied(value: Any) -> Any:

@@ -14,7 +14,8 @@ from lpgd.layers.cvxpy.layout import ParameterLayout
 __all__ = ["check_attributes"]
 
 TOLERANCE = 1e-6
-"""Relative to a value's largest entry: what rounding in float32 and steps of finite differences may break."""
+"""Relative to a value's largest entry: what rounding in float32 and steps of finite differences may break; in half
+precision it is what its rounding may break."""
 
 _SIGNS = {"nonneg": 1.0, "pos": 1.0, "nonpos": -1.0, "neg": -1.0, "PSD": 1.0, "NSD": -1.0}
 _MATRICES = ("PSD", "NSD")
@@ -36,7 +37,7 @@ def check_attributes(layouts: Sequence[ParameterLayout], tensors: Sequence[Tenso
         rows = tensor.detach().reshape(tensor.shape[0] if batched else 1, -1)
         for attribute in sorted(layout.attributes & set(_SIGNS)):
             signed = _SIGNS[attribute] * rows
-            room = TOLERANCE * rows.abs().amax(-1)
+            room = max(TOLERANCE, torch.finfo(rows.dtype).eps) * rows.abs().amax(-1)
             if attribute in _MATRICES:
                 broken = _not_semidefinite(signed.reshape(-1, *layout.shape), room)
             else:

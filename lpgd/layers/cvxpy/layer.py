@@ -14,6 +14,7 @@ from torch import Tensor
 from lpgd.arrays import IntArray, from_numpy
 from lpgd.autograd import OnError
 from lpgd.gradients import GradientMethod
+from lpgd.layers.absent import without_absent_rows
 from lpgd.layers.base import LayerOutput, OptimizationLayer, WarmStart
 from lpgd.layers.cvxpy.attributes import check_attributes
 from lpgd.layers.cvxpy.elimination import NO_PIVOTS, find_pivots
@@ -21,7 +22,9 @@ from lpgd.layers.cvxpy.layout import CanonicalProgram, VariableLayout
 from lpgd.layers.cvxpy.maps import Columns, DataMap, SparseMap
 from lpgd.layers.cvxpy.substitution import ExpandedSolution, Substitution
 from lpgd.layers.eager import eager, signature_of
+from lpgd.layers.explanations import Part, explanation
 from lpgd.layers.inputs import Inputs, batch_inputs
+from lpgd.layers.look import look_at
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
@@ -136,7 +139,13 @@ class CvxpyLayer(OptimizationLayer):
         """
         inputs = batch_inputs(self.parameter_layouts, params)
         data = self._data(self._columns(inputs))
-        point, info = self._solve(data, self.structure, inputs, solver_args, _as_solved(warm_start))
+
+        def listed() -> list[Part]:
+            known = zip(self.parameter_layouts, params, strict=True)
+            return [Part(f"parameter {layout.name}", tensor, len(layout.shape)) for layout, tensor in known]
+
+        start, why = _as_solved(warm_start), explanation(listed, inputs)
+        point, info = self._solve(data, self.structure, inputs, solver_args, start, why)
         output = LayerOutput(inputs.restore(reader(point), reader.layout.shape) for reader in self._readers)
         output.info, output.batch_shape = info, inputs.batch_shape
         return output
@@ -167,6 +176,7 @@ class CvxpyLayer(OptimizationLayer):
             return solution
         with torch.no_grad():
             whole = ConicData(*(data_map(columns) for data_map in self._data_maps))
+            whole, _ = without_absent_rows(self._whole, whole, inputs.batch_size)
             problem = ConicProblem(self._whole, whole, inputs.batch_size)
             return self._substitution.expand(solution, problem, self._substitution.parts(columns))
 
@@ -175,8 +185,10 @@ class CvxpyLayer(OptimizationLayer):
         return f"{structure.n} variables, {structure.m} rows, {structure.cones}, {super().extra_repr()}"
 
     def _columns(self, inputs: Inputs) -> Columns:
-        check_attributes(self.parameter_layouts, inputs.tensors)
-        return Columns(self.parameter_layouts, inputs.tensors, inputs.batch_size)
+        layouts = self.parameter_layouts
+        ndims = [len(layout.shape) for layout in layouts]
+        look_at(lambda shown: check_attributes(layouts, shown), inputs.tensors, ndims)
+        return Columns(layouts, inputs.tensors, inputs.batch_size)
 
     def _data(self, columns: Columns) -> ConicData:
         """Parameters to the data that are solved; a datum that only shared parameters reach stays shared."""

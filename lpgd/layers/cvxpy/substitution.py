@@ -39,10 +39,12 @@ from lpgd.layers.cvxpy.blocks import places, product, scaled, selection, split
 from lpgd.layers.cvxpy.elimination import Pivots
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, VariableLayout
 from lpgd.layers.cvxpy.maps import Columns, DataMap, SparseMap
+from lpgd.layers.look import look_at
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicData
+from lpgd.problems.solution import AnyProblem
 
 __all__ = ["ExpandedSolution", "Substitution"]
 
@@ -57,10 +59,10 @@ class ExpandedSolution(ConicSolution):
 
     solved: ConicSolution | None = None
 
-    def select(self, elements: Tensor) -> Self:
+    def select(self, elements: Tensor, problem: AnyProblem | None = None) -> Self:
         """The solutions of these elements, without their systems."""
         solved = self.solved.select(elements) if self.solved is not None else None
-        return replace(super().select(elements), solved=solved)
+        return replace(super().select(elements, problem), solved=solved)
 
 
 class Parts(NamedTuple):
@@ -161,7 +163,9 @@ class Substitution:
         squares, shift, linear = (map_(columns) for map_ in self._part_maps)
         found = [part.detach().sum(-1) for part in (*W, squares, shift, linear)]
         finite = torch.isfinite(torch.stack(torch.broadcast_tensors(*found)).sum(0))
-        if bool(finite.all()):
+        all_finite: list[bool] = []
+        look_at(lambda shown: all_finite.append(bool(shown[0].all())), [finite], [0])
+        if all_finite[0]:
             return Parts(W, squares, shift, linear, None)
 
         def cleaned(part: Tensor) -> Tensor:

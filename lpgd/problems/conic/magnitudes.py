@@ -151,6 +151,9 @@ def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor) -> tuple[Tens
         if bool((real != in_a).any()):
             e, d = _fitted(structure, a, real, p, in_p, index)
     e, d = e[:, blocks].round().clamp(-LARGEST, LARGEST), d.round().clamp(-LARGEST, LARGEST)
+    if structure.two_sided:  # the value of a row is in the unit of the row
+        zero = structure.cones.zero
+        d[:, structure.own :] = -e[:, zero - structure.two_sided : zero]
     return (power(d) if bool(d.any()) else None), (power(e) if bool(e.any()) else None)
 
 

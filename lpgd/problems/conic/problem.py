@@ -80,6 +80,15 @@ class ConicProblem:
         return replace(self, data=data)
 
     @property
+    def datum_ndims(self) -> tuple[int, ...]:
+        """All data are vectors."""
+        return (1,) * len(self.data)
+
+    def lanes(self, count: int, data: ConicData) -> ConicProblem:
+        """``count`` copies of this batch, one after the other; data with as many rows as before serve all of them."""
+        return replace(self, data=data, batch_size=count * self.batch_size)
+
+    @property
     def device(self) -> torch.device:
         return self.data.q.device
 
@@ -159,17 +168,20 @@ class ConicProblem:
 
         Args:
             rho: ρ ≥ 0, not scaled by any step.
-            center: (B, n); its solution stays optimal if it is one of this problem.
+            center: (B, n); its solution stays optimal if it is one of this problem.  The values of rows with two ends
+                are no variables of the problem that is meant, and stay out.
         """
         if rho == 0.0:
             return self
         structure = self.structure.with_diagonal
-        diagonal = structure.quadratic.positions(np.arange(structure.n), np.arange(structure.n))
+        own = np.arange(structure.own)
+        diagonal = structure.quadratic.positions(own, own)
         place = structure.quadratic.positions(self.structure.quadratic.rows, self.structure.quadratic.columns)
         P = self.data.P.new_zeros(*self.data.P.shape[:-1], structure.quadratic.nnz)
         P[..., from_numpy(place).to(self.device)] = self.data.P
         P[..., from_numpy(diagonal).to(self.device)] += rho
-        q = per_element(self.data.q, self.batch_size) - rho * center
+        q = per_element(self.data.q, self.batch_size).clone()
+        q[:, : structure.own] -= rho * center[:, : structure.own]
         return ConicProblem(structure, self.data._replace(P=P, q=q), self.batch_size)
 
     # -- derivatives of the Lagrangian ------------------------------------------------------------------------

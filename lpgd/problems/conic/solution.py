@@ -74,14 +74,14 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     def point(self) -> ConicPoint:
         return ConicPoint(self.x, self.y, self.z)
 
-    def select(self, elements: Tensor) -> Self:
+    def select(self, elements: Tensor, problem: AnyProblem | None = None) -> Self:
         """The solutions of these elements, without their systems."""
         records = {name: getattr(self, name) for name in ("solvers", "proofs")}
         kept: dict[str, Any] = {name: tuple(own[i] for i in elements) if own else own for name, own in records.items()}
         for name in ("known_to", "known_before", "refined"):
             own = getattr(self, name)
             kept[name] = own if own is None else own[elements.to(own.device)]
-        return replace(super().select(elements), systems=(), **kept)
+        return replace(super().select(elements, problem), systems=(), **kept)
 
     @property
     def rescued(self) -> dict[str, int]:

@@ -58,6 +58,9 @@ class ConicStructure:
         integer_index: variables that take whole numbers only, increasing; a binary one has the bounds 0 and 1.
         constant_rows: rows of A and b that are always the same, increasing: nobody asks for a gradient with respect to
             them.
+        two_sided: how many rows have two ends: the last of the zero cone are ``g x - w = b``, with the last variables
+            w, which enter nothing else and have the ends as bounds.  Solvers that know such rows see them without w
+            (:attr:`with_ends`).
 
     Raises:
         ValueError: the sizes do not fit, or the pattern of P is not symmetric.
@@ -70,6 +73,7 @@ class ConicStructure:
     upper_index: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     integer_index: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     constant_rows: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    two_sided: int = 0
 
     def __post_init__(self) -> None:
         m, n = self.constraint.shape
@@ -77,6 +81,8 @@ class ConicStructure:
             raise ValueError(f"P has shape {self.quadratic.shape}, but A has {n} columns.")
         if self.cones.rows != m:
             raise ValueError(f"the cones have {self.cones.rows} rows, but A has {m}.")
+        if not 0 <= self.two_sided <= min(n, self.cones.zero):
+            raise ValueError(f"two_sided is {self.two_sided}, of {self.cones.zero} rows of the zero cone.")
         if np.any(self.quadratic.positions(self.quadratic.columns, self.quadratic.rows) < 0):
             raise ValueError("the pattern of P must hold both triangles: (j, i) with every (i, j).")
         for name in ("lower_index", "upper_index", "integer_index"):
@@ -167,6 +173,8 @@ class ConicStructure:
         state.update(self.upper_index.tobytes())
         if self.has_integers:
             state.update(b"|" + self.integer_index.tobytes())
+        if self.two_sided:
+            state.update(f"|{self.two_sided}".encode())
         return state.digest()
 
     @cached_property
@@ -196,10 +204,30 @@ class ConicStructure:
         """``lower_index``, ``upper_index``, ``integer_index`` or ``transpose_position`` as a tensor."""
         return from_numpy(getattr(self, name)).to(device)
 
+    @property
+    def own(self) -> int:
+        """Number of variables that are not the values of rows with two ends."""
+        return self.n - self.two_sided
+
+    @cached_property
+    def with_ends(self) -> ConicStructure:
+        """The structure without the values of rows with two ends, which are the first of its nonnegative ones."""
+        own, count, constraint = self.own, self.two_sided, self.constraint
+        entries = constraint.nnz - count
+        return ConicStructure(
+            SparsityPattern((own, own), self.quadratic.rows, self.quadratic.columns),
+            SparsityPattern((self.m, own), constraint.rows[:entries], constraint.columns[:entries]),
+            replace(self.cones, zero=self.cones.zero - count, nonnegative=self.cones.nonnegative + count),
+            self.lower_index[self.lower_index < own],
+            self.upper_index[self.upper_index < own],
+            self.integer_index,
+            self.constant_rows,
+        )
+
     @cached_property
     def with_diagonal(self) -> ConicStructure:
-        """The same structure with every diagonal entry of P in its pattern: room for an augmentation."""
-        diagonal = np.arange(self.n)
+        """The same structure with the diagonal entries of P of its own variables: room for an augmentation."""
+        diagonal = np.arange(self.own)
         if np.all(self.quadratic.positions(diagonal, diagonal) >= 0):
             return self
         keys = np.union1d(self.quadratic.columns * self.n + self.quadratic.rows, diagonal * (self.n + 1))

@@ -73,6 +73,17 @@ class NodeProblem(Centered):
         return replace(self, data=data)
 
     @property
+    def datum_ndims(self) -> tuple[int, ...]:
+        """Inputs keep their shapes."""
+        return tuple(len(shape) for shape in self.structure.shapes)
+
+    def lanes(self, count: int, data: Data) -> NodeProblem:
+        """``count`` copies of this batch, one after the other; a shared input stays shared."""
+        rows = (datum if datum.shape[0] == count * self.batch_size else _tiled(datum, count) for datum in data)
+        changes = {name: part if part is None else _tiled(part, count) for name, part in self._added().items()}
+        return replace(self, data=data._make(rows), batch_size=count * self.batch_size, **changes)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.data[0].dtype
 
@@ -284,9 +295,11 @@ class NodeProblem(Centered):
             datum[:1].expand(len(index), *datum.shape[1:]) if is_shared(datum) and len(index) else datum[index]
             for datum in self.data
         )
-        own = {name: getattr(self, name) for name in _ADDED}
-        changes = {name: part if part is None else part[index] for name, part in own.items()}
+        changes = {name: part if part is None else part[index] for name, part in self._added().items()}
         return replace(self, data=data, batch_size=len(index), **changes)
+
+    def _added(self) -> dict[str, Tensor | None]:
+        return {name: getattr(self, name) for name in _ADDED}
 
     def scatter(self, elements: Tensor, data: Data) -> Any:
         """A gradient of the data of ``select(elements)`` as one of this batch's: zero for the other elements."""
@@ -318,6 +331,12 @@ def _rows(pull: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """(B, k, n): a linear map (B, k) to (B, n) of each element, applied to the k unit vectors."""
     units = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
     return torch.func.vmap(lambda unit: pull(unit.expand(like.shape)))(units).transpose(0, 1)
+
+
+def _tiled(part: Tensor, count: int) -> Tensor:
+    """``count`` copies of the rows, one after the other; rows that are one and the same stay so."""
+    size, *shape = part.shape
+    return part.expand(count, size, *shape).reshape(count * size, *shape)
 
 
 def _flat(values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from lpgd.problems.base import Data, maximum_norm
 from lpgd.problems.node.multipliers import estimate_multipliers
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.structure import NodeOutput, NodePoint
-from lpgd.problems.solution import Solution
+from lpgd.problems.solution import AnyProblem, Solution
 from lpgd.status import Status
 
 __all__ = ["NodeSolution"]
@@ -78,7 +78,7 @@ class NodeSolution(Solution[NodeProblem, NodePoint]):
             known = self.problem.node.multipliers(tuple(self.problem.data), self.problem.shaped(x), self.aux)
         return NodePoint(self.x, *(known or estimate_multipliers(self.problem, x)))
 
-    def select(self, elements: Tensor) -> Self:
+    def select(self, elements: Tensor, problem: AnyProblem | None = None) -> Self:
         """The solutions of these elements."""
         chosen = elements
         own = {name: getattr(self, name) for name in ("nu", "lam")}
@@ -87,7 +87,7 @@ class NodeSolution(Solution[NodeProblem, NodePoint]):
             whole = self.batch_size
             parts = (part if part.shape[0] == 1 < whole else part[chosen] for part in self.aux)
             changes["aux"] = type(self.aux)(*parts) if hasattr(self.aux, "_fields") else tuple(parts)
-        return replace(super().select(elements), **changes)
+        return replace(super().select(elements, problem), **changes)
 
     def traced(self, data: Data, outputs: Data) -> Self:
         """This solution with data and minimisers that have a graph; multipliers follow from them, differentiably."""

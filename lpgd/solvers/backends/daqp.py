@@ -165,7 +165,7 @@ class _PreparedDAQP(Prepared):
         return 6_000 + 16 * form.n * (form.n + form.m) + 8 * form.size
 
     def solve(self, vectors: IntervalVectors, state: _State | None) -> Outcome:
-        q, row_lower, row_upper, lower, upper = vectors
+        q, row_lower, row_upper, lower, upper, _ = vectors
         if self.bounds:
             lower, upper = np.concatenate([lower, row_lower]), np.concatenate([upper, row_upper])
         else:

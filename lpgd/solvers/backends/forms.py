@@ -21,6 +21,8 @@ from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicStructure
 
 __all__ = [
+    "BoxForm",
+    "BoxFrame",
     "Form",
     "Frame",
     "IntervalForm",
@@ -270,9 +272,10 @@ class IntervalVectors(NamedTuple):
 
     q: FloatArray  # n
     row_lower: FloatArray  # m, -inf where there is none
-    row_upper: FloatArray  # m, always finite
+    row_upper: FloatArray  # m, finite but for rows with two ends
     lower: FloatArray  # n, -inf where there is none
     upper: FloatArray  # n, +inf where there is none
+    shift: FloatArray  # what b of each row with two ends is: no solver needs it
 
 
 class IntervalPoint(NamedTuple):
@@ -289,32 +292,47 @@ class IntervalPoint(NamedTuple):
 class IntervalFrame(Frame):
     """The frame of :class:`IntervalForm`."""
 
+    knows_ends: ClassVar[bool] = True
+
     def __init__(self, structure: ConicStructure, finite_lower: BoolArray, finite_upper: BoolArray) -> None:
-        self.structure, self.zero = structure, structure.cones.zero
-        self.bounded = np.union1d(structure.lower_index, structure.upper_index)
+        self.count = structure.two_sided if self.knows_ends else 0
+        self.whole, self.structure = structure, structure.with_ends if self.count else structure
+        self.zero = self.structure.cones.zero
+        self.with_ends = slice(self.zero, self.zero + self.count)
+        self.bounded = np.union1d(self.structure.lower_index, self.structure.upper_index)
 
     def vectors(self, vectors: Vectors) -> IntervalVectors:
+        whole, own = self.whole, self.structure.n
         row_upper = np.array(vectors.b)
         row_lower = np.full_like(row_upper, -np.inf)
         row_lower[:, : self.zero] = row_upper[:, : self.zero]
-        q = np.array(vectors.q)
-        lower, upper = np.full_like(q, -np.inf), np.full_like(q, np.inf)
-        lower[:, self.structure.lower_index] = vectors.lower
-        upper[:, self.structure.upper_index] = vectors.upper
-        return IntervalVectors(q, row_lower, row_upper, lower, upper)
+        lower, upper = np.full_like(vectors.q, -np.inf), np.full_like(vectors.q, np.inf)
+        lower[:, whole.lower_index] = vectors.lower
+        upper[:, whole.upper_index] = vectors.upper
+        shift = row_upper[:, self.with_ends].copy()
+        row_lower[:, self.with_ends], row_upper[:, self.with_ends] = lower[:, own:] + shift, upper[:, own:] + shift
+        q = np.array(vectors.q[:, :own], order="C")
+        lower, upper = np.ascontiguousarray(lower[:, :own]), np.ascontiguousarray(upper[:, :own])
+        return IntervalVectors(q, row_lower, row_upper, lower, upper, shift)
 
     def invert(self, point: IntervalPoint, vectors: IntervalVectors, A: FloatArray) -> Point:
-        slack = np.zeros_like(point.y)
-        if self.structure.m > self.zero:
-            slack = np.maximum(vectors.row_upper - self.structure.constraint.numpy_product(A, point.x), 0.0)
-            slack[:, : self.zero] = 0.0
-        return Point(*point, slack)
+        slack, structure = np.zeros_like(point.y), self.structure
+        x, y, z = point
+        if structure.m > self.zero:
+            values = structure.constraint.numpy_product(A[..., : structure.constraint.nnz], x)
+            slack = np.maximum(vectors.row_upper - values, 0.0)
+            slack[:, : self.with_ends.stop] = 0.0
+            if self.count:
+                x = np.concatenate([x, values[:, self.with_ends] - vectors.shift], axis=1)
+                z = np.concatenate([z, y[:, self.with_ends]], axis=1)
+        return Point(x, y, z, slack)
 
 
 class IntervalForm(Form):
     """``minimise ½ xᵀP x + qᵀx s.t. row_lower ≤ A x ≤ row_upper, lower ≤ x ≤ upper``: linear and quadratic programs.
 
-    Both ends of a row of the zero cone are b; a row of the nonnegative cone has the upper end b and no lower one.
+    Both ends of a row of the zero cone are b; a row of the nonnegative cone has the upper end b and no lower one.  Rows
+    with two ends of their own come in between.
 
     Attributes:
         m: number of rows.
@@ -328,9 +346,10 @@ class IntervalForm(Form):
 
     def __init__(self, matrices: Matrices) -> None:
         super().__init__(matrices)
-        structure = matrices.structure
+        structure: ConicStructure = self.frame.structure
+        self.n, self.structure = structure.n, structure
         self.m, self.zero, self.has_bounds = structure.m, structure.cones.zero, structure.has_bounds
-        self._values = matrices.A
+        self._values = matrices.A[: structure.constraint.nnz]
         self.bounded = self.frame.bounded
         self.size = self._values.size + self.P.size
 
@@ -342,3 +361,15 @@ class IntervalForm(Form):
     def dense_A(self) -> FloatArray:
         """(m, n), row by row."""
         return self.structure.constraint.dense_matrices(self._values[None])[0]
+
+
+class BoxFrame(IntervalFrame):
+    """The frame of :class:`BoxForm`."""
+
+    knows_ends: ClassVar[bool] = False
+
+
+class BoxForm(IntervalForm):
+    """:class:`IntervalForm` for a solver whose rows cannot lose both of their ends: their values are variables."""
+
+    frame_class: ClassVar[type[Frame]] = BoxFrame

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
-from lpgd.solvers.backends.forms import Form, IntervalForm, IntervalPoint, IntervalVectors
+from lpgd.solvers.backends.forms import BoxForm, Form, IntervalForm, IntervalPoint, IntervalVectors
 from lpgd.solvers.base import POLYHEDRAL, Capabilities
 from lpgd.status import Status
 
@@ -44,7 +44,8 @@ class PIQP(ElementwiseSolver):
     package: ClassVar[str] = "piqp"
     pip_name: ClassVar[str] = "piqp"
     finest_tolerance: ClassVar[float] = 1e-11
-    problem_form: ClassVar[type[Form]] = IntervalForm
+    # For good, PIQP makes a row zero that has no end once, and prints three lines of it (piqp 0.7.0).
+    problem_form: ClassVar[type[Form]] = BoxForm
     forgets: ClassVar[bool] = False  # an update scales the matrices anew, from what they were scaled to
     capabilities: ClassVar[Capabilities] = Capabilities(
         cones=POLYHEDRAL, quadratic=True, time_limit=False, releases_gil=False
