@@ -155,7 +155,8 @@ class _State(NamedTuple):
     above: Tensor
     weight: Tensor  # μ of the barrier
     penalty: Tensor  # of the defects
-    rough: Tensor  # the last search failed: the next step is Gauss and Newton's
+    rough: Tensor  # so many of the next steps are Gauss and Newton's
+    respite: Tensor  # so many there will be after the next short one of Newton's
 
 
 def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300) -> Trajectories:
@@ -177,7 +178,7 @@ def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300) -> T
     above = torch.where(high, weight[:, None, None] / (problem.upper - z), 0)
     nu = z.new_zeros(*z.shape[:2], z.shape[-1] - m)
     whole = Trajectories(z.clone(), nu.clone(), below.clone(), above.clone(), count + int(Status.ITERATION_LIMIT), count)
-    state = _State(z, nu, below, above, weight, ones.clone(), torch.zeros_like(ones, dtype=torch.bool))
+    state = _State(z, nu, below, above, weight, 1e-6 * ones, 0 * count, 2 + 0 * count)
     rows = torch.arange(len(z), device=z.device)
     tries = torch.zeros_like(count)
     least = eps**0.7
@@ -262,7 +263,7 @@ def _barrier_error(problem: ControlProblem, state: _State, expansion: Expansion)
 
 def _iterate(problem: ControlProblem, state: _State, expansion: Expansion) -> _State:
     """One step of the interior-point method."""
-    z, nu, below, above, weight, penalty, rough = state
+    z, nu, below, above, weight, penalty, rough, respite = state
     mu = weight[:, None, None]
     low, high = _slacks(problem, z)
     barrier = torch.where(torch.isfinite(high), mu / high, 0) - torch.where(torch.isfinite(low), mu / low, 0)
@@ -271,7 +272,8 @@ def _iterate(problem: ControlProblem, state: _State, expansion: Expansion) -> _S
     exact = problem.curvature(z, nu)
     curve = add_diagonal(exact, stiff)
     dz, new, factor = newton_step(curve, expansion, gradient, expansion.defect)
-    rest = (~factor.definite | rough).nonzero()[:, 0]
+    bold = factor.definite & (rough == 0)
+    rest = (~bold).nonzero()[:, 0]
     if len(rest):
         part = problem.select(rest)
         convex = add_diagonal(_convex(part.curvature(z[rest], None)), stiff[rest])
@@ -293,6 +295,10 @@ def _iterate(problem: ControlProblem, state: _State, expansion: Expansion) -> _S
     penalty = torch.where((violation > 0) & (needed > penalty), 1.5 * needed, penalty)
     fall = along - penalty * violation
     step, moved, fine = _search(problem, state._replace(penalty=penalty), expansion, curve, gradient, dz, reach, fall)
+    # A Hessian that is hardly definite makes long steps, of which little is right: then the costs' alone is better.
+    short = bold & ~(fine & (step >= 0.25 * reach))
+    rough = torch.where(short, respite, (rough - 1).clamp(min=0))
+    respite = torch.where(short, (2 * respite).clamp(max=16), torch.where(bold, 2, respite))
     dual = torch.where(fine, dual, step)
     z = z + moved
     nu = nu + step[:, None, None] * (new - nu)
@@ -301,7 +307,7 @@ def _iterate(problem: ControlProblem, state: _State, expansion: Expansion) -> _S
     wide = 1e10
     below = torch.where(torch.isfinite(low), torch.minimum(torch.maximum(below, mu / (wide * low)), wide * mu / low), 0)
     above = torch.where(torch.isfinite(high), torch.minimum(torch.maximum(above, mu / (wide * high)), wide * mu / high), 0)
-    return _State(z, nu, below, above, weight, penalty, ~fine)
+    return _State(z, nu, below, above, weight, penalty, rough, respite)
 
 
 def _longest(ratios: Tensor, tau: Tensor) -> Tensor:
