@@ -84,7 +84,7 @@ class OptimalControl(BaseNode):
     ndims: int | Sequence[int] = 1
     varying: Sequence[str] = ()
     guess: Function | None = None
-    iterations: int = 300
+    iterations: int = 500
 
     name = "optimal control"
     domain = "Here bounds and dynamics must leave a trajectory, and functions be finite at the guess."

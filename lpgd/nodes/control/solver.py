@@ -35,6 +35,8 @@ __all__ = ["Trajectories", "in_units", "minimise", "polish", "warm"]
 SHRINK = 0.2
 """The barrier's weight falls to this part of itself, or to its 1.5th power, once its problem is solved roughly."""
 
+DAMPINGS = 5
+"""So many dampings of an indefinite Hessian are tried before that of the costs alone."""
 TRIES = 8
 """So often the end is tried, ever closer to a stationary point; one that is no strict minimum is INACCURATE."""
 
@@ -155,8 +157,7 @@ class _State(NamedTuple):
     above: Tensor
     weight: Tensor  # μ of the barrier
     penalty: Tensor  # of the defects
-    rough: Tensor  # so many of the next steps are Gauss and Newton's
-    respite: Tensor  # so many there will be after the next short one of Newton's
+    damping: Tensor  # of the Hessian
 
 
 def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300) -> Trajectories:
@@ -178,7 +179,7 @@ def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300) -> T
     above = torch.where(high, weight[:, None, None] / (problem.upper - z), 0)
     nu = z.new_zeros(*z.shape[:2], z.shape[-1] - m)
     whole = Trajectories(z.clone(), nu.clone(), below.clone(), above.clone(), count + int(Status.ITERATION_LIMIT), count)
-    state = _State(z, nu, below, above, weight, 1e-6 * ones, 0 * count, 2 + 0 * count)
+    state = _State(z, nu, below, above, weight, 1e-6 * ones, 0 * ones)
     rows = torch.arange(len(z), device=z.device)
     tries = torch.zeros_like(count)
     least = eps**0.7
@@ -263,24 +264,14 @@ def _barrier_error(problem: ControlProblem, state: _State, expansion: Expansion)
 
 def _iterate(problem: ControlProblem, state: _State, expansion: Expansion) -> _State:
     """One step of the interior-point method."""
-    z, nu, below, above, weight, penalty, rough, respite = state
+    z, nu, below, above, weight, penalty, damping = state
     mu = weight[:, None, None]
     low, high = _slacks(problem, z)
     barrier = torch.where(torch.isfinite(high), mu / high, 0) - torch.where(torch.isfinite(low), mu / low, 0)
     stiff = below / low + above / high
     gradient = expansion.gradient + barrier
-    exact = problem.curvature(z, nu)
-    curve = add_diagonal(exact, stiff)
-    dz, new, factor = newton_step(curve, expansion, gradient, expansion.defect)
-    bold = factor.definite & (rough == 0)
-    rest = (~bold).nonzero()[:, 0]
-    if len(rest):
-        part = problem.select(rest)
-        convex = add_diagonal(_convex(part.curvature(z[rest], None)), stiff[rest])
-        own = Expansion(*(part[rest] for part in expansion))
-        dz[rest], new[rest], _ = newton_step(convex, own, gradient[rest], expansion.defect[rest])
-        for whole, part in zip(curve, convex, strict=True):
-            whole[rest] = part
+    exact = add_diagonal(problem.curvature(z, nu), stiff)
+    dz, new, curve, damping = _damped_step(problem, exact, expansion, gradient, stiff, damping, z)
     # To the boundary and no further.
     tau = torch.maximum(1 - weight, torch.full_like(weight, 0.99))
     reach = _longest(torch.cat([-dz / low, dz / high], 1), tau)
@@ -295,10 +286,10 @@ def _iterate(problem: ControlProblem, state: _State, expansion: Expansion) -> _S
     penalty = torch.where((violation > 0) & (needed > penalty), 1.5 * needed, penalty)
     fall = along - penalty * violation
     step, moved, fine = _search(problem, state._replace(penalty=penalty), expansion, curve, gradient, dz, reach, fall)
-    # A Hessian that is hardly definite makes long steps, of which little is right: then the costs' alone is better.
-    short = bold & ~(fine & (step >= 0.25 * reach))
-    rough = torch.where(short, respite, (rough - 1).clamp(min=0))
-    respite = torch.where(short, (2 * respite).clamp(max=16), torch.where(bold, 2, respite))
+    # A Hessian that is hardly definite makes long steps, of which little is right: damping shortens the next one.
+    short = ~(fine & (step >= 0.25 * reach))
+    damping = torch.where(short, torch.maximum(8 * damping, LEAST * damping.new_ones(())), damping / 3)
+    damping = torch.where(damping < LEAST, 0, damping)
     dual = torch.where(fine, dual, step)
     z = z + moved
     nu = nu + step[:, None, None] * (new - nu)
@@ -307,7 +298,43 @@ def _iterate(problem: ControlProblem, state: _State, expansion: Expansion) -> _S
     wide = 1e10
     below = torch.where(torch.isfinite(low), torch.minimum(torch.maximum(below, mu / (wide * low)), wide * mu / low), 0)
     above = torch.where(torch.isfinite(high), torch.minimum(torch.maximum(above, mu / (wide * high)), wide * mu / high), 0)
-    return _State(z, nu, below, above, weight, penalty, rough, respite)
+    return _State(z, nu, below, above, weight, penalty, damping)
+
+
+LEAST = 1e-6
+"""The least damping of a Hessian, in units in which the objective is of order one; then it is none."""
+
+
+def _damped_step(
+    problem: ControlProblem,
+    exact: Curvature,
+    expansion: Expansion,
+    gradient: Tensor,
+    stiff: Tensor,
+    damping: Tensor,
+    z: Tensor,
+) -> tuple[Tensor, Tensor, Curvature, Tensor]:
+    """The step dz, ν after it, the Hessian that made it, and the damping of it."""
+    curve = add_diagonal(exact, damping[:, None, None].expand_as(z))
+    dz, new, factor = newton_step(curve, expansion, gradient, expansion.defect)
+    rest = (~factor.definite).nonzero()[:, 0]
+    for _ in range(DAMPINGS):
+        if not len(rest):
+            break
+        damping[rest] = torch.maximum(8 * damping[rest], 100 * LEAST * damping.new_ones(()))
+        own = Expansion(*(part[rest] for part in expansion))
+        trial = add_diagonal(Curvature(*(part[rest] for part in exact)), damping[rest, None, None].expand_as(z[rest]))
+        dz[rest], new[rest], factor = newton_step(trial, own, gradient[rest], own.defect)
+        for whole, part in zip(curve, trial, strict=True):
+            whole[rest] = part
+        rest = rest[~factor.definite]
+    if len(rest):
+        part, own = problem.select(rest), Expansion(*(part[rest] for part in expansion))
+        costs = add_diagonal(_convex(part.curvature(z[rest], None)), stiff[rest])
+        dz[rest], new[rest], _ = newton_step(costs, own, gradient[rest], own.defect)
+        for whole, part in zip(curve, costs, strict=True):
+            whole[rest] = part
+    return dz, new, curve, damping
 
 
 def _longest(ratios: Tensor, tau: Tensor) -> Tensor:
