@@ -198,7 +198,8 @@ def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300) -> T
             state = state._replace(weight=weight)
         size = residual(problem, state.z, expansion, *state[1:4])
         enough = (10.0 ** (-4.0 - 2.0 * tries[rows].clamp(max=2))).clamp(min=eps**0.6)
-        ready = (size <= enough) & (state.weight <= 1e-4)
+        # Ready, too, is what the barrier has nothing more to say about.
+        ready = (size <= enough) & (state.weight <= 1e-4) | (state.weight <= least) & (error <= 10 * least)
         lost = ~torch.isfinite(size) | (state.z.abs().amax((-1, -2)) > 1e15) | (tries[rows] >= TRIES)
         if ready.any():
             near = ready.nonzero()[:, 0]
@@ -277,13 +278,15 @@ def _iterate(problem: ControlProblem, state: _State, expansion: Expansion) -> _S
     reach = _longest(torch.cat([-dz / low, dz / high], 1), tau)
     dbelow = torch.where(torch.isfinite(low), mu / low - below - below / low * dz, 0)
     dabove = torch.where(torch.isfinite(high), mu / high - above + above / high * dz, 0)
-    dual = _longest(torch.cat([-dbelow / below.clamp(min=1e-300), -dabove / above.clamp(min=1e-300)], 1), tau)
+    tiny = torch.finfo(z.dtype).tiny
+    dual = _longest(torch.cat([-dbelow / below.clamp(min=tiny), -dabove / above.clamp(min=tiny)], 1), tau)
     # The penalty makes the step one of descent of φ + penalty |defect|₁.
     violation = expansion.defect.abs().sum((-1, -2))
     along = (gradient * dz).sum((-1, -2))
     bend = (curve.times(dz) * dz).sum((-1, -2)).clamp(min=0)
     needed = (along + 0.5 * bend) / (0.9 * violation).clamp(min=torch.finfo(z.dtype).tiny)
-    penalty = torch.where((violation > 0) & (needed > penalty), 1.5 * needed, penalty)
+    rounding = 10 * torch.finfo(z.dtype).eps * expansion.defect[0].numel() * (1 + stacked([z]))
+    penalty = torch.where((violation > rounding) & (needed > penalty), 1.5 * needed, penalty)
     fall = along - penalty * violation
     step, moved, fine = _search(problem, state._replace(penalty=penalty), expansion, curve, gradient, dz, reach, fall)
     # A Hessian that is hardly definite makes long steps, of which little is right: damping shortens the next one.
@@ -340,7 +343,7 @@ def _damped_step(
 def _longest(ratios: Tensor, tau: Tensor) -> Tensor:
     """(B,) the longest step, at most 1, along which no slack falls by more than the part τ of it."""
     most = torch.where(torch.isfinite(ratios), ratios, 0).amax((-1, -2))
-    return torch.minimum(torch.ones_like(tau), tau / most.clamp(min=1e-300))
+    return torch.minimum(torch.ones_like(tau), tau / most.clamp(min=torch.finfo(tau.dtype).tiny))
 
 
 def _convex(curve: Curvature) -> Curvature:
