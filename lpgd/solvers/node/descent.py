@@ -186,7 +186,7 @@ def newton(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max
         bad = bad | ~torch.isfinite(hessian).all(-1).all(-1)
         if bad.any():
             hessian = torch.where(bad[:, None, None], 0, hessian)
-        direction, curved, lowest, curvature = _newton_direction(hessian, run.slope)
+        direction, curved, lowest, curvature = _newton_direction(hessian, run.slope, _size(run.x))
         scale = torch.maximum(scale, (hessian @ run.x[..., None]).abs().sum(-1).amax(-1))
         eps = torch.finfo(x.dtype).eps
         moved = run.leave_saddles(lowest, torch.where(~bad & (size <= eps**0.5 * scale), curvature, 0))
@@ -218,10 +218,24 @@ def _ends(mask: Tensor, status: Status) -> Tensor:
     return torch.where(mask, int(status), int(Status.SOLVED))
 
 
-def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _size(x: Tensor) -> Tensor:
+    """(B,) the largest entry, or 1 where there is none."""
+    size = x.abs().amax(-1)
+    return torch.where(size > 0, size, 1)
+
+
+def _newton_direction(hessian: Tensor, slope: Tensor, reach: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A direction of descent, (B, n), and (B,) where the Hessian is positive definite.
 
     Where it is not even semidefinite: also the direction of its most negative curvature (B, n), and that (B,), else 0.
+
+    Flat and negative directions are damped by ``|∇f| / reach``.  A function of the direction of x alone has, along x
+    itself, a curvature of -γ²/s beside γ = |∇f| and s across it: turned around, it would ask for a step of the length of x
+    towards zero, however near the minimum is.  So damped it asks for γ/s of that, and convergence stays quadratic.
+
+    Args:
+        hessian, slope: (B, n, n) and (B, n).
+        reach: (B,) the size of x.
     """
     # Equilibrated: near the end of a domain, as of logarithms, curvatures differ by many orders of magnitude, and a
     # direction with little of it must not be damped by that of another.
@@ -242,6 +256,8 @@ def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, T
         values, vectors = linalg.eigh(0.5 * (hessian[rest] + hessian[rest].mT))
         sizes = values.abs()
         top = sizes.amax(-1, keepdim=True)
+        small = weight[rest].amin(-1) * torch.linalg.vector_norm(slope[rest], dim=-1) / reach[rest]
+        sizes = torch.where(values < eps**0.25 * top, torch.maximum(sizes, small[:, None]), sizes)
         sizes = torch.where(top > 0, torch.maximum(sizes, 10 * eps**0.5 * top), 1)
         along = (vectors.mT @ slope[rest][..., None])[..., 0]
         direction[rest] = -(vectors @ (along / sizes)[..., None])[..., 0]
