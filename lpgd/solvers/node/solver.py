@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -23,9 +24,11 @@ from lpgd.problems.node.structure import NodePoint
 from lpgd.problems.solution import Rows
 from lpgd.solvers.base import Solver
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
-from lpgd.solvers.node.constrained import is_minimiser, method_of_multipliers, polish, warm_point
+from lpgd.solvers.node.constrained import Minimise, is_minimiser, method_of_multipliers, polish, warm_point
 from lpgd.solvers.node.descent import Descent, lbfgs, newton
 from lpgd.solvers.node.scipy_minimise import scipy_minimise
+from lpgd.solvers.node.sparse import Sparsity, find_sparsity
+from lpgd.solvers.node.sparse_newton import sparse_newton
 from lpgd.status import Status, warn
 
 __all__ = ["Algorithm", "NodeSolver"]
@@ -147,14 +150,18 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
         return _from_codes(problem, torch.where(near[:, None], point.x, x), status, iterations + more)
 
     def _constrained(self, problem: NodeProblem, x: Tensor, known: bool) -> NodeAnswer:
+        sparsity = self._sparsity(problem, x)
+        minimise: Minimise = (
+            self._minimise if sparsity is None else functools.partial(self._minimise_sparse, sparsity=sparsity)
+        )
         if not known:
-            point, status, iterations = method_of_multipliers(problem, x, self._minimise)
-            return _from_codes(problem, point.x, status, iterations, point.nu, point.lam)
-        point, status, iterations = polish(problem, warm_point(problem, x))
-        fine = (status == int(Status.SOLVED)) & is_minimiser(problem, point)
+            found = method_of_multipliers(problem, x, minimise, sparsity=sparsity)
+            return _from_codes(problem, found.point.x, found.status, found.iterations, found.point.nu, found.point.lam)
+        point, status, iterations = polish(problem, warm_point(problem, x), sparsity=sparsity)
+        fine = (status == int(Status.SOLVED)) & is_minimiser(problem, point, sparsity)
         rest = rows_where(~fine)
         if len(rest):
-            again = method_of_multipliers(problem.select(rest), x[rest], self._minimise)
+            again = method_of_multipliers(problem.select(rest), x[rest], minimise, sparsity=sparsity)
             for own, new in zip(point, again.point, strict=True):
                 own[rest] = new
             status[rest] = again.status
@@ -166,8 +173,21 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
             return newton(function, x, self.tolerance, self.max_iterations or 200)
         return lbfgs(function, x, self.tolerance, self.max_iterations or 2000)
 
+    def _minimise_sparse(self, function: AugmentedLagrangian, x: Tensor, *, sparsity: Sparsity) -> Descent:
+        if function.nu is None:
+            return self._minimise(function, x)
+        return sparse_newton(function, x, sparsity, self.tolerance, self.max_iterations or 200)
+
     def _is_newton(self, x: Tensor) -> bool:
-        return self.algorithm == "newton" or (self.algorithm == "own" and x.shape[-1] <= NEWTON_LIMIT)
+        few = x.shape[-1] <= NEWTON_LIMIT
+        return self.algorithm == "newton" or (self.algorithm == "own" and few)
+
+    def _sparsity(self, problem: NodeProblem, x: Tensor) -> Sparsity | None:
+        """The patterns of the matrices of many variables, where they have few entries."""
+        if x.shape[-1] <= NEWTON_LIMIT or self.algorithm == "lbfgs" or not problem.batch_size:
+            return None
+        h, g = problem.constraints(x)
+        return find_sparsity(problem, NodePoint(x, torch.zeros_like(h), torch.zeros_like(g)))
 
     def _solution(self, problem: NodeProblem, answer: NodeAnswer, seconds: float) -> NodeSolution:
         size = problem.batch_size
