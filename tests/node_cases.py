@@ -142,9 +142,7 @@ def _swings(seed: int) -> tuple[Tensor, ...]:
 
 
 NODES = {
-    "control": NodeCase(
-        lpgd.nodes.OptimalControl(pendulum, effort, miss, horizon=5, controls=1, ndims=0), _swings
-    ),
+    "control": NodeCase(lpgd.nodes.OptimalControl(pendulum, effort, miss, horizon=5, controls=1, ndims=0), _swings),
     "control, controls and states in bounds": NodeCase(
         lpgd.nodes.OptimalControl(
             pendulum,

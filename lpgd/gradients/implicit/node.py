@@ -88,7 +88,11 @@ def _sparsity(method: Any, problem: NodeProblem, point: NodePoint) -> Sparsity |
 
 
 def _drop_touching(
-    method: Any, problem: NodeProblem, point: NodePoint, tilt: NodePoint, found: tuple[NodePoint, Tensor, Tensor, Tensor]
+    method: Any,
+    problem: NodeProblem,
+    point: NodePoint,
+    tilt: NodePoint,
+    found: tuple[NodePoint, Tensor, Tensor, Tensor],
 ) -> None:
     """Leave out inequalities with a multiplier of zero where, with them, constraints depend on each other.
 

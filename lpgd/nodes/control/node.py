@@ -255,9 +255,7 @@ class OptimalControl(BaseNode):
             return tuple(torch.zeros_like(own) for own in inputs)
         return self._vjp(inputs, y, cotangent, aux)
 
-    def differentiable_vjp(
-        self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor
-    ) -> tuple[Tensor, ...] | None:
+    def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor, ...] | None:
         return self._vjp(inputs, y, cotangent, None)
 
     def _vjp(
@@ -324,8 +322,11 @@ class OptimalControl(BaseNode):
             bounds = getattr(self, role)
             pair = (-torch.inf, torch.inf) if bounds is None else bounds
             if callable(pair):
+
                 def own(*row: Tensor, pair: Any = pair, width: int = width) -> tuple[Tensor, ...]:
-                    return tuple(torch.as_tensor(part, dtype=state.dtype).expand(self.horizon, width) for part in pair(*row))
+                    return tuple(
+                        torch.as_tensor(part, dtype=state.dtype).expand(self.horizon, width) for part in pair(*row)
+                    )
 
                 found = torch.func.vmap(own)(*parameters) if parameters else own()
             else:

@@ -70,7 +70,9 @@ def in_units(problem: ControlProblem, z: Tensor) -> ControlProblem:
     return dataclasses.replace(problem, unit=size.log2().round().exp2())
 
 
-def residual(problem: ControlProblem, z: Tensor, expansion: Expansion, nu: Tensor, below: Tensor, above: Tensor) -> Tensor:
+def residual(
+    problem: ControlProblem, z: Tensor, expansion: Expansion, nu: Tensor, below: Tensor, above: Tensor
+) -> Tensor:
     """(B,) of the optimality conditions, relative to their terms."""
     forces = expansion.pulled(nu)
     slope = expansion.gradient + forces - below + above
@@ -96,7 +98,9 @@ def polish(problem: ControlProblem, start: Trajectories, max_iterations: int = 3
         held = Held.of(low | high, m)
         target = torch.where(low, problem.lower - z, torch.where(high, problem.upper - z, 0))
         gradient = expansion.gradient + expansion.pulled(nu)
-        dz, turn, force, definite = respond(problem.curvature(z, nu), expansion, gradient, expansion.defect, held, target)
+        dz, turn, force, definite = respond(
+            problem.curvature(z, nu), expansion, gradient, expansion.defect, held, target
+        )
         z, nu = z + dz, nu + turn
         z = torch.where(low, problem.lower, torch.where(high, problem.upper, z))
         below, above = torch.where(low, -force, 0), torch.where(high & ~low, force, 0)
@@ -178,7 +182,9 @@ def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300) -> T
     below = torch.where(low, weight[:, None, None] / (z - problem.lower), 0)
     above = torch.where(high, weight[:, None, None] / (problem.upper - z), 0)
     nu = z.new_zeros(*z.shape[:2], z.shape[-1] - m)
-    whole = Trajectories(z.clone(), nu.clone(), below.clone(), above.clone(), count + int(Status.ITERATION_LIMIT), count)
+    whole = Trajectories(
+        z.clone(), nu.clone(), below.clone(), above.clone(), count + int(Status.ITERATION_LIMIT), count
+    )
     state = _State(z, nu, below, above, weight, 1e-6 * ones, 0 * ones)
     rows = torch.arange(len(z), device=z.device)
     tries = torch.zeros_like(count)
@@ -300,7 +306,9 @@ def _iterate(problem: ControlProblem, state: _State, expansion: Expansion) -> _S
     low, high = _slacks(problem, z)
     wide = 1e10
     below = torch.where(torch.isfinite(low), torch.minimum(torch.maximum(below, mu / (wide * low)), wide * mu / low), 0)
-    above = torch.where(torch.isfinite(high), torch.minimum(torch.maximum(above, mu / (wide * high)), wide * mu / high), 0)
+    above = torch.where(
+        torch.isfinite(high), torch.minimum(torch.maximum(above, mu / (wide * high)), wide * mu / high), 0
+    )
     return _State(z, nu, below, above, weight, penalty, damping)
 
 

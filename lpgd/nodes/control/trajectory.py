@@ -47,7 +47,9 @@ class Expansion(NamedTuple):
 
     def pulled(self, nu: Tensor) -> Tensor:
         """``Jᵀν`` in z."""
-        return _to_z(times(self.step.mT, nu), torch.zeros_like(nu[:, 0])) - pad(nu, (self.gradient.shape[-1] - nu.shape[-1], 0))
+        return _to_z(times(self.step.mT, nu), torch.zeros_like(nu[:, 0])) - pad(
+            nu, (self.gradient.shape[-1] - nu.shape[-1], 0)
+        )
 
     def moved(self, dz: Tensor) -> Tensor:
         """``J dz``, (B, T, n)."""
@@ -148,7 +150,9 @@ class ControlProblem:
 
     def defect(self, z: Tensor) -> Tensor:
         """(B, T, n)."""
-        return self.functions.following(self.stages(z)[0], self.parameters) - z[..., z.shape[-1] - self.start.shape[-1] :]
+        return (
+            self.functions.following(self.stages(z)[0], self.parameters) - z[..., z.shape[-1] - self.start.shape[-1] :]
+        )
 
     def expand(self, z: Tensor) -> Expansion:
         slopes = self.functions.slopes(*self.stages(z), self.parameters)
@@ -242,7 +246,9 @@ def respond(
             left = gradient + curve.times(dz) + expansion.pulled(nu) + force
             gap, miss = defect + expansion.moved(dz), (dz - target) * held.mask
             worst = torch.stack([own.detach().abs().amax((-1, -2)) for own in (left, gap, miss)]).amax(0)
-            settled = ~(worst < 0.5 * best) & (worst <= 1e3 * eps * torch.maximum(scale, nu.detach().abs().amax((-1, -2))))
+            settled = ~(worst < 0.5 * best) & (
+                worst <= 1e3 * eps * torch.maximum(scale, nu.detach().abs().amax((-1, -2)))
+            )
             best = torch.minimum(best, torch.where(torch.isnan(worst), torch.inf, worst))
             if bool((settled | (worst == 0) | ~factor.definite).all()):
                 break

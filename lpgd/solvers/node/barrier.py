@@ -17,7 +17,7 @@ from torch import Tensor
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.structure import NodePoint
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
-from lpgd.solvers.node.constrained import ConstrainedResult, method_of_multipliers
+from lpgd.solvers.node.constrained import ConstrainedResult, is_minimiser, method_of_multipliers, polish, warm_point
 from lpgd.solvers.node.descent import Descent
 from lpgd.status import Status
 
@@ -93,7 +93,17 @@ def _minimise_one(
     problem: NodeProblem, x: Tensor, minimise: Callable[[AugmentedLagrangian, Tensor], Descent]
 ) -> ConstrainedResult:
     if problem.constraints(x)[0].shape[-1]:
-        return method_of_multipliers(problem, x, minimise)
+        # Newton's method from the last weight's minimiser, where it stays inside and ends in a minimum.
+        near = polish(problem, warm_point(problem, x))
+        inside = torch.isfinite(problem.objective(near.point.x))
+        fine = (near.status == int(Status.SOLVED)) & inside & is_minimiser(problem, near.point)
+        rest = (~fine).nonzero()[:, 0]
+        if len(rest):
+            again = method_of_multipliers(problem.select(rest.tolist()), x[rest], minimise)
+            for own, new in zip(near.point, again.point, strict=True):
+                own[rest] = new
+            near.status[rest], near.iterations[rest] = again.status, near.iterations[rest] + again.iterations
+        return near
     found = minimise(AugmentedLagrangian(problem), x)
     nothing = x.new_zeros(len(x), 0)
     return ConstrainedResult(NodePoint(found.x, nothing, nothing), found.status, found.iterations)
@@ -108,4 +118,3 @@ def _inside(problem: NodeProblem, x: Tensor, minimise: Callable[[AugmentedLagran
         moved = minimise(_Outside(problem.select(rest.tolist()), margin=margin), x[rest]).x
         x = x.index_copy(0, rest, torch.where(torch.isfinite(moved), moved, x[rest]))
     return x
-

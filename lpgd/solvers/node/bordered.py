@@ -102,9 +102,7 @@ def _whole(
     return _dense(hessian, problem.jacobian(x), keep, right, corner)
 
 
-def _sparse(
-    values: Factors, keep: Tensor, right: Tensor, damping: Tensor, corner: Tensor
-) -> tuple[Tensor, Tensor]:
+def _sparse(values: Factors, keep: Tensor, right: Tensor, damping: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
     """The same by a sparse factorisation of each element's system; one that is not regular is not exact."""
     from scipy.sparse import identity
 
@@ -122,9 +120,7 @@ def _sparse(
     return torch.as_tensor(answers).to(right), torch.as_tensor(exact).to(right.device)
 
 
-def _dense(
-    hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor, corner: Tensor
-) -> tuple[Tensor, Tensor]:
+def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
     """Answers (B, n + m), and (B,) whether they are those of a regular system."""
     n, eps = hessian.shape[-1], torch.finfo(hessian.dtype).eps
     jacobian = jacobian * keep[..., None]

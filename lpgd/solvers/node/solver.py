@@ -304,4 +304,6 @@ def _spread(problem: NodeProblem, solution: NodeSolution, rows: Tensor) -> NodeS
         aux = type(aux)(*parts) if hasattr(aux, "_fields") else tuple(parts)
     own = (solution.nu, solution.lam)
     nu, lam = (part if part is None else spread(part, 0) for part in own)
-    return NodeSolution(problem, x, tuple(statuses), iterations, np.zeros(size), seconds, Rows(x), aux, nu, lam, solution.barrier)
+    return NodeSolution(
+        problem, x, tuple(statuses), iterations, np.zeros(size), seconds, Rows(x), aux, nu, lam, solution.barrier
+    )

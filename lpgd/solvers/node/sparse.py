@@ -174,9 +174,7 @@ def read_matrices(problem: NodeProblem, point: NodePoint, sparsity: Sparsity) ->
     return Factors(sparsity, values[0], values[1])
 
 
-def solve_quasidefinite(
-    hessian: Any, jacobian: Any, weight: FloatArray, right: FloatArray
-) -> FloatArray | None:
+def solve_quasidefinite(hessian: Any, jacobian: Any, weight: FloatArray, right: FloatArray) -> FloatArray | None:
     """The x of ``(H + Jᵀ diag(weight) J) x = right``; None where that matrix is not positive definite."""
     from scipy.sparse import bmat, diags
 
@@ -231,7 +229,9 @@ def solve_bordered(hessian: Any, jacobian: Any, right: FloatArray, corner: Float
     answer += factor.solve(target - scaled @ answer)
     left = np.abs(target - scaled @ answer).max(initial=0.0)
     eps = np.finfo(np.float64).eps
-    regular = bool(np.linalg.norm(factor.solve(probe)) < 1e-3 / eps and left <= eps**0.6 * max(np.abs(target).max(), 1e-300))
+    regular = bool(
+        np.linalg.norm(factor.solve(probe)) < 1e-3 / eps and left <= eps**0.6 * max(np.abs(target).max(), 1e-300)
+    )
     return weight * answer, regular
 
 

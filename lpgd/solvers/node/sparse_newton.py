@@ -83,7 +83,9 @@ def _directions(run: Run, sparsity: Sparsity, damping: Tensor) -> tuple[Tensor, 
     return torch.as_tensor(answers).to(x), torch.as_tensor(known).to(damping), torch.as_tensor(curved).to(x.device)
 
 
-def _damped(hessian: Any, jacobian: Any, weight: FloatArray, right: FloatArray, last: float) -> tuple[FloatArray, float]:
+def _damped(
+    hessian: Any, jacobian: Any, weight: FloatArray, right: FloatArray, last: float
+) -> tuple[FloatArray, float]:
     """The answer with the least δ that makes the matrix positive definite, starting from what the last step needed."""
     from scipy.sparse import identity
 
