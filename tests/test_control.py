@@ -61,7 +61,7 @@ def as_qp(x0, horizon, control_bounds=None, state_bounds=None):
 def _sparse(matrix):
     own = matrix.tocoo()
     index = torch.as_tensor([own.row.tolist(), own.col.tolist()])
-    return torch.sparse_coo_tensor(index, torch.as_tensor(own.data), own.shape).coalesce()
+    return torch.sparse_coo_tensor(index, torch.as_tensor(own.data), own.shape, check_invariants=True).coalesce()
 
 
 def test_the_recursion_solves_the_whole_system():

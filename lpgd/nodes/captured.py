@@ -35,6 +35,7 @@ def captured_tensors(function: Any) -> Iterator[str]:
 
 
 def requiring_tensors(name: str, value: Any) -> Iterator[str]:
+    """Names of the tensors in a value, itself called ``name``, that require a gradient."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             yield name

@@ -18,7 +18,7 @@ from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
 from lpgd.nodes.captured import captured_tensors
 from lpgd.nodes.control.functions import Function, Functions
 from lpgd.nodes.control.solver import Trajectories, in_units, minimise, polish, warm
-from lpgd.nodes.control.trajectory import ControlProblem, Curvature, Expansion, Held, add_diagonal, multipliers, respond
+from lpgd.nodes.control.trajectory import ControlProblem, Expansion, Held, multipliers, respond
 from lpgd.status import Status
 
 __all__ = ["Bounds", "OptimalControl"]
@@ -48,9 +48,9 @@ class OptimalControl(BaseNode):
     recursion solves them in time linear in T, forward and backward.
 
     Forward: sequential quadratic programming with an interior-point method for the bounds
-    (:mod:`lpgd.nodes.control.solver`).  It finds a local minimum; the factor of its last system proves that it is a strict
-    one.  Backward: the same recursion once, with the active bounds held, exact for nonlinear dynamics as well.  LPGD's
-    problems are trajectories with ``τ <g, y> + (ρ/2)|y - y*|²`` as further stage costs.
+    (:mod:`lpgd.nodes.control.solver`).  It finds a local minimum; the factor of its last system proves that it is a
+    strict one.  Backward: the same recursion once, with the active bounds held, exact for nonlinear dynamics as
+    well.  LPGD's problems are trajectories with ``τ <g, y> + (ρ/2)|y - y*|²`` as further stage costs.
     Multipliers (``info.solution.point``): ν are the costates, T n of them, stage by stage.
 
     Args:
@@ -65,7 +65,8 @@ class OptimalControl(BaseNode):
         ndims: how many dimensions the parameters have for one element, one number for each or one for all.
         varying: names of parameters with T + 1 rows in front: one for each stage, and one for the final cost.  Their
             ``ndims`` count that dimension.
-        guess: ``guess(state, *parameters)``, (T, m + n), where the solver starts, without following the dynamics if need
+        guess: ``guess(state, *parameters)``, (T, m + n), where the solver starts, without following the dynamics if
+            need
             be; None: controls of zero, and the state held.
         iterations: of an element, at most.
 
@@ -156,7 +157,8 @@ class OptimalControl(BaseNode):
         shapes = zip(inputs, self.inputs.values(), strict=True)
         if not torch.is_grad_enabled() or not all(own.ndim >= ndim and own.numel() for own, ndim in shapes):
             return inputs
-        state, *parameters = (own.detach()[(0,) * (own.ndim - ndim)] for own, ndim in zip(inputs, self.inputs.values()))
+        pairs = zip(inputs, self.inputs.values(), strict=True)
+        state, *parameters = (own.detach()[(0,) * (own.ndim - ndim)] for own, ndim in pairs)
         varies = [name in self.varying for name in self._parameters]
         row = [own[0] if moves else own for own, moves in zip(parameters, varies, strict=True)]
         control = state.new_zeros(self.controls)

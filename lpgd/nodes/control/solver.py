@@ -1,9 +1,10 @@
 """Trajectories by sequential quadratic programming: an interior-point method for the bounds, ended on the active set.
 
 Every iteration is one Riccati recursion (:mod:`lpgd.nodes.control.riccati`).  States are variables, joined to the
-dynamics by multipliers, so that all stages are evaluated at once, starts need not follow the dynamics, and unstable ones
-do no harm.  The Hessian is that of the Lagrangian where it is positive definite along the dynamics; elsewhere it is that
-of the costs alone, the Gauss-Newton one, its stages without their negative curvature.  An exact penalty decides on steps.
+dynamics by multipliers, so that all stages are evaluated at once, starts need not follow the dynamics, and unstable
+ones do no harm.  The Hessian is that of the Lagrangian where it is positive definite along the dynamics; elsewhere it is
+damped, or that of the costs alone, the Gauss-Newton one, its stages without their negative curvature.  An exact penalty
+decides on steps.
 
 The end is Newton's method on the optimality conditions with active bounds held, from multipliers that say which: it
 converges quadratically, and its factor says whether the solution is a strict minimum.  A warm start begins there.
@@ -192,8 +193,8 @@ def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300) -> T
     for _ in range(max_iterations):
         expansion = problem.expand(state.z)
         # The barrier's weight falls where its own problem is solved well enough for it.
+        error = _barrier_error(problem, state, expansion)
         for _ in range(20):
-            error = _barrier_error(problem, state, expansion)
             weight = torch.where(
                 (error <= 10 * state.weight) & (state.weight > least),
                 torch.minimum(SHRINK * state.weight, state.weight**1.5).clamp(min=least),
@@ -202,6 +203,7 @@ def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300) -> T
             if bool((weight == state.weight).all()):
                 break
             state = state._replace(weight=weight)
+            error = _barrier_error(problem, state, expansion)
         size = residual(problem, state.z, expansion, *state[1:4])
         enough = (10.0 ** (-4.0 - 2.0 * tries[rows].clamp(max=2))).clamp(min=eps**0.6)
         # Ready, too, is what the barrier has nothing more to say about.
@@ -210,7 +212,10 @@ def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300) -> T
         if ready.any():
             near = ready.nonzero()[:, 0]
             tries[rows[near]] += 1
-            start = Trajectories(*(part[near] for part in state[:4]), count[near], torch.zeros_like(count[near]))
+            zero = torch.zeros_like(near)
+            start = Trajectories(
+                state.z[near], state.nu[near], state.below[near], state.above[near], zero, zero.clone()
+            )
             found = polish(problem.select(near), start)
             count[rows[near]] += found.iterations
             close = stacked([found.z - start.z]) <= 0.1 * (1 + stacked([start.z]))
@@ -228,7 +233,10 @@ def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300) -> T
                 own[rows[lost & ~ready]] = part[lost & ~ready]
             left = (~ended).nonzero()[:, 0]
             rows, problem = rows[left], problem.select(left)
-            state, expansion = (type(own)(*(part[left] for part in own)) for own in (state, expansion))
+            state, expansion = (
+                _State(*(part[left] for part in state)),
+                Expansion(*(part[left] for part in expansion)),
+            )
             if not len(rows):
                 break
         count[rows] += 1

@@ -188,7 +188,7 @@ class ControlProblem:
 def newton_step(
     curve: Curvature, expansion: Expansion, gradient: Tensor, defect: Tensor
 ) -> tuple[Tensor, Tensor, Factor]:
-    """dz and the multipliers ν after it, of the quadratic model with this gradient and defect, and the factor."""
+    """Dz and the multipliers ν after it, of the quadratic model with this gradient and defect, and the factor."""
     factor = _factor(curve, expansion.step, None)
     return *_solve(factor, gradient, defect), factor
 
@@ -216,7 +216,7 @@ def respond(
     held: Held,
     target: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The system of the optimality conditions with held entries:
+    """The system of the optimality conditions with held entries.
 
         H dz + Jᵀ dν + φ = -gradient,   J dz = -defect,   dz = target and φ free where held, φ = 0 elsewhere.
 

@@ -1,7 +1,7 @@
-"""The logarithmic barrier ([LEC] 2.10.5): minimisers of ``f - μ Σ log(-g)  s.t.  h = 0``, smooth in the inputs ([LEC] 3.9).
+"""The logarithmic barrier ([LEC] 2.10.5, 3.9): minimisers of ``f - μ Σ log(-g)  s.t.  h = 0``, smooth in the inputs.
 
-Their multipliers ``λ = μ / -g`` satisfy the optimality conditions of the problem itself but for ``-λ g = μ``, and the duality
-gap is r μ.  The point is moved off the inequalities, and its derivative is defined where that of the solution has a kink.
+Their multipliers ``λ = μ / -g`` satisfy the optimality conditions of the problem itself but for ``-λ g = μ``, and the
+duality gap is r μ.  Its derivative exists where that of the solution has a kink.
 
 [LEC] Gould, Lecture Notes on Differentiable Optimisation in Deep Learning.
 """

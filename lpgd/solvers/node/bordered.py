@@ -61,7 +61,7 @@ def bordered_response(
         active: (B, r) which rows of g count.
         rho: ρ ≥ 0, added to the Hessian.
         matrix_free: by products with the system only (MINRES); None: where matrices are large.
-        sparsity: patterns of the matrices, where there are few entries (:func:`~lpgd.solvers.node.sparse.find_sparsity`).
+        sparsity: patterns of the matrices, where entries are few (:func:`~lpgd.solvers.node.sparse.find_sparsity`).
         corner: (B, p + r) what stands in the place of the zero block, times -1: of barriers ``-g/λ``; None is zero.
     """
     x, n, p = point.x, point.x.shape[-1], point.nu.shape[-1]

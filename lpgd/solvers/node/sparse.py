@@ -2,11 +2,11 @@
 
 Where a Hessian has few entries in a row, as in control, networks and grids, a few products with it tell all of them:
 columns that share no row have one colour, and one product reads all columns of a colour (Curtis, Powell and Reid 1974).
-The pattern is that of the derivatives at a point like any other near the start; as it may differ elsewhere (of pieces), what
-is read is compared with one more product, and where it does not fit, matrices are dense after all.
+The pattern is that of the derivatives at a point like any other near the start; as it may differ elsewhere (of pieces),
+what is read is compared with one more product, and where it does not fit, matrices are dense after all.
 
-Systems are factorised without pivots off the diagonal where their inertia is asked for: the signs of the pivots are those
-of the eigenvalues (Sylvester), and tell whether a Hessian is positive definite along the constraints.
+Systems are factorised without pivots off the diagonal where their inertia is asked for: the signs of the pivots
+are those of the eigenvalues (Sylvester), and tell whether a Hessian is positive definite along the constraints.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def read_matrices(problem: NodeProblem, point: NodePoint, sparsity: Sparsity) ->
         seeds[pattern.colour, np.arange(len(pattern.colour))] = 1.0
         probe = np.random.default_rng(1).standard_normal(len(pattern.colour))
         known = torch.as_tensor(np.vstack([seeds, probe])).to(point.x)
-        size = len(point.x)
-        images = torch.func.vmap(lambda seed, pull=pull: pull(seed.expand(size, -1)))(known)
+        size = point.x.shape[0]
+        images = torch.func.vmap(lambda seed, pull=pull, size=size: pull(seed.expand(size, -1)))(known)
         numbers = images.detach().cpu().double().numpy()
         own = numbers[pattern.colour[pattern.rows], :, pattern.columns].T  # (B, entries)
         image, sizes = np.zeros((size, point.x.shape[-1])), np.zeros((size, point.x.shape[-1]))
