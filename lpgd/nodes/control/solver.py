@@ -1,9 +1,9 @@
 """Trajectories by sequential quadratic programming: an interior-point method for the bounds, ended on the active set.
 
 Every iteration is one Riccati recursion (:mod:`lpgd.nodes.control.riccati`).  States are variables, joined to the
-dynamics by multipliers, so that all stages are evaluated at once, starts need not follow the dynamics, and unstable
-ones do no harm.  The Hessian is that of the Lagrangian where it is positive definite along the dynamics; elsewhere it is
-damped, or that of the costs alone, the Gauss-Newton one, its stages without their negative curvature.  An exact penalty
+dynamics by multipliers: all stages are evaluated at once, starts need not follow the dynamics, and unstable ones do no
+harm.  The Hessian is that of the Lagrangian where it is positive definite along the dynamics; elsewhere it is damped,
+or that of the costs alone, the Gauss-Newton one, its stages without their negative curvature.  An exact penalty
 decides on steps.
 
 The end is Newton's method on the optimality conditions with active bounds held, from multipliers that say which: it

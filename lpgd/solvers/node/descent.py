@@ -235,9 +235,8 @@ def _newton_direction(hessian: Tensor, slope: Tensor, reach: Tensor) -> tuple[Te
     Where it is not even semidefinite: also the direction of its most negative curvature (B, n), and that (B,), else 0.
 
     Flat and negative directions are damped by ``|∇f| / reach``.  A function of the direction of x alone has, along x
-    itself, a curvature of -γ²/s beside γ = |∇f| and s across it: turned around, it would ask for a step of the length of x
-    towards zero, however near the minimum is.  So damped it asks for γ/s of that,
-    and convergence stays quadratic.
+    itself, a curvature of -γ²/s beside γ = |∇f| and s across it: turned around, it would ask for a step of the length
+    of x towards zero, however near the minimum is.  So damped it asks for γ/s of that, and convergence stays quadratic.
 
     Args:
         hessian, slope: (B, n, n) and (B, n).

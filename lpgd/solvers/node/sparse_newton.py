@@ -23,8 +23,8 @@ def sparse_newton(
     """:func:`~lpgd.solvers.node.descent.newton` by sparse matrices; where patterns do not hold, by that itself.
 
     The Hessian of the augmented Lagrangian is ``∇²L + c Jᵀ J`` at the multipliers ``ν + c h`` and ``max(0, λ + c g)``,
-    J of the rows with a multiplier.  It is not formed, as one long row would fill it: the system of ``∇²L + δI`` bordered
-    by J and ``-I/c`` has the same answer.  δ > 0 makes it positive definite where it is not.
+    J of the rows with a multiplier.  It is not formed, as one long row would fill it: the system of ``∇²L + δI``
+    bordered by J and ``-I/c`` has the same answer.  δ > 0 makes it positive definite where it is not.
     """
     run = Run(function, x, tolerance)
     run.leave_symmetry()
