@@ -41,6 +41,7 @@ COMPARISONS = (
     "nodes_transport",
     "nodes_eigen",
     "nodes_backward",
+    "nodes_control",
 )
 
 

@@ -124,7 +124,38 @@ def positive(m: int, batch: int = 3) -> Callable[[int], tuple[Tensor, ...]]:
     return lambda seed: (random(seed, batch, m, m).abs() + 0.1,)
 
 
+def pendulum(x: Tensor, u: Tensor, length: Tensor, target: Tensor) -> Tensor:
+    return torch.stack([x[0] + 0.1 * x[1], x[1] + 0.1 * (u[0] - 9.81 / length * torch.sin(x[0]))])
+
+
+def effort(x: Tensor, u: Tensor, length: Tensor, target: Tensor) -> Tensor:
+    return 0.01 * u.square().sum() + 0.1 * (1 - torch.cos(x[0] - target)) + 0.01 * x[1] ** 2
+
+
+def miss(x: Tensor, length: Tensor, target: Tensor) -> Tensor:
+    return 2.0 * (x[0] - target) ** 2 + 0.2 * x[1] ** 2
+
+
+def _swings(seed: int) -> tuple[Tensor, ...]:
+    length = torch.tensor([0.8, 1.0, 1.3], dtype=torch.float64)
+    return 0.2 * random(seed, 3, 2), length, torch.tensor([0.5, 1.0, -0.7], dtype=torch.float64)
+
+
 NODES = {
+    "control": NodeCase(lpgd.nodes.OptimalControl(pendulum, effort, miss, horizon=5, controls=1, ndims=0), _swings),
+    "control, controls and states in bounds": NodeCase(
+        lpgd.nodes.OptimalControl(
+            pendulum,
+            effort,
+            miss,
+            horizon=6,
+            controls=1,
+            control_bounds=lambda length, target: (-4.0 * length, 5.0),
+            state_bounds=((-torch.inf, -1.2), (torch.inf, 1.2)),
+            ndims=0,
+        ),
+        _swings,
+    ),
     "transport, wide": NodeCase(TransportOfLogits(gamma=2.0), _transport(3, 4)),
     "transport, tall": NodeCase(TransportOfLogits(gamma=2.0), _transport(4, 3)),
     "transport, uniform": NodeCase(lpgd.nodes.OptimalTransport(gamma=2.0), lambda seed: _transport(3, 4)(seed)[:1]),

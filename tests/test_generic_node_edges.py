@@ -65,6 +65,49 @@ def test_a_minimum_at_the_start_and_flat_functions_stay_there():
         assert not solution.x.any()
 
 
+@pytest.mark.parametrize("n", [2, 3, 10])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_newtons_method_minimises_functions_of_directions(n, scale):
+    def cosine(x, start, y):
+        return -(x @ y) / y.norm()
+
+    x, start = random(n, 200, n), scale * random(n + 1, 200, n)
+    node = lpgd.Node(cosine, initial=lambda x, start: start)
+    solution = lpgd.NodeLayer(node, solver=lpgd.NodeSolver(algorithm="newton")).solve(x, start)
+    assert not solution.failed
+    assert solution.iterations.max() <= 40
+    direction, expected = (own / own.norm(dim=-1, keepdim=True) for own in (solution.x, x))
+    torch.testing.assert_close(direction, expected, atol=1e-7, rtol=0)
+
+
+def test_newtons_method_minimises_sums_of_functions_of_directions():
+    def cosines(x, start, y):
+        return -(x.view(2, 3) * torch.nn.functional.normalize(y.view(2, 3), dim=-1)).sum()
+
+    x, start = random(0, 50, 6), random(1, 50, 6)
+    solution = lpgd.NodeLayer(lpgd.Node(cosines, initial=lambda x, start: start)).solve(x, start)
+    assert not solution.failed
+    expected = -x.view(50, 2, 3).norm(dim=-1).sum(-1)
+    torch.testing.assert_close(solution.objective, expected, atol=1e-12, rtol=1e-12)
+
+
+# -- options that would lose their gradient -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda w: lpgd.nodes.RobustPooling("huber", alpha=w), "alpha"),
+        (lambda w: lpgd.nodes.Projection("l2_ball", radius=w), "radius"),
+    ],
+)
+def test_an_option_that_requires_a_gradient_is_refused(make, name):
+    learned = torch.tensor(1.0, requires_grad=True)
+    with pytest.raises(ValueError, match=f"(?s){name}.*requires a gradient"):
+        lpgd.NodeLayer(make(learned))
+    lpgd.NodeLayer(make(learned.item()))
+
+
 # -- no minimum --------------------------------------------------------------------------------------------------------
 
 

@@ -43,7 +43,9 @@ class ClosedForm(GradientMethod):
         active = relevant_elements(solution, cotangent)
         if not active:
             return problem.zero_gradient(), info
-        gradient = by_formula(problem.node.vjp, cast(NodeSolution, solution), cotangent.x, active)
+        own = cast(NodeSolution, solution)
+        # A formula is that of the problem itself, not of one with a barrier.
+        gradient = None if own.barrier else by_formula(problem.node.vjp, own, cotangent.x, active)
         if gradient is None:
             return ImplicitKKT().vjp(solution, cotangent, solver, executor)
         for element in active:
@@ -70,6 +72,8 @@ class ClosedForm(GradientMethod):
 
     def differentiable_vjp(self, solution: AnySolution, data: Data, outputs: Data, cotangent: Point) -> Data:
         """The node's formula from its inputs and its solution alone."""
+        if cast(NodeSolution, solution).barrier:
+            return ImplicitKKT().differentiable_vjp(solution, data, outputs, cotangent)
         own = cast(NodeSolution, solution).traced(data, outputs)
         elements = elements_where(own.usable)
         node = own.problem.node

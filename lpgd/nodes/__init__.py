@@ -1,5 +1,6 @@
 """Declarative nodes for :class:`lpgd.NodeLayer`: what each minimises, with its own solver and gradient."""
 
+from lpgd.nodes.control.node import OptimalControl
 from lpgd.nodes.eigen import EigenDecomposition, rayleigh_quotients
 from lpgd.nodes.least_squares.node import LeastSquares
 from lpgd.nodes.pooling.node import RobustPooling
@@ -18,6 +19,7 @@ __all__ = [
     "LeastSquares",
     "LessDescent",
     "Node",
+    "OptimalControl",
     "OptimalTransport",
     "PrincipalVector",
     "Projection",

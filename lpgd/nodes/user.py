@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lpgd.arrays import flags
 from lpgd.nodes.base import BaseNode, NodeAnswer
+from lpgd.nodes.captured import captured_tensors
 from lpgd.status import Status
 
 __all__ = ["Node"]
@@ -273,7 +273,7 @@ class Node(BaseNode):
             with self._explained(role, [part.shape for part in (*row, y)]):
                 value = function(*row, y)
             if isinstance(value, Tensor) and value.requires_grad:
-                names = ", ".join(dict.fromkeys(_captured(function))) or "a tensor that could not be named"
+                names = ", ".join(dict.fromkeys(captured_tensors(function))) or "a tensor that could not be named"
                 raise ValueError(
                     f"the {role} of {self.name} uses {names}, which requires a gradient but is no argument of it, "
                     "and would get none: make it an input of the node, or detach it."
@@ -296,42 +296,3 @@ def _input_names(objective: Function) -> tuple[str, ...]:
     if len(names) < 2:
         raise TypeError(f"the objective takes {len(names)} arguments; it must take at least one input, and y last.")
     return tuple(names[:-1])
-
-
-def _captured(function: Any) -> Iterator[str]:
-    """Names that lead from a function to tensors that require a gradient."""
-    if isinstance(function, functools.partial):
-        yield from _captured(function.func)
-        for place, value in [*enumerate(function.args), *function.keywords.items()]:
-            yield from _requiring(f"the partial argument {place}", value)
-        return
-    owner = getattr(function, "__self__", function if not inspect.isfunction(function) else None)
-    if owner is not None:
-        yield from _requiring(type(owner).__name__, owner)
-    function = getattr(function, "__func__", function)
-    if not inspect.isfunction(function):
-        return
-    variables = inspect.getclosurevars(function)
-    for name, value in {**variables.globals, **variables.nonlocals}.items():
-        yield from _requiring(name, value)
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.default is not parameter.empty:
-            yield from _requiring(name, parameter.default)
-
-
-def _requiring(name: str, value: Any) -> Iterator[str]:
-    if isinstance(value, Tensor):
-        if value.requires_grad:
-            yield name
-    elif isinstance(value, torch.nn.Module):
-        yield from (f"{name}.{key}" for key, own in value.named_parameters() if own.requires_grad)
-    elif isinstance(value, dict):
-        yield from (f"{name}[{key!r}]" for key, own in value.items() if isinstance(own, Tensor) and own.requires_grad)
-    elif isinstance(value, list | tuple):
-        for place, own in enumerate(value):
-            if isinstance(own, Tensor) and own.requires_grad:
-                yield f"{name}[{place}]"
-    elif hasattr(value, "__dict__") and not callable(value):
-        for key, own in vars(value).items():
-            if isinstance(own, Tensor) and own.requires_grad:
-                yield f"{name}.{key}"

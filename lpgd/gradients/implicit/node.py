@@ -16,6 +16,7 @@ from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.solution import NodeSolution
 from lpgd.problems.node.structure import NodePoint
 from lpgd.solvers.node.bordered import bordered_response, is_large
+from lpgd.solvers.node.sparse import Sparsity, find_sparsity
 from lpgd.status import warn
 
 if TYPE_CHECKING:
@@ -52,8 +53,18 @@ def response(
     chosen, point = problem.select(rows), whole.select(rows)
     if not chosen.node.is_exact and method.active_tolerance is None:  # with it a user knows of a rough solver
         _check_stationary(chosen, point, active)
-    binding, one_sided = _active(method, chosen, point)
-    answer, exact = bordered_response(chosen, point, tilt, binding, method.rho, method.matrix_free)
+    sparsity = _sparsity(method, chosen, point)
+    if solution.barrier:  # all rows count, as much as they bind: -λ g = μ
+        g = chosen.constraints(point.x)[1]
+        binding, one_sided = torch.ones_like(g, dtype=torch.bool), torch.zeros_like(g[:, 0], dtype=torch.bool)
+        corner = torch.cat([torch.zeros_like(point.nu), -g / point.lam], -1)
+        answer, exact = bordered_response(
+            chosen, point, tilt, binding, method.rho, method.matrix_free, sparsity, corner
+        )
+    else:
+        binding, one_sided = _active(method, chosen, point)
+        answer, exact = bordered_response(chosen, point, tilt, binding, method.rho, method.matrix_free, sparsity)
+        _drop_touching(method, chosen, point, tilt, (answer, exact, binding, one_sided))
     for element, regular, weak in zip(active, flags(exact), flags(one_sided), strict=True):
         kind = "implicit, one-sided" if weak else "implicit"
         info.used[element] = kind if regular else "implicit, regularised"
@@ -67,6 +78,40 @@ def response(
     for own, moved in zip(change, answer, strict=True):
         own[rows] = moved
     return change
+
+
+def _sparsity(method: Any, problem: NodeProblem, point: NodePoint) -> Sparsity | None:
+    """The patterns of the matrices, where there are so many variables that it may matter."""
+    if method.matrix_free is not None or point.x.shape[-1] <= MANY:
+        return None
+    return find_sparsity(problem, point)
+
+
+def _drop_touching(
+    method: Any,
+    problem: NodeProblem,
+    point: NodePoint,
+    tilt: NodePoint,
+    found: tuple[NodePoint, Tensor, Tensor, Tensor],
+) -> None:
+    """Leave out inequalities with a multiplier of zero where, with them, constraints depend on each other.
+
+    They touch the others tangentially, and do not hold the solution there ([DDN] 4.7.3): without them the system may be
+    regular, and its answer is the derivative on the side where they are inactive.  ``found`` is written.
+    """
+    answer, exact, binding, one_sided = found
+    rest = (~exact & one_sided).nonzero()[:, 0]
+    if not len(rest):
+        return
+    part, own = problem.select(rest.tolist()), point.select(rest)
+    _, unit = part.in_units(own.x)
+    lam = own.lam / unit
+    strong = binding[rest] & (lam > torch.finfo(lam.dtype).eps ** 0.5 * (1 + lam.amax(-1, keepdim=True)))
+    again, fine = bordered_response(part, own, tilt.select(rest), strong, method.rho, method.matrix_free)
+    chosen = rest[fine]
+    for whole, new in zip(answer, again, strict=True):
+        whole[chosen] = new[fine]
+    exact[chosen] = True
 
 
 def in_data(solution: NodeSolution, change: NodePoint) -> Any:
@@ -87,6 +132,8 @@ def differentiable_vjp(
     Raises:
         RuntimeError: systems that are singular, or too large to be formed.
     """
+    if solution.barrier:
+        raise RuntimeError(f"{method}: points of a barrier have no second derivatives here: detach the gradient.")
     whole = solution.traced(data, outputs)
     rows = rows_where(whole.usable)
     own, tilt = whole.select(rows), NodePoint(cotangent.x, *(0.0 * part for part in whole.point[1:]))
@@ -117,6 +164,8 @@ def _active(method: ImplicitKKT, problem: NodeProblem, point: NodePoint) -> tupl
     return active if method.weakly_active else active & ~weak, weak.any(-1)
 
 
+MANY = 300
+"""With more variables, matrices of few entries are looked for."""
 NOT_STATIONARY = 0.01
 """An approximate solver may leave so much; it is of the order of the error of y relative to ``1 + max|y|``."""
 

@@ -18,6 +18,9 @@ __all__ = ["LARGE", "active_rows", "estimate_multipliers"]
 LARGE = 2**26
 """Matrices of more numbers than this, for the whole batch, are not formed."""
 
+SLOW = 2**17
+"""A matrix of more numbers than this has a slow pseudo-inverse."""
+
 
 def active_rows(problem: NodeProblem, x: Tensor, lam: Tensor | None = None, tolerance: float | None = None) -> Tensor:
     """(B, r) whether each inequality is active: ``g ≥ -tolerance (1 + |y|)``, or its multiplier exceeds ``-g``.
@@ -43,7 +46,7 @@ def estimate_multipliers(problem: NodeProblem, x: Tensor) -> tuple[Tensor, Tenso
     problem, unit = problem.in_units(x)
     slope = torch.func.grad(lambda x: problem.objective(x).sum())(x)
     keep = torch.cat([torch.ones_like(h, dtype=torch.bool), active_rows(problem, x)], -1)
-    large = x.shape[0] * rows * x.shape[-1] > LARGE
+    large = x.shape[0] * rows * x.shape[-1] > LARGE or rows * x.shape[-1] > SLOW
     jacobian = None if large else problem.jacobian(x)
     multipliers = x.new_zeros(keep.shape)
     for _ in range(g.shape[-1] + 1):
@@ -57,7 +60,9 @@ def estimate_multipliers(problem: NodeProblem, x: Tensor) -> tuple[Tensor, Tenso
         wrong = keep[:, p:] & (lam < -noise)
         if not wrong.any():
             break
-        worst = wrong & (lam == torch.where(wrong, lam, 0).amin(-1, keepdim=True))
+        # One at a time, as the others' may change their signs; of many, those that are nearly as wrong.
+        share = 0.5 if large else 1.0
+        worst = wrong & (lam <= share * torch.where(wrong, lam, 0).amin(-1, keepdim=True))
         keep[:, p:] &= ~worst
     return unit * multipliers[:, :p], unit * multipliers[:, p:].clamp(min=0)
 

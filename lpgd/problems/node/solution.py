@@ -34,6 +34,7 @@ class NodeSolution(Solution[NodeProblem, NodePoint]):
         states: B warm-start states: each element's minimiser.
         aux: what the node's solver left for its closed-form gradient.
         nu, lam: (B, p) and (B, r) the solver's multipliers; None where it has none.
+        barrier: μ where these are minimisers with a logarithmic barrier, whose multipliers have ``-λ g = μ``; else 0.
     """
 
     problem: NodeProblem
@@ -46,6 +47,7 @@ class NodeSolution(Solution[NodeProblem, NodePoint]):
     aux: Any = None
     nu: Tensor | None = None
     lam: Tensor | None = None
+    barrier: float = 0.0
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "iterations", "setup_seconds", "solve_seconds")
 

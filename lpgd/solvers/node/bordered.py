@@ -19,6 +19,7 @@ keeps to the constraints ([DDN] 4.7.1).
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from lpgd.problems.node.multipliers import LARGE
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.structure import NodePoint
 from lpgd.solvers.node.minres import minres
+from lpgd.solvers.node.sparse import Factors, Sparsity, read_matrices, solve_bordered
 
 __all__ = ["bordered_response", "is_large"]
 
@@ -45,6 +47,8 @@ def bordered_response(
     active: Tensor,
     rho: float = 0.0,
     matrix_free: bool | None = None,
+    sparsity: Sparsity | None = None,
+    corner: Tensor | None = None,
 ) -> tuple[NodePoint, Tensor]:
     """The change of the solutions along a tilt, (B, ·) each, and (B,) whether their systems were regular.
 
@@ -57,6 +61,8 @@ def bordered_response(
         active: (B, r) which rows of g count.
         rho: ρ ≥ 0, added to the Hessian.
         matrix_free: by products with the system only (MINRES); None: where matrices are large.
+        sparsity: patterns of the matrices, where entries are few (:func:`~lpgd.solvers.node.sparse.find_sparsity`).
+        corner: (B, p + r) what stands in the place of the zero block, times -1: of barriers ``-g/λ``; None is zero.
     """
     x, n, p = point.x, point.x.shape[-1], point.nu.shape[-1]
     keep = torch.cat([torch.ones_like(point.nu, dtype=torch.bool), active], -1)
@@ -64,20 +70,62 @@ def bordered_response(
     point = NodePoint(x, point.nu / unit, point.lam / unit)
     right = -torch.cat([tilt.x / unit, tilt.nu, tilt.lam], -1)
     damping = rho / unit
-    if is_large(problem, point) if matrix_free is None else matrix_free:
-        answer, exact = _matrix_free(problem, point, keep, right, damping)
-    else:
-        hessian = problem.hessian(point) + damping.expand_as(x).diag_embed()
-        answer, exact = _dense(hessian, problem.jacobian(x), keep, right)
+    corner = torch.zeros_like(right[:, n:]) if corner is None else corner * unit
+    if sparsity is not None and not matrix_free and not torch.is_grad_enabled():
+        values = read_matrices(problem, point, sparsity)
+        if values is not None:
+            answer, exact = _sparse(values, keep, right, damping, corner)
+            rest = (~exact).nonzero()[:, 0]
+            if len(rest):  # singular: the pseudo-inverse
+                part, own = problem.select(rest.tolist()), point.select(rest)
+                found, exact[rest] = _whole(part, own, keep[rest], right[rest], damping[rest], corner[rest], None)
+                answer[rest] = found
+            return NodePoint(answer[:, :n], unit * answer[:, n : n + p], unit * answer[:, n + p :]), exact
+    answer, exact = _whole(problem, point, keep, right, damping, corner, matrix_free)
     return NodePoint(answer[:, :n], unit * answer[:, n : n + p], unit * answer[:, n + p :]), exact
 
 
-def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def _whole(
+    problem: NodeProblem,
+    point: NodePoint,
+    keep: Tensor,
+    right: Tensor,
+    damping: Tensor,
+    corner: Tensor,
+    matrix_free: bool | None,
+) -> tuple[Tensor, Tensor]:
+    """Answers (B, n + m) without any structure, and (B,) whether they are those of regular systems."""
+    x = point.x
+    if is_large(problem, point) if matrix_free is None else matrix_free:
+        return _matrix_free(problem, point, keep, right, damping, corner)
+    hessian = problem.hessian(point) + damping.expand_as(x).diag_embed()
+    return _dense(hessian, problem.jacobian(x), keep, right, corner)
+
+
+def _sparse(values: Factors, keep: Tensor, right: Tensor, damping: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by a sparse factorisation of each element's system; one that is not regular is not exact."""
+    from scipy.sparse import identity
+
+    n, rows = right.shape[-1] - keep.shape[-1], keep.cpu().numpy()
+    targets, corners = right.detach().cpu().double().numpy(), corner.detach().cpu().double().numpy()
+    shifts = damping.detach().cpu().double().numpy()[:, 0]
+    answers, exact = np.zeros_like(targets), np.zeros(len(targets), dtype=bool)
+    for element, mask in enumerate(rows):
+        hessian, jacobian = values.matrices(element, mask)
+        if shifts[element]:
+            hessian = hessian + shifts[element] * identity(n)
+        chosen = np.concatenate([np.ones(n, dtype=bool), mask])
+        found, exact[element] = solve_bordered(hessian, jacobian, targets[element][chosen], corners[element][mask])
+        answers[element][chosen] = found
+    return torch.as_tensor(answers).to(right), torch.as_tensor(exact).to(right.device)
+
+
+def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
     """Answers (B, n + m), and (B,) whether they are those of a regular system."""
     n, eps = hessian.shape[-1], torch.finfo(hessian.dtype).eps
     jacobian = jacobian * keep[..., None]
     present = jacobian.ne(0).any(-1)
-    absent = torch.diag_embed((~present).to(hessian.dtype))
+    absent = torch.diag_embed(torch.where(present, -corner, 1.0))
     matrix = torch.cat(
         [torch.cat([hessian, jacobian.mT], -1), torch.cat([jacobian, absent], -1)], -2
     )  # (B, n + m, n + m)
@@ -114,7 +162,7 @@ def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor) -> tu
 
 
 def _matrix_free(
-    problem: NodeProblem, point: NodePoint, keep: Tensor, right: Tensor, damping: Tensor
+    problem: NodeProblem, point: NodePoint, keep: Tensor, right: Tensor, damping: Tensor, corner: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same by MINRES; an answer whose residual stays large is not exact."""
     n, curve = point.x.shape[-1], problem.hessian_product(point)
@@ -127,7 +175,7 @@ def _matrix_free(
         upper = curve(dx) + damping * dx
         if transposed is None or forward is None:
             return upper
-        return torch.cat([upper + transposed(weight * dmu), weight * forward(dx)[0]], -1)
+        return torch.cat([upper + transposed(weight * dmu), weight * (forward(dx)[0] - corner * dmu)], -1)
 
     right = torch.cat([right[:, :n], weight * right[:, n:]], -1)
     return minres(product, right)

@@ -23,9 +23,10 @@ from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
 from lpgd.solvers.node.bordered import bordered_response
 from lpgd.solvers.node.descent import Descent
 from lpgd.solvers.node.infeasibility import verdict
+from lpgd.solvers.node.sparse import Sparsity, curves_up, read_matrices
 from lpgd.status import Status
 
-__all__ = ["ConstrainedResult", "is_minimiser", "method_of_multipliers", "polish", "warm_point"]
+__all__ = ["ConstrainedResult", "Minimise", "is_minimiser", "method_of_multipliers", "polish", "warm_point"]
 
 ENDLESS = 6
 """So many penalties, each ten times the last, on which an objective falls without limit: it is unbounded."""
@@ -47,13 +48,16 @@ class ConstrainedResult(NamedTuple):
     iterations: Tensor
 
 
-def polish(problem: NodeProblem, point: NodePoint, max_iterations: int = 30) -> ConstrainedResult:
+def polish(
+    problem: NodeProblem, point: NodePoint, max_iterations: int = 30, sparsity: Sparsity | None = None
+) -> ConstrainedResult:
     """Newton's method on the optimality conditions, from near a solution.
 
     Args:
         problem: B elements.
         point: minimisers and multipliers to start from.
         max_iterations: of an element.
+        sparsity: patterns of the matrices, where they have few entries.
 
     Returns:
         The best points; an element is SOLVED where the residuals of its optimality conditions, relative to their
@@ -73,7 +77,7 @@ def polish(problem: NodeProblem, point: NodePoint, max_iterations: int = 30) -> 
             break
         active = _active(problem, point)
         _, residual = _residual(problem, point)
-        change, _ = bordered_response(problem, point, residual, active)
+        change, _ = bordered_response(problem, point, residual, active, sparsity=sparsity)
         lam = torch.where(active, point.lam + change.lam, 0)
         point = NodePoint(point.x + change.x, point.nu + change.nu, lam)
         iterations[rows] += 1
@@ -95,16 +99,21 @@ def polish(problem: NodeProblem, point: NodePoint, max_iterations: int = 30) -> 
     enough = torch.finfo(best.dtype).eps ** 0.6
     fine = best <= enough
     rest = rows_where(~fine & torch.isfinite(best))
-    if len(rest) and len(rest) * whole.x.shape[-1] ** 2 <= LARGE:
+    if len(rest) and sparsity is None and len(rest) * whole.x.shape[-1] ** 2 <= LARGE:
         part, own = every.select(rest), whole.select(rest)
         fine[rest] = _residual(part, own, _rounding(part, own))[0] <= enough
     whole = NodePoint(whole.x, unit * whole.nu, unit * whole.lam)
     return ConstrainedResult(whole, torch.where(fine, int(Status.SOLVED), int(Status.NUMERICAL_ERROR)), iterations)
 
 
-def is_minimiser(problem: NodeProblem, point: NodePoint) -> Tensor:
+def is_minimiser(problem: NodeProblem, point: NodePoint, sparsity: Sparsity | None = None) -> Tensor:
     """(B,) no negative curvature along the active constraints; True for all where that would take large matrices."""
     size, n = point.x.shape
+    if sparsity is not None:
+        keep = torch.cat([torch.ones_like(point.nu, dtype=torch.bool), point.lam > 0], -1)
+        values = read_matrices(problem, point, sparsity)
+        if values is not None:
+            return torch.as_tensor(curves_up(values, keep.cpu().numpy())).to(point.x.device)
     if size * n**2 > LARGE:
         return torch.ones(size, dtype=torch.bool, device=point.x.device)
     hessian = problem.hessian(point)
@@ -127,6 +136,7 @@ def method_of_multipliers(
     x: Tensor,
     minimise: Minimise,
     max_rounds: int = 40,
+    sparsity: Sparsity | None = None,
 ) -> ConstrainedResult:
     """The method of multipliers, whose penalties grow where feasibility stalls, ended by Newton's method.
 
@@ -135,6 +145,7 @@ def method_of_multipliers(
         x: (B, n) where it starts.
         minimise: minimises a smooth function from a point.
         max_rounds: changes of multipliers of an element.
+        sparsity: patterns of the matrices, where they have few entries.
     """
     h, g = problem.constraints(x)
     size = x.shape[0]
@@ -173,11 +184,11 @@ def method_of_multipliers(
         near = rows_where(ready)
         if len(near):
             part = problem.select(near)
-            answer = polish(part, point.select(near))
+            answer = polish(part, point.select(near), sparsity=sparsity)
             moved = (answer.point.x - x[near]).abs().amax(-1)
             close = moved <= 10 * change[near] + precision**0.5 * (1 + x[near].abs().amax(-1))
             iterations[rows[near]] += answer.iterations
-            fine = (answer.status == int(Status.SOLVED)) & close & is_minimiser(part, answer.point)
+            fine = (answer.status == int(Status.SOLVED)) & close & is_minimiser(part, answer.point, sparsity)
             done = near[fine]
             for own, new in zip(whole, answer.point, strict=True):
                 own[rows[done]] = new[fine]

@@ -18,7 +18,7 @@ from lpgd.arrays import rows_where
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
 from lpgd.status import Status
 
-__all__ = ["Descent", "lbfgs", "newton"]
+__all__ = ["Descent", "Run", "lbfgs", "newton", "outcome"]
 
 MEMORY = 20
 """Pairs of steps and gradient changes that L-BFGS keeps."""
@@ -42,7 +42,7 @@ class Descent(NamedTuple):
     iterations: Tensor
 
 
-class _Run:
+class Run:
     """A run over a batch whose elements end one by one."""
 
     def __init__(self, function: AugmentedLagrangian, x: Tensor, tolerance: float) -> None:
@@ -65,6 +65,10 @@ class _Run:
                 setattr(self, name, getattr(self, name)[left])
             self.function = self.function.select(rows_where(left))
         return left
+
+    def is_far(self) -> Tensor:
+        """(B,) points, or falls of the objective, that count as unbounded."""
+        return (self.x.abs().amax(-1) > UNBOUNDED) | (self.value < -UNBOUNDED * (1 + self.first.abs()))
 
     def leave_saddles(self, direction: Tensor, curvature: Tensor) -> Tensor:
         """Step to lower values along negative curvature; which elements moved.
@@ -175,7 +179,7 @@ def newton(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max
             is as far as the dtype goes.
         max_iterations: of one element.
     """
-    run = _Run(function, x, tolerance)
+    run = Run(function, x, tolerance)
     scale = run.slope.abs().amax(-1) if x.shape[-1] else run.value
     for _ in range(max_iterations):
         if not len(run.rows):
@@ -186,12 +190,12 @@ def newton(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max
         bad = bad | ~torch.isfinite(hessian).all(-1).all(-1)
         if bad.any():
             hessian = torch.where(bad[:, None, None], 0, hessian)
-        direction, curved, lowest, curvature = _newton_direction(hessian, run.slope)
+        direction, curved, lowest, curvature = _newton_direction(hessian, run.slope, _size(run.x))
         scale = torch.maximum(scale, (hessian @ run.x[..., None]).abs().sum(-1).amax(-1))
         eps = torch.finfo(x.dtype).eps
         moved = run.leave_saddles(lowest, torch.where(~bad & (size <= eps**0.5 * scale), curvature, 0))
         run.iterations[run.rows] += moved
-        left = run.end(bad | ((size <= tolerance * scale) & ~moved), _ends(bad, Status.NUMERICAL_ERROR))
+        left = run.end(bad | ((size <= tolerance * scale) & ~moved), outcome(bad, Status.NUMERICAL_ERROR))
         scale = scale[left]
         if moved.any():
             continue
@@ -202,11 +206,11 @@ def newton(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max
         ended, precise = run.search(direction)
         if not curved.all():
             run.stretch(direction, torch.where((curved | ended)[:, None, None], torch.inf, hessian))
-        far = (run.x.abs().amax(-1) > UNBOUNDED) | (run.value < -UNBOUNDED * (1 + run.first.abs()))
+        far = run.is_far()
         # A run that ends where values could still tell, with a large step left, has lost its way.
         long = direction.abs().amax(-1) > eps**0.25 * (1 + run.x.abs().amax(-1))
         lost = ended & ~precise & (long | ~curved) & (run.slope.abs().amax(-1) > eps**0.5 * scale)
-        status = torch.where(far, int(Status.UNBOUNDED), _ends(lost, Status.NUMERICAL_ERROR))
+        status = torch.where(far, int(Status.UNBOUNDED), outcome(lost, Status.NUMERICAL_ERROR))
         left = run.end(ended | far, status)
         scale = scale[left]
     run.end(torch.zeros_like(run.value, dtype=torch.bool), run.status[run.rows])
@@ -214,14 +218,29 @@ def newton(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max
     return Descent(run.whole, run.status, run.iterations)
 
 
-def _ends(mask: Tensor, status: Status) -> Tensor:
+def outcome(mask: Tensor, status: Status) -> Tensor:
+    """(B,) values of Status: this one where the mask is, else SOLVED."""
     return torch.where(mask, int(status), int(Status.SOLVED))
 
 
-def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _size(x: Tensor) -> Tensor:
+    """(B,) the largest entry, or 1 where there is none."""
+    size = x.abs().amax(-1)
+    return torch.where(size > 0, size, 1)
+
+
+def _newton_direction(hessian: Tensor, slope: Tensor, reach: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A direction of descent, (B, n), and (B,) where the Hessian is positive definite.
 
     Where it is not even semidefinite: also the direction of its most negative curvature (B, n), and that (B,), else 0.
+
+    Flat and negative directions are damped by ``|∇f| / reach``.  A function of the direction of x alone has, along x
+    itself, a curvature of -γ²/s beside γ = |∇f| and s across it: turned around, it would ask for a step of the length
+    of x towards zero, however near the minimum is.  So damped it asks for γ/s of that, and convergence stays quadratic.
+
+    Args:
+        hessian, slope: (B, n, n) and (B, n).
+        reach: (B,) the size of x.
     """
     # Equilibrated: near the end of a domain, as of logarithms, curvatures differ by many orders of magnitude, and a
     # direction with little of it must not be damped by that of another.
@@ -242,6 +261,8 @@ def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, T
         values, vectors = linalg.eigh(0.5 * (hessian[rest] + hessian[rest].mT))
         sizes = values.abs()
         top = sizes.amax(-1, keepdim=True)
+        small = weight[rest].amin(-1) * torch.linalg.vector_norm(slope[rest], dim=-1) / reach[rest]
+        sizes = torch.where(values < eps**0.25 * top, torch.maximum(sizes, small[:, None]), sizes)
         sizes = torch.where(top > 0, torch.maximum(sizes, 10 * eps**0.5 * top), 1)
         along = (vectors.mT @ slope[rest][..., None])[..., 0]
         direction[rest] = -(vectors @ (along / sizes)[..., None])[..., 0]
@@ -255,7 +276,7 @@ def _newton_direction(hessian: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, T
 
 def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_iterations: int = 2000) -> Descent:
     """L-BFGS with a line search, each element with its own history; arguments are those of :func:`newton`."""
-    run = _Run(function, x, tolerance)
+    run = Run(function, x, tolerance)
     size, n = x.shape
     run.leave_symmetry()
     curved = torch.func.vjp(function.gradient, x)[1](x)[0]
@@ -265,8 +286,8 @@ def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_
     for _ in range(max_iterations):
         large = run.slope.abs().amax(-1)
         bad = ~(torch.isfinite(run.value) & torch.isfinite(large))
-        far = (run.x.abs().amax(-1) > UNBOUNDED) | (run.value < -UNBOUNDED * (1 + run.first.abs()))
-        status = torch.where(far, int(Status.UNBOUNDED), _ends(bad, Status.NUMERICAL_ERROR))
+        far = run.is_far()
+        status = torch.where(far, int(Status.UNBOUNDED), outcome(bad, Status.NUMERICAL_ERROR))
         left = run.end((large <= tolerance * scale) | bad | far, status)
         scale, steps, changes, inverse = scale[left], steps[:, left], changes[:, left], inverse[:, left]
         stale = stale[left]
@@ -297,7 +318,7 @@ def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_
         steps = torch.where((inverse[0] == 0)[:, None], 0, steps)
         ended = (ended & fresh) | (stale >= PATIENCE)
         small = run.slope.abs().amax(-1) <= torch.finfo(x.dtype).eps ** 0.4 * scale
-        left = run.end(ended, _ends(~small, Status.NUMERICAL_ERROR))
+        left = run.end(ended, outcome(~small, Status.NUMERICAL_ERROR))
         scale, steps, changes, inverse = scale[left], steps[:, left], changes[:, left], inverse[:, left]
         stale = stale[left]
     run.whole[run.rows] = run.x

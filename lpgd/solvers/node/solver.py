@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -23,14 +25,17 @@ from lpgd.problems.node.structure import NodePoint
 from lpgd.problems.solution import Rows
 from lpgd.solvers.base import Solver
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
-from lpgd.solvers.node.constrained import is_minimiser, method_of_multipliers, polish, warm_point
+from lpgd.solvers.node.barrier import minimise_with_barrier
+from lpgd.solvers.node.constrained import Minimise, is_minimiser, method_of_multipliers, polish, warm_point
 from lpgd.solvers.node.descent import Descent, lbfgs, newton
 from lpgd.solvers.node.scipy_minimise import scipy_minimise
+from lpgd.solvers.node.sparse import Sparsity, find_sparsity
+from lpgd.solvers.node.sparse_newton import sparse_newton
 from lpgd.status import Status, warn
 
 __all__ = ["Algorithm", "NodeSolver"]
 
-Algorithm = Literal["own", "newton", "lbfgs", "scipy"]
+Algorithm = Literal["own", "newton", "lbfgs", "scipy", "barrier"]
 
 NEWTON_LIMIT = 300
 """Up to this many variables, matrices of second derivatives are formed by default."""
@@ -45,7 +50,9 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
         algorithm: ``"own"``: the node's own solver where it has one, else ``"newton"`` up to 300 variables and
             ``"lbfgs"`` beyond.  The generic ones take warm starts; with constraints they are the inner solver of the
             method of multipliers, ended by Newton's method on the optimality conditions.  ``"scipy"`` is
-            ``scipy.optimize.minimize`` (SLSQP or L-BFGS-B), one element after the other.
+            ``scipy.optimize.minimize`` (SLSQP or L-BFGS-B), one element after the other.  ``"barrier"`` answers the
+            minimisers of ``f - μ Σ log(-g)`` (:mod:`lpgd.solvers.node.barrier`), which have a derivative at kinks too.
+        barrier: μ > 0 of that, in units of the objective.
         max_iterations: of one element (of each round, where there are constraints); None is 200 for Newton's method,
             2000 for the others.
 
@@ -56,6 +63,7 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
 
     algorithm: Algorithm = "own"
     max_iterations: int | None = None
+    barrier: float = 1e-3
 
     name: ClassVar[str] = "NODE"
     is_torch: ClassVar[bool] = True
@@ -63,6 +71,8 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
     def __post_init__(self) -> None:
         if self.algorithm not in get_args(Algorithm):
             raise ValueError(f"algorithm is {self.algorithm!r}; it must be one of {', '.join(get_args(Algorithm))}.")
+        if not 0 < self.barrier < math.inf:
+            raise ValueError(f"barrier is {self.barrier}; it must be positive and finite.")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance is {self.tolerance}; it must be at least 0 and below 1.")
         if self.max_iterations is not None and self.max_iterations < 1:
@@ -123,6 +133,9 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
         if self.algorithm == "scipy":
             return self._by_scipy(problem, x)
         h, g = problem.constraints(x)
+        if self.algorithm == "barrier" and g.shape[-1]:
+            found = minimise_with_barrier(problem, x, self.barrier, self._minimise)
+            return _from_codes(problem, found.point.x, found.status, found.iterations, found.point.nu, found.point.lam)
         if not h.shape[-1] and not g.shape[-1]:
             found = self._minimise(AugmentedLagrangian(problem), x)
             if self._is_newton(x) or self.tolerance:
@@ -147,14 +160,18 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
         return _from_codes(problem, torch.where(near[:, None], point.x, x), status, iterations + more)
 
     def _constrained(self, problem: NodeProblem, x: Tensor, known: bool) -> NodeAnswer:
+        sparsity = self._sparsity(problem, x)
+        minimise: Minimise = (
+            self._minimise if sparsity is None else functools.partial(self._minimise_sparse, sparsity=sparsity)
+        )
         if not known:
-            point, status, iterations = method_of_multipliers(problem, x, self._minimise)
-            return _from_codes(problem, point.x, status, iterations, point.nu, point.lam)
-        point, status, iterations = polish(problem, warm_point(problem, x))
-        fine = (status == int(Status.SOLVED)) & is_minimiser(problem, point)
+            found = method_of_multipliers(problem, x, minimise, sparsity=sparsity)
+            return _from_codes(problem, found.point.x, found.status, found.iterations, found.point.nu, found.point.lam)
+        point, status, iterations = polish(problem, warm_point(problem, x), sparsity=sparsity)
+        fine = (status == int(Status.SOLVED)) & is_minimiser(problem, point, sparsity)
         rest = rows_where(~fine)
         if len(rest):
-            again = method_of_multipliers(problem.select(rest), x[rest], self._minimise)
+            again = method_of_multipliers(problem.select(rest), x[rest], minimise, sparsity=sparsity)
             for own, new in zip(point, again.point, strict=True):
                 own[rest] = new
             status[rest] = again.status
@@ -166,8 +183,21 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
             return newton(function, x, self.tolerance, self.max_iterations or 200)
         return lbfgs(function, x, self.tolerance, self.max_iterations or 2000)
 
+    def _minimise_sparse(self, function: AugmentedLagrangian, x: Tensor, *, sparsity: Sparsity) -> Descent:
+        if function.nu is None:
+            return self._minimise(function, x)
+        return sparse_newton(function, x, sparsity, self.tolerance, self.max_iterations or 200)
+
     def _is_newton(self, x: Tensor) -> bool:
-        return self.algorithm == "newton" or (self.algorithm == "own" and x.shape[-1] <= NEWTON_LIMIT)
+        few = x.shape[-1] <= NEWTON_LIMIT
+        return self.algorithm == "newton" or (self.algorithm in ("own", "barrier") and few)
+
+    def _sparsity(self, problem: NodeProblem, x: Tensor) -> Sparsity | None:
+        """The patterns of the matrices of many variables, where they have few entries."""
+        if x.shape[-1] <= NEWTON_LIMIT or self.algorithm == "lbfgs" or not problem.batch_size:
+            return None
+        h, g = problem.constraints(x)
+        return find_sparsity(problem, NodePoint(x, torch.zeros_like(h), torch.zeros_like(g)))
 
     def _solution(self, problem: NodeProblem, answer: NodeAnswer, seconds: float) -> NodeSolution:
         size = problem.batch_size
@@ -196,6 +226,7 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
             answer.aux,
             answer.nu,
             answer.lam,
+            self.barrier if self.algorithm == "barrier" and answer.lam is not None and answer.lam.shape[-1] else 0.0,
         )
 
 
@@ -273,4 +304,6 @@ def _spread(problem: NodeProblem, solution: NodeSolution, rows: Tensor) -> NodeS
         aux = type(aux)(*parts) if hasattr(aux, "_fields") else tuple(parts)
     own = (solution.nu, solution.lam)
     nu, lam = (part if part is None else spread(part, 0) for part in own)
-    return NodeSolution(problem, x, tuple(statuses), iterations, np.zeros(size), seconds, Rows(x), aux, nu, lam)
+    return NodeSolution(
+        problem, x, tuple(statuses), iterations, np.zeros(size), seconds, Rows(x), aux, nu, lam, solution.barrier
+    )

@@ -1,0 +1,429 @@
+"""Trajectories by sequential quadratic programming: an interior-point method for the bounds, ended on the active set.
+
+Every iteration is one Riccati recursion (:mod:`lpgd.nodes.control.riccati`).  States are variables, joined to the
+dynamics by multipliers: all stages are evaluated at once, starts need not follow the dynamics, and unstable ones do no
+harm.  The Hessian is that of the Lagrangian where it is positive definite along the dynamics; elsewhere it is damped,
+or that of the costs alone, the Gauss-Newton one, its stages without their negative curvature.  An exact penalty
+decides on steps.
+
+The end is Newton's method on the optimality conditions with active bounds held, from multipliers that say which: it
+converges quadratically, and its factor says whether the solution is a strict minimum.  A warm start begins there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpgd.nodes.control.trajectory import (
+    ControlProblem,
+    Curvature,
+    Expansion,
+    Held,
+    add_diagonal,
+    multipliers,
+    newton_step,
+    respond,
+    stacked,
+)
+from lpgd.status import Status
+
+__all__ = ["Trajectories", "in_units", "minimise", "polish", "warm"]
+
+SHRINK = 0.2
+"""The barrier's weight falls to this part of itself, or to its 1.5th power, once its problem is solved roughly."""
+
+DAMPINGS = 5
+"""So many dampings of an indefinite Hessian are tried before that of the costs alone."""
+TRIES = 8
+"""So often the end is tried, ever closer to a stationary point; one that is no strict minimum is INACCURATE."""
+
+
+class Trajectories(NamedTuple):
+    """Trajectories with multipliers.
+
+    Attributes:
+        z: (B, T, m + n).
+        nu: of the dynamics, (B, T, n).
+        below, above: of the bounds, at least 0, (B, T, m + n).
+        status: (B,) values of Status.
+        iterations: (B,) systems that were solved.
+    """
+
+    z: Tensor
+    nu: Tensor
+    below: Tensor
+    above: Tensor
+    status: Tensor
+    iterations: Tensor
+
+
+def in_units(problem: ControlProblem, z: Tensor) -> ControlProblem:
+    """The same problem with an objective of order one near z: divided by a power of two."""
+    reach = 1 + z.abs().amax((-1, -2))
+    zero = problem.curvature(z, None)
+    curve = torch.maximum(zero.stages.abs().amax((-1, -2, -3)), zero.last.abs().amax((-1, -2)))
+    size = torch.maximum(problem.expand(z).gradient.abs().amax((-1, -2)) / reach, curve)
+    size = torch.where((size > 0) & torch.isfinite(size), size, 1)
+    return dataclasses.replace(problem, unit=size.log2().round().exp2())
+
+
+def residual(
+    problem: ControlProblem, z: Tensor, expansion: Expansion, nu: Tensor, below: Tensor, above: Tensor
+) -> Tensor:
+    """(B,) of the optimality conditions, relative to their terms."""
+    forces = expansion.pulled(nu)
+    slope = expansion.gradient + forces - below + above
+    terms = 1 + stacked([expansion.gradient, forces])
+    reach = 1 + stacked([z])
+    gap = torch.maximum(torch.minimum(z - problem.lower, below).abs(), torch.minimum(problem.upper - z, above).abs())
+    most = torch.maximum(reach, 1 + stacked([below + above]))
+    worst = torch.stack([stacked([slope]) / terms, stacked([expansion.defect]) / reach, stacked([gap]) / most]).amax(0)
+    return torch.where(torch.isnan(worst), torch.inf, worst)
+
+
+def polish(problem: ControlProblem, start: Trajectories, max_iterations: int = 30) -> Trajectories:
+    """Newton's method on the optimality conditions from near a solution; SOLVED is a strict minimum."""
+    whole, every = Trajectories(*(part.clone() for part in start)), problem
+    z, nu, below, above = start[:4]
+    expansion = problem.expand(z)
+    best = residual(problem, z, expansion, nu, below, above)
+    exact = torch.zeros_like(best, dtype=torch.bool)
+    rows, patience = torch.arange(len(z), device=z.device), torch.full_like(whole.iterations, 3)
+    enough, m = torch.finfo(z.dtype).eps ** 0.6, z.shape[-1] - nu.shape[-1]
+    for _ in range(max_iterations):
+        low, high = below > z - problem.lower, above > problem.upper - z
+        held = Held.of(low | high, m)
+        target = torch.where(low, problem.lower - z, torch.where(high, problem.upper - z, 0))
+        gradient = expansion.gradient + expansion.pulled(nu)
+        dz, turn, force, definite = respond(
+            problem.curvature(z, nu), expansion, gradient, expansion.defect, held, target
+        )
+        z, nu = z + dz, nu + turn
+        z = torch.where(low, problem.lower, torch.where(high, problem.upper, z))
+        below, above = torch.where(low, -force, 0), torch.where(high & ~low, force, 0)
+        expansion = problem.expand(z)
+        size = residual(problem, z, expansion, nu, below, above)
+        whole.iterations[rows] += 1
+        better, halved = size < best[rows], size < 0.5 * best[rows]
+        chosen = rows[better]
+        for own, part in zip(whole[:4], (z, nu, below, above), strict=True):
+            own[chosen] = part[better]
+        best[chosen] = size[better]
+        exact[rows] = torch.where(better, definite, exact[rows] & definite)
+        patience[rows] = torch.where(halved, 3, patience[rows] - 1)
+        done = (patience[rows] <= 0) | ~torch.isfinite(size) | (best[rows] == 0)
+        done = done | (~halved & (best[rows] < enough))
+        if done.any():
+            left = (~done).nonzero()[:, 0]
+            if not len(left):
+                break
+            rows, problem = rows[left], problem.select(left)
+            z, nu, below, above = (part[left] for part in (z, nu, below, above))
+            expansion = Expansion(*(part[left] for part in expansion))
+    fine = (best <= enough) & exact
+    flat = (best <= enough) & ~exact
+    if flat.any():
+        rest = flat.nonzero()[:, 0]
+        fine[rest] = _is_flat(every.select(rest), *(part[rest] for part in whole[:4]))
+    return whole._replace(status=torch.where(fine, int(Status.SOLVED), int(Status.NUMERICAL_ERROR)))
+
+
+def _is_flat(problem: ControlProblem, z: Tensor, nu: Tensor, below: Tensor, above: Tensor) -> Tensor:
+    """(B,) no negative curvature along what may move, to rounding: a minimum, if not a strict one."""
+    curve, expansion = problem.curvature(z, nu), problem.expand(z)
+    damping = torch.finfo(z.dtype).eps ** 0.4 * (1 + curve.stages.abs().amax((-1, -2, -3)))
+    held = Held.of((below > 0) | (above > 0), z.shape[-1] - nu.shape[-1])
+    lifted = add_diagonal(curve, damping[:, None, None].expand_as(z))
+    zero = torch.zeros_like(z)
+    return respond(lifted, expansion, zero, torch.zeros_like(nu), held, zero)[3]
+
+
+def warm(problem: ControlProblem, z: Tensor) -> Trajectories:
+    """A trajectory with the multipliers that fit it best, bounds being active within the root of the precision."""
+    expansion, m = problem.expand(z), z.shape[-1] - problem.start.shape[-1]
+    reach = torch.finfo(z.dtype).eps ** 0.5 * (1 + z.abs().amax((-1, -2), keepdim=True))
+    low, high = z - problem.lower <= reach, problem.upper - z <= reach
+    nu, force = multipliers(problem, expansion, z, Held.of(low | high, m))
+    count = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    below, above = torch.where(low, -force, 0).relu(), torch.where(high, force, 0).relu()
+    return Trajectories(z, nu, below, above, count, count.clone())
+
+
+class _State(NamedTuple):
+    """What an interior-point run knows of each element that still runs."""
+
+    z: Tensor
+    nu: Tensor
+    below: Tensor
+    above: Tensor
+    weight: Tensor  # μ of the barrier
+    penalty: Tensor  # of the defects
+    damping: Tensor  # of the Hessian
+
+
+def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300) -> Trajectories:
+    """Solve from any trajectory; each element converges alone.
+
+    Args:
+        problem: B elements, in units in which the objective is of order one.
+        z: (B, T, m + n).
+        max_iterations: of an element.
+    """
+    m, eps = z.shape[-1] - problem.start.shape[-1], torch.finfo(z.dtype).eps
+    low, high = torch.isfinite(problem.lower), torch.isfinite(problem.upper)
+    bounded = bool((low | high).any())
+    z = _inside(problem, z)
+    count = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    ones = z.new_ones(len(z))
+    weight = 0.1 * ones if bounded else 0 * ones
+    below = torch.where(low, weight[:, None, None] / (z - problem.lower), 0)
+    above = torch.where(high, weight[:, None, None] / (problem.upper - z), 0)
+    nu = z.new_zeros(*z.shape[:2], z.shape[-1] - m)
+    whole = Trajectories(
+        z.clone(), nu.clone(), below.clone(), above.clone(), count + int(Status.ITERATION_LIMIT), count
+    )
+    state = _State(z, nu, below, above, weight, 1e-6 * ones, 0 * ones)
+    rows = torch.arange(len(z), device=z.device)
+    tries = torch.zeros_like(count)
+    least = eps**0.7
+    for _ in range(max_iterations):
+        expansion = problem.expand(state.z)
+        # The barrier's weight falls where its own problem is solved well enough for it.
+        error = _barrier_error(problem, state, expansion)
+        for _ in range(20):
+            weight = torch.where(
+                (error <= 10 * state.weight) & (state.weight > least),
+                torch.minimum(SHRINK * state.weight, state.weight**1.5).clamp(min=least),
+                state.weight,
+            )
+            if bool((weight == state.weight).all()):
+                break
+            state = state._replace(weight=weight)
+            error = _barrier_error(problem, state, expansion)
+        size = residual(problem, state.z, expansion, *state[1:4])
+        enough = (10.0 ** (-4.0 - 2.0 * tries[rows].clamp(max=2))).clamp(min=eps**0.6)
+        # Ready, too, is what the barrier has nothing more to say about.
+        ready = (size <= enough) & (state.weight <= 1e-4) | (state.weight <= least) & (error <= 10 * least)
+        lost = ~torch.isfinite(size) | (state.z.abs().amax((-1, -2)) > 1e15) | (tries[rows] >= TRIES)
+        if ready.any():
+            near = ready.nonzero()[:, 0]
+            tries[rows[near]] += 1
+            zero = torch.zeros_like(near)
+            start = Trajectories(
+                state.z[near], state.nu[near], state.below[near], state.above[near], zero, zero.clone()
+            )
+            found = polish(problem.select(near), start)
+            count[rows[near]] += found.iterations
+            close = stacked([found.z - start.z]) <= 0.1 * (1 + stacked([start.z]))
+            fine = (found.status == int(Status.SOLVED)) & close
+            ready = ready.clone()
+            ready[near] = fine
+            kept = Trajectories(*(part[fine] for part in found))
+            for own, part in zip(whole[:5], kept[:5], strict=True):
+                own[rows[near[fine]]] = part
+        ended = (ready | lost) if bool(ready.any()) or bool(lost.any()) else None
+        if ended is not None:
+            rough = torch.where(size <= eps**0.3, int(Status.INACCURATE), int(Status.NUMERICAL_ERROR))
+            whole.status[rows[lost & ~ready]] = rough[lost & ~ready].to(whole.status)
+            for own, part in zip(whole[:4], state[:4], strict=True):
+                own[rows[lost & ~ready]] = part[lost & ~ready]
+            left = (~ended).nonzero()[:, 0]
+            rows, problem = rows[left], problem.select(left)
+            state, expansion = (
+                _State(*(part[left] for part in state)),
+                Expansion(*(part[left] for part in expansion)),
+            )
+            if not len(rows):
+                break
+        count[rows] += 1
+        state = _iterate(problem, state, expansion)
+    for own, part in zip(whole[:4], state[:4], strict=True):
+        own[rows] = part
+    if len(rows):
+        size = residual(problem, state.z, problem.expand(state.z), *state[1:4])
+        # Stationary to a lower accuracy, or no strict minimum.
+        whole.status[rows] = torch.where(size <= eps**0.3, int(Status.INACCURATE), whole.status[rows])
+    return whole._replace(iterations=count)
+
+
+def _inside(problem: ControlProblem, z: Tensor) -> Tensor:
+    """Moved inside of the bounds by a part of their distance, at most 1e-2 (1 + |bound|)."""
+    lower, upper = problem.lower, problem.upper
+    room = torch.where(torch.isfinite(upper - lower), 0.1 * (upper - lower), torch.inf)
+    low = lower + torch.minimum(room, 1e-2 * (1 + lower.abs()))
+    high = upper - torch.minimum(room, 1e-2 * (1 + upper.abs()))
+    z = torch.where(torch.isfinite(lower), torch.maximum(z, low), z)
+    return torch.where(torch.isfinite(upper), torch.minimum(z, high), z)
+
+
+def _slacks(problem: ControlProblem, z: Tensor) -> tuple[Tensor, Tensor]:
+    return z - problem.lower, problem.upper - z
+
+
+def _barrier_error(problem: ControlProblem, state: _State, expansion: Expansion) -> Tensor:
+    low, high = _slacks(problem, state.z)
+    weight = state.weight[:, None, None]
+    slope = expansion.gradient + expansion.pulled(state.nu) - state.below + state.above
+    finite = (torch.isfinite(low), torch.isfinite(high))
+    gaps = [
+        torch.where(there, own * slack - weight, 0)
+        for there, own, slack in zip(finite, (state.below, state.above), (low, high), strict=True)
+    ]
+    terms = 1 + stacked([expansion.pulled(state.nu)])
+    return torch.stack([stacked([slope]) / terms, stacked([expansion.defect]), stacked(gaps)]).amax(0)
+
+
+def _iterate(problem: ControlProblem, state: _State, expansion: Expansion) -> _State:
+    """One step of the interior-point method."""
+    z, nu, below, above, weight, penalty, damping = state
+    mu = weight[:, None, None]
+    low, high = _slacks(problem, z)
+    barrier = torch.where(torch.isfinite(high), mu / high, 0) - torch.where(torch.isfinite(low), mu / low, 0)
+    stiff = below / low + above / high
+    gradient = expansion.gradient + barrier
+    exact = add_diagonal(problem.curvature(z, nu), stiff)
+    dz, new, curve, damping = _damped_step(problem, exact, expansion, gradient, stiff, damping, z)
+    # To the boundary and no further.
+    tau = torch.maximum(1 - weight, torch.full_like(weight, 0.99))
+    reach = _longest(torch.cat([-dz / low, dz / high], 1), tau)
+    dbelow = torch.where(torch.isfinite(low), mu / low - below - below / low * dz, 0)
+    dabove = torch.where(torch.isfinite(high), mu / high - above + above / high * dz, 0)
+    tiny = torch.finfo(z.dtype).tiny
+    dual = _longest(torch.cat([-dbelow / below.clamp(min=tiny), -dabove / above.clamp(min=tiny)], 1), tau)
+    # The penalty makes the step one of descent of φ + penalty |defect|₁.
+    violation = expansion.defect.abs().sum((-1, -2))
+    along = (gradient * dz).sum((-1, -2))
+    bend = (curve.times(dz) * dz).sum((-1, -2)).clamp(min=0)
+    needed = (along + 0.5 * bend) / (0.9 * violation).clamp(min=torch.finfo(z.dtype).tiny)
+    rounding = 10 * torch.finfo(z.dtype).eps * expansion.defect[0].numel() * (1 + stacked([z]))
+    penalty = torch.where((violation > rounding) & (needed > penalty), 1.5 * needed, penalty)
+    fall = along - penalty * violation
+    step, moved, fine = _search(problem, state._replace(penalty=penalty), expansion, curve, gradient, dz, reach, fall)
+    # A Hessian that is hardly definite makes long steps, of which little is right: damping shortens the next one.
+    short = ~(fine & (step >= 0.25 * reach))
+    damping = torch.where(short, torch.maximum(8 * damping, LEAST * damping.new_ones(())), damping / 3)
+    damping = torch.where(damping < LEAST, 0, damping)
+    dual = torch.where(fine, dual, step)
+    z = z + moved
+    nu = nu + step[:, None, None] * (new - nu)
+    below, above = below + dual[:, None, None] * dbelow, above + dual[:, None, None] * dabove
+    low, high = _slacks(problem, z)
+    wide = 1e10
+    below = torch.where(torch.isfinite(low), torch.minimum(torch.maximum(below, mu / (wide * low)), wide * mu / low), 0)
+    above = torch.where(
+        torch.isfinite(high), torch.minimum(torch.maximum(above, mu / (wide * high)), wide * mu / high), 0
+    )
+    return _State(z, nu, below, above, weight, penalty, damping)
+
+
+LEAST = 1e-6
+"""The least damping of a Hessian, in units in which the objective is of order one; then it is none."""
+
+
+def _damped_step(
+    problem: ControlProblem,
+    exact: Curvature,
+    expansion: Expansion,
+    gradient: Tensor,
+    stiff: Tensor,
+    damping: Tensor,
+    z: Tensor,
+) -> tuple[Tensor, Tensor, Curvature, Tensor]:
+    """The step dz, ν after it, the Hessian that made it, and the damping of it."""
+    curve = add_diagonal(exact, damping[:, None, None].expand_as(z))
+    dz, new, factor = newton_step(curve, expansion, gradient, expansion.defect)
+    rest = (~factor.definite).nonzero()[:, 0]
+    for _ in range(DAMPINGS):
+        if not len(rest):
+            break
+        damping[rest] = torch.maximum(8 * damping[rest], 100 * LEAST * damping.new_ones(()))
+        own = Expansion(*(part[rest] for part in expansion))
+        trial = add_diagonal(Curvature(*(part[rest] for part in exact)), damping[rest, None, None].expand_as(z[rest]))
+        dz[rest], new[rest], factor = newton_step(trial, own, gradient[rest], own.defect)
+        for whole, part in zip(curve, trial, strict=True):
+            whole[rest] = part
+        rest = rest[~factor.definite]
+    if len(rest):
+        part, own = problem.select(rest), Expansion(*(part[rest] for part in expansion))
+        costs = add_diagonal(_convex(part.curvature(z[rest], None)), stiff[rest])
+        dz[rest], new[rest], _ = newton_step(costs, own, gradient[rest], own.defect)
+        for whole, part in zip(curve, costs, strict=True):
+            whole[rest] = part
+    return dz, new, curve, damping
+
+
+def _longest(ratios: Tensor, tau: Tensor) -> Tensor:
+    """(B,) the longest step, at most 1, along which no slack falls by more than the part τ of it."""
+    most = torch.where(torch.isfinite(ratios), ratios, 0).amax((-1, -2))
+    return torch.minimum(torch.ones_like(tau), tau / most.clamp(min=torch.finfo(tau.dtype).tiny))
+
+
+def _convex(curve: Curvature) -> Curvature:
+    """Without negative curvature in any stage, and a little more than none."""
+    parts = []
+    for part in curve:
+        values, vectors = torch.linalg.eigh(torch.where(torch.isfinite(part), 0.5 * (part + part.mT), 0))
+        top = values.abs().amax(-1, keepdim=True)
+        values = torch.maximum(values.abs(), torch.finfo(values.dtype).eps ** 0.5 * torch.where(top > 0, top, 1))
+        parts.append((vectors * values[..., None, :]) @ vectors.mT)
+    return Curvature(*parts)
+
+
+def _search(
+    problem: ControlProblem,
+    state: _State,
+    expansion: Expansion,
+    curve: Curvature,
+    gradient: Tensor,
+    dz: Tensor,
+    reach: Tensor,
+    fall: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The step (B,), the change of z that it is, and whether the merit function fell.
+
+    Where the first trial fails, its defects are corrected once (second order), as curved dynamics ask for.
+    """
+    first = _merit(problem, state, state.z)
+    noise = 10 * torch.finfo(fall.dtype).eps * (1 + first.abs())
+    step, moved = reach, reach[:, None, None] * dz
+    pending = torch.ones_like(step, dtype=torch.bool)
+    for trial in range(30):
+        value = _merit(problem, state, state.z + moved)
+        pending = pending & ~(value <= first + 1e-4 * step * fall + noise)
+        if not pending.any():
+            break
+        if trial == 0:
+            rest = pending.nonzero()[:, 0]
+            part, own = problem.select(rest), Expansion(*(part[rest] for part in expansion))
+            defect = part.defect(state.z[rest] + moved[rest]) + step[rest, None, None] * own.defect
+            good = torch.isfinite(defect).all(-1).all(-1)
+            defect = torch.where(good[:, None, None], defect, 0)
+            lifted, _, _ = newton_step(Curvature(*(part[rest] for part in curve)), own, gradient[rest], defect)
+            low, high = _slacks(part, state.z[rest])
+            length = _longest(torch.cat([-lifted / low, lifted / high], 1), torch.full_like(reach[rest], 0.99))
+            lifted = length[:, None, None] * lifted
+            chosen = _State(*(part[rest] for part in state))
+            fell = _merit(part, chosen, state.z[rest] + lifted) <= first[rest] + 1e-4 * length * fall[rest]
+            fell = fell & good
+            done = rest[fell]
+            moved = moved.clone()
+            moved[done] = lifted[fell]
+            pending[done] = False
+            if not pending.any():
+                break
+        step = torch.where(pending, 0.5 * step, step)
+        moved = torch.where(pending[:, None, None], step[:, None, None] * dz, moved)
+    return step, torch.where(pending[:, None, None], 0, moved), ~pending
+
+
+def _merit(problem: ControlProblem, state: _State, z: Tensor) -> Tensor:
+    """(B,) objective, barrier and exact penalty; infinite outside."""
+    low, high = _slacks(problem, z)
+    logs = torch.where(torch.isfinite(low), low.log(), 0) + torch.where(torch.isfinite(high), high.log(), 0)
+    value = problem.value(z) - state.weight * logs.sum((-1, -2))
+    value = value + state.penalty * problem.defect(z).abs().sum((-1, -2))
+    return torch.where(torch.isnan(value), torch.inf, value)
