@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lpgd.arrays import from_numpy
 from lpgd.layers.look import look_at
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.magnitudes import INFINITE
@@ -43,7 +44,7 @@ def without_absent_rows(structure: ConicStructure, data: ConicData, batch_size: 
     b = torch.where(absent_rows, size, b)
     if is_shared and absent.ndim == 2:
         absent = absent[0]
-    entries = absent[..., torch.from_numpy(structure.constraint.rows).to(absent.device)]
+    entries = absent[..., from_numpy(structure.constraint.rows).to(absent.device)]
     A = data.A
     if entries.ndim == 2 and A.ndim == 2 and len(entries) != len(A):
         entries, A = per_element(entries, batch_size), per_element(A, batch_size)

@@ -230,8 +230,9 @@ def _by_last_steps(
         start = points.start(located.point.select(own), located.slack[own])
         response, exact = points.response(kept.factored, *start, located.tilt.select(own))
         inverse, condition = kept.factored.inverse, kept.factored.condition
-        error = located.lipschitz[own.numpy()] * inverse * located.error[own].numpy()
-        doubt = ROUNDING * condition + inverse * error
+        with np.errstate(invalid="ignore"):  # of singular systems: NaN, which is no small doubt
+            error = located.lipschitz[own.numpy()] * inverse * located.error[own].numpy()
+            doubt = ROUNDING * condition + inverse * error
         exact = exact & wanted & from_numpy(doubt < DOUBT)
         for whole, part in zip(answer, response, strict=True):
             whole[own[exact]] = part[exact]

@@ -103,7 +103,7 @@ def _drop_touching(
     rest = (~exact & one_sided).nonzero()[:, 0]
     if not len(rest):
         return
-    part, own = problem.select(rest.tolist()), point.select(rest)
+    part, own = problem.select(rest), point.select(rest)
     _, unit = part.in_units(own.x)
     lam = own.lam / unit
     strong = binding[rest] & (lam > torch.finfo(lam.dtype).eps ** 0.5 * (1 + lam.amax(-1, keepdim=True)))

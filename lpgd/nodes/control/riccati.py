@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
+
 __all__ = ["Factor", "factorise", "solve", "times"]
 
 
@@ -69,14 +71,14 @@ def factorise(hessian: Tensor, last: Tensor, slope: Tensor, free: Tensor | None 
     for own, turn in zip(reversed(hessian.unbind(0)), reversed(slope.unbind(0)), strict=True):
         values.append(value)
         matrix = torch.baddbmm(own, turn.mT, value @ turn)
-        root, code = torch.linalg.cholesky_ex(matrix[:, :m, :m])
-        row = torch.linalg.solve_triangular(root, matrix[:, :m, m:], upper=False)
+        root, code = linalg.cholesky_ex(matrix[:, :m, :m])
+        row = linalg.solve_triangular(root, matrix[:, :m, m:], upper=False)
         value = torch.baddbmm(matrix[:, m:, m:], row.mT, row, alpha=-1.0)
         roots.append(root)
         rows.append(row)
         codes.append(code)
     root, row, values = (torch.stack(part[::-1]) for part in (roots, rows, values))
-    gain = -torch.linalg.solve_triangular(root.mT, row, upper=True)
+    gain = -linalg.solve_triangular(root.mT, row, upper=True)
     closed = slope[..., m:] + slope[..., :m] @ gain
     pivots, sizes = root.diagonal(dim1=-2, dim2=-1).square(), root.square().sum(-1)
     large = pivots > 100 * torch.finfo(root.dtype).eps * sizes

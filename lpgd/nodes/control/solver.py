@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.nodes.control.trajectory import (
     ControlProblem,
     Curvature,
@@ -366,7 +367,7 @@ def _convex(curve: Curvature) -> Curvature:
     """Without negative curvature in any stage, and a little more than none."""
     parts = []
     for part in curve:
-        values, vectors = torch.linalg.eigh(torch.where(torch.isfinite(part), 0.5 * (part + part.mT), 0))
+        values, vectors = linalg.eigh(torch.where(torch.isfinite(part), 0.5 * (part + part.mT), 0))
         top = values.abs().amax(-1, keepdim=True)
         values = torch.maximum(values.abs(), torch.finfo(values.dtype).eps ** 0.5 * torch.where(top > 0, top, 1))
         parts.append((vectors * values[..., None, :]) @ vectors.mT)

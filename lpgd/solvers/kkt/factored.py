@@ -84,7 +84,9 @@ class Factored:
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
         """The change (dx, dy, dz) of the points under a tilt, (k, ·) each; NaN where nothing determines it."""
-        parts = [part.solve(g_x[own], g_y[own], g_z[own]) for own, part in self._parts]
+        # Elements whose system is singular have NaN and infinities in their factors, which no one asks for.
+        with np.errstate(over="ignore", invalid="ignore"):
+            parts = [part.solve(g_x[own], g_y[own], g_z[own]) for own, part in self._parts]
         if len(parts) == 1:
             return parts[0]
         dx, dy, dz = (np.concatenate(columns) for columns in zip(*parts, strict=True))

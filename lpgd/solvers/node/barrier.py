@@ -99,7 +99,7 @@ def _minimise_one(
         fine = (near.status == int(Status.SOLVED)) & inside & is_minimiser(problem, near.point)
         rest = (~fine).nonzero()[:, 0]
         if len(rest):
-            again = method_of_multipliers(problem.select(rest.tolist()), x[rest], minimise)
+            again = method_of_multipliers(problem.select(rest), x[rest], minimise)
             for own, new in zip(near.point, again.point, strict=True):
                 own[rest] = new
             near.status[rest], near.iterations[rest] = again.status, near.iterations[rest] + again.iterations
@@ -115,6 +115,6 @@ def _inside(problem: NodeProblem, x: Tensor, minimise: Callable[[AugmentedLagran
         rest = (~(problem.constraints(x)[1] < 0).all(-1)).nonzero()[:, 0]
         if not len(rest):
             break
-        moved = minimise(_Outside(problem.select(rest.tolist()), margin=margin), x[rest]).x
+        moved = minimise(_Outside(problem.select(rest), margin=margin), x[rest]).x
         x = x.index_copy(0, rest, torch.where(torch.isfinite(moved), moved, x[rest]))
     return x

@@ -77,7 +77,7 @@ def bordered_response(
             answer, exact = _sparse(values, keep, right, damping, corner)
             rest = (~exact).nonzero()[:, 0]
             if len(rest):  # singular: the pseudo-inverse
-                part, own = problem.select(rest.tolist()), point.select(rest)
+                part, own = problem.select(rest), point.select(rest)
                 found, exact[rest] = _whole(part, own, keep[rest], right[rest], damping[rest], corner[rest], None)
                 answer[rest] = found
             return NodePoint(answer[:, :n], unit * answer[:, n : n + p], unit * answer[:, n + p :]), exact

@@ -261,7 +261,7 @@ def _newton_direction(hessian: Tensor, slope: Tensor, reach: Tensor) -> tuple[Te
         values, vectors = linalg.eigh(0.5 * (hessian[rest] + hessian[rest].mT))
         sizes = values.abs()
         top = sizes.amax(-1, keepdim=True)
-        small = weight[rest].amin(-1) * torch.linalg.vector_norm(slope[rest], dim=-1) / reach[rest]
+        small = weight[rest].amin(-1) * linalg.vector_norm(slope[rest], dim=-1) / reach[rest]
         sizes = torch.where(values < eps**0.25 * top, torch.maximum(sizes, small[:, None]), sizes)
         sizes = torch.where(top > 0, torch.maximum(sizes, 10 * eps**0.5 * top), 1)
         along = (vectors.mT @ slope[rest][..., None])[..., 0]

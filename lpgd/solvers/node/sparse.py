@@ -17,9 +17,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lpgd.arrays import BoolArray, FloatArray, IntArray
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.structure import NodePoint
 
@@ -34,9 +34,7 @@ __all__ = [
     "solve_quasidefinite",
 ]
 
-Index = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
-
+Index = IntArray
 MANY = 0.25
 """With more colours than this part of the variables, matrices are dense."""
 CHUNK = 2**24
@@ -75,7 +73,7 @@ class Factors:
     hessian: FloatArray
     jacobian: FloatArray
 
-    def matrices(self, element: int, keep: NDArray[np.bool_]) -> tuple[Any, Any]:
+    def matrices(self, element: int, keep: BoolArray) -> tuple[Any, Any]:
         """Those of one element, as sparse matrices; of the Jacobian the rows that are kept."""
         from scipy.sparse import csr_matrix
 
@@ -93,7 +91,7 @@ def find_sparsity(problem: NodeProblem, point: NodePoint) -> Sparsity | None:
         problem: B ≥ 1 elements.
         point: (B, ·) near which derivatives exist.
     """
-    one = problem.select([0])
+    one = problem.select(torch.zeros(1, dtype=torch.int64, device=problem.device))
     generator = torch.Generator().manual_seed(0)
     x, nu, lam = (part[:1] for part in point)
 
@@ -112,7 +110,7 @@ def find_sparsity(problem: NodeProblem, point: NodePoint) -> Sparsity | None:
     return None if first is None or second is None else Sparsity(first, second)
 
 
-def _entries(problem: NodeProblem, point: NodePoint) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | None:
+def _entries(problem: NodeProblem, point: NodePoint) -> tuple[BoolArray, BoolArray] | None:
     """Where the matrices of one element are not zero; None where they are not finite."""
     n = point.x.shape[-1]
     m = sum(part.shape[-1] for part in problem.constraints(point.x))
@@ -129,7 +127,7 @@ def _entries(problem: NodeProblem, point: NodePoint) -> tuple[NDArray[np.bool_],
     return parts[0], parts[1]
 
 
-def _coloured(entries: NDArray[np.bool_], most: float) -> Pattern | None:
+def _coloured(entries: BoolArray, most: float) -> Pattern | None:
     """A greedy colouring of rows; None where it takes more than ``most`` colours."""
     from scipy.sparse import csr_matrix
 
@@ -193,7 +191,7 @@ def solve_quasidefinite(hessian: Any, jacobian: Any, weight: FloatArray, right: 
     return answer[:n] if left <= 1e-6 * np.abs(whole).max(initial=0.0) else None
 
 
-def curves_up(values: Factors, keep: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def curves_up(values: Factors, keep: BoolArray) -> BoolArray:
     """(B,) whether ``H + w JᵀJ``, w large, has no eigenvalue below ``-δ``: no negative curvature along the rows J."""
     from scipy.sparse import diags, identity
 

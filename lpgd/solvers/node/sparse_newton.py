@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpgd.arrays import FloatArray
 from lpgd.problems.node.structure import NodePoint
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
 from lpgd.solvers.node.descent import Descent, Run, newton, outcome
-from lpgd.solvers.node.sparse import FloatArray, Sparsity, read_matrices, solve_quasidefinite
+from lpgd.solvers.node.sparse import Sparsity, read_matrices, solve_quasidefinite
 from lpgd.status import Status
 
 __all__ = ["sparse_newton"]
