@@ -123,8 +123,8 @@ def test_it_can_be_turned_off() -> None:
 
 
 def defined(row: Callable[[Any, Any], Any], *more: Callable[[Any], Any], returned: str = "x") -> int:
-    """How many variables are left of x (3,) and t (3,), where ``row`` defines t, whose square is minimised."""
-    x, t, F = cp.Variable(3), cp.Variable(3), cp.Parameter((3, 3))
+    """How many variables are left of x (3,) and t (4,), where ``row`` defines t, whose square is minimised."""
+    x, t, F = cp.Variable(3), cp.Variable(4), cp.Parameter((4, 3))
     defining = row(t, F @ x)
     problem = cp.Problem(cp.Minimize(cp.sum_squares(t) + cp.sum_squares(x)), [defining, *(part(t) for part in more)])
     outputs = {"x": [x], "t": [x, t], "dual": [x, defining.dual_variables[0]]}[returned]
@@ -133,17 +133,17 @@ def defined(row: Callable[[Any, Any], Any], *more: Callable[[Any], Any], returne
 
 def test_what_the_layer_returns_stays() -> None:
     assert defined(lambda t, value: t == value) == 3
-    assert defined(lambda t, value: t == value, returned="t") == 6
-    assert defined(lambda t, value: t == value, returned="dual") == 6
+    assert defined(lambda t, value: t == value, returned="t") == 7
+    assert defined(lambda t, value: t == value, returned="dual") == 7
 
 
 def test_bounded_variables_stay() -> None:
-    assert defined(lambda t, value: t == value, lambda t: t <= 1) == 6
+    assert defined(lambda t, value: t == value, lambda t: t <= 1) == 7
 
 
 def test_tiny_pivots_stay() -> None:
     assert defined(lambda t, value: 1e-2 * t == value) == 3
-    assert defined(lambda t, value: 1e-5 * t == value) == 6
+    assert defined(lambda t, value: 1e-5 * t == value) == 7
 
 
 def test_coefficients_that_are_parameters_stay() -> None:
@@ -165,6 +165,15 @@ def test_few_factors_stay_and_many_squares_go() -> None:
     assert least_squares(rows=60, columns=20).structure.n == 20
     assert least_squares(rows=5, columns=50).structure.n == 55
     assert least_squares(rows=19, columns=20).structure.n == 39  # P would be singular
+
+
+def test_full_squares_go_where_much_less_is_left() -> None:
+    assert least_squares(rows=20, columns=20).structure.n == 40  # as many squares as variables
+    assert least_squares(rows=24, columns=20).structure.n == 20
+    assert least_squares(lambda x: cp.norm1(x) <= 1, rows=30, columns=20).structure.n == 70  # more is left than goes
+    assert (
+        least_squares(lambda x: np.ones((30, 20)) @ x <= 1, rows=20, columns=20).structure.n == 20
+    )  # beside many rows
 
 
 def test_the_factors_of_a_risk_model_stay_and_its_diagonal_goes() -> None:

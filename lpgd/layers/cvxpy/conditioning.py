@@ -120,7 +120,9 @@ class Conditioning:
     def _sparse(self, P: Tensor, A: Tensor) -> bool:
         values, others = P.cpu().numpy(), A.cpu().numpy()
         count = max(len(values), len(others))
-        return any(self._least(values[i % len(values)], others[i % len(others)]) < LEAST_CURVATURE for i in range(count))
+        return any(
+            self._least(values[i % len(values)], others[i % len(others)]) < LEAST_CURVATURE for i in range(count)
+        )
 
     def _least(self, P: FloatArray, A: FloatArray) -> float:
         """An upper bound of the least eigenvalue of H, nearly tight; 0 where it has none above 0."""
@@ -135,9 +137,7 @@ class Conditioning:
             matrix = matrix + rows.T @ rows
         options = {"SymmetricMode": True}
         try:
-            factor = spla.splu(
-                sp.csc_array(matrix), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options
-            )
+            factor = spla.splu(sp.csc_array(matrix), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
         except RuntimeError:  # SuperLU: "Factor is exactly singular"
             return 0.0
         pivots = factor.U.diagonal()

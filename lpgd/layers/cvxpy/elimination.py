@@ -35,7 +35,7 @@ entries get fewer by that.  Squares are not formed
   singular, or nearly so with a small ridge, and active-set methods take up to twice as long.  Huber's penalty is such
   a case, where each row has a variable of its own.
 
-- that fill P and have more entries than the rows that are left, unless there are :data:`MORE` of them for each column
+- of linear constraints' programs that fill P and have more entries than the rows that are left, unless there are :data:`MORE` of them for each column
   and at most :data:`DECISIVE` of variables and rows are left: with nothing but a diagonal in P the perturbed problems
   of LPGD are solved faster.  A lasso of 30 rows and 20 columns is such a case.
 
@@ -238,6 +238,7 @@ class _Weights:
 
     def __init__(self, program: CanonicalProgram, pivots: Pivots) -> None:
         self.pivots, self.n, self.m = pivots, program.n, program.cones.rows
+        self.is_polyhedral = program.cones.is_polyhedral
         A, P = program.constraint, program.quadratic
         count = pivots.rows.size
         self.A: Any = sp.csr_array((np.ones(A.nnz), (A.rows, A.columns)), shape=A.shape)
@@ -266,7 +267,7 @@ class _Weights:
         little = self.size(chosen) > DECISIVE * self.size(np.zeros_like(chosen))
         for members, columns in components(self.support, chosen & self.square):
             filled = np.diff(self.support.indptr)[members].sum() >= FULL * members.size * columns.size
-            full = filled and columns.size > 1 and columns.size**2 > A.nnz
+            full = self.is_polyhedral and filled and columns.size > 1 and columns.size**2 > A.nnz
             if members.size < (MORE if full else 1.0) * columns.size or (full and little):
                 definite[members] = False
         return definite
