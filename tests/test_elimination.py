@@ -169,11 +169,10 @@ def test_few_factors_stay_and_many_squares_go() -> None:
 
 def test_full_squares_go_where_much_less_is_left() -> None:
     assert least_squares(rows=20, columns=20).structure.n == 40  # as many squares as variables
-    assert least_squares(rows=24, columns=20).structure.n == 20
+    assert least_squares(rows=30, columns=20).structure.n == 20
     assert least_squares(lambda x: cp.norm1(x) <= 1, rows=30, columns=20).structure.n == 70  # more is left than goes
-    assert (
-        least_squares(lambda x: np.ones((30, 20)) @ x <= 1, rows=20, columns=20).structure.n == 20
-    )  # beside many rows
+    beside_many_rows = least_squares(lambda x: np.ones((30, 20)) @ x <= 1, rows=20, columns=20)
+    assert beside_many_rows.structure.n == 20
 
 
 def test_the_factors_of_a_risk_model_stay_and_its_diagonal_goes() -> None:
@@ -231,10 +230,10 @@ def test_a_value_that_is_not_finite_fails_its_element_alone(spoilt: int) -> None
 
 
 def test_the_choice_is_made_for_what_is_left() -> None:
-    layer = least_squares(lambda x: x >= 0, rows=120, columns=100)
+    layer = least_squares(lambda x: x >= 0, rows=150, columns=100)
     assert layer.solver is not None
     assert layer.solver.name == "DAQP"
-    without = least_squares(lambda x: x >= 0, rows=120, columns=100, eliminate=False)
+    without = least_squares(lambda x: x >= 0, rows=150, columns=100, eliminate=False)
     assert without.solver is not None
     assert without.solver.name != "DAQP"
 

@@ -1,4 +1,4 @@
-"""Squares that would lose digits are not formed: elements whose F is ill-conditioned are solved as the whole program."""
+"""Squares that would lose digits are not formed: an ill-conditioned F is solved as the whole program."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def matrix(condition: float, seed: int = 0) -> FloatArray:
 
 def layer(eliminate: bool = True, constraints: bool = False, **options: Any) -> lpgd.CvxpyLayer:
     x, F, g = cp.Variable(COLUMNS), cp.Parameter((ROWS, COLUMNS)), cp.Parameter(ROWS)
-    limits = [cp.sum(x) == 1, x <= 2] if constraints else []
+    limits: list[Any] = [cp.sum(x) == 1, x <= 2] if constraints else []
     problem = cp.Problem(cp.Minimize(cp.sum_squares(F @ x - g)), limits)
     return lpgd.CvxpyLayer(problem, [F, g], [x], eliminate=eliminate, **options)
 
@@ -149,10 +149,10 @@ def test_solve_warm_starts_and_copies() -> None:
 
 
 def test_the_whole_program_has_a_choice_of_its_own() -> None:
-    x, F = cp.Variable(100), cp.Parameter((120, 100))
+    x, F = cp.Variable(100), cp.Parameter((150, 100))
     problem = cp.Problem(cp.Minimize(cp.sum_squares(F @ x - 1)), [x >= 0])
     own, whole = (lpgd.CvxpyLayer(problem, [F], [x], eliminate=eliminate) for eliminate in (True, False))
-    value = normal(120, 100)
+    value = normal(150, 100)
     value[:, 1] = value[:, 0] + 1e-6 * value[:, 1]
     assert own(value).info.solver == whole(value).info.solver
     assert own.solver is not None
@@ -186,9 +186,7 @@ def test_transforms(condition: float) -> None:
 def test_sparse_and_dense_tests_agree() -> None:
     """Chains of differences, whose pivots are all at least ½ while the least eigenvalue is of order 1 / n²."""
     for n, expected in ((200, False), (1500, True)):
-        chain = SparsityPattern.from_matrix(
-            sp.diags_array([np.ones(n - 1), np.ones(n), np.ones(n - 1)], offsets=[-1, 0, 1])
-        )
+        chain = SparsityPattern.from_matrix(sp.eye_array(n) + sp.eye_array(n, k=1) + sp.eye_array(n, k=-1))
         values = torch.from_numpy(np.where(chain.rows == chain.columns, 2.0, -1.0))
         nothing = SparsityPattern((0, n), np.zeros(0, np.int64), np.zeros(0, np.int64))
         test = Conditioning(chain, np.ones(n, dtype=bool), nothing, 0)

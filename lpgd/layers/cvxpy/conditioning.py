@@ -1,4 +1,4 @@
-"""Whether the squares that an elimination forms are well enough conditioned to be formed: asked of values, in each call.
+"""Whether the squares that an elimination forms are well enough conditioned: asked of values, in each call.
 
 ``FᵀF`` has the squared condition of F.  An error dP of P', as large as rounding makes it, moves a solution by
 ``-Z (Zᵀ P' Z)⁻¹ Zᵀ dP x``, where Z spans the directions that active constraints leave.  What counts is therefore the
@@ -167,10 +167,10 @@ class _Asked(torch.autograd.Function):
         """There is no derivative of an answer."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], test: Conditioning, *data: Tensor) -> tuple[Tensor, None]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         """For jacfwd, whose lanes have the same data; where they have not, the layer refuses vmap itself."""
-        own = (part if dim is None else part.select(dim, 0) for part, dim in zip(data, in_dims[1:], strict=True))
-        return _Asked.apply(test, *own), None
+        own = (part if dim is None else part.select(dim, 0) for part, dim in zip(inputs, in_dims, strict=True))
+        return _Asked.apply(*own), None
 
 
 def _joined(quadratic: SparsityPattern, reached: BoolArray) -> BoolArray:

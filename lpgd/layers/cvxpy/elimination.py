@@ -35,11 +35,12 @@ entries get fewer by that.  Squares are not formed
   singular, or nearly so with a small ridge, and active-set methods take up to twice as long.  Huber's penalty is such
   a case, where each row has a variable of its own.
 
-- of linear constraints' programs that fill P and have more entries than the rows that are left, unless there are :data:`MORE` of them for each column
-  and at most :data:`DECISIVE` of variables and rows are left: with nothing but a diagonal in P the perturbed problems
-  of LPGD are solved faster.  A lasso of 30 rows and 20 columns is such a case.
+- that fill P and have more entries than the rows that are left, in programs with linear constraints, unless there are
+  :data:`MORE` of them for each column and at most :data:`DECISIVE` of variables and rows are left: with nothing but a
+  diagonal in P the perturbed problems of LPGD are solved faster.  A lasso of 30 rows and 20 columns is such a case,
+  and so is a ridge regression of 60 rows and 50 columns.
 
-So ``sum_squares(F @ x - g)`` with a dense F of shape (k, n) is substituted where ``k >= 1.2 n``, and with many rows
+So ``sum_squares(F @ x - g)`` with a dense F of shape (k, n) is substituted where ``k >= 1.5 n``, and with many rows
 beside it where ``k >= n``; the few factors of a portfolio's risk stay.  Values that would lose digits are solved as the
 whole program (:mod:`lpgd.layers.cvxpy.conditioning`).  Measured in docs/decisions/elimination.md.
 """
@@ -82,7 +83,7 @@ LONGEST = 32
 """Of rows that are multiplied entry by entry."""
 SMALLER = 0.9
 """What share of variables and rows may be left."""
-DECISIVE, MORE = 0.5, 1.2
+DECISIVE, MORE = 0.5, 1.5
 """Where full squares have more entries than the rows that are left: what share of variables and rows may be left, and
 how many squares there must be for each of their columns."""
 LARGE, MANY = 4000, 100_000

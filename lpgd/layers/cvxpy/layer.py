@@ -65,14 +65,16 @@ class CvxpyLayer(OptimizationLayer):
         eliminate: substitute variables that one row defines, such as those of CVXPY's ``sum_squares``, where that
             makes the program cheaper (:mod:`lpgd.layers.cvxpy.elimination` has the rule).  Outputs and gradients stay
             the same; what ``variables`` names is never substituted.  With ``rho > 0`` the augmentation is of the
-            variables that are left.  Squares of a matrix F are formed by ``FᵀF``: with a condition of F beyond about
-            1e3, False keeps more digits.
+            variables of the program that is solved.  Squares of a matrix F are formed by ``FᵀF``, which has F's
+            condition squared: where that is beyond about 300 for an element, in units of order 1 and along the
+            equalities, the whole batch is solved as with False, in this call.
         verbose: let the solver print.
 
     Attributes:
         gradient: the gradient method; it may be replaced between calls (schedules of τ and ρ).
         solver: the solver; it may be replaced too.
-        structure: patterns and cones of the conic program that is solved; a call's ``info.solution`` is of that.
+        structure: patterns and cones of the conic program that is solved where no squares lose digits; a call's
+            ``info.solution`` has those of its own.
 
     Raises:
         ValueError: parameters or variables do not belong to the problem, it is not DPP, or the solver cannot take it.
