@@ -123,8 +123,8 @@ def test_it_can_be_turned_off() -> None:
 
 
 def defined(row: Callable[[Any, Any], Any], *more: Callable[[Any], Any], returned: str = "x") -> int:
-    """How many variables are left of x (3,) and t (4,), where ``row`` defines t, whose square is minimised."""
-    x, t, F = cp.Variable(3), cp.Variable(4), cp.Parameter((4, 3))
+    """How many variables are left of x (3,) and t (5,), where ``row`` defines t, whose square is minimised."""
+    x, t, F = cp.Variable(3), cp.Variable(5), cp.Parameter((5, 3))
     defining = row(t, F @ x)
     problem = cp.Problem(cp.Minimize(cp.sum_squares(t) + cp.sum_squares(x)), [defining, *(part(t) for part in more)])
     outputs = {"x": [x], "t": [x, t], "dual": [x, defining.dual_variables[0]]}[returned]
@@ -133,17 +133,17 @@ def defined(row: Callable[[Any, Any], Any], *more: Callable[[Any], Any], returne
 
 def test_what_the_layer_returns_stays() -> None:
     assert defined(lambda t, value: t == value) == 3
-    assert defined(lambda t, value: t == value, returned="t") == 7
-    assert defined(lambda t, value: t == value, returned="dual") == 7
+    assert defined(lambda t, value: t == value, returned="t") == 8
+    assert defined(lambda t, value: t == value, returned="dual") == 8
 
 
 def test_bounded_variables_stay() -> None:
-    assert defined(lambda t, value: t == value, lambda t: t <= 1) == 7
+    assert defined(lambda t, value: t == value, lambda t: t <= 1) == 8
 
 
 def test_tiny_pivots_stay() -> None:
     assert defined(lambda t, value: 1e-2 * t == value) == 3
-    assert defined(lambda t, value: 1e-5 * t == value) == 7
+    assert defined(lambda t, value: 1e-5 * t == value) == 8
 
 
 def test_coefficients_that_are_parameters_stay() -> None:
