@@ -123,8 +123,8 @@ def test_it_can_be_turned_off() -> None:
 
 
 def defined(row: Callable[[Any, Any], Any], *more: Callable[[Any], Any], returned: str = "x") -> int:
-    """How many variables are left of x (3,) and t (3,), where ``row`` defines t, whose square is minimised."""
-    x, t, F = cp.Variable(3), cp.Variable(3), cp.Parameter((3, 3))
+    """How many variables are left of x (3,) and t (5,), where ``row`` defines t, whose square is minimised."""
+    x, t, F = cp.Variable(3), cp.Variable(5), cp.Parameter((5, 3))
     defining = row(t, F @ x)
     problem = cp.Problem(cp.Minimize(cp.sum_squares(t) + cp.sum_squares(x)), [defining, *(part(t) for part in more)])
     outputs = {"x": [x], "t": [x, t], "dual": [x, defining.dual_variables[0]]}[returned]
@@ -133,17 +133,17 @@ def defined(row: Callable[[Any, Any], Any], *more: Callable[[Any], Any], returne
 
 def test_what_the_layer_returns_stays() -> None:
     assert defined(lambda t, value: t == value) == 3
-    assert defined(lambda t, value: t == value, returned="t") == 6
-    assert defined(lambda t, value: t == value, returned="dual") == 6
+    assert defined(lambda t, value: t == value, returned="t") == 8
+    assert defined(lambda t, value: t == value, returned="dual") == 8
 
 
 def test_bounded_variables_stay() -> None:
-    assert defined(lambda t, value: t == value, lambda t: t <= 1) == 6
+    assert defined(lambda t, value: t == value, lambda t: t <= 1) == 8
 
 
 def test_tiny_pivots_stay() -> None:
     assert defined(lambda t, value: 1e-2 * t == value) == 3
-    assert defined(lambda t, value: 1e-5 * t == value) == 6
+    assert defined(lambda t, value: 1e-5 * t == value) == 8
 
 
 def test_coefficients_that_are_parameters_stay() -> None:
@@ -165,6 +165,14 @@ def test_few_factors_stay_and_many_squares_go() -> None:
     assert least_squares(rows=60, columns=20).structure.n == 20
     assert least_squares(rows=5, columns=50).structure.n == 55
     assert least_squares(rows=19, columns=20).structure.n == 39  # P would be singular
+
+
+def test_full_squares_go_where_much_less_is_left() -> None:
+    assert least_squares(rows=20, columns=20).structure.n == 40  # as many squares as variables
+    assert least_squares(rows=30, columns=20).structure.n == 20
+    assert least_squares(lambda x: cp.norm1(x) <= 1, rows=30, columns=20).structure.n == 70  # more is left than goes
+    beside_many_rows = least_squares(lambda x: np.ones((30, 20)) @ x <= 1, rows=20, columns=20)
+    assert beside_many_rows.structure.n == 20
 
 
 def test_the_factors_of_a_risk_model_stay_and_its_diagonal_goes() -> None:
@@ -222,10 +230,10 @@ def test_a_value_that_is_not_finite_fails_its_element_alone(spoilt: int) -> None
 
 
 def test_the_choice_is_made_for_what_is_left() -> None:
-    layer = least_squares(lambda x: x >= 0, rows=120, columns=100)
+    layer = least_squares(lambda x: x >= 0, rows=150, columns=100)
     assert layer.solver is not None
     assert layer.solver.name == "DAQP"
-    without = least_squares(lambda x: x >= 0, rows=120, columns=100, eliminate=False)
+    without = least_squares(lambda x: x >= 0, rows=150, columns=100, eliminate=False)
     assert without.solver is not None
     assert without.solver.name != "DAQP"
 

@@ -261,18 +261,23 @@ class OptimizationLayer(BaseLayer):
         data, _ = without_absent_rows(structure, data, batch.batch_size)
         return self._plain(ConicProblem(structure, data, batch.batch_size), batch, call, warm_start)
 
+    def _solver_for(self, structure: ConicStructure) -> ConicSolver | None:
+        """The solver of the calls with this structure; None where one is chosen for each call."""
+        return self._solver
+
     def _situation(self, device: torch.device | None = None) -> Situation:
         return Situation(device.type if device is not None else "cpu", getattr(self.gradient, "rho", 0.0) > 0)
 
     def _call_options(
         self, structure: ConicStructure, solver_args: Mapping[str, Any] | None, device: torch.device
     ) -> CallOptions:
-        if not solver_args and self._solver is not None and self._fixed:
-            choice = Choice(self._solver, structure, self._situation(), self._named)
-            return CallOptions(self._solver, self.executor, self.gradient, choice)
+        own = self._solver_for(structure)
+        if not solver_args and own is not None and self._fixed:
+            choice = Choice(own, structure, self._situation(), self._named)
+            return CallOptions(own, self.executor, self.gradient, choice)
         standard, situation = StandardOptions.parse(solver_args), self._situation(device)
         if standard.solver is None:
-            solver = choose_solver(structure, self._solver, {**self._options, **standard.options}, situation)
+            solver = choose_solver(structure, own, {**self._options, **standard.options}, situation)
         else:
             solver = choose_solver(structure, standard.solver, standard.options, situation)
         choice = Choice(solver, structure, situation, self._named or standard.solver is not None)

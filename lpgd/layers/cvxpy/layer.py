@@ -5,14 +5,14 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lpgd.arrays import IntArray, from_numpy
-from lpgd.autograd import OnError
+from lpgd.autograd import CallInfo, OnError
 from lpgd.gradients import GradientMethod
 from lpgd.layers.absent import without_absent_rows
 from lpgd.layers.base import LayerOutput, OptimizationLayer, WarmStart
@@ -20,15 +20,15 @@ from lpgd.layers.cvxpy.attributes import check_attributes
 from lpgd.layers.cvxpy.elimination import NO_PIVOTS, find_pivots
 from lpgd.layers.cvxpy.layout import CanonicalProgram, VariableLayout
 from lpgd.layers.cvxpy.maps import Columns, DataMap, SparseMap
-from lpgd.layers.cvxpy.substitution import ExpandedSolution, Substitution
+from lpgd.layers.cvxpy.substitution import ExpandedSolution, Parts, Substitution
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.explanations import Part, explanation
-from lpgd.layers.inputs import Inputs, batch_inputs
+from lpgd.layers.inputs import Batch, Inputs, batch_inputs
 from lpgd.layers.look import look_at
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
-from lpgd.solvers import ConicSolver
+from lpgd.solvers import ConicSolver, choose_solver
 
 if TYPE_CHECKING:
     import cvxpy as cp
@@ -65,14 +65,16 @@ class CvxpyLayer(OptimizationLayer):
         eliminate: substitute variables that one row defines, such as those of CVXPY's ``sum_squares``, where that
             makes the program cheaper (:mod:`lpgd.layers.cvxpy.elimination` has the rule).  Outputs and gradients stay
             the same; what ``variables`` names is never substituted.  With ``rho > 0`` the augmentation is of the
-            variables that are left.  Squares of a matrix F are formed by ``FᵀF``: with a condition of F beyond about
-            1e3, False keeps more digits.
+            variables of the program that is solved.  Squares of a matrix F are formed by ``FᵀF``, which has F's
+            condition squared: where that is beyond about 300 for an element, in units of order 1 and along the
+            equalities, the whole batch is solved as with False, in this call.
         verbose: let the solver print.
 
     Attributes:
         gradient: the gradient method; it may be replaced between calls (schedules of τ and ρ).
         solver: the solver; it may be replaced too.
-        structure: patterns and cones of the conic program that is solved; a call's ``info.solution`` is of that.
+        structure: patterns and cones of the conic program that is solved where no squares lose digits; a call's
+            ``info.solution`` has those of its own.
 
     Raises:
         ValueError: parameters or variables do not belong to the problem, it is not DPP, or the solver cannot take it.
@@ -100,7 +102,8 @@ class CvxpyLayer(OptimizationLayer):
 
         whole = canonicalise(problem, parameters, variables, gp=gp)
         pivots = find_pivots(whole) if eliminate else NO_PIVOTS
-        self._substitution = Substitution(whole, pivots) if pivots.rows.size else None
+        substitution = Substitution(whole, pivots) if pivots.rows.size else None
+        self._substitution = None if substitution is None or substitution.loses_digits() else substitution
         program = self._substitution.program if self._substitution is not None else whole
         structure = _structure(program)
         super().__init__(structure, True, solver, gradient, solver_args, on_error, executor, verbose)
@@ -108,9 +111,8 @@ class CvxpyLayer(OptimizationLayer):
         self.parameter_layouts = program.parameters
         self.variable_layouts = program.variables
         self._whole = structure if program is whole else _structure(whole)
+        self._readers, self._whole_readers = _readers(program), _readers(whole)
         self._data_maps = [DataMap(getattr(whole, name)) for name in ConicData._fields]
-        both = np.isin(np.arange(program.n), program.lower_index) & np.isin(np.arange(program.n), program.upper_index)
-        self._readers = [_Reader(layout, from_numpy(both)) for layout in program.variables]
 
     @eager
     def forward(
@@ -138,15 +140,16 @@ class CvxpyLayer(OptimizationLayer):
                 definiteness that its parameter was declared with.
         """
         inputs = batch_inputs(self.parameter_layouts, params)
-        data = self._data(self._columns(inputs))
+        posed = self._posed(self._columns(inputs))
 
         def listed() -> list[Part]:
             known = zip(self.parameter_layouts, params, strict=True)
             return [Part(f"parameter {layout.name}", tensor, len(layout.shape)) for layout, tensor in known]
 
-        start, why = _as_solved(warm_start), explanation(listed, inputs)
-        point, info = self._solve(data, self.structure, inputs, solver_args, start, why)
-        output = LayerOutput(inputs.restore(reader(point), reader.layout.shape) for reader in self._readers)
+        start, why = self._as_solved(warm_start, posed.structure, inputs), explanation(listed, inputs)
+        point, info = self._solve(posed.data, posed.structure, inputs, solver_args, start, why)
+        readers = self._readers if posed.structure is self.structure else self._whole_readers
+        output = LayerOutput(inputs.restore(reader(point), reader.layout.shape) for reader in readers)
         output.info, output.batch_shape = info, inputs.batch_shape
         return output
 
@@ -170,15 +173,15 @@ class CvxpyLayer(OptimizationLayer):
         inputs = batch_inputs(self.parameter_layouts, params)
         with torch.no_grad():
             columns = self._columns(inputs)
-            data = self._data(columns)
-        solution = self._solution(data, self.structure, inputs, solver_args, _as_solved(warm_start))
-        if self._substitution is None:
+            posed = self._posed(columns)
+        start = self._as_solved(warm_start, posed.structure, inputs)
+        solution = self._solution(posed.data, posed.structure, inputs, solver_args, start)
+        if self._substitution is None or posed.parts is None:
             return solution
         with torch.no_grad():
-            whole = ConicData(*(data_map(columns) for data_map in self._data_maps))
-            whole, _ = without_absent_rows(self._whole, whole, inputs.batch_size)
+            whole, _ = without_absent_rows(self._whole, self._whole_data(columns), inputs.batch_size)
             problem = ConicProblem(self._whole, whole, inputs.batch_size)
-            return self._substitution.expand(solution, problem, self._substitution.parts(columns))
+            return self._substitution.expand(solution, problem, posed.parts)
 
     def extra_repr(self) -> str:
         structure = self.structure
@@ -190,16 +193,53 @@ class CvxpyLayer(OptimizationLayer):
         look_at(lambda shown: check_attributes(layouts, shown), inputs.tensors, ndims)
         return Columns(layouts, inputs.tensors, inputs.batch_size)
 
-    def _data(self, columns: Columns) -> ConicData:
-        """Parameters to the data that are solved; a datum that only shared parameters reach stays shared."""
+    def _posed(self, columns: Columns) -> _Posed:
+        """Parameters to the data that are solved; a datum that only shared parameters reach stays shared.
+
+        It is the whole program where an element's squares would lose digits.
+        """
         if self._substitution is not None:
-            return self._substitution.data(columns, self._substitution.parts(columns))
+            parts = self._substitution.parts(columns)
+            data = self._substitution.data(columns, parts)
+            if not self._substitution.loses_digits(data):
+                return _Posed(self.structure, data, parts)
+        return _Posed(self._whole, self._whole_data(columns), None)
+
+    def _whole_data(self, columns: Columns) -> ConicData:
         return ConicData(*(data_map(columns) for data_map in self._data_maps))
 
+    def _set_solver(self, solver: ConicSolver | str | None, options: Mapping[str, Any]) -> None:
+        super()._set_solver(solver, options)
+        self._whole_solver: ConicSolver | None = None
+        self._chosen_by = dict(options)
 
-def _as_solved(warm_start: WarmStart) -> WarmStart:
-    solved = warm_start.solved if isinstance(warm_start, ExpandedSolution) else None
-    return warm_start if solved is None else solved
+    def _solver_for(self, structure: ConicStructure) -> ConicSolver | None:
+        """The whole program has a solver of its own, unless one is named; it is chosen where it is first needed."""
+        if structure is self.structure or self._named:
+            return self._solver
+        if self._whole_solver is None:
+            self._whole_solver = choose_solver(structure, None, self._chosen_by, self._situation())
+        return self._whole_solver
+
+    def _as_solved(self, warm_start: WarmStart, structure: ConicStructure, batch: Batch) -> WarmStart:
+        """A previous result as one of the program that is solved; states of the other one are of no use to it."""
+        info = getattr(warm_start, "info", None)
+        previous = info.solution if isinstance(info, CallInfo) else warm_start
+        if isinstance(previous, ExpandedSolution) and previous.solved is not None:
+            previous = previous.solved
+        if self._substitution is None or not isinstance(previous, ConicSolution):
+            return warm_start
+        other = self._whole if structure is self.structure else self.structure
+        is_other = previous.problem.structure.digest == other.digest and previous.batch_size == batch.batch_size
+        return False if is_other else previous
+
+
+class _Posed(NamedTuple):
+    """What a call solves; ``parts`` where variables were substituted."""
+
+    structure: ConicStructure
+    data: ConicData
+    parts: Parts | None
 
 
 def _structure(program: CanonicalProgram) -> ConicStructure:
@@ -220,6 +260,11 @@ def _constant_rows(program: CanonicalProgram) -> IntArray:
     for affine, rows in ((program.A, program.constraint.rows), (program.b, np.arange(program.cones.rows))):
         constant[rows[np.diff(affine.matrix[:, :-1].tocsr().indptr) > 0]] = False
     return np.flatnonzero(constant)
+
+
+def _readers(program: CanonicalProgram) -> list[_Reader]:
+    both = np.isin(np.arange(program.n), program.lower_index) & np.isin(np.arange(program.n), program.upper_index)
+    return [_Reader(layout, from_numpy(both)) for layout in program.variables]
 
 
 class _Reader:

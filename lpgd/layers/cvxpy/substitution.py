@@ -36,6 +36,7 @@ from torch import Tensor
 from lpgd.arrays import FloatArray, IntArray, from_numpy
 from lpgd.cones.product import Cones
 from lpgd.layers.cvxpy.blocks import places, product, scaled, selection, split
+from lpgd.layers.cvxpy.conditioning import Conditioning
 from lpgd.layers.cvxpy.elimination import Pivots
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, VariableLayout
 from lpgd.layers.cvxpy.maps import Columns, DataMap, SparseMap
@@ -144,6 +145,7 @@ class Substitution:
         self._is_shifted = bool(shift.matrix.nnz) and self._squares.nnz > 0
         self._is_linear = self._is_shifted or bool(program.q.matrix[pivots.variables].nnz)
         self._fixed = self._fixed_quadratic()
+        self._conditioning = self._test()
 
     def _fixed_quadratic(self) -> Tensor | None:
         """P', where no parameter reaches it."""
@@ -153,6 +155,29 @@ class Substitution:
         nothing = Columns((), (), 1)
         W = [block.map(nothing) for block in self._blocks]
         return self._quadratic(self._maps[0](nothing), W, self._part_maps[0](nothing))
+
+    def _test(self) -> Conditioning | None:
+        """The test of the squares that are formed; None where no values fail it."""
+        n = self.program.n
+        column, row = np.divmod(np.concatenate([np.zeros(0, np.int64), *(block.entries for block in self._blocks)]), n)
+        if np.array_equal(column, row):
+            return None  # one factor each: nothing cancels
+        reached = np.zeros(n, dtype=bool)
+        reached[column] = True
+        test = Conditioning(self.program.quadratic, reached, self.program.constraint, self.program.cones.zero)
+        if self._fixed is not None and not test(self._fixed, self._fixed.new_zeros(self.program.constraint.nnz)):
+            return None
+        return test
+
+    def loses_digits(self, data: ConicData | None = None) -> bool:
+        """Whether the squares of an element are too ill-conditioned to be formed; without data, those of all calls."""
+        if self._conditioning is None:
+            return False
+        if data is not None:
+            return self._conditioning(data.P, data.A)
+        if self._fixed is None or self._maps[2].reaching:
+            return False
+        return self._conditioning(self._fixed, self._maps[2](Columns((), (), 1)))
 
     def parts(self, columns: Columns) -> Parts:
         """The formulas' parts for parameter values.

@@ -20,14 +20,18 @@ __all__ = ["ReducedBlocks", "ReducedRows", "held", "is_dense", "reduce_blocks", 
 
 BoolArray = BoolArray
 
-DENSE_LIMIT = 400
-"""Systems up to this size, or mostly filled ones, are factorised densely."""
+DENSE_LIMIT, EMPTY_LIMIT = 400, 200
+"""Systems up to this size, or mostly filled ones, are factorised densely; up to the second, nearly empty ones."""
+EMPTY_ROWS = 4
+"""Entries of a row, on average, of a nearly empty system: one along a chain."""
 
 
 def is_dense(structure: ConicStructure) -> bool:
     """Whether systems are factorised densely."""
     filled = structure.constraint.nnz > 0.2 * max(structure.m * structure.n, 1)
-    return filled or structure.n + structure.m <= DENSE_LIMIT
+    size = structure.n + structure.m
+    empty = structure.quadratic.nnz + 2 * structure.constraint.nnz <= EMPTY_ROWS * size
+    return filled or size <= (EMPTY_LIMIT if empty else DENSE_LIMIT)
 
 
 def held(x: FloatArray, z: FloatArray, lower: FloatArray, upper: FloatArray) -> BoolArray:
