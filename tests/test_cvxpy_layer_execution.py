@@ -94,7 +94,7 @@ def test_an_executor_is_used_forward_and_backward() -> None:
 
     executor = Counting()
     tensors = [leaf(datum) for datum in data(4)]
-    outputs = program(gradient=lpgd.LPGD(tau=1e-3), executor=executor)(*tensors)
+    outputs = program(gradient=lpgd.LPGD(tau=1e-3), executor=executor, solver=lpgd.Clarabel(refine=False))(*tensors)
     forward = executor.count
     assert forward > 0
     weighted(outputs).backward()

@@ -120,13 +120,13 @@ def test_what_is_found_does_not_depend_on_the_batch() -> None:
     points = []
     for rows in ([0, 1, 2], [1]):
         index = torch.tensor(rows)
-        part = solution.select(rows)
+        part = solution.select(index)
         near = PerturbedPoints.of(part, part.problem, tilt.select(index), unit[index], solver)
         assert near is not None
         steps = both_sides(1e-3, len(rows))
         found = near.solve(part.problem.tilt(steps, tilt.select(index)), steps, (), None)
         assert set(found.solvers) == {NEWTON}
-        points.append(found.select([rows.index(1), len(rows) + rows.index(1)]).point)
+        points.append(found.select(torch.tensor([rows.index(1), len(rows) + rows.index(1)])).point)
     for own, other in zip(*points, strict=True):
         torch.testing.assert_close(own, other, atol=1e-13, rtol=0)
 

@@ -63,8 +63,8 @@ class Sweep:
 
     @property
     def best(self) -> SweepRow:
-        """The row whose gradient step lowers the loss most."""
-        return max(self.rows, key=lambda row: row.measurement.decrease)
+        """The row whose gradient step lowers the loss most; of those that are equal to rounding the first."""
+        return max(self.rows, key=lambda row: float(f"{row.measurement.decrease:.6g}"))
 
     def __str__(self) -> str:
         header = ["tau", "tau / unit", "rho", "norm", "cosine exact", "ratio", "noise", "not moved", "active changes"]

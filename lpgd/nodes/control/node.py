@@ -179,15 +179,21 @@ class OptimalControl(BaseNode):
 
     # -- what is minimised -------------------------------------------------------------------------------------
 
+    # A batch without elements has no row that the user's functions could be called with.
+
     def objective(self, y: Tensor, *inputs: Tensor) -> Tensor:
-        return self._problem(inputs).value(y)
+        return self._problem(inputs).value(y) if len(y) else y.sum((-2, -1))
 
     def equality(self, y: Tensor, *inputs: Tensor) -> Tensor:
+        if not len(y):
+            return y[..., self.controls :].flatten(1)
         return self._problem(inputs).defect(y).flatten(1)
 
     def inequality(self, y: Tensor, *inputs: Tensor) -> Tensor | None:
         if self.control_bounds is None and self.state_bounds is None:
             return None
+        if not len(y):
+            return y.new_zeros(0, 0)
         problem = self._problem(inputs)
         below, above = self._rows(inputs)
         rows = [problem.lower[..., below] - y[..., below], y[..., above] - problem.upper[..., above]]

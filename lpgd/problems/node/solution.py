@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, IntArray
+from lpgd.arrays import FloatArray, IntArray, rows_where
 from lpgd.problems.base import Data, maximum_norm
 from lpgd.problems.node.multipliers import estimate_multipliers
 from lpgd.problems.node.problem import NodeProblem
@@ -74,11 +74,19 @@ class NodeSolution(Solution[NodeProblem, NodePoint]):
     def _point(self) -> NodePoint:
         if self.nu is not None and self.lam is not None:
             return NodePoint(self.x, self.nu, self.lam)
-        x = torch.where(self.usable[:, None], self.x, 0)
-        known = None
+        if self.failed and self.batch_size:
+            return self._of_usable()
+        x, known = self.x, None
         if self.aux is not None and self.problem.is_plain:
             known = self.problem.node.multipliers(tuple(self.problem.data), self.problem.shaped(x), self.aux)
         return NodePoint(self.x, *(known or estimate_multipliers(self.problem, x)))
+
+    def _of_usable(self) -> NodePoint:
+        """The point, with multipliers of zero for elements without a solution, whose inputs may be no numbers."""
+        rows = rows_where(self.usable)
+        part = self.select(rows).point
+        nu, lam = (own.new_zeros(self.batch_size, own.shape[-1]).index_copy(0, rows, own) for own in part[1:])
+        return NodePoint(self.x, nu, lam)
 
     def select(self, elements: Tensor, problem: AnyProblem | None = None) -> Self:
         """The solutions of these elements."""
