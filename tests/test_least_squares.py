@@ -289,3 +289,13 @@ def test_the_rank_tolerance_decides_what_counts_as_zero():
     rough = NodeLayer(LeastSquares(minimum_norm=True, rank_tolerance=1e-3))(A, b)
     torch.testing.assert_close(exact, torch.tensor([1.0, 1e4], dtype=torch.float64))
     assert rough.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"ridge": 0.5}, r"ridge is 0.5; it must be True or False; with True the layer takes a further input, ridge"),
+    ({"weighted": torch.ones(3)}, r"weighted is tensor.*takes a further input, weights"),
+    ({"bias": 1}, r"bias is 1; it must be True or False\."),
+])  # fmt: skip
+def test_flags_that_are_given_numbers_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        LeastSquares(**options)

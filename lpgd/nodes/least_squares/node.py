@@ -82,6 +82,14 @@ class LeastSquares(BaseNode):
         "must not be negative."
     )
 
+    def __post_init__(self) -> None:
+        for flag in ("weighted", "ridge", "bias", "columns", "minimum_norm"):
+            value = getattr(self, flag)
+            if not isinstance(value, bool):
+                role = {"weighted": "weights", "ridge": "ridge"}.get(flag)
+                further = f"; with True the layer takes a further input, {role}" if role else ""
+                raise TypeError(f"{flag} is {value!r}; it must be True or False{further}.")
+
     @property
     def inputs(self) -> Mapping[str, int]:
         named = {"A": 2, "b": 2 if self.columns else 1}
