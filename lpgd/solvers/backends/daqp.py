@@ -56,7 +56,7 @@ class DAQP(ElementwiseSolver):
     pip_name: ClassVar[str] = "daqp"
     finest_tolerance: ClassVar[float] = 1e-10
     problem_form: ClassVar[type[Form]] = IntervalForm
-    handover: ClassVar[float] = 6e-5  # it lets other threads run in each of its three calls
+    handover: ClassVar[float] = 2e-4  # it lets other threads run in each of its three calls
     asks_whether_definite: ClassVar[bool] = True
     capabilities: ClassVar[Capabilities] = Capabilities(cones=POLYHEDRAL, quadratic=True, warm_start=True)
     aliases: ClassVar[dict[str, str]] = {
@@ -143,8 +143,9 @@ class _PreparedDAQP(Prepared):
             "iter_limit": options.max_iterations,
             "time_limit": options.time_limit or 0.0,
             "eps_prox": 0.0,
-            # By default a workspace does not eliminate equalities where a single call does (daqp 0.11.0).
-            "eq_reduction": 1 if form.zero else -1,
+            # By default a workspace does not eliminate equalities where a single call does (daqp 0.11.0); steps of the
+            # proximal point, which only workspaces take, end three digits nearer without.
+            "eq_reduction": 1 if form.zero and not self.proximal else -1,
         }
         self.matrices: Any = (P, A)  # until a workspace has them
         self.model: Any = None if once and not self.proximal else self._set_up()
@@ -180,16 +181,19 @@ class _PreparedDAQP(Prepared):
         next_state = _State(x, multipliers) if status is Status.SOLVED else None
         return Outcome(status, IntervalPoint(x, multipliers[self.bounds :], z), iterations, next_state)
 
-    def _solve_once(self, q: FloatArray, lower: FloatArray, upper: FloatArray, state: _State | None) -> _Answer:
-        """The answer for the P that was factorised."""
+    def _solve_once(
+        self, q: FloatArray, lower: FloatArray, upper: FloatArray, state: _State | None, goes_on: bool = False
+    ) -> _Answer:
+        """The answer for the P that was factorised; ``goes_on``: from the factors that the last one ended with."""
         if self.model is None:
             answer = self._solve_at_once(q, lower, upper) if state is None else None
             if answer is not None:
                 return answer
             self.model = self._set_up()
-        sense = self._sense(lower, upper, state)
-        # Without the marks DAQP would go on with the factors it ended with, whose last bits depend on what it solved.
-        flag = self.model.update(f=q, bupper=upper, blower=lower, sense=sense)
+        # Without marks DAQP goes on with its factors, whose last bits depend on what it solved; steps of one element
+        # may.
+        marks = {} if goes_on else {"sense": self._sense(lower, upper, state)}
+        flag = self.model.update(f=q, bupper=upper, blower=lower, **marks)
         if flag < 0:
             return _Answer(_STATUSES.get(flag, Status.NUMERICAL_ERROR))
         x, _, flag, info = self.model.solve()
@@ -205,8 +209,8 @@ class _PreparedDAQP(Prepared):
         """Proximal-point steps, from the element's last solution; x is a direction where the steps lead away."""
         x, start, total, step = np.zeros(self.n) if state is None else state.x, state, 0, np.zeros(self.n)
         answer = _Answer(Status.ITERATION_LIMIT)
-        for _ in range(PROXIMAL_STEPS):
-            answer = self._solve_once(q - self.proximal * x, lower, upper, start)
+        for number in range(PROXIMAL_STEPS):
+            answer = self._solve_once(q - self.proximal * x, lower, upper, start, goes_on=number > 0)
             total += answer.iterations
             if answer.x is None or answer.multipliers is None or answer.status is not Status.SOLVED:
                 return answer._replace(iterations=total)
