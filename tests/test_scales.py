@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import cvxpy as cp
 import numpy as np
 import pytest
 import torch
 
-from lpgd import ECOS, LPGD, ConicSolution, ImplicitKKT, SerialExecutor, Status
+from lpgd import ECOS, LPGD, ConicSolution, CvxpyLayer, ImplicitKKT, SerialExecutor, Status
 from lpgd.problems import ConicData, ConicPoint, ConicProblem
 from lpgd.problems.conic.units import Units
 from lpgd.solvers import ConicSolver, choose_solver
@@ -122,3 +123,22 @@ def test_an_answer_far_from_the_active_set_is_not_left_there(solver: str) -> Non
     for done, tally in judge("scales", 25, 21, 2175, ("program",), (solver,), ("implicit",)):
         assert done == 25
         assert tally.total("right", "cautious") == 25, tally.findings
+
+
+@pytest.mark.filterwarnings("ignore::lpgd.LpgdWarning")  # most solvers give up on these, and say so
+@pytest.mark.parametrize("solver", [None, "CLARABEL", "SCS", "INTERIOR"])
+@pytest.mark.parametrize("digits", [5, 6, 7])
+def test_an_inaccurate_answer_that_is_large_is_no_solution_in_larger_units(digits: int, solver: str | None) -> None:
+    # Least squares whose solution has the size 10^digits: against numpy's, by a singular value decomposition.  In units
+    # of an inaccurate answer's size the right-hand side is no more than a tolerance, and almost any point solves that.
+    random = np.random.default_rng(digits)
+    left, right = (np.linalg.qr(random.standard_normal((size, 6)))[0] for size in (10, 6))
+    F, g = left @ np.diag(np.logspace(0, -digits, 6)) @ right.T, random.standard_normal(10)
+    x, F_parameter, g_parameter = cp.Variable(6), cp.Parameter((10, 6)), cp.Parameter(10)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(F_parameter @ x - g_parameter)))
+    layer = CvxpyLayer(problem, [F_parameter, g_parameter], [x], solver=solver, eliminate=False)
+    output = layer(torch.from_numpy(F), torch.from_numpy(g))
+    best = np.linalg.lstsq(F, g, rcond=None)[0]
+    found, least = (float(np.square(F @ point - g).sum()) for point in (output[0].numpy(), best))
+    assert output.info.statuses == (Status.SOLVED,)
+    assert found == pytest.approx(least, rel=1e-8)

@@ -169,7 +169,8 @@ def better_lengths(posed: Posed, answer: ConicSolution, tolerance: float) -> Ten
     """
     size = maximum_norm(posed.units.point_in(posed.problem, answer.point).x)
     residual = answer.residuals.worst
-    vague = answer.usable & (size > 0) & (residual > max(ACCEPTED, 10 * tolerance) * size.clamp(max=1.0))
+    # Larger points are none of this: in units of theirs the right-hand sides would be too small to count.
+    vague = answer.usable & (size > 0) & (size < 1) & (residual > max(ACCEPTED, 10 * tolerance) * size)
     if posed.problem.structure.has_integers or not bool(vague.any()):
         return None
     exponents = torch.frexp(maximum_norm(answer.x / posed.units.variable_of(posed.problem))).exponent.double()
