@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -25,13 +25,10 @@ from lpgd.gradients.second import check_twice, second_derivative
 from lpgd.problems.lanes import Lanes, Source, joined, mapped, over_vectors, separated
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
-from lpgd.status import SolverError, Status, describe_failures, warn
+from lpgd.solvers.failures import Explain, OnError, check_solution
+from lpgd.status import SolverError, Status, warn
 
-__all__ = ["CallInfo", "OnError", "check_solution", "solve"]
-
-OnError = Literal["raise", "nan", "warn"]
-Explain = Callable[[AnySolution, int], str]
-"""Says what is wrong with the data of an element without a solution, as far as is known."""
+__all__ = ["CallInfo", "solve"]
 
 
 @dataclass(eq=False, repr=False)
@@ -72,8 +69,6 @@ class CallInfo:
         return self.solution.statuses if self.solution is not None else ()
 
 
-_EXPLAINED = 3
-"""Of how many elements a message tells what is wrong with their data."""
 _SHOWN = 3
 """How many gradients a record prints."""
 
@@ -372,38 +367,3 @@ def _without(call: Call, solution: AnySolution, cotangent: Any, error: SolverErr
 _TWICE_DIFFERENTIABLE = (
     "third derivatives of solutions are not computed: detach the second ones, or take finite differences of them."
 )
-
-
-def check_solution(solution: AnySolution, on_error: OnError, explain: Explain | None = None) -> None:
-    """Raise or warn about elements without a solution, and warn about inaccurate ones.
-
-    Raises:
-        SolverError: with ``on_error="raise"`` and an element without a solution.
-    """
-    statuses, failed = solution.statuses, solution.failed
-    domain = f" {solution.domain}" if solution.domain else ""
-    if failed and on_error != "nan" and explain is not None:
-        reasons = [text for element in failed[:_EXPLAINED] if (text := explain(solution, element))]
-        domain += "".join(f" {text}." for text in reasons)
-    if failed and on_error == "raise":
-        raise SolverError(
-            f"no solution for {describe_failures(statuses, failed)}.{domain} "
-            "on_error='nan' keeps the other elements and gives these a zero gradient.",
-            statuses,
-            failed,
-        )
-    if failed and on_error == "warn":
-        warn(
-            f"no solution for {describe_failures(statuses, failed)}.{domain} Their rows are the solver's last iterate "
-            "or NaN, with a zero gradient."
-        )
-    rescued = sum(solution.rescued.values())
-    if 2 * rescued > solution.batch_size:
-        others = " and ".join(f"{count} by {name}" for name, count in solution.rescued.items())
-        warn(
-            f"{solution.asked} left {rescued} of {solution.batch_size} elements without a solution; they were solved, "
-            f"{others}. Name that solver to be faster, or rescue=False for what the first one makes of them."
-        )
-    if Status.INACCURATE in statuses:
-        inaccurate = [index for index, status in enumerate(statuses) if status is Status.INACCURATE]
-        warn(describe_failures(statuses, inaccurate))

@@ -15,10 +15,10 @@ import torch
 
 import lpgd
 from lpgd import LPGD, ImplicitKKT, SerialExecutor, Status
-from lpgd.autograd import check_solution
 from lpgd.cones.product import Cones
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solvers import choose_solver
+from lpgd.solvers.failures import check_solution
 from lpgd.status import SolverError
 from tests.problem_table import CASES, Case, planted
 from tests.test_gradients import inner, moved, norm, random_cotangent, random_tangent

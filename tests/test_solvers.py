@@ -28,11 +28,11 @@ from lpgd import (
     SerialExecutor,
     Status,
 )
-from lpgd.autograd import check_solution
 from lpgd.cones.product import Cones
 from lpgd.problems import ConicData, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solvers import ConicSolver
 from lpgd.solvers.backends.forms import Matrices, RowForm
+from lpgd.solvers.failures import check_solution
 from lpgd.status import SolverError
 from tests.problem_table import CASES, Case, planted
 

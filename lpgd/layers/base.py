@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, NamedTuple, get_args
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from lpgd.autograd import CallInfo, Explain, OnError, solve
+from lpgd.autograd import CallInfo, solve
 from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
 from lpgd.layers.absent import without_absent_rows
@@ -24,6 +25,7 @@ from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure,
 from lpgd.problems.solution import AnyProblem, AnySolution, Solution
 from lpgd.solvers import Choice, ConicSolver, Situation, choose_solver
 from lpgd.solvers.base import AnySolver
+from lpgd.solvers.failures import Explain, OnError
 
 __all__ = ["BaseLayer", "LayerOutput", "OptimizationLayer", "Recorded", "WarmStart"]
 
@@ -51,7 +53,7 @@ register_pytree_node(LayerOutput, lambda output: (list(output), None), lambda pa
 WarmStart = bool | Recorded | AnySolution
 
 
-class BaseLayer(torch.nn.Module):
+class BaseLayer(torch.nn.Module, ABC):
     """What layers share, whatever the class of their problems.
 
     Args:
@@ -81,9 +83,9 @@ class BaseLayer(torch.nn.Module):
         self._check_gradient(method)
         self._gradient = method
 
+    @abstractmethod
     def _traits(self) -> Traits:
         """What the problems of the calls to come can do."""
-        raise NotImplementedError
 
     def _check_gradient(self, method: GradientMethod) -> None:
         check_compatible(method, self._traits())

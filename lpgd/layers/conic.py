@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lpgd.autograd import CallInfo, OnError
+from lpgd.autograd import CallInfo
 from lpgd.cones.product import Cones
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
@@ -20,6 +20,7 @@ from lpgd.layers.matrices import Pattern, plan, read_matrix
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicStructure, per_element
 from lpgd.solvers import ConicSolver
+from lpgd.solvers.failures import OnError
 
 __all__ = ["ConicLayer", "ConicOutput", "solve_conic"]
 

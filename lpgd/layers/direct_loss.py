@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.autograd import OnError
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import WarmStart
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.oracle import Arguments, OracleLayer, TensorOutput, record
 from lpgd.problems.linear import LinearSolution, LinearStructure
+from lpgd.solvers.failures import OnError
 from lpgd.solvers.oracle import Oracle
 
 __all__ = ["DirectLossLayer"]

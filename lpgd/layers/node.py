@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from lpgd.autograd import OnError
 from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import ClosedForm, GradientMethod
 from lpgd.layers.base import BaseLayer, CallOptions, WarmStart
@@ -22,6 +21,7 @@ from lpgd.problems.base import Traits
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.solution import NodeSolution
 from lpgd.problems.node.structure import NodeStructure, input_class
+from lpgd.solvers.failures import OnError
 from lpgd.solvers.node.solver import NEWTON_LIMIT, NodeSolver
 
 __all__ = ["NodeLayer"]

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 import numpy as np
 from torch import Tensor
 
-from lpgd.autograd import CallInfo, OnError
+from lpgd.autograd import CallInfo
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import BaseLayer, CallOptions, Recorded, WarmStart
 from lpgd.layers.inputs import Batch, Expected, check_inputs
 from lpgd.problems.base import Traits
 from lpgd.problems.linear import LinearData, LinearProblem, LinearSolution, LinearStructure
+from lpgd.solvers.failures import OnError
 from lpgd.solvers.oracle import Oracle
 
 __all__ = ["Arguments", "OracleLayer", "TensorOutput", "record"]

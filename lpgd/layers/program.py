@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lpgd.autograd import Explain, OnError
 from lpgd.cones.product import Cones
 from lpgd.execution.threads import one_torch_thread
 from lpgd.gradients import GradientMethod
@@ -20,6 +19,7 @@ from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs
 from lpgd.layers.matrices import Pattern, join, plan, read_matrix
 from lpgd.problems.conic.structure import ConicData, ConicStructure
 from lpgd.solvers import ConicSolver
+from lpgd.solvers.failures import Explain, OnError
 
 __all__ = ["Bound", "ProgramLayer", "ProgramOutput"]
 

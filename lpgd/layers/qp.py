@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Never
 import torch
 from torch import Tensor
 
-from lpgd.autograd import OnError
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import Recorded, WarmStart
 from lpgd.layers.eager import eager, signature_of
@@ -17,6 +16,7 @@ from lpgd.layers.inputs import refuse_positional
 from lpgd.layers.program import Bound, ProgramLayer, ProgramOutput
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.solvers import ConicSolver
+from lpgd.solvers.failures import OnError
 
 __all__ = ["LPLayer", "QPLayer", "solve_lp", "solve_qp"]
 

@@ -89,8 +89,7 @@ def response(
     left = ~located.weak
     findings = Findings(len(active), bool(method.rho), part.structure)
     if solution.systems and method.rho == 0.0 and units.is_trivial:
-        _by_kept_systems(problem, solution, tilt, rows, left, answer)
-        _by_last_steps(solution, located, rows, left, answer, findings)
+        _by_kept_systems(solution, located, tilt, rows, left, answer, findings)
     if is_batchable(located.problem, method.rho) and (method.rho == 0.0 or units.is_trivial) and bool(left.any()):
         _at_once(located, left, method.rho, answer)
     rest = elements_where(located.weak | left)
@@ -193,51 +192,44 @@ def _curvature(rho: float, problem: ConicProblem, units: Units) -> FloatArray | 
 
 
 def _by_kept_systems(
-    problem: ConicProblem, solution: ConicSolution, tilt: ConicPoint, rows: Tensor, left: Tensor, answer: ConicPoint
+    solution: ConicSolution,
+    located: _Located,
+    tilt: ConicPoint,
+    rows: Tensor,
+    left: Tensor,
+    answer: ConicPoint,
+    findings: Findings,
 ) -> None:
-    """Write the response of the elements whose systems the solver has left; those are left no more."""
-    place = torch.full((problem.batch_size,), -1, dtype=torch.int64, device=problem.device)
-    place[rows] = torch.arange(rows.shape[0], device=problem.device)
-    for kept in solution.systems:
-        if isinstance(kept, KeptFactor):
-            continue
-        own = place[kept.elements]
-        wanted = kept.valid & (own >= 0) & left[own.clamp(min=0)]
-        if not bool(wanted.any()):
-            continue
-        response, exact = kept_response(problem, solution.point, tilt, kept)
-        exact = exact & wanted
-        for whole, part in zip(answer, response, strict=True):
-            whole[own[exact]] = part[exact]
-        left[own[exact]] = False
-
-
-def _by_last_steps(
-    solution: ConicSolution, located: _Located, rows: Tensor, left: Tensor, answer: ConicPoint, findings: Findings
-) -> None:
-    """The same by the systems of refinement's last steps."""
+    """Write the response of elements whose systems the solver, or refinement, has left; those are left no more."""
     place = torch.full((solution.batch_size,), -1, dtype=torch.int64, device=rows.device)
     place[rows] = torch.arange(rows.shape[0], device=rows.device)
     for kept in solution.systems:
-        if not isinstance(kept, KeptFactor):
-            continue
-        own = place[kept.elements]
-        wanted = kept.valid & (own >= 0) & left[own.clamp(min=0)]
+        here = place[kept.elements]
+        wanted = kept.valid & (here >= 0) & left[here.clamp(min=0)]
         if not bool(wanted.any()):
             continue
-        own = own.clamp(min=0)
-        points = Points(located.problem.select(own))
-        start = points.start(located.point.select(own), located.slack[own])
-        response, exact = points.response(kept.factored, *start, located.tilt.select(own))
-        inverse, condition = kept.factored.inverse, kept.factored.condition
-        with np.errstate(invalid="ignore"):  # of singular systems: NaN, which is no small doubt
-            error = located.lipschitz[own.numpy()] * inverse * located.error[own].numpy()
-            doubt = ROUNDING * condition + inverse * error
-        exact = exact & wanted & from_numpy(doubt < DOUBT)
+        if isinstance(kept, KeptFactor):
+            response, exact, doubt = _by_last_steps(kept, located, here.clamp(min=0))
+        else:
+            (response, exact), doubt = kept_response(solution.problem, solution.point, tilt, kept), None
+        exact = exact & wanted
         for whole, part in zip(answer, response, strict=True):
-            whole[own[exact]] = part[exact]
-        left[own[exact]] = False
-        findings.doubt[own[exact].numpy()] = doubt[exact.numpy()]
+            whole[here[exact]] = part[exact]
+        left[here[exact]] = False
+        if doubt is not None:
+            findings.doubt[here[exact].numpy()] = doubt[exact.numpy()]
+
+
+def _by_last_steps(kept: KeptFactor, located: _Located, here: Tensor) -> tuple[ConicPoint, Tensor, FloatArray]:
+    """The response by the systems of refinement's last steps, for which elements it is exact, and its doubt."""
+    points = Points(located.problem.select(here))
+    start = points.start(located.point.select(here), located.slack[here])
+    response, exact = points.response(kept.factored, *start, located.tilt.select(here))
+    inverse, condition = kept.factored.inverse, kept.factored.condition
+    with np.errstate(invalid="ignore"):  # of singular systems: NaN, which is no small doubt
+        error = located.lipschitz[here.numpy()] * inverse * located.error[here].numpy()
+        doubt = ROUNDING * condition + inverse * error
+    return response, exact & from_numpy(doubt < DOUBT), doubt
 
 
 def _at_once(located: _Located, left: Tensor, rho: float, answer: ConicPoint) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import IntArray, from_numpy
-from lpgd.autograd import CallInfo, OnError
+from lpgd.autograd import CallInfo
 from lpgd.gradients import GradientMethod
 from lpgd.layers.absent import without_absent_rows
 from lpgd.layers.base import LayerOutput, OptimizationLayer, WarmStart
@@ -29,6 +29,7 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solvers import ConicSolver, choose_solver
+from lpgd.solvers.failures import OnError
 
 if TYPE_CHECKING:
     import cvxpy as cp
