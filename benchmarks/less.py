@@ -25,7 +25,7 @@ from lpgd.nodes.sphere.node import SphereLeastSquares
 from lpgd.nodes.sphere.secular import normalised
 from lpgd.status import Status
 
-__all__ = ["VARIANTS", "Row", "by_scipy", "objective", "problems", "rows"]
+__all__ = ["VARIANTS", "Row", "by_slsqp", "objective", "problems", "rows"]
 
 VARIANTS = {
     "PGD": LessDescent(tangent=False, search="none"),
@@ -82,9 +82,9 @@ def objective(A: Tensor, b: Tensor, u: Tensor) -> Tensor:
     return 0.5 * ((A @ u[..., None])[..., 0] - b).square().sum(-1)
 
 
-def by_scipy(A: Tensor, b: Tensor, start: Tensor) -> Tensor:
-    """SLSQP with its default options from the same starts, scaled to length 1: (B, n)."""
-    found: list[Tensor] = []
+def by_slsqp(A: Tensor, b: Tensor, start: Tensor, **options: float) -> Tensor:
+    """SciPy's SLSQP from the same starts, scaled to length 1: (B, n)."""
+    found = []
     for matrix, right, first in zip(A.numpy(), b.numpy(), start.numpy(), strict=True):
         answer = scipy.optimize.minimize(
             lambda u, A=matrix, b=right: 0.5 * np.sum((A @ u - b) ** 2),
@@ -92,9 +92,10 @@ def by_scipy(A: Tensor, b: Tensor, start: Tensor) -> Tensor:
             jac=lambda u, A=matrix, b=right: A.T @ (A @ u - b),
             constraints={"type": "eq", "fun": lambda u: u @ u - 1.0, "jac": lambda u: 2.0 * u},
             method="SLSQP",
+            options=options,
         )
-        found.append(torch.from_numpy(np.asarray(answer.x)))
-    return normalised(torch.stack(found))
+        found.append(answer.x / np.linalg.norm(answer.x))
+    return torch.from_numpy(np.stack(found))
 
 
 def rows(m: int, n: int, count: int = 1000, dtype: torch.dtype = torch.float64) -> Iterator[Row]:
@@ -108,7 +109,7 @@ def rows(m: int, n: int, count: int = 1000, dtype: torch.dtype = torch.float64) 
     def worth(u: Tensor) -> Tensor:
         return objective(*own, u.to(dtype)).double()
 
-    theirs = worth(by_scipy(A, b, normalised(free)))
+    theirs = worth(by_slsqp(A, b, normalised(free)))
     unit = 10.0 ** ((theirs.log10() + 1.0).floor() - DIGITS)  # of the sixth digit
 
     def row(name: str, value: Tensor, answer: NodeAnswer | None) -> Row:

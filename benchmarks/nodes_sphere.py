@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from lpgd.nodes.sphere.node import SphereLeastSquares, differentiate_sphere, mul
 from lpgd.nodes.sphere.secular import solve_secular
 
 from .harness import Settings
-from .less import VARIANTS
+from .less import VARIANTS, by_slsqp
 from .results import Target
 
 __all__ = ["run", "shares", "take_turns"]
@@ -119,21 +118,6 @@ def backward(settings: Settings) -> Iterator[Target]:
         yield Target(f"{title}: Jacobian / structured", 1.0, paper, slow / seconds["structured"], note=note)
 
 
-def by_slsqp(A: Tensor, b: Tensor, start: Tensor) -> Tensor:
-    found = []
-    for matrix, right, first in zip(A.numpy(), b.numpy(), start.numpy(), strict=True):
-        answer = scipy.optimize.minimize(
-            lambda u, A=matrix, b=right: 0.5 * np.sum((A @ u - b) ** 2),
-            first,
-            jac=lambda u, A=matrix, b=right: A.T @ (A @ u - b),
-            constraints={"type": "eq", "fun": lambda u: u @ u - 1.0, "jac": lambda u: 2.0 * u},
-            method="SLSQP",
-            options={"maxiter": 100, "ftol": 1e-12},
-        )
-        found.append(answer.x / np.linalg.norm(answer.x))
-    return torch.from_numpy(np.stack(found))
-
-
 class Share(NamedTuple):
     """What one solver found of some problems.
 
@@ -168,7 +152,7 @@ def shares(m: int, n: int, count: int) -> tuple[dict[str, Share], int]:
     }
     points, seconds = {}, {}
     calls = {name: lambda node=node: node.solve((A, b), None).y for name, node in nodes.items()}
-    for name, call in {**calls, SLSQP: lambda: by_slsqp(A, b, start)}.items():
+    for name, call in {**calls, SLSQP: lambda: by_slsqp(A, b, start, maxiter=100, ftol=1e-12)}.items():
         started = time.perf_counter()
         points[name] = call()
         seconds[name] = time.perf_counter() - started

@@ -28,7 +28,7 @@ import numpy as np
 
 from lpgd.arrays import FloatArray, IntArray
 
-__all__ = ["Cones", "smat", "svec", "svec_indices", "svec_size"]
+__all__ = ["Cones", "smat", "svec", "svec_indices", "svec_size", "upper_triangle_rows"]
 
 
 @dataclass(frozen=True)
@@ -147,3 +147,18 @@ def smat(vectors: FloatArray, side: int) -> FloatArray:
     matrices[..., rows, columns] = entries
     matrices[..., columns, rows] = entries
     return matrices
+
+
+def upper_triangle_rows(cones: Cones) -> IntArray:
+    """For each row of a solver that stacks the upper triangle of a matrix by columns, ours, which are of the lower one.
+
+    All other cones have their rows in our order.
+    """
+    rows = np.arange(cones.rows, dtype=np.int64)
+    start = cones.sections["semidefinite"].start
+    for side in cones.semidefinite:
+        size = svec_size(side)
+        lower_rows, lower_columns = svec_indices(side)
+        rows[start : start + size] = start + np.lexsort((lower_columns, lower_rows))
+        start += size
+    return rows

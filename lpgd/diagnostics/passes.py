@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lpgd.arrays import as_index
 from lpgd.gradients.base import GradientInfo, GradientMethod, check_compatible
-from lpgd.gradients.perturbed import solve_tilted
+from lpgd.gradients.sides import solve_tilted
 from lpgd.layers.base import BaseLayer, OptimizationLayer
 from lpgd.problems.solution import AnySolution
 from lpgd.solvers.base import AnySolver, ConicSolver

@@ -20,7 +20,7 @@ from lpgd.diagnostics.tables import (
 )
 from lpgd.gradients.implicit.method import ImplicitKKT
 from lpgd.gradients.lpgd import LPGD
-from lpgd.gradients.perturbed import Envelope
+from lpgd.gradients.sides import Envelope
 
 __all__ = ["Sweep", "SweepRow", "sweep"]
 

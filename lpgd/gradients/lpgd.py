@@ -27,7 +27,8 @@ from torch import Tensor
 from lpgd.arrays import as_index, elements_where, flags, integers, rows_where
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit.method import ImplicitKKT
-from lpgd.gradients.perturbed import Envelope, Perturbed, perturb
+from lpgd.gradients.perturbed import Perturbed, perturb
+from lpgd.gradients.sides import Envelope
 from lpgd.gradients.small_steps import check_small_steps, is_doubtful
 from lpgd.problems.base import Data, Point
 from lpgd.problems.solution import AnySolution

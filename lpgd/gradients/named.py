@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lpgd.gradients.lpgd import LPGD
-from lpgd.gradients.perturbed import Envelope
+from lpgd.gradients.sides import Envelope
 from lpgd.problems.base import Point
 
 __all__ = ["BlackboxBackprop", "DirectLoss", "Domke"]

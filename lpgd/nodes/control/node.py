@@ -16,8 +16,9 @@ from torch import Tensor
 
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
 from lpgd.nodes.captured import captured_tensors
+from lpgd.nodes.control.ending import Trajectories, in_units, polish, warm
 from lpgd.nodes.control.functions import Function, Functions
-from lpgd.nodes.control.solver import Trajectories, in_units, minimise, polish, warm
+from lpgd.nodes.control.solver import minimise
 from lpgd.nodes.control.trajectory import ControlProblem, Expansion, Held, multipliers, respond
 from lpgd.status import Status
 

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from lpgd.arrays import IntArray
-from lpgd.cones.product import Cones, svec_indices, svec_size
+from lpgd.cones.product import Cones, svec_size, upper_triangle_rows
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.forms import RowForm, RowPoint, RowVectors
@@ -151,21 +151,9 @@ class _Layout(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _layout(cones: Cones) -> _Layout:
-    rows = _clarabel_rows(cones)
+    rows = upper_triangle_rows(cones)
     same = np.array_equal(rows, np.arange(rows.size))
     return _Layout(_cones(Clarabel.module(), cones), rows, None if same else np.argsort(rows))
-
-
-def _clarabel_rows(cones: Cones) -> IntArray:
-    """For each of Clarabel's rows, ours: it stacks the upper triangle of a matrix by columns, we the lower one."""
-    rows = np.arange(cones.rows, dtype=np.int64)
-    start = cones.sections["semidefinite"].start
-    for side in cones.semidefinite:
-        size = svec_size(side)
-        lower_rows, lower_columns = svec_indices(side)
-        rows[start : start + size] = start + np.lexsort((lower_columns, lower_rows))
-        start += size
-    return rows
 
 
 def _cones(clarabel: Any, cones: Cones) -> list[Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import BoolArray, IntArray, from_numpy
-from lpgd.cones.product import Cones, svec_indices, svec_size
+from lpgd.cones.product import Cones, upper_triangle_rows
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.solvers.backends.forms import RowForm, RowFrame
 
@@ -95,13 +95,7 @@ def _layout(frame: RowFrame, structure: ConicStructure) -> Layout:
 
 def _moreau_rows(cones: Cones) -> IntArray:
     """For each of Moreau's rows, that of the frame."""
-    rows = np.arange(cones.rows, dtype=np.int64)
-    start = cones.sections["semidefinite"].start
-    for side in cones.semidefinite:
-        size = svec_size(side)
-        lower_rows, lower_columns = svec_indices(side)
-        rows[start : start + size] = start + np.lexsort((lower_columns, lower_rows))
-        start += size
+    rows = upper_triangle_rows(cones)
     if 1 in cones.second_order:  # it takes no second-order cones of one row, which are nonnegative ones
         section = cones.sections["second_order"]
         flat = np.repeat([size == 1 for size in cones.second_order], cones.second_order)

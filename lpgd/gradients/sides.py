@@ -1,0 +1,222 @@
+"""Both sides of a perturbation: the tilted problems solved again, and how their solutions differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpgd.arrays import integers
+from lpgd.problems.base import Point, maximum_norm
+from lpgd.problems.conic.activity import ActiveSet
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.solution import AnyProblem, AnySolution
+from lpgd.solvers.base import AnySolver
+from lpgd.solvers.perturbed_points import PerturbedPoints
+
+__all__ = ["DUALS", "SIDES", "Envelope", "Run", "Sides", "picked", "replaced_rows", "solve_tilted"]
+
+Envelope = Literal["average", "lower", "upper"]
+
+SIDES: dict[str, tuple[float, ...]] = {"average": (1.0, -1.0), "lower": (1.0,), "upper": (-1.0,)}
+
+NOISE = 30.0
+"""Changes of this many times a solver's error, relative to ``1 + |x|``, are real."""
+PRIMAL, DUALS = slice(0, 1), slice(1, None)
+"""Parts of points."""
+ERRONEOUS = 3.0
+"""Kinks bend a response by no more than about its own size."""
+
+
+def solve_tilted(
+    problem: AnyProblem,
+    cotangent: Point,
+    steps: Tensor,
+    states: Sequence[Any],
+    solver: AnySolver,
+    executor: Executor | None,
+    near: PerturbedPoints | None = None,
+) -> AnySolution:
+    """The solutions of ``L + step <cotangent, point>``, by Newton's method where that finds them, or by the solver.
+
+    Args:
+        problem: E elements, augmented where ρ > 0.
+        cotangent: (E, ·) each.
+        steps: (k E,) with their signs.
+        states: of a solution of the problem, to start from.
+        solver, executor: who solves them, and where.
+        near: of these elements and the cotangent.
+    """
+    tilted = problem.tilt(steps, cotangent)
+    if near is None:
+        return solver.solve(tilted, states, executor)
+    return near.solve(cast(ConicProblem, tilted), steps, states, executor)
+
+
+class Sides(NamedTuple):
+    """Both ends of steps from E elements' solutions; (E,) each but for the points.
+
+    ``crossing`` is the share of the step after which an active set changes, infinite where none does; ``apart`` says
+    whether the active sets of the ends differ.  ``skew`` is :meth:`Run.skew` of x; ``newton`` is how many of the ends
+    Newton's method found.
+    """
+
+    plus: Point
+    minus: Point
+    above: Tensor
+    below: Tensor
+    crossing: Tensor
+    apart: Tensor
+    skew: Tensor
+    newton: Tensor
+    iterations: Any
+
+    def replaced(self, rows: Tensor, part: Sides) -> Sides:
+        """With other sides for the elements ``rows``."""
+        iterations = self.iterations.copy()
+        iterations[rows.cpu().numpy()] += part.iterations
+        fields = (replaced_rows(whole, rows, own) for whole, own in zip(self[:-1], part[:-1], strict=True))
+        return Sides._make((*fields, iterations))
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What perturbed solves of the same E elements have in common.
+
+    Attributes:
+        base, active: the solutions and their active sets, None where the problems have none.
+        base_error, error: (E,) of the solutions and of perturbed ones, relative to their size.
+        is_even: whether both were found by the same solver.
+    """
+
+    problem: AnyProblem
+    augmented: AnyProblem
+    base: Point
+    active: ActiveSet | None
+    states: Sequence[Any]
+    cotangent: Point
+    base_error: Tensor
+    error: Tensor
+    solver: AnySolver
+    is_even: bool
+    executor: Executor | None
+    envelope: Envelope
+    near: PerturbedPoints | None
+
+    def select(self, rows: Tensor) -> Run:
+        """The same for some elements."""
+        problem = self.problem.select(rows)
+        return replace(
+            self,
+            problem=problem,
+            augmented=problem if self.augmented is self.problem else self.augmented.select(rows),
+            base=self.base.select(rows),
+            active=None if self.active is None else self.active.select(rows),
+            states=tuple(self.states[element] for element in integers(rows)) if len(self.states) else (),
+            cotangent=self.cotangent.select(rows),
+            base_error=self.base_error[rows],
+            error=self.error[rows],
+            near=None if self.near is None else self.near.select(rows),
+        )
+
+    def with_base_solved_again(self) -> Run:
+        """The same with solutions as accurate as the perturbed ones."""
+        if self.is_even:
+            return self
+        again = self.solver.solve(self.augmented, self.states, self.executor)
+        fine, active = again.usable, again.active_set(self.problem)
+        if active is not None and self.active is not None:
+            active = active.where(fine, self.active)
+        error = torch.where(fine, self.error, self.base_error)
+        return replace(self, base=again.point.where(fine, self.base), active=active, base_error=error, is_even=True)
+
+    def sides(self, tau: Tensor) -> Sides:
+        """The ends of the steps τ (E,)."""
+        signs = SIDES[self.envelope]
+        parts = self._solved(torch.cat([sign * tau for sign in signs])).parts(len(signs))
+        results = dict(zip(signs, parts, strict=True))
+        solved = {sign: result.usable for sign, result in results.items()}
+        if len(signs) == 1 and not solved[signs[0]].all():
+            # The asked-for side has no solution for some elements: try the other one.
+            other = -signs[0]
+            results[other] = self._solved(other * tau)
+            solved[other] = results[other].usable & ~solved[signs[0]]
+        nothing = torch.zeros(len(tau), dtype=torch.bool, device=tau.device)
+        above, below = solved.get(1.0, nothing), solved.get(-1.0, nothing)
+        plus = results[1.0].point.where(above, self.base) if 1.0 in results else self.base
+        minus = results[-1.0].point.where(below, self.base) if -1.0 in results else self.base
+        iterations = np.sum([result.iterations for result in results.values()], axis=0)
+        crossing, apart = self._crossing(results, solved)
+        newton = torch.stack([result.by_newton for result in results.values()]).sum(0)
+        skew = self.skew(plus, minus, above & below)
+        return Sides(plus, minus, above, below, crossing, apart, skew, newton, iterations)
+
+    def _solved(self, steps: Tensor) -> AnySolution:
+        return solve_tilted(self.augmented, self.cotangent, steps, self.states, self.solver, self.executor, self.near)
+
+    def _crossing(self, results: dict[float, AnySolution], solved: dict[float, Tensor]) -> tuple[Tensor, Tensor]:
+        crossing = torch.full_like(self.error, torch.inf)
+        if self.active is None:
+            return crossing, torch.zeros_like(self.error, dtype=torch.bool)
+        noise = self._noise(self.base_error, self.active.size())
+        ends = [self.active]
+        for sign, result in results.items():
+            end = result.active_set(self.problem)
+            assert end is not None, "both ends have an active set, or none"
+            if not bool(solved[sign].all()):
+                end = end.where(solved[sign], self.active)
+            crossing = torch.minimum(crossing, self.active.crossing(end, noise))
+            ends.append(end)
+        return crossing, ends[-1].unequal(ends[-2]).any(-1)
+
+    def skew(self, plus: Point, minus: Point, both: Tensor, parts: slice = PRIMAL) -> Tensor:
+        """(E,) ``|z₊ + z₋ - 2 z₀| / |z₊ - z₋|`` of some parts; 0 within the solver's error and without ``both``."""
+        worst = torch.zeros_like(self.error)
+        if not both.any():
+            return worst
+        points = (self.problem.in_own_units(point)[parts] for point in (self.base, plus, minus))
+        for here, above, below in zip(*points, strict=True):
+            difference, bend = maximum_norm(above - below), maximum_norm((above - here) + (below - here))
+            # A bend of far more than the difference is the error of the solution in the middle.
+            real = both & (bend > self._noise(self.base_error, maximum_norm(here))) & (bend < ERRONEOUS * difference)
+            worst = torch.maximum(worst, torch.where(real, bend / difference, 0.0).to(worst.dtype))
+        return worst
+
+    def _noise(self, error: Tensor, size: Tensor) -> Tensor:
+        """(E,) what a relative error makes of numbers of some size (E,)."""
+        return NOISE * error * (1.0 + size)
+
+    def moved(self, sides: Sides) -> Tensor:
+        """(E,) whether the ends differ.
+
+        Both are solved alike, so that they are compared with each other: equal ends are optimal for all tilts between
+        them, and so is one solution.  At a vertex of a linear program the active set tells, whatever the noise.
+        """
+        base, plus, minus = (self.problem.in_own_units(point)[0] for point in (self.base, sides.plus, sides.minus))
+        moved = maximum_norm(plus - minus) > self._noise(self.error, maximum_norm(base))
+        on_duals = any(part.any() for part in tuple(self.cotangent)[1:])
+        if self.active is not None and self.active.is_vertex and not on_duals:
+            moved = moved & sides.apart
+        return moved
+
+
+def picked(sides: Sides, rows: Tensor) -> Sides:
+    """The sides of some elements, without the iterations that they took."""
+    plus, minus = sides.plus.select(rows), sides.minus.select(rows)
+    iterations = 0 * sides.iterations[rows.cpu().numpy()]
+    return Sides._make((plus, minus, *(part[rows] for part in sides[2:-1]), iterations))
+
+
+def replaced_rows(whole: Any, rows: Tensor, part: Any) -> Any:
+    """A tensor, or a point, with other values in some rows."""
+    if isinstance(whole, tuple):
+        fields: Any = whole
+        return type(fields)(*(replaced_rows(own, rows, new) for own, new in zip(fields, part, strict=True)))
+    whole = whole.clone()
+    whole[rows] = part.to(whole.dtype)
+    return whole
