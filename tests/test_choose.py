@@ -22,6 +22,7 @@ from lpgd.cones.product import Cones
 from lpgd.problems import ConicStructure, SparsityPattern
 from lpgd.solvers import SOLVERS, Situation, choose_solver, preference
 from tests.problem_table import CASES
+from tests.solver_table import SOLVER_TABLE
 from tests.test_solvers import LARGE
 
 
@@ -49,8 +50,8 @@ def test_a_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch
 
 def test_solvers_are_chosen_by_what_they_can_do() -> None:
     structures = {case.name: case.problem.structure for case in CASES}
-    names = ("CLARABEL", "SCS", "INTERIOR", "DAQP", "HIGHS", "PIQP", "OSQP", "PROXQP", "MOREAU", "ECOS")
-    assert available() == (names if ECOS.is_installed() else names[:-1])
+    assert available() == tuple(solver.name for solver in SOLVERS if solver.is_installed())
+    assert {row.solver.name for row in SOLVER_TABLE} == {solver.name for solver in SOLVERS}
     assert available(structures["sdp"]) == ("CLARABEL", "SCS", "MOREAU")
     assert available(structures["dual exponential"]) == ("SCS",)
     assert choose_solver(structures["qp"]).name == "CLARABEL"

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import lpgd
-from tests import test_nodes, test_solvers
+from tests import test_gradients, test_nodes, test_solvers
+from tests.method_table import MethodCase
 from tests.node_cases import NodeCase, random
 from tests.problem_table import CASES, Case
 from tests.test_gradients import difference, planted_solution, random_cotangent
@@ -92,18 +93,11 @@ def test_lpgd_through_the_solver_is_the_exact_gradient(solver: Any, case: Case) 
 # -- a gradient method --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("qp", "socp", "sdp")], ids=repr)
-def test_the_method_is_exact_for_conic_programs_both_ways(method: Any, case: Case) -> None:
-    solver, solution, cotangent = lpgd.Clarabel(tolerance=1e-10), planted_solution(case), random_cotangent(case)
-    exact, _ = lpgd.ImplicitKKT().vjp(solution, cotangent, solver)
-    gradient, info = method(1e-3).vjp(solution, cotangent, solver)
-    assert info.counts == {"extrapolated": case.problem.batch_size}
-    assert difference(gradient, exact) < 1e-6
-    tangent = exact._replace(P=torch.zeros_like(exact.P))  # any direction of the data will do
-    change, _ = method(1e-3).jvp(solution, tangent, solver)
-    pairs = (zip(change, cotangent, strict=True), zip(gradient, tangent, strict=True))
-    forward, reverse = (sum(float((a * b).sum()) for a, b in pair) for pair in pairs)
-    assert forward == pytest.approx(reverse, rel=1e-6)
+@pytest.mark.parametrize("case", [case for case in CASES if case.regular], ids=repr)
+def test_the_method_passes_the_row_of_its_table(method: Any, case: Case) -> None:
+    row = MethodCase(method(1e-3), "extrapolated", 1e-6, 1e-6)
+    test_gradients.test_each_method_gives_the_exact_gradient(case, row)
+    test_gradients.test_forward_mode_is_the_transpose_of_reverse_mode(case, row)
 
 
 def test_the_method_equals_finite_differences_in_a_layer(method: Any) -> None:

@@ -11,30 +11,23 @@ import scipy.optimize
 import torch
 
 from lpgd import (
-    DAQP,
-    ECOS,
     LPGD,
-    OSQP,
-    PIQP,
     SCS,
     BlackboxBackprop,
     Clarabel,
     Domke,
-    HiGHS,
     ImplicitKKT,
-    InteriorPoint,
     LpgdWarning,
-    Moreau,
-    ProxQP,
     SerialExecutor,
 )
 from lpgd.cones.product import Cones
 from lpgd.gradients.implicit import conic as implicit_conic
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.problems.conic.solution import ConicSolution
-from lpgd.solvers import ConicSolver
 from lpgd.status import Status
+from tests.method_table import METHODS, MethodCase
 from tests.problem_table import CASES, REGULAR, Case, planted
+from tests.solver_table import SOLVER_TABLE, SolverCase
 
 TIGHT = SCS(tolerance=1e-11)  # takes every cone; its word is checked against planted solutions in test_solvers.py
 SERIAL = SerialExecutor()
@@ -116,52 +109,34 @@ def test_implicit_gradient_of_every_datum_equals_finite_differences(case: Case, 
         assert inner(gradient, tangent) == pytest.approx(expected, abs=2e-5 * scale + NOISE), name
 
 
-@pytest.mark.parametrize("method", [ImplicitKKT(), ImplicitKKT(0.5), LPGD(1e-4), LPGD(1e-4, 0.5)], ids=str)
+@pytest.mark.parametrize("row", METHODS, ids=repr)
 @pytest.mark.parametrize("case", REGULAR, ids=repr)
-def test_forward_mode_is_the_transpose_of_reverse_mode(case: Case, method: ImplicitKKT | LPGD) -> None:
+def test_each_method_gives_the_exact_gradient(case: Case, row: MethodCase) -> None:
+    solution, cotangent = planted_solution(case), random_cotangent(case, 2)
+    expected, _ = ImplicitKKT(getattr(row.method, "rho", 0.0)).vjp(solution, cotangent, TIGHT, SERIAL)
+    gradient, info = row.method.vjp(solution, cotangent, TIGHT, SERIAL)
+    assert info.counts == {row.source: case.problem.batch_size}
+    assert difference(gradient, expected) < row.error
+
+
+@pytest.mark.parametrize("row", METHODS, ids=repr)
+@pytest.mark.parametrize("case", REGULAR, ids=repr)
+def test_forward_mode_is_the_transpose_of_reverse_mode(case: Case, row: MethodCase) -> None:
     solution, cotangent = planted_solution(case), random_cotangent(case, 1)
-    gradient, _ = method.vjp(solution, cotangent, TIGHT, SERIAL)
+    gradient, _ = row.method.vjp(solution, cotangent, TIGHT, SERIAL)
     for seed, name in enumerate(data_names(case)):
         tangent = random_tangent(case.problem, name, seed + 10)
-        change, _ = method.jvp(solution, tangent, TIGHT, SERIAL)
-        # LPGD differs from its limit by the curvature times tau; the implicit solves are exact.
-        tolerance = 1e-8 if isinstance(method, ImplicitKKT) else 1e-4
+        change, _ = row.method.jvp(solution, tangent, TIGHT, SERIAL)
         scale = norm((getattr(gradient, name),)) + norm(change)
-        assert inner(change, cotangent) == pytest.approx(inner(gradient, tangent), abs=tolerance * scale + NOISE), name
+        assert inner(change, cotangent) == pytest.approx(
+            inner(gradient, tangent), abs=row.transposed * scale + NOISE
+        ), name
 
 
-@pytest.mark.parametrize("rho", [0.0, 0.5])
+@pytest.mark.parametrize("row", SOLVER_TABLE, ids=repr)
 @pytest.mark.parametrize("case", REGULAR, ids=repr)
-def test_limit_of_lpgd_equals_implicit(case: Case, rho: float) -> None:
-    # At regular points the average envelope differs from its limit by O(tau²), the one-sided ones by O(tau).
-    solution, cotangent = planted_solution(case), random_cotangent(case, 2)
-    expected, _ = ImplicitKKT(rho).vjp(solution, cotangent, TIGHT, SERIAL)
-    average, info = LPGD(1e-4, rho).vjp(solution, cotangent, TIGHT, SERIAL)
-    assert info.counts == {"average": case.problem.batch_size}
-    assert difference(average, expected) < 1e-5
-    for envelope in ("lower", "upper"):
-        one_sided, _ = LPGD(1e-4, rho, envelope).vjp(solution, cotangent, TIGHT, SERIAL)
-        assert difference(one_sided, expected) < 1e-2
-
-
-@pytest.mark.parametrize(
-    ("solver", "error"),
-    [
-        (Clarabel(), 2e-4),
-        (SCS(), 2e-3),
-        (ECOS(), 1e-3),
-        (DAQP(), 1e-5),
-        (HiGHS(), 1e-5),
-        (PIQP(), 1e-5),
-        (OSQP(), 1e-4),
-        (ProxQP(), 1e-4),
-        (InteriorPoint(), 2e-4),
-        (Moreau(), 2e-4),
-    ],
-    ids=lambda value: getattr(value, "name", None),
-)
-@pytest.mark.parametrize("case", REGULAR, ids=repr)
-def test_defaults_are_close_to_the_exact_gradient(case: Case, solver: ConicSolver, error: float) -> None:
+def test_defaults_are_close_to_the_exact_gradient(case: Case, row: SolverCase) -> None:
+    solver, error = row.solver, row.gradient_error
     if solver.unsupported(case.problem.structure):
         with pytest.raises(ValueError, match=r"cone|not reliable on linear programs"):
             solver.solve(case.problem)

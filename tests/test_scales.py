@@ -22,7 +22,8 @@ from lpgd.solvers import ConicSolver, choose_solver
 from lpgd.solvers.choose import Situation
 from tests.judge.judge import judge
 from tests.problem_table import BATCH, REGULAR, Case
-from tests.test_solvers import SOLVER_TABLE, supported
+from tests.solver_table import SOLVER_TABLE
+from tests.test_solvers import supported
 
 KINDS = ["length", "cost", "rows", "variables", "everything"]
 FOR_ALL = [case for case in REGULAR if case.name in ("lp", "qp", "qp, batched matrices", "socp", "exponential", "sdp")]
@@ -54,9 +55,9 @@ def defaults(case: Case) -> ConicSolver:
 
 
 TABLE = [pytest.param(None, case, id=f"default-{case}") for case in FOR_ALL] + [
-    pytest.param(solver, case, id=f"{solver.name}{' sparse' if getattr(solver, 'sparse', False) else ''}-{case}")
-    for solver, _ in SOLVER_TABLE
-    for case in supported(solver)
+    pytest.param(row.solver, case, id=f"{row}-{case}")
+    for row in SOLVER_TABLE
+    for case in supported(row.solver)
     if case in FOR_ALL
 ]
 

@@ -16,15 +16,10 @@ from lpgd import (
     DAQP,
     ECOS,
     OSQP,
-    PIQP,
-    SCS,
     Clarabel,
     ConicSolution,
     HiGHS,
-    InteriorPoint,
     LpgdWarning,
-    Moreau,
-    ProxQP,
     SerialExecutor,
     Status,
 )
@@ -35,31 +30,9 @@ from lpgd.solvers.backends.forms import Matrices, RowForm
 from lpgd.solvers.failures import check_solution
 from lpgd.status import SolverError
 from tests.problem_table import CASES, Case, planted
+from tests.solver_table import SOLVER_TABLE
 
-SOLVER_TABLE = [
-    # solver, error allowed in x, y and z: interior-point methods converge in the gap, whose root bounds the solution
-    (Clarabel(), 1e-4),
-    (SCS(), 1e-5),
-    (ECOS(), 1e-4),
-    (DAQP(), 1e-9),
-    (HiGHS(), 1e-9),
-    (PIQP(), 1e-8),
-    (PIQP(sparse=True), 1e-8),
-    (OSQP(), 1e-5),
-    (ProxQP(), 1e-7),
-    (InteriorPoint(), 1e-5),
-    (Moreau(), 1e-5),
-    (Moreau(method="ipm"), 1e-4),
-]
-
-
-def _label(solver: ConicSolver) -> str:
-    if getattr(solver, "sparse", None):
-        return f"{solver.name} sparse"
-    return f"{solver.name} ipm" if getattr(solver, "method", None) == "ipm" else solver.name
-
-
-BY_NAME = {_label(solver): solver for solver, _ in SOLVER_TABLE}
+BY_NAME = {row.name: row.solver for row in SOLVER_TABLE}
 
 
 def supported(solver: ConicSolver) -> list[Case]:
@@ -69,9 +42,9 @@ def supported(solver: ConicSolver) -> list[Case]:
 LARGE = planted("large", Cones(zero=100, nonnegative=300), 300, seed=50, rank=0, lower=300, upper=300, active_bounds=50)
 SOCP, QP = (next(case for case in CASES if case.name == name) for name in ("socp", "qp"))
 PAIRS = [
-    pytest.param(s, e, c, id=f"{name}-{c}")
-    for (name, s), (_, e) in zip(BY_NAME.items(), SOLVER_TABLE, strict=True)
-    for c in supported(s)
+    pytest.param(row.solver, row.error, case, id=f"{row}-{case}")
+    for row in SOLVER_TABLE
+    for case in supported(row.solver)
 ]
 
 

@@ -138,13 +138,13 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
     for solver, reason in best:
         ranked.setdefault(solver, reason)
     rest = SOLVERS if not polyhedral else _LINEAR_TAIL if linear else _QUADRATIC_TAIL
-    for solver in rest:
+    for solver in (*rest, *SOLVERS):
         ranked.setdefault(solver, "the first that takes such problems")
     return list(ranked.items())
 
 
-_LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS, OSQP, Moreau, ECOS)
-_QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS, Moreau, ECOS)
+_LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS)
+_QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS)
 _MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 400, 1000, 3000, 5000, 0.1, 4
 _EPIGRAPH, _HUNDREDS, _MANY_HUNDREDS = 250, 300, 600
 
