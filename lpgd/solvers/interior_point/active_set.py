@@ -26,7 +26,7 @@ from lpgd.solvers.interior_point.equality_system import (
     equality_program,
     equality_system,
 )
-from lpgd.solvers.interior_point.newton_system import NewtonSystem, newton_system
+from lpgd.solvers.interior_point.newton_system import NewtonSystem, Precision, newton_system
 
 __all__ = ["ActiveSet", "Settled", "is_suitable", "settle"]
 
@@ -165,10 +165,10 @@ def _point(
     right_x, right_y = -factor * (slope + program.q), program.b[:, : program.m] - whole.rows(held)
     right_x, right_y = (side.view(copies, count, -1).transpose(0, 1) for side in (right_x, right_y))
     active = sets.rows[:count]
-    factorised = equality_system(part, active, system, regularization, rough=True)
+    factorised = equality_system(part, active, system, regularization, Precision.SHARED)
     answer = factorised.solve(right_x, right_y)
-    if factorised.factor.is_rough and not bool((answer.error <= SOUND * answer.scale).all()):
-        factorised = equality_system(part, active, system, regularization)
+    while factorised.factor.is_rough and not bool((answer.error <= SOUND * answer.scale).all()):
+        factorised = equality_system(part, active, system, regularization, factorised.factor.better)
         answer = factorised.solve(right_x, right_y)
     x, u, error, scale = answer
     x, u = (part.transpose(0, 1).reshape(program.size, -1) for part in (x, u))

@@ -21,7 +21,7 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint
 from lpgd.solvers.interior_point.box_program import BoxProgram, Scaling
 from lpgd.solvers.interior_point.equality_system import EqualitySystem, KeptSystem, equality_program, equality_system
-from lpgd.solvers.interior_point.newton_system import newton_system
+from lpgd.solvers.interior_point.newton_system import Precision, newton_system
 
 __all__ = ["is_batchable", "kept_response", "polyhedral_response"]
 
@@ -66,7 +66,7 @@ def polyhedral_response(
     active[:, : problem.structure.cones.zero] = True
     program, row_scale = _program(problem, rho, ~at_bound)
     return _response(
-        problem, point, tilt, rho, equality_system(program, active, newton_system(program), rough=True), row_scale
+        problem, point, tilt, rho, equality_system(program, active, newton_system(program), Precision.SINGLE), row_scale
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lpgd.solvers.interior_point.box_program import BoxProgram
-from lpgd.solvers.interior_point.newton_system import Factor, NewtonSystem
+from lpgd.solvers.interior_point.newton_system import Factor, NewtonSystem, Precision
 
 __all__ = ["SOUND", "EqualityAnswer", "EqualitySystem", "KeptSystem", "equality_program", "equality_system"]
 
@@ -98,17 +98,17 @@ def equality_system(
     active: Tensor,
     system: NewtonSystem,
     regularization: float = REGULARIZATION,
-    rough: bool = False,
+    precision: Precision = Precision.DOUBLE,
 ) -> EqualitySystem:
     """Factorise the system of an :func:`equality_program` and its active rows.
 
     Args:
         system: of this program.
         regularization: of the factors, relative.
-        rough: factors may be of single precision, for systems that are not too ill-conditioned.
+        precision: that does, for systems that are not too ill-conditioned.
     """
     h = torch.where(active[:, program.equalities :], ACTIVE, INACTIVE).to(program.b.dtype)
-    return EqualitySystem(program, active, system.factor(h, h.new_full((h.shape[0], 1), regularization), rough))
+    return EqualitySystem(program, active, system.factor(h, h.new_full((h.shape[0], 1), regularization), precision))
 
 
 class KeptSystem(NamedTuple):

@@ -11,7 +11,8 @@ equalities to their Schur complement.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from enum import IntEnum
 from itertools import pairwise
 
 import torch
@@ -20,8 +21,9 @@ from torch import Tensor
 from lpgd import linalg
 from lpgd.execution.memo import TensorMemo
 from lpgd.solvers.interior_point.box_program import BoxProgram, product_of
+from lpgd.solvers.interior_point.shared_factor import SharedSolver
 
-__all__ = ["Factor", "NewtonSystem", "newton_system"]
+__all__ = ["Factor", "NewtonSystem", "Precision", "newton_system"]
 
 SHARED_BATCH = 16
 """From this batch size, weighted products of a shared matrix are one product with its row products."""
@@ -36,18 +38,37 @@ LARGEST = 1e30
 """The largest number that is handed to single precision."""
 
 
+class Precision(IntEnum):
+    """How good a factor's answers are before they are refined; the cheapest one comes last."""
+
+    DOUBLE = 0
+    SINGLE = 1
+    SHARED = 2
+    """One factor for the whole batch, and conjugate gradients (:mod:`lpgd.solvers.interior_point.shared_factor`)."""
+
+
 class Factor(ABC):
     """A factorised system.
 
     Attributes:
         failed: (B or 1,) elements whose factorisation broke down.
-        is_rough: it is of single precision, so that answers need several refinements.
-        trusted: refinements of a rough one have led to answers so far.
+        precision: of its answers; below double they need several refinements.
+        trusted: refinements of rough answers have led to solutions so far.
     """
 
     failed: Tensor
-    is_rough: bool = False
+    precision: Precision = Precision.DOUBLE
     trusted: bool = True
+
+    @property
+    def is_rough(self) -> bool:
+        """Whether answers need several refinements."""
+        return self.precision > Precision.DOUBLE
+
+    @property
+    def better(self) -> Precision:
+        """The precision to ask for where this one does not do."""
+        return Precision(max(self.precision - 1, Precision.DOUBLE))
 
     @abstractmethod
     def solve(self, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,13 +81,13 @@ class NewtonSystem(ABC):
     program: BoxProgram
 
     @abstractmethod
-    def factor(self, h: Tensor, regularization: Tensor, rough: bool = False) -> Factor:
+    def factor(self, h: Tensor, regularization: Tensor, precision: Precision = Precision.DOUBLE) -> Factor:
         """Factorise for the diagonal ``h`` (B or 1, rows without equalities) of H.
 
         Args:
             h: positive; one row serves the whole batch where the program's matrices are shared and nothing is masked.
             regularization: (B or 1, 1) what is added to the diagonals, relatively.
-            rough: answers will be refined, so that single precision may do.
+            precision: that does, for answers that will be refined; the factor's own may be better.
         """
 
     @abstractmethod
@@ -182,7 +203,7 @@ class NormalEquations(NewtonSystem):
     def select(self, program: BoxProgram) -> NormalEquations:
         return NormalEquations(program, self.product.select(program.A.mT))
 
-    def factor(self, h: Tensor, regularization: Tensor, rough: bool = False) -> Factor:
+    def factor(self, h: Tensor, regularization: Tensor, precision: Precision = Precision.DOUBLE) -> Factor:
         program = self.program
         inequalities = program.m - program.equalities
         weights = 1.0 / h[:, inequalities:]
@@ -194,9 +215,11 @@ class NormalEquations(NewtonSystem):
         inverse = program.masked(1.0 / D)
         diagonal = h.new_zeros(h.shape[0], program.m)
         diagonal[:, program.equalities :] = h[:, :inequalities]
-        if rough and program.m >= SINGLE_ROWS and h.dtype == torch.float64:
+        if precision > Precision.DOUBLE and program.m >= SINGLE_ROWS and h.dtype == torch.float64:
             # Relative to its largest entry, so that no range of the data leaves single precision's.
             scale = inverse.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            if precision == Precision.SHARED and not inequalities and program.A.shape[0] == 1 < SHARED_BATCH <= len(h):
+                return _SharedFactor(program, weights, inverse, SharedSolver(program, inverse / scale), scale)
             product = self.product((inverse / scale).float())
             added = regularization.clamp(min=SINGLE_REGULARIZATION).float()
             factors, failed = _cholesky(product, (diagonal / scale).clamp(max=LARGEST).float(), added)
@@ -205,7 +228,26 @@ class NormalEquations(NewtonSystem):
         return _NormalFactor(program, weights, inverse, factors, failed)
 
 
-class _NormalFactor(Factor):
+class _EliminatedFactor(Factor):
+    """Bounds and variables eliminated: what is left are systems of the normal equations."""
+
+    def __init__(self, program: BoxProgram, weights: Tensor, inverse: Tensor) -> None:
+        self.program, self.weights, self.inverse = program, weights[:, None], inverse[:, None]
+
+    def solve(self, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        program, m = self.program, self.program.m
+        bounds = t[..., m:]
+        right = program.bounds_transposed(r.clone(), self.weights * bounds)
+        y = self.solve_rows(product_of(program.A, self.inverse * right) - t[..., :m])
+        x = self.inverse * (right - product_of(program.A.mT, y))
+        return x, torch.cat([y, self.weights * (program.bounds(x) - bounds)], -1)
+
+    @abstractmethod
+    def solve_rows(self, right: Tensor) -> Tensor:
+        """Solve the normal equations for right-hand sides (B, count, m)."""
+
+
+class _NormalFactor(_EliminatedFactor):
     """Factors of the normal equations; with a scale (B, 1), of ``1 / scale`` times them in single precision."""
 
     def __init__(
@@ -217,25 +259,40 @@ class _NormalFactor(Factor):
         failed: Tensor,
         scale: Tensor | None = None,
     ) -> None:
-        self.program, self.weights, self.inverse = program, weights[:, None], inverse[:, None]
+        super().__init__(program, weights, inverse)
         self.factors, self.failed = factors, failed
         self.scale = None if scale is None else scale[:, None]
-        self.is_rough = scale is not None
+        self.precision = Precision.DOUBLE if scale is None else Precision.SINGLE
 
-    def solve(self, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        program, m = self.program, self.program.m
-        bounds = t[..., m:]
-        right = program.bounds_transposed(r.clone(), self.weights * bounds)
-        y = self._solve(product_of(program.A, self.inverse * right) - t[..., :m])
-        x = self.inverse * (right - product_of(program.A.mT, y))
-        return x, torch.cat([y, self.weights * (program.bounds(x) - bounds)], -1)
-
-    def _solve(self, right: Tensor) -> Tensor:
+    def solve_rows(self, right: Tensor) -> Tensor:
         if self.scale is None:
             return _solve(self.factors, right)
-        size = right.abs().amax(-1, keepdim=True)
-        size = torch.where(size > 0, size, 1.0)
-        return _solve(self.factors, (right / size).float()).to(right.dtype) * (size / self.scale)
+        return _in_single_precision(lambda single: _solve(self.factors, single), right, self.scale)
+
+
+class _SharedFactor(_EliminatedFactor):
+    """One factor for the whole batch; see :mod:`lpgd.solvers.interior_point.shared_factor`."""
+
+    precision = Precision.SHARED
+
+    def __init__(
+        self, program: BoxProgram, weights: Tensor, inverse: Tensor, solver: SharedSolver, scale: Tensor
+    ) -> None:
+        super().__init__(program, weights, inverse)
+        self.solver, self.scale = solver, scale[:, None]
+        self.failed = torch.full((program.size,), solver.failed, device=inverse.device)
+
+    def solve_rows(self, right: Tensor) -> Tensor:
+        answer = _in_single_precision(self.solver.solve, right, self.scale)
+        self.trusted = self.trusted and not self.solver.lost
+        return answer
+
+
+def _in_single_precision(solve: Callable[[Tensor], Tensor], right: Tensor, scale: Tensor) -> Tensor:
+    """What ``solve`` makes of right-hand sides with largest entries of 1, for a system that was divided by a scale."""
+    size = right.abs().amax(-1, keepdim=True)
+    size = torch.where(size > 0, size, 1.0)
+    return solve((right / size).float()).to(right.dtype) * (size / scale)
 
 
 class ReducedHessian(NewtonSystem):
@@ -254,7 +311,7 @@ class ReducedHessian(NewtonSystem):
     def select(self, program: BoxProgram) -> ReducedHessian:
         return ReducedHessian(program, self.product.select(program.A[:, program.equalities :]))
 
-    def factor(self, h: Tensor, regularization: Tensor, rough: bool = False) -> Factor:
+    def factor(self, h: Tensor, regularization: Tensor, precision: Precision = Precision.DOUBLE) -> Factor:
         program = self.program
         inequalities = program.m - program.equalities
         weights = 1.0 / h

@@ -28,7 +28,7 @@ from lpgd.execution.interrupts import pause
 from lpgd.solvers.interior_point.active_set import ActiveSet, is_suitable, settle
 from lpgd.solvers.interior_point.box_program import BoxProgram
 from lpgd.solvers.interior_point.equality_system import KeptSystem
-from lpgd.solvers.interior_point.newton_system import newton_system
+from lpgd.solvers.interior_point.newton_system import Precision, newton_system
 from lpgd.solvers.interior_point.steps import Iterate, State, assess, homogeneous_step, largest, plain_step
 from lpgd.status import Status
 
@@ -218,7 +218,7 @@ class _Run:
         self.norms: tuple[Tensor, ...] = (largest(program.q), largest(program.b))
         self.point = self.best = self._start() if start is None else self._resumed(start)
         self.regularization = self.regularization.repeat(size, 1)
-        self.rough = not homogeneous
+        self.precision = Precision.DOUBLE if homogeneous else Precision.SHARED
         self.best_quality = q.new_full((size,), torch.inf)
         self.progress = q.new_full((size,), torch.inf)
         self.idle = torch.zeros(size, dtype=torch.int64, device=q.device)
@@ -238,11 +238,11 @@ class _Run:
                     state = assess(self.program, self.point, self.norms)
             step = homogeneous_step if homogeneous else plain_step
             h = self.point.s / self.point.z[:, program.equalities :]
-            factor = self.system.factor(h, self.regularization, self.rough)
+            factor = self.system.factor(h, self.regularization, self.precision)
             moved, sound = step(self.program, factor, h, self.point, state, self.idle[:, None] > 0)
-            if factor.is_rough and (not factor.trusted or bool(factor.failed.any())):
-                self.rough = False
-                factor = self.system.factor(h, self.regularization)
+            while factor.is_rough and (not factor.trusted or bool(factor.failed.any())):
+                self.precision = factor.better
+                factor = self.system.factor(h, self.regularization, self.precision)
                 moved, sound = step(self.program, factor, h, self.point, state, self.idle[:, None] > 0)
             sound = sound & ~factor.failed[:, None]
             self.point = self.point.replaced(sound, Iterate(*moved))
