@@ -36,6 +36,7 @@ from lpgd.cones.product import Cones
 from lpgd.gradients.implicit import conic as implicit_conic
 from lpgd.problems import ConicData, ConicPoint
 from lpgd.solvers import ConicSolver
+from lpgd.solvers.kkt import factor, flat, rank
 from tests.redundant import Redundant, cotangent, of_single, redundant
 from tests.test_refinement import ellipsoid
 
@@ -432,3 +433,52 @@ def test_the_same_batch_twice_has_the_same_doubt() -> None:
     assert info.used == ["implicit, regularised", "zero cotangent"]
     assert info.doubt is not None
     assert info.doubt.isnan().tolist() == [False, True]
+
+
+def flat_system(seed: int, variables: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """A system without curvature, and a right-hand side."""
+    rng = np.random.default_rng(seed)
+    B = rng.normal(size=(variables, rows)) * 10.0 ** rng.uniform(-2, 2, size=rows)
+    zeros = np.zeros((variables, variables)), np.zeros((rows, rows))
+    return np.block([[zeros[0], B], [B.T, zeros[1]]]), rng.normal(size=variables + rows)
+
+
+def known_well(count: int) -> rank.Known:
+    return rank.Known(np.full(count, 1e-14), np.ones(count))
+
+
+@pytest.mark.parametrize(("variables", "rows"), [(9, 4), (30, 29), (60, 1)])
+def test_systems_without_curvature_are_answered_by_the_pseudo_inverse(variables: int, rows: int) -> None:
+    K, right = flat_system(variables, variables, rows)
+    primal = np.arange(len(right)) < variables
+    found = flat.solve_flat(K, factor.equilibration(np.abs(K).max(1)), right, primal, known_well(1).select(0))
+    assert found is not None
+    np.testing.assert_allclose(found[0], np.linalg.pinv(K) @ right, rtol=1e-9, atol=1e-9)
+    assert found[2:5] == (False, False, False)  # singular, the solution may move, and not every right side is answered
+
+
+def test_a_batch_of_systems_with_and_without_curvature() -> None:
+    # The third has a curvature, the fourth a dependent column, the fifth a row and a variable that do not count.
+    systems = [flat_system(seed, 12, 5) for seed in range(5)]
+    matrices, right = np.stack([K for K, _ in systems]), np.stack([r for _, r in systems])
+    matrices[2, :12, :12] = np.eye(12)
+    matrices[3, :12, 16] = matrices[3, :12, 15]
+    matrices[3, 16, :12] = matrices[3, 15, :12]
+    idle = np.zeros(right.shape, dtype=bool)
+    idle[4, [3, 14]] = True
+    matrices[4][idle[4]] = matrices[4][:, idle[4]] = right[4, idle[4]] = 0.0
+    expected = [np.linalg.pinv(K, rcond=1e-12) @ r for K, r in zip(matrices, right, strict=True)]
+    found = factor.solve_matrices(matrices.copy(), right, idle, np.arange(17) < 12, known_well(5))
+    np.testing.assert_allclose(found.answer, expected, rtol=1e-8, atol=1e-8)
+    assert found.exact.tolist() == [False, False, True, False, False]
+
+
+def test_where_the_rank_is_not_plain_the_eigenvalues_decide() -> None:
+    K, right = flat_system(0, 12, 5)
+    K[:12, 16] = K[:12, 15] + 1e-6 * K[:12, 16]
+    K[16, :12] = K[:12, 16]
+    primal = np.arange(17) < 12
+    assert flat.solve_flat(K, np.ones(17), right, primal, known_well(1).select(0)) is None
+    rough = rank.Known(np.array([1e-4]), np.ones(1))
+    K, right = flat_system(0, 12, 5)
+    assert flat.solve_flat(K, np.ones(17), right, primal, rough.select(0)) is None

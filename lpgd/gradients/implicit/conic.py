@@ -32,7 +32,7 @@ from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.problems.conic.units import Units
 from lpgd.solvers.interior_point.derivative import is_batchable, kept_response, polyhedral_response
-from lpgd.solvers.kkt.factor import DOUBT, ROUNDING
+from lpgd.solvers.kkt.rank import DOUBT, ROUNDING
 from lpgd.solvers.kkt.refinement import KeptFactor, Points, complementary, optimality_residual, refine
 from lpgd.solvers.kkt.system import KKTPoints, KKTResponse, Known, is_quick, respond
 

@@ -11,7 +11,7 @@ import numpy as np
 from lpgd.arrays import BoolArray, FloatArray, from_numpy
 from lpgd.gradients.base import GradientInfo
 from lpgd.problems.conic.structure import ConicStructure
-from lpgd.solvers.kkt.factor import DOUBT
+from lpgd.solvers.kkt.rank import DOUBT
 from lpgd.solvers.kkt.system import KKTResponse
 from lpgd.status import warn
 

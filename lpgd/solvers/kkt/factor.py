@@ -24,47 +24,19 @@ import scipy.sparse.linalg as spla
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray, random_direction
 from lpgd.execution.threads import bounded_blas
+from lpgd.solvers.kkt.flat import is_flat, solve_flat
+from lpgd.solvers.kkt.rank import RESIDUAL, ROUNDING, Known, One, by_eigenvalues, is_judged_exact
 
-__all__ = [
-    "Answers", "Known", "System", "equilibration",  "solve_dense", "solve_matrices", "solve_sparse",
-]  # fmt: skip
+__all__ = ["Answers", "System", "equilibration", "solve_dense", "solve_matrices", "solve_sparse"]
 
 
 UNTHREADED = 500
 """Dense systems up to this size are factorised by one thread each."""
 EIGEN_LIMIT = 1500
 """Singular systems up to this size are decided by their eigenvalues."""
-ROUNDING = 1e-15
-"""Relative error of a factorisation in double precision."""
-DOUBT = 1e-4
-"""An answer that K's error may change by a larger share is not taken for exact."""
-RESIDUAL = 1e-7
-"""The relative residual that a solve must reach to count as exact."""
-RANK_CUTOFF = 1e-11
-"""Eigenvalues of an equilibrated K below this are zero, however well the point is known."""
-NEAR = 0.1
-"""Newton's step is taken as it is where ``|K⁻¹| |F|`` is below this; elsewhere it is damped."""
 PROXIMAL = 1e-7
 """The diagonal that makes a large singular system regular, and the iterations that take it out of the answer again."""
 PROXIMAL_ITERATIONS = 60
-
-
-class Known(NamedTuple):
-    """How well the points of k elements are known.
-
-    Attributes:
-        error: (k,) what is left of the optimality conditions, in the maximum norm.
-        lipschitz: (k,) Lipschitz constant of the projection's derivative.
-        damped: the right-hand side is what is left of the optimality conditions: a step that is to reduce it, not to
-            be exact.
-    """
-
-    error: FloatArray
-    lipschitz: FloatArray
-    damped: bool = False
-
-    def select(self, rows: Any) -> Known:
-        return Known(self.error[rows], self.lipschitz[rows], self.damped)
 
 
 class Answers(NamedTuple):
@@ -121,28 +93,6 @@ class System:
         return found
 
 
-_One = tuple[FloatArray, FloatArray, bool, bool, bool, float]
-"""The fields of :class:`Answers` for one element."""
-
-
-def _judged(
-    known: Known, inverse: FloatArray, size: FloatArray, error: FloatArray, right: FloatArray
-) -> tuple[BoolArray, FloatArray]:
-    """Whether answers are to be taken, and their doubt.
-
-    Args:
-        known: how well the points are known.
-        inverse, size: (k,) estimates of the norms of K⁻¹ and K, equilibrated.
-        error, right: (k,) the largest residual and the largest right-hand side.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        solved = error <= RESIDUAL * np.maximum(right, 1e-300)
-        doubt = inverse * (ROUNDING * size + known.lipschitz * inverse * known.error)
-        if known.damped:
-            return solved & (inverse * known.error < NEAR) & (inverse * size < 1e13), doubt
-        return solved & (doubt < DOUBT), np.where(np.isfinite(doubt), doubt, np.inf)
-
-
 def solve_dense(system: System) -> Answers:
     """The blocks of a system as dense matrices."""
     sizes = np.bincount(system.owner, minlength=system.count)
@@ -171,6 +121,47 @@ def solve_matrices(
     if side == 0:
         every = np.ones(count, dtype=bool)
         return Answers(right, right, every, every, every, np.zeros(count))
+    primal = np.broadcast_to(primal, idle.shape)
+    if known.damped:
+        return _solve_stack(matrices, right, idle, primal, known)
+    flat: dict[int, One] = {}
+    for element in range(count):
+        found = _flat(matrices[element], right[element], idle[element], primal[element], known.select(element))
+        if found is not None:
+            flat[element] = found
+    if not flat:
+        return _solve_stack(matrices, right, idle, primal, known)
+    rest = np.setdiff1d(np.arange(count), list(flat))
+    exact, unique, consistent = np.zeros((3, count), dtype=bool)
+    every = Answers(np.zeros((count, side)), np.zeros((count, side)), exact, unique, consistent, np.zeros(count))
+    if rest.size:
+        others = _solve_stack(matrices[rest], right[rest], idle[rest], primal[rest], known.select(rest))
+        for column, values in zip(every, others, strict=True):
+            column[rest] = values
+    for element, found in flat.items():
+        for column, value in zip(every, found, strict=True):
+            column[element] = value
+    return every
+
+
+def _flat(matrix: FloatArray, right: FloatArray, idle: BoolArray, primal: BoolArray, known: Known) -> One | None:
+    """The answer of one element's system without curvature, zero where it is idle; None where it is another system."""
+    used = np.flatnonzero(~idle)
+    if not is_flat(matrix, primal, used):
+        return None
+    K = matrix if used.size == right.size else matrix[np.ix_(used, used)]
+    scale = equilibration(np.abs(K).max(1, initial=0.0))
+    found = solve_flat(K, scale, right[used], primal[used], known)
+    if found is None or used.size == right.size:
+        return found
+    answer, null = np.zeros((2, right.size))
+    answer[used], null[used] = found[:2]
+    return answer, null, *found[2:]
+
+
+def _solve_stack(matrices: FloatArray, right: FloatArray, idle: BoolArray, primal: BoolArray, known: Known) -> Answers:
+    """The same by factors of each matrix, and by eigenvalues where those do not do."""
+    side = right.shape[1]
     element, place = np.nonzero(idle)
     matrices[element, place, place] = 1.0
     scale = equilibration(np.abs(matrices).max(2))
@@ -183,83 +174,27 @@ def solve_matrices(
         with bound:
             answers = np.linalg.solve(scaled, np.stack([scale * right, direction], axis=2))
     except np.linalg.LinAlgError:
-        answers = np.full((count, side, 2), np.nan)
-        for one in range(count if count > 1 else 0):
-            part = slice(one, one + 1)
+        answers = np.full((*right.shape, 2), np.nan)
+        for one in range(len(right) if len(right) > 1 else 0):
+            single = slice(one, one + 1)
             with suppress(np.linalg.LinAlgError):
-                both = np.stack([scale[part] * right[part], direction[part]], axis=2)
-                answers[part] = np.linalg.solve(scaled[part], both)
+                both = np.stack([scale[single] * right[single], direction[single]], axis=2)
+                answers[single] = np.linalg.solve(scaled[single], both)
     inverse = np.linalg.norm(answers[:, :, 1], axis=1)
     size = np.abs(scaled).sum(2).max(1)
     answer = scale * answers[:, :, 0]
     with np.errstate(over="ignore", invalid="ignore"):
         error = np.abs((matrices @ answer[:, :, None])[:, :, 0] - right).max(1)
-    exact, doubt = _judged(known, inverse, size, error, np.abs(right).max(1))
+    exact, doubt = is_judged_exact(known, inverse, size, error, np.abs(right).max(1))
     unique, consistent, null = exact.copy(), exact.copy(), np.zeros_like(answer)
     for bad in np.flatnonzero(~exact):
-        own = np.flatnonzero(~idle[bad])
+        used = np.flatnonzero(~idle[bad])
         one = known.select(bad)
-        is_primal = np.broadcast_to(primal, idle.shape)[bad, own]
-        found = _by_eigenvalues(scaled[bad][np.ix_(own, own)], scale[bad, own], right[bad, own], is_primal, one)
+        block = scaled[bad][np.ix_(used, used)]
+        found = by_eigenvalues(block, scale[bad, used], right[bad, used], primal[bad, used], one)
         answer[bad] = 0.0
-        answer[bad, own], null[bad, own], exact[bad], unique[bad], consistent[bad], doubt[bad] = found
+        answer[bad, used], null[bad, used], exact[bad], unique[bad], consistent[bad], doubt[bad] = found
     return Answers(answer, null, exact, unique, consistent, doubt)
-
-
-def _by_eigenvalues(scaled: FloatArray, scale: FloatArray, right: FloatArray, primal: BoolArray, known: Known) -> _One:
-    """One system by the eigenvalues of its equilibrated matrix.
-
-    The pseudo-inverse is that of the matrix itself, ``S⁻¹ scaled S⁻¹``: with N an orthonormal basis of its null space,
-    the right-hand side and the answer lose their parts in N.
-    """
-    eigenvalues, vectors = np.linalg.eigh(scaled)
-    sizes = np.abs(eigenvalues)
-    if known.damped:
-        # Levenberg and Marquardt's step, which converges quadratically to a manifold of solutions, whatever its rank.
-        weights = eigenvalues / np.maximum(eigenvalues**2 + min(float(known.error), 1e100) ** 2, 1e-300)
-        weights[sizes <= RANK_CUTOFF * sizes.max(initial=0.0)] = 0.0
-        return (
-            scale * (vectors @ (weights * (vectors.T @ (scale * right)))),
-            np.zeros_like(right),
-            False,
-            False,
-            False,
-            np.inf,
-        )
-    kept, doubt, explained = _rank(sizes, known)
-    null = vectors[:, ~kept] * scale[:, None]
-    null, _ = np.linalg.qr(null)
-    moved = right - null @ (null.T @ right)
-    inverse = np.divide(1.0, eigenvalues, out=np.zeros_like(eigenvalues), where=kept)
-    answer = scale * (vectors @ (inverse * (vectors.T @ (scale * moved))))
-    answer -= null @ (null.T @ answer)
-    consistent = bool(np.abs(moved - right).max(initial=0.0) <= RESIDUAL * np.abs(right).max(initial=1e-300))
-    dual_only = bool(np.sum(null[primal] ** 2) < 1e-6)
-    if not explained:
-        doubt = np.inf
-    regular = bool(kept.all()) and doubt < DOUBT
-    return answer, np.linalg.norm(null, axis=1), regular, dual_only, consistent, doubt
-
-
-def _rank(sizes: FloatArray, known: Known) -> tuple[BoolArray, float, bool]:
-    """Which eigenvalues count, the doubt in the answer, and whether K's error explains all the others.
-
-    Of the thresholds at which the answer is verified, the lowest is taken: none of those that count is so small that
-    K's error could change the answer, and those that do not are no larger than that error.
-    """
-    unit, error, lipschitz = max(float(sizes.max(initial=0.0)), 1e-300), float(known.error), float(known.lipschitz)
-    order = np.sort(sizes)[::-1]
-    order = order[order > RANK_CUTOFF * unit]
-    noise = ROUNDING * unit * sizes.size
-    doubts = (lipschitz * error / np.maximum(order, 1e-300) + noise) / np.maximum(order, 1e-300)
-    count = int(np.sum(doubts < DOUBT))  # doubts grow as eigenvalues shrink
-    if count == 0:
-        return sizes > RANK_CUTOFF * unit, np.inf if order.size else 0.0, order.size == 0
-    smallest = order[count - 1]
-    kept = sizes >= smallest
-    left = float(sizes[~kept].max(initial=0.0))
-    reach = max(RANK_CUTOFF * unit, 100 * (lipschitz * error / smallest + noise))
-    return kept, float(doubts[count - 1]), left <= reach
 
 
 _ORDERINGS: tuple[dict[str, Any], ...] = (
@@ -296,7 +231,7 @@ def solve_sparse(system: System, ordering: int = 0) -> Answers:
     )
     answer = scale * answer
     error, largest = system.largest(np.abs(K @ answer - right)), system.largest(np.abs(right))
-    exact, doubt = _judged(
+    exact, doubt = is_judged_exact(
         system.known, inverse, system.largest(np.asarray(abs(scaled).sum(1)).ravel()), error, largest
     )
     return _one_by_one(system, Answers(answer, np.zeros(size), exact, exact.copy(), exact.copy(), doubt), ordering)
@@ -305,26 +240,30 @@ def solve_sparse(system: System, ordering: int = 0) -> Answers:
 def _one_by_one(system: System, found: Answers, ordering: int) -> Answers:
     """The elements that are not exact yet: with the next ordering if there are others, and then as singular systems."""
     for bad in np.flatnonzero(~found.exact):
-        own, rows = system.only(int(bad))
+        single, rows = system.only(int(bad))
         if ordering + 1 < len(_ORDERINGS):
-            again = solve_sparse(own, ordering + 1)
+            again = solve_sparse(single, ordering + 1)
             found.answer[rows], found.null[rows] = again.answer, again.null
-            for whole, part in zip(found[2:], again[2:], strict=True):
-                whole[bad] = part[0]
+            for whole, values in zip(found[2:], again[2:], strict=True):
+                whole[bad] = values[0]
             continue
-        scale = _row_scale(own)
-        if own.right.size <= EIGEN_LIMIT:
-            scaled, known = _scaled(own.sparse(), scale).toarray(), own.known.select(0)
-            part = _by_eigenvalues(scaled, scale, own.right, own.primal, known)
+        scale = _row_scale(single)
+        if single.right.size <= EIGEN_LIMIT:
+            K, known = single.sparse(), single.known.select(0)
+            solved = None
+            if not known.damped:
+                solved = _flat(K.toarray(), single.right, np.zeros_like(single.primal), single.primal, known)
+            if solved is None:
+                solved = by_eigenvalues(_scaled(K, scale).toarray(), scale, single.right, single.primal, known)
         else:
-            part = _by_proximal_steps(own, scale)
-        found.answer[rows], found.null[rows] = part[:2]
-        for whole, one in zip(found[2:], part[2:], strict=True):
+            solved = _by_proximal_steps(single, scale)
+        found.answer[rows], found.null[rows] = solved[:2]
+        for whole, one in zip(found[2:], solved[2:], strict=True):
             whole[bad] = one
     return found
 
 
-def _by_proximal_steps(system: System, scale: FloatArray) -> _One:
+def _by_proximal_steps(system: System, scale: FloatArray) -> One:
     """A large singular system, regularised by ``±ε`` on its diagonal: ``w ← w + K_ε⁻¹ (right - K w)``.
 
     The regularised matrix is quasi-definite.  Each step leaves the share ``ε / (ε + σ)`` of the error in a direction

@@ -27,8 +27,8 @@ from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
-from lpgd.solvers.kkt.factor import NEAR
 from lpgd.solvers.kkt.factored import Factored
+from lpgd.solvers.kkt.rank import NEAR
 from lpgd.solvers.kkt.schur import ActiveSystem
 from lpgd.solvers.kkt.system import KKTPoints, Known, respond
 

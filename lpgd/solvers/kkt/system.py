@@ -25,7 +25,8 @@ import numpy as np
 from lpgd.arrays import BoolArray, FloatArray
 from lpgd.execution.interrupts import pause
 from lpgd.problems.conic.structure import ConicStructure
-from lpgd.solvers.kkt.factor import Known, System, solve_dense, solve_matrices, solve_sparse
+from lpgd.solvers.kkt.factor import System, solve_dense, solve_matrices, solve_sparse
+from lpgd.solvers.kkt.rank import Known
 from lpgd.solvers.kkt.reduced import held, is_dense, reduce_blocks, reduce_rows
 
 __all__ = ["KKTPoints", "KKTResponse", "Known", "is_quick", "respond"]

@@ -1,0 +1,121 @@
+"""Which of a symmetric system's eigenvalues count, and its minimum-norm answer where some do not.
+
+The words are those of :mod:`lpgd.solvers.kkt.factor`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lpgd.arrays import BoolArray, FloatArray
+
+__all__ = ["DOUBT", "NEAR", "RESIDUAL", "ROUNDING", "Known", "One", "by_eigenvalues", "is_judged_exact", "rank"]
+
+ROUNDING = 1e-15
+"""Relative error of a factorisation in double precision."""
+DOUBT = 1e-4
+"""An answer that K's error may change by a larger share is not taken for exact."""
+RESIDUAL = 1e-7
+"""The relative residual that a solve must reach to count as exact."""
+RANK_CUTOFF = 1e-11
+"""Eigenvalues of an equilibrated K below this are zero, however well the point is known."""
+NEAR = 0.1
+"""Newton's step is taken as it is where ``|K⁻¹| |F|`` is below this; elsewhere it is damped."""
+
+
+class Known(NamedTuple):
+    """How well the points of k elements are known.
+
+    Attributes:
+        error: (k,) what is left of the optimality conditions, in the maximum norm.
+        lipschitz: (k,) Lipschitz constant of the projection's derivative.
+        damped: the right-hand side is what is left of the optimality conditions: a step that is to reduce it, not to
+            be exact.
+    """
+
+    error: FloatArray
+    lipschitz: FloatArray
+    damped: bool = False
+
+    def select(self, elements: Any) -> Known:
+        return Known(self.error[elements], self.lipschitz[elements], self.damped)
+
+
+One = tuple[FloatArray, FloatArray, bool, bool, bool, float]
+"""The fields of :class:`Answers` for one element."""
+
+
+def is_judged_exact(
+    known: Known, inverse: FloatArray, size: FloatArray, error: FloatArray, right: FloatArray
+) -> tuple[BoolArray, FloatArray]:
+    """Whether answers are to be taken, and their doubt.
+
+    Args:
+        known: how well the points are known.
+        inverse, size: (k,) estimates of the norms of K⁻¹ and K, equilibrated.
+        error, right: (k,) the largest residual and the largest right-hand side.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        solved = error <= RESIDUAL * np.maximum(right, 1e-300)
+        doubt = inverse * (ROUNDING * size + known.lipschitz * inverse * known.error)
+        if known.damped:
+            return solved & (inverse * known.error < NEAR) & (inverse * size < 1e13), doubt
+        return solved & (doubt < DOUBT), np.where(np.isfinite(doubt), doubt, np.inf)
+
+
+def by_eigenvalues(scaled: FloatArray, scale: FloatArray, right: FloatArray, primal: BoolArray, known: Known) -> One:
+    """One system by the eigenvalues of its equilibrated matrix.
+
+    The pseudo-inverse is that of the matrix itself, ``S⁻¹ scaled S⁻¹``: with N an orthonormal basis of its null space,
+    the right-hand side and the answer lose their parts in N.
+    """
+    eigenvalues, vectors = np.linalg.eigh(scaled)
+    sizes = np.abs(eigenvalues)
+    if known.damped:
+        # Levenberg and Marquardt's step, which converges quadratically to a manifold of solutions, whatever its rank.
+        weights = eigenvalues / np.maximum(eigenvalues**2 + min(float(known.error), 1e100) ** 2, 1e-300)
+        weights[sizes <= RANK_CUTOFF * sizes.max(initial=0.0)] = 0.0
+        return (
+            scale * (vectors @ (weights * (vectors.T @ (scale * right)))),
+            np.zeros_like(right),
+            False,
+            False,
+            False,
+            np.inf,
+        )
+    kept, doubt, explained = rank(sizes, known)
+    null = vectors[:, ~kept] * scale[:, None]
+    null, _ = np.linalg.qr(null)
+    moved = right - null @ (null.T @ right)
+    inverse = np.divide(1.0, eigenvalues, out=np.zeros_like(eigenvalues), where=kept)
+    answer = scale * (vectors @ (inverse * (vectors.T @ (scale * moved))))
+    answer -= null @ (null.T @ answer)
+    consistent = bool(np.abs(moved - right).max(initial=0.0) <= RESIDUAL * np.abs(right).max(initial=1e-300))
+    dual_only = bool(np.sum(null[primal] ** 2) < 1e-6)
+    if not explained:
+        doubt = np.inf
+    regular = bool(kept.all()) and doubt < DOUBT
+    return answer, np.linalg.norm(null, axis=1), regular, dual_only, consistent, doubt
+
+
+def rank(sizes: FloatArray, known: Known) -> tuple[BoolArray, float, bool]:
+    """Which eigenvalues count, the doubt in the answer, and whether K's error explains all the others.
+
+    Of the thresholds at which the answer is verified, the lowest is taken: none of those that count is so small that
+    K's error could change the answer, and those that do not are no larger than that error.
+    """
+    unit, error, lipschitz = max(float(sizes.max(initial=0.0)), 1e-300), float(known.error), float(known.lipschitz)
+    order = np.sort(sizes)[::-1]
+    order = order[order > RANK_CUTOFF * unit]
+    noise = ROUNDING * unit * sizes.size
+    doubts = (lipschitz * error / np.maximum(order, 1e-300) + noise) / np.maximum(order, 1e-300)
+    count = int(np.sum(doubts < DOUBT))  # doubts grow as eigenvalues shrink
+    if count == 0:
+        return sizes > RANK_CUTOFF * unit, np.inf if order.size else 0.0, order.size == 0
+    smallest = order[count - 1]
+    kept = sizes >= smallest
+    left = float(sizes[~kept].max(initial=0.0))
+    reach = max(RANK_CUTOFF * unit, 100 * (lipschitz * error / smallest + noise))
+    return kept, float(doubts[count - 1]), left <= reach
