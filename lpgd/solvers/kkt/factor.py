@@ -151,7 +151,8 @@ def _flat(matrix: FloatArray, right: FloatArray, idle: BoolArray, primal: BoolAr
         return None
     K = matrix if used.size == right.size else matrix[np.ix_(used, used)]
     scale = equilibration(np.abs(K).max(1, initial=0.0))
-    found = solve_flat(K, scale, right[used], primal[used], known)
+    with bounded_blas():  # threads gain nothing on a factorisation of this size
+        found = solve_flat(K, scale, right[used], primal[used], known)
     if found is None or used.size == right.size:
         return found
     answer, null = np.zeros((2, right.size))
