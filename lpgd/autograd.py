@@ -120,9 +120,9 @@ def solve(
         raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
     info = info or CallInfo()
     call = Call(solver, gradient, on_error, executor, states, info, explain)
-    *parts, usable = _SolveFunction.apply(call, problem, *problem.data, *getattr(problem, "attached", ()))
+    *outputs, usable = _SolveFunction.apply(call, problem, *problem.data, *getattr(problem, "attached", ()))
     info.usable = usable
-    return info.solution.outputs._make(parts)
+    return info.solution.outputs._make(outputs)
 
 
 def _threads(solver: AnySolver) -> AbstractContextManager[None]:
@@ -135,7 +135,7 @@ class _SolveFunction(torch.autograd.Function):
         count = len(problem.data)
         problem = problem.with_data(problem.data._make(datum.detach() for datum in tensors[:count]))
         if tensors[count:]:
-            problem = cast(Any, problem).with_attached([part.detach() for part in tensors[count:]])
+            problem = cast(Any, problem).with_attached([tensor.detach() for tensor in tensors[count:]])
         with _threads(call.solver):
             solution = call.solver.solve(problem, call.states, call.executor)
         check_solution(solution, call.on_error, call.explain)
@@ -143,9 +143,9 @@ class _SolveFunction(torch.autograd.Function):
         usable = solution.usable[:, None]
         if call.on_error == "nan" and solution.failed:
             filled = torch.where(usable, 0.0, torch.nan)
-            return *(part + filled for part in solution.outputs), usable
+            return *(output + filled for output in solution.outputs), usable
         # Tensors of their own: the outputs know this node, which knows the solution, which must not know the outputs.
-        return *(part.detach() for part in solution.outputs), usable
+        return *(output.detach() for output in solution.outputs), usable
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -170,15 +170,18 @@ class _SolveFunction(torch.autograd.Function):
         for name, needed in zip(data._fields, needs, strict=True):
             if needed and name in notices:
                 warn(notices[name])
-        gradient = (part if needed else None for part, needed in zip(gradient, needs, strict=True))
+        gradient = (datum_gradient if needed else None for datum_gradient, needed in zip(gradient, needs, strict=True))
         return None, None, *gradient, *(None,) * ctx.attached
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         count = len(ctx.source.solution.problem.data)
-        parts = tangents[2 : 2 + count]  # the first two belong to the call and to the problem
+        data_tangents = tangents[2 : 2 + count]  # the first two belong to the call and to the problem
         data = ctx.saved_tensors[:count]
-        known = (torch.zeros_like(own) if part is None else part for own, part in zip(data, parts, strict=True))
+        known = (
+            torch.zeros_like(datum) if tangent is None else tangent
+            for datum, tangent in zip(data, data_tangents, strict=True)
+        )
         return *_DerivativeFunction.apply(ctx.call, ctx.source, None, *known, *ctx.saved_tensors), None
 
     @staticmethod
@@ -188,20 +191,20 @@ class _SolveFunction(torch.autograd.Function):
         problem, lanes, dims, count = mapped(problem), info.batch_size, in_dims[2:], len(problem.data)
         size, kinds = problem.batch_size, problem.datum_ndims
         # The problem as the caller made it holds the lanes hidden: here its data are those of the first one.
-        first = [part if dim is None else part.select(dim, 0) for part, dim in zip(tensors, dims, strict=True)]
+        first = [tensor if dim is None else tensor.select(dim, 0) for tensor, dim in zip(tensors, dims, strict=True)]
         problem = problem.with_data(problem.data._make(first[:count]))
         data = [
-            joined(part, dim, lanes, size, ndim, whole=False)
-            for part, dim, ndim in zip(tensors[:count], dims[:count], kinds, strict=True)
+            joined(datum, dim, lanes, size, ndim, whole=False)
+            for datum, dim, ndim in zip(tensors[:count], dims[:count], kinds, strict=True)
         ]
         attached = [
-            joined(part, dim, lanes, size, part.ndim - (1 if dim is None else 2))
-            for part, dim in zip(tensors[count:], dims[count:], strict=True)
+            joined(tensor, dim, lanes, size, tensor.ndim - (1 if dim is None else 2))
+            for tensor, dim in zip(tensors[count:], dims[count:], strict=True)
         ]
         more = (attached,) if attached else ()
         problem = problem.lanes(lanes, problem.data._make(data), *more)
         outputs = _SolveFunction.apply(call, problem, *problem.data, *attached)
-        return tuple(separated(part, lanes) for part in outputs), (0,) * len(outputs)
+        return tuple(separated(output, lanes) for output in outputs), (0,) * len(outputs)
 
 
 class _DerivativeFunction(torch.autograd.Function):
@@ -237,9 +240,12 @@ class _DerivativeFunction(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         check_twice(ctx.call.gradient, ctx.source.solution.problem, ctx.reverse)
-        own = ctx.saved_tensors
-        known = (torch.zeros_like(one) if part is None else part for one, part in zip(own, tangents[3:], strict=True))
-        return _SecondFunction.apply(ctx.call, ctx.source, False, *known, *own)
+        saved = ctx.saved_tensors
+        known = (
+            torch.zeros_like(tensor) if tangent is None else tangent
+            for tensor, tangent in zip(saved, tangents[3:], strict=True)
+        )
+        return _SecondFunction.apply(ctx.call, ctx.source, False, *known, *saved)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
@@ -264,7 +270,7 @@ class _DerivativeFunction(torch.autograd.Function):
             source, tensors = lanes.batch()
             if needed is None:
                 answer = _DerivativeFunction.apply(call, source, None, *tensors)
-                return tuple(separated(part, lanes.count) for part in answer)
+                return tuple(separated(change, lanes.count) for change in answer)
             answer = _DerivativeFunction.apply(call, source.with_rows(needed), needed, *tensors)
             return lanes.gradient(answer, needed)
 
@@ -273,8 +279,8 @@ class _DerivativeFunction(torch.autograd.Function):
 
 def _together(derivative: Callable[[Lanes], tuple[Tensor, ...]], lanes: Lanes) -> tuple[Any, Any]:
     chunks = [derivative(chunk) for chunk in lanes.chunks()]
-    parts = chunks[0] if len(chunks) == 1 else tuple(torch.cat(rows) for rows in zip(*chunks, strict=True))
-    return parts, (0,) * len(parts)
+    answer = chunks[0] if len(chunks) == 1 else tuple(torch.cat(pieces) for pieces in zip(*chunks, strict=True))
+    return answer, (0,) * len(answer)
 
 
 class _SecondFunction(torch.autograd.Function):
@@ -284,10 +290,10 @@ class _SecondFunction(torch.autograd.Function):
     def forward(call: Call, source: Source, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         started, solution = time.perf_counter(), source.resolved()
         count = len(solution.outputs) + len(solution.problem.data) + len(solution.outputs)
-        direction, own = tensors[:-count], tensors[-count:]
+        direction, saved = tensors[:-count], tensors[-count:]
         no_autocast = torch.autocast(solution.x.device.type, enabled=False)
         with isolated_torch(), torch_threads(1), torch.enable_grad(), no_autocast:
-            answer = second_derivative(call.gradient, solution, reverse, direction, own)
+            answer = second_derivative(call.gradient, solution, reverse, direction, saved)
         call.info.backward_seconds += time.perf_counter() - started
         return answer
 
@@ -309,15 +315,15 @@ class _SecondFunction(torch.autograd.Function):
         call, source, reverse, *tensors = inputs
         solution = source.solution
         kinds, outputs = mapped(solution.problem).datum_ndims, (1,) * len(solution.outputs)
-        own = (*outputs, *kinds, *outputs)
-        every = (*(kinds if reverse else own), *own)
+        saved_kinds = (*outputs, *kinds, *outputs)
+        every = (*(kinds if reverse else saved_kinds), *saved_kinds)
         lanes = Lanes(info.batch_size, source, tensors, in_dims[3:], every, (True,) * len(every))
         needed = frozenset(range(len(kinds)))
 
         def derivative(lanes: Lanes) -> tuple[Tensor, ...]:
             source, tensors = lanes.batch()
             answer = _SecondFunction.apply(call, source.with_rows(needed), reverse, *tensors)
-            return tuple(separated(part, lanes.count) for part in answer)
+            return tuple(separated(change, lanes.count) for change in answer)
 
         return _together(derivative, lanes)
 
@@ -336,11 +342,11 @@ def _derivative(
         change, info = call.gradient.jvp(solution, tangent, call.solver, call.executor)
         return tuple(change)[:count], info
     # A loss of a NaN row hands back NaN: zeroed before any sum over shared data.
-    parts = tensors[:count]
+    cotangents = tensors[:count]
     if solution.failed:
         usable = solution.usable[:, None]
-        parts = [torch.where(usable, part, 0.0) for part in parts]
-    cotangent = solution.cotangent(parts)
+        cotangents = [torch.where(usable, values, 0.0) for values in cotangents]
+    cotangent = solution.cotangent(cotangents)
     check_cotangent(cotangent)
     try:
         return call.gradient.vjp(solution, cotangent, call.solver, call.executor)
@@ -355,8 +361,8 @@ def _without(call: Call, solution: AnySolution, cotangent: Any, error: SolverErr
     failed = list(error.indices)
     keep = torch.ones(solution.batch_size, 1, dtype=torch.bool, device=solution.x.device)
     keep[failed] = False
-    rest = cotangent._make(torch.where(keep, part, 0.0) for part in cotangent)
-    gradient, info = call.gradient.vjp(solution, rest, call.solver, call.executor)
+    kept = cotangent._make(torch.where(keep, values, 0.0) for values in cotangent)
+    gradient, info = call.gradient.vjp(solution, kept, call.solver, call.executor)
     for element in failed:
         info.used[element] = "no perturbed solution"
     if call.on_error == "warn":

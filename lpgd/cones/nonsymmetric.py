@@ -232,8 +232,8 @@ def power_regions(unit: FloatArray, exponents: FloatArray) -> Masks:
     u, v, w = unit.T
     size = np.abs(w)
     inside = (u >= 0) & (v >= 0) & (np.maximum(u, 0.0) ** exponents * np.maximum(v, 0.0) ** (1.0 - exponents) >= size)
-    rest = 1.0 - exponents
-    dual_mean = (np.maximum(-u, 0.0) / exponents) ** exponents * (np.maximum(-v, 0.0) / rest) ** rest
+    complements = 1.0 - exponents
+    dual_mean = (np.maximum(-u, 0.0) / exponents) ** exponents * (np.maximum(-v, 0.0) / complements) ** complements
     polar = (u <= 0) & (v <= 0) & (dual_mean >= size)
     return inside, polar, ~inside & ~polar & (w == 0)
 
@@ -269,13 +269,13 @@ def _power_ray(unit: FloatArray, exponents: FloatArray) -> tuple[FloatArray, Flo
 def _power_equation(logit: FloatArray, parameters: FloatArray) -> tuple[FloatArray, FloatArray]:
     """``log r - a log p_1 - (1 - a) log p_2`` and its slope, which lies between 0 and 1."""
     u, v, size, exponents = parameters
-    share, rest = _logistic(logit), _logistic(-logit)
-    first, first_residual = _positive_root(u, exponents, size * share, size * rest)
-    second, second_residual = _positive_root(v, 1.0 - exponents, size * share, size * rest)
+    share, other_share = _logistic(logit), _logistic(-logit)
+    first, first_residual = _positive_root(u, exponents, size * share, size * other_share)
+    second, second_residual = _positive_root(v, 1.0 - exponents, size * share, size * other_share)
     value = np.log(size) - np.logaddexp(0.0, -logit) - exponents * np.log(first) - (1.0 - exponents) * np.log(second)
     moved = exponents * first_residual / (first + first_residual)
     moved = moved + (1.0 - exponents) * second_residual / (second + second_residual)
-    return value, rest * (1.0 - moved) + share * moved
+    return value, other_share * (1.0 - moved) + share * moved
 
 
 def _positive_root(

@@ -152,9 +152,9 @@ def project(cones: Cones, points: FloatArray, *, dual: bool = False) -> FloatArr
     np.maximum(points[..., nonnegative], 0.0, out=projected[..., nonnegative])
     projected[..., cones.sections["zero"]][~np.isfinite(points[..., cones.sections["zero"]])] = np.nan
     for block in cone_blocks(cones):
-        part = points[..., block.rows]
-        finite = np.isfinite(part).all(axis=-1, keepdims=True)
-        nearest = block.project(np.where(finite, part, 0.0))
+        vectors = points[..., block.rows]
+        finite = np.isfinite(vectors).all(axis=-1, keepdims=True)
+        nearest = block.project(np.where(finite, vectors, 0.0))
         projected[..., block.rows] = np.where(finite, nearest, np.nan)
     return projected
 

@@ -52,10 +52,10 @@ def regions(cones: Cones, points: FloatArray) -> tuple[IntArray, FloatArray]:
     pieces[..., nonnegative] = points[..., nonnegative] > 0
     depths[..., nonnegative] = np.abs(points[..., nonnegative])
     for block in cone_blocks(cones):
-        part = points[..., block.rows]
-        found, depth = _of_block(block, part.reshape(-1, block.rows.shape[1]))
-        pieces[..., block.rows] = found.reshape(part.shape[:-1])[..., None]
-        depths[..., block.rows] = depth.reshape(part.shape[:-1])[..., None]
+        vectors = points[..., block.rows]
+        found, depth = _of_block(block, vectors.reshape(-1, block.rows.shape[1]))
+        pieces[..., block.rows] = found.reshape(vectors.shape[:-1])[..., None]
+        depths[..., block.rows] = depth.reshape(vectors.shape[:-1])[..., None]
     return pieces, depths
 
 
@@ -136,10 +136,10 @@ def _below_exponential(base: FloatArray, other: FloatArray, lead: FloatArray, fa
 def _power(unit: FloatArray, exponents: FloatArray) -> tuple[IntArray, FloatArray]:
     inside, polar, _ = power_regions(unit, exponents)
     u, v, w = unit.T
-    one, rest = np.ones_like(exponents), 1.0 - exponents
+    one, complements = np.ones_like(exponents), 1.0 - exponents
     depths = _to_cones(unit, project_power(unit, exponents))
     depths = np.where(inside, _below_mean(u, v, w, exponents, one, one), depths)
-    depths = np.where(polar, _below_mean(-u, -v, w, exponents, exponents, rest), depths)
+    depths = np.where(polar, _below_mean(-u, -v, w, exponents, exponents, complements), depths)
     return np.select([inside, polar], [_INSIDE, _POLAR], _BOUNDARY), depths
 
 
@@ -173,7 +173,7 @@ def _kinks_of(block: ConeBlock, points: FloatArray, tolerance: FloatArray) -> tu
             negative = np.where(values <= 0, values, -np.inf).max(axis=-1)
             return np.abs(values).min(axis=-1) <= tolerance, 1.0 / (positive - negative)
         nearest = block.project(points)
-        sizes = [np.abs(part).max(axis=-1) for part in (nearest, points - nearest)]
+        sizes = [np.abs(vectors).max(axis=-1) for vectors in (nearest, points - nearest)]
         close = np.minimum(np.minimum(*sizes), np.abs(points).min(axis=-1)) <= tolerance
         if close.any():
             steps = 2.0 * tolerance[..., None] * block.interior

@@ -193,8 +193,8 @@ class _Wake:
     def is_own(self) -> bool:
         """Whether the signal that just came may be the one sent here: of two, one is."""
         with self.lock:
-            own, self.sent = self.sent, False
-            return own
+            sent_here, self.sent = self.sent, False
+            return sent_here
 
     def end(self) -> None:
         """Send nothing from now on."""

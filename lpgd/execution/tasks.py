@@ -99,8 +99,8 @@ def _finished(
 
     Those that are there when another call fails are ``kept``, by the call's number.
     """
-    here = executor is None or type(executor) is ThreadPoolExecutor
-    signals = _Signals(threading.Event(), threading.Event()) if here else None
+    in_this_process = executor is None or type(executor) is ThreadPoolExecutor
+    signals = _Signals(threading.Event(), threading.Event()) if in_this_process else None
     futures: list[Future[Any]] = []
     try:
         for call in calls:

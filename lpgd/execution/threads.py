@@ -29,10 +29,10 @@ def _openmp() -> Any | None:
     """The OpenMP library that torch runs on; None where it has threads of another kind."""
     before = torch.get_num_threads()
     for library in ThreadpoolController().select(user_api="openmp").lib_controllers:
-        own = library.get_num_threads()
+        count = library.get_num_threads()
         library.set_num_threads(before + 1)
         heard = torch.get_num_threads() == before + 1
-        library.set_num_threads(own)
+        library.set_num_threads(count)
         if heard:
             return library
     return None

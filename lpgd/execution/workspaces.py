@@ -50,11 +50,11 @@ class Habits:
         with self.lock:
             if self.missed.get(kind, 0) < self.PATIENCE:
                 return True
-            own = [(kind, one) for one in prints]
-            if any(one in self.seen for one in own):
+            keys = [(kind, one) for one in prints]
+            if any(one in self.seen for one in keys):
                 self.missed[kind] = 0
                 return True
-            self.seen.update(dict.fromkeys(own))
+            self.seen.update(dict.fromkeys(keys))
             _shorten(self.seen)
             return False
 
@@ -164,7 +164,11 @@ class WorkspaceCache:
     def forget(self, kind: Hashable) -> None:
         """Forget the idle workspaces of a kind: of the families, which are tuples, that begin with it."""
         with self._whole():
-            for family in [own for own in self.by_family if isinstance(own, tuple) and own and own[0] == kind]:
+            for family in [
+                candidate
+                for candidate in self.by_family
+                if isinstance(candidate, tuple) and candidate and candidate[0] == kind
+            ]:
                 for ticket in list(self.by_family[family]):
                     self._remove(ticket)
 
@@ -197,8 +201,8 @@ class WorkspaceCache:
             self.changing = False
 
     def _forget(self) -> None:
-        for part in (self.idle, self.by_key, self.by_family, self.cost_of, self.dropped, self.growth):
-            part.clear()
+        for record in (self.idle, self.by_key, self.by_family, self.cost_of, self.dropped, self.growth):
+            record.clear()
         self.cost = 0
 
 

@@ -94,15 +94,15 @@ class PointOperations:
 
     def select(self, elements: Tensor) -> Self:
         """The rows of these elements."""
-        return self._each(lambda part: part[elements])
+        return self._each(lambda tensor: tensor[elements])
 
     def where(self, chosen: Tensor, other: Self) -> Self:
         """This point for the elements ``chosen`` (B,), the other one elsewhere."""
-        return self._each(lambda part, there: torch.where(chosen[:, None], part, there), other)
+        return self._each(lambda first, second: torch.where(chosen[:, None], first, second), other)
 
     def scaled(self, weight: Tensor) -> Self:
         """Each element times its ``weight`` (B,)."""
-        return self._each(lambda part: weight[:, None] * part)
+        return self._each(lambda tensor: weight[:, None] * tensor)
 
     def minus(self, other: Self) -> Self:
         """The difference of two points."""
@@ -110,11 +110,11 @@ class PointOperations:
 
     def largest(self) -> Tensor:
         """(B,) the largest magnitude of an entry."""
-        return torch.stack([maximum_norm(part) for part in cast(Data, self)]).amax(0)
+        return torch.stack([maximum_norm(tensor) for tensor in cast(Data, self)]).amax(0)
 
     def _each(self, function: Callable[..., Tensor], *others: Self) -> Self:
-        parts = zip(cast(Data, self), *(cast(Data, other) for other in others), strict=True)
-        return cast(Self, cast(Data, self)._make(function(*part) for part in parts))
+        groups = zip(cast(Data, self), *(cast(Data, other) for other in others), strict=True)
+        return cast(Self, cast(Data, self)._make(function(*group) for group in groups))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What ``torch.func.vmap`` maps over, as one more batch dimension: N lanes of B elements are one batch, lane by lane.
 
-A part of a call (a datum, a cotangent, an output) has a number of dimensions for one element; before those it has one
+A tensor of a call (a datum, a cotangent, an output) has a number of dimensions for one element; before those it has one
 row for each element, or R rows, R dividing B, or none where all elements of a lane share it.
 """
 
@@ -24,18 +24,18 @@ LARGEST = 1 << 24
 """How many entries of data a batch of lanes may have, where each lane has a derivative of one solution of its own."""
 
 
-def joined(part: Tensor, dim: int | None, lanes: int, size: int, ndim: int, *, whole: bool = True) -> Tensor:
-    """A part of all lanes as one of the batch of lanes x size elements.
+def joined(tensor: Tensor, dim: int | None, lanes: int, size: int, ndim: int, *, whole: bool = True) -> Tensor:
+    """A tensor of all lanes as one of the batch of lanes x size elements.
 
     Args:
-        part: with the lanes as its dimension ``dim``; the same in every lane for None.
+        tensor: with the lanes as its dimension ``dim``; the same in every lane for None.
         lanes, size: N and B.
-        ndim: number of dimensions of one element's part.
+        ndim: number of dimensions of one element's entries.
         whole: one row for each element; else only where lanes differ.
     """
     if dim is None and not whole:
-        return part
-    moved = part.expand(lanes, *part.shape) if dim is None else part.movedim(dim, 0)
+        return tensor
+    moved = tensor.expand(lanes, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     if moved.ndim == 1 + ndim:
         if size == 1:
             return moved
@@ -47,17 +47,17 @@ def joined(part: Tensor, dim: int | None, lanes: int, size: int, ndim: int, *, w
     return moved.unsqueeze(1).expand(lanes, copies, period, *element).reshape(lanes * size, *element)
 
 
-def separated(part: Tensor, lanes: int) -> Tensor:
+def separated(tensor: Tensor, lanes: int) -> Tensor:
     """(N B, ·) to (N, B, ·)."""
-    return part.reshape(lanes, part.shape[0] // lanes, *part.shape[1:])
+    return tensor.reshape(lanes, tensor.shape[0] // lanes, *tensor.shape[1:])
 
 
-def summed(part: Tensor, own: tuple[int, ...], lanes: int, size: int, ndim: int) -> Tensor:
-    """The gradient of a datum, (N B, ·), as that of the datum of each lane, which has the shape ``own`` there."""
-    element = part.shape[part.ndim - ndim :]
-    if len(own) == ndim:
-        return part.reshape(lanes, size, *element).sum(1)
-    return part.reshape(lanes, size // max(own[0], 1), own[0], *element).sum(1)
+def summed(gradient: Tensor, shape: tuple[int, ...], lanes: int, size: int, ndim: int) -> Tensor:
+    """The gradient of a datum, (N B, ·), as that of the datum of each lane, which has the shape ``shape`` there."""
+    element = gradient.shape[gradient.ndim - ndim :]
+    if len(shape) == ndim:
+        return gradient.reshape(lanes, size, *element).sum(1)
+    return gradient.reshape(lanes, size // max(shape[0], 1), shape[0], *element).sum(1)
 
 
 def mapped(problem: object) -> MappedProblem[Any, Any]:
@@ -84,12 +84,12 @@ class Source:
     Attributes:
         solution: of B elements.
         index: the elements; None for all of them.
-        rows: which data have a row for each element, and with them their gradient.
+        unshared: which data have a row for each element, and with them their gradient.
     """
 
     solution: AnySolution
     index: IntArray | None = None
-    rows: frozenset[int] = frozenset()
+    unshared: frozenset[int] = frozenset()
 
     @property
     def size(self) -> int:
@@ -103,25 +103,25 @@ class Source:
         copies = np.broadcast_to(index.reshape(outer, 1, size), (outer, count, size))
         return replace(self, index=copies.reshape(-1).copy())
 
-    def with_rows(self, rows: frozenset[int]) -> Source:
+    def with_rows(self, data: frozenset[int]) -> Source:
         """The same with a row for each element of these data."""
-        return replace(self, rows=rows)
+        return replace(self, unshared=data)
 
     def resolved(self) -> AnySolution:
         """The solution of a batch of problems."""
         solution, index = self.solution, self.index
         if index is not None:
-            own, chosen = np.arange(solution.batch_size), from_numpy(index).to(solution.x.device)
-            count = index.size // max(own.size, 1)
-            if np.array_equal(index, np.tile(own, count)):
+            elements, chosen = np.arange(solution.batch_size), from_numpy(index).to(solution.x.device)
+            count = index.size // max(elements.size, 1)
+            if np.array_equal(index, np.tile(elements, count)):
                 problem = mapped(solution.problem).lanes(count, solution.problem.data)
                 solution = solution.select(chosen, problem)
             else:
                 solution = solution.select(chosen)
-        if self.rows:
+        if self.unshared:
             problem = mapped(solution.problem)
             data = [
-                joined(datum, None, 1, problem.batch_size, ndim) if place in self.rows else datum
+                joined(datum, None, 1, problem.batch_size, ndim) if place in self.unshared else datum
                 for place, (datum, ndim) in enumerate(zip(problem.data, problem.datum_ndims, strict=True))
             ]
             solution = replace(cast(Any, solution), problem=problem.with_data(problem.data._make(data)))
@@ -159,8 +159,8 @@ class Lanes:
         return self.tensors[-1].shape[0 if self.dims[-1] != 0 else 1]
 
     def chunks(self) -> list[Lanes]:
-        """The lanes in parts that fit into memory."""
-        entries = sum(part.numel() for part in self.source.solution.problem.data)
+        """The lanes in chunks that fit into memory."""
+        entries = sum(datum.numel() for datum in self.source.solution.problem.data)
         most = max(1, LARGEST // max(entries, 1))
         if self.is_solved or self.count <= most:
             return [self]
@@ -168,28 +168,30 @@ class Lanes:
 
     def _chunk(self, start: int, count: int) -> Lanes:
         tensors = [
-            part if dim is None else part.narrow(dim, start, count)
-            for part, dim in zip(self.tensors, self.dims, strict=True)
+            tensor if dim is None else tensor.narrow(dim, start, count)
+            for tensor, dim in zip(self.tensors, self.dims, strict=True)
         ]
         return replace(self, count=count, tensors=tensors)
 
     def batch(self) -> tuple[Source, list[Tensor]]:
         """The source and the tensors as those of one batch."""
-        parts = zip(self.tensors, self.dims, self.kinds, self.whole, strict=True)
-        tensors = [joined(part, dim, self.count, self.size, ndim, whole=whole) for part, dim, ndim, whole in parts]
+        arguments = zip(self.tensors, self.dims, self.kinds, self.whole, strict=True)
+        tensors = [
+            joined(tensor, dim, self.count, self.size, ndim, whole=whole) for tensor, dim, ndim, whole in arguments
+        ]
         return self.source if self.is_solved else self.source.repeated(self.count, self.size), tensors
 
-    def gradient(self, parts: Sequence[Tensor], needed: frozenset[int]) -> tuple[Tensor, ...]:
+    def gradient(self, gradients: Sequence[Tensor], needed: frozenset[int]) -> tuple[Tensor, ...]:
         """The gradient of the data of all lanes, with a row for each element, as (N, own shape) of each lane's data."""
-        count, answer = len(parts), []
+        count, answer = len(gradients), []
         first = len(self.tensors) - len(self.source.solution.outputs) - count
-        for place, part in enumerate(parts):
+        for place, gradient in enumerate(gradients):
             datum, dim, ndim = self.tensors[first + place], self.dims[first + place], self.kinds[first + place]
-            own = tuple(datum.shape) if dim is None else tuple(datum.movedim(dim, 0).shape[1:])
+            shape = tuple(datum.shape) if dim is None else tuple(datum.movedim(dim, 0).shape[1:])
             if place in needed:
-                answer.append(summed(part, own, self.count, self.size, ndim))
+                answer.append(summed(gradient, shape, self.count, self.size, ndim))
             else:
-                answer.append(part.new_zeros(()).expand(self.count, *own))
+                answer.append(gradient.new_zeros(()).expand(self.count, *shape))
         return tuple(answer)
 
 
@@ -202,23 +204,24 @@ def over_vectors(function: Any, head: tuple[Any, ...], tensors: Sequence[Tensor]
     That is another mechanism than ``torch.func.vmap``: it hands tensors with a hidden dimension to backward passes,
     asks for no rule, and knows few operations (torch 2.13).  The rule for lanes does what it should.
     """
-    hidden = [_torch._C._functorch.is_legacy_batchedtensor(part) for part in tensors]
+    hidden = [_torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors]
     if not any(hidden):
         return function.apply(*head, *tensors)
     level = _torch._C._vmapmode_increment_nesting() - 1
     _torch._C._vmapmode_decrement_nesting()
     # The third argument is for tensors without such a dimension.
     shown = [
-        _torch._remove_batch_dim(part, level, 0, 0) if own else part for part, own in zip(tensors, hidden, strict=True)
+        _torch._remove_batch_dim(tensor, level, 0, 0) if is_hidden else tensor
+        for tensor, is_hidden in zip(tensors, hidden, strict=True)
     ]
-    lanes = next(part.shape[0] for part, own in zip(shown, hidden, strict=True) if own)
-    dims = (*(None for _ in head), *(0 if own else None for own in hidden))
+    lanes = next(tensor.shape[0] for tensor, is_hidden in zip(shown, hidden, strict=True) if is_hidden)
+    dims = (*(None for _ in head), *(0 if is_hidden else None for is_hidden in hidden))
     _torch._C._vmapmode_decrement_nesting()
     try:
         answer, _ = function.vmap(_Lanes(lanes), dims, *head, *shown)
     finally:
         _torch._C._vmapmode_increment_nesting()
-    return tuple(_torch._add_batch_dim(part, 0, level) for part in answer)
+    return tuple(_torch._add_batch_dim(tensor, 0, level) for tensor in answer)
 
 
 class _Lanes(NamedTuple):

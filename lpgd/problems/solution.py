@@ -79,9 +79,9 @@ class Solution(Generic[ProblemT_co, PointT_co]):
         """The first parts of the point: what losses see."""
         return self.point
 
-    def cotangent(self, parts: Iterable[Tensor]) -> PointT_co:
+    def cotangent(self, cotangents: Iterable[Tensor]) -> PointT_co:
         """Cotangents of the :attr:`outputs` as one of the point, whose other parts no loss sees."""
-        return self.point._make(parts)
+        return self.point._make(cotangents)
 
     def active_set(self, units_of: AnyProblem) -> ActiveSet | None:
         """Which constraints are active, in the units of a problem; None where there are none to compare."""
@@ -112,12 +112,12 @@ class Solution(Generic[ProblemT_co, PointT_co]):
         return len(self.statuses)
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in self.outputs._asdict().items())
-        parts = [describe_counts(self.statuses), shapes]
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.outputs._asdict().items())
+        descriptions = [describe_counts(self.statuses), shapes]
         if self.batch_size and self.iterations.any():
-            parts.append(f"{self.iterations.min()} to {self.iterations.max()} iterations")
-        parts += [f"{self.setup_seconds.sum():.3g} s of set-up, {self.solve_seconds.sum():.3g} s of solving"]
-        return f"{type(self).__name__}({'; '.join(parts)})"
+            descriptions.append(f"{self.iterations.min()} to {self.iterations.max()} iterations")
+        descriptions += [f"{self.setup_seconds.sum():.3g} s of set-up, {self.solve_seconds.sum():.3g} s of solving"]
+        return f"{type(self).__name__}({'; '.join(descriptions)})"
 
     @cached_property
     def _all_solved(self) -> bool:
@@ -146,7 +146,8 @@ class Solution(Generic[ProblemT_co, PointT_co]):
         """The ``count`` equal parts that a batch consists of, one after the other (as ``tilt`` makes them)."""
         size = self.batch_size // count
         return [
-            self.select(torch.arange(part * size, (part + 1) * size, device=self.x.device)) for part in range(count)
+            self.select(torch.arange(number * size, (number + 1) * size, device=self.x.device))
+            for number in range(count)
         ]
 
     def select(self, elements: Tensor, problem: AnyProblem | None = None) -> Self:

@@ -37,13 +37,13 @@ class ActiveSet:
     depths: Tensor | None = None
     block: Tensor | None = None
 
-    def select(self, rows: Tensor) -> ActiveSet:
+    def select(self, elements: Tensor) -> ActiveSet:
         """The active sets of these elements."""
-        return self._each(lambda part: part[rows])
+        return self._each(lambda tensor: tensor[elements])
 
     def where(self, chosen: Tensor, other: ActiveSet) -> ActiveSet:
         """These for the elements ``chosen`` (B,), the other ones elsewhere."""
-        return self._each(lambda own, part: torch.where(chosen[:, None], own, part), other)
+        return self._each(lambda first, second: torch.where(chosen[:, None], first, second), other)
 
     def unequal(self, other: ActiveSet) -> Tensor:
         """(B, k) where the pieces are others."""
@@ -81,9 +81,9 @@ class ActiveSet:
     def _each(self, function: Callable[..., Tensor], *others: ActiveSet) -> ActiveSet:
         changes: dict[str, Tensor] = {}
         for name in ("place", "pieces", "depths"):
-            parts = [getattr(one, name) for one in (self, *others)]
-            if parts[0] is not None:
-                changes[name] = function(*parts)
+            tensors = [getattr(one, name) for one in (self, *others)]
+            if tensors[0] is not None:
+                changes[name] = function(*tensors)
         return replace(self, **changes)
 
 
@@ -91,9 +91,9 @@ def active_set(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> Activ
     """The active sets of a batch at a point (B, ·) with the slack (B, m), in the units of the problem."""
     structure, units = problem.structure, problem.units
     scaled = units.point_in(problem, point)
-    rows = scaled.y - units.slack_in(problem, slack)
-    rows[:, : structure.cones.zero] = torch.inf
-    parts = [rows]
+    row_places = scaled.y - units.slack_in(problem, slack)
+    row_places[:, : structure.cones.zero] = torch.inf
+    places = [row_places]
     if structure.has_bounds:
         lower, upper = (units.point_in(problem, point._replace(x=bound)).x for bound in problem.full_bounds())
         for name, values in (
@@ -101,11 +101,11 @@ def active_set(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> Activ
             ("upper_index", scaled.x - upper + scaled.z),
         ):
             index = getattr(structure, name)
-            parts.append(values if index.size == structure.n else values[:, structure.index(name, values.device)])
-    place = torch.cat(parts, 1) if len(parts) > 1 else rows
+            places.append(values if index.size == structure.n else values[:, structure.index(name, values.device)])
+    place = torch.cat(places, 1) if len(places) > 1 else row_places
     if structure.cones.is_polyhedral:
         return ActiveSet(place, problem.traits.is_linear_program)
-    pieces, depths = regions(structure.cones, np.nan_to_num(rows.cpu().numpy()))
+    pieces, depths = regions(structure.cones, np.nan_to_num(row_places.cpu().numpy()))
     blocks = from_numpy(structure.cones.blocks)
     bounds = int(blocks[-1]) + 1 + torch.arange(place.shape[1] - len(blocks))
     return ActiveSet(

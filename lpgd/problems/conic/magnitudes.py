@@ -75,8 +75,8 @@ def lonely_variables(problem: ConicProblem) -> Tensor | None:
 def lonely_units(problem: ConicProblem, variable: Tensor | None, lonely: Tensor) -> Tensor | None:
     """(B, n) factors of lonely variables that make their costs as large as the largest of the others; None if all 1."""
     costs = torch.log2(per_element(problem.data.q.detach().abs(), problem.batch_size))
-    own = costs if variable is None else costs + torch.log2(repeated(variable, problem.batch_size))
-    others = torch.where(lonely, -torch.inf, own).amax(-1, keepdim=True)
+    scaled_costs = costs if variable is None else costs + torch.log2(repeated(variable, problem.batch_size))
+    others = torch.where(lonely, -torch.inf, scaled_costs).amax(-1, keepdim=True)
     factors = torch.where(lonely & torch.isfinite(costs) & torch.isfinite(others), (others - costs).round(), 0.0)
     factors[:, problem.structure.index("integer_index", factors.device)] = 0.0
     if not bool((factors.abs() > MODERATE).any()):
@@ -87,15 +87,17 @@ def lonely_units(problem: ConicProblem, variable: Tensor | None, lonely: Tensor)
 def matrix_units(problem: ConicProblem) -> tuple[Tensor | None, Tensor | None]:
     """D and E, where a row or a column of P and A is far from order 1."""
     structure, A, P = problem.structure, problem.data.A, problem.symmetric_P
-    rows, columns = _memo(A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A))
-    if not _is_wide(rows) and not _is_wide(columns):
+    row_maxima, column_maxima = _memo(
+        A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A)
+    )
+    if not _is_wide(row_maxima) and not _is_wide(column_maxima):
         if not structure.quadratic.nnz:
             return None, None
         curvature = curvatures(problem)
         # Variables that no row involves are known by their curvature alone.
-        count = max(columns.shape[0], curvature.shape[0])
-        columns, curvature = repeated(columns, count), repeated(curvature, count)
-        alone = torch.where(columns > 0, torch.nan, curvature / maximum_norm(curvature)[:, None])
+        count = max(column_maxima.shape[0], curvature.shape[0])
+        column_maxima, curvature = repeated(column_maxima, count), repeated(curvature, count)
+        alone = torch.where(column_maxima > 0, torch.nan, curvature / maximum_norm(curvature)[:, None])
         if not bool((_exponent(alone) < -2 * MODERATE).any()):
             return None, None
     return _equilibrated(structure, A, P)
@@ -126,8 +128,8 @@ def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor) -> tuple[Tens
     """
     constraint, quadratic, device = structure.constraint, structure.quadratic, A.device
     index = {
-        name: from_numpy(np.asarray(own)).to(device)
-        for name, own in (
+        name: from_numpy(np.asarray(indices)).to(device)
+        for name, indices in (
             ("row", structure.cones.blocks[constraint.rows]),
             ("column", constraint.columns),
             ("first", quadratic.rows),
@@ -137,9 +139,9 @@ def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor) -> tuple[Tens
     blocks = from_numpy(structure.cones.blocks).to(device)
     a, in_a = _logarithms(A)
     p, in_p = _logarithms(P)
-    count = max(len(part) for part in (a, p) if part.shape[-1])
+    count = max(len(entries) for entries in (a, p) if entries.shape[-1])
     a, in_a, p, in_p = (
-        part.expand(count, -1) if len(part) == 1 else repeated(part, count) for part in (a, in_a, p, in_p)
+        entries.expand(count, -1) if len(entries) == 1 else repeated(entries, count) for entries in (a, in_a, p, in_p)
     )
     e, d = _fitted(structure, a, in_a, p, in_p, index)
     if constraint.nnz:
@@ -167,15 +169,18 @@ def _fitted(
     c = a.new_zeros(count, 1)
     # Off the diagonal an entry of P stands for itself and its mirror image, on it for both of its variables.
     twice = torch.where(index["first"] == index["second"], 4.0, 2.0) * in_p
-    rows, columns = _sums(in_a, index["row"], e), _sums(in_a, index["column"], d) + _sums(twice, index["second"], d)
+    row_counts, column_counts = (
+        _sums(in_a, index["row"], e),
+        _sums(in_a, index["column"], d) + _sums(twice, index["second"], d),
+    )
     for _ in range(SWEEPS):
-        e = -_sums(in_a * (a + d[:, index["column"]]), index["row"], e) / rows.clamp(min=1.0)
+        e = -_sums(in_a * (a + d[:, index["column"]]), index["row"], e) / row_counts.clamp(min=1.0)
         c = -(in_p * (p + d[:, index["first"]] + d[:, index["second"]])).sum(1, keepdim=True)
         c = c / in_p.sum(1, keepdim=True).clamp(min=1.0)
         others = torch.where(index["first"] == index["second"], 0.0, d[:, index["first"]])
         terms = _sums(in_a * (a + e[:, index["row"]]), index["column"], d)
         terms = terms + _sums(2.0 * in_p * (p + others + c), index["second"], d)
-        d = d - DAMPING * (d + terms / columns.clamp(min=1.0))
+        d = d - DAMPING * (d + terms / column_counts.clamp(min=1.0))
         d[:, structure.index("integer_index", device)] = 0.0
     return e, d
 
@@ -223,14 +228,14 @@ def vector_units(
             if lonely is not None:
                 finite = torch.where(lonely[index], 0.0, finite)
             right = _largest_of(right, maximum_norm(times(finite, 1.0 / D[:, index], size)))
-    e_q, e_P, e_b = (_exponent(_flat(part, size)) for part in (q, P, right))
+    e_q, e_P, e_b = (_exponent(_flat(sizes, size)) for sizes in (q, P, right))
     # A length: of right sides and bounds, or of the minimiser without constraints where they are all (nearly) zero.
     free = e_q - e_P
     length = torch.fmax(e_b, torch.where(torch.isnan(e_b), free, free - 3 * MODERATE)).nan_to_num(0.0)
     if lengths is not None:
         length = torch.where(torch.isfinite(lengths), lengths.to(length.device), length)
     # Where matrices are scaled nothing is gained by leaving vectors alone, and part of their scale may be in D and E.
-    scaled = any(part is not None for part in (lengths, variable, row, alone))
+    scaled = any(factors is not None for factors in (lengths, variable, row, alone))
     moderate = 0 if scaled else MODERATE
     length, cost = _snapped(length, e_q, e_P, exponents, moderate)
     if structure.quadratic.nnz and row_count(data.P) < size:
@@ -259,17 +264,17 @@ def _snapped(
         return chosen, cost
     known = exponents.to(length.device)
     keep = ((known[:, 0] - length).abs() <= KEPT) & ((known[:, 1] - cost_of(known[:, 0])).abs() <= KEPT)
-    own = torch.where(keep, known[:, 0], chosen)
-    again = cost_of(own)
-    return own, torch.where(keep, known[:, 1], torch.where(again.abs() <= moderate, 0.0, again))
+    kept_length = torch.where(keep, known[:, 0], chosen)
+    again = cost_of(kept_length)
+    return kept_length, torch.where(keep, known[:, 1], torch.where(again.abs() <= moderate, 0.0, again))
 
 
-def _in_common(length: Tensor, cost: Tensor, rows: int) -> Tensor:
+def _in_common(length: Tensor, cost: Tensor, period: int) -> Tensor:
     """The cost with which ``σ β²`` is common to the elements that share a row of P, where it is nearly so anyhow."""
-    quadratic = (cost + 2 * length).reshape(-1, rows)
+    quadratic = (cost + 2 * length).reshape(-1, period)
     common = quadratic.median(0).values
     close = (quadratic - common).abs() <= MODERATE
-    return torch.where(close, common - 2 * length.reshape(-1, rows), cost.reshape(-1, rows)).reshape(-1)
+    return torch.where(close, common - 2 * length.reshape(-1, period), cost.reshape(-1, period)).reshape(-1)
 
 
 def row_count(datum: Tensor) -> int:
@@ -303,6 +308,6 @@ def pairs(variable: Tensor, rows: IntArray, columns: IntArray) -> Tensor:
     return variable[:, from_numpy(rows).to(variable.device)] * variable[:, from_numpy(columns).to(variable.device)]
 
 
-def repeated(part: Tensor, size: int) -> Tensor:
+def repeated(factors: Tensor, size: int) -> Tensor:
     """Factors with R rows, R dividing the batch, for each element; one row stays one."""
-    return part if part.shape[0] in (1, size) else part.repeat(size // part.shape[0], 1)
+    return factors if factors.shape[0] in (1, size) else factors.repeat(size // factors.shape[0], 1)

@@ -174,8 +174,8 @@ class ConicProblem:
         if rho == 0.0:
             return self
         structure = self.structure.with_diagonal
-        own = np.arange(structure.own)
-        diagonal = structure.quadratic.positions(own, own)
+        variables = np.arange(structure.own)
+        diagonal = structure.quadratic.positions(variables, variables)
         place = structure.quadratic.positions(self.structure.quadratic.rows, self.structure.quadratic.columns)
         P = self.data.P.new_zeros(*self.data.P.shape[:-1], structure.quadratic.nnz)
         P[..., from_numpy(place).to(self.device)] = self.data.P
@@ -215,20 +215,24 @@ class ConicProblem:
         Shapes: (B, n) or (B, m) each; the result has the shapes of the data, sums over shared ones included.
         """
         structure = self.structure
-        rows = {name: datum.shape[0] if datum.ndim == 2 else None for name, datum in self.data._asdict().items()}
+        row_counts = {name: datum.shape[0] if datum.ndim == 2 else None for name, datum in self.data._asdict().items()}
         P = self.data.P.new_zeros(self.data.P.shape)
         if structure.quadratic.nnz:
-            P = structure.plus_transposed(structure.quadratic.outer(0.5 * dx, x, rows["P"]))
+            P = structure.plus_transposed(structure.quadratic.outer(0.5 * dx, x, row_counts["P"]))
         # Both terms in one product: elements B + i belong to the row of i.
-        A = structure.constraint.outer(torch.cat([dy, y]), torch.cat([x, dx]), rows["A"])
+        A = structure.constraint.outer(torch.cat([dy, y]), torch.cat([x, dx]), row_counts["A"])
         lower_index, upper_index = (structure.index(name, self.device) for name in _BOUND_INDICES)
         return ConicData(
             P=P,
-            q=_sum_rows(dx, rows["q"]),
+            q=_sum_rows(dx, row_counts["q"]),
             A=A,
-            b=_sum_rows(-dy, rows["b"]),
-            lower=torch.where(torch.isfinite(self.data.lower), _sum_rows(d_lower[:, lower_index], rows["lower"]), 0.0),
-            upper=torch.where(torch.isfinite(self.data.upper), _sum_rows(d_upper[:, upper_index], rows["upper"]), 0.0),
+            b=_sum_rows(-dy, row_counts["b"]),
+            lower=torch.where(
+                torch.isfinite(self.data.lower), _sum_rows(d_lower[:, lower_index], row_counts["lower"]), 0.0
+            ),
+            upper=torch.where(
+                torch.isfinite(self.data.upper), _sum_rows(d_upper[:, upper_index], row_counts["upper"]), 0.0
+            ),
         )
 
     def mixed_product(self, point: ConicPoint, tangent: ConicData) -> ConicPoint:
@@ -267,8 +271,8 @@ class ConicProblem:
         full = self.zero_gradient()
         return ConicData(
             *(
-                part if own.ndim == 1 else own.index_add(0, elements % max(own.shape[0], 1), part)
-                for own, part in zip(full, data, strict=True)
+                gradient if total.ndim == 1 else total.index_add(0, elements % max(total.shape[0], 1), gradient)
+                for total, gradient in zip(full, data, strict=True)
             )
         )
 
@@ -296,7 +300,7 @@ class ConicProblem:
         point, cotangent = self.units.point_in(self, point), self.units.tilt_in(self, cotangent)
         data, size = problem.data, problem.batch_size
         x, Aty = maximum_norm(point.x), problem.structure.constraint.rmatvec(data.A, point.y)
-        q, b, P, A = (_norms(part, size) for part in (data.q, data.b, problem.symmetric_P, data.A))
+        q, b, P, A = (_norms(datum, size) for datum in (data.q, data.b, problem.symmetric_P, data.A))
         units = torch.full((size,), torch.inf, dtype=x.dtype, device=self.device)
         for terms, direction in (
             ((q, P * x, maximum_norm(Aty), maximum_norm(point.z)), cotangent.x),
@@ -353,7 +357,7 @@ def _norms(datum: Tensor, size: int) -> Tensor:
     return norms if norms.shape[0] in (1, size) else norms.repeat(size // norms.shape[0])
 
 
-def _sum_rows(terms: Tensor, rows: int | None) -> Tensor:
-    if rows is None:
+def _sum_rows(terms: Tensor, count: int | None) -> Tensor:
+    if count is None:
         return terms.sum(0)
-    return terms if rows == terms.shape[0] else terms.reshape(-1, rows, terms.shape[-1]).sum(0)
+    return terms if count == terms.shape[0] else terms.reshape(-1, count, terms.shape[-1]).sum(0)

@@ -36,8 +36,10 @@ class Residuals(NamedTuple):
     gap: Tensor
 
     def __repr__(self) -> str:
-        known = ((name, part[part.isfinite()]) for name, part in self._asdict().items())
-        worst = ", ".join(f"{name} {float(part.max()) if part.numel() else float('nan'):.1e}" for name, part in known)
+        known = ((name, values[values.isfinite()]) for name, values in self._asdict().items())
+        worst = ", ".join(
+            f"{name} {float(values.max()) if values.numel() else float('nan'):.1e}" for name, values in known
+        )
         return f"Residuals({self.primal.numel()} elements; worst {worst})"
 
     @property
@@ -81,6 +83,6 @@ def _distance(cones: Cones, points: Tensor, *, dual: bool) -> Tensor:
     """Distance of each row to the cone; NaN for a row that is not finite, which no projection has to see."""
     finite = torch.isfinite(points).all(-1)
     distances = points.new_full(points.shape[:1], torch.nan)
-    rows = points[finite].cpu().numpy()
-    distances[finite] = from_numpy(np.asarray(distance(cones, rows, dual=dual))).to(points.device)
+    vectors = points[finite].cpu().numpy()
+    distances[finite] = from_numpy(np.asarray(distance(cones, vectors, dual=dual))).to(points.device)
     return distances

@@ -77,10 +77,12 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     def select(self, elements: Tensor, problem: AnyProblem | None = None) -> Self:
         """The solutions of these elements, without their systems."""
         records = {name: getattr(self, name) for name in ("solvers", "proofs")}
-        kept: dict[str, Any] = {name: tuple(own[i] for i in elements) if own else own for name, own in records.items()}
+        kept: dict[str, Any] = {
+            name: tuple(record[i] for i in elements) if record else record for name, record in records.items()
+        }
         for name in ("known_to", "known_before", "refined"):
-            own = getattr(self, name)
-            kept[name] = own if own is None else own[elements.to(own.device)]
+            values = getattr(self, name)
+            kept[name] = values if values is None else values[elements.to(values.device)]
         return replace(super().select(elements, problem), systems=(), **kept)
 
     @property

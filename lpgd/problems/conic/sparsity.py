@@ -211,15 +211,15 @@ class SparsityPattern:
     def largest(self, values: Tensor, axes: Sequence[Literal["rows", "columns"]]) -> tuple[Tensor, ...]:
         """For each axis the largest magnitudes, (R, nnz) to (R, r) or (R, c); 0 where there is no entry.
 
-        In parts that stay in a core's cache: memory that is new costs more than the arithmetic.
+        In chunks that stay in a core's cache: memory that is new costs more than the arithmetic.
         """
         count = max(1, PART // max(self.nnz, 1))
-        parts: list[list[Tensor]] = [[] for _ in axes]
-        for part in values.split(count):
-            magnitudes = part.abs()
-            for found, axis in zip(parts, axes, strict=True):
+        maxima: list[list[Tensor]] = [[] for _ in axes]
+        for chunk in values.split(count):
+            magnitudes = chunk.abs()
+            for found, axis in zip(maxima, axes, strict=True):
                 found.append(self.maxima(magnitudes, axis))
-        return tuple(torch.cat(found) if len(found) != 1 else found[0] for found in parts)
+        return tuple(torch.cat(found) if len(found) != 1 else found[0] for found in maxima)
 
     def outer(self, y: Tensor, x: Tensor, rows: int | None) -> Tensor:
         """``Σ y xᵀ`` on the pattern, over all elements to (nnz,), or over those that share a row to (rows, nnz).

@@ -168,8 +168,8 @@ class ConicStructure:
     @cached_property
     def _digest(self) -> bytes:
         state = hashlib.blake2b(repr(self.cones).encode(), digest_size=16)
-        for part in (self.quadratic.digest, self.constraint.digest, self.lower_index.tobytes(), b"|"):
-            state.update(part)
+        for content in (self.quadratic.digest, self.constraint.digest, self.lower_index.tobytes(), b"|"):
+            state.update(content)
         state.update(self.upper_index.tobytes())
         if self.has_integers:
             state.update(b"|" + self.integer_index.tobytes())
@@ -212,14 +212,14 @@ class ConicStructure:
     @cached_property
     def with_ends(self) -> ConicStructure:
         """The structure without the values of rows with two ends, which are the first of its nonnegative ones."""
-        own, count, constraint = self.own, self.two_sided, self.constraint
+        variables, count, constraint = self.own, self.two_sided, self.constraint
         entries = constraint.nnz - count
         return ConicStructure(
-            SparsityPattern((own, own), self.quadratic.rows, self.quadratic.columns),
-            SparsityPattern((self.m, own), constraint.rows[:entries], constraint.columns[:entries]),
+            SparsityPattern((variables, variables), self.quadratic.rows, self.quadratic.columns),
+            SparsityPattern((self.m, variables), constraint.rows[:entries], constraint.columns[:entries]),
             replace(self.cones, zero=self.cones.zero - count, nonnegative=self.cones.nonnegative + count),
-            self.lower_index[self.lower_index < own],
-            self.upper_index[self.upper_index < own],
+            self.lower_index[self.lower_index < variables],
+            self.upper_index[self.upper_index < variables],
             self.integer_index,
             self.constant_rows,
         )

@@ -83,7 +83,7 @@ class Units:
     @property
     def is_trivial(self) -> bool:
         """Whether all factors are 1."""
-        return all(part is None for part in (self.variable, self.row, self.length, self.cost, self.alone))
+        return all(factors is None for factors in (self.variable, self.row, self.length, self.cost, self.alone))
 
     @property
     def keeps_matrices(self) -> bool:
@@ -93,18 +93,18 @@ class Units:
     def select(self, elements: Tensor) -> Units:
         """The units of these elements."""
 
-        def chosen(part: Tensor | None) -> Tensor | None:
-            if part is None or part.shape[0] == 1:
-                return part
-            return part[elements.to(part.device) % part.shape[0]]
+        def chosen(factors: Tensor | None) -> Tensor | None:
+            if factors is None or factors.shape[0] == 1:
+                return factors
+            return factors[elements.to(factors.device) % factors.shape[0]]
 
-        return Units(*(chosen(part) for part in (self.variable, self.row, self.length, self.cost, self.alone)))
+        return Units(*(chosen(factors) for factors in (self.variable, self.row, self.length, self.cost, self.alone)))
 
     def exponents(self, batch_size: int) -> Tensor:
         """(B, 2) exponents of ``length`` and ``cost``."""
         columns = [
-            torch.zeros(batch_size, 1) if part is None else torch.log2(part).cpu().expand(batch_size, 1)
-            for part in (self.length, self.cost)
+            torch.zeros(batch_size, 1) if factors is None else torch.log2(factors).cpu().expand(batch_size, 1)
+            for factors in (self.length, self.cost)
         ]
         return torch.cat([column.double() for column in columns], 1)
 
@@ -152,7 +152,7 @@ class Units:
         if self.length is None and self.cost is None:
             return None
         one = torch.ones(size, 1, dtype=torch.float64)
-        length, cost = (one if part is None else part for part in (self.length, self.cost))
+        length, cost = (one if factors is None else factors for factors in (self.length, self.cost))
         factor = cost * length.to(cost.device) ** 2
         return None if bool((factor == 1.0).all()) else factor
 
@@ -208,8 +208,8 @@ class Units:
 _memo = TensorMemo()
 
 
-def _key(part: Tensor | None) -> bytes:
-    return b"" if part is None else part.cpu().numpy().tobytes()
+def _key(factors: Tensor | None) -> bytes:
+    return b"" if factors is None else factors.cpu().numpy().tobytes()
 
 
 def _one(problem: ConicProblem) -> Tensor:

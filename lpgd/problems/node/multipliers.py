@@ -40,13 +40,13 @@ def active_rows(problem: NodeProblem, x: Tensor, lam: Tensor | None = None, tole
 def estimate_multipliers(problem: NodeProblem, x: Tensor) -> tuple[Tensor, Tensor]:
     """``ν`` (B, p) and ``λ ≥ 0`` (B, r) at these minimisers."""
     h, g = problem.constraints(x)
-    p, rows = h.shape[-1], h.shape[-1] + g.shape[-1]
-    if not rows or not x.shape[0]:
+    p, count = h.shape[-1], h.shape[-1] + g.shape[-1]
+    if not count or not x.shape[0]:
         return torch.zeros_like(h), torch.zeros_like(g)
     problem, unit = problem.in_units(x)
     slope = torch.func.grad(lambda x: problem.objective(x).sum())(x)
     keep = torch.cat([torch.ones_like(h, dtype=torch.bool), active_rows(problem, x)], -1)
-    large = x.shape[0] * rows * x.shape[-1] > LARGE or rows * x.shape[-1] > SLOW
+    large = x.shape[0] * count * x.shape[-1] > LARGE or count * x.shape[-1] > SLOW
     jacobian = None if large else problem.jacobian(x)
     multipliers = x.new_zeros(keep.shape)
     for _ in range(g.shape[-1] + 1):

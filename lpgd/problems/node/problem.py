@@ -79,9 +79,9 @@ class NodeProblem(Centered):
 
     def lanes(self, count: int, data: Data) -> NodeProblem:
         """``count`` copies of this batch, one after the other; a shared input stays shared."""
-        rows = (datum if datum.shape[0] == count * self.batch_size else _tiled(datum, count) for datum in data)
-        changes = {name: part if part is None else _tiled(part, count) for name, part in self._added().items()}
-        return replace(self, data=data._make(rows), batch_size=count * self.batch_size, **changes)
+        tiled = (datum if datum.shape[0] == count * self.batch_size else _tiled(datum, count) for datum in data)
+        changes = {name: term if term is None else _tiled(term, count) for name, term in self._added().items()}
+        return replace(self, data=data._make(tiled), batch_size=count * self.batch_size, **changes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,7 +109,7 @@ class NodeProblem(Centered):
     def added(self) -> Tilt:
         """What is added to the objective, in the shape of y."""
         zero = self.data[0].new_zeros(self.batch_size, self.structure.n)
-        linear, center = (zero if part is None else part for part in (self.linear, self.center))
+        linear, center = (zero if term is None else term for term in (self.linear, self.center))
         return Tilt(self.shaped(linear), self.rho, self.shaped(center))
 
     # -- functions, of flattened minimisers (B, n); ``data`` are other inputs than the problem's own -----------
@@ -132,7 +132,7 @@ class NodeProblem(Centered):
         """The values of h (B, p) and g (B, r); no columns where there are none."""
         inputs, y = self.data if data is None else data, self.shaped(x)
         h, g = self.node.equality(y, *inputs), self.node.inequality(y, *inputs)
-        h, g = (x.new_zeros(x.shape[0], 0) if part is None else _flat(part) for part in (h, g))
+        h, g = (x.new_zeros(x.shape[0], 0) if values is None else _flat(values) for values in (h, g))
         h = h if self.equality_shift is None else h + self.equality_shift
         return h, g if self.inequality_shift is None else g + self.inequality_shift
 
@@ -182,8 +182,8 @@ class NodeProblem(Centered):
         direction = ((pattern.square() * math.sqrt(2)).frac() + 0.5).to(x.dtype)
         slope = torch.func.grad(lambda x: self.objective(x).sum())
         reach = 1 + maximum_norm(x)
-        here, there = slope(x), slope(x + 0.01 * reach[:, None] * direction)
-        sizes = torch.stack([maximum_norm(here), 100 * maximum_norm(there - here)]) / reach
+        at_x, at_step = slope(x), slope(x + 0.01 * reach[:, None] * direction)
+        sizes = torch.stack([maximum_norm(at_x), 100 * maximum_norm(at_step - at_x)]) / reach
         if not is_surely_finite(sizes[1]):
             # The step left the domain: near its end curvatures say nothing of the objective's size, but values do.
             values = (self.objective(x) / reach).abs()
@@ -206,9 +206,9 @@ class NodeProblem(Centered):
         step = step.to(self.dtype)[:, None]
         whole = self._copied(copies)
 
-        def moved(own: Tensor | None, part: Tensor) -> Tensor:
-            change = step * part.to(self.dtype).repeat(copies, 1)
-            return change if own is None else own + change
+        def moved(term: Tensor | None, direction: Tensor) -> Tensor:
+            change = step * direction.to(self.dtype).repeat(copies, 1)
+            return change if term is None else term + change
 
         nu, lam = (getattr(cotangent, name, None) for name in ("nu", "lam"))
         return replace(
@@ -229,8 +229,8 @@ class NodeProblem(Centered):
             else datum.repeat(copies, *(1,) * (datum.ndim - 1))
             for datum in self.data
         )
-        own = {name: getattr(self, name) for name in _ADDED}
-        changes = {name: part if part is None else part.repeat(copies, 1) for name, part in own.items()}
+        terms = {name: getattr(self, name) for name in _ADDED}
+        changes = {name: term if term is None else term.repeat(copies, 1) for name, term in terms.items()}
         return replace(self, data=data, batch_size=copies * self.batch_size, **changes)
 
     def tilt_unit(self, point: NodePoint, cotangent: Any) -> Tensor:
@@ -257,7 +257,7 @@ class NodeProblem(Centered):
         Raises:
             SolverError: the change of some elements is not finite, as a second derivative of f, h or g is not.
         """
-        good = torch.stack([torch.isfinite(part).all(-1) for part in change]).all(0)
+        good = torch.stack([torch.isfinite(tensor).all(-1) for tensor in change]).all(0)
         if not good.all():
             failed = elements_where(~good)
             raise SolverError(
@@ -281,8 +281,8 @@ class NodeProblem(Centered):
 
         def along(x: Tensor, nu: Tensor, lam: Tensor) -> Tensor:
             slopes = self._in_data(lambda data: self.lagrangian(NodePoint(x, nu, lam), data).sum())
-            parts = [(slope * part).sum() for slope, part in zip(slopes, tangent, strict=True)]
-            return torch.stack(parts).sum()
+            products = [(slope * change).sum() for slope, change in zip(slopes, tangent, strict=True)]
+            return torch.stack(products).sum()
 
         return NodePoint(*torch.func.grad(along, argnums=(0, 1, 2))(*point))
 
@@ -295,7 +295,7 @@ class NodeProblem(Centered):
             datum[:1].expand(len(index), *datum.shape[1:]) if is_shared(datum) and len(index) else datum[index]
             for datum in self.data
         )
-        changes = {name: part if part is None else part[index] for name, part in self._added().items()}
+        changes = {name: term if term is None else term[index] for name, term in self._added().items()}
         return replace(self, data=data, batch_size=len(index), **changes)
 
     def _added(self) -> dict[str, Tensor | None]:
@@ -304,7 +304,9 @@ class NodeProblem(Centered):
     def scatter(self, elements: Tensor, data: Data) -> Any:
         """A gradient of the data of ``select(elements)`` as one of this batch's: zero for the other elements."""
         zero = self.zero_gradient()
-        return self.data._make(own.index_add(0, elements, part) for own, part in zip(zero, data, strict=True))
+        return self.data._make(
+            total.index_add(0, elements, gradient) for total, gradient in zip(zero, data, strict=True)
+        )
 
     def zero_gradient(self) -> Any:
         """A gradient of the data that is zero."""
@@ -318,9 +320,9 @@ class NodeProblem(Centered):
         """(B,) whether an element's inputs are finite."""
         fine = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
         for datum in self.data:
-            rows = datum[:1] if is_shared(datum) else datum
-            if not is_surely_finite(rows):
-                fine = fine & torch.isfinite(rows).reshape(rows.shape[0], math.prod(rows.shape[1:])).all(-1)
+            values = datum[:1] if is_shared(datum) else datum
+            if not is_surely_finite(values):
+                fine = fine & torch.isfinite(values).reshape(values.shape[0], math.prod(values.shape[1:])).all(-1)
         return fine
 
 
@@ -333,10 +335,10 @@ def _rows(pull: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     return torch.func.vmap(lambda unit: pull(unit.expand(like.shape)))(units).transpose(0, 1)
 
 
-def _tiled(part: Tensor, count: int) -> Tensor:
+def _tiled(tensor: Tensor, count: int) -> Tensor:
     """``count`` copies of the rows, one after the other; rows that are one and the same stay so."""
-    size, *shape = part.shape
-    return part.expand(count, size, *shape).reshape(count * size, *shape)
+    size, *shape = tensor.shape
+    return tensor.expand(count, size, *shape).reshape(count * size, *shape)
 
 
 def _flat(values: Tensor) -> Tensor:

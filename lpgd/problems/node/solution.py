@@ -59,9 +59,9 @@ class NodeSolution(Solution[NodeProblem, NodePoint]):
     def outputs(self) -> NodeOutput:
         return NodeOutput(self.x)
 
-    def cotangent(self, parts: Iterable[Tensor]) -> NodePoint:
+    def cotangent(self, cotangents: Iterable[Tensor]) -> NodePoint:
         """A cotangent of the minimisers as one of the point, whose multipliers no loss sees: they have no columns."""
-        (x,) = parts
+        (x,) = cotangents
         nothing = x.new_zeros(x.shape[0], 0)
         return NodePoint(x, nothing, nothing)
 
@@ -83,20 +83,25 @@ class NodeSolution(Solution[NodeProblem, NodePoint]):
 
     def _of_usable(self) -> NodePoint:
         """The point, with multipliers of zero for elements without a solution, whose inputs may be no numbers."""
-        rows = rows_where(self.usable)
-        part = self.select(rows).point
-        nu, lam = (own.new_zeros(self.batch_size, own.shape[-1]).index_copy(0, rows, own) for own in part[1:])
+        elements = rows_where(self.usable)
+        point = self.select(elements).point
+        nu, lam = (
+            multipliers.new_zeros(self.batch_size, multipliers.shape[-1]).index_copy(0, elements, multipliers)
+            for multipliers in point[1:]
+        )
         return NodePoint(self.x, nu, lam)
 
     def select(self, elements: Tensor, problem: AnyProblem | None = None) -> Self:
         """The solutions of these elements."""
         chosen = elements
-        own = {name: getattr(self, name) for name in ("nu", "lam")}
-        changes: dict[str, Any] = {name: part if part is None else part[chosen] for name, part in own.items()}
+        multipliers = {name: getattr(self, name) for name in ("nu", "lam")}
+        changes: dict[str, Any] = {
+            name: values if values is None else values[chosen] for name, values in multipliers.items()
+        }
         if self.aux is not None:
             whole = self.batch_size
-            parts = (part if part.shape[0] == 1 < whole else part[chosen] for part in self.aux)
-            changes["aux"] = type(self.aux)(*parts) if hasattr(self.aux, "_fields") else tuple(parts)
+            tensors = (tensor if tensor.shape[0] == 1 < whole else tensor[chosen] for tensor in self.aux)
+            changes["aux"] = type(self.aux)(*tensors) if hasattr(self.aux, "_fields") else tuple(tensors)
         return replace(super().select(elements, problem), **changes)
 
     def traced(self, data: Data, outputs: Data) -> Self:
@@ -108,5 +113,5 @@ class NodeSolution(Solution[NodeProblem, NodePoint]):
     def residual(self) -> Tensor:
         """(B,) the worst of ``|∇L|``, ``|h|``, ``max(g, 0)`` and ``|λ g|``, in the maximum norm."""
         h, g = self.problem.constraints(self.x)
-        parts = [self.problem.gradient(self.point), h, torch.relu(g), self.point.lam * g]
-        return torch.stack([maximum_norm(part) for part in parts]).amax(0)
+        residuals = [self.problem.gradient(self.point), h, torch.relu(g), self.point.lam * g]
+        return torch.stack([maximum_norm(residual) for residual in residuals]).amax(0)

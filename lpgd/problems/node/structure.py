@@ -89,5 +89,5 @@ def _reduce(data: Any) -> tuple[Any, ...]:
     return _restore, (data._fields, tuple(data))
 
 
-def _restore(names: tuple[str, ...], parts: tuple[Tensor, ...]) -> Any:
-    return input_class(names)(*parts)
+def _restore(names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> Any:
+    return input_class(names)(*tensors)
