@@ -75,10 +75,10 @@ class GradientInfo:
         return cls(method, ["zero cotangent" if usable else "no solution" for usable in flags(solution.usable)], **more)
 
     def __repr__(self) -> str:
-        parts = [f"{number} {name}" for name, number in self.counts.items()]
-        parts += [f"{len(self.fallbacks)} fallbacks"] if self.fallbacks else []
-        parts += [f"{int(self.moved.sum())} moved"] if self.moved is not None else []
-        return f"GradientInfo({self.method}; {', '.join(parts) or 'no elements'})"
+        descriptions = [f"{number} {name}" for name, number in self.counts.items()]
+        descriptions += [f"{len(self.fallbacks)} fallbacks"] if self.fallbacks else []
+        descriptions += [f"{int(self.moved.sum())} moved"] if self.moved is not None else []
+        return f"GradientInfo({self.method}; {', '.join(descriptions) or 'no elements'})"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -188,14 +188,14 @@ def check_compatible(method: GradientMethod, traits: Traits) -> None:
 
 def relevant_elements(solution: AnySolution, vectors: Iterable[Tensor]) -> list[int]:
     """Elements that have a solution and a nonzero row in one of ``vectors``."""
-    parts = [vector for vector in vectors if vector.shape[-1]]
+    nonempty = [vector for vector in vectors if vector.shape[-1]]
     # Most cotangents are dense, which their first column tells without a look at the others.
-    if not solution.failed and any(part[:, 0].all() for part in parts):
+    if not solution.failed and any(vector[:, 0].all() for vector in nonempty):
         return list(range(solution.batch_size))
     keep = solution.usable
     nonzero = keep.new_zeros(keep.shape)
-    for part in parts:
-        nonzero = nonzero | part.any(-1)
+    for vector in nonempty:
+        nonzero = nonzero | vector.any(-1)
     return elements_where(keep & nonzero)
 
 
@@ -205,10 +205,10 @@ def check_cotangent(cotangent: Data) -> None:
     Raises:
         ValueError: with the elements.
     """
-    for name, part in zip(cotangent._fields, cotangent, strict=True):
-        if is_surely_finite(part):
+    for name, values in zip(cotangent._fields, cotangent, strict=True):
+        if is_surely_finite(values):
             continue
-        bad = elements_where(~torch.isfinite(part).all(-1))
+        bad = elements_where(~torch.isfinite(values).all(-1))
         if bad:
             raise ValueError(
                 f"the loss gradient with respect to {name} is NaN or infinite for elements {bad[:10]}: "

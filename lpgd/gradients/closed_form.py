@@ -43,9 +43,9 @@ class ClosedForm(GradientMethod):
         active = relevant_elements(solution, cotangent)
         if not active:
             return problem.zero_gradient(), info
-        own = cast(NodeSolution, solution)
+        node_solution = cast(NodeSolution, solution)
         # A formula is that of the problem itself, not of one with a barrier.
-        gradient = None if own.barrier else by_formula(problem.node.vjp, own, cotangent.x, active)
+        gradient = None if node_solution.barrier else by_formula(problem.node.vjp, node_solution, cotangent.x, active)
         if gradient is None:
             return ImplicitKKT().vjp(solution, cotangent, solver, executor)
         for element in active:
@@ -74,11 +74,11 @@ class ClosedForm(GradientMethod):
         """The node's formula from its inputs and its solution alone."""
         if cast(NodeSolution, solution).barrier:
             return ImplicitKKT().differentiable_vjp(solution, data, outputs, cotangent)
-        own = cast(NodeSolution, solution).traced(data, outputs)
-        elements = elements_where(own.usable)
-        node = own.problem.node
+        traced = cast(NodeSolution, solution).traced(data, outputs)
+        elements = elements_where(traced.usable)
+        node = traced.problem.node
         gradient = by_formula(
-            lambda inputs, y, cotangent, _: node.differentiable_vjp(inputs, y, cotangent), own, cotangent.x, elements
+            lambda inputs, y, cotangent, _: node.differentiable_vjp(inputs, y, cotangent), traced, cotangent.x, elements
         )
         return ImplicitKKT().differentiable_vjp(solution, data, outputs, cotangent) if gradient is None else gradient
 
@@ -95,16 +95,18 @@ def by_formula(
         SolverError: the formula does not hold for some elements, by their places in the batch.
         ValueError: it answers another number of gradients than there are inputs.
     """
-    problem, own, g = solution.problem, solution, cotangent
+    problem, chosen, g = solution.problem, solution, cotangent
     node = problem.node
     if len(active) < problem.batch_size:
-        rows = as_index(active, problem.device)
-        own, g = solution.select(rows), g[rows]
-    part = own.problem
+        elements = as_index(active, problem.device)
+        chosen, g = solution.select(elements), g[elements]
+    chosen_problem = chosen.problem
     try:
-        answer = formula(tuple(part.data), part.shaped(own.x), part.shaped(g), own.aux)
+        answer = formula(
+            tuple(chosen_problem.data), chosen_problem.shaped(chosen.x), chosen_problem.shaped(g), chosen.aux
+        )
     except SolverError as error:
-        if part is problem:
+        if chosen_problem is problem:
             raise
         failed = [active[index] for index in error.indices]
         statuses = list(solution.statuses)
@@ -119,6 +121,9 @@ def by_formula(
             f"the closed form of {node.name} answered {len(answer)} gradients for {len(problem.data)} inputs "
             f"({', '.join(problem.data._fields)})."
         )
-    parts = (datum.new_zeros(datum.shape) if row is None else row for datum, row in zip(part.data, answer, strict=True))
-    gradient = problem.data._make(parts)
-    return gradient if part is problem else problem.scatter(as_index(active, problem.device), gradient)
+    gradients = (
+        datum.new_zeros(datum.shape) if values is None else values
+        for datum, values in zip(chosen_problem.data, answer, strict=True)
+    )
+    gradient = problem.data._make(gradients)
+    return gradient if chosen_problem is problem else problem.scatter(as_index(active, problem.device), gradient)

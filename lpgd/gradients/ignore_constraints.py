@@ -71,9 +71,9 @@ class IgnoreConstraints(GradientMethod):
             for element in active:
                 info.used[element] = "constraints ignored"
         elif active:
-            change, part = self._change(solution, cotangent.x, active, info)
+            change, unconstrained = self._change(solution, cotangent.x, active, info)
             gradient = problem.scatter(
-                as_index(active, problem.device), part.directional_gradient(_alone(solution.x[active]), change)
+                as_index(active, problem.device), unconstrained.directional_gradient(_alone(solution.x[active]), change)
             )
         if self.descent_test:
             exact, _ = ClosedForm().vjp(solution, cotangent, solver, executor)
@@ -96,10 +96,10 @@ class IgnoreConstraints(GradientMethod):
         elements = elements_where(solution.usable)
         change = torch.zeros_like(solution.x)
         if elements:
-            rows = tangent._make(part[elements] for part in tangent)
+            tangents = tangent._make(tensor[elements] for tensor in tangent)
             slope = (
                 solution.problem.select(as_index(elements, solution.x.device))
-                .mixed_product(_alone(solution.x[elements]), rows)
+                .mixed_product(_alone(solution.x[elements]), tangents)
                 .x
             )
             whole = torch.zeros_like(solution.x)
@@ -112,10 +112,10 @@ class IgnoreConstraints(GradientMethod):
         self, solution: NodeSolution, tilt: Tensor, elements: list[int], info: GradientInfo
     ) -> tuple[NodePoint, _Unconstrained]:
         """The change of the unconstrained minimisers under a tilt, and their problem."""
-        part = _Unconstrained.of(solution.problem.select(as_index(elements, solution.x.device)))
+        unconstrained = _Unconstrained.of(solution.problem.select(as_index(elements, solution.x.device)))
         point = _alone(solution.x[elements])
         response, regular = bordered_response(
-            part, point, _alone(tilt[elements]), point.lam > 0, matrix_free=self.matrix_free
+            unconstrained, point, _alone(tilt[elements]), point.lam > 0, matrix_free=self.matrix_free
         )
         for element, exact in zip(elements, flags(regular), strict=True):
             info.used[element] = "constraints ignored" if exact else "constraints ignored, regularised"
@@ -126,7 +126,7 @@ class IgnoreConstraints(GradientMethod):
                 f"{self}: the objective's Hessian is singular for elements {info.fallbacks[:10]}; its pseudo-inverse "
                 "is used. ImplicitKKT() takes the constraints into account, and needs no such inverse."
             )
-        return response, part
+        return response, unconstrained
 
 
 class _Unconstrained(NodeProblem):

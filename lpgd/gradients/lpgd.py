@@ -97,12 +97,14 @@ class LPGD(GradientMethod):
         pair = _Perturbed(self, solution, cotangent, solver, executor)
         gradient = problem.zero_gradient()
         if pair.elements:
-            part = pair.problem.gradient_difference(pair.plus, pair.minus, pair.weight)
-            gradient = part if pair.is_whole else problem.scatter(as_index(pair.elements, problem.device), part)
+            difference = pair.problem.gradient_difference(pair.plus, pair.minus, pair.weight)
+            gradient = (
+                difference if pair.is_whole else problem.scatter(as_index(pair.elements, problem.device), difference)
+            )
         if pair.unsolved:
-            part, info = pair.fallback().vjp(solution, pair.of_unsolved(cotangent), solver, executor)
+            fallback_gradient, info = pair.fallback().vjp(solution, pair.of_unsolved(cotangent), solver, executor)
             pair.record_fallback(info)
-            gradient = gradient._make(a + b for a, b in zip(gradient, part, strict=True))
+            gradient = gradient._make(a + b for a, b in zip(gradient, fallback_gradient, strict=True))
         if self.tau is None and pair.is_still(cotangent):
             pair.info.notices["q"] = _ZERO_GRADIENT
         return gradient, pair.info
@@ -117,15 +119,15 @@ class LPGD(GradientMethod):
         problem, point = solution.problem, solution.point
         direction = problem.mixed_product(point, tangent)
         pair = _Perturbed(self, solution, direction, solver, executor)
-        change = point._make(torch.zeros_like(part) for part in point)
+        change = point._make(torch.zeros_like(tensor) for tensor in point)
         index = as_index(pair.elements, problem.device)
-        for whole, part in zip(change, pair.plus.minus(pair.minus).scaled(pair.weight), strict=True):
-            whole[index] = part.to(whole.dtype)  # steps are float64
+        for whole, values in zip(change, pair.plus.minus(pair.minus).scaled(pair.weight), strict=True):
+            whole[index] = values.to(whole.dtype)  # steps are float64
         if pair.unsolved:
-            part, info = pair.fallback().response(solution, pair.of_unsolved(direction), executor)
+            fallback_change, info = pair.fallback().response(solution, pair.of_unsolved(direction), executor)
             pair.record_fallback(info)
-            for whole, rows in zip(change, part, strict=True):
-                whole[pair.unsolved] = rows[pair.unsolved]
+            for whole, values in zip(change, fallback_change, strict=True):
+                whole[pair.unsolved] = values[pair.unsolved]
         return change, pair.info
 
 
@@ -170,15 +172,15 @@ class _Perturbed:
         if bool(doubtful.any()):
             lost = check_small_steps(method, solution, cotangent, found, active, executor, self.info, doubtful)
             keep = keep & ~lost
-            self.lost = {active[row] for row in elements_where(lost)}
+            self.lost = {active[position] for position in elements_where(lost)}
         self.weight = torch.where(keep, 1.0 / (found.tau * (found.above.double() + found.below.double()).clamp(1)), 0.0)
         self.plus, self.minus = found.plus, found.minus
         if not keep.all():
             self.unsolved = [element for element, fine in zip(active, flags(keep), strict=True) if not fine]
-            rows = rows_where(keep)
-            self.elements = [active[row] for row in integers(rows)]
-            self.problem = problem.select(rows)
-            self.plus, self.minus, self.weight = self.plus.select(rows), self.minus.select(rows), self.weight[rows]
+            kept = rows_where(keep)
+            self.elements = [active[position] for position in integers(kept)]
+            self.problem = problem.select(kept)
+            self.plus, self.minus, self.weight = self.plus.select(kept), self.minus.select(kept), self.weight[kept]
 
     @property
     def is_whole(self) -> bool:
@@ -211,7 +213,7 @@ class _Perturbed:
         """
         mask = torch.zeros(self.whole.batch_size, 1, dtype=torch.bool, device=self.whole.device)
         mask[self.unsolved] = True
-        return cotangent._make(torch.where(mask, part, 0.0) for part in cotangent)
+        return cotangent._make(torch.where(mask, tensor, 0.0) for tensor in cotangent)
 
     def record_fallback(self, info: GradientInfo) -> None:
         """Put on record that the fallback was used, and warn where nothing could be solved."""
@@ -237,8 +239,8 @@ def _blank(method: LPGD, solution: AnySolution) -> GradientInfo:
 def _record(info: GradientInfo, active: list[int], found: Perturbed) -> None:
     """Put perturbed solves on record, and warn of those that are not what they should be."""
     for name in ("tau", "unit", "moved", "crossed", "jumped", "newton"):
-        whole, part = getattr(info, name), getattr(found, name)
-        whole[active] = part.cpu().to(whole.dtype)
+        whole, values = getattr(info, name), getattr(found, name)
+        whole[active] = values.cpu().to(whole.dtype)
     info.tolerance, info.iterations = found.tolerance, found.iterations
     method: Any = info.method
     names = {(True, True): "average", (True, False): "lower", (False, True): "upper"}

@@ -80,5 +80,5 @@ class DirectLoss(LPGD):
             raise ValueError("DirectLoss takes a tau, and rho=0; use LPGD for anything else.")
 
     def steps(self, tau: float, cotangent: Point) -> Tensor:
-        sizes = [part.abs().amax(-1) for part in cotangent if part.shape[-1]]
+        sizes = [tensor.abs().amax(-1) for tensor in cotangent if tensor.shape[-1]]
         return tau / torch.stack(sizes).amax(0)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import rows_where
-from lpgd.gradients.sides import DUALS, SIDES, Envelope, Run, Sides, picked, replaced_rows
+from lpgd.gradients.sides import DUALS, SIDES, Envelope, Run, Sides, picked, replaced_elements
 from lpgd.problems.base import Point, maximum_norm
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
@@ -127,7 +127,7 @@ def perturb(
     elif problem.traits.is_continuous and (steps is None or not problem.traits.is_linear_program):
         # Of a linear program a given step is meant to find other vertices.
         jumped = _jumps(run, tau, unit, sides, TINY_TILT)
-    if run.active is not None and run.active.is_vertex and not any(part.any() for part in tuple(cotangent)[1:]):
+    if run.active is not None and run.active.is_vertex and not any(tensor.any() for tensor in tuple(cotangent)[1:]):
         # A vertex that stays does not move at all: what is left is noise, which a tiny step would magnify.
         sides = sides._replace(plus=_at(sides.plus, run.base, moved), minus=_at(sides.minus, run.base, moved))
     return Perturbed(
@@ -139,32 +139,32 @@ def perturb(
 def _shortened(run: Run, tau: Tensor, unit: Tensor, sides: Sides) -> tuple[Run, Tensor, Sides, Tensor, Tensor]:
     """Steps within the reach of the solutions' active sets, where they were not, and which elements have none."""
     kinked, unclear = torch.zeros_like(sides.above), torch.zeros_like(sides.above)
-    rows = rows_where(_rough(sides))
-    if not len(rows):
+    elements = rows_where(_rough(sides))
+    if not len(elements):
         return run, tau, sides, kinked, unclear
-    part, steps, tau = run.select(rows), tau[rows], tau.clone()
-    own = part.with_base_solved_again()
-    found = picked(sides, rows) if own is part else own.sides(steps)
-    shortest = torch.maximum(SHORTEST * steps, unit[rows] * own.error / LOUDEST)
+    rough_run, steps, tau = run.select(elements), tau[elements], tau.clone()
+    solved_again = rough_run.with_base_solved_again()
+    found = picked(sides, elements) if solved_again is rough_run else solved_again.sides(steps)
+    shortest = torch.maximum(SHORTEST * steps, unit[elements] * solved_again.error / LOUDEST)
     for _ in range(ATTEMPTS):
         curved = torch.where(found.skew > CURVED, (0.1 * CURVED / found.skew).clamp(min=0.01), 1.0)
         shorter = steps * torch.minimum(0.5 * found.crossing, curved)
         chosen = rows_where(_rough(found) & (shorter >= shortest))
         if not len(chosen):
             break
-        steps = replaced_rows(steps, chosen, shorter[chosen])
-        found = found.replaced(chosen, own.select(chosen).sides(steps[chosen]))
+        steps = replaced_elements(steps, chosen, shorter[chosen])
+        found = found.replaced(chosen, solved_again.select(chosen).sides(steps[chosen]))
     left = rows_where(_rough(found))
     if len(left):
-        judge = replace(own.select(left), envelope="average")
+        judge = replace(solved_again.select(left), envelope="average")
         judged = picked(found, left) if run.envelope == "average" else judge.sides(steps[left])
         both = judged.above & judged.below
-        kinked[rows[left]] = (judged.skew > CURVED) | ~both
+        kinked[elements[left]] = (judged.skew > CURVED) | ~both
         dual_skew = judge.skew(judged.plus, judged.minus, both, DUALS)
-        unclear[rows[left]] = both & (judged.skew <= CURVED) & (dual_skew > CURVED)
-    tau[rows] = steps
-    base = run.base if own is part else replaced_rows(run.base, rows, own.base)
-    return replace(run, base=base), tau, sides.replaced(rows, found), kinked, unclear
+        unclear[elements[left]] = both & (judged.skew <= CURVED) & (dual_skew > CURVED)
+    tau[elements] = steps
+    base = run.base if solved_again is rough_run else replaced_elements(run.base, elements, solved_again.base)
+    return replace(run, base=base), tau, sides.replaced(elements, found), kinked, unclear
 
 
 def _rough(sides: Sides) -> Tensor:
@@ -186,15 +186,15 @@ def _jumps(run: Run, tau: Tensor, unit: Tensor, sides: Sides, small: float) -> T
     tilt = tau / unit
     far = _reach(run, sides)
     jumped = (tilt <= small) & (far > JUMP) & (far > 10 * tilt)
-    rows = rows_where(jumped)
-    if len(rows):
-        part, both = run.select(rows), picked(sides, rows)
+    elements = rows_where(jumped)
+    if len(elements):
+        chosen_run, both = run.select(elements), picked(sides, elements)
         if not (both.above & both.below).all():
-            both = replace(part, envelope="average").sides(tau[rows])
-        bend = maximum_norm((both.plus.x - part.base.x) + (both.minus.x - part.base.x))
+            both = replace(chosen_run, envelope="average").sides(tau[elements])
+        bend = maximum_norm((both.plus.x - chosen_run.base.x) + (both.minus.x - chosen_run.base.x))
         mirrored = (bend <= 0.5 * maximum_norm(both.plus.x - both.minus.x)) | ~(both.above & both.below)
-        share = _reach(part, part.sides(0.1 * tau[rows])) / far[rows]
-        jumped[rows] = ~(mirrored & (share > 0.05) & (share < 0.2))
+        share = _reach(chosen_run, chosen_run.sides(0.1 * tau[elements])) / far[elements]
+        jumped[elements] = ~(mirrored & (share > 0.05) & (share < 0.2))
     return jumped
 
 

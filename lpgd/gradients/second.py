@@ -20,9 +20,9 @@ def check_twice(method: GradientMethod, problem: AnyProblem, reverse: bool) -> N
         RuntimeError: by this method, or in forward mode.
     """
     if not (reverse and method.is_differentiable(problem)):
-        what = str(method) if reverse else "forward mode"
+        way = str(method) if reverse else "forward mode"
         raise RuntimeError(
-            f"the gradient of this optimization layer, by {what}, cannot be differentiated again: detach it, or take "
+            f"the gradient of this optimization layer, by {way}, cannot be differentiated again: detach it, or take "
             "finite differences of it (second derivatives are there for declarative nodes, by their closed forms and "
             "by ImplicitKKT, of gradients in reverse mode)."
         )
@@ -35,27 +35,29 @@ def second_derivative(
     outputs, usable, fields = solution.outputs, solution.usable[:, None], len(solution.problem.data)
     count = len(solution.outputs)
 
-    def gradient(*parts: Tensor) -> tuple[Tensor, ...]:
-        cotangents, data, points = parts[:count], parts[count : count + fields], parts[count + fields :]
-        known, cotangent = ([torch.where(usable, part, 0.0) for part in own] for own in (points, cotangents))
-        own = solution.problem.data._make(data), outputs._make(known), solution.cotangent(cotangent)
-        return tuple(method.differentiable_vjp(solution, *own))
+    def gradient(*inputs: Tensor) -> tuple[Tensor, ...]:
+        cotangents, data, points = inputs[:count], inputs[count : count + fields], inputs[count + fields :]
+        known, cotangent = ([torch.where(usable, values, 0.0) for values in group] for group in (points, cotangents))
+        arguments = solution.problem.data._make(data), outputs._make(known), solution.cotangent(cotangent)
+        return tuple(method.differentiable_vjp(solution, *arguments))
 
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    parts = gradient(*leaves)
-    moving = [place for place, part in enumerate(parts) if part.requires_grad]
-    known = [parts[place] for place in moving]
+    gradients = gradient(*leaves)
+    moving = [place for place, tensor in enumerate(gradients) if tensor.requires_grad]
+    known = [gradients[place] for place in moving]
     if reverse:
         if not moving:
             return tuple(torch.zeros_like(leaf) for leaf in leaves)
         return torch.autograd.grad(known, leaves, [direction[place] for place in moving], materialize_grads=True)
     # The product with the derivative, by differentiating the one with its transpose, which is linear in its argument.
-    answer = [torch.zeros_like(part) for part in parts]
+    answer = [torch.zeros_like(tensor) for tensor in gradients]
     if moving:
-        weights = [torch.zeros_like(part, requires_grad=True) for part in known]
-        rows = torch.autograd.grad(known, leaves, weights, create_graph=True, materialize_grads=True)
-        rows, along = zip(*(pair for pair in zip(rows, direction, strict=True) if pair[0].requires_grad), strict=True)
-        found = torch.autograd.grad(rows, weights, along, materialize_grads=True)
-        for place, own in zip(moving, found, strict=True):
-            answer[place] = own
+        weights = [torch.zeros_like(tensor, requires_grad=True) for tensor in known]
+        products = torch.autograd.grad(known, leaves, weights, create_graph=True, materialize_grads=True)
+        products, along = zip(
+            *(pair for pair in zip(products, direction, strict=True) if pair[0].requires_grad), strict=True
+        )
+        found = torch.autograd.grad(products, weights, along, materialize_grads=True)
+        for place, values in zip(moving, found, strict=True):
+            answer[place] = values
     return tuple(answer)

@@ -19,7 +19,7 @@ from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
 from lpgd.solvers.perturbed_points import PerturbedPoints
 
-__all__ = ["DUALS", "SIDES", "Envelope", "Run", "Sides", "picked", "replaced_rows", "solve_tilted"]
+__all__ = ["DUALS", "SIDES", "Envelope", "Run", "Sides", "picked", "replaced_elements", "solve_tilted"]
 
 Envelope = Literal["average", "lower", "upper"]
 
@@ -76,11 +76,13 @@ class Sides(NamedTuple):
     newton: Tensor
     iterations: Any
 
-    def replaced(self, rows: Tensor, part: Sides) -> Sides:
-        """With other sides for the elements ``rows``."""
+    def replaced(self, elements: Tensor, others: Sides) -> Sides:
+        """With other sides for these elements."""
         iterations = self.iterations.copy()
-        iterations[rows.cpu().numpy()] += part.iterations
-        fields = (replaced_rows(whole, rows, own) for whole, own in zip(self[:-1], part[:-1], strict=True))
+        iterations[elements.cpu().numpy()] += others.iterations
+        fields = (
+            replaced_elements(whole, elements, values) for whole, values in zip(self[:-1], others[:-1], strict=True)
+        )
         return Sides._make((*fields, iterations))
 
 
@@ -108,20 +110,20 @@ class Run:
     envelope: Envelope
     near: PerturbedPoints | None
 
-    def select(self, rows: Tensor) -> Run:
+    def select(self, elements: Tensor) -> Run:
         """The same for some elements."""
-        problem = self.problem.select(rows)
+        problem = self.problem.select(elements)
         return replace(
             self,
             problem=problem,
-            augmented=problem if self.augmented is self.problem else self.augmented.select(rows),
-            base=self.base.select(rows),
-            active=None if self.active is None else self.active.select(rows),
-            states=tuple(self.states[element] for element in integers(rows)) if len(self.states) else (),
-            cotangent=self.cotangent.select(rows),
-            base_error=self.base_error[rows],
-            error=self.error[rows],
-            near=None if self.near is None else self.near.select(rows),
+            augmented=problem if self.augmented is self.problem else self.augmented.select(elements),
+            base=self.base.select(elements),
+            active=None if self.active is None else self.active.select(elements),
+            states=tuple(self.states[element] for element in integers(elements)) if len(self.states) else (),
+            cotangent=self.cotangent.select(elements),
+            base_error=self.base_error[elements],
+            error=self.error[elements],
+            near=None if self.near is None else self.near.select(elements),
         )
 
     def with_base_solved_again(self) -> Run:
@@ -138,8 +140,8 @@ class Run:
     def sides(self, tau: Tensor) -> Sides:
         """The ends of the steps τ (E,)."""
         signs = SIDES[self.envelope]
-        parts = self._solved(torch.cat([sign * tau for sign in signs])).parts(len(signs))
-        results = dict(zip(signs, parts, strict=True))
+        solutions = self._solved(torch.cat([sign * tau for sign in signs])).parts(len(signs))
+        results = dict(zip(signs, solutions, strict=True))
         solved = {sign: result.usable for sign, result in results.items()}
         if len(signs) == 1 and not solved[signs[0]].all():
             # The asked-for side has no solution for some elements: try the other one.
@@ -174,16 +176,16 @@ class Run:
             ends.append(end)
         return crossing, ends[-1].unequal(ends[-2]).any(-1)
 
-    def skew(self, plus: Point, minus: Point, both: Tensor, parts: slice = PRIMAL) -> Tensor:
-        """(E,) ``|z₊ + z₋ - 2 z₀| / |z₊ - z₋|`` of some parts; 0 within the solver's error and without ``both``."""
+    def skew(self, plus: Point, minus: Point, both: Tensor, fields: slice = PRIMAL) -> Tensor:
+        """(E,) ``|z₊ + z₋ - 2 z₀| / |z₊ - z₋|`` of some fields; 0 within the solver's error and without ``both``."""
         worst = torch.zeros_like(self.error)
         if not both.any():
             return worst
-        points = (self.problem.in_own_units(point)[parts] for point in (self.base, plus, minus))
-        for here, above, below in zip(*points, strict=True):
-            difference, bend = maximum_norm(above - below), maximum_norm((above - here) + (below - here))
+        points = (self.problem.in_own_units(point)[fields] for point in (self.base, plus, minus))
+        for middle, above, below in zip(*points, strict=True):
+            difference, bend = maximum_norm(above - below), maximum_norm((above - middle) + (below - middle))
             # A bend of far more than the difference is the error of the solution in the middle.
-            real = both & (bend > self._noise(self.base_error, maximum_norm(here))) & (bend < ERRONEOUS * difference)
+            real = both & (bend > self._noise(self.base_error, maximum_norm(middle))) & (bend < ERRONEOUS * difference)
             worst = torch.maximum(worst, torch.where(real, bend / difference, 0.0).to(worst.dtype))
         return worst
 
@@ -199,24 +201,26 @@ class Run:
         """
         base, plus, minus = (self.problem.in_own_units(point)[0] for point in (self.base, sides.plus, sides.minus))
         moved = maximum_norm(plus - minus) > self._noise(self.error, maximum_norm(base))
-        on_duals = any(part.any() for part in tuple(self.cotangent)[1:])
+        on_duals = any(tensor.any() for tensor in tuple(self.cotangent)[1:])
         if self.active is not None and self.active.is_vertex and not on_duals:
             moved = moved & sides.apart
         return moved
 
 
-def picked(sides: Sides, rows: Tensor) -> Sides:
+def picked(sides: Sides, elements: Tensor) -> Sides:
     """The sides of some elements, without the iterations that they took."""
-    plus, minus = sides.plus.select(rows), sides.minus.select(rows)
-    iterations = 0 * sides.iterations[rows.cpu().numpy()]
-    return Sides._make((plus, minus, *(part[rows] for part in sides[2:-1]), iterations))
+    plus, minus = sides.plus.select(elements), sides.minus.select(elements)
+    iterations = 0 * sides.iterations[elements.cpu().numpy()]
+    return Sides._make((plus, minus, *(tensor[elements] for tensor in sides[2:-1]), iterations))
 
 
-def replaced_rows(whole: Any, rows: Tensor, part: Any) -> Any:
-    """A tensor, or a point, with other values in some rows."""
+def replaced_elements(whole: Any, elements: Tensor, values: Any) -> Any:
+    """A tensor, or a point, with other values for some elements."""
     if isinstance(whole, tuple):
         fields: Any = whole
-        return type(fields)(*(replaced_rows(own, rows, new) for own, new in zip(fields, part, strict=True)))
+        return type(fields)(
+            *(replaced_elements(field, elements, new) for field, new in zip(fields, values, strict=True))
+        )
     whole = whole.clone()
-    whole[rows] = part.to(whole.dtype)
+    whole[elements] = values.to(whole.dtype)
     return whole

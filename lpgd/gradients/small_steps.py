@@ -69,7 +69,7 @@ def _is_faint(method: LPGD, problem: AnyProblem, cotangent: Point, found: Pertur
     faint = torch.zeros_like(found.above)
     if method.tau is not None or problem.traits.conditions != "conic":
         return faint
-    faint |= torch.stack([(part != 0).any(-1) for part in cotangent]).sum(0) > 1
+    faint |= torch.stack([(tensor != 0).any(-1) for tensor in cotangent]).sum(0) > 1
     ends = (problem.in_own_units(point) for point in (found.plus, found.minus))
     for plus, minus in zip(*ends, strict=True):
         move = maximum_norm(plus - minus)
@@ -95,41 +95,42 @@ def check_small_steps(
     the second and short enough for the first.
     """
     tilt, lost = found.tau / found.unit, torch.zeros_like(found.above)
-    rows = rows_where(doubtful & (tilt <= SMALL_TILT) & (found.above | found.below))
-    if not rows.shape[0]:
+    index = rows_where(doubtful & (tilt <= SMALL_TILT) & (found.above | found.below))
+    if not index.shape[0]:
         return lost
-    elements = integers(rows)
-    chosen, tilts = solution.select(rows), cotangent.select(rows)
-    part = cast(ConicProblem, chosen.problem)
+    elements = integers(index)
+    chosen, tilts = solution.select(index), cotangent.select(index)
+    problem = cast(ConicProblem, chosen.problem)
     with silent():
         answer, info = ImplicitKKT(rho=method.rho).response(chosen, tilts, executor)
     change = cast(ConicPoint, answer)
-    count = (found.above.double() + found.below.double()).clamp(min=1)[rows]
-    weight = 1.0 / (found.tau[rows] * count)
-    moves = cast(ConicPoint, found.plus.select(rows).minus(found.minus.select(rows)).scaled(weight))
+    count = (found.above.double() + found.below.double()).clamp(min=1)[index]
+    weight = 1.0 / (found.tau[index] * count)
+    moves = cast(ConicPoint, found.plus.select(index).minus(found.minus.select(index)).scaled(weight))
     unique = torch.tensor([[used == "implicit"] for used in info.used], device=weight.device)
     # Multipliers are compared where they are unique.
     step, exact = (
-        torch.cat([own.x, torch.where(unique, own.y, 0.0)], 1) for own in map(part.in_own_units, (moves, change))
+        torch.cat([point.x, torch.where(unique, point.y, 0.0)], 1)
+        for point in map(problem.in_own_units, (moves, change))
     )
     size = torch.maximum(maximum_norm(step), maximum_norm(exact))
-    floor = 1e-6 * (1.0 + maximum_norm(part.in_own_units(chosen.point).x)) / found.unit[rows]
+    floor = 1e-6 * (1.0 + maximum_norm(problem.in_own_units(chosen.point).x)) / found.unit[index]
     # A difference of one side alone is off in proportion to its step; one that was given is meant.
     agreement = AGREEMENT if method.tau is None or method.envelope == "average" else ONE_SIDED
-    far = maximum_norm(step - exact) > (agreement + 3 * tilt[rows]) * torch.maximum(size, floor)
+    far = maximum_norm(step - exact) > (agreement + 3 * tilt[index]) * torch.maximum(size, floor)
     assert info.doubt is not None
     loose = ~(info.doubt <= AGREEMENT) & torch.tensor([used == "implicit, regularised" for used in info.used])
     far &= ~loose.to(far.device) & torch.tensor(["one-sided" not in used for used in info.used], device=far.device)
     if method.tau is None:
-        smooth = (info.doubt <= AGREEMENT).to(far.device) & ~(found.kinked | found.unclear | found.jumped)[rows]
-        moves, change = part.in_own_units(moves), part.in_own_units(change)
-        lost[rows] = smooth & torch.where(unique[:, 0], _differ(moves, change), _is_rough(part, moves, change))
-        far &= ~lost[rows]
+        smooth = (info.doubt <= AGREEMENT).to(far.device) & ~(found.kinked | found.unclear | found.jumped)[index]
+        moves, change = problem.in_own_units(moves), problem.in_own_units(change)
+        lost[index] = smooth & torch.where(unique[:, 0], _differ(moves, change), _is_rough(problem, moves, change))
+        far &= ~lost[index]
     doubt = (maximum_norm(step - exact) / torch.maximum(size, floor)).double().cpu()
     record.doubt = torch.full((len(record.used),), torch.nan, dtype=torch.float64)
     record.doubt[[active[element] for element in elements]] = torch.where(loose, torch.inf, doubt)
     if names := [active[element] for element, singular in zip(elements, flags(loose), strict=True) if singular]:
-        if part.traits.is_curved:
+        if problem.traits.is_curved:
             warn(f"{method}: the multipliers of elements {names[:10]} {CURVED}")
         else:
             warn(f"{method}: the optimality conditions of elements {names[:10]} {_SINGULAR}")
@@ -145,12 +146,12 @@ def _differ(step: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
 
     Data in other units magnify the small ones.  Numbers without any digit are compared with the largest of their kind.
     """
-    parts = []
+    differs = []
     least = NOTHING * torch.stack([maximum_norm(right) for right in exact]).amax(0)
-    for own, right in zip(step, exact, strict=True):
+    for value, right in zip(step, exact, strict=True):
         floor = torch.maximum(FLOOR * maximum_norm(right), least)[:, None]
-        parts.append(((own - right).abs() > AGREEMENT * torch.maximum(right.abs(), floor)).any(-1))
-    return torch.stack(parts).any(0)
+        differs.append(((value - right).abs() > AGREEMENT * torch.maximum(right.abs(), floor)).any(-1))
+    return torch.stack(differs).any(0)
 
 
 def _is_rough(problem: ConicProblem, step: ConicPoint, exact: ConicPoint) -> Tensor:
@@ -158,9 +159,9 @@ def _is_rough(problem: ConicProblem, step: ConicPoint, exact: ConicPoint) -> Ten
 
     Those of rows that depend on each other are the solver's choice; the force Aᵀy of all rows together is not.
     """
-    own = problem.units.apply(problem)
+    scaled = problem.units.apply(problem)
     moves, right = (
-        (point.x, own.structure.constraint.rmatvec(own.data.A, point.y), point.z) for point in (step, exact)
+        (point.x, scaled.structure.constraint.rmatvec(scaled.data.A, point.y), point.z) for point in (step, exact)
     )
     near = torch.ones(problem.batch_size, dtype=torch.bool, device=problem.device)
     for mine, theirs in zip(moves[1:], right[1:], strict=True):

@@ -87,7 +87,7 @@ class LinearProblem(Centered):
         batch_size: number of elements B.
         extra: further inputs of the oracle, without a gradient, each with one row for each element of the original
             batch: tensors, arrays or sequences.
-        rows: for each element its place in the original batch, and in ``extra``; None is the original batch itself.
+        originals: for each element its place in the original batch, and in ``extra``; None for the batch itself.
         tilted: whether costs are perturbed ones, of a backward pass.
         rho, center: the term ``(ρ/2) |x - center|²``, for oracles that take one; center is (B, n), or None for ρ = 0.
 
@@ -99,7 +99,7 @@ class LinearProblem(Centered):
     data: LinearData
     batch_size: int
     extra: tuple[Any, ...] = ()
-    rows: tuple[int, ...] | None = None
+    originals: tuple[int, ...] | None = None
     rho: float = 0.0
     center: Tensor | None = None
     tilted: bool = False
@@ -111,8 +111,8 @@ class LinearProblem(Centered):
         c, expected = self.data.c, (self.batch_size, self.structure.n)
         if c.dtype != torch.float64 or tuple(c.shape) != expected:
             raise ValueError(f"c is {c.dtype} of shape {tuple(c.shape)}; it must be float64 of shape {expected}.")
-        if self.rows is None:
-            object.__setattr__(self, "rows", tuple(range(self.batch_size)))
+        if self.originals is None:
+            object.__setattr__(self, "originals", tuple(range(self.batch_size)))
 
     @property
     def traits(self) -> Traits:
@@ -138,8 +138,8 @@ class LinearProblem(Centered):
 
     def with_attached(self, tensors: Sequence[Tensor]) -> LinearProblem:
         """The same problems with other tensors among ``extra``."""
-        parts = iter(tensors)
-        extra = tuple(next(parts) if isinstance(values, Tensor) else values for values in self.extra)
+        remaining = iter(tensors)
+        extra = tuple(next(remaining) if isinstance(values, Tensor) else values for values in self.extra)
         return replace(self, extra=extra)
 
     def lanes(self, count: int, data: LinearData, attached: Sequence[Tensor] = ()) -> LinearProblem:
@@ -147,17 +147,17 @@ class LinearProblem(Centered):
         size = count * self.batch_size
         c = data.c if data.c.shape[0] == size else data.c.repeat(count, 1)
         center = None if self.center is None else self.center.repeat(count, 1)
-        copies = replace(self, data=LinearData(c), batch_size=size, rows=count * self.places, center=center)
+        copies = replace(self, data=LinearData(c), batch_size=size, originals=count * self.places, center=center)
         if not attached:
             return copies
         # Rows of tensors are those of all copies: so must be those of all else.
         extra = tuple(values if isinstance(values, Tensor) else _taken(values, copies.places) for values in self.extra)
-        return replace(copies, extra=extra, rows=tuple(range(size))).with_attached(attached)
+        return replace(copies, extra=extra, originals=tuple(range(size))).with_attached(attached)
 
     @property
     def places(self) -> tuple[int, ...]:
         """For each element its place in the original batch."""
-        return self.rows or ()
+        return self.originals or ()
 
     def objective(self, x: Tensor) -> Tensor:
         """``<c, x> + (ρ/2) |x - center|²``: (B, n) to (B,)."""
@@ -207,7 +207,7 @@ class LinearProblem(Centered):
             self,
             data=LinearData(self.data.c[elements]),
             batch_size=len(elements),
-            rows=tuple(self.places[element] for element in integers(elements)),
+            originals=tuple(self.places[element] for element in integers(elements)),
             center=None if self.center is None else self.center[elements],
         )
 

@@ -71,35 +71,38 @@ def response(
         executor: where the work runs.
     """
     problem = solution.problem
-    change = ConicPoint(*(torch.zeros_like(part) for part in solution.point))
+    change = ConicPoint(*(torch.zeros_like(tensor) for tensor in solution.point))
     info.doubt = torch.full((problem.batch_size,), torch.nan, dtype=torch.float64)
     if not active:
         return change
-    rows = as_index(active, problem.device)
-    part, point, slack, own_tilt = problem, solution.point, solution.slack, tilt
+    elements = as_index(active, problem.device)
+    chosen_problem, point, slack, chosen_tilt = problem, solution.point, solution.slack, tilt
     if len(active) < problem.batch_size:
-        part, point, slack = problem.select(rows), point.select(rows), slack[rows]
-        own_tilt = tilt.select(rows)
-    units = part.units
+        chosen_problem, point, slack = problem.select(elements), point.select(elements), slack[elements]
+        chosen_tilt = tilt.select(elements)
+    units = chosen_problem.units
     located = _known_point(
-        units.apply(part), units.point_in(part, point), units.slack_in(part, slack), units.tilt_in(part, own_tilt)
+        units.apply(chosen_problem),
+        units.point_in(chosen_problem, point),
+        units.slack_in(chosen_problem, slack),
+        units.tilt_in(chosen_problem, chosen_tilt),
     )
-    rho = _curvature(method.rho, part, units)
-    answer = ConicPoint(*(torch.zeros_like(own) for own in located.point))
+    rho = _curvature(method.rho, chosen_problem, units)
+    answer = ConicPoint(*(torch.zeros_like(tensor) for tensor in located.point))
     left = ~located.weak
-    findings = Findings(len(active), bool(method.rho), part.structure)
+    findings = Findings(len(active), bool(method.rho), chosen_problem.structure)
     if solution.systems and method.rho == 0.0 and units.is_trivial:
-        _by_kept_systems(solution, located, tilt, rows, left, answer, findings)
+        _by_kept_systems(solution, located, tilt, elements, left, answer, findings)
     if is_batchable(located.problem, method.rho) and (method.rho == 0.0 or units.is_trivial) and bool(left.any()):
         _at_once(located, left, method.rho, answer)
-    rest = elements_where(located.weak | left)
-    if rest:
-        if executor is None and is_quick(part.structure, len(rest)):
+    remaining = elements_where(located.weak | left)
+    if remaining:
+        if executor is None and is_quick(chosen_problem.structure, len(remaining)):
             executor = SerialExecutor()
-        _one_by_one(located, rest, rho, answer, findings, executor)
-    moved = units.point_out(part, answer)
-    for whole, own in zip(change, moved, strict=True):
-        whole[rows] = own
+        _one_by_one(located, remaining, rho, answer, findings, executor)
+    moved = units.point_out(chosen_problem, answer)
+    for whole, values in zip(change, moved, strict=True):
+        whole[elements] = values
     findings.record(method, active, info)
     return change
 
@@ -107,7 +110,7 @@ def response(
 def in_data(solution: ConicSolution, change: ConicPoint) -> ConicData:
     """What a change of the solutions is worth in the data; elements without a solution get zero."""
     problem, point, usable = solution.problem, solution.point, solution.usable[:, None]
-    x, y = (torch.where(usable, part, 0.0) for part in (point.x, point.y))
+    x, y = (torch.where(usable, values, 0.0) for values in (point.x, point.y))
     d_upper = torch.where(point.z > 0, -change.z, 0.0)
     d_lower = torch.where(point.z < 0, -change.z, 0.0)
     return problem.bilinear_gradient(change.x, change.y, x, y, d_lower, d_upper)
@@ -136,7 +139,7 @@ class _Located(NamedTuple):
 
 
 def _known_point(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint) -> _Located:
-    tilt = ConicPoint(*(part.to(point.x.dtype) for part in tilt))
+    tilt = ConicPoint(*(tensor.to(point.x.dtype) for tensor in tilt))
     curved = not problem.structure.cones.is_polyhedral
     error = optimality_residual(problem, point, slack)
     located = _locate(problem, point, slack, tilt, error)
@@ -145,9 +148,9 @@ def _known_point(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: 
         return located
     elements = rows_where(rough)
     refined = refine(problem, point, slack, elements)
-    point, slack = ConicPoint(*(part.clone() for part in point)), slack.clone()
-    for whole, own in zip((*point, slack, error), (*refined.point, refined.slack, refined.after), strict=True):
-        whole[elements] = own
+    point, slack = ConicPoint(*(tensor.clone() for tensor in point)), slack.clone()
+    for whole, values in zip((*point, slack, error), (*refined.point, refined.slack, refined.after), strict=True):
+        whole[elements] = values
     return _locate(problem, point, slack, tilt, error)
 
 
@@ -195,39 +198,39 @@ def _by_kept_systems(
     solution: ConicSolution,
     located: _Located,
     tilt: ConicPoint,
-    rows: Tensor,
+    elements: Tensor,
     left: Tensor,
     answer: ConicPoint,
     findings: Findings,
 ) -> None:
     """Write the response of elements whose systems the solver, or refinement, has left; those are left no more."""
-    place = torch.full((solution.batch_size,), -1, dtype=torch.int64, device=rows.device)
-    place[rows] = torch.arange(rows.shape[0], device=rows.device)
+    place = torch.full((solution.batch_size,), -1, dtype=torch.int64, device=elements.device)
+    place[elements] = torch.arange(elements.shape[0], device=elements.device)
     for kept in solution.systems:
-        here = place[kept.elements]
-        wanted = kept.valid & (here >= 0) & left[here.clamp(min=0)]
+        position = place[kept.elements]
+        wanted = kept.valid & (position >= 0) & left[position.clamp(min=0)]
         if not bool(wanted.any()):
             continue
         if isinstance(kept, KeptFactor):
-            response, exact, doubt = _by_last_steps(kept, located, here.clamp(min=0))
+            response, exact, doubt = _by_last_steps(kept, located, position.clamp(min=0))
         else:
             (response, exact), doubt = kept_response(solution.problem, solution.point, tilt, kept), None
         exact = exact & wanted
-        for whole, part in zip(answer, response, strict=True):
-            whole[here[exact]] = part[exact]
-        left[here[exact]] = False
+        for whole, values in zip(answer, response, strict=True):
+            whole[position[exact]] = values[exact]
+        left[position[exact]] = False
         if doubt is not None:
-            findings.doubt[here[exact].numpy()] = doubt[exact.numpy()]
+            findings.doubt[position[exact].numpy()] = doubt[exact.numpy()]
 
 
-def _by_last_steps(kept: KeptFactor, located: _Located, here: Tensor) -> tuple[ConicPoint, Tensor, FloatArray]:
+def _by_last_steps(kept: KeptFactor, located: _Located, position: Tensor) -> tuple[ConicPoint, Tensor, FloatArray]:
     """The response by the systems of refinement's last steps, for which elements it is exact, and its doubt."""
-    points = Points(located.problem.select(here))
-    start = points.start(located.point.select(here), located.slack[here])
-    response, exact = points.response(kept.factored, *start, located.tilt.select(here))
+    points = Points(located.problem.select(position))
+    start = points.start(located.point.select(position), located.slack[position])
+    response, exact = points.response(kept.factored, *start, located.tilt.select(position))
     inverse, condition = kept.factored.inverse, kept.factored.condition
     with np.errstate(invalid="ignore"):  # of singular systems: NaN, which is no small doubt
-        error = located.lipschitz[here.numpy()] * inverse * located.error[here].numpy()
+        error = located.lipschitz[position.numpy()] * inverse * located.error[position].numpy()
         doubt = ROUNDING * condition + inverse * error
     return response, exact & from_numpy(doubt < DOUBT), doubt
 
@@ -240,8 +243,8 @@ def _at_once(located: _Located, left: Tensor, rho: float, answer: ConicPoint) ->
         problem, point = problem.select(elements), point.select(elements)
         slack, tilt = slack[elements], tilt.select(elements)
     response, exact = polyhedral_response(problem, point, slack, tilt, rho)
-    for whole, part in zip(answer, response, strict=True):
-        whole[elements[exact]] = part[exact]
+    for whole, values in zip(answer, response, strict=True):
+        whole[elements[exact]] = values[exact]
     left[elements[exact]] = False
 
 
@@ -273,16 +276,16 @@ def _responses(
         point, slack, _ = complementary(problem, moved, torch.zeros_like(v))
     view = ElementView(problem)
     lower, upper = problem.full_bounds()
-    parts = (*point, slack, *located.tilt, lower, upper)
-    rows = [part.detach().cpu().numpy() for part in parts]
+    tensors = (*point, slack, *located.tilt, lower, upper)
+    arrays = [tensor.detach().cpu().numpy() for tensor in tensors]
     error = located.error.cpu().numpy()
     tasks, order = [], []
     for chunk in view.groups(list(elements), executor, per_worker=1):
         matrices = (view.rows(name, chunk) for name in ("P", "A"))
-        P, A = (np.broadcast_to(own, (len(chunk), own.shape[1])) for own in matrices)
-        points = KKTPoints(*(own[chunk] for own in rows))
-        own_rho = rho[chunk] if isinstance(rho, np.ndarray) else rho
-        tasks.append(_Task(problem.structure, own_rho, P, A, points, Known(error[chunk], located.lipschitz[chunk])))
+        P, A = (np.broadcast_to(matrix, (len(chunk), matrix.shape[1])) for matrix in matrices)
+        points = KKTPoints(*(array[chunk] for array in arrays))
+        chunk_rho = rho[chunk] if isinstance(rho, np.ndarray) else rho
+        tasks.append(_Task(problem.structure, chunk_rho, P, A, points, Known(error[chunk], located.lipschitz[chunk])))
         order += chunk
     results = run_tasks(_respond, tasks, executor)
     back = np.argsort(order)  # elements are increasing
@@ -308,20 +311,20 @@ def _one_by_one(
         size = NOTHING * tilt.cpu().numpy()[chosen]
         differ = _differences(sides[0].x, sides[1].x, size)
         found = found.copy()
-        for own, k in enumerate(at_kink):
-            findings.kink(elements[k], float(differ[own]), *(side.y[own] for side in sides))
-            if not all(side.unique[own] for side in sides):
+        for index, k in enumerate(at_kink):
+            findings.kink(elements[k], float(differ[index]), *(side.y[index] for side in sides))
+            if not all(side.unique[index] for side in sides):
                 findings.freed.add(elements[k])
-            better = next((side for side in sides if side.exact[own]), None)
+            better = next((side for side in sides if side.exact[index]), None)
             if better is not None and not found.exact[k]:
-                for whole, part in zip(found, better, strict=True):
-                    whole[k] = part[own]
+                for whole, values in zip(found, better, strict=True):
+                    whole[k] = values[index]
     for k, element in enumerate(elements):
         singular = found.unique[k] and not found.exact[k] and findings.is_curved(found.shared[k])
         if singular and _is_steady(located, element, rho, found.x[k], findings.concerns(found.shared[k])):
             findings.steady.add(element)
-    for whole, part in zip(answer, found[:3], strict=True):
-        whole[elements] = from_numpy(part).to(whole.device)
+    for whole, values in zip(answer, found[:3], strict=True):
+        whole[elements] = from_numpy(values).to(whole.device)
     findings.add(elements, found)
 
 
@@ -333,8 +336,8 @@ def _is_steady(
     ``with_constraints`` says that gradients of the constraints themselves may be asked for: where planes share
     multipliers with curved ones those depend on more than x.
     """
-    row = torch.tensor([element], device=located.error.device)
-    problem, point, slack = located.problem.select(row), located.point.select(row), located.slack[row]
+    index = torch.tensor([element], device=located.error.device)
+    problem, point, slack = located.problem.select(index), located.point.select(index), located.slack[index]
     A = problem.structure.constraint.dense_matrices(np.atleast_2d(problem.data.A.detach().cpu().numpy()))[0]
     lower, upper = (bound[0] for bound in problem.full_bounds())
     x, z = point.x[0], point.z[0]
@@ -344,13 +347,13 @@ def _is_steady(
     )
     if coupled and with_constraints:
         return False
-    own_rho = rho[[element]] if isinstance(rho, np.ndarray) else rho
+    element_rho = rho[[element]] if isinstance(rho, np.ndarray) else rho
     for other in others:
-        there = located._replace(
+        relocated = located._replace(
             problem=problem, point=point._replace(y=from_numpy(other)[None].to(point.y)), slack=slack,
-            tilt=located.tilt.select(row), error=located.error[row], lipschitz=located.lipschitz[[element]],
+            tilt=located.tilt.select(index), error=located.error[index], lipschitz=located.lipschitz[[element]],
         )  # fmt: skip
-        again = _responses(there, [0], own_rho, 0.0, SerialExecutor()).x[0]
+        again = _responses(relocated, [0], element_rho, 0.0, SerialExecutor()).x[0]
         if np.abs(again - dx).max() > STEADY * max(np.abs(dx).max(), np.abs(again).max(), 1e-300):
             return False
     return bool(others)

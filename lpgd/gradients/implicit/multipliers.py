@@ -48,8 +48,8 @@ def other_multipliers(cones: Cones, A: FloatArray, y: FloatArray, slack: FloatAr
         A: (m, k) the columns of the variables that may move.
         y, slack: (m,) in K* and in K, complementary.
     """
-    T, rest = projection_derivative(cones, y - slack, dual=True).factor()
-    face = T.toarray()[rest < FACE]
+    T, complements = projection_derivative(cones, y - slack, dual=True).factor()
+    face = T.toarray()[complements < FACE]
     if not face.shape[0]:
         return OtherMultipliers([], False)
     left, sizes, _ = np.linalg.svd(face @ A)

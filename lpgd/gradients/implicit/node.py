@@ -44,13 +44,13 @@ def response(
         executor: has nothing to do here.
     """
     problem, whole = solution.problem, solution.point
-    change = NodePoint(*(torch.zeros_like(part) for part in whole))
+    change = NodePoint(*(torch.zeros_like(tensor) for tensor in whole))
     if not active:
         return change
-    rows = as_index(active, problem.device)
-    parts = (part if part.shape[-1] else nothing for part, nothing in zip(tilt, change, strict=True))
-    tilt = NodePoint(*parts).select(rows)  # a cotangent has no multipliers
-    chosen, point = problem.select(rows), whole.select(rows)
+    elements = as_index(active, problem.device)
+    completed = (tensor if tensor.shape[-1] else nothing for tensor, nothing in zip(tilt, change, strict=True))
+    tilt = NodePoint(*completed).select(elements)  # a cotangent has no multipliers
+    chosen, point = problem.select(elements), whole.select(elements)
     if not chosen.node.is_exact and method.active_tolerance is None:  # with it a user knows of a rough solver
         _check_stationary(chosen, point, active)
     sparsity = _sparsity(method, chosen, point)
@@ -75,8 +75,8 @@ def response(
             "non-unique solutions, or redundant equalities); their gradients are minimum-norm answers. "
             "rho > 0, or LPGD with a finite tau, is well defined there."
         )
-    for own, moved in zip(change, answer, strict=True):
-        own[rows] = moved
+    for tensor, values in zip(change, answer, strict=True):
+        tensor[elements] = values
     return change
 
 
@@ -100,15 +100,17 @@ def _drop_touching(
     regular, and its answer is the derivative on the side where they are inactive.  ``found`` is written.
     """
     answer, exact, binding, one_sided = found
-    rest = (~exact & one_sided).nonzero()[:, 0]
-    if not len(rest):
+    touching = (~exact & one_sided).nonzero()[:, 0]
+    if not len(touching):
         return
-    part, own = problem.select(rest), point.select(rest)
-    _, unit = part.in_units(own.x)
-    lam = own.lam / unit
-    strong = binding[rest] & (lam > torch.finfo(lam.dtype).eps ** 0.5 * (1 + lam.amax(-1, keepdim=True)))
-    again, fine = bordered_response(part, own, tilt.select(rest), strong, method.rho, method.matrix_free)
-    chosen = rest[fine]
+    chosen_problem, chosen_point = problem.select(touching), point.select(touching)
+    _, unit = chosen_problem.in_units(chosen_point.x)
+    lam = chosen_point.lam / unit
+    strong = binding[touching] & (lam > torch.finfo(lam.dtype).eps ** 0.5 * (1 + lam.amax(-1, keepdim=True)))
+    again, fine = bordered_response(
+        chosen_problem, chosen_point, tilt.select(touching), strong, method.rho, method.matrix_free
+    )
+    chosen = touching[fine]
     for whole, new in zip(answer, again, strict=True):
         whole[chosen] = new[fine]
     exact[chosen] = True
@@ -119,9 +121,9 @@ def in_data(solution: NodeSolution, change: NodePoint) -> Any:
     problem, usable = solution.problem, solution.usable
     if usable.all():
         return problem.directional_gradient(solution.point, change)
-    rows = rows_where(usable)
-    gradient = problem.select(rows).directional_gradient(solution.point.select(rows), change.select(rows))
-    return problem.scatter(rows, gradient)
+    elements = rows_where(usable)
+    gradient = problem.select(elements).directional_gradient(solution.point.select(elements), change.select(elements))
+    return problem.scatter(elements, gradient)
 
 
 def differentiable_vjp(
@@ -135,22 +137,23 @@ def differentiable_vjp(
     if solution.barrier:
         raise RuntimeError(f"{method}: points of a barrier have no second derivatives here: detach the gradient.")
     whole = solution.traced(data, outputs)
-    rows = rows_where(whole.usable)
-    own, tilt = whole.select(rows), NodePoint(cotangent.x, *(0.0 * part for part in whole.point[1:]))
-    if method.matrix_free or is_large(own.problem, own.point):
+    elements = rows_where(whole.usable)
+    chosen = whole.select(elements)
+    tilt = NodePoint(cotangent.x, *(0.0 * multipliers for multipliers in whole.point[1:]))
+    if method.matrix_free or is_large(chosen.problem, chosen.point):
         raise RuntimeError(
             f"{method}: second derivatives need the matrix of the optimality conditions, which is too large here, or "
             "switched off by matrix_free=True: detach the gradient."
         )
-    binding, _ = _active(method, own.problem, own.point)
-    change, exact = bordered_response(own.problem, own.point, tilt.select(rows), binding, method.rho, False)
+    binding, _ = _active(method, chosen.problem, chosen.point)
+    change, exact = bordered_response(chosen.problem, chosen.point, tilt.select(elements), binding, method.rho, False)
     if not exact.all():
-        singular = [element for element, fine in zip(integers(rows), flags(exact), strict=True) if not fine]
+        singular = [element for element, fine in zip(integers(elements), flags(exact), strict=True) if not fine]
         raise RuntimeError(
             f"{method}: the optimality conditions of elements {singular[:10]} are singular, and have no second "
             "derivative: give rho > 0, or detach the gradient."
         )
-    return whole.problem.scatter(rows, own.problem.directional_gradient(own.point, change))
+    return whole.problem.scatter(elements, chosen.problem.directional_gradient(chosen.point, change))
 
 
 def _active(method: ImplicitKKT, problem: NodeProblem, point: NodePoint) -> tuple[Tensor, Tensor]:

@@ -169,10 +169,8 @@ def _fitted(
     c = a.new_zeros(count, 1)
     # Off the diagonal an entry of P stands for itself and its mirror image, on it for both of its variables.
     twice = torch.where(index["first"] == index["second"], 4.0, 2.0) * in_p
-    row_counts, column_counts = (
-        _sums(in_a, index["row"], e),
-        _sums(in_a, index["column"], d) + _sums(twice, index["second"], d),
-    )
+    row_counts = _sums(in_a, index["row"], e)
+    column_counts = _sums(in_a, index["column"], d) + _sums(twice, index["second"], d)
     for _ in range(SWEEPS):
         e = -_sums(in_a * (a + d[:, index["column"]]), index["row"], e) / row_counts.clamp(min=1.0)
         c = -(in_p * (p + d[:, index["first"]] + d[:, index["second"]])).sum(1, keepdim=True)
