@@ -23,7 +23,7 @@ from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers import DAQP, ECOS, OSQP, PIQP, SCS, Clarabel, HiGHS, ProxQP
 from lpgd.solvers.backends.forms import Matrices, Vectors
 from lpgd.solvers.backends.moreau_objects import ACTIVE_SET, IPM, Compiled, Inputs, Limits, memory
-from lpgd.solvers.backends.moreau_rows import MoreauRows
+from lpgd.solvers.backends.moreau_rows import MoreauForm
 
 SOLVERS: dict[str, Any] = {
     solver.name: solver for solver in (SCS(), OSQP(), ECOS(), Clarabel(), DAQP(), HiGHS(), PIQP(), ProxQP())
@@ -78,7 +78,7 @@ def held_in_batches(method: str, n: int, dense: bool) -> dict[str, Any]:
     entries = np.ones((n, n), bool) if dense else np.eye(n, dtype=bool) | (random.random((n, n)) < 3 / n)
     quadratic = SparsityPattern.dense(n, n) if dense else SparsityPattern.from_matrix(np.eye(n))
     structure = ConicStructure(quadratic, SparsityPattern.from_matrix(entries), Cones(nonnegative=n))
-    layout = MoreauRows(structure, nothing, nothing).layout
+    layout = MoreauForm(structure, nothing, nothing).layout
 
     def made() -> Compiled:
         root = random.standard_normal((batch, n, n))

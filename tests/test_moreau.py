@@ -15,7 +15,7 @@ from lpgd.execution.workspaces import workspaces
 from lpgd.problems import ConicProblem
 from lpgd.solvers.backends import moreau
 from lpgd.solvers.backends.moreau_objects import IPM, Answer, Compiled, Inputs, Limits, OnDevice
-from lpgd.solvers.backends.moreau_rows import MoreauRows, row_form
+from lpgd.solvers.backends.moreau_rows import MoreauForm, row_form
 from tests.problem_table import CASES, Case, planted
 
 pytestmark = pytest.mark.skipif(not Moreau.is_installed(), reason="moreau is an extra")
@@ -164,11 +164,11 @@ def test_the_interface_for_devices_gives_the_same(case: Case) -> None:
     # What data on an accelerator would go through, with the CPU as the device.
     data = [datum if datum.ndim == 2 else datum.expand(3, -1) for datum in case.problem.data]
     bounds = [torch.isfinite(bound[0]).numpy() for bound in data[4:]]
-    rows = MoreauRows(case.problem.structure, *bounds)
+    form = MoreauForm(case.problem.structure, *bounds)
     P = case.problem.symmetric_P.expand(3, -1)
-    inputs, limits = Inputs(P, *row_form(rows, data)), Limits(1e-9, 100, None, False)
-    theirs = OnDevice(rows.layout, 3, limits, "cpu").solve(inputs)
-    ours = Compiled(rows.layout, IPM, 3, limits, 1).solve(inputs)
+    inputs, limits = Inputs(P, *row_form(form, data)), Limits(1e-9, 100, None, False)
+    theirs = OnDevice(form.layout, 3, limits, "cpu").solve(inputs)
+    ours = Compiled(form.layout, IPM, 3, limits, 1).solve(inputs)
     assert theirs.statuses == ours.statuses == [1, 1, 1]
     for part in ("x", "z", "s"):
         torch.testing.assert_close(getattr(theirs, part), getattr(ours, part), atol=1e-6, rtol=1e-6)

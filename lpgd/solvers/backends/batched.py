@@ -62,7 +62,7 @@ class BatchedSolver(ConicSolver):
         if size and bool(valid.all()):
             answers = self.solve_batch(problem, states, executor)
         else:
-            answers = self._in_part(problem, states, rows_where(valid), executor)
+            answers = self._of_valid(problem, states, rows_where(valid), executor)
         return ConicSolution(
             problem,
             *answers.point,
@@ -75,8 +75,8 @@ class BatchedSolver(ConicSolver):
             systems=answers.systems,
         )
 
-    def _in_part(
-        self, problem: ConicProblem, states: Sequence[Any], rows: Tensor, executor: Executor | None
+    def _of_valid(
+        self, problem: ConicProblem, states: Sequence[Any], valid: Tensor, executor: Executor | None
     ) -> BatchAnswers:
         """Answers for all elements where the solver sees only some of them; the data of the others are invalid."""
         structure, size, q = problem.structure, problem.batch_size, problem.data.q
@@ -87,14 +87,14 @@ class BatchedSolver(ConicSolver):
         statuses: list[Status] = [Status.INVALID_DATA] * size
         kept: list[Any] = [None] * size
         systems: tuple[Any, ...] = ()
-        if rows.numel():
-            elements = integers(rows)
-            own = [states[element % len(states)] for element in elements] if states else ()
-            answers = self.solve_batch(problem.select(rows), own, executor)
-            for whole, part in zip((*point, slack), (*answers.point, answers.slack), strict=True):
-                whole[rows] = part
+        if valid.numel():
+            elements = integers(valid)
+            starts = [states[element % len(states)] for element in elements] if states else ()
+            answers = self.solve_batch(problem.select(valid), starts, executor)
+            for whole, values in zip((*point, slack), (*answers.point, answers.slack), strict=True):
+                whole[valid] = values
             iterations[elements] = answers.iterations.cpu()
             for element, status, state in zip(elements, answers.statuses, answers.states, strict=True):
                 statuses[element], kept[element] = status, state
-            systems = tuple(system.moved(rows) for system in answers.systems)
+            systems = tuple(system.moved(valid) for system in answers.systems)
         return BatchAnswers(point, slack, statuses, iterations, kept, systems)

@@ -93,31 +93,31 @@ class Clarabel(ElementwiseSolver):
 class _PreparedClarabel(Prepared):
     def __init__(self, options: Clarabel, form: RowForm) -> None:
         self.layout = _layout(form.cones)
-        self.rows, self.own = self.layout.rows, self.layout.own
+        self.source, self.place = self.layout.source, self.layout.place
         n, m = form.n, form.A.shape[0]
         self.solver = options.module().DefaultSolver(
             form.upper_P(), np.zeros(n), self._permute(form.A), np.zeros(m), self.layout.cones, _settings(options)
         )
 
     def _permute(self, A: Any) -> Any:
-        if self.own is None:
+        if self.place is None:
             return A
-        return sp.csc_array((A.data, self.own[A.indices], A.indptr), shape=A.shape).sorted_indices()
+        return sp.csc_array((A.data, self.place[A.indices], A.indptr), shape=A.shape).sorted_indices()
 
     def update(self, form: RowForm) -> None:
         self.solver.update(P=form.upper_P().data, A=self._permute(form.A).data)
 
     def memory(self, form: RowForm) -> int:
         blocks = sum(svec_size(side) ** 2 for side in form.cones.semidefinite)  # dense, in its KKT matrix
-        return 10_000 + 600 * (form.n + self.rows.size) + 72 * form.size + 48 * blocks
+        return 10_000 + 600 * (form.n + self.source.size) + 72 * form.size + 48 * blocks
 
     def solve(self, vectors: RowVectors, state: Any) -> Outcome:
         q, b = vectors
-        self.solver.update(q=q, b=b if self.own is None else b[self.rows])
+        self.solver.update(q=q, b=b if self.place is None else b[self.source])
         result = self.solver.solve()
         y, s = np.asarray(result.z), np.asarray(result.s)
-        if self.own is not None:
-            y, s = y[self.own], s[self.own]
+        if self.place is not None:
+            y, s = y[self.place], s[self.place]
         status = _STATUSES.get(str(result.status), Status.NUMERICAL_ERROR)
         return Outcome(status, RowPoint(np.asarray(result.x), y, s), result.iterations)
 
@@ -145,15 +145,15 @@ class _Layout(NamedTuple):
     """Clarabel's cones, and how its rows are ordered."""
 
     cones: list[Any]
-    rows: IntArray  # for each of its rows, ours
-    own: IntArray | None  # for each of ours, its; None where the order is the same
+    source: IntArray  # for each of its rows, ours
+    place: IntArray | None  # for each of ours, its; None where the order is the same
 
 
 @lru_cache(maxsize=64)
 def _layout(cones: Cones) -> _Layout:
-    rows = upper_triangle_rows(cones)
-    same = np.array_equal(rows, np.arange(rows.size))
-    return _Layout(_cones(Clarabel.module(), cones), rows, None if same else np.argsort(rows))
+    source = upper_triangle_rows(cones)
+    same = np.array_equal(source, np.arange(source.size))
+    return _Layout(_cones(Clarabel.module(), cones), source, None if same else np.argsort(source))
 
 
 def _cones(clarabel: Any, cones: Cones) -> list[Any]:

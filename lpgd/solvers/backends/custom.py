@@ -145,7 +145,7 @@ class _PreparedInterval(Prepared):
         if isinstance(answer, np.ndarray) and answer.shape == (form.n,):
             x = np.array(answer, dtype=np.float64)
             return Outcome(Status.SOLVED, IntervalPoint(x, *self._multipliers(x, vectors)), 0)
-        return Outcome(Status.SOLVED, IntervalPoint(*_parts(answer, "(x, y, z)", (form.n, form.m, form.n))), 0)
+        return Outcome(Status.SOLVED, IntervalPoint(*_arrays(answer, "(x, y, z)", (form.n, form.m, form.n))), 0)
 
     def _multipliers(self, x: FloatArray, vectors: Any) -> tuple[FloatArray, FloatArray]:
         """``min |P x + q + Aᵀy + z|`` over multipliers of the right sign of active ends, zero elsewhere."""
@@ -157,11 +157,11 @@ class _PreparedInterval(Prepared):
         active = np.flatnonzero(at_lower | at_upper)
         multipliers = np.zeros(values.size)
         if active.size:
-            rows = np.concatenate([form.dense_A(), np.eye(form.n)])[active]
+            normals = np.concatenate([form.dense_A(), np.eye(form.n)])[active]
             ends = np.where(at_lower[active], -np.inf, 0.0), np.where(at_upper[active], np.inf, 0.0)
             from scipy.optimize import lsq_linear  # it takes a while to import
 
-            multipliers[active] = lsq_linear(rows.T, -(self.P @ x + vectors.q), ends, "bvls").x
+            multipliers[active] = lsq_linear(normals.T, -(self.P @ x + vectors.q), ends, "bvls").x
         return multipliers[: form.m], multipliers[form.m :]
 
 
@@ -177,8 +177,8 @@ class _PreparedConic(Prepared):
         answer = self.options.function(self.P, vectors.q, form.A, vectors.b, form.cones)
         if isinstance(answer, Status):
             return _failure(answer)
-        rows = form.A.shape[0]
-        return Outcome(Status.SOLVED, RowPoint(*_parts(answer, "(x, y, s)", (form.n, rows, rows))), 0)
+        m = form.A.shape[0]
+        return Outcome(Status.SOLVED, RowPoint(*_arrays(answer, "(x, y, s)", (form.n, m, m))), 0)
 
 
 def _failure(status: Status) -> Outcome:
@@ -187,12 +187,12 @@ def _failure(status: Status) -> Outcome:
     return Outcome(status, None, 0)
 
 
-def _parts(answer: Any, names: str, sizes: tuple[int, ...]) -> list[FloatArray]:
+def _arrays(answer: Any, names: str, sizes: tuple[int, ...]) -> list[FloatArray]:
     """Copies of what a function returned, once its shapes are right."""
     if not isinstance(answer, (tuple, list)) or len(answer) != len(sizes):
         raise TypeError(f"the custom solver returned {type(answer).__name__}; it must return {names} or a Status.")
-    parts = [np.array(part, dtype=np.float64) for part in answer]
-    shapes, wanted = [part.shape for part in parts], [(size,) for size in sizes]
+    arrays = [np.array(values, dtype=np.float64) for values in answer]
+    shapes, wanted = [array.shape for array in arrays], [(size,) for size in sizes]
     if shapes != wanted:
         raise ValueError(f"the custom solver returned {names} of shapes {shapes}; they must be {wanted}.")
-    return parts
+    return arrays

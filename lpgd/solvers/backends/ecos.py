@@ -96,9 +96,9 @@ class _PreparedECOS(Prepared):
         self.equality, self.inequality = (
             sp.csc_matrix(
                 (self.form.value[chosen], (place[self.form.row[chosen]], self.form.column[chosen])),
-                shape=(rows, self.form.width),
+                shape=(height, self.form.width),
             )
-            for chosen, rows in ((first, cones.zero), (~first, self.conic.size))
+            for chosen, height in ((first, cones.zero), (~first, self.conic.size))
         )
 
     def memory(self, form: RowForm) -> int:

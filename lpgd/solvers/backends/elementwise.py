@@ -95,8 +95,8 @@ class ElementwiseSolver(ConicSolver):
         # Which task has which elements may depend on their number alone where workspaces remember what they solved.
         one_each = not self.forgets and view.distinct == 1
         chunks = view.groups(view.valid, executor, len(states) or None, per_worker=1 if one_each else 4)
-        here = executor is None or isinstance(executor, ThreadPoolExecutor)
-        if here and seconds < self.handover:
+        in_this_process = executor is None or isinstance(executor, ThreadPoolExecutor)
+        if in_this_process and seconds < self.handover:
             executor = SerialExecutor()
             if self.forgets:
                 chunks = [[element for chunk in chunks for element in chunk]]
@@ -107,10 +107,10 @@ class ElementwiseSolver(ConicSolver):
         ]
         aside = self.takes_interrupts and hearing() and seconds * len(view.valid) > ASIDE
         results = run_tasks(_solve_elements, tasks, executor, aside)
-        found = sum(part.found for part in results)
+        found = sum(result.found for result in results)
         if found or (kept and view.distinct >= len(view.valid)):
             workspaces.habits.record(key, found)
-        _remember(key, sum(part.seconds for part in results) / len(view.valid))
+        _remember(key, sum(result.seconds for result in results) / len(view.valid))
         return _assemble(problem, tasks, results)
 
 
@@ -196,12 +196,12 @@ def _task(
 
 def _assemble(problem: ConicProblem, tasks: Sequence[_Task], results: Sequence[_Results]) -> ConicSolution:
     whole = _Results.empty(problem.batch_size, problem.structure)
-    for task, part in zip(tasks, results, strict=True):
+    for task, result in zip(tasks, results, strict=True):
         for name in ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds"):
-            getattr(whole, name)[task.elements] = getattr(part, name)
-        for element, status, state in zip(task.elements, part.statuses, part.states, strict=True):
+            getattr(whole, name)[task.elements] = getattr(result, name)
+        for element, status, state in zip(task.elements, result.statuses, result.states, strict=True):
             whole.statuses[element], whole.states[element] = status, state
-    x, y, z, slack = (from_numpy(part).to(problem.device) for part in (whole.x, whole.y, whole.z, whole.slack))
+    x, y, z, slack = (from_numpy(values).to(problem.device) for values in (whole.x, whole.y, whole.z, whole.slack))
     return ConicSolution(
         problem,
         x=x,
@@ -255,8 +255,8 @@ def _solve_groups(task: _Task) -> _Results:
         groups.setdefault(lower[place].tobytes() + upper[place].tobytes(), []).append(place)
     found = 0
     for places in groups.values():
-        part = Vectors(*(datum[places] for datum in vectors))
-        found += _solve_group(task, places, part, lower[places[0]], upper[places[0]], results)
+        group = Vectors(*(datum[places] for datum in vectors))
+        found += _solve_group(task, places, group, lower[places[0]], upper[places[0]], results)
     return results._replace(found=found)
 
 
@@ -286,12 +286,12 @@ class _Desk:
         return self.used.prepared
 
     def _take(self, pair: int) -> Workspace:
-        task, own = self.task, self.task.matrices[pair]
+        task, wanted = self.task, self.task.matrices[pair]
         spare = None
         if task.kept:
             self.put_back()
-            self.key = (*self.family, own.fingerprint)
-            found, self.pair = workspaces.take(self.key, partial(fits, pair=own)), pair
+            self.key = (*self.family, wanted.fingerprint)
+            found, self.pair = workspaces.take(self.key, partial(fits, pair=wanted)), pair
             if found is not None:
                 self.found += 1
                 return found
@@ -303,10 +303,10 @@ class _Desk:
         else:
             self.used = None
         self.pair = pair
-        P, A = own.P, own.A
+        P, A = wanted.P, wanted.A
         if task.kept:  # copies: a view would keep the whole batch, and see what is written to it later
             P, A = P.copy(), A.copy()
-        matrices = Matrices(task.structure, P, A, *self.finite, own.definite)
+        matrices = Matrices(task.structure, P, A, *self.finite, wanted.definite)
         form = task.solver.form_type(matrices)
         if spare is not None:
             spare.prepared.update(form)
@@ -332,24 +332,24 @@ class _Desk:
 def _solve_group(
     task: _Task,
     places: list[int],
-    part: Vectors,
+    group: Vectors,
     finite_lower: BoolArray,
     finite_upper: BoolArray,
     results: _Results,
 ) -> int:
     """Solve elements with the same finite bounds; the number of workspaces that were found ready."""
     frame = task.solver.form_type.frame_of(task.structure, finite_lower, finite_upper)
-    vectors = frame.vectors(part)
+    vectors = frame.vectors(group)
     one = type(vectors)
     points, kept = [], []
     desk, clock = _Desk(task, finite_lower, finite_upper), time.perf_counter
-    for index, row in enumerate(zip(*vectors, strict=True)):
+    for index, element_vectors in enumerate(zip(*vectors, strict=True)):
         place, pair = places[index], task.pairs[places[index]]
         started = clock()
         try:
             prepared = desk.prepared(pair)
             ready = clock()
-            outcome = _solved(prepared, one(*row), task.states[place])
+            outcome = _solved(prepared, one(*element_vectors), task.states[place])
         except SetUpError:
             results.statuses[place] = Status.NUMERICAL_ERROR
             continue
@@ -361,15 +361,15 @@ def _solve_group(
             points.append(outcome.point)
     desk.put_back()
     if kept:
-        point = type(points[0])(*(np.array(parts) for parts in zip(*points, strict=True)))
+        point = type(points[0])(*(np.array(values) for values in zip(*points, strict=True)))
         if len(kept) < len(places):
             vectors = one(*(datum[kept] for datum in vectors))
-        rows = [places[index] for index in kept]
-        pairs = [task.pairs[row] for row in rows]
+        solved = [places[index] for index in kept]
+        pairs = [task.pairs[place] for place in solved]
         shared = len(task.matrices) == 1
         A = task.matrices[pairs[0]].A if shared else np.stack([task.matrices[pair].A for pair in pairs])
         for name, value in frame.invert(point, vectors, A)._asdict().items():
-            getattr(results, name)[rows] = value
+            getattr(results, name)[solved] = value
     return desk.found
 
 

@@ -212,9 +212,9 @@ class RowFrame(Frame):
         self.source = None
         if self.signs.size:
             self.cones = replace(structure.cones, nonnegative=structure.cones.nonnegative + self.signs.size)
-            own = structure.constraint
-            rows = np.concatenate([self.own_rows[own.rows], np.arange(self.signs.size) + self.split])
-            columns = np.concatenate([own.columns, self.upper_index, self.lower_index])
+            constraint = structure.constraint
+            rows = np.concatenate([self.own_rows[constraint.rows], np.arange(self.signs.size) + self.split])
+            columns = np.concatenate([constraint.columns, self.upper_index, self.lower_index])
             self.source = np.lexsort((rows, columns))
             shape = (structure.m + self.signs.size, self.n)
             self.pattern = SparsityPattern(shape, rows[self.source], columns[self.source])
@@ -302,7 +302,7 @@ class IntervalFrame(Frame):
         self.bounded = np.union1d(self.structure.lower_index, self.structure.upper_index)
 
     def vectors(self, vectors: Vectors) -> IntervalVectors:
-        whole, own = self.whole, self.structure.n
+        whole, n = self.whole, self.structure.n
         row_upper = np.array(vectors.b)
         row_lower = np.full_like(row_upper, -np.inf)
         row_lower[:, : self.zero] = row_upper[:, : self.zero]
@@ -310,9 +310,9 @@ class IntervalFrame(Frame):
         lower[:, whole.lower_index] = vectors.lower
         upper[:, whole.upper_index] = vectors.upper
         shift = row_upper[:, self.with_ends].copy()
-        row_lower[:, self.with_ends], row_upper[:, self.with_ends] = lower[:, own:] + shift, upper[:, own:] + shift
-        q = np.array(vectors.q[:, :own], order="C")
-        lower, upper = np.ascontiguousarray(lower[:, :own]), np.ascontiguousarray(upper[:, :own])
+        row_lower[:, self.with_ends], row_upper[:, self.with_ends] = lower[:, n:] + shift, upper[:, n:] + shift
+        q = np.array(vectors.q[:, :n], order="C")
+        lower, upper = np.ascontiguousarray(lower[:, :n]), np.ascontiguousarray(upper[:, :n])
         return IntervalVectors(q, row_lower, row_upper, lower, upper, shift)
 
     def invert(self, point: IntervalPoint, vectors: IntervalVectors, A: FloatArray) -> Point:

@@ -149,10 +149,10 @@ def _basis_of(columns: tuple[int, ...], rows: tuple[int, ...]) -> _Basis:
     return _Basis(basis)
 
 
-def _check(highspy: Any, status: Any, what: str) -> None:
+def _check(highspy: Any, status: Any, request: str) -> None:
     """HiGHS reports what it refuses by a return value."""
     if status == highspy.HighsStatus.kError:
-        raise ValueError(f"HiGHS refuses {what}.")
+        raise ValueError(f"HiGHS refuses {request}.")
 
 
 _first_lock = threading.Lock()
@@ -258,7 +258,7 @@ class _PreparedHiGHS(Prepared):
         if not status.has_iterate:
             return Outcome(status, None, iterations)
         found = solver.getSolution()
-        x, y, z = (np.array(part) for part in (found.col_value, found.row_dual, found.col_dual))
+        x, y, z = (np.array(values) for values in (found.col_value, found.row_dual, found.col_dual))
         next_state = _Basis(solver.getBasis()) if status is Status.SOLVED and not quadratic else None
         return Outcome(status, IntervalPoint(x, -y, -z), iterations, next_state)
 

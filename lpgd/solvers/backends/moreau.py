@@ -33,7 +33,7 @@ from lpgd.solvers.backends.moreau_objects import (
     memory,
     on_device,
 )
-from lpgd.solvers.backends.moreau_rows import Layout, MoreauRows, own_form, row_form
+from lpgd.solvers.backends.moreau_rows import Layout, MoreauForm, in_problem_form, row_form
 from lpgd.solvers.base import Capabilities
 from lpgd.status import Status
 
@@ -135,20 +135,20 @@ class Moreau(BatchedSolver):
         statuses: list[Status] = [Status.NUMERICAL_ERROR] * size
         kept: list[Any] = [None] * size
         for places, finite_lower, finite_upper in groups_by_bounds(lower, upper):
-            rows = MoreauRows(structure, finite_lower, finite_upper)
+            form = MoreauForm(structure, finite_lower, finite_upper)
             starts = [states[place % len(states)] if states else None for place in places]
             P = problem.symmetric_P.detach()
-            task = _Task(self, rows, P, *row_form(rows, data), starts, 1).select(places, size)
+            task = _Task(self, form, P, *row_form(form, data), starts, 1).select(places, size)
             answer = self._solved(task, executor)
-            own, own_slack = own_form(rows, answer.x, answer.z, answer.s)
+            own_point, own_slack = in_problem_form(form, answer.x, answer.z, answer.s)
             index = as_index(places, q.device)
-            for target, values in zip((*point, slack), (*own, own_slack), strict=True):
+            for target, values in zip((*point, slack), (*own_point, own_slack), strict=True):
                 target[index] = values
             iterations[places] = answer.iterations
-            for row, (place, status) in enumerate(zip(places, answer.statuses, strict=True)):
+            for position, (place, status) in enumerate(zip(places, answer.statuses, strict=True)):
                 statuses[place] = _STATUSES[status]
                 if status == _SOLVED:
-                    kept[place] = _State(answer.methods[row], answer.x[row], answer.z[row], answer.s[row])
+                    kept[place] = _State(answer.methods[position], answer.x[position], answer.z[position], answer.s[position])
         return BatchAnswers(point, slack, statuses, iterations, kept)
 
     def _solved(self, task: _Task, executor: Executor | None) -> Answer:
@@ -183,7 +183,7 @@ class _Task(NamedTuple):
     """Elements to solve, as plain data that a process can be sent."""
 
     solver: Moreau
-    rows: MoreauRows
+    form: MoreauForm
     P: Tensor  # (nnz,) if all elements share it, or (k, nnz)
     A: Tensor
     q: Tensor  # (k, n)
@@ -210,7 +210,7 @@ class _Task(NamedTuple):
 
     def room(self, threads: int) -> int:
         """How many elements one call takes."""
-        layout = self.rows.layout
+        layout = self.form.layout
         order = layout.n + layout.m
         width = min(order, 4 * layout.size // order + 1)
         work = layout.n**2 * order if self.is_quick else 4 * order * width**2
@@ -221,7 +221,7 @@ class _Task(NamedTuple):
         """Whether the active-set method is to be tried."""
         if self.solver.method is not None:
             return self.solver.method == ACTIVE_SET
-        layout = self.rows.layout
+        layout = self.form.layout
         sized = layout.n <= DENSE and layout.m <= max(DENSE, 2 * layout.n)
         return sized and layout.cones.is_polyhedral and bool(self.P.any())
 
@@ -245,15 +245,15 @@ def _solve_task(task: _Task) -> Answer:
 
 def _by_interior_points(task: _Task, places: list[int]) -> Answer:
     """Elements with a state start from it, in a call of their own; those that it leads nowhere start again without."""
-    layout, states = task.rows.layout, task.starts
+    layout, states = task.form.layout, task.starts
     warm = [place for place in places if isinstance(states[place], _State) and states[place].fits(layout)]
     if not warm:
         return _call(task, IPM, places, None)
     x, z, s = (torch.stack([getattr(states[place], name) for place in warm]) for name in ("x", "z", "s"))
     answer = _call(task, IPM, warm, (x, z, s))
-    again = [row for row, status in enumerate(answer.statuses) if status != _SOLVED and status not in _LIMITS]
+    again = [index for index, status in enumerate(answer.statuses) if status != _SOLVED and status not in _LIMITS]
     if again:
-        answer = answer.replaced(again, _call(task, IPM, [warm[row] for row in again], None))
+        answer = answer.replaced(again, _call(task, IPM, [warm[index] for index in again], None))
     cold = sorted(set(places) - set(warm))
     if not cold:
         return answer
@@ -264,12 +264,12 @@ def _by_interior_points(task: _Task, places: list[int]) -> Answer:
 
 def _active_sets(task: _Task) -> tuple[Tensor, Tensor, Tensor] | None:
     """Starts of the active-set method: multipliers, whose signs are the active set; zeros are a cold start."""
-    layout = task.rows.layout
-    own = [isinstance(state, _State) and state.method == ACTIVE_SET and state.fits(layout) for state in task.starts]
-    if not any(own):
+    layout = task.form.layout
+    fitting = [isinstance(state, _State) and state.method == ACTIVE_SET and state.fits(layout) for state in task.starts]
+    if not any(fitting):
         return None
     nothing = task.q.new_zeros(layout.m)
-    z = torch.stack([state.z if fits else nothing for state, fits in zip(task.starts, own, strict=True)])
+    z = torch.stack([state.z if fits else nothing for state, fits in zip(task.starts, fitting, strict=True)])
     return torch.zeros_like(task.q), z, torch.zeros_like(z)
 
 
@@ -297,11 +297,11 @@ def _corrected(task: _Task, answer: Answer) -> tuple[Answer, list[bool]]:
 
 def _stationarity(task: _Task, answer: Answer) -> tuple[Tensor, Tensor]:
     """``P x + q + Aᵀz``, (k, n), and the size of its terms, (k,), at least 1; NaN where x is not finite."""
-    layout, size, x, z = task.rows.layout, task.size, answer.x, answer.z
-    quadratic = task.rows.structure.quadratic.matvec(task.P, x)
-    rows = from_numpy(np.repeat(np.arange(layout.m), np.diff(layout.A_offsets))).to(x.device)
-    columns = from_numpy(layout.A_columns).to(x.device)
-    linear = torch.zeros_like(x).index_add(1, columns, per_element(task.A, size) * z[:, rows])
+    layout, size, x, z = task.form.layout, task.size, answer.x, answer.z
+    quadratic = task.form.structure.quadratic.matvec(task.P, x)
+    row_of_entry = from_numpy(np.repeat(np.arange(layout.m), np.diff(layout.A_offsets))).to(x.device)
+    column_of_entry = from_numpy(layout.A_columns).to(x.device)
+    linear = torch.zeros_like(x).index_add(1, column_of_entry, per_element(task.A, size) * z[:, row_of_entry])
     scale = 1.0 + torch.maximum(quadratic.abs().amax(1), linear.abs().amax(1))
     return quadratic + task.q + linear, scale
 
@@ -309,11 +309,11 @@ def _stationarity(task: _Task, answer: Answer) -> tuple[Tensor, Tensor]:
 def _call(task: _Task, method: str, places: list[int], start: tuple[Tensor, Tensor, Tensor] | None) -> Answer:
     """One compiled call, by an object out of the cache of idle ones."""
     pause()
-    size, layout, solver = len(places), task.rows.layout, task.solver
+    size, layout, solver = len(places), task.form.layout, task.solver
     task = task.select(places, task.size)
     device = task.q.device
     # The threads of an object do not outlive a fork, and a solve in the child would wait for them (moreau 0.4.1).
-    family = (solver, *task.rows.key, method, os.getpid(), str(device))
+    family = (solver, *task.form.key, method, os.getpid(), str(device))
     key = (*family, size, task.threads)
     made: Compiled | OnDevice | None = workspaces.take(key)
     if made is None:

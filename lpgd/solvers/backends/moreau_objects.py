@@ -64,7 +64,7 @@ class Answer(NamedTuple):
 
     def replaced(self, places: list[int], other: Answer) -> Answer:
         """The same with the answers of ``other`` at these places, whose iterations are added."""
-        x, z, s, iterations = (part.clone() for part in (self.x, self.z, self.s, self.iterations))
+        x, z, s, iterations = (tensor.clone() for tensor in (self.x, self.z, self.s, self.iterations))
         x[places], z[places], s[places] = other.x, other.z, other.s
         iterations[places] += other.iterations
         statuses, methods = list(self.statuses), list(self.methods)
@@ -73,19 +73,21 @@ class Answer(NamedTuple):
         return Answer(x, z, s, statuses, iterations, methods)
 
     def reordered(self, order: Sequence[int]) -> Answer:
-        rows = torch.tensor(order)
-        x, z, s = (part[rows.to(part.device)] for part in (self.x, self.z, self.s))
-        statuses, methods = [self.statuses[row] for row in order], [self.methods[row] for row in order]
-        return Answer(x, z, s, statuses, self.iterations[rows], methods)
+        index = torch.tensor(order)
+        x, z, s = (tensor[index.to(tensor.device)] for tensor in (self.x, self.z, self.s))
+        statuses, methods = [self.statuses[place] for place in order], [self.methods[place] for place in order]
+        return Answer(x, z, s, statuses, self.iterations[index], methods)
 
 
-def joined(parts: Sequence[Answer]) -> Answer:
+def joined(answers: Sequence[Answer]) -> Answer:
     """The answers of several parts of a batch, one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    x, z, s, iterations = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "z", "s", "iterations"))
-    statuses = [status for part in parts for status in part.statuses]
-    return Answer(x, z, s, statuses, iterations, [method for part in parts for method in part.methods])
+    if len(answers) == 1:
+        return answers[0]
+    x, z, s, iterations = (
+        torch.cat([getattr(answer, name) for answer in answers]) for name in ("x", "z", "s", "iterations")
+    )
+    statuses = [status for answer in answers for status in answer.statuses]
+    return Answer(x, z, s, statuses, iterations, [method for answer in answers for method in answer.methods])
 
 
 def memory(layout: Layout, method: str, size: int) -> int:
@@ -119,7 +121,7 @@ class Compiled:
                 layout.n, layout.m, *patterns, cones, _active_settings(limits), batch_size=size
             )
         else:
-            lists = [part.tolist() for part in patterns]
+            lists = [pattern.tolist() for pattern in patterns]
             cones, settings = moreau_cpu.cones_to_cpu(_cones(layout, moreau_cpu)), _interior_settings(limits)
             self.solver = moreau_cpu.CompiledSolver(layout.n, layout.m, *lists, cones, settings, num_threads=threads)
 
@@ -127,22 +129,24 @@ class Compiled:
         """The answers to a batch, which depend on these inputs only."""
         P, A, q, b = (_array(datum) for datum in inputs[:4])
         self._set_up(P, A)
-        warm = [_array(part) for part in inputs.start or ()]
+        warm = [_array(array) for array in inputs.start or ()]
         if self.method == ACTIVE_SET:
             result = self.solver.solve(q, b, *warm)
-            parts = [result[name] for name in ("x", "z", "s")]
+            solved = [result[name] for name in ("x", "z", "s")]
             statuses, iterations = result["status"], result["iterations"]
         else:
-            flat = [part.ravel() for part in warm]
+            flat = [array.ravel() for array in warm]
             if self.has_semidefinite:  # which calls BLAS, in each of its threads
                 with bounded_blas():
                     result = self.solver.solve_flat(q.ravel(), b.ravel(), self.size, *flat)
             else:
                 result = self.solver.solve_flat(q.ravel(), b.ravel(), self.size, *flat)
-            parts = [np.array(part).reshape(self.size, -1) for part in (result.x, result.z, result.s)]
+            solved = [np.array(array).reshape(self.size, -1) for array in (result.x, result.z, result.s)]
             statuses, iterations = result.status, result.iterations
-        x, z, s = (from_numpy(part).to(inputs.q.device) for part in parts)
-        return Answer(x, z, s, [int(own) for own in statuses], torch.tensor(iterations), [self.method] * self.size)
+        x, z, s = (from_numpy(array).to(inputs.q.device) for array in solved)
+        return Answer(
+            x, z, s, [int(status) for status in statuses], torch.tensor(iterations), [self.method] * self.size
+        )
 
     def _set_up(self, P: FloatArray, A: FloatArray) -> None:
         """Hand matrices over, unless they are those that the object has."""
@@ -151,7 +155,7 @@ class Compiled:
         self.matrices = P.copy(), A.copy()
         shared = P.ndim == A.ndim == 1
         if not shared:
-            P, A = (np.ascontiguousarray(np.broadcast_to(own, (self.size, own.shape[-1]))) for own in (P, A))
+            P, A = (np.ascontiguousarray(np.broadcast_to(values, (self.size, values.shape[-1]))) for values in (P, A))
         if self.method == ACTIVE_SET:
             self.solver.setup(P, A)
         elif shared:
@@ -165,7 +169,7 @@ class OnDevice:
 
     def __init__(self, layout: Layout, size: int, limits: Limits, device: str) -> None:
         patterns = (layout.P_offsets, layout.P_columns, layout.A_offsets, layout.A_columns)
-        moreau, indices = _package("moreau"), [from_numpy(part) for part in patterns]
+        moreau, indices = _package("moreau"), [from_numpy(pattern) for pattern in patterns]
         settings = moreau.Settings(
             solver=IPM,
             device=device,
@@ -186,9 +190,9 @@ class OnDevice:
         if P.ndim != A.ndim:
             P, A = (datum.expand(self.size, -1).contiguous() for datum in (P, A))
         found, info = self.solver.solve(P, A, q, b), self.solver.info
-        x, z, s = (part.detach().reshape(self.size, -1) for part in (found.x, found.z, found.s))
+        x, z, s = (tensor.detach().reshape(self.size, -1) for tensor in (found.x, found.z, found.s))
         statuses, iterations = np.ravel(info.status), torch.as_tensor(info.iterations).reshape(-1).cpu()
-        return Answer(x, z, s, [int(own) for own in statuses], iterations.expand(self.size), [IPM] * self.size)
+        return Answer(x, z, s, [int(status) for status in statuses], iterations.expand(self.size), [IPM] * self.size)
 
 
 def _array(tensor: Tensor) -> FloatArray:
@@ -226,5 +230,5 @@ def _interior_settings(limits: Limits) -> Any:
 
 
 def _active_settings(limits: Limits) -> SimpleNamespace:
-    own = SimpleNamespace(primal_tol=limits.tolerance, iter_limit=limits.iterations)
-    return SimpleNamespace(active_set_settings=own, time_limit=limits.time_limit, verbose=limits.verbose)
+    specific = SimpleNamespace(primal_tol=limits.tolerance, iter_limit=limits.iterations)
+    return SimpleNamespace(active_set_settings=specific, time_limit=limits.time_limit, verbose=limits.verbose)

@@ -15,10 +15,10 @@ from lpgd.cones.product import Cones, upper_triangle_rows
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.solvers.backends.forms import RowForm, RowFrame
 
-__all__ = ["Layout", "MoreauRows", "own_form", "row_form"]
+__all__ = ["Layout", "MoreauForm", "in_problem_form", "row_form"]
 
 
-class MoreauRows(NamedTuple):
+class MoreauForm(NamedTuple):
     """What fixes the form that elements with the same finite bounds are solved in."""
 
     structure: ConicStructure
@@ -74,8 +74,8 @@ def _layout(frame: RowFrame, structure: ConicStructure) -> Layout:
     source = _moreau_rows(cones)
     place = np.empty_like(source)
     place[source] = np.arange(source.size)
-    rows = place[pattern.rows]
-    by_rows = np.lexsort((pattern.columns, rows))
+    entry_rows = place[pattern.rows]
+    by_rows = np.lexsort((pattern.columns, entry_rows))
     entries = np.arange(pattern.nnz) if frame.source is None else frame.source
     quadratic = structure.quadratic
     flat = sum(size == 1 for size in cones.second_order)
@@ -88,25 +88,25 @@ def _layout(frame: RowFrame, structure: ConicStructure) -> Layout:
         entries[by_rows],
         quadratic.indptr.astype(np.int64),  # P is symmetric: by columns is by rows
         quadratic.rows,
-        np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=max(source.size, 1)))]).astype(np.int64),
+        np.concatenate([[0], np.cumsum(np.bincount(entry_rows, minlength=max(source.size, 1)))]).astype(np.int64),
         pattern.columns[by_rows],
     )
 
 
 def _moreau_rows(cones: Cones) -> IntArray:
     """For each of Moreau's rows, that of the frame."""
-    rows = upper_triangle_rows(cones)
+    source = upper_triangle_rows(cones)
     if 1 in cones.second_order:  # it takes no second-order cones of one row, which are nonnegative ones
         section = cones.sections["second_order"]
         flat = np.repeat([size == 1 for size in cones.second_order], cones.second_order)
-        own = rows[section]
-        rows[section] = np.concatenate([own[flat], own[~flat]])
-    return rows
+        section_rows = source[section]
+        source[section] = np.concatenate([section_rows[flat], section_rows[~flat]])
+    return source
 
 
-def row_form(rows: MoreauRows, data: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def row_form(form: MoreauForm, data: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """A, q and b in Moreau's form, each shared or with one row for each element."""
-    layout = rows.layout
+    layout = form.layout
     frame, (q, A, b, lower, upper) = layout.frame, data[1:]
     order, source = (from_numpy(index).to(q.device) for index in (layout.order, layout.source))
     if frame.signs.size:
@@ -115,16 +115,16 @@ def row_form(rows: MoreauRows, data: Sequence[Tensor]) -> tuple[Tensor, Tensor, 
         size = max(datum.shape[0] if datum.ndim == 2 else 1 for datum in (b, lower, upper))
         b, lower, upper = (per_element(datum, size) for datum in (b, lower, upper))
         above, below = (
-            from_numpy(np.flatnonzero(own)).to(q.device) for own in (frame.finite_upper, frame.finite_lower)
+            from_numpy(np.flatnonzero(finite)).to(q.device) for finite in (frame.finite_upper, frame.finite_lower)
         )
         b = torch.cat([b[:, : frame.split], upper[:, above], -lower[:, below], b[:, frame.split :]], 1)
     b = b[..., source] if layout.source.size else b.new_ones(1)
     return A[..., order], q if q.ndim == 2 else q[None], b if b.ndim == 2 else b[None]
 
 
-def own_form(rows: MoreauRows, x: Tensor, z: Tensor, s: Tensor) -> tuple[ConicPoint, Tensor]:
+def in_problem_form(form: MoreauForm, x: Tensor, z: Tensor, s: Tensor) -> tuple[ConicPoint, Tensor]:
     """The point and the slack in the problem's own form."""
-    layout = rows.layout
+    layout = form.layout
     frame, count = layout.frame, layout.source.size
     place = from_numpy(np.argsort(layout.source)).to(x.device)
     y, slack, z = z[:, :count][:, place], s[:, :count][:, place], torch.zeros_like(x)
@@ -132,6 +132,6 @@ def own_form(rows: MoreauRows, x: Tensor, z: Tensor, s: Tensor) -> tuple[ConicPo
         multipliers, uppers = y[:, frame.bound_rows], frame.upper_index.size
         z[:, from_numpy(frame.upper_index).to(x.device)] += multipliers[:, :uppers]
         z[:, from_numpy(frame.lower_index).to(x.device)] -= multipliers[:, uppers:]
-        own = from_numpy(frame.own_rows).to(x.device)
-        y, slack = y[:, own], slack[:, own]
+        problem_rows = from_numpy(frame.own_rows).to(x.device)
+        y, slack = y[:, problem_rows], slack[:, problem_rows]
     return ConicPoint(x, y, z), slack

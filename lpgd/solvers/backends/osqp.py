@@ -87,10 +87,10 @@ class _PreparedOSQP(Prepared):
         self.options, self.n, self.m = options, form.n, form.m
         # The bounds are rows, of the variables that have some.
         self.bounded = form.bounded
-        rows = form.m + self.bounded.size
+        row_count = form.m + self.bounded.size
         ones = np.ones(self.bounded.size), (np.arange(self.bounded.size), self.bounded)
         A = sp.vstack([form.A, sp.csr_array(ones, shape=(self.bounded.size, form.n))])
-        self.cold = _State(np.zeros(form.n), np.zeros(rows), options.rho)
+        self.cold = _State(np.zeros(form.n), np.zeros(row_count), options.rho)
         self.solver = osqp.OSQP()
         try:
             # OSQP knows SciPy's matrices, not its arrays (osqp 1.1.3).
@@ -99,8 +99,8 @@ class _PreparedOSQP(Prepared):
                     sp.csc_matrix(form.upper_P()),
                     np.zeros(form.n),
                     sp.csc_matrix(A),
-                    np.zeros(rows),
-                    np.zeros(rows),
+                    np.zeros(row_count),
+                    np.zeros(row_count),
                     verbose=options.verbose,
                     max_iter=options.max_iterations,
                     eps_abs=options.tolerance,

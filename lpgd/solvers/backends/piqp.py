@@ -99,8 +99,8 @@ class _PreparedPIQP(Prepared):
         zero = self.zero
         if self.sparse:
             # PIQP knows SciPy's matrices, not its arrays (piqp 0.7.0).
-            rows = sp.csr_array(form.A)
-            return sp.csc_matrix(form.full_P()), sp.csc_matrix(rows[:zero]), sp.csc_matrix(rows[zero:])
+            A = sp.csr_array(form.A)
+            return sp.csc_matrix(form.full_P()), sp.csc_matrix(A[:zero]), sp.csc_matrix(A[zero:])
         P, dense = np.asfortranarray(form.dense_P()), form.dense_A()
         return P, np.asfortranarray(dense[:zero]), np.asfortranarray(dense[zero:])
 

@@ -78,5 +78,5 @@ class Workspace(NamedTuple):
 
 def fits(workspace: Workspace, pair: Pair) -> bool:
     """Whether it is for these very values."""
-    own = workspace.matrices
-    return own is not None and np.array_equal(own.P, pair.P) and np.array_equal(own.A, pair.A)
+    matrices = workspace.matrices
+    return matrices is not None and np.array_equal(matrices.P, pair.P) and np.array_equal(matrices.A, pair.A)

@@ -79,8 +79,8 @@ class _PreparedProxQP(Prepared):
         # takes multipliers of the rows alone (proxsuite 0.8.0).
         self.bounded = form.bounded
         equalities, inequalities = self._rows(form)
-        self.rows, rows = form.m - self.zero, inequalities.shape[0]
-        self.solver = proxqp.dense.QP(form.n, self.zero, rows)
+        self.rows, inequality_count = form.m - self.zero, inequalities.shape[0]
+        self.solver = proxqp.dense.QP(form.n, self.zero, inequality_count)
         settings = self.solver.settings
         settings.eps_abs, settings.eps_rel = options.tolerance, 0.0
         settings.max_iter, settings.verbose = options.max_iterations, options.verbose
@@ -88,7 +88,7 @@ class _PreparedProxQP(Prepared):
         settings.check_duality_gap = True
         settings.eps_duality_gap_abs, settings.eps_duality_gap_rel = options.tolerance, 0.0
         settings.eps_primal_inf = settings.eps_dual_inf = 1e-6  # by default 1e-4, which feasible problems meet
-        ends = np.zeros(rows)
+        ends = np.zeros(inequality_count)
         self.solver.init(form.dense_P(), np.zeros(form.n), equalities, np.zeros(self.zero), inequalities, ends, ends)
 
     def _rows(self, form: IntervalForm) -> tuple[FloatArray, FloatArray]:
@@ -109,7 +109,7 @@ class _PreparedProxQP(Prepared):
         solver.update(
             g=vectors.q, b=vectors.row_upper[:zero], l=np.maximum(lower, -_INFINITE), u=np.minimum(upper, _INFINITE)
         )
-        if state is not None and [part.size for part in state] == [self.n, zero, upper.size]:
+        if state is not None and [values.size for values in state] == [self.n, zero, upper.size]:
             solver.settings.initial_guess = self.warm
             solver.solve(*state)
         else:
@@ -121,7 +121,7 @@ class _PreparedProxQP(Prepared):
         if not status.has_iterate and status not in (Status.INFEASIBLE, Status.UNBOUNDED):
             return Outcome(status, None, iterations)
         # Iterates of a problem without a solution diverge along what proves it, more or less.
-        x, y, z = (np.array(part) for part in (results.x, results.y, results.z))  # views of the workspace
+        x, y, z = (np.array(values) for values in (results.x, results.y, results.z))  # views of the workspace
         bounds = np.zeros(self.n)
         bounds[bounded] = z[self.rows :]
         point = IntervalPoint(x, np.concatenate([y, z[: self.rows]]), bounds)

@@ -107,7 +107,7 @@ class _PreparedSCS(Prepared):
 
     def _set_up(self) -> Any:
         options = self.options
-        own = {name: getattr(options, name) for name in _OWN_DEFAULTS if getattr(options, name) is not None}
+        given = {name: getattr(options, name) for name in _OWN_DEFAULTS if getattr(options, name) is not None}
         try:
             # It prints that it cannot factorise a matrix, whatever verbose is (scs 3.3.1).
             with quiet(not options.verbose):
@@ -121,7 +121,7 @@ class _PreparedSCS(Prepared):
                     verbose=options.verbose,
                     scale=options.scale,
                     linear_solver=options.linear_solver,
-                    **own,
+                    **given,
                 )
         except ValueError as error:
             if "ScsWork" in str(error):  # "ScsWork allocation error!": its factorisation broke down (scs 3.3.1)
