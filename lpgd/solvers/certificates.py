@@ -36,14 +36,14 @@ MARGIN = 1e-9
 def proves_infeasible(problem: ConicProblem, y: Tensor) -> Tensor:
     """(B,) whether multipliers y (B, m), with the best z that goes with them, prove that no point is feasible."""
     size, structure = problem.batch_size, problem.structure
-    y = _each_finite(y, lambda rows: from_numpy(np.asarray(project(structure.cones, rows, dual=True))))
+    y = _each_finite(y, lambda points: from_numpy(np.asarray(project(structure.cones, points, dual=True))))
     y = y / maximum_norm(y)[:, None].clamp(min=1e-300)
     slope = structure.constraint.rmatvec(problem.data.A, y)
     lower, upper = problem.full_bounds()
-    # z = -Aᵀy wherever there is a bound on the side that its sign asks for; the rest is the residual r.
+    # z = -Aᵀy wherever there is a bound on the side that its sign asks for; what is left is the residual r.
     held = torch.where(slope < 0, torch.isfinite(upper), torch.isfinite(lower))
     z = torch.where(held, -slope, 0.0)
-    rest = maximum_norm(slope + z)
+    residual = maximum_norm(slope + z)
     b = per_element(problem.data.b, size)
     above, below = z.clamp(min=0), (-z).clamp(min=0)
     terms = [
@@ -52,7 +52,7 @@ def proves_infeasible(problem: ConicProblem, y: Tensor) -> Tensor:
         -torch.where(torch.isfinite(lower), lower, 0.0) * below,
     ]
     value, magnitude = sum(term.sum(-1) for term in terms), sum(term.abs().sum(-1) for term in terms)
-    return (value < -MARGIN * magnitude) & (rest * REACH <= -value)
+    return (value < -MARGIN * magnitude) & (residual * REACH <= -value)
 
 
 def proves_unbounded(problem: ConicProblem, direction: Tensor) -> Tensor:
@@ -66,16 +66,16 @@ def proves_unbounded(problem: ConicProblem, direction: Tensor) -> Tensor:
     terms = per_element(problem.data.q, size) * d
     value, curvature = terms.sum(-1), (d * problem.quadratic_product(d)).sum(-1)
     outward = structure.constraint.matvec(problem.data.A, d)
-    left = _each_finite(-outward, lambda rows: from_numpy(np.asarray(distance(structure.cones, rows)))[:, None])
+    left = _each_finite(-outward, lambda points: from_numpy(np.asarray(distance(structure.cones, points)))[:, None])
     # Along d the objective falls to t = v / dᵀP d, by then A x has left the cone by t times its distance.
     falls = value < -MARGIN * terms.abs().sum(-1)
     return falls & (curvature * REACH <= -value) & (left[:, 0] * REACH <= 1.0)
 
 
-def _each_finite(rows: Tensor, function: Callable[[np.ndarray], Tensor]) -> Tensor:
-    """A function of finite rows, on the CPU; NaN for the others."""
-    finite = torch.isfinite(rows).all(-1)
-    found = function(rows[finite].cpu().numpy()).to(rows)
-    whole = rows.new_full((rows.shape[0], *found.shape[1:]), torch.nan)
+def _each_finite(vectors: Tensor, function: Callable[[np.ndarray], Tensor]) -> Tensor:
+    """A function of finite vectors, on the CPU; NaN for the others."""
+    finite = torch.isfinite(vectors).all(-1)
+    found = function(vectors[finite].cpu().numpy()).to(vectors)
+    whole = vectors.new_full((vectors.shape[0], *found.shape[1:]), torch.nan)
     whole[finite] = found
     return whole

@@ -137,8 +137,8 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
     ranked: dict[type[ConicSolver], str] = {}
     for solver, reason in best:
         ranked.setdefault(solver, reason)
-    rest = SOLVERS if not polyhedral else _LINEAR_TAIL if linear else _QUADRATIC_TAIL
-    for solver in (*rest, *SOLVERS):
+    tail = SOLVERS if not polyhedral else _LINEAR_TAIL if linear else _QUADRATIC_TAIL
+    for solver in (*tail, *SOLVERS):
         ranked.setdefault(solver, "the first that takes such problems")
     return list(ranked.items())
 

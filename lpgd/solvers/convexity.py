@@ -41,11 +41,11 @@ def is_convex(problem: ConicProblem) -> Tensor:
     if not pattern.nnz:
         return values.new_ones(problem.batch_size, dtype=torch.bool)
 
-    def rows() -> Tensor:
+    def compute() -> Tensor:
         definite = pattern.is_dense and problem.structure.n <= DENSE_LIMIT
         return _rows_convex(pattern, values, _rows_definite(problem) if definite else None)
 
-    found = _memo(problem.data.P, ("convex", pattern.digest), rows)
+    found = _memo(problem.data.P, ("convex", pattern.digest), compute)
     return per_element(found[:, None], problem.batch_size)[:, 0]
 
 
@@ -60,14 +60,14 @@ def _rows_definite(problem: ConicProblem) -> Tensor:
     """(R,) the same for each row of P."""
     pattern = problem.structure.quadratic
 
-    def rows() -> Tensor:
+    def compute() -> Tensor:
         known = torch.atleast_2d(problem.symmetric_P.detach())
         dense = pattern.shape[0] <= DENSE_LIMIT or pattern.nnz > 0.2 * pattern.shape[0] ** 2
         if not pattern.is_dense and np.unique(pattern.rows).size < pattern.shape[0]:  # a variable without curvature
             return known.new_zeros(len(known), dtype=torch.bool)
         return (_by_cholesky if dense else _by_pivots)(pattern, known, -DEFINITE * maximum_norm(curvatures(problem)))
 
-    return _memo(problem.data.P, ("definite", pattern.digest), rows)
+    return _memo(problem.data.P, ("definite", pattern.digest), compute)
 
 
 _memo = TensorMemo()
@@ -82,12 +82,12 @@ def _rows_convex(pattern: SparsityPattern, values: Tensor, definite: Tensor | No
     for single in (False, True):
         left = rows_where(~convex)
         if single and left.shape[0]:
-            part = values[left]
-            left = left[(part == part.float().double()).all(-1)]
+            left_values = values[left]
+            left = left[(left_values == left_values.float().double()).all(-1)]
         if left.shape[0]:
-            part = values if left.shape[0] == len(values) else values[left]
+            left_values = values if left.shape[0] == len(values) else values[left]
             precision = float(np.finfo(np.float32).eps) * max(n, 8) if single else FINEST
-            convex[left] = by_factors(pattern, part, (precision * part.abs().amax(-1)).clamp(min=1e-300))
+            convex[left] = by_factors(pattern, left_values, (precision * left_values.abs().amax(-1)).clamp(min=1e-300))
     if bool(convex.all()):
         return convex
     return convex | ~torch.isfinite(values.sum(-1))
@@ -97,8 +97,8 @@ def _dominated(pattern: SparsityPattern, values: Tensor) -> Tensor:
     """(R,) whether each diagonal entry is at least the sum of the others in its row (Gershgorin)."""
     diagonal = from_numpy(pattern.rows == pattern.columns).to(values.device)
     signed = torch.where(diagonal, values, -values.abs())
-    rows = from_numpy(pattern.rows).to(values.device)
-    return (values.new_zeros(len(values), pattern.shape[0]).index_add(1, rows, signed) >= 0).all(-1)
+    row_of_entry = from_numpy(pattern.rows).to(values.device)
+    return (values.new_zeros(len(values), pattern.shape[0]).index_add(1, row_of_entry, signed) >= 0).all(-1)
 
 
 def _by_cholesky(pattern: SparsityPattern, values: Tensor, shift: Tensor) -> Tensor:
@@ -106,15 +106,15 @@ def _by_cholesky(pattern: SparsityPattern, values: Tensor, shift: Tensor) -> Ten
     used = np.arange(pattern.shape[0]) if pattern.is_dense else np.unique(pattern.rows)
     count = max(1, PART // used.size**2)
     found = []
-    for part, own in zip(values.split(count), shift.split(count), strict=True):
+    for chunk, chunk_shift in zip(values.split(count), shift.split(count), strict=True):
         if pattern.is_dense:
-            matrices = part.reshape(-1, used.size, used.size).clone()
+            matrices = chunk.reshape(-1, used.size, used.size).clone()
         else:
             place = np.searchsorted(used, pattern.rows) * used.size + np.searchsorted(used, pattern.columns)
-            matrices = part.new_zeros(len(part), used.size * used.size)
-            matrices[:, from_numpy(place).to(part.device)] = part
+            matrices = chunk.new_zeros(len(chunk), used.size * used.size)
+            matrices[:, from_numpy(place).to(chunk.device)] = chunk
             matrices = matrices.reshape(-1, used.size, used.size)
-        matrices.diagonal(dim1=-2, dim2=-1).add_(own[:, None])
+        matrices.diagonal(dim1=-2, dim2=-1).add_(chunk_shift[:, None])
         found.append(linalg.cholesky_ex(matrices).info == 0)
     return torch.cat(found)
 
@@ -122,9 +122,9 @@ def _by_cholesky(pattern: SparsityPattern, values: Tensor, shift: Tensor) -> Ten
 def _by_pivots(pattern: SparsityPattern, values: Tensor, shift: Tensor) -> Tensor:
     """By the signs of the pivots of a sparse factorisation without exchanges of rows (Sylvester's law of inertia)."""
     found = []
-    for row, own in zip(values.cpu().numpy(), floats(shift), strict=True):
-        matrix = pattern.csc(row)
-        matrix.setdiag(matrix.diagonal() + own)
+    for entries, added in zip(values.cpu().numpy(), floats(shift), strict=True):
+        matrix = pattern.csc(entries)
+        matrix.setdiag(matrix.diagonal() + added)
         try:
             factor = spla.splu(
                 matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}

@@ -204,8 +204,8 @@ class _Results:
         if tuple(values.shape) != task.shape:
             raise ValueError(f"the {source} answered shape {tuple(values.shape)} for element {place}; {expected}.")
         self.x[index] = values  # a copy: the solver may use its array again
-        own = oracle.features is None and not oracle.warm_start
-        self.answers[index] = self.x[index] if own else _copied(answer)
+        is_solution = oracle.features is None and not oracle.warm_start
+        self.answers[index] = self.x[index] if is_solution else _copied(answer)
         self.statuses.append(Status.SOLVED)
 
     def finish(self) -> _Results:
@@ -231,7 +231,8 @@ def _solve_each(task: _Task) -> _Results | _Raised:
     with torch.no_grad():
         for index, place in enumerate(task.places):
             pause()
-            extra, center = [rows[index] for rows in task.extra], None if task.centers is None else task.centers[index]
+            extra = [values[index] for values in task.extra]
+            center = None if task.centers is None else task.centers[index]
             started = clock()
             try:
                 answer, solution = task.call(task.costs[index], extra, task.starts[index], center)

@@ -120,14 +120,14 @@ class PerturbedPoints:
             fit = fit & torch.tensor([status is Status.SOLVED for status in solution.statuses])
         if not bool(fit.any()):
             return None
-        tilt = ConicPoint(*(part.to(solution.x.dtype) for part in cotangent))
+        tilt = ConicPoint(*(tensor.to(solution.x.dtype) for tensor in cotangent))
         return cls(augmented, solution.point, solution.slack, tilt, unit, fit, solver)
 
-    def select(self, rows: Tensor) -> PerturbedPoints:
+    def select(self, elements: Tensor) -> PerturbedPoints:
         """The same for some elements."""
         return PerturbedPoints(
-            self.problem.select(rows), self.point.select(rows), self.slack[rows], self.cotangent.select(rows),
-            self.unit[rows], self.fit[rows], self.solver,
+            self.problem.select(elements), self.point.select(elements), self.slack[elements],
+            self.cotangent.select(elements), self.unit[elements], self.fit[elements], self.solver,
         )  # fmt: skip
 
     def solve(
@@ -140,15 +140,15 @@ class PerturbedPoints:
         if not bool(wanted.any()):
             return solver.solve(tilted, states, executor)
         found = self._found(steps, wanted)
-        rest = elements_where(~found.solved)
-        if len(rest) == steps.shape[0]:
+        unsolved = elements_where(~found.solved)
+        if len(unsolved) == steps.shape[0]:
             return solver.solve(tilted, states, executor)
         answer = self._solution(tilted, found)
-        if not rest:
+        if not unsolved:
             return answer
-        own = tuple(states[element % len(states)] for element in rest) if len(states) else ()
-        other = solver.solve(tilted.select(as_index(rest, tilted.device)), own, executor)
-        return merged(replace(answer, asked=other.asked), rest, other, [True] * len(rest), keep_states=True)
+        unsolved_states = tuple(states[element % len(states)] for element in unsolved) if len(states) else ()
+        other = solver.solve(tilted.select(as_index(unsolved, tilted.device)), unsolved_states, executor)
+        return merged(replace(answer, asked=other.asked), unsolved, other, [True] * len(unsolved), keep_states=True)
 
     # -- in units of order 1 --------------------------------------------------------------------------------------
 
@@ -178,8 +178,8 @@ class PerturbedPoints:
 
     @cached_property
     def _system(self) -> Factored | ActiveSystem:
-        own = Points(self._inside)
-        return own.factored(*self._start) if self._factor is None else self._factor.at(own.pieces(*self._start))
+        points = Points(self._inside)
+        return points.factored(*self._start) if self._factor is None else self._factor.at(points.pieces(*self._start))
 
     @cached_property
     def _direction(self) -> tuple[Tensor, Tensor]:
@@ -190,14 +190,14 @@ class PerturbedPoints:
 
     def _found(self, steps: Tensor, wanted: Tensor) -> _Found:
         copies = steps.shape[0] // self.problem.batch_size
-        own = Points(self._inside.tilt(steps, self._tilt))
-        base_xi, base_v = (part.repeat(copies, 1) for part in self._start)
-        d_xi, d_v = (part.repeat(copies, 1) for part in self._direction)
+        points = Points(self._inside.tilt(steps, self._tilt))
+        base_xi, base_v = (tensor.repeat(copies, 1) for tensor in self._start)
+        d_xi, d_v = (tensor.repeat(copies, 1) for tensor in self._direction)
         xi, v = base_xi + steps[:, None] * d_xi, base_v + steps[:, None] * d_v
         wanted = wanted & torch.isfinite(xi).all(-1) & torch.isfinite(v).all(-1)
         xi, v = torch.where(wanted[:, None], xi, base_xi), torch.where(wanted[:, None], v, base_v)
-        changes = (Points(self._inside).pieces(*self._start).repeat(copies, 1) != own.pieces(xi, v)).sum(-1)
-        error, slope, rows = own.residual(xi, v)
+        changes = (Points(self._inside).pieces(*self._start).repeat(copies, 1) != points.pieces(xi, v)).sum(-1)
+        error, slope, row_error = points.residual(xi, v)
         size = torch.maximum(maximum_norm(xi), maximum_norm(v)).clamp(min=1.0)
         share = (steps.abs() / self.unit.repeat(copies)).clamp(max=1.0)
         accepted = size * torch.minimum(torch.full_like(share, ROUNDING), ACCURACY * share)
@@ -210,14 +210,14 @@ class PerturbedPoints:
         for _ in range(CHORDS if curved else 1):
             if not bool(going.any()):
                 break
-            move = self._broyden(slope, rows, moves)
+            move = self._broyden(slope, row_error, moves)
             move = torch.where((going & torch.isfinite(move).all(-1))[:, None], move, 0.0)
             new = xi + move[:, : xi.shape[1]], v + move[:, xi.shape[1] :]
-            found = own.residual(*new)
+            found = points.residual(*new)
             better = going & (found[0] <= FALL * error)
-            xi, v, slope, rows = (
+            xi, v, slope, row_error = (
                 torch.where(better[:, None], fresh, old)
-                for fresh, old in zip((*new, *found[1:]), (xi, v, slope, rows), strict=True)
+                for fresh, old in zip((*new, *found[1:]), (xi, v, slope, row_error), strict=True)
             )
             error = torch.where(better, found[0], error)
             moves.append(move)
@@ -232,10 +232,10 @@ class PerturbedPoints:
             worth &= changes == 0  # with another active set there is another vertex, and no system leads there
         todo = worth.nonzero()[:, 0]
         if todo.shape[0]:
-            self._newton(own, todo, xi, v, error, accepted, size, solved, taken)
-        return _Found(*own.point(xi, v), error, solved, taken)
+            self._newton(points, todo, xi, v, error, accepted, size, solved, taken)
+        return _Found(*points.point(xi, v), error, solved, taken)
 
-    def _broyden(self, slope: Tensor, rows: Tensor, moves: Sequence[Tensor]) -> Tensor:
+    def _broyden(self, slope: Tensor, row_error: Tensor, moves: Sequence[Tensor]) -> Tensor:
         """The next step (k E, n + m) of Broyden's method, from what is left of F and the steps so far.
 
         It corrects the systems of the solutions by what the steps have shown of F, one rank at a time: with
@@ -243,40 +243,43 @@ class PerturbedPoints:
         and nonlinear equations, 1995, section 7.3).
         """
         count = self.problem.batch_size
-        parts = [
+        chords = [
             torch.cat(
-                Points(self._inside).chord(self._system, slope[start : start + count], rows[start : start + count]), 1
+                Points(self._inside).chord(
+                    self._system, slope[start : start + count], row_error[start : start + count]
+                ),
+                1,
             )
             for start in range(0, slope.shape[0], count)
         ]
-        move = torch.cat(parts)
+        move = torch.cat(chords)
         for last, new in pairwise(moves):
             move = move + new * _share(last, move)
         return move / (1.0 - _share(moves[-1], move))
 
     def _newton(
-        self, own: Points, todo: Tensor, xi: Tensor, v: Tensor, error: Tensor, accepted: Tensor, size: Tensor,
+        self, points: Points, todo: Tensor, xi: Tensor, v: Tensor, error: Tensor, accepted: Tensor, size: Tensor,
         solved: Tensor, taken: Tensor,
     ) -> None:  # fmt: skip
         """Whole steps of the elements ``todo`` with systems of their own; what is found is written to the tensors."""
         for _ in range(STEPS):
-            part = own.select(todo)
-            here_xi, here_v = xi[todo], v[todo]
-            _, slope, rows = part.residual(here_xi, here_v)
+            chosen = points.select(todo)
+            start_xi, start_v = xi[todo], v[todo]
+            _, slope, row_error = chosen.residual(start_xi, start_v)
             system: Factored | ActiveSystem
             if self._factor is None:
-                system = part.factored(here_xi, here_v)
+                system = chosen.factored(start_xi, start_v)
             else:
-                system = self._factor.select(todo % self.problem.batch_size).at(part.pieces(here_xi, here_v))
-            d_xi, d_v = part.chord(system, slope, rows)
+                system = self._factor.select(todo % self.problem.batch_size).at(chosen.pieces(start_xi, start_v))
+            d_xi, d_v = chosen.chord(system, slope, row_error)
             fine = from_numpy(system.regular) & torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)
-            new_xi, new_v = (torch.where(fine[:, None], old + d, old) for old, d in ((here_xi, d_xi), (here_v, d_v)))
-            found = part.residual(new_xi, new_v)[0]
+            new_xi, new_v = (torch.where(fine[:, None], old + d, old) for old, d in ((start_xi, d_xi), (start_v, d_v)))
+            found = chosen.residual(new_xi, new_v)[0]
             moved = todo[fine]
             xi[moved], v[moved], error[moved] = new_xi[fine], new_v[fine], found[fine]
             taken[moved] += 1
             # The system has to be that of the point that is found, so that there is no other solution.
-            same = (part.pieces(here_xi, here_v) == part.pieces(new_xi, new_v)).all(-1)
+            same = (chosen.pieces(start_xi, start_v) == chosen.pieces(new_xi, new_v)).all(-1)
             solved[todo] = fine & same & (found <= accepted[todo])
             todo = todo[fine & ~solved[todo]]
             if not todo.shape[0]:
@@ -288,7 +291,7 @@ class PerturbedPoints:
         points, slacks = [], []
         for start in range(0, size, count):
             side = slice(start, start + count)
-            points.append(self._units.point_out(self.problem, ConicPoint(*(part[side] for part in found.point))))
+            points.append(self._units.point_out(self.problem, ConicPoint(*(tensor[side] for tensor in found.point))))
             slacks.append(self._units.slack_out(self.problem, found.slack[side]))
         point = ConicPoint(*(torch.cat(columns) for columns in zip(*points, strict=True)))
         nothing = np.zeros(size)

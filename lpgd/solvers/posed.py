@@ -129,13 +129,13 @@ def _exponents(states: Sequence[Any], size: int) -> Tensor | None:
     """(B, 2) exponents of the units that states are in; NaN where there is none."""
     if not states or size == 0:
         return None
-    rows = []
+    exponents = []
     for state in states:
         if isinstance(state, _State):
-            rows.append([state.length, state.cost])
+            exponents.append([state.length, state.cost])
         else:
-            rows.append([torch.nan, torch.nan] if state is None else [0.0, 0.0])
-    return torch.tensor(rows, dtype=torch.float64).repeat(size // len(rows), 1)
+            exponents.append([torch.nan, torch.nan] if state is None else [0.0, 0.0])
+    return torch.tensor(exponents, dtype=torch.float64).repeat(size // len(exponents), 1)
 
 
 def _states_in(states: Sequence[Any], units: Units, size: int) -> Sequence[Any]:
@@ -143,22 +143,22 @@ def _states_in(states: Sequence[Any], units: Units, size: int) -> Sequence[Any]:
     plain = units.length is None and units.cost is None
     if not states or (plain and not any(isinstance(state, _State) for state in states)):
         return states
-    own = units.exponents(size).tolist()
+    exponents = units.exponents(size).tolist()
     found = []
     for element in range(size):
         state = states[element % len(states)]
         length, cost, inner = state if isinstance(state, _State) else (0.0, 0.0, state)
-        found.append(inner if [length, cost] == own[element] else None)
+        found.append(inner if [length, cost] == exponents[element] else None)
     return found
 
 
 def _states_out(states: Sequence[Any], units: Units) -> Sequence[Any]:
     if units.length is None and units.cost is None:
         return states
-    own = units.exponents(len(states)).tolist()
+    exponents = units.exponents(len(states)).tolist()
     return tuple(
         None if state is None else _State(length, cost, state)
-        for state, (length, cost) in zip(states, own, strict=True)
+        for state, (length, cost) in zip(states, exponents, strict=True)
     )
 
 
@@ -201,7 +201,7 @@ def judged(
     if nothing:  # certificates are no points
         mask = torch.zeros(size, 1, dtype=torch.bool, device=problem.device)
         mask[nothing] = True
-        point = ConicPoint(*(torch.where(mask, torch.nan, part) for part in point))
+        point = ConicPoint(*(torch.where(mask, torch.nan, tensor) for tensor in point))
         slack = torch.where(mask, torch.nan, slack)
         states = tuple(state if status.has_iterate else None for state, status in zip(states, statuses, strict=True))
     point = units.point_out(problem, point)
@@ -255,12 +255,12 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> ConicSoluti
         return replace(answer, known_to=known_to, refined=taken)
     found = refine(problem, answer.point, answer.slack, as_index(elements, problem.device), keep=True)
     better = found.after < found.before
-    rows = torch.tensor(elements, device=problem.device)[better]
+    improved = torch.tensor(elements, device=problem.device)[better]
     changes = {name: getattr(answer, name).clone() for name in ("x", "y", "z", "slack")}
-    for name, part in (*found.point._asdict().items(), ("slack", found.slack)):
-        changes[name][rows] = part[better]
+    for name, tensor in (*found.point._asdict().items(), ("slack", found.slack)):
+        changes[name][improved] = tensor[better]
     known_to[elements], taken[elements] = found.after, found.taken.cpu()
-    room = sum(part.factored.entries for part in found.kept) * 8 <= KEPT_BYTES
+    room = sum(factor.factored.entries for factor in found.kept) * 8 <= KEPT_BYTES
     systems = (*answer.systems, *found.kept) if room else answer.systems
     return replace(answer, **changes, known_to=known_to, refined=taken, systems=systems)
 

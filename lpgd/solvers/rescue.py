@@ -47,12 +47,12 @@ def _vague(solution: ConicSolution) -> list[int]:
     polyhedral = structure.cones.is_polyhedral and not structure.has_integers
     if solution.known_to is None or not polyhedral or not is_small(structure):
         return []
-    rows = elements_where(solution.known_to > VAGUE)
-    rows = [row for row in rows if solution.statuses[row] is Status.SOLVED]
-    if not rows:
+    elements = elements_where(solution.known_to > VAGUE)
+    elements = [element for element in elements if solution.statuses[element] is Status.SOLVED]
+    if not elements:
         return []
     size = problem.in_own_units(solution.point).largest().clamp(min=1.0)
-    return [row for row in rows if float(solution.known_to[row]) > VAGUE * float(size[row])]
+    return [element for element in elements if float(solution.known_to[element]) > VAGUE * float(size[element])]
 
 
 def settled(
@@ -124,8 +124,8 @@ def _unproven(solution: ConicSolution) -> list[int]:
 
 def _is_better(solution: ConicSolution, elements: Sequence[int], again: ConicSolution) -> list[bool]:
     """Whether an inaccurate answer is nearer to a solution than the one that there is; any is, where there is none."""
-    own = torch.where(solution.usable, solution.error, torch.inf)[list(elements)]
-    return flags(again.usable & (again.error < own))
+    present = torch.where(solution.usable, solution.error, torch.inf)[list(elements)]
+    return flags(again.usable & (again.error < present))
 
 
 def _with_feasible_unbounded(
@@ -159,23 +159,23 @@ def merged(
 
     States of another solver are of no use to this one, and are dropped unless they should be kept.
     """
-    places = [place for place, own in enumerate(taken) if own]
-    rows, every = [elements[place] for place in places], list(elements)
+    places = [place for place, is_taken in enumerate(taken) if is_taken]
+    targets, every = [elements[place] for place in places], list(elements)
     changes: dict[str, Any] = {name: getattr(solution, name).clone() for name in ("x", "y", "z", "slack")}
-    for name, part in changes.items():
-        part[rows] = getattr(other, name)[places]
+    for name, tensor in changes.items():
+        tensor[targets] = getattr(other, name)[places]
     for name in ("iterations", "setup_seconds", "solve_seconds"):
         changes[name] = getattr(solution, name).copy()
         changes[name][every] += getattr(other, name)
     for name in ("statuses", "solvers", "proofs"):
         values = list(getattr(solution, name))
-        for place, row in zip(places, rows, strict=True):
-            values[row] = getattr(other, name)[place]
+        for place, target in zip(places, targets, strict=True):
+            values[target] = getattr(other, name)[place]
         changes[name] = tuple(values)
     for name in ("known_to", "known_before", "refined"):
         changes[name] = getattr(solution, name).clone()
-        changes[name][rows] = getattr(other, name)[places]
+        changes[name][targets] = getattr(other, name)[places]
     states = list(solution.states)
-    for place, row in zip(places, rows, strict=True):
-        states[row] = other.states[place] if keep_states else None
+    for place, target in zip(places, targets, strict=True):
+        states[target] = other.states[place] if keep_states else None
     return replace(solution, **changes, states=tuple(states), systems=())

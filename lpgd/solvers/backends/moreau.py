@@ -148,7 +148,9 @@ class Moreau(BatchedSolver):
             for position, (place, status) in enumerate(zip(places, answer.statuses, strict=True)):
                 statuses[place] = _STATUSES[status]
                 if status == _SOLVED:
-                    kept[place] = _State(answer.methods[position], answer.x[position], answer.z[position], answer.s[position])
+                    kept[place] = _State(
+                        answer.methods[position], answer.x[position], answer.z[position], answer.s[position]
+                    )
         return BatchAnswers(point, slack, statuses, iterations, kept)
 
     def _solved(self, task: _Task, executor: Executor | None) -> Answer:

@@ -59,37 +59,37 @@ class Factored:
         at_bound = held(x, z, lower, upper)
         size, count = structure.n + structure.m, len(x)
         stack = max(1, STACK_LIMIT // max(size, 1) ** 2) if is_dense(structure) else max(count, 1)
-        self._parts: list[tuple[slice, _Dense | _Sparse]] = []
+        self._stacks: list[tuple[slice, _Dense | _Sparse]] = []
         self.inverse, self.condition = np.full(count, np.inf), np.full(count, np.inf)
         for start in range(0, count, stack):
             pause()
-            own = slice(start, start + stack)
-            own_rho = rho[own] if isinstance(rho, np.ndarray) else rho
+            chosen = slice(start, start + stack)
+            chosen_rho = rho[chosen] if isinstance(rho, np.ndarray) else rho
             if is_dense(structure) and structure.cones.is_polyhedral:
-                active = v[own] >= 0
+                active = v[chosen] >= 0
                 active[:, : structure.cones.zero] = True
-                rows = reduce_rows(structure, own_rho, P[own], A[own], active, at_bound[own])
-                part: _Dense | _Sparse = _Dense(rows, rows.matrices, ~rows.solved)
+                reduced = reduce_rows(structure, chosen_rho, P[chosen], A[chosen], active, at_bound[chosen])
+                factor: _Dense | _Sparse = _Dense(reduced, reduced.matrices, ~reduced.solved)
             else:
-                blocks = reduce_blocks(structure, own_rho, P[own], A[own], v[own], at_bound[own])
-                part = _dense_blocks(blocks) if is_dense(structure) else _Sparse(blocks)
-            self._parts.append((own, part))
-            self.inverse[own], self.condition[own] = part.inverse, part.condition
+                blocks = reduce_blocks(structure, chosen_rho, P[chosen], A[chosen], v[chosen], at_bound[chosen])
+                factor = _dense_blocks(blocks) if is_dense(structure) else _Sparse(blocks)
+            self._stacks.append((chosen, factor))
+            self.inverse[chosen], self.condition[chosen] = factor.inverse, factor.condition
         self.regular = self.condition < ILL_CONDITIONED  # false for NaN
 
     @property
     def entries(self) -> int:
         """How many numbers it holds."""
-        return sum(part.entries for _, part in self._parts)
+        return sum(factor.entries for _, factor in self._stacks)
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
         """The change (dx, dy, dz) of the points under a tilt, (k, ·) each; NaN where nothing determines it."""
         # Elements whose system is singular have NaN and infinities in their factors, which no one asks for.
         with np.errstate(over="ignore", invalid="ignore"):
-            parts = [part.solve(g_x[own], g_y[own], g_z[own]) for own, part in self._parts]
-        if len(parts) == 1:
-            return parts[0]
-        dx, dy, dz = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+            changes = [factor.solve(g_x[chosen], g_y[chosen], g_z[chosen]) for chosen, factor in self._stacks]
+        if len(changes) == 1:
+            return changes[0]
+        dx, dy, dz = (np.concatenate(columns) for columns in zip(*changes, strict=True))
         return dx, dy, dz
 
 
@@ -187,7 +187,7 @@ class _Sparse:
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
         right = self.scale * self.reduced.right(g_x, g_y, g_z)
         if self.factor is None:
-            return tuple(np.full_like(part, np.nan) for part in (g_x, g_y, g_z))  # pyright: ignore[reportReturnType]
+            return tuple(np.full_like(tilt, np.nan) for tilt in (g_x, g_y, g_z))  # pyright: ignore[reportReturnType]
         answer = self.factor.solve(right)
         answer += self.factor.solve(right - self.matrix @ answer)
         return _undetermined(self.reduced.change(self.scale * answer, g_x, g_z), self.reduced, g_x)

@@ -87,9 +87,9 @@ class ReducedRows:
 
     def of_rows(self, answer: FloatArray) -> FloatArray:
         """The part of an answer that belongs to rows of A, (k, m); zero for those that are not active."""
-        rows = np.zeros(self.constraint.shape[:2])
-        np.put_along_axis(rows, self.order, answer[:, self.split :], axis=1)
-        return rows
+        multipliers = np.zeros(self.constraint.shape[:2])
+        np.put_along_axis(multipliers, self.order, answer[:, self.split :], axis=1)
+        return multipliers
 
 
 def reduce_rows(
@@ -200,7 +200,7 @@ def reduce_blocks(
 ) -> ReducedBlocks:
     """The systems of k elements with any cones, at ``v = y - s`` (k, m); see :func:`reduce_rows`."""
     count, n = at_bound.shape
-    T, rest = projection_derivative(structure.cones, v, dual=True).factor()
+    T, complements = projection_derivative(structure.cones, v, dual=True).factor()
     constraint: Any = structure.constraint.block_diagonal(A)
     quadratic: Any = structure.quadratic.block_diagonal(P)
     added = np.broadcast_to(rho, (count, n)).ravel()
@@ -218,8 +218,8 @@ def reduce_blocks(
     loose = (unbound & ~involved).reshape(count, n)
     # Each row of T belongs to one element, that of its first entry.
     owner: Any = np.concatenate([free // max(n, 1), T.indices[T.indptr[:-1]] // max(structure.m, 1)])
-    own_rows, own_quadratic = rows[:, free], quadratic[:, free][free]
-    blocks: Any = [[own_quadratic, own_rows.T], [own_rows, sp.diags_array(-rest)]]
+    free_rows, free_quadratic = rows[:, free], quadratic[:, free][free]
+    blocks: Any = [[free_quadratic, free_rows.T], [free_rows, sp.diags_array(-complements)]]
     matrix: Any = sp.coo_array(sp.block_array(blocks, format="coo"))
     primal = np.arange(owner.size) < free.size
     return ReducedBlocks(matrix, owner, primal, quadratic, constraint, T, free, at_bound, loose, structure.m)

@@ -103,9 +103,9 @@ def refine(
     kept: list[KeptFactor] = []
     if not torch.equal(elements, torch.arange(problem.batch_size, device=problem.device)):
         problem, point, slack = problem.select(elements), point.select(elements), slack[elements]
-    own = Points(problem)
-    xi, v = own.start(point, slack)
-    error, slope, rows = own.residual(xi, v)
+    points = Points(problem)
+    xi, v = points.start(point, slack)
+    error, slope, row_error = points.residual(xi, v)
     before, taken = error.clone(), torch.zeros(elements.shape[0], dtype=torch.int64, device=problem.device)
     left = error > ENOUGH  # false for NaN
     stuck = torch.zeros_like(left)
@@ -113,22 +113,22 @@ def refine(
         todo = rows_where(left)
         if not todo.shape[0]:
             break
-        part = own.select(todo)
-        d_xi, d_v, factored = part.regular_step(xi[todo], v[todo], error[todo], slope[todo], rows[todo])
+        chosen = points.select(todo)
+        d_xi, d_v, factored = chosen.regular_step(xi[todo], v[todo], error[todo], slope[todo], row_error[todo])
         if keep and factored is not None:
-            own_elements = elements[todo]
-            stale = [part._replace(valid=part.valid & ~torch.isin(part.elements, own_elements)) for part in kept]
-            kept = [part for part in stale if bool(part.valid.any())]
-            kept.append(KeptFactor(own_elements, from_numpy(factored.regular), factored))
+            stepped = elements[todo]
+            stale = [factor._replace(valid=factor.valid & ~torch.isin(factor.elements, stepped)) for factor in kept]
+            kept = [factor for factor in stale if bool(factor.valid.any())]
+            kept.append(KeptFactor(stepped, from_numpy(factored.regular), factored))
         waiting = torch.arange(todo.shape[0], device=problem.device)
         for length in LENGTHS:
-            trial = own.select(todo[waiting]) if waiting.shape[0] < todo.shape[0] else part
+            trial = points.select(todo[waiting]) if waiting.shape[0] < todo.shape[0] else chosen
             at = todo[waiting]
             new_xi, new_v = xi[at] + length * d_xi[waiting], v[at] + length * d_v[waiting]
             found = trial.residual(new_xi, new_v)
             better = found[0] < error[at]
             moved = at[better]
-            for whole, fresh in zip((xi, v, error, slope, rows), (new_xi, new_v, *found), strict=True):
+            for whole, fresh in zip((xi, v, error, slope, row_error), (new_xi, new_v, *found), strict=True):
                 whole[moved] = fresh[better]
             taken[moved] += 1
             waiting = waiting[~better]
@@ -138,20 +138,20 @@ def refine(
         left &= error > ENOUGH
     stuck &= error > STUCK
     if is_small(problem.structure) and bool(stuck.any()):
-        stuck &= error > STUCK * own.point(xi, v)[0].largest()
+        stuck &= error > STUCK * points.point(xi, v)[0].largest()
     todo = rows_where(stuck)
     if is_small(problem.structure) and todo.shape[0]:
-        count, ends, known = own.select(todo).ahead(xi[todo], v[todo], error[todo], slope[todo], rows[todo])
+        count, ends, known = points.select(todo).ahead(xi[todo], v[todo], error[todo], slope[todo], row_error[todo])
         better = known < GAIN * error[todo]
         moved = todo[better]
         xi[moved], v[moved], error[moved] = ends[0][better], ends[1][better], known[better]
         taken[moved] += count[better]
     finite = torch.isfinite(before)
-    refined, own_slack = own.point(xi, v)
+    refined, refined_slack = points.point(xi, v)
     if not bool(finite.all()):
         refined = refined.where(finite, point)
-        own_slack = torch.where(finite[:, None], own_slack, slack)
-    return Refined(refined, own_slack, before, error, taken, tuple(kept))
+        refined_slack = torch.where(finite[:, None], refined_slack, slack)
+    return Refined(refined, refined_slack, before, error, taken, tuple(kept))
 
 
 def is_small(structure: ConicStructure) -> bool:
@@ -170,15 +170,15 @@ def is_cheap(structure: ConicStructure) -> bool:
 
 def complementary(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> tuple[ConicPoint, Tensor, Tensor]:
     """The point with y and s, x and z made complementary, its slack, and (B,) |F|; NaN where it was not finite."""
-    own = Points(problem)
-    start = own.start(point, slack)
-    return *own.point(*start), own.residual(*start)[0]
+    points = Points(problem)
+    start = points.start(point, slack)
+    return *points.point(*start), points.residual(*start)[0]
 
 
 def optimality_residual(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> Tensor:
     """(B,) the maximum norm of F at the complementary point next to a solver's answer; NaN where that is not finite."""
-    own = Points(problem)
-    return own.residual(*own.start(point, slack))[0]
+    points = Points(problem)
+    return points.residual(*points.start(point, slack))[0]
 
 
 class Points:
@@ -188,10 +188,10 @@ class Points:
         self.problem = problem
         self.lower, self.upper = problem.full_bounds() if problem.structure.has_bounds else (None, None)
 
-    def select(self, rows: Tensor) -> Points:
-        if rows.shape[0] == self.problem.batch_size:
+    def select(self, elements: Tensor) -> Points:
+        if elements.shape[0] == self.problem.batch_size:
             return self
-        return Points(self.problem.select(rows))
+        return Points(self.problem.select(elements))
 
     def start(self, point: ConicPoint, slack: Tensor) -> tuple[Tensor, Tensor]:
         """(ξ, v): (B, n) and (B, m); multipliers of absent bounds are left out."""
@@ -226,10 +226,10 @@ class Points:
 
     def pieces(self, xi: Tensor, v: Tensor) -> Tensor:
         """(B, nonnegative rows + n) which inequalities are active (1), and at which bounds variables are (-1, 1)."""
-        rows = (v[:, self.problem.structure.cones.sections["nonnegative"]] > 0).to(torch.int8)
+        row_pieces = (v[:, self.problem.structure.cones.sections["nonnegative"]] > 0).to(torch.int8)
         if self.lower is None or self.upper is None:
-            return rows
-        return torch.cat([rows, (xi > self.upper).to(torch.int8) - (xi < self.lower).to(torch.int8)], 1)
+            return row_pieces
+        return torch.cat([row_pieces, (xi > self.upper).to(torch.int8) - (xi < self.lower).to(torch.int8)], 1)
 
     def residual(self, xi: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """|F| (B,), and its parts (B, n) and (B, m)."""
@@ -237,19 +237,19 @@ class Points:
         point, slack = self.point(xi, v)
         q, b = (per_element(datum, problem.batch_size) for datum in (problem.data.q, problem.data.b))
         slope = problem.quadratic_product(point.x) + q + structure.constraint.rmatvec(problem.data.A, point.y) + point.z
-        rows = structure.constraint.matvec(problem.data.A, point.x) + slack - b
-        return torch.maximum(maximum_norm(slope), maximum_norm(rows)), slope, rows
+        row_error = structure.constraint.matvec(problem.data.A, point.x) + slack - b
+        return torch.maximum(maximum_norm(slope), maximum_norm(row_error)), slope, row_error
 
     def ahead(
-        self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, rows: Tensor
+        self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, row_error: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         """The best of a few whole steps: the number of steps there (B,), the point (ξ, v), and its |F| (B,)."""
         best_xi, best_v, best = xi, v, error
         count = torch.zeros(error.shape[0], dtype=torch.int64, device=error.device)
         for number in range(1, AHEAD + 1):
-            d_xi, d_v = self.step(xi, v, error, slope, rows)
+            d_xi, d_v = self.step(xi, v, error, slope, row_error)
             xi, v = xi + d_xi, v + d_v
-            error, slope, rows = self.residual(xi, v)
+            error, slope, row_error = self.residual(xi, v)
             better = error < best  # false for NaN
             best_xi, best_v = (torch.where(better[:, None], new, old) for new, old in ((xi, best_xi), (v, best_v)))
             best, count = torch.where(better, error, best), torch.where(better, number, count)
@@ -258,18 +258,18 @@ class Points:
         return count, (best_xi, best_v), best
 
     def regular_step(
-        self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, rows: Tensor
+        self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, row_error: Tensor
     ) -> tuple[Tensor, Tensor, Factored | None]:
         """:meth:`step`, and the systems, which can be kept where they are on the CPU."""
         if self.problem.device.type != "cpu":
-            return *self.step(xi, v, error, slope, rows), None
+            return *self.step(xi, v, error, slope, row_error), None
         factored = self.factored(xi, v)
-        d_xi, d_v = self.chord(factored, slope, rows)
+        d_xi, d_v = self.chord(factored, slope, row_error)
         near = from_numpy((factored.condition < WORST) & (factored.inverse * error.numpy() < NEAR))
         near &= torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)
         left = (~near).nonzero()[:, 0]
         if left.shape[0]:
-            d_xi[left], d_v[left] = self.select(left).step(xi[left], v[left], error[left], slope[left], rows[left])
+            d_xi[left], d_v[left] = self.select(left).step(xi[left], v[left], error[left], slope[left], row_error[left])
         return d_xi, d_v, factored
 
     def response(self, factored: Factored, xi: Tensor, v: Tensor, tilt: ConicPoint) -> tuple[ConicPoint, Tensor]:
@@ -285,8 +285,8 @@ class Points:
         active = v >= 0
         active[:, : cones.zero] = True
         curved = None if cones.is_polyhedral else projection_derivative(cones, v.numpy(), dual=True)
-        size = torch.stack([maximum_norm(part) for part in tilt]).amax(0)
-        change = ConicPoint(*(torch.zeros_like(part) for part in tilt))
+        size = torch.stack([maximum_norm(direction) for direction in tilt]).amax(0)
+        change = ConicPoint(*(torch.zeros_like(direction) for direction in tilt))
         right, exact = (tilt.x, tilt.y, tilt.z), torch.zeros(count, dtype=torch.bool)
         d_xi, d_v, finite = torch.zeros_like(xi), torch.zeros_like(v), torch.ones(count, 1, dtype=torch.bool)
         for _ in range(CORRECTIONS):
@@ -298,30 +298,30 @@ class Points:
             dy = torch.where(active, d_v, 0.0) if curved is None else _applied(curved, d_v)
             change = ConicPoint(dx, dy, dz)
             slope = tilt.x + problem.quadratic_product(dx) + structure.constraint.rmatvec(problem.data.A, dy) + dz
-            rows = tilt.y + structure.constraint.matvec(problem.data.A, dx) + dy - d_v
-            rows[:, : cones.zero] = (tilt.y + structure.constraint.matvec(problem.data.A, dx))[:, : cones.zero]
-            error = torch.maximum(maximum_norm(slope), maximum_norm(rows))
+            row_error = tilt.y + structure.constraint.matvec(problem.data.A, dx) + dy - d_v
+            row_error[:, : cones.zero] = (tilt.y + structure.constraint.matvec(problem.data.A, dx))[:, : cones.zero]
+            error = torch.maximum(maximum_norm(slope), maximum_norm(row_error))
             largest = torch.maximum(size, torch.maximum(maximum_norm(d_xi), maximum_norm(d_v)))
             exact = finite[:, 0] & (error <= LEFT * largest)
             if bool(exact.all()):
                 break
-            right = slope, rows, torch.zeros_like(slope)
+            right = slope, row_error, torch.zeros_like(slope)
         return change, exact
 
-    def step(self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, row_error: Tensor) -> tuple[Tensor, Tensor]:
         """``(dξ, dv)`` of Newton's method."""
         problem = self.problem
         point, slack = self.point(xi, v)
         lower, upper = problem.full_bounds()
-        parts = (*point, slack, slope, rows, torch.zeros_like(slope), lower, upper)
-        points = KKTPoints(*(part.detach().cpu().numpy() for part in parts))
+        tensors = (*point, slack, slope, row_error, torch.zeros_like(slope), lower, upper)
+        points = KKTPoints(*(tensor.detach().cpu().numpy() for tensor in tensors))
         view, count = ElementView(problem), problem.batch_size
         matrices = (view.rows(name, range(count)) for name in ("P", "A"))
-        P, A = (np.broadcast_to(own, (count, own.shape[1])) for own in matrices)
+        P, A = (np.broadcast_to(matrix, (count, matrix.shape[1])) for matrix in matrices)
         known = Known(error.cpu().numpy(), np.zeros(count), damped=True)
         change = respond(problem.structure, 0.0, P, A, points, known)
-        dx, dy, dz = (from_numpy(part).to(xi.device) for part in change[:3])
-        moved = problem.structure.constraint.matvec(problem.data.A, dx) + rows
+        dx, dy, dz = (from_numpy(array).to(xi.device) for array in change[:3])
+        moved = problem.structure.constraint.matvec(problem.data.A, dx) + row_error
         # What the equalities' slack would be is a part of F, not of v.
         moved[:, : problem.structure.cones.zero] = 0.0
         return dx + dz, dy + moved
@@ -331,24 +331,24 @@ class Points:
         problem, (point, _) = self.problem, self.point(xi, v)
         view, count = ElementView(problem), problem.batch_size
         matrices = (view.rows(name, range(count)) for name in ("P", "A"))
-        P, A = (np.broadcast_to(own, (count, own.shape[1])) for own in matrices)
-        parts = (part.numpy() for part in (point.x, v, point.z, *problem.full_bounds()))
-        return Factored(problem.structure, 0.0, P, A, *parts)
+        P, A = (np.broadcast_to(matrix, (count, matrix.shape[1])) for matrix in matrices)
+        arrays = (tensor.numpy() for tensor in (point.x, v, point.z, *problem.full_bounds()))
+        return Factored(problem.structure, 0.0, P, A, *arrays)
 
     def chord(
-        self, factored: Factored | ActiveSystem, slope: Tensor, rows: Tensor, bounds: Tensor | None = None
+        self, factored: Factored | ActiveSystem, slope: Tensor, row_error: Tensor, bounds: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``(dξ, dv)`` for what is left of F, ``slope`` (B, n) and ``rows`` (B, m), by a system of another point.
+        """``(dξ, dv)`` for what is left of F, ``slope`` (B, n) and ``row_error`` (B, m), by a system of another point.
 
         ``bounds`` (B, n) is by how much bounds move down.
         """
         shift = torch.zeros_like(slope) if bounds is None else bounds
-        parts = factored.solve(*(part.numpy() for part in (slope, rows, shift)))
-        dx, dy, dz = (from_numpy(part) for part in parts)
+        change = factored.solve(*(tensor.numpy() for tensor in (slope, row_error, shift)))
+        dx, dy, dz = (from_numpy(array) for array in change)
         finite = torch.isfinite(dx).all(-1) & torch.isfinite(dy).all(-1)  # else singular
         if not bool(finite.all()):
-            dx, dy, dz = (torch.where(finite[:, None], part, 0.0) for part in (dx, dy, dz))
-        moved = self.problem.structure.constraint.matvec(self.problem.data.A, dx) + rows
+            dx, dy, dz = (torch.where(finite[:, None], tensor, 0.0) for tensor in (dx, dy, dz))
+        moved = self.problem.structure.constraint.matvec(self.problem.data.A, dx) + row_error
         moved[:, : self.problem.structure.cones.zero] = 0.0
         return torch.where(finite[:, None], dx + dz, torch.nan), torch.where(finite[:, None], dy + moved, torch.nan)
 

@@ -39,7 +39,7 @@ class SchurFactor:
         wide: (R, n, k) Y.
         gram: (R, k, k).
         bounded: variables that have a bound, the last of the k rows.
-        rows: of A.
+        row_count: of A.
         zero: how many of them are equalities.
     """
 
@@ -47,7 +47,7 @@ class SchurFactor:
     wide: Tensor
     gram: Tensor
     bounded: Tensor
-    rows: int
+    row_count: int
     zero: int
 
     @classmethod
@@ -78,19 +78,19 @@ class SchurFactor:
     def select(self, elements: Tensor) -> SchurFactor:
         """The factors of these elements."""
 
-        def chosen(part: Tensor) -> Tensor:
-            return part if part.shape[0] == 1 else part[elements % part.shape[0]]
+        def chosen(tensor: Tensor) -> Tensor:
+            return tensor if tensor.shape[0] == 1 else tensor[elements % tensor.shape[0]]
 
         return replace(self, lower=chosen(self.lower), wide=chosen(self.wide), gram=chosen(self.gram))
 
     def at(self, pieces: Tensor) -> ActiveSystem:
         """The system of the active sets ``pieces`` (B, ·), as :meth:`Points.pieces` has them."""
         count = pieces.shape[0]
-        inequalities = self.rows - self.zero
-        parts = [torch.ones(count, self.zero, dtype=torch.bool), pieces[:, :inequalities] != 0]
+        inequalities = self.row_count - self.zero
+        masks = [torch.ones(count, self.zero, dtype=torch.bool), pieces[:, :inequalities] != 0]
         if self.bounded.shape[0]:
-            parts.append(pieces[:, inequalities:][:, self.bounded] != 0)
-        return ActiveSystem(self, torch.cat(parts, 1))
+            masks.append(pieces[:, inequalities:][:, self.bounded] != 0)
+        return ActiveSystem(self, torch.cat(masks, 1))
 
 
 class ActiveSystem:
@@ -124,17 +124,17 @@ class ActiveSystem:
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         """The change (dx, dy, dz) of the points under a tilt, (B, ·) each."""
         factor, x, z = self.factor, from_numpy(g_x), from_numpy(g_z)
-        rows = from_numpy(g_y)
+        y = from_numpy(g_y)
         if factor.bounded.shape[0]:
-            rows = torch.cat([rows, z[:, factor.bounded]], 1)
+            y = torch.cat([y, z[:, factor.bounded]], 1)
         h = _solved(factor.lower, x)
-        right = (rows - _times(factor.wide.mT, h)).gather(1, self.order)
+        right = (y - _times(factor.wide.mT, h)).gather(1, self.order)
         u = torch.cholesky_solve(torch.where(self.active, right, 0.0)[:, :, None], self.small)[:, :, 0]
-        u = torch.zeros_like(rows).scatter(1, self.order, torch.where(self.active, u, 0.0))
+        u = torch.zeros_like(y).scatter(1, self.order, torch.where(self.active, u, 0.0))
         dx = -_solved(factor.lower, h + _times(factor.wide, u), transposed=True)
         dz = torch.zeros_like(x)
-        dz[:, factor.bounded] = u[:, factor.rows :]
-        return dx.numpy(), u[:, : factor.rows].numpy(), dz.numpy()
+        dz[:, factor.bounded] = u[:, factor.row_count :]
+        return dx.numpy(), u[:, : factor.row_count].numpy(), dz.numpy()
 
 
 def _solved(lower: Tensor, vectors: Tensor, transposed: bool = False) -> Tensor:

@@ -64,15 +64,15 @@ class KKTResponse(NamedTuple):
     shared: BoolArray  # (k, m) rows whose multipliers are not unique
 
     @classmethod
-    def joined(cls, parts: Sequence[KKTResponse]) -> KKTResponse:
+    def joined(cls, responses: Sequence[KKTResponse]) -> KKTResponse:
         """Several, one after the other."""
-        columns: Any = zip(*parts, strict=True)
-        return cls(*(np.concatenate(rows) for rows in columns))
+        columns: Any = zip(*responses, strict=True)
+        return cls(*(np.concatenate(arrays) for arrays in columns))
 
-    def select(self, rows: Any) -> KKTResponse:
+    def select(self, chosen: Any) -> KKTResponse:
         """Some of them, in new arrays."""
         columns: Any = self
-        return KKTResponse(*(part[rows] for part in columns))
+        return KKTResponse(*(array[chosen] for array in columns))
 
     def copy(self) -> KKTResponse:
         """The same in arrays of its own."""
@@ -100,17 +100,19 @@ def respond(
     """
     size, dense = structure.n + structure.m, is_dense(structure)
     count = max(1, STACK_LIMIT // max(size, 1) ** 2) if dense else len(P)
-    parts = []
+    responses = []
     for start in range(0, len(P), count):
         pause()
         chosen = slice(start, start + count)
-        part = KKTPoints(*(rows[chosen] for rows in points))
-        own, own_rho = known.select(chosen), rho[chosen] if isinstance(rho, np.ndarray) else rho
+        chosen_points = KKTPoints(*(array[chosen] for array in points))
+        chosen_known, chosen_rho = known.select(chosen), rho[chosen] if isinstance(rho, np.ndarray) else rho
         if dense and structure.cones.is_polyhedral:
-            parts.append(_respond_directly(structure, own_rho, P[chosen], A[chosen], part, own))
+            responses.append(
+                _respond_directly(structure, chosen_rho, P[chosen], A[chosen], chosen_points, chosen_known)
+            )
         else:
-            parts.append(_respond(structure, own_rho, P[chosen], A[chosen], part, own, dense))
-    return KKTResponse.joined(parts)
+            responses.append(_respond(structure, chosen_rho, P[chosen], A[chosen], chosen_points, chosen_known, dense))
+    return KKTResponse.joined(responses)
 
 
 def _respond(
