@@ -47,12 +47,12 @@ class ActiveSet:
     lower: Tensor
 
     @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+    def masks(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.rows, self.upper, self.lower
 
     def select(self, elements: Tensor) -> ActiveSet:
         """Those of these elements."""
-        return ActiveSet(*(part[elements] for part in self.parts))
+        return ActiveSet(*(mask[elements] for mask in self.masks))
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def settle(program: BoxProgram, start: ActiveSet, tolerance: float, regularizati
         torch.zeros(size, dtype=torch.int64, device=device),
     )
     copies = size // start.rows.shape[0]
-    sets = ActiveSet(*(part.repeat(copies, 1) for part in start.parts))
+    sets = ActiveSet(*(mask.repeat(copies, 1) for mask in start.masks))
     elements = torch.arange(size, device=device)
     changes = torch.full((size,), NEAR * (program.n + program.m) / DECAY, device=device)
     limits, system = _limits(program), None
@@ -110,9 +110,9 @@ def settle(program: BoxProgram, start: ActiveSet, tolerance: float, regularizati
         )
         corrected, changed = _corrected(program, sets, limits, x, z, tolerance)
         done = sound & (changed == 0)
-        rows = elements[done]
+        done_elements = elements[done]
         settled.systems[elements] = number
-        settled.found[rows], settled.x[rows], settled.z[rows] = True, x[done], z[done]
+        settled.found[done_elements], settled.x[done_elements], settled.z[done_elements] = True, x[done], z[done]
         if number == 1 and copies == 1:
             settled = replace(
                 settled, kept=KeptSystem(elements, done, factorised, torch.ones_like(program.b[:1, : program.m]))
@@ -130,12 +130,12 @@ def _limits(program: BoxProgram) -> tuple[Tensor, Tensor]:
     both, ends = [], program.b[:, program.m :]
     if program.bounded is not None:
         ends = torch.where(program.bounded > 0, ends, torch.inf)
-    for index, part, sign in (
+    for index, values, sign in (
         (program.upper, ends[:, : program.uppers], 1.0),
         (program.lower, ends[:, program.uppers :], -1.0),
     ):
         full = ends.new_full((program.size, program.n), torch.inf)
-        full[:, slice(None) if index is None else index] = part
+        full[:, slice(None) if index is None else index] = values
         both.append(sign * full)
     return both[0], both[1]
 
@@ -159,19 +159,19 @@ def _point(
     free = (~(sets.upper | sets.lower)).to(held.dtype)
     free = free if program.free is None else free * program.free
     whole = equality_program(program, free)
-    part = whole if copies == 1 else whole.select(torch.arange(count, device=held.device))
-    system = newton_system(part) if system is None else system.select(part)
+    first_copy = whole if copies == 1 else whole.select(torch.arange(count, device=held.device))
+    system = newton_system(first_copy) if system is None else system.select(first_copy)
     factor = whole.cost / program.cost
-    right_x, right_y = -factor * (slope + program.q), program.b[:, : program.m] - whole.rows(held)
+    right_x, right_y = -factor * (slope + program.q), program.b[:, : program.m] - whole.product(held)
     right_x, right_y = (side.view(copies, count, -1).transpose(0, 1) for side in (right_x, right_y))
     active = sets.rows[:count]
-    factorised = equality_system(part, active, system, regularization, Precision.SHARED)
+    factorised = equality_system(first_copy, active, system, regularization, Precision.SHARED)
     answer = factorised.solve(right_x, right_y)
     while factorised.factor.is_rough and not bool((answer.error <= SOUND * answer.scale).all()):
-        factorised = equality_system(part, active, system, regularization, factorised.factor.better)
+        factorised = equality_system(first_copy, active, system, regularization, factorised.factor.better)
         answer = factorised.solve(right_x, right_y)
     x, u, error, scale = answer
-    x, u = (part.transpose(0, 1).reshape(program.size, -1) for part in (x, u))
+    x, u = (tensor.transpose(0, 1).reshape(program.size, -1) for tensor in (x, u))
     sound = (error <= SOUND * (1.0 + scale)).T.reshape(-1)
     x, u = x + held, u / factor
     slope = unmasked.quadratic(x)

@@ -79,8 +79,8 @@ class BoxProgram:
     def select(self, elements: Tensor) -> BoxProgram:
         """The programs of these elements."""
 
-        def chosen(part: Tensor | None) -> Tensor | None:
-            return part if part is None or part.shape[0] != self.size or self.size == 1 else part[elements]
+        def chosen(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or tensor.shape[0] != self.size or self.size == 1 else tensor[elements]
 
         A = chosen(self.A)
         assert A is not None
@@ -96,18 +96,18 @@ class BoxProgram:
         if self.P is not None:
             P = self.P if self.P.ndim == 3 else torch.diag_embed(self.P)
             count = max(A.shape[0], P.shape[0])
-            parts = (A[:, :e], P, A[:, e:])
-            A, e = torch.cat([part.expand(count, -1, -1) for part in parts], 1), e + self.n
+            blocks = (A[:, :e], P, A[:, e:])
+            A, e = torch.cat([block.expand(count, -1, -1) for block in blocks], 1), e + self.n
         finite = self.b.new_ones(self.size, self.row_count - self.m) if self.bounded is None else self.bounded
         weights = replace(self, bounded=None).bound_weights(finite)
         free = (weights < 2).to(weights.dtype) * (1.0 if self.free is None else self.free)
         limits = self.b.new_ones(self.size, 2 * self.n)
-        for index, start, part in (
+        for index, start, present in (
             (self.upper, 0, finite[:, : self.uppers]),
             (self.lower, self.n, finite[:, self.uppers :]),
         ):
             place = torch.arange(self.n, device=self.b.device) if index is None else index
-            limits[:, start + place] -= part
+            limits[:, start + place] -= present
         return replace(
             self, P=None, q=self.q * free, A=A, b=torch.cat([self.b.new_zeros(self.size, A.shape[1]), limits], 1),
             equalities=e, upper=None, lower=None, bounded=torch.cat([free, free], 1), free=free,
@@ -123,7 +123,7 @@ class BoxProgram:
         product = product_of(self.P, x) if self.P.ndim == 3 else (self.P if x.ndim == 2 else self.P[:, None]) * x
         return self.masked(cost * product)
 
-    def rows(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         """``M x``."""
         return torch.cat([product_of(self.A, x), self.bounds(x)], -1)
 
@@ -135,10 +135,10 @@ class BoxProgram:
         """The rows of the bounds alone."""
         above = x if self.upper is None else x[..., self.upper]
         below = x if self.lower is None else x[..., self.lower]
-        rows = torch.cat([above, -below], -1)
+        values = torch.cat([above, -below], -1)
         if self.bounded is not None:
-            rows *= self.bounded if x.ndim == 2 else self.bounded[:, None]
-        return rows
+            values *= self.bounded if x.ndim == 2 else self.bounded[:, None]
+        return values
 
     def bounds_transposed(self, start: Tensor, z: Tensor) -> Tensor:
         """``start`` plus the transposed rows of the bounds times ``z``; start is overwritten."""
@@ -154,11 +154,11 @@ class BoxProgram:
         return self._scattered(zero, weights[..., : self.uppers], weights[..., self.uppers :], 1)
 
     def _scattered(self, start: Tensor, above: Tensor, below: Tensor, sign: int) -> Tensor:
-        for index, part, factor in ((self.upper, above, 1), (self.lower, below, sign)):
+        for index, values, factor in ((self.upper, above, 1), (self.lower, below, sign)):
             if index is None:
-                start.add_(part, alpha=factor)
+                start.add_(values, alpha=factor)
             elif index.shape[0]:
-                start.index_add_(-1, index, part, alpha=factor)
+                start.index_add_(-1, index, values, alpha=factor)
         return start
 
     def masked(self, x: Tensor) -> Tensor:
@@ -301,8 +301,8 @@ def _matrices(matrices: Tensor, size: int) -> Tensor:
     """(r, c) or (R, r, c) to (1 or size, r, c)."""
     if matrices.ndim == 2:
         return matrices[None]
-    rows = matrices.shape[0]
-    return matrices if rows in (1, size) else matrices.repeat(size // max(rows, 1), 1, 1)
+    count = matrices.shape[0]
+    return matrices if count in (1, size) else matrices.repeat(size // max(count, 1), 1, 1)
 
 
 def _largest(matrices: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def _response(
     problem: ConicProblem, point: ConicPoint, tilt: ConicPoint, rho: float, system: EqualitySystem, row_scale: Tensor
 ) -> tuple[ConicPoint, Tensor]:
     program = system.program
-    tilt = ConicPoint(*(part.to(point.x.dtype) for part in tilt))
+    tilt = ConicPoint(*(tensor.to(point.x.dtype) for tensor in tilt))
     assert program.free is not None
     at_bound = program.free == 0
     fixed = torch.where(at_bound, -tilt.z, 0.0)
@@ -93,9 +93,9 @@ def _response(
     dx, u = answer.x[:, 0] + fixed, answer.u[:, 0] * row_scale / program.cost
     # The residual is that of the problem's own data, whatever the system was made from.
     slope = tilt.x + gradient(dx, u)
-    rows = tilt.y + problem.structure.constraint.matvec(problem.data.A, dx)
+    row_error = tilt.y + problem.structure.constraint.matvec(problem.data.A, dx)
     left = torch.cat(
-        [torch.where(at_bound, 0.0, program.cost * slope), torch.where(system.active, row_scale * rows, 0.0)], 1
+        [torch.where(at_bound, 0.0, program.cost * slope), torch.where(system.active, row_scale * row_error, 0.0)], 1
     )
     exact = (left.abs().amax(-1) <= RESIDUAL * answer.scale[:, 0]) & (size < NEARLY_SINGULAR)
     return ConicPoint(dx, u, torch.where(at_bound, -slope, 0.0)), exact

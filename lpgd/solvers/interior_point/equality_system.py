@@ -86,7 +86,7 @@ class EqualitySystem:
             Px = program.quadratic(x)
             left_x = right_x - program.transposed(u)
             left_x = left_x if Px is None else left_x - Px
-            left_y = (right_y - program.rows(x)) * mask
+            left_y = (right_y - program.product(x)) * mask
             error = torch.cat([left_x, left_y], -1).abs().amax(-1)
             if bool((error <= ENOUGH * scale).all()):
                 break
@@ -132,9 +132,9 @@ class KeptSystem(NamedTuple):
         program = self.system.program
         return len(self.elements) * min(program.n, max(program.m, 1)) ** 2 * 8 <= KEPT_BYTES
 
-    def moved(self, rows: Tensor) -> KeptSystem:
-        """The same for a batch of which element ``i`` here is element ``rows[i]``."""
-        return self._replace(elements=rows[self.elements])
+    def moved(self, places: Tensor) -> KeptSystem:
+        """The same for a batch of which element ``i`` here is element ``places[i]``."""
+        return self._replace(elements=places[self.elements])
 
     def scaled(self, row_scale: Tensor) -> KeptSystem:
         """The same for rows of A that have these factors in the program of the whole batch, (1 or B, m)."""

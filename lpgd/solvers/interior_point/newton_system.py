@@ -104,11 +104,11 @@ class WeightedProduct:
         matrices: of the rows, part of ``source``.
         size: of the batch.
         source: a tensor.
-        part: which part of it the matrices are.
+        block: which part of it the matrices are.
     """
 
-    def __init__(self, matrices: Tensor, size: int, source: Tensor, part: Hashable) -> None:
-        self.matrices, self.source, self.part = matrices, source, part
+    def __init__(self, matrices: Tensor, size: int, source: Tensor, block: Hashable) -> None:
+        self.matrices, self.source, self.block = matrices, source, block
         self.edges: list[int] = []
         shared, count, r = matrices.shape
         if shared == 1 and size >= SHARED_BATCH and r and count:
@@ -147,11 +147,11 @@ class WeightedProduct:
                 for start, stop in pairwise(self.edges)
             ]
 
-        return _memo(self.source, (self.part, dtype), compute)
+        return _memo(self.source, (self.block, dtype), compute)
 
     def select(self, matrices: Tensor) -> WeightedProduct:
         """The same for some elements, whose matrices these are."""
-        chosen = WeightedProduct(matrices, 0, self.source, self.part)
+        chosen = WeightedProduct(matrices, 0, self.source, self.block)
         chosen.edges = self.edges
         return chosen
 
@@ -173,8 +173,8 @@ def newton_system(program: BoxProgram) -> NewtonSystem:
             weights = weights + (1.0 - program.free)
         if normal <= reduced and bool((weights > 0).all()):
             return NormalEquations(program, WeightedProduct(program.A.mT, program.size, program.A, "columns"))
-    rows = program.A[:, program.equalities :]
-    return ReducedHessian(program, WeightedProduct(rows, program.size, program.A, program.equalities))
+    inequality_matrix = program.A[:, program.equalities :]
+    return ReducedHessian(program, WeightedProduct(inequality_matrix, program.size, program.A, program.equalities))
 
 
 def _cholesky(matrices: Tensor, diagonal: Tensor, regularization: Tensor) -> tuple[Tensor, Tensor]:
@@ -355,7 +355,7 @@ class _ReducedFactor(Factor):
         below, E = t[..., e:], self.equalities
         x = _solve(self.factors, r + program.transposed(torch.cat([t[..., :e], self.weights * below], -1)))
         if self.schur is None:
-            return x, self.weights * (program.rows(x) - below)
+            return x, self.weights * (program.product(x) - below)
         y = _solve(self.schur, product_of(E, x) - t[..., :e])
         x = x - _solve(self.factors, product_of(E.mT, y))
-        return x, torch.cat([y, self.weights * (program.rows(x)[..., e:] - below)], -1)
+        return x, torch.cat([y, self.weights * (program.product(x)[..., e:] - below)], -1)

@@ -85,18 +85,18 @@ class Answers:
     kept: tuple[KeptSystem, ...] = ()
 
     @property
-    def parts(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         return self.x, self.z, self.s, self.status, self.iterations
 
     def select(self, elements: Tensor) -> Answers:
         """Those of some elements, without their systems."""
-        x, z, s, status, iterations = (part[elements] for part in self.parts)
+        x, z, s, status, iterations = (tensor[elements] for tensor in self.tensors)
         return Answers(x, z, s, status, iterations)
 
     def put(self, elements: Tensor, answers: Answers) -> None:
         """Replace those of some elements."""
-        for whole, part in zip(self.parts, answers.parts, strict=True):
-            whole[elements] = part
+        for whole, tensor in zip(self.tensors, answers.tensors, strict=True):
+            whole[elements] = tensor
 
 
 def solve_programs(program: BoxProgram, start: ActiveSet | None, limits: Limits, verbose: bool = False) -> Answers:
@@ -106,10 +106,10 @@ def solve_programs(program: BoxProgram, start: ActiveSet | None, limits: Limits,
     answers = _settled(program, start, limits)
     left = rows_where(answers.status < 0)
     if left.shape[0]:
-        part = program if left.shape[0] == program.size else program.select(left)
-        rest = _solve_cold(part, limits, verbose)
-        answers.put(left, rest)
-        answers = replace(answers, kept=answers.kept + tuple(kept.moved(left) for kept in rest.kept))
+        left_program = program if left.shape[0] == program.size else program.select(left)
+        cold = _solve_cold(left_program, limits, verbose)
+        answers.put(left, cold)
+        answers = replace(answers, kept=answers.kept + tuple(kept.moved(left) for kept in cold.kept))
     return answers
 
 
@@ -119,7 +119,7 @@ def _settled(program: BoxProgram, start: ActiveSet, limits: Limits) -> Answers:
     e = program.equalities
     x, z, one = settled.x, settled.z, program.q.new_ones(program.size, 1)
     z = torch.cat([z[:, :e], z[:, e:].clamp(min=0)], 1)
-    s = (program.b - program.rows(x))[:, e:].clamp(min=0)
+    s = (program.b - program.product(x))[:, e:].clamp(min=0)
     state = assess(program, Iterate(x, z, s, one, 0 * one), (largest(program.q), largest(program.b)))
     status = torch.where(settled.found & (state.quality <= limits.tolerance), int(Status.SOLVED), -1)
     kept = settled.kept
@@ -140,16 +140,18 @@ def _solve_plainly(program: BoxProgram, limits: Limits, verbose: bool) -> Answer
     near = rows_where(answers.status == Status.SOLVED)
     if not near.shape[0]:
         return answers
-    part, reached = program.select(near), answers.select(near)
-    exact = _settled(part, _active_set(part, reached), limits)
+    near_program, reached = program.select(near), answers.select(near)
+    exact = _settled(near_program, _active_set(near_program, reached), limits)
     exact.iterations.add_(reached.iterations)
     answers.put(near, exact)
     answers = replace(answers, kept=tuple(kept.moved(near) for kept in exact.kept))
     left = rows_where(exact.status < 0)
     if left.shape[0]:
         spent = int(reached.iterations.max())
-        rest = replace(limits, iterations=max(limits.iterations - spent, 1))
-        again = _Run(part.select(left), rest, homogeneous=False, verbose=verbose, start=reached.select(left)).answers
+        remaining = replace(limits, iterations=max(limits.iterations - spent, 1))
+        again = _Run(
+            near_program.select(left), remaining, homogeneous=False, verbose=verbose, start=reached.select(left)
+        ).answers
         again.iterations.add_(reached.iterations[left])
         answers.put(near[left], again)
     return answers
@@ -161,9 +163,9 @@ def _active_set(program: BoxProgram, answers: Answers) -> ActiveSet:
     rows[:, :e] = True
     ends = active[:, m:] if program.bounded is None else active[:, m:] & (program.bounded > 0)
     both = []
-    for index, part in ((program.upper, ends[:, : program.uppers]), (program.lower, ends[:, program.uppers :])):
-        full = torch.zeros((program.size, program.n), dtype=torch.bool, device=part.device)
-        full[:, slice(None) if index is None else index] = part
+    for index, mask in ((program.upper, ends[:, : program.uppers]), (program.lower, ends[:, program.uppers :])):
+        full = torch.zeros((program.size, program.n), dtype=torch.bool, device=mask.device)
+        full[:, slice(None) if index is None else index] = mask
         both.append(full)
     return ActiveSet(rows, both[0], both[1])
 
@@ -175,20 +177,22 @@ def _solve_cold(program: BoxProgram, limits: Limits, verbose: bool) -> Answers:
     unsolved |= (answers.status == Status.ITERATION_LIMIT) & (plain.iterations < limits.iterations)
     spent = int(answers.iterations.max()) if program.size else 0
     if spent < limits.iterations and bool(unsolved.any()):
-        rows = rows_where(unsolved)
-        rest = replace(limits, iterations=limits.iterations - spent)
-        second = _Run(program.select(rows), rest, homogeneous=True, verbose=verbose).answers
-        kept = (answers.status[rows] == Status.INACCURATE) & (second.status > Status.UNBOUNDED)
-        second.iterations.add_(answers.iterations[rows])
-        answers.put(rows[~kept], second.select(~kept))
+        elements = rows_where(unsolved)
+        remaining = replace(limits, iterations=limits.iterations - spent)
+        second = _Run(program.select(elements), remaining, homogeneous=True, verbose=verbose).answers
+        kept = (answers.status[elements] == Status.INACCURATE) & (second.status > Status.UNBOUNDED)
+        second.iterations.add_(answers.iterations[elements])
+        answers.put(elements[~kept], second.select(~kept))
     open_ends = (answers.status == Status.NUMERICAL_ERROR) | (answers.status == Status.ITERATION_LIMIT)
     if program.size and spent < limits.iterations and bool(open_ends.any()):
-        rows = rows_where(open_ends)
-        part = program.select(rows)
-        rays = _Run(part.rays(), plain, homogeneous=False, verbose=verbose).answers
-        falls = (rays.status == Status.SOLVED) & ((part.q * rays.x).sum(1) < -DESCENT * largest(part.q)[:, 0])
-        answers.status[rows[falls]] = int(Status.UNBOUNDED)
-        answers.x[rows[falls]] = rays.x[falls]
+        elements = rows_where(open_ends)
+        open_program = program.select(elements)
+        rays = _Run(open_program.rays(), plain, homogeneous=False, verbose=verbose).answers
+        falls = (rays.status == Status.SOLVED) & (
+            (open_program.q * rays.x).sum(1) < -DESCENT * largest(open_program.q)[:, 0]
+        )
+        answers.status[elements[falls]] = int(Status.UNBOUNDED)
+        answers.x[elements[falls]] = rays.x[falls]
     return answers
 
 
@@ -204,10 +208,10 @@ class _Run:
         verbose: bool,
         start: Answers | None = None,
     ) -> None:
-        size, rows, q = program.size, program.row_count, program.q
+        size, row_count, q = program.size, program.row_count, program.q
         self.limits, self.homogeneous, self.verbose = limits, homogeneous, verbose
         self.answers = Answers(
-            *(q.new_full((size, length), torch.nan) for length in (program.n, rows, rows)),
+            *(q.new_full((size, length), torch.nan) for length in (program.n, row_count, row_count)),
             status=torch.full((size,), int(Status.NUMERICAL_ERROR), device=q.device),
             iterations=torch.zeros(size, dtype=torch.int64, device=q.device),
         )
@@ -293,16 +297,16 @@ class _Run:
         status = torch.where(state.infeasible <= limits.certificate, int(Status.INFEASIBLE), status)
         return torch.where(self.best_quality <= limits.tolerance, int(Status.SOLVED), status)
 
-    def _record(self, rows: Tensor, status: Tensor, iteration: int) -> None:
-        answers, elements, own = self.answers, self.elements[rows], status[rows]
+    def _record(self, places: Tensor, status: Tensor, iteration: int) -> None:
+        answers, elements, outcome = self.answers, self.elements[places], status[places]
         # A proof that there is no solution is the iterate itself, whatever its residuals are.
-        proof = (own == Status.INFEASIBLE) | (own == Status.UNBOUNDED)
-        point = self.best.select(rows).replaced(proof[:, None], self.point.select(rows))
+        proof = (outcome == Status.INFEASIBLE) | (outcome == Status.UNBOUNDED)
+        point = self.best.select(places).replaced(proof[:, None], self.point.select(places))
         tau = torch.where((point.tau > 0) & ~proof[:, None], point.tau, 1.0)
         answers.x[elements] = point.x / tau
         answers.z[elements] = point.z / tau
         answers.s[elements] = torch.nn.functional.pad(point.s / tau, (self.program.equalities, 0))
-        answers.status[elements] = own
+        answers.status[elements] = outcome
         answers.iterations[elements] = iteration
 
     def _compact(self) -> None:

@@ -107,19 +107,19 @@ class InteriorPoint(BatchedSolver):
         scaling = Scaling.of(problem, _PRECISIONS[self.precision][0])
         start = _active_set(problem, states) if is_suitable(scaling.program) else None
         answers = self._answers(_Task(scaling.program, start, self._limits, self.verbose), _work(problem), executor)
-        systems = tuple(own.scaled(scaling.row_scale) for own in answers.kept)
+        systems = tuple(system.scaled(scaling.row_scale) for system in answers.kept)
         point, slack = scaling.invert(answers.x, answers.z, answers.s)
         lower, upper = problem.full_bounds()
-        rows = point.y > slack
-        rows[:, : problem.structure.cones.zero] = True
-        ends = ActiveSet(rows, point.z > upper - point.x, -point.z > point.x - lower)
+        active_rows = point.y > slack
+        active_rows[:, : problem.structure.cones.zero] = True
+        ends = ActiveSet(active_rows, point.z > upper - point.x, -point.z > point.x - lower)
         fine = flags(torch.isfinite(point.x[:, 0]))
         return BatchAnswers(
             point,
             slack,
             [Status(value) for value in integers(answers.status)],
             answers.iterations,
-            [_State(ends, row) if good else None for row, good in enumerate(fine)],
+            [_State(ends, element) if good else None for element, good in enumerate(fine)],
             systems,
         )
 
@@ -133,18 +133,22 @@ class InteriorPoint(BatchedSolver):
                 return _solve_task(task)
         chunks = [torch.arange(chunk.start, chunk.stop) for chunk in split(distinct, executor, per_worker=1)]
         # The copies of an element stay together.
-        rows = [torch.cat([chunk + start for start in range(0, size, distinct)]) for chunk in chunks]
+        members = [torch.cat([chunk + start for start in range(0, size, distinct)]) for chunk in chunks]
         tasks = [
             task._replace(
-                program=task.program.select(part), start=None if task.start is None else task.start.select(chunk)
+                program=task.program.select(elements), start=None if task.start is None else task.start.select(chunk)
             )
-            for chunk, part in zip(chunks, rows, strict=True)
+            for chunk, elements in zip(chunks, members, strict=True)
         ]
-        order = torch.cat(rows).argsort()
-        parts = run_tasks(_solve_task, tasks, executor)
-        kept = tuple(own.moved(part) for part, answers in zip(rows, parts, strict=True) for own in answers.kept)
-        columns = zip(*(answers.parts for answers in parts), strict=True)
-        x, z, slack, status, iterations = (torch.cat(own)[order] for own in columns)
+        order = torch.cat(members).argsort()
+        results = run_tasks(_solve_task, tasks, executor)
+        kept = tuple(
+            system.moved(elements)
+            for elements, answers in zip(members, results, strict=True)
+            for system in answers.kept
+        )
+        columns = zip(*(answers.tensors for answers in results), strict=True)
+        x, z, slack, status, iterations = (torch.cat(tensors)[order] for tensors in columns)
         return Answers(x, z, slack, status, iterations, kept)
 
 
@@ -180,5 +184,5 @@ def _active_set(problem: ConicProblem, states: Sequence[Any]) -> ActiveSet | Non
             return None
     if all(state.batch is batch for state in states):
         return batch.select(torch.tensor([state.row for state in states], device=problem.device))
-    parts = [state.batch.select(torch.tensor([state.row], device=problem.device)) for state in states]
-    return ActiveSet(*(torch.cat(rows) for rows in zip(*(part.parts for part in parts), strict=True)))
+    sets = [state.batch.select(torch.tensor([state.row], device=problem.device)) for state in states]
+    return ActiveSet(*(torch.cat(masks) for masks in zip(*(active.masks for active in sets), strict=True)))

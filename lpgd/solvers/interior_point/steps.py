@@ -35,18 +35,18 @@ class Iterate:
     tau: Tensor  # (B, 1)
     kappa: Tensor  # (B, 1)
 
-    def select(self, rows: Tensor) -> Iterate:
+    def select(self, elements: Tensor) -> Iterate:
         """The iterates of these elements."""
-        return Iterate(*(part[rows] for part in self.parts))
+        return Iterate(*(tensor[elements] for tensor in self.tensors))
 
     def replaced(self, where: Tensor, other: Iterate) -> Iterate:
         """The other iterate for the elements ``where`` (B, 1), this one elsewhere."""
         if bool(where.all()):
             return other
-        return Iterate(*(torch.where(where, new, old) for new, old in zip(other.parts, self.parts, strict=True)))
+        return Iterate(*(torch.where(where, new, old) for new, old in zip(other.tensors, self.tensors, strict=True)))
 
     @property
-    def parts(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         return self.x, self.z, self.s, self.tau, self.kappa
 
 
@@ -65,8 +65,8 @@ class State:
 
 def assess(program: BoxProgram, point: Iterate, norms: tuple[Tensor, ...]) -> State:
     """The residuals of an iterate; ``norms`` are the largest entries of q and of b, (B, 1) each."""
-    x, z, s, tau, kappa = point.parts
-    Px, Mz, Mx = program.quadratic(x), program.transposed(z), program.rows(x)
+    x, z, s, tau, kappa = point.tensors
+    Px, Mz, Mx = program.quadratic(x), program.transposed(z), program.product(x)
     qx, bz = _dot(program.q, x), _dot(program.b, z)
     r_x = torch.addcmul(Mz, program.q, tau)
     norm_Mz, norm_Mx = largest(Mz), largest(Mx)
@@ -97,7 +97,7 @@ def plain_step(
     Mehrotra's method can cycle.  Where ``cautious`` (B, 1) the corrector is damped by the predictor's length, there is
     some centring in any case, and the step stays further from the boundary.
     """
-    x, z, s, tau, kappa = point.parts
+    x, z, s, tau, kappa = point.tensors
     e = program.equalities
     z_cone, r = z[:, e:], -state.r_x[:, None]
     total, lengths = _dot(s, z_cone), _LENGTHS[program.P is None]
@@ -133,7 +133,7 @@ def homogeneous_step(
     program: BoxProgram, factor: Factor, h: Tensor, point: Iterate, state: State, cautious: Tensor
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """A predictor-corrector step of the embedding, and (B, 1) where it is finite; see the plain one."""
-    x, z, s, tau, kappa = point.parts
+    x, z, s, tau, kappa = point.tensors
     e = program.equalities
     z_cone = z[:, e:]
     slope = program.q if state.Px is None else program.q + 2.0 * state.Px / tau
@@ -174,10 +174,10 @@ def homogeneous_step(
     dx, dz, d_tau, d_kappa = direction(x1[:, 0], z1[:, 0], keep * state.r_tau, product_tau)
     ds = -product - h * dz[:, e:]
     alpha = (share * longest(ds, dz, d_tau, d_kappa)).clamp(max=1.0)
-    changes = zip(point.parts, (dx, dz, ds, d_tau, d_kappa), strict=True)
+    changes = zip(point.tensors, (dx, dz, ds, d_tau, d_kappa), strict=True)
     moved = [torch.addcmul(old, alpha, change) for old, change in changes]
     scale = 1.0 / torch.maximum(moved[3], moved[4])
-    return tuple(scale * part for part in moved), torch.isfinite(alpha)
+    return tuple(scale * tensor for tensor in moved), torch.isfinite(alpha)
 
 
 def _refined(program: BoxProgram, factor: Factor, h: Tensor, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +189,7 @@ def _refined(program: BoxProgram, factor: Factor, h: Tensor, r: Tensor, t: Tenso
         left = r - program.transposed(z)
         if Px is not None:
             left -= Px
-        below = t - program.rows(x)
+        below = t - program.product(x)
         below[..., program.equalities :] += h[:, None] * z[..., program.equalities :]
         if refinement and bool(torch.maximum(left.abs().amax(), below.abs().amax()) <= size):
             return x, z

@@ -54,8 +54,8 @@ class AugmentedLagrangian:
         units = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
         return torch.func.vmap(lambda unit: pull(unit.expand(x.shape))[0])(units).transpose(0, 1)
 
-    def select(self, rows: Tensor) -> AugmentedLagrangian:
+    def select(self, elements: Tensor) -> AugmentedLagrangian:
         """The functions of these elements."""
-        own = (self.nu, self.lam, self.penalty)
-        nu, lam, penalty = (part if part is None else part[rows] for part in own)
-        return replace(self, problem=self.problem.select(rows), nu=nu, lam=lam, penalty=penalty)
+        multipliers = (self.nu, self.lam, self.penalty)
+        nu, lam, penalty = (tensor if tensor is None else tensor[elements] for tensor in multipliers)
+        return replace(self, problem=self.problem.select(elements), nu=nu, lam=lam, penalty=penalty)

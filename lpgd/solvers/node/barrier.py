@@ -68,13 +68,13 @@ def minimise_with_barrier(
     """
     x = _inside(problem, x, minimise)
     outside = ~(problem.constraints(x)[1] < 0).all(-1)
-    own = {item.name: getattr(problem, item.name) for item in fields(NodeProblem)}
+    attributes = {item.name: getattr(problem, item.name) for item in fields(NodeProblem)}
     current = max(FIRST, weight)
     status = torch.full(x.shape[:1], int(Status.SOLVED), device=x.device)
     iterations = torch.zeros_like(status)
     nu = torch.zeros_like(problem.constraints(x)[0])
     while True:
-        barrier = _BarrierProblem(**own, weight=current)
+        barrier = _BarrierProblem(**attributes, weight=current)
         found = _minimise_one(barrier, x, minimise)
         iterations = iterations + found.iterations
         fine = (found.status == int(Status.SOLVED)) & torch.isfinite(found.point.x).all(-1)
@@ -97,12 +97,12 @@ def _minimise_one(
         near = polish(problem, warm_point(problem, x))
         inside = torch.isfinite(problem.objective(near.point.x))
         fine = (near.status == int(Status.SOLVED)) & inside & is_minimiser(problem, near.point)
-        rest = (~fine).nonzero()[:, 0]
-        if len(rest):
-            again = method_of_multipliers(problem.select(rest), x[rest], minimise)
-            for own, new in zip(near.point, again.point, strict=True):
-                own[rest] = new
-            near.status[rest], near.iterations[rest] = again.status, near.iterations[rest] + again.iterations
+        failed = (~fine).nonzero()[:, 0]
+        if len(failed):
+            again = method_of_multipliers(problem.select(failed), x[failed], minimise)
+            for tensor, new in zip(near.point, again.point, strict=True):
+                tensor[failed] = new
+            near.status[failed], near.iterations[failed] = again.status, near.iterations[failed] + again.iterations
         return near
     found = minimise(AugmentedLagrangian(problem), x)
     nothing = x.new_zeros(len(x), 0)
@@ -112,9 +112,9 @@ def _minimise_one(
 def _inside(problem: NodeProblem, x: Tensor, minimise: Callable[[AugmentedLagrangian, Tensor], Descent]) -> Tensor:
     """Points inside of all inequalities, by ever smaller margins, where there are any."""
     for margin in (1.0, 0.1, 1e-2, 1e-4, 1e-6):
-        rest = (~(problem.constraints(x)[1] < 0).all(-1)).nonzero()[:, 0]
-        if not len(rest):
+        outside = (~(problem.constraints(x)[1] < 0).all(-1)).nonzero()[:, 0]
+        if not len(outside):
             break
-        moved = minimise(_Outside(problem.select(rest), margin=margin), x[rest]).x
-        x = x.index_copy(0, rest, torch.where(torch.isfinite(moved), moved, x[rest]))
+        moved = minimise(_Outside(problem.select(outside), margin=margin), x[outside]).x
+        x = x.index_copy(0, outside, torch.where(torch.isfinite(moved), moved, x[outside]))
     return x

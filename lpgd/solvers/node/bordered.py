@@ -37,7 +37,7 @@ __all__ = ["bordered_response", "is_large"]
 
 def is_large(problem: NodeProblem, point: NodePoint) -> bool:
     """Whether the matrices of a whole batch would take more than 2²⁶ numbers."""
-    return problem.batch_size * sum(part.shape[-1] for part in point) ** 2 > LARGE
+    return problem.batch_size * sum(tensor.shape[-1] for tensor in point) ** 2 > LARGE
 
 
 def bordered_response(
@@ -75,11 +75,11 @@ def bordered_response(
         values = read_matrices(problem, point, sparsity)
         if values is not None:
             answer, exact = _sparse(values, keep, right, damping, corner)
-            rest = (~exact).nonzero()[:, 0]
-            if len(rest):  # singular: the pseudo-inverse
-                part, own = problem.select(rest), point.select(rest)
-                found, exact[rest] = _whole(part, own, keep[rest], right[rest], damping[rest], corner[rest], None)
-                answer[rest] = found
+            singular = (~exact).nonzero()[:, 0]
+            if len(singular):  # singular: the pseudo-inverse
+                terms = (tensor[singular] for tensor in (keep, right, damping, corner))
+                found, exact[singular] = _whole(problem.select(singular), point.select(singular), *terms, None)
+                answer[singular] = found
             return NodePoint(answer[:, :n], unit * answer[:, n : n + p], unit * answer[:, n + p :]), exact
     answer, exact = _whole(problem, point, keep, right, damping, corner, matrix_free)
     return NodePoint(answer[:, :n], unit * answer[:, n : n + p], unit * answer[:, n + p :]), exact
@@ -106,11 +106,11 @@ def _sparse(values: Factors, keep: Tensor, right: Tensor, damping: Tensor, corne
     """The same by a sparse factorisation of each element's system; one that is not regular is not exact."""
     from scipy.sparse import identity
 
-    n, rows = right.shape[-1] - keep.shape[-1], keep.cpu().numpy()
+    n, masks = right.shape[-1] - keep.shape[-1], keep.cpu().numpy()
     targets, corners = right.detach().cpu().double().numpy(), corner.detach().cpu().double().numpy()
     shifts = damping.detach().cpu().double().numpy()[:, 0]
     answers, exact = np.zeros_like(targets), np.zeros(len(targets), dtype=bool)
-    for element, mask in enumerate(rows):
+    for element, mask in enumerate(masks):
         hessian, jacobian = values.matrices(element, mask)
         if shifts[element]:
             hessian = hessian + shifts[element] * identity(n)
@@ -150,14 +150,14 @@ def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor, corne
     small = eps**0.6 * target.abs().amax(-1).clamp(min=torch.finfo(right.dtype).tiny)
     exact = exact & (residual.abs().amax(-1) <= small)
     answer = weight * torch.where(exact[:, None], answer + correction, 0)
-    rest = rows_where(~exact)
-    if len(rest):
+    singular = rows_where(~exact)
+    if len(singular):
         # The pseudo-inverse of the matrix itself: least norm in the units of the variables.
-        own = matrix[rest]
-        finite = torch.isfinite(own).all(-1).all(-1)[:, None, None]
-        inverse = linalg.pinv(torch.where(finite, own, 0), hermitian=True, rtol=matrix.shape[-1] * eps**0.75)
+        matrices = matrix[singular]
+        finite = torch.isfinite(matrices).all(-1).all(-1)[:, None, None]
+        inverse = linalg.pinv(torch.where(finite, matrices, 0), hermitian=True, rtol=matrix.shape[-1] * eps**0.75)
         inverse = torch.where(finite, inverse, torch.nan)
-        answer[rest] = (inverse @ right[rest][..., None])[..., 0]
+        answer[singular] = (inverse @ right[singular][..., None])[..., 0]
     return torch.cat([answer[:, :n], torch.where(present, answer[:, n:], 0)], -1), exact
 
 

@@ -66,42 +66,42 @@ def polish(
     problem, unit = problem.in_units(point.x)
     every = problem
     point = NodePoint(point.x.clone(), point.nu / unit, point.lam / unit)
-    whole = NodePoint(*(part.clone() for part in point))
+    whole = NodePoint(*(tensor.clone() for tensor in point))
     size, _ = _residual(problem, point)
     best = size.clone()
-    rows = torch.arange(size.shape[0], device=size.device)
-    iterations = torch.zeros_like(rows)
-    patience = torch.full_like(rows, 3)
+    running = torch.arange(size.shape[0], device=size.device)
+    iterations = torch.zeros_like(running)
+    patience = torch.full_like(running, 3)
     for _ in range(max_iterations):
-        if not len(rows):
+        if not len(running):
             break
         active = _active(problem, point)
         _, residual = _residual(problem, point)
         change, _ = bordered_response(problem, point, residual, active, sparsity=sparsity)
         lam = torch.where(active, point.lam + change.lam, 0)
         point = NodePoint(point.x + change.x, point.nu + change.nu, lam)
-        iterations[rows] += 1
+        iterations[running] += 1
         size, _ = _residual(problem, point)
-        better = size < best[rows]
-        halved = size < 0.5 * best[rows]
-        chosen = rows[better]
-        for own, part in zip(whole, point, strict=True):
-            own[chosen] = part[better]
+        better = size < best[running]
+        halved = size < 0.5 * best[running]
+        chosen = running[better]
+        for tensor, new in zip(whole, point, strict=True):
+            tensor[chosen] = new[better]
         best[chosen] = size[better]
         # Changes of the active set may raise the residual for an iteration or two.
-        patience[rows] = torch.where(halved, 3, patience[rows] - 1)
-        done = (patience[rows] <= 0) | ~torch.isfinite(size) | (best[rows] == 0)
-        done = done | (~halved & (best[rows] < torch.finfo(size.dtype).eps ** 0.6))
+        patience[running] = torch.where(halved, 3, patience[running] - 1)
+        done = (patience[running] <= 0) | ~torch.isfinite(size) | (best[running] == 0)
+        done = done | (~halved & (best[running] < torch.finfo(size.dtype).eps ** 0.6))
         if done.any():
             left = rows_where(~done)
-            rows, point, problem_left = rows[left], point.select(left), problem.select(left)
+            running, point, problem_left = running[left], point.select(left), problem.select(left)
             problem = problem_left
     enough = torch.finfo(best.dtype).eps ** 0.6
     fine = best <= enough
-    rest = rows_where(~fine & torch.isfinite(best))
-    if len(rest) and sparsity is None and len(rest) * whole.x.shape[-1] ** 2 <= LARGE:
-        part, own = every.select(rest), whole.select(rest)
-        fine[rest] = _residual(part, own, _rounding(part, own))[0] <= enough
+    unsure = rows_where(~fine & torch.isfinite(best))
+    if len(unsure) and sparsity is None and len(unsure) * whole.x.shape[-1] ** 2 <= LARGE:
+        unsure_problem, unsure_point = every.select(unsure), whole.select(unsure)
+        fine[unsure] = _residual(unsure_problem, unsure_point, _rounding(unsure_problem, unsure_point))[0] <= enough
     whole = NodePoint(whole.x, unit * whole.nu, unit * whole.lam)
     return ConstrainedResult(whole, torch.where(fine, int(Status.SOLVED), int(Status.NUMERICAL_ERROR)), iterations)
 
@@ -155,20 +155,20 @@ def method_of_multipliers(
     point = whole
     status = torch.full((size,), int(Status.ITERATION_LIMIT), device=x.device)
     iterations = torch.zeros(size, dtype=torch.int64, device=x.device)
-    rows = torch.arange(size, device=x.device)
+    running = torch.arange(size, device=x.device)
     slope = torch.func.grad(lambda x: problem.objective(x).sum())(x)
     # A penalty's curvature is that of long rows too: c |∇h|² is what the objective is weighed against.
     signs = torch.ones_like(torch.cat([h, g], -1))
     rows_squared = problem.jacobian_product(x)(signs).square().sum(-1) / signs.shape[-1]
     penalty = 10 * slope.abs().amax(-1).clamp(1e-2, 1e4) / rows_squared.clamp(min=1)
     violation = torch.full_like(penalty, torch.inf)
-    endless = torch.zeros_like(rows)  # rounds, one after the other, that fell without limit
+    endless = torch.zeros_like(running)  # rounds, one after the other, that fell without limit
     precision = torch.finfo(x.dtype).eps ** 0.6
     for _ in range(max_rounds):
-        if not len(rows):
+        if not len(running):
             break
         descent = minimise(AugmentedLagrangian(problem, point.nu, point.lam, penalty), point.x)
-        iterations[rows] += descent.iterations
+        iterations[running] += descent.iterations
         endless = torch.where(descent.status == int(Status.UNBOUNDED), endless + 1, 0)
         usable = torch.isfinite(descent.x).all(-1) & (descent.status != int(Status.UNBOUNDED))
         x = torch.where(usable[:, None], descent.x, point.x)
@@ -183,32 +183,32 @@ def method_of_multipliers(
         solved = torch.zeros_like(usable)
         near = rows_where(ready)
         if len(near):
-            part = problem.select(near)
-            answer = polish(part, point.select(near), sparsity=sparsity)
+            near_problem = problem.select(near)
+            answer = polish(near_problem, point.select(near), sparsity=sparsity)
             moved = (answer.point.x - x[near]).abs().amax(-1)
             close = moved <= 10 * change[near] + precision**0.5 * (1 + x[near].abs().amax(-1))
-            iterations[rows[near]] += answer.iterations
-            fine = (answer.status == int(Status.SOLVED)) & close & is_minimiser(part, answer.point, sparsity)
+            iterations[running[near]] += answer.iterations
+            fine = (answer.status == int(Status.SOLVED)) & close & is_minimiser(near_problem, answer.point, sparsity)
             done = near[fine]
-            for own, new in zip(whole, answer.point, strict=True):
-                own[rows[done]] = new[fine]
-            status[rows[done]] = int(Status.SOLVED)
+            for tensor, new in zip(whole, answer.point, strict=True):
+                tensor[running[done]] = new[fine]
+            status[running[done]] = int(Status.SOLVED)
             solved[done] = True
         penalty = torch.where(slow, 10 * penalty, penalty)
         hopeless = ~solved & ((penalty > 1e12) | (endless >= ENDLESS))
         ended = solved | hopeless
         if ended.any() or not usable.all():
             unbounded = (descent.status == int(Status.UNBOUNDED))[hopeless]
-            status[rows[hopeless]] = torch.where(unbounded, int(Status.UNBOUNDED), int(Status.NUMERICAL_ERROR))
+            status[running[hopeless]] = torch.where(unbounded, int(Status.UNBOUNDED), int(Status.NUMERICAL_ERROR))
         left = rows_where(~ended)
-        for own, new in zip(whole, point, strict=True):
-            own[rows[left]] = new[left]
+        for tensor, new in zip(whole, point, strict=True):
+            tensor[running[left]] = new[left]
         if ended.any():
-            rows, point, penalty, violation = rows[left], point.select(left), penalty[left], violation[left]
+            running, point, penalty, violation = running[left], point.select(left), penalty[left], violation[left]
             endless = endless[left]
             problem = problem.select(left)
-    residual = _residual(problem, point)[0] if len(rows) else penalty
-    status[rows] = torch.where(residual <= precision**0.5, int(Status.INACCURATE), status[rows])
+    residual = _residual(problem, point)[0] if len(running) else penalty
+    status[running] = torch.where(residual <= precision**0.5, int(Status.INACCURATE), status[running])
     lost = rows_where((status == int(Status.NUMERICAL_ERROR)) | (status == int(Status.ITERATION_LIMIT)))
     if len(lost):
         answer = verdict(every.select(lost), (start[lost], whole.x[lost]), minimise)
@@ -246,9 +246,9 @@ def _residual(problem: NodeProblem, point: NodePoint, rounding: Tensor | None = 
         forces = problem.jacobian_product(point.x)(multipliers)
         terms = torch.maximum(terms, forces.abs().amax(-1))
     left = slope.abs() if rounding is None else torch.relu(slope.abs() - rounding)
-    own = left.amax(-1) / terms
+    stationarity = left.amax(-1) / terms
     reach = 1 + point.x.abs().amax(-1)
-    bad = [own]
+    bad = [stationarity]
     if h.shape[-1]:
         bad.append(h.abs().amax(-1) / reach)
     if g.shape[-1]:

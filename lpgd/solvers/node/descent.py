@@ -47,7 +47,7 @@ class Run:
 
     def __init__(self, function: AugmentedLagrangian, x: Tensor, tolerance: float) -> None:
         self.whole, self.function, self.tolerance = x.clone(), function, tolerance
-        self.rows = torch.arange(x.shape[0], device=x.device)
+        self.elements = torch.arange(x.shape[0], device=x.device)
         self.status = torch.full(x.shape[:1], int(Status.ITERATION_LIMIT), device=x.device)
         self.iterations = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         self.x = x.clone()
@@ -57,11 +57,11 @@ class Run:
 
     def end(self, ended: Tensor, status: Tensor) -> Tensor:
         """Write the elements that have ended, and drop them; what is left of the batch, as a mask."""
-        done = self.rows[ended]
+        done = self.elements[ended]
         self.whole[done], self.status[done] = self.x[ended], status[ended]
         left = ~ended
         if ended.any():
-            for name in ("rows", "x", "value", "slope", "best", "first"):
+            for name in ("elements", "x", "value", "slope", "best", "first"):
                 setattr(self, name, getattr(self, name)[left])
             self.function = self.function.select(rows_where(left))
         return left
@@ -182,7 +182,7 @@ def newton(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max
     run = Run(function, x, tolerance)
     scale = run.slope.abs().amax(-1) if x.shape[-1] else run.value
     for _ in range(max_iterations):
-        if not len(run.rows):
+        if not len(run.elements):
             break
         size = run.slope.abs().amax(-1) if x.shape[-1] else torch.zeros_like(run.value)
         bad = ~(torch.isfinite(run.value) & torch.isfinite(size))
@@ -194,15 +194,15 @@ def newton(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max
         scale = torch.maximum(scale, (hessian @ run.x[..., None]).abs().sum(-1).amax(-1))
         eps = torch.finfo(x.dtype).eps
         moved = run.leave_saddles(lowest, torch.where(~bad & (size <= eps**0.5 * scale), curvature, 0))
-        run.iterations[run.rows] += moved
+        run.iterations[run.elements] += moved
         left = run.end(bad | ((size <= tolerance * scale) & ~moved), outcome(bad, Status.NUMERICAL_ERROR))
         scale = scale[left]
         if moved.any():
             continue
-        if not len(run.rows):
+        if not len(run.elements):
             break
         direction, curved, hessian = direction[left], curved[left], hessian[left]
-        run.iterations[run.rows] += 1
+        run.iterations[run.elements] += 1
         ended, precise = run.search(direction)
         if not curved.all():
             run.stretch(direction, torch.where((curved | ended)[:, None, None], torch.inf, hessian))
@@ -213,8 +213,8 @@ def newton(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max
         status = torch.where(far, int(Status.UNBOUNDED), outcome(lost, Status.NUMERICAL_ERROR))
         left = run.end(ended | far, status)
         scale = scale[left]
-    run.end(torch.zeros_like(run.value, dtype=torch.bool), run.status[run.rows])
-    run.whole[run.rows] = run.x
+    run.end(torch.zeros_like(run.value, dtype=torch.bool), run.status[run.elements])
+    run.whole[run.elements] = run.x
     return Descent(run.whole, run.status, run.iterations)
 
 
@@ -255,22 +255,22 @@ def _newton_direction(hessian: Tensor, slope: Tensor, reach: Tensor) -> tuple[Te
     unit = torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
     safe = torch.where(curved[:, None, None], factor, unit)
     direction = -torch.cholesky_solve(slope[..., None], safe)[..., 0]
-    rest = rows_where(~curved)
+    indefinite = rows_where(~curved)
     lowest, curvature = torch.zeros_like(slope), torch.zeros_like(slope[:, 0])
-    if len(rest):
-        values, vectors = linalg.eigh(0.5 * (hessian[rest] + hessian[rest].mT))
+    if len(indefinite):
+        values, vectors = linalg.eigh(0.5 * (hessian[indefinite] + hessian[indefinite].mT))
         sizes = values.abs()
         top = sizes.amax(-1, keepdim=True)
-        small = weight[rest].amin(-1) * linalg.vector_norm(slope[rest], dim=-1) / reach[rest]
+        small = weight[indefinite].amin(-1) * linalg.vector_norm(slope[indefinite], dim=-1) / reach[indefinite]
         sizes = torch.where(values < eps**0.25 * top, torch.maximum(sizes, small[:, None]), sizes)
         sizes = torch.where(top > 0, torch.maximum(sizes, 10 * eps**0.5 * top), 1)
-        along = (vectors.mT @ slope[rest][..., None])[..., 0]
-        direction[rest] = -(vectors @ (along / sizes)[..., None])[..., 0]
+        along = (vectors.mT @ slope[indefinite][..., None])[..., 0]
+        direction[indefinite] = -(vectors @ (along / sizes)[..., None])[..., 0]
         negative = values[:, 0] < -(eps**0.4) * top[:, 0]
-        down = weight[rest] * vectors[..., 0]
+        down = weight[indefinite] * vectors[..., 0]
         length = linalg.vector_norm(down, dim=-1)
-        lowest[rest] = down / length[:, None]
-        curvature[rest] = torch.where(negative, values[:, 0] / length.square(), 0)
+        lowest[indefinite] = down / length[:, None]
+        curvature[indefinite] = torch.where(negative, values[:, 0] / length.square(), 0)
     return weight * direction, curved, lowest, curvature
 
 
@@ -282,7 +282,7 @@ def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_
     curved = torch.func.vjp(function.gradient, x)[1](x)[0]
     scale = torch.maximum(run.slope.abs().amax(-1), curved.abs().amax(-1))
     steps, changes = x.new_zeros(MEMORY, size, n), x.new_zeros(MEMORY, size, n)
-    inverse, stale = x.new_zeros(MEMORY, size), torch.zeros_like(run.rows)
+    inverse, stale = x.new_zeros(MEMORY, size), torch.zeros_like(run.elements)
     for _ in range(max_iterations):
         large = run.slope.abs().amax(-1)
         bad = ~(torch.isfinite(run.value) & torch.isfinite(large))
@@ -291,7 +291,7 @@ def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_
         left = run.end((large <= tolerance * scale) | bad | far, status)
         scale, steps, changes, inverse = scale[left], steps[:, left], changes[:, left], inverse[:, left]
         stale = stale[left]
-        if not len(run.rows):
+        if not len(run.elements):
             break
         direction = _two_loops(run.slope, steps, changes, inverse)
         downhill = (direction * run.slope).sum(-1) < 0
@@ -299,7 +299,7 @@ def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_
         fresh = inverse[0] == 0
         first = direction.abs().amax(-1).clamp(min=1)
         direction = torch.where(fresh[:, None], direction / first[:, None], direction)
-        run.iterations[run.rows] += 1
+        run.iterations[run.elements] += 1
         before, slope = run.x, run.slope
         ended, precise = run.search(direction, quick=False)
         # At the precision of values, gradients that hardly fall any more are at their end, too.
@@ -310,8 +310,8 @@ def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_
         product = (step * change).sum(-1)
         good = product > torch.finfo(x.dtype).eps * change.square().sum(-1)
         steps, changes, inverse = (
-            torch.where(good.reshape(-1, *(1,) * (own.ndim - 2)), torch.cat([new[None], own[:-1]]), own)
-            for own, new in ((steps, step), (changes, change), (inverse, 1 / product))
+            torch.where(good.reshape(-1, *(1,) * (history.ndim - 2)), torch.cat([new[None], history[:-1]]), history)
+            for history, new in ((steps, step), (changes, change), (inverse, 1 / product))
         )
         # A history that leads nowhere is forgotten once; without one, this is as far as it goes.
         inverse = torch.where(ended & ~fresh, 0, inverse)
@@ -321,7 +321,7 @@ def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_
         left = run.end(ended, outcome(~small, Status.NUMERICAL_ERROR))
         scale, steps, changes, inverse = scale[left], steps[:, left], changes[:, left], inverse[:, left]
         stale = stale[left]
-    run.whole[run.rows] = run.x
+    run.whole[run.elements] = run.x
     return Descent(run.whole, run.status, run.iterations)
 
 

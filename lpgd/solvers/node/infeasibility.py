@@ -47,16 +47,16 @@ def verdict(
     enough = torch.finfo(points[0].dtype).eps ** 0.3
     feasible = torch.stack([_worst(problem, x) <= enough * (1 + maximum_norm(x)) for x in points]).any(0)
     answer = torch.full(feasible.shape, int(Status.NUMERICAL_ERROR), device=feasible.device)
-    rows = rows_where(~feasible & torch.isfinite(points[-1]).all(-1))
-    if not len(rows):
+    elements = rows_where(~feasible & torch.isfinite(points[-1]).all(-1))
+    if not len(elements):
         return answer
-    part = problem.select(rows)
-    function = _Violation(part)
-    x = minimise(function, points[-1][rows]).x
+    chosen = problem.select(elements)
+    function = _Violation(chosen)
+    x = minimise(function, points[-1][elements]).x
     left, slope, reach = function.value(x), maximum_norm(function.gradient(x)), 1 + maximum_norm(x)
     # Written so that NaN is no evidence.
-    proven = (_worst(part, x) > enough * reach) & (slope * reach <= FLAT * left)
-    answer[rows[proven]] = int(Status.INFEASIBLE)
+    proven = (_worst(chosen, x) > enough * reach) & (slope * reach <= FLAT * left)
+    answer[elements[proven]] = int(Status.INFEASIBLE)
     return answer
 
 

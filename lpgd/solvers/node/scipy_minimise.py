@@ -51,7 +51,7 @@ def _minimise_one(
         slope, value = torch.func.grad_and_value(lambda x: problem.objective(x).sum())(tensor(point))
         return float(value), number(slope)
 
-    p, r = (part.shape[-1] for part in problem.constraints(x[None]))
+    p, r = (values.shape[-1] for values in problem.constraints(x[None]))
     constraints = []
     if p:
         constraints.append(

@@ -90,18 +90,18 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
         """Solve every element of a batch, in this thread and on the device of the inputs."""
         started = time.perf_counter()
         start = _starts(states, problem.batch_size) if len(states) else None
-        rows = None if problem.is_surely_finite() else rows_where(problem.finite())
-        rows = None if rows is not None and len(rows) == problem.batch_size else rows
-        part = problem if rows is None else problem.select(rows)
+        finite = None if problem.is_surely_finite() else rows_where(problem.finite())
+        finite = None if finite is not None and len(finite) == problem.batch_size else finite
+        finite_problem = problem if finite is None else problem.select(finite)
         if start is not None:
             start = torch.where(torch.isfinite(start), start, 0).to(problem.dtype)
-            start = start if rows is None else start[rows]
+            start = start if finite is None else start[finite]
         # Autocast would compute products of float32 in half precision.
         with torch.no_grad(), without_autocast(problem.device.type), isolated_torch():
-            answer = self._answer(part, start)
+            answer = self._answer(finite_problem, start)
         seconds = time.perf_counter() - started
-        solution = self._solution(part, answer, seconds)
-        return solution if rows is None else _spread(problem, solution, rows)
+        solution = self._solution(finite_problem, answer, seconds)
+        return solution if finite is None else _spread(problem, solution, finite)
 
     def _answer(self, problem: NodeProblem, start: Tensor | None) -> NodeAnswer:
         node = problem.node
@@ -112,9 +112,9 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
         if self.algorithm == "own" and not problem.is_shifted:
             y = None if start is None else problem.shaped(start)
             inputs = tuple(problem.data)
-            own = node.solve(inputs, y) if problem.is_plain else node.solve_tilted(inputs, problem.added, y)
-            if own is not None:
-                return _checked(own, problem)
+            from_node = node.solve(inputs, y) if problem.is_plain else node.solve_tilted(inputs, problem.added, y)
+            if from_node is not None:
+                return _checked(from_node, problem)
         if not problem.traits.has_kkt:
             raise TypeError(
                 f"{node.name} is not smooth: the generic solvers cannot solve it with such terms added (give "
@@ -169,13 +169,13 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
             return _from_codes(problem, found.point.x, found.status, found.iterations, found.point.nu, found.point.lam)
         point, status, iterations = polish(problem, warm_point(problem, x), sparsity=sparsity)
         fine = (status == int(Status.SOLVED)) & is_minimiser(problem, point, sparsity)
-        rest = rows_where(~fine)
-        if len(rest):
-            again = method_of_multipliers(problem.select(rest), x[rest], minimise, sparsity=sparsity)
-            for own, new in zip(point, again.point, strict=True):
-                own[rest] = new
-            status[rest] = again.status
-            iterations[rest] += again.iterations
+        failed = rows_where(~fine)
+        if len(failed):
+            again = method_of_multipliers(problem.select(failed), x[failed], minimise, sparsity=sparsity)
+            for tensor, new in zip(point, again.point, strict=True):
+                tensor[failed] = new
+            status[failed] = again.status
+            iterations[failed] += again.iterations
         return _from_codes(problem, point.x, status, iterations, point.nu, point.lam)
 
     def _minimise(self, function: AugmentedLagrangian, x: Tensor) -> Descent:
@@ -232,11 +232,11 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
 
 def _warn_of_start(problem: NodeProblem, x: Tensor) -> None:
     """Warn about functions that are not finite, or have no derivative, where a generic solver starts."""
-    parts = {
+    by_role = {
         "objective": (problem.objective(x)[:, None], torch.func.grad(lambda x: problem.objective(x).sum())(x)),
         "constraints": (*problem.constraints(x), problem.jacobian_product(x)(torch.ones_like(_joined(problem, x)))),
     }
-    for role, values in parts.items():
+    for role, values in by_role.items():
         bad = elements_where(~torch.isfinite(torch.cat(values, -1)).all(-1))
         if bad:
             warn(
@@ -285,12 +285,12 @@ def _starts(states: Sequence[Any], size: int) -> Tensor:
     return torch.stack([states[element % len(states)] for element in range(size)])
 
 
-def _spread(problem: NodeProblem, solution: NodeSolution, rows: Tensor) -> NodeSolution:
+def _spread(problem: NodeProblem, solution: NodeSolution, elements: Tensor) -> NodeSolution:
     """The solution of some elements as one of the whole batch, whose other elements have invalid data."""
-    size, places = problem.batch_size, integers(rows)
+    size, places = problem.batch_size, integers(elements)
 
-    def spread(part: Tensor, value: float) -> Tensor:
-        return part.new_full((size, *part.shape[1:]), value).index_copy(0, rows, part)
+    def spread(tensor: Tensor, value: float) -> Tensor:
+        return tensor.new_full((size, *tensor.shape[1:]), value).index_copy(0, elements, tensor)
 
     x = spread(solution.x, torch.nan)
     statuses, iterations, seconds = [Status.INVALID_DATA] * size, np.zeros(size, dtype=np.int64), np.zeros(size)
@@ -300,10 +300,10 @@ def _spread(problem: NodeProblem, solution: NodeSolution, rows: Tensor) -> NodeS
     aux = solution.aux
     if aux is not None:
         count = solution.batch_size
-        parts = [part if part.shape[0] == 1 < count else spread(part, 0) for part in aux]
-        aux = type(aux)(*parts) if hasattr(aux, "_fields") else tuple(parts)
-    own = (solution.nu, solution.lam)
-    nu, lam = (part if part is None else spread(part, 0) for part in own)
+        tensors = [tensor if tensor.shape[0] == 1 < count else spread(tensor, 0) for tensor in aux]
+        aux = type(aux)(*tensors) if hasattr(aux, "_fields") else tuple(tensors)
+    multipliers = (solution.nu, solution.lam)
+    nu, lam = (tensor if tensor is None else spread(tensor, 0) for tensor in multipliers)
     return NodeSolution(
         problem, x, tuple(statuses), iterations, np.zeros(size), seconds, Rows(x), aux, nu, lam, solution.barrier
     )

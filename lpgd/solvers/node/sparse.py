@@ -77,10 +77,10 @@ class Factors:
         """Those of one element, as sparse matrices; of the Jacobian the rows that are kept."""
         from scipy.sparse import csr_matrix
 
-        own, other = self.sparsity.hessian, self.sparsity.jacobian
-        n, m = len(own.colour), len(other.colour)
-        hessian = csr_matrix((self.hessian[element], (own.rows, own.columns)), shape=(n, n))
-        jacobian = csr_matrix((self.jacobian[element], (other.rows, other.columns)), shape=(m, n))
+        hessian_pattern, jacobian_pattern = self.sparsity.hessian, self.sparsity.jacobian
+        n, m = len(hessian_pattern.colour), len(jacobian_pattern.colour)
+        hessian = csr_matrix((self.hessian[element], (hessian_pattern.rows, hessian_pattern.columns)), shape=(n, n))
+        jacobian = csr_matrix((self.jacobian[element], (jacobian_pattern.rows, jacobian_pattern.columns)), shape=(m, n))
         return 0.5 * (hessian + hessian.T), jacobian[keep]
 
 
@@ -93,18 +93,18 @@ def find_sparsity(problem: NodeProblem, point: NodePoint) -> Sparsity | None:
     """
     one = problem.select(torch.zeros(1, dtype=torch.int64, device=problem.device))
     generator = torch.Generator().manual_seed(0)
-    x, nu, lam = (part[:1] for part in point)
+    x, nu, lam = (tensor[:1] for tensor in point)
 
     def noise(like: Tensor) -> Tensor:
         return torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like)
 
     near = NodePoint(x + 0.1 * (1 + x.abs().amax()) * (noise(x) - 0.5), nu + noise(nu) + 0.5, lam + noise(lam) + 0.5)
-    here = NodePoint(x, near.nu, near.lam)
-    found = [_entries(one, candidate) for candidate in (near, here)]
+    at_point = NodePoint(x, near.nu, near.lam)
+    found = [_entries(one, candidate) for candidate in (near, at_point)]
     known = [pair for pair in found if pair is not None]
     if not known:
         return None
-    hessian, jacobian = (functools.reduce(np.logical_or, parts) for parts in zip(*known, strict=True))
+    hessian, jacobian = (functools.reduce(np.logical_or, masks) for masks in zip(*known, strict=True))
     most = MANY * x.shape[-1]
     first, second = _coloured(hessian | hessian.T, most), _coloured(jacobian, most)
     return None if first is None or second is None else Sparsity(first, second)
@@ -113,18 +113,18 @@ def find_sparsity(problem: NodeProblem, point: NodePoint) -> Sparsity | None:
 def _entries(problem: NodeProblem, point: NodePoint) -> tuple[BoolArray, BoolArray] | None:
     """Where the matrices of one element are not zero; None where they are not finite."""
     n = point.x.shape[-1]
-    m = sum(part.shape[-1] for part in problem.constraints(point.x))
-    parts = []
+    m = sum(values.shape[-1] for values in problem.constraints(point.x))
+    masks = []
     for pull, size in ((problem.hessian_product(point), n), (problem.jacobian_product(point.x), m)):
         units = torch.eye(size, dtype=point.x.dtype, device=point.x.device)
         if not size:
-            parts.append(np.zeros((0, n), dtype=bool))
+            masks.append(np.zeros((0, n), dtype=bool))
             continue
         rows = torch.func.vmap(lambda unit, pull=pull: pull(unit[None])[0], chunk_size=max(1, CHUNK // n))(units)
         if not bool(torch.isfinite(rows).all()):
             return None
-        parts.append(rows.ne(0).cpu().numpy())
-    return parts[0], parts[1]
+        masks.append(rows.ne(0).cpu().numpy())
+    return masks[0], masks[1]
 
 
 def _coloured(entries: BoolArray, most: float) -> Pattern | None:
@@ -132,10 +132,10 @@ def _coloured(entries: BoolArray, most: float) -> Pattern | None:
     from scipy.sparse import csr_matrix
 
     rows, columns = np.nonzero(entries)
-    own = csr_matrix(entries)
-    if len(rows) and np.diff(own.tocsc().indptr).max() > most:
+    matrix = csr_matrix(entries)
+    if len(rows) and np.diff(matrix.tocsc().indptr).max() > most:
         return None  # so many rows share a column
-    meets = (own.astype(np.int32) @ own.astype(np.int32).T).tocsr()
+    meets = (matrix.astype(np.int32) @ matrix.astype(np.int32).T).tocsr()
     colour = np.full(entries.shape[0], -1, dtype=np.int64)
     for row in range(entries.shape[0]):
         taken = set(colour[meets.indices[meets.indptr[row] : meets.indptr[row + 1]]].tolist())
@@ -159,16 +159,16 @@ def read_matrices(problem: NodeProblem, point: NodePoint, sparsity: Sparsity) ->
         size = point.x.shape[0]
         images = torch.func.vmap(lambda seed, pull=pull, size=size: pull(seed.expand(size, -1)))(known)
         numbers = images.detach().cpu().double().numpy()
-        own = numbers[pattern.colour[pattern.rows], :, pattern.columns].T  # (B, entries)
+        entries = numbers[pattern.colour[pattern.rows], :, pattern.columns].T  # (B, entries)
         image, sizes = np.zeros((size, point.x.shape[-1])), np.zeros((size, point.x.shape[-1]))
-        weighted = own * probe[pattern.rows]
+        weighted = entries * probe[pattern.rows]
         for element in range(size):
             np.add.at(image[element], pattern.columns, weighted[element])
             np.add.at(sizes[element], pattern.columns, np.abs(weighted[element]))
         reach = 1e3 * torch.finfo(point.x.dtype).eps * (sizes.max(initial=0.0) + np.abs(numbers[-1]).max(initial=0.0))
         if not np.all(np.abs(image - numbers[-1]) <= reach):
             return None
-        values.append(own)
+        values.append(entries)
     return Factors(sparsity, values[0], values[1])
 
 

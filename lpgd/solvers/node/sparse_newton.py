@@ -32,30 +32,30 @@ def sparse_newton(
     scale, eps = run.slope.abs().amax(-1), torch.finfo(x.dtype).eps
     damping = torch.zeros_like(scale)
     for _ in range(max_iterations):
-        if not len(run.rows):
+        if not len(run.elements):
             break
         size = run.slope.abs().amax(-1)
         bad = ~(torch.isfinite(run.value) & torch.isfinite(size))
         left = run.end(bad | (size <= tolerance * scale), outcome(bad, Status.NUMERICAL_ERROR))
         scale, damping = scale[left], damping[left]
-        if not len(run.rows):
+        if not len(run.elements):
             break
         found = _directions(run, sparsity, damping)
         if found is None:
-            rest = newton(run.function, run.x, tolerance, max_iterations)
-            run.whole[run.rows], run.status[run.rows] = rest.x, rest.status
-            run.iterations[run.rows] += rest.iterations
+            dense = newton(run.function, run.x, tolerance, max_iterations)
+            run.whole[run.elements], run.status[run.elements] = dense.x, dense.status
+            run.iterations[run.elements] += dense.iterations
             return Descent(run.whole, run.status, run.iterations)
         direction, damping, curved = found
-        run.iterations[run.rows] += 1
+        run.iterations[run.elements] += 1
         ended, precise = run.search(direction)
         far = run.is_far()
         long = direction.abs().amax(-1) > eps**0.25 * (1 + run.x.abs().amax(-1))
         lost = ended & ~precise & (long | ~curved) & (run.slope.abs().amax(-1) > eps**0.5 * scale)
         left = run.end(ended | far, torch.where(far, int(Status.UNBOUNDED), outcome(lost, Status.NUMERICAL_ERROR)))
         scale, damping = scale[left], damping[left]
-    run.end(torch.zeros_like(run.value, dtype=torch.bool), run.status[run.rows])
-    run.whole[run.rows] = run.x
+    run.end(torch.zeros_like(run.value, dtype=torch.bool), run.status[run.elements])
+    run.whole[run.elements] = run.x
     return Descent(run.whole, run.status, run.iterations)
 
 
