@@ -177,13 +177,13 @@ class _Contracted:
                 named[leaf.key] = leaf.build(value)
             else:
                 positional[leaf.key] = leaf.build(value)
-        outputs = [part for part in _tensors(self.function(*positional, **named)) if part.is_floating_point()]
+        outputs = [output for output in _tensors(self.function(*positional, **named)) if output.is_floating_point()]
         if not outputs:
             raise ValueError("the function returned no floating-point tensor.")
         generator = torch.Generator().manual_seed(self.seed)
         terms = [
-            (part * torch.randn(part.shape, dtype=torch.float64, generator=generator).to(part)).sum()
-            for part in outputs
+            (output * torch.randn(output.shape, dtype=torch.float64, generator=generator).to(output)).sum()
+            for output in outputs
         ]
         return torch.stack(terms).sum()
 
@@ -191,14 +191,14 @@ class _Contracted:
 def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output.to_dense() if output.layout is not torch.strided else output]
-    parts: Sequence[Any] = ()
+    members: Sequence[Any] = ()
     if isinstance(output, Mapping):
-        parts = list(output.values())
+        members = list(output.values())
     elif isinstance(output, (tuple, list)):
-        parts = output
+        members = output
     elif dataclasses.is_dataclass(output):
-        parts = [getattr(output, field.name) for field in dataclasses.fields(output)]
-    return [tensor for part in parts for tensor in _tensors(part)]
+        members = [getattr(output, field.name) for field in dataclasses.fields(output)]
+    return [tensor for member in members for tensor in _tensors(member)]
 
 
 def _check_input(
@@ -213,20 +213,20 @@ def _check_input(
     generator: torch.Generator,
 ) -> InputCheck:
     values = [leaf.values.detach() for leaf in leaves]
-    own = values[position]
-    h = step * (float(own.abs().max()) if own.numel() else 0.0) or step
+    original = values[position]
+    h = step * (float(original.abs().max()) if original.numel() else 0.0) or step
     center = float(contracted(values))
-    chosen = torch.randperm(own.numel(), generator=generator)[:entries].sort().values.tolist()
+    chosen = torch.randperm(original.numel(), generator=generator)[:entries].sort().values.tolist()
     slopes = []
     for entry in chosen:
         ends = []
         for shift in (2 * h, h, -h, -2 * h):
-            moved = own.clone()
+            moved = original.clone()
             moved.view(-1)[entry] += shift
             values[position] = moved
             ends.append(float(contracted(values)))
         slopes.append(_Slopes(*ends, center=center, h=h))
-    values[position] = own
+    values[position] = original
     size = max((abs(slope.central) for slope in slopes if slope.settles(atol, rtol, 0.0)), default=0.0)
     tolerance = atol + rtol * size
     flat = gradient.flatten()
@@ -245,7 +245,7 @@ def _check_input(
         wrong += error > tolerance or derivative != derivative
         if error > worst_error:
             worst, worst_error = place, error
-    at = torch.unravel_index(torch.tensor(chosen[worst]), own.shape) if chosen and own.ndim else ()
+    at = torch.unravel_index(torch.tensor(chosen[worst]), original.shape) if chosen and original.ndim else ()
     return InputCheck(
         leaves[position].name,
         len(chosen),

@@ -65,17 +65,17 @@ def diagnose(
     numeric = _Differences(layer, parameters, loss, run, directions, seed) if directions else None
     reports = []
     for position, leaf in enumerate(run.leaves):
-        part = found.gradients[position]
+        leaf_gradient = found.gradients[position]
         natural = run.natural_size(leaf)
-        against = None if exact is None else compare([part], [exact.gradients[position]], 1e-8 * natural)
-        norm = float(part.norm())
+        against = None if exact is None else compare([leaf_gradient], [exact.gradients[position]], 1e-8 * natural)
+        norm = float(leaf_gradient.norm())
         reports.append(
             ParameterReport(
                 leaf.name,
                 tuple(leaf.values.shape),
                 norm,
                 against,
-                None if numeric is None else numeric.compare(position, part, natural),
+                None if numeric is None else numeric.compare(position, leaf_gradient, natural),
                 found.decreases[position],
                 norm <= NEGLIGIBLE * natural,
             )
@@ -110,9 +110,9 @@ class _Differences:
 
     def compare(self, position: int, gradient: Tensor, natural: float) -> Comparison | None:
         values = [leaf.values.detach() for leaf in self.run.leaves]
-        own = values[position]
-        basis = self._basis(own.numel()).to(own)
-        step = self.relative * (float(own.abs().max()) or 1.0)
+        original = values[position]
+        basis = self._basis(original.numel()).to(original)
+        step = self.relative * (float(original.abs().max()) or 1.0)
         slopes = []
         try:
             for direction in basis:
@@ -120,12 +120,12 @@ class _Differences:
                 length = step / float(direction.abs().max())
                 ends = []
                 for sign in (1.0, -1.0):
-                    values[position] = own + sign * length * direction.reshape(own.shape)
+                    values[position] = original + sign * length * direction.reshape(original.shape)
                     ends.append(float(self.run.losses_at(values).sum()))
                 slopes.append((ends[0] - ends[1]) / (2 * length))
         except SolverError:  # next to this point the problem has no solution: there is no derivative to take
             return None
-        numeric = own.new_tensor(slopes)
+        numeric = original.new_tensor(slopes)
         return compare([basis @ gradient.flatten()], [numeric], 10 * self.relative * natural)
 
     def _basis(self, size: int) -> Tensor:

@@ -54,7 +54,7 @@ class Comparison:
 
 def compare(gradient: Sequence[Tensor], reference: Sequence[Tensor], negligible: float = 0.0) -> Comparison:
     """A gradient against a reference, whose norm counts as zero up to ``negligible``."""
-    norms = [float(inner(parts, parts)) ** 0.5 for parts in (gradient, reference)]
+    norms = [float(inner(tensors, tensors)) ** 0.5 for tensors in (gradient, reference)]
     if norms[1] <= negligible:
         return Comparison(0.0, math.nan, math.nan)
     if norms[0] <= negligible:
@@ -167,13 +167,13 @@ def tighter(layer: Any, parameters: Parameters, loss: Loss, run: Pass) -> Pass |
 
 def _decrease(run: Pass, position: int, gradient: Tensor) -> float:
     values = [leaf.values.detach() for leaf in run.leaves]
-    own, norm = values[position], float(gradient.norm())
+    original, norm = values[position], float(gradient.norm())
     if not NEGLIGIBLE * run.natural_size(run.leaves[position]) < norm < math.inf:
         return 0.0
-    step = gradient * ((float(own.norm()) or 1.0) / norm)
+    step = gradient * ((float(original.norm()) or 1.0) / norm)
     before, best = float(run.losses.sum()), -math.inf
     for length in STEP_LENGTHS:
-        values[position] = own - length * step
+        values[position] = original - length * step
         try:
             best = max(best, before - float(run.losses_at(values).sum()))
         except SolverError:  # a step too far: there is no solution there
@@ -204,11 +204,11 @@ def _active(solution: Any) -> Tensor:
     structure = getattr(problem, "structure", None)
     if not isinstance(structure, ConicStructure):
         return solution.x
-    rows = structure.cones.sections["nonnegative"]
+    nonnegative = structure.cones.sections["nonnegative"]
     lower, upper = problem.full_bounds()
     return torch.cat(
         [
-            solution.y[:, rows] > solution.s[:, rows],
+            solution.y[:, nonnegative] > solution.s[:, nonnegative],
             solution.z > upper - solution.x,
             -solution.z > solution.x - lower,
         ],

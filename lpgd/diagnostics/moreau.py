@@ -106,7 +106,7 @@ def envelope_values(run: Pass, tau: float, rho: float) -> Envelopes:
     """
     if not 0 < tau < float("inf") or not 0 <= rho < float("inf"):
         raise ValueError(f"tau is {tau} and rho is {rho}; tau must be positive, rho nonnegative, both finite.")
-    if any(bool(part.any()) for part in run.cotangent[1:]):
+    if any(bool(tensor.any()) for tensor in run.cotangent[1:]):
         raise ValueError(
             "the loss depends on dual variables (or on the slack of a problem through them); envelopes are bounds for "
             "losses on primal variables only."

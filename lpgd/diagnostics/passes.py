@@ -242,7 +242,7 @@ class Pass:
         info = self._switch.seen.info
         if info is None:
             raise ValueError("the loss does not depend on the layer's output.")
-        return Backward(tuple(part.detach() for part in gradients), info, seconds, tuple(texts))
+        return Backward(tuple(gradient.detach() for gradient in gradients), info, seconds, tuple(texts))
 
     def losses_at(self, values: Sequence[Tensor]) -> Tensor:
         """The loss's value with other values of the leaves."""
@@ -296,14 +296,14 @@ class Pass:
     def natural_size(self, leaf: Leaf) -> float:
         """The norm that a gradient has where a relative change of a parameter makes an equal one of the solution."""
         seen = zip(self.cotangent, self.solution.outputs, strict=False)  # of a node's point, losses see x alone
-        sizes = [float((g * part.nan_to_num()).norm()) for g, part in seen]
-        floor = 1e-3 * sum(float(part.norm()) for part in self.cotangent)
+        sizes = [float((g * output.nan_to_num()).norm()) for g, output in seen]
+        floor = 1e-3 * sum(float(tensor.norm()) for tensor in self.cotangent)
         return (sum(sizes) + floor) / (float(leaf.values.detach().norm()) or 1.0)
 
     @property
     def concerned(self) -> Tensor:
         """(B,) elements whose loss gradient is more than an interior-point solver's rounding of the largest one."""
-        sizes = torch.stack([part.abs().amax(-1) for part in self.cotangent if part.shape[-1]]).amax(0)
+        sizes = torch.stack([tensor.abs().amax(-1) for tensor in self.cotangent if tensor.shape[-1]]).amax(0)
         return sizes > 1e-6 * sizes.max() if sizes.numel() else sizes > 0
 
     @property

@@ -74,7 +74,9 @@ class Sweep:
             cells = [format_number(value) for value in (row.tau, row.relative, row.rho, found.norm)]
             cells += ["–", "–"] if exact is None else format_comparison(exact.norm, exact.cosine, exact.ratio)
             cells += [format_number(found.noise, 1), format_share(found.still), format_number(found.active_changes)]
-            body.append([*cells, str(len(found.fallbacks)), *(format_change(-part) for part in found.decreases)])
+            body.append(
+                [*cells, str(len(found.fallbacks)), *(format_change(-decrease) for decrease in found.decreases)]
+            )
         steps = [f"step of {name}" for name in self.names]
         lines = [
             f"LPGD, envelope {self.envelope}: loss {format_number(self.loss, 5)}, unit of tau "

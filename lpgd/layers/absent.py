@@ -23,21 +23,21 @@ __all__ = ["without_absent_rows"]
 def without_absent_rows(structure: ConicStructure, data: ConicData, batch_size: int) -> tuple[ConicData, Tensor | None]:
     """The data with absent rows of the nonnegative cone made harmless, and which these are: (m,) or (R, m), or None."""
     section = structure.cones.sections["nonnegative"]
-    rows = data.b[..., section]
+    right_sides = data.b[..., section]
     found = [False, False]
 
     def look(shown: Sequence[Tensor]) -> None:
         infinite = shown[0] >= INFINITE
         found[:] = [bool(infinite.any()), infinite.ndim == 2 and bool((infinite == infinite[:1]).all())]
 
-    if not rows.numel():
+    if not right_sides.numel():
         return data, None
-    look_at(look, [rows], [1])
+    look_at(look, [right_sides], [1])
     is_there, is_shared = found
     if not is_there:
         return data, None
     absent = torch.zeros_like(data.b, dtype=torch.bool)
-    absent[..., section] = rows.detach() >= INFINITE
+    absent[..., section] = right_sides.detach() >= INFINITE
     size = _size(data, batch_size)
     b = data.b if data.b.ndim == size.ndim else per_element(data.b, batch_size)
     absent_rows = absent if absent.ndim == b.ndim else per_element(absent, batch_size)
@@ -53,8 +53,8 @@ def without_absent_rows(structure: ConicStructure, data: ConicData, batch_size: 
 
 def _size(data: ConicData, batch_size: int) -> Tensor:
     """(1,) or (B, 1) how large the right-hand sides and bounds are that there are; 1 where there are none."""
-    vectors = [part.detach() for part in (data.b, data.lower, data.upper) if part.shape[-1]]
-    sizes = [maximum_norm(torch.where(part.abs() < INFINITE, part, 0.0))[..., None] for part in vectors]
+    vectors = [vector.detach() for vector in (data.b, data.lower, data.upper) if vector.shape[-1]]
+    sizes = [maximum_norm(torch.where(vector.abs() < INFINITE, vector, 0.0))[..., None] for vector in vectors]
     if any(size.ndim == 2 for size in sizes):
         sizes = [per_element(size, batch_size) for size in sizes]
     largest = torch.stack(sizes).amax(0)

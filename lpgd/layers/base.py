@@ -47,7 +47,7 @@ class LayerOutput(tuple[Tensor, ...], Recorded):
 
 
 # For torch.func, which takes outputs apart and puts them together again, without the record.
-register_pytree_node(LayerOutput, lambda output: (list(output), None), lambda parts, _: LayerOutput(parts))
+register_pytree_node(LayerOutput, lambda output: (list(output), None), lambda tensors, _: LayerOutput(tensors))
 
 
 WarmStart = bool | Recorded | AnySolution
@@ -273,13 +273,13 @@ class OptimizationLayer(BaseLayer):
     def _call_options(
         self, structure: ConicStructure, solver_args: Mapping[str, Any] | None, device: torch.device
     ) -> CallOptions:
-        own = self._solver_for(structure)
-        if not solver_args and own is not None and self._fixed:
-            choice = Choice(own, structure, self._situation(), self._named)
-            return CallOptions(own, self.executor, self.gradient, choice)
+        layer_solver = self._solver_for(structure)
+        if not solver_args and layer_solver is not None and self._fixed:
+            choice = Choice(layer_solver, structure, self._situation(), self._named)
+            return CallOptions(layer_solver, self.executor, self.gradient, choice)
         standard, situation = StandardOptions.parse(solver_args), self._situation(device)
         if standard.solver is None:
-            solver = choose_solver(structure, own, {**self._options, **standard.options}, situation)
+            solver = choose_solver(structure, layer_solver, {**self._options, **standard.options}, situation)
         else:
             solver = choose_solver(structure, standard.solver, standard.options, situation)
         choice = Choice(solver, structure, situation, self._named or standard.solver is not None)

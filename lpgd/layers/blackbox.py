@@ -141,5 +141,5 @@ class BlackboxLayer(OracleLayer):
     def _read(self, costs: Tensor, extra: tuple[Any, ...]) -> Arguments:
         structure, batch = self._batch("costs", costs)
         c = costs.reshape(batch.batch_size, structure.n).to(torch.float64)
-        rows = tuple(self._rows(f"extra input {place}", values, batch) for place, values in enumerate(extra))
-        return Arguments(-c if self.solver.sense == "max" else c, structure, batch, rows, self.solver)
+        inputs = tuple(self._by_element(f"extra input {place}", values, batch) for place, values in enumerate(extra))
+        return Arguments(-c if self.solver.sense == "max" else c, structure, batch, inputs, self.solver)

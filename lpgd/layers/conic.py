@@ -14,7 +14,7 @@ from lpgd.cones.product import Cones
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
 from lpgd.layers.eager import eager, signature_of
-from lpgd.layers.explanations import Part, explanation
+from lpgd.layers.explanations import Argument, explanation
 from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs
 from lpgd.layers.matrices import Pattern, plan, read_matrix
 from lpgd.problems.conic.solution import ConicSolution
@@ -113,10 +113,10 @@ class ConicLayer(OptimizationLayer):
         """
         batch, structure, data = self._read(P, q, A, b)
 
-        def listed() -> list[Part]:
-            parts = [Part("q", q, 1), Part("A", A, 2)]
-            parts.append(Part("b", b, 1, torch.inf, self.cones.sections["nonnegative"]))
-            return parts if P is None else [Part("P", P, 2), *parts]
+        def listed() -> list[Argument]:
+            arguments = [Argument("q", q, 1), Argument("A", A, 2)]
+            arguments.append(Argument("b", b, 1, torch.inf, self.cones.sections["nonnegative"]))
+            return arguments if P is None else [Argument("P", P, 2), *arguments]
 
         point, info = self._solve(data, structure, batch, solver_args, warm_start, explanation(listed, batch))
         s = _slack(structure, data, point.x, info)

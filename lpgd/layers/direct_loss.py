@@ -122,12 +122,12 @@ class DirectLossLayer(OracleLayer):
     def _read(self, weights: Tensor, inputs: tuple[Any, ...], target: Any) -> Arguments:
         structure, batch = self._batch("weights", weights)
         w = weights.reshape(batch.batch_size, structure.n).to(torch.float64)
-        rows = [self._rows(f"input {place}", values, batch) for place, values in enumerate(inputs)]
-        rows.append(self._rows("target", target, batch))
+        arguments = [self._by_element(f"input {place}", values, batch) for place, values in enumerate(inputs)]
+        arguments.append(self._by_element("target", target, batch))
         functions = replace(self._functions, shape=structure.shape)
         oracle = replace(self.solver, function=functions.answer, features=functions.point)
         c = torch.cat([-w, w.new_zeros(len(w), 1)], -1)
-        return Arguments(c, LinearStructure((structure.n + 1,)), batch, tuple(rows), oracle)
+        return Arguments(c, LinearStructure((structure.n + 1,)), batch, tuple(arguments), oracle)
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class _Functions:
         for name, values, wanted in (("feature map", features, shape), ("loss", loss, leading)):
             if tuple(values.shape) != wanted:
                 raise ValueError(f"the {name} answered shape {tuple(values.shape)}; it must be {wanted}.")
-        parts = [features.reshape(*leading, -1), loss.reshape(*leading, 1)]
+        blocks = [features.reshape(*leading, -1), loss.reshape(*leading, 1)]
         if self.as_torch:
-            return torch.cat([part.to(features.device, torch.float64) for part in parts], -1)
-        return np.concatenate(parts, -1)
+            return torch.cat([block.to(features.device, torch.float64) for block in blocks], -1)
+        return np.concatenate(blocks, -1)

@@ -14,13 +14,13 @@ from lpgd.problems.conic.magnitudes import INFINITE
 from lpgd.problems.solution import AnySolution
 from lpgd.status import Status
 
-__all__ = ["Part", "explanation"]
+__all__ = ["Argument", "explanation"]
 
 SHOWN = 3
 """How many entries a message names."""
 
 
-class Part(NamedTuple):
+class Argument(NamedTuple):
     """One tensor of a call.
 
     Args:
@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
 
 def explanation(
-    listed: Callable[[], Sequence[Part]], batch: Batch, ends: Sequence[tuple[str, str]] = ()
+    listed: Callable[[], Sequence[Argument]], batch: Batch, ends: Sequence[tuple[str, str]] = ()
 ) -> Callable[[AnySolution, int], str]:
     """A function of a solution and an element that says what is wrong with its data, in words, or nothing.
 
@@ -54,38 +54,38 @@ def explanation(
         # Within torch.func.vmap the elements are those of all lanes, whose tensors are hidden.
         if solution.batch_size != batch.batch_size or status not in (Status.INVALID_DATA, Status.INFEASIBLE):
             return ""
-        parts = listed()
-        known = {part.name: _entries(part, batch, element) for part in parts}
+        arguments = listed()
+        known = {argument.name: _entries(argument, batch, element) for argument in arguments}
         crossed = [(lower, upper) for lower, upper in ends if lower in known and upper in known]
         if status is Status.INFEASIBLE:
             found = [text for lower, upper in crossed for text in _crossed(lower, upper, known, element)]
         else:
-            found = [text for part in parts for text in _invalid(part, known[part.name], element)]
+            found = [text for argument in arguments for text in _invalid(argument, known[argument.name], element)]
         more = len(found) - SHOWN
         return "; ".join(found[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
     return explain
 
 
-def _entries(part: Part, batch: Batch, element: int) -> Tensor:
+def _entries(argument: Argument, batch: Batch, element: int) -> Tensor:
     """The entries of one element."""
-    tensor = part.tensor.detach()
+    tensor = argument.tensor.detach()
     tensor = (tensor.to_dense() if tensor.layout is not torch.strided else tensor).double()
     place = np.unravel_index(element, batch.batch_shape) if batch.batch_shape else ()
-    leading = tensor.ndim - part.ndim
-    own = place[len(place) - leading :] if leading else ()
-    return tensor[tuple(0 if size == 1 else int(index) for index, size in zip(own, tensor.shape, strict=False))]
+    leading = tensor.ndim - argument.ndim
+    indices = place[len(place) - leading :] if leading else ()
+    return tensor[tuple(0 if size == 1 else int(index) for index, size in zip(indices, tensor.shape, strict=False))]
 
 
-def _invalid(part: Part, entries: Tensor, element: int) -> list[str]:
+def _invalid(argument: Argument, entries: Tensor, element: int) -> list[str]:
     allowed = torch.zeros_like(entries, dtype=torch.bool)
-    if part.absent:
-        chosen = slice(None) if part.only is None else part.only
-        own = entries if entries.ndim == 0 else entries[chosen]
-        within = own >= INFINITE if part.absent > 0 else own <= -INFINITE
+    if argument.absent:
+        chosen = slice(None) if argument.only is None else argument.only
+        selected = entries if entries.ndim == 0 else entries[chosen]
+        within = selected >= INFINITE if argument.absent > 0 else selected <= -INFINITE
         allowed = within if entries.ndim == 0 else allowed.index_put((torch.arange(len(entries))[chosen],), within)
     wrong = (~torch.isfinite(entries) & ~allowed).nonzero().tolist()
-    return [f"{part.name} of element {element} is {float(entries[tuple(at)])}{_where(at)}" for at in wrong]
+    return [f"{argument.name} of element {element} is {float(entries[tuple(at)])}{_where(at)}" for at in wrong]
 
 
 def _crossed(lower: str, upper: str, known: dict[str, Tensor], element: int) -> list[str]:

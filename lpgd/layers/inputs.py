@@ -62,8 +62,8 @@ class Batch:
     def flatten(self, tensor: Tensor, ndim: int) -> Tensor:
         """One leading dimension, or none where the batch shares the tensor, before its own ``ndim`` ones."""
         leading = tensor.ndim - ndim
-        own, shape = tensor.shape[:leading], tensor.shape[leading:]
-        if own.numel() == 1:
+        leading_shape, shape = tensor.shape[:leading], tensor.shape[leading:]
+        if leading_shape.numel() == 1:
             return tensor.reshape(shape) if leading else tensor
         return tensor.expand(*self.batch_shape, *shape).reshape(self.batch_size, *shape)
 
@@ -72,9 +72,9 @@ class Batch:
         shape, leading = tensor.shape, tensor.ndim - ndim
         while leading and shape[-ndim - leading] == 1:
             leading -= 1
-        own = tuple(shape[len(shape) - ndim - leading : len(shape) - ndim])
-        if self.batch_size and own and own == self.batch_shape[-len(own) :]:
-            tensor = tensor.reshape(torch.Size(own).numel(), *shape[len(shape) - ndim :])
+        leading_shape = tuple(shape[len(shape) - ndim - leading : len(shape) - ndim])
+        if self.batch_size and leading_shape and leading_shape == self.batch_shape[-len(leading_shape) :]:
+            tensor = tensor.reshape(torch.Size(leading_shape).numel(), *shape[len(shape) - ndim :])
         else:
             tensor = self.flatten(tensor, ndim)
         return tensor.to(torch.float64)
@@ -113,8 +113,8 @@ def batch_inputs(parameters: Sequence[_Named], tensors: Sequence[Tensor]) -> Inp
     return Inputs(batch.batch_shape, batch.dtype, batch.device, flattened)
 
 
-def check_inputs(expected: Sequence[Expected], tensors: Sequence[Tensor], what: str = "") -> Batch:
-    """Check tensors against what each is expected to be; ``what`` comes before its name in messages.
+def check_inputs(expected: Sequence[Expected], tensors: Sequence[Tensor], prefix: str = "") -> Batch:
+    """Check tensors against what each is expected to be; ``prefix`` comes before its name in messages.
 
     Raises:
         ValueError: a wrong shape, batch dimensions that do not broadcast, or several devices.
@@ -123,11 +123,11 @@ def check_inputs(expected: Sequence[Expected], tensors: Sequence[Tensor], what: 
     batch_shapes: list[tuple[int, ...]] = []
     dtype: torch.dtype | None = None
     for item, tensor in zip(expected, tensors, strict=True):
-        _check_kind(item, tensor, what)
+        _check_kind(item, tensor, prefix)
         leading = tensor.ndim - len(item.shape)
         if leading < 0 or tuple(tensor.shape[leading:]) != item.shape:
             wanted = "(*batch, " + ", ".join(str(size) for size in item.shape) + ")" if item.shape else "(*batch,)"
-            raise ValueError(f"{what}{item.name} has shape {tuple(tensor.shape)}; expected {wanted}.")
+            raise ValueError(f"{prefix}{item.name} has shape {tuple(tensor.shape)}; expected {wanted}.")
         batch_shapes.append(tuple(tensor.shape[:leading]))
         dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
     devices = {tensor.device for tensor in tensors}
@@ -144,16 +144,17 @@ def check_inputs(expected: Sequence[Expected], tensors: Sequence[Tensor], what: 
     return Batch(batch_shape, dtype or torch.get_default_dtype(), next(iter(devices), torch.device("cpu")))
 
 
-def _check_kind(item: Expected, tensor: Tensor, what: str) -> None:
+def _check_kind(item: Expected, tensor: Tensor, prefix: str) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{what}{item.name} is a {type(tensor).__name__}; pass a torch tensor (torch.as_tensor).")
+        raise TypeError(f"{prefix}{item.name} is a {type(tensor).__name__}; pass a torch tensor (torch.as_tensor).")
     if tensor.dtype not in FLOATS:
         raise TypeError(
-            f"{what}{item.name} is {tensor.dtype}; it must be float64, float32, float16 or bfloat16 (tensor.double())."
+            f"{prefix}{item.name} is {tensor.dtype}; "
+            "it must be float64, float32, float16 or bfloat16 (tensor.double())."
         )
     if tensor.layout not in item.layouts:
         hint = "a dense tensor" if len(item.layouts) == 1 else "a dense, COO, CSR or CSC tensor"
-        raise TypeError(f"{what}{item.name} is {tensor.layout}; pass {hint} (tensor.to_dense()).")
+        raise TypeError(f"{prefix}{item.name} is {tensor.layout}; pass {hint} (tensor.to_dense()).")
 
 
 def refuse_positional(name: str, call: str, misplaced: Sequence[Any]) -> None:

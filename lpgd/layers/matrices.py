@@ -97,8 +97,8 @@ class _Stored:
             for size, along in zip(self.shape[:-2], index[:-2], strict=True):
                 leading = leading * size + along
             return leading, index[-2], index[-1]
-        own = int(np.prod(self.shape[:-2], dtype=np.int64))
-        pointers, minor = (part.reshape(own, part.shape[-1]) for part in self.indices)
+        count = int(np.prod(self.shape[:-2], dtype=np.int64))
+        pointers, minor = (index.reshape(count, index.shape[-1]) for index in self.indices)
         lines = np.arange(pointers.shape[1] - 1)
         major = np.concatenate([np.repeat(lines, np.diff(row)) for row in pointers] or [lines[:0]])
         leading = np.repeat(np.arange(minor.shape[0]), minor.shape[1])
@@ -109,12 +109,12 @@ class _Stored:
 @lru_cache(KEPT)
 def _placed(stored: _Stored) -> tuple[Pattern, Placement]:
     """The union of the patterns of a batch, and where the stored values go: to (elements x entries)."""
-    (r, c), own = stored.shape[-2:], int(np.prod(stored.shape[:-2], dtype=np.int64))
+    (r, c), count = stored.shape[-2:], int(np.prod(stored.shape[:-2], dtype=np.int64))
     leading, rows, columns = stored.entries()
     union, entry = np.unique(columns * r + rows, return_inverse=True)
     entry_columns, entry_rows = np.divmod(union, max(r, 1))
     sparsity = SparsityPattern((r, c), entry_rows, entry_columns)
-    return Pattern((r, c), sparsity.digest, sparsity), Placement(leading * union.size + entry, own * union.size)
+    return Pattern((r, c), sparsity.digest, sparsity), Placement(leading * union.size + entry, count * union.size)
 
 
 def read_matrix(name: str, tensor: Tensor, batch: Batch) -> Matrix:
@@ -181,21 +181,21 @@ class Plan:
         integer: tuple[int, ...] = (),
         two_sided: int = 0,
     ) -> None:
-        own = quadratic.sparsity() if quadratic is not None else SparsityPattern.empty(n, n)
-        closed = own if own.is_dense else _with_transpose(own)
+        stored = quadratic.sparsity() if quadratic is not None else SparsityPattern.empty(n, n)
+        closed = stored if stored.is_dense else _with_transpose(stored)
         self.all_dense = all(block.is_dense for block in blocks)
         if self.all_dense or len(blocks) == 1:
             constraint = blocks[0].sparsity() if len(blocks) == 1 else SparsityPattern.dense(cones.rows, n)
             self.stacked = Placement(np.arange(constraint.nnz), constraint.nnz)
         else:
-            parts = [block.sparsity() for block in blocks]
-            starts = np.cumsum([0, *(part.shape[0] for part in parts)])
-            rows = np.concatenate([part.rows + start for part, start in zip(parts, starts[:-1], strict=True)])
-            columns = np.concatenate([part.columns for part in parts])
+            patterns = [block.sparsity() for block in blocks]
+            starts = np.cumsum([0, *(pattern.shape[0] for pattern in patterns)])
+            rows = np.concatenate([pattern.rows + start for pattern, start in zip(patterns, starts[:-1], strict=True)])
+            columns = np.concatenate([pattern.columns for pattern in patterns])
             order = np.lexsort((rows, columns))
             constraint = SparsityPattern((cones.rows, n), rows[order], columns[order])
             self.stacked = Placement(np.argsort(order), order.size)
-        self.closed = Placement(closed.positions(own.rows, own.columns), closed.nnz)
+        self.closed = Placement(closed.positions(stored.rows, stored.columns), closed.nnz)
         every, none = np.arange(n), np.zeros(0, dtype=np.int64)
         lower, upper = (every if has_bound else none for has_bound in (has_lower, has_upper))
         self.two_sided = two_sided
@@ -221,35 +221,37 @@ class Plan:
         if self.all_dense:
             values = join([matrix.values.mT for matrix in matrices], 2).flatten(-2)
         else:
-            parts = [matrix.values.mT.flatten(-2) if matrix.pattern.is_dense else matrix.values for matrix in matrices]
-            values = self.stacked(join(parts))
+            flattened = [
+                matrix.values.mT.flatten(-2) if matrix.pattern.is_dense else matrix.values for matrix in matrices
+            ]
+            values = self.stacked(join(flattened))
         if not self.two_sided:
             return values
         return torch.cat([values, values.new_full((*values.shape[:-1], self.two_sided), -1.0)], -1)
 
 
-def _with_transpose(own: SparsityPattern) -> SparsityPattern:
-    n, _ = own.shape
-    keys = np.union1d(own.columns * n + own.rows, own.rows * n + own.columns)
+def _with_transpose(pattern: SparsityPattern) -> SparsityPattern:
+    n, _ = pattern.shape
+    keys = np.union1d(pattern.columns * n + pattern.rows, pattern.rows * n + pattern.columns)
     columns, rows = np.divmod(keys, n)
-    return own if keys.size == own.nnz else SparsityPattern((n, n), rows, columns)
+    return pattern if keys.size == pattern.nnz else SparsityPattern((n, n), rows, columns)
 
 
 plan = lru_cache(KEPT)(Plan)
 """The :class:`Plan` for these arguments, worked out once."""
 
 
-def join(parts: Sequence[Tensor], ndim: int = 1) -> Tensor:
+def join(tensors: Sequence[Tensor], ndim: int = 1) -> Tensor:
     """Concatenate data of ``ndim`` dimensions along their last; where some have R rows, the others are repeated."""
-    if len(parts) == 1:
-        return parts[0]
-    if any(part.ndim > ndim for part in parts):
-        rows = max(part.shape[0] for part in parts if part.ndim > ndim)
-        parts = [_repeated(part, rows, ndim) for part in parts]
-    return torch.cat([*parts], -1)
+    if len(tensors) == 1:
+        return tensors[0]
+    if any(tensor.ndim > ndim for tensor in tensors):
+        period = max(tensor.shape[0] for tensor in tensors if tensor.ndim > ndim)
+        tensors = [_repeated(tensor, period, ndim) for tensor in tensors]
+    return torch.cat([*tensors], -1)
 
 
-def _repeated(part: Tensor, rows: int, ndim: int) -> Tensor:
-    if part.ndim == ndim:
-        return part.expand(rows, *part.shape)
-    return part if part.shape[0] == rows else part.repeat(rows // part.shape[0], *(1,) * ndim)
+def _repeated(tensor: Tensor, period: int, ndim: int) -> Tensor:
+    if tensor.ndim == ndim:
+        return tensor.expand(period, *tensor.shape)
+    return tensor if tensor.shape[0] == period else tensor.repeat(period // tensor.shape[0], *(1,) * ndim)

@@ -165,5 +165,5 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
 
 def _rows(batch: Batch, tensor: Tensor, ndim: int) -> Tensor:
     """One row for each element; a tensor that the batch shares is expanded, not copied."""
-    own = batch.flatten(tensor, ndim)
-    return own if own.ndim > ndim else own.expand(batch.batch_size, *own.shape)
+    flat = batch.flatten(tensor, ndim)
+    return flat if flat.ndim > ndim else flat.expand(batch.batch_size, *flat.shape)

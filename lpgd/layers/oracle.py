@@ -118,7 +118,7 @@ class OracleLayer(BaseLayer):
         return problem, batch, CallOptions(oracle, self.executor, self.gradient, self._choice)
 
     @staticmethod
-    def _rows(name: str, values: Any, batch: Batch) -> Any:
+    def _by_element(name: str, values: Any, batch: Batch) -> Any:
         """An extra input with one row for each element of the flattened batch.
 
         Raises:

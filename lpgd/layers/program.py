@@ -14,7 +14,7 @@ from lpgd.cones.product import Cones
 from lpgd.execution.threads import one_torch_thread
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
-from lpgd.layers.explanations import Part, explanation
+from lpgd.layers.explanations import Argument, explanation
 from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs
 from lpgd.layers.matrices import Pattern, join, plan, read_matrix
 from lpgd.problems.conic.structure import ConicData, ConicStructure
@@ -71,8 +71,8 @@ class ProgramLayer(OptimizationLayer):
         integer: Sequence[int] = (),
     ) -> None:
         self._integer = _index_set(integer)
-        one, some = Pattern((1, 1)), (0,) if self._integer else ()
-        example = plan(1, Cones(1, 1), one if self._has_quadratic else None, (one, one), True, True, some).structure
+        one, integers = Pattern((1, 1)), (0,) if self._integer else ()
+        example = plan(1, Cones(1, 1), one if self._has_quadratic else None, (one, one), True, True, integers).structure
         super().__init__(example, False, solver, gradient, solver_args, on_error, executor, False)
 
     def _read(
@@ -103,16 +103,16 @@ class ProgramLayer(OptimizationLayer):
             (("A", A), "m", {"b": b}),
             (("G", G), "k", {"h": h} if l is None else {"h": h, "l": l}),
         ):
-            given = {own: vector for own, vector in vectors.items() if vector is not None}
+            given = {vector_name: vector for vector_name, vector in vectors.items() if vector is not None}
             if matrix is None and not given:
                 continue
             if matrix is None or not given:
                 one, other = (" or ".join(vectors), name) if matrix is None else (name, " or ".join(vectors))
                 one = " and ".join(given) if matrix is None else one
                 raise ValueError(f"{one} is given but {other} is not: constraints need both, or neither.")
-            rows = _size(matrix, -2, symbol)
-            expected.append(Expected(name, (rows, n), MATRIX_LAYOUTS))
-            expected += [Expected(own, (rows,)) for own in given]
+            row_count = _size(matrix, -2, symbol)
+            expected.append(Expected(name, (row_count, n), MATRIX_LAYOUTS))
+            expected += [Expected(vector_name, (row_count,)) for vector_name in given]
             tensors |= {name: matrix, **given}
         for name, bound in (("lb", lb), ("ub", ub)):
             if isinstance(bound, Tensor) or not (bound is None or _is_number(bound)):
@@ -157,7 +157,7 @@ class ProgramLayer(OptimizationLayer):
     def _run(self, call: _Call, solver_args: Mapping[str, Any] | None, warm_start: WarmStart) -> ProgramOutput:
         point, info = self._solve(call.data, call.structure, call.batch, solver_args, warm_start, call.explain)
         n, (m, k), restore = call.structure.own, call.sizes, call.batch.restore
-        x, z_box = (part[:, :n] if call.structure.two_sided else part for part in (point.x, point.z))
+        x, z_box = (values[:, :n] if call.structure.two_sided else values for values in (point.x, point.z))
         if call.structure.two_sided:
             y, z = restore(point.y[:, :m], (m,)), restore(point.z[:, n:], (k,))
         else:
@@ -171,12 +171,12 @@ _ABSENT = {"h": torch.inf, "ub": torch.inf, "l": -torch.inf, "lb": -torch.inf}
 
 
 def _explanation(tensors: dict[str, Tensor], bounds: dict[str, Bound], batch: Batch) -> Explain:
-    def listed() -> list[Part]:
+    def listed() -> list[Argument]:
         numbers = {name: bound for name, bound in bounds.items() if bound is not None and name not in tensors}
         known = {**tensors, **{name: torch.tensor(float(cast(float, bound))) for name, bound in numbers.items()}}
         shapes = {name: 2 if name in ("P", "A", "G") else 1 for name in tensors}
         return [
-            Part(name, tensor, min(shapes.get(name, 0), tensor.ndim), _ABSENT.get(name, 0.0))
+            Argument(name, tensor, min(shapes.get(name, 0), tensor.ndim), _ABSENT.get(name, 0.0))
             for name, tensor in known.items()
         ]
 

@@ -174,8 +174,8 @@ def bound_map(tensor: Any, values: FloatArray | None, order: IntArray) -> sp.csr
         return sp.csr_array(reordered(tensor, order))
     if values is None:
         return None
-    rows, column = np.arange(values.size), np.full(values.size, order.size - 1)
-    return sp.csr_array((values, (rows, column)), shape=(values.size, order.size))
+    row, column = np.arange(values.size), np.full(values.size, order.size - 1)
+    return sp.csr_array((values, (row, column)), shape=(values.size, order.size))
 
 
 def tightened(stated: sp.csr_array | None, entries: IntArray, end: float, shape: tuple[int, int]) -> Any:

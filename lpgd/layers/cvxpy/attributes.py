@@ -34,10 +34,10 @@ def check_attributes(layouts: Sequence[ParameterLayout], tensors: Sequence[Tenso
         if layout.log or not tensor.numel():
             continue  # of a geometric program's parameter the logarithm is taken, and checked
         batched = tensor.ndim > len(layout.shape)
-        rows = tensor.detach().reshape(tensor.shape[0] if batched else 1, -1)
+        values = tensor.detach().reshape(tensor.shape[0] if batched else 1, -1)
         for attribute in sorted(layout.attributes & set(_SIGNS)):
-            signed = _SIGNS[attribute] * rows
-            room = max(TOLERANCE, torch.finfo(rows.dtype).eps) * rows.abs().amax(-1)
+            signed = _SIGNS[attribute] * values
+            room = max(TOLERANCE, torch.finfo(values.dtype).eps) * values.abs().amax(-1)
             if attribute in _MATRICES:
                 broken = _not_semidefinite(signed.reshape(-1, *layout.shape), room)
             else:

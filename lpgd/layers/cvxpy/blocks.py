@@ -62,20 +62,20 @@ class _Dense(Block):
         chosen = selection(at, held, (rows.size * columns.size, W.nnz))
         self.map = DataMap(AffineMap(sp.csr_array(chosen @ W_map.matrix), W_map.boundaries))
         self.sizes, self.shape = W.shape, (rows.size, columns.size)
-        own = np.flatnonzero(np.isin(squares.rows, rows))
-        first, second = row_place[squares.rows[own]], row_place[squares.columns[own]]
+        square_index = np.flatnonzero(np.isin(squares.rows, rows))
+        first, second = row_place[squares.rows[square_index]], row_place[squares.columns[square_index]]
         self.is_diagonal = np.array_equal(first, second)
-        self.rows, self.columns, self.own = (from_numpy(index) for index in (rows, columns, own))
+        self.rows, self.columns, self.square_index = (from_numpy(index) for index in (rows, columns, square_index))
         self.squares_at = from_numpy(first if self.is_diagonal else first * rows.size + second)
         full = columns[:, None] * W.shape[1] + columns[None, :]
-        self.entries = full.ravel() if own.size else np.zeros(0, np.int64)
+        self.entries = full.ravel() if square_index.size else np.zeros(0, np.int64)
         self.target = torch.zeros(0, dtype=torch.int64)
 
     def gram(self, W: Tensor, squares: Tensor) -> Tensor | None:
         if not self.entries.size:
             return None
         matrix = self._matrix(W)
-        values = squares[..., self.own.to(W.device)]
+        values = squares[..., self.square_index.to(W.device)]
         size = self.shape[0] if self.is_diagonal else self.shape[0] ** 2
         placed = values.new_zeros(*values.shape[:-1], size).index_copy(-1, self.squares_at.to(W.device), values)
         if self.is_diagonal:
@@ -107,17 +107,17 @@ class _Thin(Block):
         self.sizes, self.rows, self.columns = W.shape, W.rows[held], W.columns[held]
         ends = np.cumsum(np.bincount(self.rows, minlength=W.shape[0]))
         starts, lengths = np.concatenate([[0], ends[:-1]]), np.diff(ends, prepend=0)
-        own = np.flatnonzero(np.isin(squares.rows, rows))
+        square_index = np.flatnonzero(np.isin(squares.rows, rows))
         # All pairs of an entry of the one row and an entry of the other, for every entry of P_TT
-        first, second = squares.rows[own], squares.columns[own]
+        first, second = squares.rows[square_index], squares.columns[square_index]
         pairs = lengths[first] * lengths[second]
-        which = np.repeat(np.arange(own.size), pairs)
+        which = np.repeat(np.arange(square_index.size), pairs)
         number = np.arange(pairs.sum()) - np.repeat(np.cumsum(pairs) - pairs, pairs)
         above, below = np.divmod(number, np.maximum(lengths[second][which], 1))
         left, right = starts[first][which] + above, starts[second][which] + below
         reached = self.columns[right] * W.shape[1] + self.columns[left]
         self.entries, sums = np.unique(reached, return_inverse=True)
-        self.factors = tuple(from_numpy(index.astype(np.int64)) for index in (left, own[which], right, sums))
+        self.factors = tuple(from_numpy(index.astype(np.int64)) for index in (left, square_index[which], right, sums))
         self.target = torch.zeros(0, dtype=torch.int64)
 
     def gram(self, W: Tensor, squares: Tensor) -> Tensor | None:
@@ -165,9 +165,9 @@ def selection(rows: IntArray, columns: IntArray, shape: tuple[int, int]) -> sp.c
     return sp.csr_array((np.ones(rows.size), (rows, columns)), shape=shape)
 
 
-def scaled(affine: AffineMap, rows: IntArray, factors: FloatArray | None = None) -> AffineMap:
+def scaled(affine: AffineMap, places: IntArray, factors: FloatArray | None = None) -> AffineMap:
     """Some of the data, times factors."""
-    matrix: Any = affine.matrix[rows]
+    matrix: Any = affine.matrix[places]
     if factors is not None:
         matrix = sp.diags_array(factors) @ matrix
     return AffineMap(sp.csr_array(matrix), affine.boundaries)

@@ -115,9 +115,9 @@ def canonicalise(
     dims = program.cone_dims
     width, n = order.size, int(program.x.size)
     m = program.A.shape[0] // (n + 1)
-    rows = reordered(program.A, order)
-    A = AffineMatrix.from_tensor(rows, (m, n), width, scale=-1.0)
-    b = consecutive_rows(rows, m * n, m * (n + 1), width)
+    constraint_tensor = reordered(program.A, order)
+    A = AffineMatrix.from_tensor(constraint_tensor, (m, n), width, scale=-1.0)
+    b = consecutive_rows(constraint_tensor, m * n, m * (n + 1), width)
     objective = reordered(program.q, order)
     squares = sp.coo_array((n * n, width)) if program.P is None else reordered(program.P, order)
     P = AffineMatrix.from_tensor(squares, (n, n), width)
@@ -173,9 +173,9 @@ def _check_problem(problem: cp.Problem, gp: bool) -> None:
     constants = problem.constants()
     complex_ones = [leaf.name() for leaf in leaves if leaf.is_complex()]
     if complex_ones or any(constant.is_complex() for constant in constants):
-        what = f"{', '.join(complex_ones)} are complex" if complex_ones else "it has complex constants"
+        fault = f"{', '.join(complex_ones)} are complex" if complex_ones else "it has complex constants"
         raise ValueError(
-            f"The problem is not real ({what}); model real and imaginary parts as separate real variables."
+            f"The problem is not real ({fault}); model real and imaginary parts as separate real variables."
         )
     rules: Any = problem  # a decorator of CVXPY's hides the arguments of is_dpp
     if gp:
@@ -219,7 +219,7 @@ def _check_parameters(problem: cp.Problem, parameters: Sequence[cp.Parameter]) -
     extra = [parameter.name() for parameter in parameters if parameter.id not in wanted]
     twice = sorted({parameter.name() for parameter in parameters if given.count(parameter.id) > 1})
     faults = [("missing", missing), ("not in the problem", extra), ("given twice", twice)]
-    found = "; ".join(f"{what}: {', '.join(names)}" for what, names in faults if names)
+    found = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults if names)
     if found:
         raise ValueError(f"parameters must be exactly those of the problem, in any order ({found}).")
 
@@ -389,12 +389,12 @@ def _variable_layout(
         primal = selection(lambda x: reduced.primal(variable, x), n) if variable.size else sp.csr_array((0, n))
         return VariableLayout(name, shape, primal=primal, exp=reduced.gp is not None)
     constraint, position = owners[variable.id]
-    rows = selection(lambda y: reduced.dual(constraint, position, y), m)
-    of_lower, of_upper = (sp.csr_array(rows @ multipliers) for multipliers in (bounds.from_lower, bounds.from_upper))
+    dual = selection(lambda y: reduced.dual(constraint, position, y), m)
+    of_lower, of_upper = (sp.csr_array(dual @ multipliers) for multipliers in (bounds.from_lower, bounds.from_upper))
     return VariableLayout(
         name,
         shape,
-        dual=sp.csr_array(rows[:, kept]),
+        dual=sp.csr_array(dual[:, kept]),
         lower=of_lower if of_lower.nnz else None,
         upper=of_upper if of_upper.nnz else None,
     )

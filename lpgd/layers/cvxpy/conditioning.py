@@ -45,7 +45,7 @@ class Conditioning:
         equalities: how many of its rows, the first ones, are equalities.
 
     Attributes:
-        rows: the entries of A' that the test reads; it does not depend on A' where there are none.
+        constraint_entries: the entries of A' that the test reads; it does not depend on A' where there are none.
     """
 
     def __init__(
@@ -54,18 +54,18 @@ class Conditioning:
         used = np.flatnonzero(_joined(quadratic, reached))
         place = np.full(quadratic.shape[0], -1, dtype=np.int64)
         place[used] = np.arange(used.size)
-        own = np.flatnonzero((place[quadratic.rows] >= 0) & (place[quadratic.columns] >= 0))
-        self.size, self.own = used.size, own
-        self.at = (place[quadratic.rows[own]], place[quadratic.columns[own]])
+        entries = np.flatnonzero((place[quadratic.rows] >= 0) & (place[quadratic.columns] >= 0))
+        self.size, self.entries = used.size, entries
+        self.at = (place[quadratic.rows[entries]], place[quadratic.columns[entries]])
         # Equalities that hold other variables as well need not bind these.
         binding = np.zeros(constraint.shape[0], dtype=bool)
         binding[:equalities] = True
         binding[constraint.rows[place[constraint.columns] < 0]] = False
-        self.rows: IntArray = np.flatnonzero(binding[constraint.rows])
-        numbers, row = np.unique(constraint.rows[self.rows], return_inverse=True)
+        self.constraint_entries: IntArray = np.flatnonzero(binding[constraint.rows])
+        numbers, row = np.unique(constraint.rows[self.constraint_entries], return_inverse=True)
         self.count = numbers.size
-        self.constraint_at = (row.astype(np.int64), place[constraint.columns[self.rows]])
-        self.is_dense = used.size <= DENSE_LIMIT or own.size > 0.2 * used.size**2
+        self.constraint_at = (row.astype(np.int64), place[constraint.columns[self.constraint_entries]])
+        self.is_dense = used.size <= DENSE_LIMIT or entries.size > 0.2 * used.size**2
 
     def __call__(self, P: Tensor, A: Tensor) -> bool:
         """Whether an element has too little curvature.
@@ -77,12 +77,12 @@ class Conditioning:
 
     def asked(self, P: Tensor, A: Tensor) -> bool:
         """The answer for plain tensors."""
-        P, A = (torch.atleast_2d(part) for part in (P[..., from_numpy(self.own).to(P.device)], A))
-        A = A[:, from_numpy(self.rows).to(A.device)]
+        P, A = (torch.atleast_2d(values) for values in (P[..., from_numpy(self.entries).to(P.device)], A))
+        A = A[:, from_numpy(self.constraint_entries).to(A.device)]
         if not self.count:
             A = A[:1]
         finite = torch.isfinite(P.sum(-1)) & torch.isfinite(A.sum(-1))  # others fail by themselves
-        P, A = (part if len(part) == 1 else part[finite] for part in (P, A))
+        P, A = (values if len(values) == 1 else values[finite] for values in (P, A))
         if not bool(finite.any()):
             return False
         return (self._dense if self.is_dense else self._sparse)(P, A)
@@ -131,10 +131,10 @@ class Conditioning:
         scale: Any = sp.diags_array(np.where(diagonal > 0, diagonal, 1.0) ** -0.5)
         matrix = scale @ matrix @ scale + sp.diags_array((diagonal == 0).astype(np.float64))
         if self.count:
-            rows: Any = sp.csr_array((A, self.constraint_at), shape=(self.count, self.size)) @ scale
-            length = np.sqrt(np.asarray(rows.multiply(rows).sum(1)).ravel())
-            rows = sp.diags_array(1.0 / np.where(length > 0, length, 1.0)) @ rows
-            matrix = matrix + rows.T @ rows
+            scaled_rows: Any = sp.csr_array((A, self.constraint_at), shape=(self.count, self.size)) @ scale
+            length = np.sqrt(np.asarray(scaled_rows.multiply(scaled_rows).sum(1)).ravel())
+            scaled_rows = sp.diags_array(1.0 / np.where(length > 0, length, 1.0)) @ scaled_rows
+            matrix = matrix + scaled_rows.T @ scaled_rows
         options = {"SymmetricMode": True}
         try:
             factor = spla.splu(sp.csc_array(matrix), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
@@ -169,8 +169,8 @@ class _Asked(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         """For jacfwd, whose lanes have the same data; where they have not, the layer refuses vmap itself."""
-        own = (part if dim is None else part.select(dim, 0) for part, dim in zip(inputs, in_dims, strict=True))
-        return _Asked.apply(*own), None
+        first = (tensor if dim is None else tensor.select(dim, 0) for tensor, dim in zip(inputs, in_dims, strict=True))
+        return _Asked.apply(*first), None
 
 
 def _joined(quadratic: SparsityPattern, reached: BoolArray) -> BoolArray:

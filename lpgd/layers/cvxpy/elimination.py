@@ -244,10 +244,10 @@ class _Weights:
         count = pivots.rows.size
         self.A: Any = sp.csr_array((np.ones(A.nnz), (A.rows, A.columns)), shape=A.shape)
         self.P: Any = sp.csr_array((np.ones(P.nnz), (P.rows, P.columns)), shape=P.shape)
-        own = sp.csr_array((np.ones(count), (np.arange(count), pivots.variables)), shape=(count, self.n))
-        self.rest: Any = _pattern(self.A[pivots.rows] - own)
+        pivot_entries = sp.csr_array((np.ones(count), (np.arange(count), pivots.variables)), shape=(count, self.n))
+        self.others: Any = _pattern(self.A[pivots.rows] - pivot_entries)
         joined = self.P[pivots.variables][:, pivots.variables]
-        self.support = united_support(self.rest, joined)
+        self.support = united_support(self.others, joined)
         self.square = np.diff(joined.indptr) > 0
 
     def affordable(self) -> BoolArray:
@@ -264,7 +264,7 @@ class _Weights:
         Full squares that are most of what is left must also leave much less: see the module's docstring.
         """
         definite = chosen.copy()
-        A = self._parts(chosen)[2]
+        A = self._patterns(chosen)[2]
         little = self.size(chosen) > DECISIVE * self.size(np.zeros_like(chosen))
         for members, columns in components(self.support, chosen & self.square):
             filled = np.diff(self.support.indptr)[members].sum() >= FULL * members.size * columns.size
@@ -292,13 +292,13 @@ class _Weights:
 
     def entries(self, chosen: BoolArray) -> int:
         """Entries of one triangle of P and of A, variables and rows."""
-        P, squares, A = self._parts(chosen)
+        P, squares, A = self._patterns(chosen)
         entries, diagonal = self._filled(P, squares)
         return (entries + diagonal) // 2 + A.nnz + self.size(chosen)
 
     def factor(self, chosen: BoolArray) -> int:
         """Entries of the triangular factor of ``[[P, Aᵀ], [A, -I]]``, ordered by minimum degree."""
-        P, squares, A = self._parts(chosen)
+        P, squares, A = self._patterns(chosen)
         if self._is_long(squares):
             squares = sp.csr_array((np.array(squares.sum(0)).ravel() > 0)[None].astype(np.float64))
         system: Any = sp.csc_array(sp.block_array([[P + squares.T @ squares, A.T], [A, None]]))
@@ -308,13 +308,13 @@ class _Weights:
         options = {"SymmetricMode": True}
         return splu(system, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options).L.nnz
 
-    def _parts(self, chosen: BoolArray) -> tuple[Any, Any, Any]:
+    def _patterns(self, chosen: BoolArray) -> tuple[Any, Any, Any]:
         """P_KK, the rows of W that are squared, and A', as patterns."""
         variables, rows = self.pivots.variables[chosen], self.pivots.rows[chosen]
         columns, kept = np.ones(self.n, dtype=bool), np.ones(self.m, dtype=bool)
         columns[variables], kept[rows] = False, False
         A: Any = self.A[kept]
-        moved: Any = A[:, variables] @ self.rest[chosen]
+        moved: Any = A[:, variables] @ self.others[chosen]
         return (
             self.P[columns][:, columns],
             self.support[chosen & self.square][:, columns],
@@ -340,17 +340,17 @@ class _Weights:
         return total.nnz, int(np.count_nonzero(total.diagonal()))
 
 
-def united_support(rest: Any, joined: Any) -> Any:
+def united_support(others: Any, joined: Any) -> Any:
     """(k, n) where the rows have entries besides their variables; those that P joins have the union of theirs.
 
     Args:
-        rest: (k, n) the rows' entries.
+        others: (k, n) the rows' entries.
         joined: (k, k) the entries of P for the variables.
     """
     label = connected_components(joined, directed=False)[1]
-    count = rest.shape[0]
+    count = others.shape[0]
     groups = sp.csr_array((np.ones(count), (np.arange(count), label)), shape=(count, int(label.max(initial=-1)) + 1))
-    return _pattern(groups @ (groups.T @ _pattern(rest)))
+    return _pattern(groups @ (groups.T @ _pattern(others)))
 
 
 def components(support: Any, among: BoolArray) -> list[tuple[IntArray, IntArray]]:
@@ -358,11 +358,11 @@ def components(support: Any, among: BoolArray) -> list[tuple[IntArray, IntArray]
     rows = np.flatnonzero(among)
     if not rows.size:
         return []
-    part: Any = support[rows]
-    label = connected_components(sp.block_array([[None, part], [part.T, None]]), directed=False)[1][: rows.size]
+    entries: Any = support[rows]
+    label = connected_components(sp.block_array([[None, entries], [entries.T, None]]), directed=False)[1][: rows.size]
     order = np.argsort(label, kind="stable")
     ends = np.flatnonzero(np.diff(label[order])) + 1
-    return [(rows[own], np.unique(part[own].indices)) for own in np.split(order, ends)]
+    return [(rows[members], np.unique(entries[members].indices)) for members in np.split(order, ends)]
 
 
 def _pattern(matrix: Any) -> Any:

@@ -20,9 +20,9 @@ from lpgd.layers.cvxpy.attributes import check_attributes
 from lpgd.layers.cvxpy.elimination import NO_PIVOTS, find_pivots
 from lpgd.layers.cvxpy.layout import CanonicalProgram, VariableLayout
 from lpgd.layers.cvxpy.maps import Columns, DataMap, SparseMap
-from lpgd.layers.cvxpy.substitution import ExpandedSolution, Parts, Substitution
+from lpgd.layers.cvxpy.substitution import ExpandedSolution, Substitution, Terms
 from lpgd.layers.eager import eager, signature_of
-from lpgd.layers.explanations import Part, explanation
+from lpgd.layers.explanations import Argument, explanation
 from lpgd.layers.inputs import Batch, Inputs, batch_inputs
 from lpgd.layers.look import look_at
 from lpgd.problems.conic.problem import ConicProblem
@@ -143,9 +143,9 @@ class CvxpyLayer(OptimizationLayer):
         inputs = batch_inputs(self.parameter_layouts, params)
         posed = self._posed(self._columns(inputs))
 
-        def listed() -> list[Part]:
+        def listed() -> list[Argument]:
             known = zip(self.parameter_layouts, params, strict=True)
-            return [Part(f"parameter {layout.name}", tensor, len(layout.shape)) for layout, tensor in known]
+            return [Argument(f"parameter {layout.name}", tensor, len(layout.shape)) for layout, tensor in known]
 
         start, why = self._as_solved(warm_start, posed.structure, inputs), explanation(listed, inputs)
         point, info = self._solve(posed.data, posed.structure, inputs, solver_args, start, why)
@@ -177,12 +177,12 @@ class CvxpyLayer(OptimizationLayer):
             posed = self._posed(columns)
         start = self._as_solved(warm_start, posed.structure, inputs)
         solution = self._solution(posed.data, posed.structure, inputs, solver_args, start)
-        if self._substitution is None or posed.parts is None:
+        if self._substitution is None or posed.terms is None:
             return solution
         with torch.no_grad():
             whole, _ = without_absent_rows(self._whole, self._whole_data(columns), inputs.batch_size)
             problem = ConicProblem(self._whole, whole, inputs.batch_size)
-            return self._substitution.expand(solution, problem, posed.parts)
+            return self._substitution.expand(solution, problem, posed.terms)
 
     def extra_repr(self) -> str:
         structure = self.structure
@@ -200,10 +200,10 @@ class CvxpyLayer(OptimizationLayer):
         It is the whole program where an element's squares would lose digits.
         """
         if self._substitution is not None:
-            parts = self._substitution.parts(columns)
-            data = self._substitution.data(columns, parts)
+            terms = self._substitution.terms(columns)
+            data = self._substitution.data(columns, terms)
             if not self._substitution.loses_digits(data):
-                return _Posed(self.structure, data, parts)
+                return _Posed(self.structure, data, terms)
         return _Posed(self._whole, self._whole_data(columns), None)
 
     def _whole_data(self, columns: Columns) -> ConicData:
@@ -240,7 +240,7 @@ class _Posed(NamedTuple):
 
     structure: ConicStructure
     data: ConicData
-    parts: Parts | None
+    terms: Terms | None
 
 
 def _structure(program: CanonicalProgram) -> ConicStructure:
@@ -292,8 +292,8 @@ class _Reader:
         sources = types.SimpleNamespace(
             primal=lambda: point.x,
             dual=lambda: point.y,
-            lower=lambda: self._part(-point.z),
-            upper=lambda: self._part(point.z),
+            lower=lambda: self._one_end(-point.z),
+            upper=lambda: self._one_end(point.z),
         )
         values = [term(getattr(sources, name)()) for name, term in self.terms.items() if not term.is_empty]
         if not values:
@@ -301,5 +301,5 @@ class _Reader:
         total = sum(values[1:], values[0])
         return torch.exp(total) if self.layout.exp else total
 
-    def _part(self, z: Tensor) -> Tensor:
+    def _one_end(self, z: Tensor) -> Tensor:
         return torch.where(self.both.to(z.device), 0.5 * (z + z.abs()), z)

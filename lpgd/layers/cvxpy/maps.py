@@ -53,7 +53,7 @@ class Columns:
     def __init__(self, layouts: Sequence[ParameterLayout], tensors: Sequence[Tensor], batch_size: int) -> None:
         self.batch_size = batch_size
         width = max((layout.columns.stop for layout in layouts), default=0)
-        self.parts: dict[int, Tensor] = {}
+        self.values_at: dict[int, Tensor] = {}
         for position, (layout, tensor) in enumerate(zip(layouts, tensors, strict=True)):
             values = tensor.to(torch.float64)
             if layout.symmetric:
@@ -61,8 +61,8 @@ class Columns:
                 values = 0.5 * (values + values.mT)
             flat = values.flatten(values.ndim - len(layout.shape)) if layout.shape else values.unsqueeze(-1)
             values = flat.index_select(-1, from_numpy(layout.take).to(flat.device))
-            self.parts[position] = _log(values) if layout.log else values
-        self.order = sorted(self.parts, key=lambda position: layouts[position].columns.start)
+            self.values_at[position] = _log(values) if layout.log else values
+        self.order = sorted(self.values_at, key=lambda position: layouts[position].columns.start)
         self.sizes = {position: layout.take.size for position, layout in enumerate(layouts)}
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self.width = width
@@ -70,19 +70,19 @@ class Columns:
 
     def vector(self, positions: frozenset[int]) -> Tensor:
         """(p,) or, if any of these parameters is batched, (B, p); other parameters' columns may be zero."""
-        batched = any(self.parts[position].ndim == 2 for position in positions)
+        batched = any(self.values_at[position].ndim == 2 for position in positions)
         if batched not in self.cache:
             leading = (self.batch_size,) if batched else ()
-            parts = [
-                self.parts[position].expand(*leading, self.sizes[position])
-                if batched or self.parts[position].ndim == 1
-                else self.parts[position].new_zeros(self.sizes[position])
+            pieces = [
+                self.values_at[position].expand(*leading, self.sizes[position])
+                if batched or self.values_at[position].ndim == 1
+                else self.values_at[position].new_zeros(self.sizes[position])
                 for position in self.order
             ]
             empty = torch.zeros(*leading, 0, dtype=torch.float64, device=self.device)
-            self.cache[batched] = torch.cat([*parts, empty], dim=-1)
+            self.cache[batched] = torch.cat([*pieces, empty], dim=-1)
         vector = self.cache[batched]
-        if vector.requires_grad and not any(self.parts[position].requires_grad for position in positions):
+        if vector.requires_grad and not any(self.values_at[position].requires_grad for position in positions):
             # A datum that no differentiated parameter reaches needs no gradient, whatever the others do.
             return vector.detach() if unpack_dual(vector).tangent is None else vector
         return vector

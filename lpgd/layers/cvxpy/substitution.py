@@ -66,8 +66,8 @@ class ExpandedSolution(ConicSolution):
         return replace(super().select(elements, problem), solved=solved)
 
 
-class Parts(NamedTuple):
-    """What the parameters make of the formulas' parts; each shared by the batch, or (B, ...)."""
+class Terms(NamedTuple):
+    """What the parameters make of the formulas' terms; each shared by the batch, or (B, ...)."""
 
     W: tuple[Tensor, ...]  # as each block has it
     squares: Tensor  # the entries of P_TT
@@ -102,8 +102,8 @@ class Substitution:
         W_map = scaled(program.A, in_W, -1.0 / pivots.coefficients[W.rows])
         shift = scaled(program.b, pivots.rows, 1.0 / pivots.coefficients)
 
-        own = np.flatnonzero((defined[P.rows] >= 0) & (defined[P.columns] >= 0))
-        self._squares = SparsityPattern((k, k), defined[P.rows[own]], defined[P.columns[own]])
+        square_entries = np.flatnonzero((defined[P.rows] >= 0) & (defined[P.columns] >= 0))
+        self._squares = SparsityPattern((k, k), defined[P.rows[square_entries]], defined[P.columns[square_entries]])
         self._blocks = [kind(W, W_map, self._squares, rows) for kind, rows in split(W, self._squares)]
         left = np.flatnonzero((place[P.rows] >= 0) & (place[P.columns] >= 0))
         entries = place[P.columns[left]] * kept.size + place[P.rows[left]]
@@ -137,8 +137,8 @@ class Substitution:
             variables=tuple(_left_of(layout, kept, kept_rows) for layout in program.variables),
         )
         self._maps = [DataMap(getattr(self.program, name)) for name in ConicData._fields]
-        self._part_maps = [
-            DataMap(scaled(program.P, own)),
+        self._term_maps = [
+            DataMap(scaled(program.P, square_entries)),
             DataMap(shift),
             DataMap(scaled(program.q, pivots.variables)),
         ]
@@ -149,12 +149,12 @@ class Substitution:
 
     def _fixed_quadratic(self) -> Tensor | None:
         """P', where no parameter reaches it."""
-        maps = [self._maps[0], self._part_maps[0], *(block.map for block in self._blocks)]
+        maps = [self._maps[0], self._term_maps[0], *(block.map for block in self._blocks)]
         if not self._squares.nnz or any(map_.reaching for map_ in maps):
             return None
         nothing = Columns((), (), 1)
         W = [block.map(nothing) for block in self._blocks]
-        return self._quadratic(self._maps[0](nothing), W, self._part_maps[0](nothing))
+        return self._quadratic(self._maps[0](nothing), W, self._term_maps[0](nothing))
 
     def _test(self) -> Conditioning | None:
         """The test of the squares that are formed; None where no values fail it."""
@@ -179,64 +179,66 @@ class Substitution:
             return False
         return self._conditioning(self._fixed, self._maps[2](Columns((), (), 1)))
 
-    def parts(self, columns: Columns) -> Parts:
-        """The formulas' parts for parameter values.
+    def terms(self, columns: Columns) -> Terms:
+        """The formulas' terms for parameter values.
 
         A value that is not finite must reach the outcome of its element and no gradient: 0 · ∞ is none.
         """
         W = tuple(block.map(columns) for block in self._blocks)
-        squares, shift, linear = (map_(columns) for map_ in self._part_maps)
-        found = [part.detach().sum(-1) for part in (*W, squares, shift, linear)]
+        squares, shift, linear = (map_(columns) for map_ in self._term_maps)
+        found = [values.detach().sum(-1) for values in (*W, squares, shift, linear)]
         finite = torch.isfinite(torch.stack(torch.broadcast_tensors(*found)).sum(0))
         all_finite: list[bool] = []
         look_at(lambda shown: all_finite.append(bool(shown[0].all())), [finite], [0])
         if all_finite[0]:
-            return Parts(W, squares, shift, linear, None)
+            return Terms(W, squares, shift, linear, None)
 
-        def cleaned(part: Tensor) -> Tensor:
-            return torch.where(finite[..., None], part, 0.0)
+        def cleaned(values: Tensor) -> Tensor:
+            return torch.where(finite[..., None], values, 0.0)
 
-        return Parts(tuple(map(cleaned, W)), cleaned(squares), cleaned(shift), cleaned(linear), finite)
+        return Terms(tuple(map(cleaned, W)), cleaned(squares), cleaned(shift), cleaned(linear), finite)
 
-    def data(self, columns: Columns, parts: Parts) -> ConicData:
+    def data(self, columns: Columns, terms: Terms) -> ConicData:
         """The data of the smaller program."""
         P, q, *others = (map_(columns) for map_ in self._maps)
         if self._fixed is not None:
             P = self._fixed.to(columns.device)
         elif self._squares.nnz:
-            P = self._quadratic(P, parts.W, parts.squares)
+            P = self._quadratic(P, terms.W, terms.squares)
         if self._is_linear:
-            slope = parts.linear
+            slope = terms.linear
             if self._is_shifted:
-                slope = slope + self._squared(parts.squares, parts.shift)
-            for block, W in zip(self._blocks, parts.W, strict=True):
+                slope = slope + self._squared(terms.squares, terms.shift)
+            for block, W in zip(self._blocks, terms.W, strict=True):
                 q = q + block.adjoint(W, slope)
-        if parts.finite is not None:
-            q = torch.where(parts.finite[..., None], q, torch.nan)
+        if terms.finite is not None:
+            q = torch.where(terms.finite[..., None], q, torch.nan)
         return ConicData(P, q, *others)
 
-    def expand(self, solution: ConicSolution, problem: ConicProblem, parts: Parts) -> ExpandedSolution:
+    def expand(self, solution: ConicSolution, problem: ConicProblem, terms: Terms) -> ExpandedSolution:
         """The solution of the whole problem that belongs to one of the smaller problem's."""
         n, m = self._sizes
-        kept, rows, variables, defining = (from_numpy(index).to(solution.x.device) for index in self._indices.values())
+        kept, kept_rows, variables, defining = (
+            from_numpy(index).to(solution.x.device) for index in self._indices.values()
+        )
         with torch.no_grad():
-            defined = parts.shift
-            for block, W in zip(self._blocks, parts.W, strict=True):
+            defined = terms.shift
+            for block, W in zip(self._blocks, terms.W, strict=True):
                 defined = defined + block.forward(W, solution.x)
-            slope = self._squared(parts.squares, defined) + parts.linear + self._moved(solution.y)
+            slope = self._squared(terms.squares, defined) + terms.linear + self._moved(solution.y)
             batch = solution.x.shape[0]
             x, z = (solution.x.new_zeros(batch, n) for _ in range(2))
             y, slack = (solution.x.new_zeros(batch, m) for _ in range(2))
             x[:, kept], x[:, variables] = solution.x, defined
-            y[:, rows], y[:, defining] = solution.y, -slope / self._coefficients.to(slope.device)
-            z[:, kept], slack[:, rows] = solution.z, solution.slack
-        known: dict[str, Any] = {own.name: getattr(solution, own.name) for own in fields(ConicSolution)}
+            y[:, kept_rows], y[:, defining] = solution.y, -slope / self._coefficients.to(slope.device)
+            z[:, kept], slack[:, kept_rows] = solution.z, solution.slack
+        known: dict[str, Any] = {field.name: getattr(solution, field.name) for field in fields(ConicSolution)}
         changed: dict[str, Any] = {"problem": problem, "x": x, "y": y, "z": z, "slack": slack, "systems": ()}
         return ExpandedSolution(**(known | changed), solved=solution)
 
-    def _quadratic(self, P: Tensor, parts: Sequence[Tensor], squares: Tensor) -> Tensor:
+    def _quadratic(self, P: Tensor, W_blocks: Sequence[Tensor], squares: Tensor) -> Tensor:
         """P', from P_KK, the blocks of W and the entries of P_TT."""
-        for block, W in zip(self._blocks, parts, strict=True):
+        for block, W in zip(self._blocks, W_blocks, strict=True):
             added = block.gram(W, squares)
             if added is not None:
                 P = P + added.new_zeros(*added.shape[:-1], P.shape[-1]).index_add(-1, block.target.to(P.device), added)

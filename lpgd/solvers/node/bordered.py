@@ -77,8 +77,10 @@ def bordered_response(
             answer, exact = _sparse(values, keep, right, damping, corner)
             singular = (~exact).nonzero()[:, 0]
             if len(singular):  # singular: the pseudo-inverse
-                terms = (tensor[singular] for tensor in (keep, right, damping, corner))
-                found, exact[singular] = _whole(problem.select(singular), point.select(singular), *terms, None)
+                found, exact[singular] = _whole(
+                    problem.select(singular), point.select(singular), keep[singular], right[singular],
+                    damping[singular], corner[singular], None,
+                )  # fmt: skip
                 answer[singular] = found
             return NodePoint(answer[:, :n], unit * answer[:, n : n + p], unit * answer[:, n + p :]), exact
     answer, exact = _whole(problem, point, keep, right, damping, corner, matrix_free)
