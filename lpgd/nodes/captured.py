@@ -40,14 +40,16 @@ def requiring_tensors(name: str, value: Any) -> Iterator[str]:
         if value.requires_grad:
             yield name
     elif isinstance(value, torch.nn.Module):
-        yield from (f"{name}.{key}" for key, own in value.named_parameters() if own.requires_grad)
+        yield from (f"{name}.{key}" for key, parameter in value.named_parameters() if parameter.requires_grad)
     elif isinstance(value, dict):
-        yield from (f"{name}[{key!r}]" for key, own in value.items() if isinstance(own, Tensor) and own.requires_grad)
+        yield from (
+            f"{name}[{key!r}]" for key, entry in value.items() if isinstance(entry, Tensor) and entry.requires_grad
+        )
     elif isinstance(value, list | tuple):
-        for place, own in enumerate(value):
-            if isinstance(own, Tensor) and own.requires_grad:
+        for place, entry in enumerate(value):
+            if isinstance(entry, Tensor) and entry.requires_grad:
                 yield f"{name}[{place}]"
     elif hasattr(value, "__dict__") and not callable(value):
-        for key, own in vars(value).items():
-            if isinstance(own, Tensor) and own.requires_grad:
+        for key, entry in vars(value).items():
+            if isinstance(entry, Tensor) and entry.requires_grad:
                 yield f"{name}.{key}"

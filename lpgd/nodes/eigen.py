@@ -160,8 +160,8 @@ def eigen_vjp(spectrum: Spectrum, cotangent: Tensor, tolerance: float) -> tuple[
 def eigen_vjp_leading(matrix: Tensor, known: Leading, cotangent: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """:func:`eigen_vjp` from the k largest eigenvalues of A alone: what the others have to do with it is a system."""
     gradient, ambiguous = eigen_vjp(Spectrum(known.values, known.vectors), cotangent, tolerance)
-    rest = leading_response(symmetric_part(matrix), known, cotangent)
-    return gradient + symmetric_part(rest @ known.vectors.mT), ambiguous
+    others = leading_response(symmetric_part(matrix), known, cotangent)
+    return gradient + symmetric_part(others @ known.vectors.mT), ambiguous
 
 
 def eigen_vjp_differentiable(matrix: Tensor, vectors: Tensor, cotangent: Tensor, tolerance: float) -> Tensor:
@@ -190,10 +190,10 @@ def eigen_vjp_differentiable(matrix: Tensor, vectors: Tensor, cotangent: Tensor,
         systems = values[:, :, None, None] * unit - matrix[:, None] - inside  # (B, k, m, m)
         outside = cotangent - vectors @ product
         answer, information = linalg.solve_ex(systems, outside.mT[..., None])
-        rest = answer[..., 0].mT
-        large = rest.norm(dim=-2) * bound[:, None] > outside.norm(dim=-2)
-        tied = tied | (information != 0).any(-1) | (large | ~rest.isfinite().all(-2)).any(-1)
-        change = change + rest
+        complement = answer[..., 0].mT
+        large = complement.norm(dim=-2) * bound[:, None] > outside.norm(dim=-2)
+        tied = tied | (information != 0).any(-1) | (large | ~complement.isfinite().all(-2)).any(-1)
+        change = change + complement
     if tied.any():
         raise RuntimeError(
             f"eigenvalues of elements {elements_where(tied)[:10]} are equal to others, to rounding: their "

@@ -141,8 +141,8 @@ class Rotation(BaseNode):
     def objective(self, y: Tensor, *inputs: Tensor) -> Tensor:
         if not self.points:
             return 0.5 * (y - inputs[0]).square().sum((-2, -1))
-        rows = (inputs[0] @ y.mT - inputs[1]).square().sum(-1)
-        return 0.5 * (inputs[2] * rows if self.weighted else rows).sum(-1)
+        squares = (inputs[0] @ y.mT - inputs[1]).square().sum(-1)
+        return 0.5 * (inputs[2] * squares if self.weighted else squares).sum(-1)
 
     def equality(self, y: Tensor, *inputs: Tensor) -> Tensor:
         size = y.shape[-1]
@@ -194,8 +194,8 @@ class Rotation(BaseNode):
             return torch.eye(size, dtype=inputs[0].dtype, device=inputs[0].device)[None]
         return self._scaled(inputs[0], inputs).mT @ inputs[0]
 
-    def _scaled(self, rows: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        return inputs[2][:, :, None] * rows if self.weighted else rows
+    def _scaled(self, vectors: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        return inputs[2][:, :, None] * vectors if self.weighted else vectors
 
     def _in_inputs(self, inputs: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, ...]:
         """The gradient of M as that of the inputs: ``dM = Σ dw b aᵀ + w db aᵀ + w b daᵀ``."""

@@ -101,15 +101,15 @@ def denoise(signal: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         y (B, n), and the signs of its jumps ``y_(i+1) - y_i`` (B, n - 1) in the type of the signal.
     """
-    rows = signal.detach().to("cpu", torch.float64)
+    signals = signal.detach().to("cpu", torch.float64)
     # Intercepts are sums over the signal: without its mean they are smaller, and so is their rounding.
-    rows = (rows - rows.mean(1, keepdim=True)).tolist()
-    own = _of_pairs(weight.double(), signal.shape[1])
-    weights = own.detach().cpu().tolist()
-    found = [jump_signs(row, pairs) for row, pairs in zip(rows, weights, strict=True)]
+    signals = (signals - signals.mean(1, keepdim=True)).tolist()
+    pair_weights = _of_pairs(weight.double(), signal.shape[1])
+    weights = pair_weights.detach().cpu().tolist()
+    found = [jump_signs(values, pairs) for values, pairs in zip(signals, weights, strict=True)]
     signs = torch.tensor(found, dtype=torch.float64, device=signal.device).view(len(found), signal.shape[1] - 1)
     means = segment_means(signal.double(), signs)
-    shifts = segment_means(boundary_signs(own * signs), signs)
+    shifts = segment_means(boundary_signs(pair_weights * signs), signs)
     return (means + shifts).to(signal.dtype), signs.to(signal.dtype)
 
 

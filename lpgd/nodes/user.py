@@ -129,7 +129,7 @@ class Node(BaseNode):
         if function is None:
             return None
         if self._batched:
-            with self._explained(role, [part.shape for part in (*inputs, y)]):
+            with self._explained(role, [tensor.shape for tensor in (*inputs, y)]):
                 value = function(*inputs, y)
             value = self._checked(role, value)
             if value.shape[:1] != y.shape[:1]:
@@ -142,7 +142,7 @@ class Node(BaseNode):
             return y.new_zeros(0, 1)
 
         def one(*arguments: Tensor) -> Tensor:
-            with self._explained(role, [part.shape for part in arguments]):
+            with self._explained(role, [tensor.shape for tensor in arguments]):
                 value = function(*arguments)
             return self._checked(role, value)
 
@@ -196,8 +196,8 @@ class Node(BaseNode):
         if self._batched:
             start = torch.as_tensor(self._initial(*inputs)).to(inputs[0])
         else:
-            rows = [torch.as_tensor(self._initial(*row)) for row in zip(*inputs, strict=True)]
-            start = torch.stack(rows).to(inputs[0]) if rows else super().initial(shape, *inputs)
+            starts = [torch.as_tensor(self._initial(*element)) for element in zip(*inputs, strict=True)]
+            start = torch.stack(starts).to(inputs[0]) if starts else super().initial(shape, *inputs)
         if tuple(start.shape[1:]) != shape:
             raise ValueError(f"initial of {self.name} has shape {tuple(start.shape[1:])}; y has shape {shape}.")
         return start
@@ -216,15 +216,15 @@ class Node(BaseNode):
                     f"{(size, *shape)} here."
                 )
             known = flags(torch.isfinite(y).reshape(size, math.prod(shape)).all(-1))
-            statuses = [Status.SOLVED if row else Status.NO_SOLUTION for row in known]
+            statuses = [Status.SOLVED if fine else Status.NO_SOLUTION for fine in known]
             return NodeAnswer(y, statuses, torch.zeros(size))
-        rows, statuses = [], []
+        solutions, statuses = [], []
         for element, row in enumerate(zip(*inputs, strict=True)):
-            own = {"start": None if start is None else start[element].clone()} if self._takes_start else {}
-            y, status = self._read(self._solve(*row, **own), shape, element, inputs[0])
-            rows.append(y)
+            options = {"start": None if start is None else start[element].clone()} if self._takes_start else {}
+            y, status = self._read(self._solve(*row, **options), shape, element, inputs[0])
+            solutions.append(y)
             statuses.append(status)
-        y = torch.stack(rows) if rows else inputs[0].new_zeros(0, *shape)
+        y = torch.stack(solutions) if solutions else inputs[0].new_zeros(0, *shape)
         return NodeAnswer(y, statuses, torch.zeros(size))
 
     def _read(self, answer: Any, shape: tuple[int, ...], element: int, like: Tensor) -> tuple[Tensor, Status]:
@@ -270,7 +270,7 @@ class Node(BaseNode):
         for role, function in self._functions.items():
             if function is None:
                 continue
-            with self._explained(role, [part.shape for part in (*row, y)]):
+            with self._explained(role, [tensor.shape for tensor in (*row, y)]):
                 value = function(*row, y)
             if isinstance(value, Tensor) and value.requires_grad:
                 names = ", ".join(dict.fromkeys(captured_tensors(function))) or "a tensor that could not be named"

@@ -72,12 +72,12 @@ def residual(
 
 def polish(problem: ControlProblem, start: Trajectories, max_iterations: int = 30) -> Trajectories:
     """Newton's method on the optimality conditions from near a solution; SOLVED is a strict minimum."""
-    whole, every = Trajectories(*(part.clone() for part in start)), problem
+    whole, every = Trajectories(*(tensor.clone() for tensor in start)), problem
     z, nu, below, above = start[:4]
     expansion = problem.expand(z)
     best = residual(problem, z, expansion, nu, below, above)
     exact = torch.zeros_like(best, dtype=torch.bool)
-    rows, patience = torch.arange(len(z), device=z.device), torch.full_like(whole.iterations, 3)
+    running, patience = torch.arange(len(z), device=z.device), torch.full_like(whole.iterations, 3)
     enough, m = torch.finfo(z.dtype).eps ** 0.6, z.shape[-1] - nu.shape[-1]
     for _ in range(max_iterations):
         low, high = below > z - problem.lower, above > problem.upper - z
@@ -92,28 +92,28 @@ def polish(problem: ControlProblem, start: Trajectories, max_iterations: int = 3
         below, above = torch.where(low, -force, 0), torch.where(high & ~low, force, 0)
         expansion = problem.expand(z)
         size = residual(problem, z, expansion, nu, below, above)
-        whole.iterations[rows] += 1
-        better, halved = size < best[rows], size < 0.5 * best[rows]
-        chosen = rows[better]
-        for own, part in zip(whole[:4], (z, nu, below, above), strict=True):
-            own[chosen] = part[better]
+        whole.iterations[running] += 1
+        better, halved = size < best[running], size < 0.5 * best[running]
+        chosen = running[better]
+        for tensor, new in zip(whole[:4], (z, nu, below, above), strict=True):
+            tensor[chosen] = new[better]
         best[chosen] = size[better]
-        exact[rows] = torch.where(better, definite, exact[rows] & definite)
-        patience[rows] = torch.where(halved, 3, patience[rows] - 1)
-        done = (patience[rows] <= 0) | ~torch.isfinite(size) | (best[rows] == 0)
-        done = done | (~halved & (best[rows] < enough))
+        exact[running] = torch.where(better, definite, exact[running] & definite)
+        patience[running] = torch.where(halved, 3, patience[running] - 1)
+        done = (patience[running] <= 0) | ~torch.isfinite(size) | (best[running] == 0)
+        done = done | (~halved & (best[running] < enough))
         if done.any():
             left = rows_where(~done)
             if not len(left):
                 break
-            rows, problem = rows[left], problem.select(left)
-            z, nu, below, above = (part[left] for part in (z, nu, below, above))
-            expansion = Expansion(*(part[left] for part in expansion))
+            running, problem = running[left], problem.select(left)
+            z, nu, below, above = (tensor[left] for tensor in (z, nu, below, above))
+            expansion = Expansion(*(tensor[left] for tensor in expansion))
     fine = (best <= enough) & exact
     flat = (best <= enough) & ~exact
     if flat.any():
-        rest = rows_where(flat)
-        fine[rest] = _is_flat(every.select(rest), *(part[rest] for part in whole[:4]))
+        flat_elements = rows_where(flat)
+        fine[flat_elements] = _is_flat(every.select(flat_elements), *(tensor[flat_elements] for tensor in whole[:4]))
     return whole._replace(status=torch.where(fine, int(Status.SOLVED), int(Status.NUMERICAL_ERROR)))
 
 

@@ -103,14 +103,20 @@ class Functions:
     # -- of all of them ----------------------------------------------------------------------------------------
 
     def _along(self, function: Function, w: Tensor, parameters: tuple[Tensor, ...], *more: Tensor) -> Any:
-        own = [part[:, :-1] if varies else part for part, varies in zip(parameters, self.varying, strict=True)]
+        arguments = [
+            parameter[:, :-1] if varies else parameter
+            for parameter, varies in zip(parameters, self.varying, strict=True)
+        ]
         along = tuple(0 if varies else None for varies in self.varying)
         inner = torch.func.vmap(function, in_dims=(0,) * (1 + len(more)) + along)
-        return torch.func.vmap(inner)(w, *more, *own)
+        return torch.func.vmap(inner)(w, *more, *arguments)
 
     def _end(self, function: Function, last: Tensor, parameters: tuple[Tensor, ...]) -> Any:
-        own = [part[:, -1] if varies else part for part, varies in zip(parameters, self.varying, strict=True)]
-        return torch.func.vmap(function)(last, *own)
+        arguments = [
+            parameter[:, -1] if varies else parameter
+            for parameter, varies in zip(parameters, self.varying, strict=True)
+        ]
+        return torch.func.vmap(function)(last, *arguments)
 
 
 def _number(role: str, value: Any) -> Tensor:

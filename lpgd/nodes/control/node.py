@@ -115,10 +115,10 @@ class OptimalControl(BaseNode):
     def _check_bounds(role: str, bounds: Any, size: int | None) -> None:
         if not (isinstance(bounds, tuple | list) and len(bounds) == 2):
             raise TypeError(f"{role} is {bounds!r}; it must be a pair (lower, upper), or a function of the parameters.")
-        lower, upper = (torch.as_tensor(own, dtype=torch.float64) for own in bounds)
-        for own in (lower, upper):
-            if own.ndim > 1 or (own.ndim and size is not None and len(own) != size):
-                raise ValueError(f"{role} has the shape {tuple(own.shape)}; numbers or vectors, one entry for each.")
+        lower, upper = (torch.as_tensor(end, dtype=torch.float64) for end in bounds)
+        for end in (lower, upper):
+            if end.ndim > 1 or (end.ndim and size is not None and len(end) != size):
+                raise ValueError(f"{role} has the shape {tuple(end.shape)}; numbers or vectors, one entry for each.")
         if not bool((lower < upper).all()):
             raise ValueError(f"{role} is {bounds!r}; lower bounds must be below upper ones.")
 
@@ -128,9 +128,13 @@ class OptimalControl(BaseNode):
             known = list(inspect.signature(self.dynamics).parameters.values())
         except (TypeError, ValueError) as error:
             raise TypeError("the arguments of dynamics cannot be read; write dynamics(x, u, *parameters).") from error
-        if any(own.kind in (own.VAR_POSITIONAL, own.VAR_KEYWORD) for own in known):
+        if any(argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD) for argument in known):
             raise TypeError("dynamics takes *arguments; name them: x, u, and the parameters.")
-        names = [own.name for own in known if own.default is own.empty and own.kind is not own.KEYWORD_ONLY]
+        names = [
+            argument.name
+            for argument in known
+            if argument.default is argument.empty and argument.kind is not argument.KEYWORD_ONLY
+        ]
         if len(names) < 2:
             raise TypeError(f"dynamics takes {len(names)} arguments; it must take x and u first.")
         return tuple(names[2:])
@@ -156,12 +160,12 @@ class OptimalControl(BaseNode):
     def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Refuse functions that use tensors whose gradient would be lost: called once, with detached arguments."""
         shapes = zip(inputs, self.inputs.values(), strict=True)
-        if not torch.is_grad_enabled() or not all(own.ndim >= ndim and own.numel() for own, ndim in shapes):
+        if not torch.is_grad_enabled() or not all(tensor.ndim >= ndim and tensor.numel() for tensor, ndim in shapes):
             return inputs
         pairs = zip(inputs, self.inputs.values(), strict=True)
-        state, *parameters = (own.detach()[(0,) * (own.ndim - ndim)] for own, ndim in pairs)
+        state, *parameters = (tensor.detach()[(0,) * (tensor.ndim - ndim)] for tensor, ndim in pairs)
         varies = [name in self.varying for name in self._parameters]
-        row = [own[0] if moves else own for own, moves in zip(parameters, varies, strict=True)]
+        row = [parameter[0] if moves else parameter for parameter, moves in zip(parameters, varies, strict=True)]
         control = state.new_zeros(self.controls)
         arguments = {"dynamics": (state, control, *row), "stage": (state, control, *row), "final": (state, *row)}
         arguments |= dict.fromkeys(("control_bounds", "state_bounds"), tuple(parameters))
@@ -170,7 +174,7 @@ class OptimalControl(BaseNode):
             if not callable(function):
                 continue
             values = function(*given)
-            if any(isinstance(value, Tensor) and value.requires_grad for value in _parts(values)):
+            if any(isinstance(value, Tensor) and value.requires_grad for value in _as_tuple(values)):
                 names = ", ".join(dict.fromkeys(captured_tensors(function))) or "a tensor that could not be named"
                 raise ValueError(
                     f"{role} of {self.name} uses {names}, which requires a gradient but is no argument of it, and "
@@ -196,20 +200,20 @@ class OptimalControl(BaseNode):
         if not len(y):
             return y.new_zeros(0, 0)
         problem = self._problem(inputs)
-        below, above = self._rows(inputs)
-        rows = [problem.lower[..., below] - y[..., below], y[..., above] - problem.upper[..., above]]
+        below, above = self._bounded(inputs)
+        values = [problem.lower[..., below] - y[..., below], y[..., above] - problem.upper[..., above]]
         # A bound at infinity is a row that is absent: it holds, and has no derivative.
-        return torch.cat([torch.where(torch.isfinite(own), own, -1.0).flatten(1) for own in rows], -1)
+        return torch.cat([torch.where(torch.isfinite(value), value, -1.0).flatten(1) for value in values], -1)
 
     def initial(self, shape: tuple[int, ...], *inputs: Tensor) -> Tensor:
         state = inputs[0]
         held = torch.cat([state.new_zeros(len(state), self.controls), state], -1)[:, None].expand(-1, *shape)
         if self.guess is None:
             return held.contiguous()
-        rows = [torch.as_tensor(self.guess(*row)).to(state) for row in zip(*inputs, strict=True)]
-        if any(tuple(row.shape) != shape for row in rows):
-            raise ValueError(f"guess returned the shape {tuple(rows[0].shape)}; a trajectory is {shape} (T, m + n).")
-        return torch.stack(rows) if rows else held
+        guesses = [torch.as_tensor(self.guess(*element)).to(state) for element in zip(*inputs, strict=True)]
+        if any(tuple(guess.shape) != shape for guess in guesses):
+            raise ValueError(f"guess returned the shape {tuple(guesses[0].shape)}; a trajectory is {shape} (T, m + n).")
+        return torch.stack(guesses) if guesses else held
 
     # -- solving -----------------------------------------------------------------------------------------------
 
@@ -220,7 +224,7 @@ class OptimalControl(BaseNode):
         return self._solve(self._problem(inputs, tilt), inputs, start)
 
     def _solve(self, problem: ControlProblem, inputs: tuple[Tensor, ...], start: Tensor | None) -> NodeAnswer:
-        z = self.initial(self.variable_shape(*(tuple(own.shape[1:]) for own in inputs)), *inputs)
+        z = self.initial(self.variable_shape(*(tuple(tensor.shape[1:]) for tensor in inputs)), *inputs)
         crossed = (problem.lower >= problem.upper).any(-1).any(-1)
         valid = (~crossed).nonzero()[:, 0]
         problem, z = (problem, z) if len(valid) == len(crossed) else (problem.select(valid), z[valid])
@@ -230,12 +234,12 @@ class OptimalControl(BaseNode):
             found = minimise(problem, z, self.iterations)
         else:
             found = polish(problem, warm(problem, z))
-            rest = ((found.status != int(Status.SOLVED)) | _far(found.z, z)).nonzero()[:, 0]
-            if len(rest):
-                again = minimise(problem.select(rest), z[rest], self.iterations)
-                found.iterations[rest] += again.iterations
-                for own, part in zip(found[:5], again[:5], strict=True):
-                    own[rest] = part
+            unsettled = ((found.status != int(Status.SOLVED)) | _far(found.z, z)).nonzero()[:, 0]
+            if len(unsettled):
+                again = minimise(problem.select(unsettled), z[unsettled], self.iterations)
+                found.iterations[unsettled] += again.iterations
+                for tensor, values in zip(found[:5], again[:5], strict=True):
+                    tensor[unsettled] = values
         assert problem.unit is not None
         unit = problem.unit[:, None, None]
         found = found._replace(nu=unit * found.nu, below=unit * found.below, above=unit * found.above)
@@ -248,7 +252,7 @@ class OptimalControl(BaseNode):
     def _lam(self, inputs: tuple[Tensor, ...], found: Trajectories) -> Tensor:
         if self.control_bounds is None and self.state_bounds is None:
             return found.nu.new_zeros(len(found.nu), 0)
-        below, above = self._rows(inputs)
+        below, above = self._bounded(inputs)
         return torch.cat([found.below[..., below].flatten(1), found.above[..., above].flatten(1)], -1)
 
     # -- the derivative ----------------------------------------------------------------------------------------
@@ -261,7 +265,7 @@ class OptimalControl(BaseNode):
         None where a system is singular, or its Hessian not positive definite: optimality conditions say what is left.
         """
         if not len(y):
-            return tuple(torch.zeros_like(own) for own in inputs)
+            return tuple(torch.zeros_like(tensor) for tensor in inputs)
         return self._vjp(inputs, y, cotangent, aux)
 
     def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor, ...] | None:
@@ -282,10 +286,10 @@ class OptimalControl(BaseNode):
 
         def along(inputs: tuple[Tensor, ...]) -> Tensor:
             # <∇L(z, ν, φ), (dz, dν, dφ)> as a function of the inputs
-            own = self._problem(inputs)
-            slopes = own.expand(y)
+            moved = self._problem(inputs)
+            slopes = moved.expand(y)
             value = ((slopes.gradient + slopes.pulled(nu)) * dz).sum() + (slopes.defect * turn).sum()
-            bound = torch.where(force < 0, own.lower, own.upper)
+            bound = torch.where(force < 0, moved.lower, moved.upper)
             gap = torch.where(held.mask, y - torch.where(held.mask, bound, 0), 0)
             return value + (gap * push).sum()
 
@@ -332,19 +336,19 @@ class OptimalControl(BaseNode):
             pair = (-torch.inf, torch.inf) if bounds is None else bounds
             if callable(pair):
 
-                def own(*row: Tensor, pair: Any = pair, width: int = width) -> tuple[Tensor, ...]:
+                def ends(*element: Tensor, pair: Any = pair, width: int = width) -> tuple[Tensor, ...]:
                     return tuple(
-                        torch.as_tensor(part, dtype=state.dtype).expand(self.horizon, width) for part in pair(*row)
+                        torch.as_tensor(end, dtype=state.dtype).expand(self.horizon, width) for end in pair(*element)
                     )
 
-                found = torch.func.vmap(own)(*parameters) if parameters else own()
+                found = torch.func.vmap(ends)(*parameters) if parameters else ends()
             else:
-                found = tuple(torch.as_tensor(part).to(state) for part in pair)
-            for side, part in zip(sides, found, strict=True):
-                side.append(part.expand(size, self.horizon, width))
+                found = tuple(torch.as_tensor(end).to(state) for end in pair)
+            for side, end in zip(sides, found, strict=True):
+                side.append(end.expand(size, self.horizon, width))
         return torch.cat(sides[0], -1), torch.cat(sides[1], -1)
 
-    def _rows(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def _bounded(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The columns of z that have rows for lower and for upper bounds."""
         n = inputs[0].shape[-1]
         answers: list[list[Tensor]] = [[], []]
@@ -361,7 +365,7 @@ class OptimalControl(BaseNode):
         return below, above
 
 
-def _parts(values: Any) -> tuple[Any, ...]:
+def _as_tuple(values: Any) -> tuple[Any, ...]:
     return tuple(values) if isinstance(values, tuple | list) else (values,)
 
 
@@ -370,10 +374,10 @@ def _far(z: Tensor, start: Tensor) -> Tensor:
     return (z - start).abs().amax((-1, -2)) > 1.0 + start.abs().amax((-1, -2))
 
 
-def _spread(found: Trajectories, rows: Tensor, size: int) -> Trajectories:
-    parts = [part.new_zeros(size, *part.shape[1:]).index_copy(0, rows, part) for part in found]
-    whole = Trajectories(*parts)
-    invalid = torch.ones(size, dtype=torch.bool, device=rows.device).index_fill(0, rows, False)
+def _spread(found: Trajectories, valid: Tensor, size: int) -> Trajectories:
+    tensors = [tensor.new_zeros(size, *tensor.shape[1:]).index_copy(0, valid, tensor) for tensor in found]
+    whole = Trajectories(*tensors)
+    invalid = torch.ones(size, dtype=torch.bool, device=valid.device).index_fill(0, valid, False)
     whole.status[invalid] = int(Status.INFEASIBLE)
     whole.z[invalid] = torch.nan
     return whole

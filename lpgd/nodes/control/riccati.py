@@ -68,16 +68,16 @@ def factorise(hessian: Tensor, last: Tensor, slope: Tensor, free: Tensor | None 
         hessian = both[..., :, None] * hessian * both[..., None, :] + held.diag_embed()
         slope = slope * both[..., None, :]
     value, roots, rows, values, codes = last, [], [], [], []
-    for own, turn in zip(reversed(hessian.unbind(0)), reversed(slope.unbind(0)), strict=True):
+    for stage, turn in zip(reversed(hessian.unbind(0)), reversed(slope.unbind(0)), strict=True):
         values.append(value)
-        matrix = torch.baddbmm(own, turn.mT, value @ turn)
+        matrix = torch.baddbmm(stage, turn.mT, value @ turn)
         root, code = linalg.cholesky_ex(matrix[:, :m, :m])
         row = linalg.solve_triangular(root, matrix[:, :m, m:], upper=False)
         value = torch.baddbmm(matrix[:, m:, m:], row.mT, row, alpha=-1.0)
         roots.append(root)
         rows.append(row)
         codes.append(code)
-    root, row, values = (torch.stack(part[::-1]) for part in (roots, rows, values))
+    root, row, values = (torch.stack(backwards[::-1]) for backwards in (roots, rows, values))
     gain = -linalg.solve_triangular(root.mT, row, upper=True)
     closed = slope[..., m:] + slope[..., :m] @ gain
     pivots, sizes = root.diagonal(dim1=-2, dim2=-1).square(), root.square().sum(-1)

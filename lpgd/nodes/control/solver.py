@@ -73,7 +73,7 @@ def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300) -> T
         z.clone(), nu.clone(), below.clone(), above.clone(), count + int(Status.ITERATION_LIMIT), count
     )
     state = _State(z, nu, below, above, weight, 1e-6 * ones, 0 * ones)
-    rows = torch.arange(len(z), device=z.device)
+    running = torch.arange(len(z), device=z.device)
     tries = torch.zeros_like(count)
     least = eps**0.7
     for _ in range(max_iterations):
@@ -91,48 +91,48 @@ def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300) -> T
             state = state._replace(weight=weight)
             error = _barrier_error(problem, state, expansion)
         size = residual(problem, state.z, expansion, *state[1:4])
-        enough = (10.0 ** (-4.0 - 2.0 * tries[rows].clamp(max=2))).clamp(min=eps**0.6)
+        enough = (10.0 ** (-4.0 - 2.0 * tries[running].clamp(max=2))).clamp(min=eps**0.6)
         # Ready, too, is what the barrier has nothing more to say about.
         ready = (size <= enough) & (state.weight <= 1e-4) | (state.weight <= least) & (error <= 10 * least)
-        lost = ~torch.isfinite(size) | (state.z.abs().amax((-1, -2)) > 1e15) | (tries[rows] >= TRIES)
+        lost = ~torch.isfinite(size) | (state.z.abs().amax((-1, -2)) > 1e15) | (tries[running] >= TRIES)
         if ready.any():
             near = ready.nonzero()[:, 0]
-            tries[rows[near]] += 1
+            tries[running[near]] += 1
             zero = torch.zeros_like(near)
             start = Trajectories(
                 state.z[near], state.nu[near], state.below[near], state.above[near], zero, zero.clone()
             )
             found = polish(problem.select(near), start)
-            count[rows[near]] += found.iterations
+            count[running[near]] += found.iterations
             close = stacked([found.z - start.z]) <= 0.1 * (1 + stacked([start.z]))
             fine = (found.status == int(Status.SOLVED)) & close
             ready = ready.clone()
             ready[near] = fine
-            kept = Trajectories(*(part[fine] for part in found))
-            for own, part in zip(whole[:5], kept[:5], strict=True):
-                own[rows[near[fine]]] = part
+            kept = Trajectories(*(tensor[fine] for tensor in found))
+            for tensor, values in zip(whole[:5], kept[:5], strict=True):
+                tensor[running[near[fine]]] = values
         ended = (ready | lost) if bool(ready.any()) or bool(lost.any()) else None
         if ended is not None:
             rough = torch.where(size <= eps**0.3, int(Status.INACCURATE), int(Status.NUMERICAL_ERROR))
-            whole.status[rows[lost & ~ready]] = rough[lost & ~ready].to(whole.status)
-            for own, part in zip(whole[:4], state[:4], strict=True):
-                own[rows[lost & ~ready]] = part[lost & ~ready]
+            whole.status[running[lost & ~ready]] = rough[lost & ~ready].to(whole.status)
+            for tensor, values in zip(whole[:4], state[:4], strict=True):
+                tensor[running[lost & ~ready]] = values[lost & ~ready]
             left = (~ended).nonzero()[:, 0]
-            rows, problem = rows[left], problem.select(left)
+            running, problem = running[left], problem.select(left)
             state, expansion = (
-                _State(*(part[left] for part in state)),
-                Expansion(*(part[left] for part in expansion)),
+                _State(*(tensor[left] for tensor in state)),
+                Expansion(*(tensor[left] for tensor in expansion)),
             )
-            if not len(rows):
+            if not len(running):
                 break
-        count[rows] += 1
+        count[running] += 1
         state = _iterate(problem, state, expansion)
-    for own, part in zip(whole[:4], state[:4], strict=True):
-        own[rows] = part
-    if len(rows):
+    for tensor, values in zip(whole[:4], state[:4], strict=True):
+        tensor[running] = values
+    if len(running):
         size = residual(problem, state.z, problem.expand(state.z), *state[1:4])
         # Stationary to a lower accuracy, or no strict minimum.
-        whole.status[rows] = torch.where(size <= eps**0.3, int(Status.INACCURATE), whole.status[rows])
+        whole.status[running] = torch.where(size <= eps**0.3, int(Status.INACCURATE), whole.status[running])
     return whole._replace(iterations=count)
 
 
@@ -156,8 +156,8 @@ def _barrier_error(problem: ControlProblem, state: _State, expansion: Expansion)
     slope = expansion.gradient + expansion.pulled(state.nu) - state.below + state.above
     finite = (torch.isfinite(low), torch.isfinite(high))
     gaps = [
-        torch.where(there, own * slack - weight, 0)
-        for there, own, slack in zip(finite, (state.below, state.above), (low, high), strict=True)
+        torch.where(bounded, multiplier * slack - weight, 0)
+        for bounded, multiplier, slack in zip(finite, (state.below, state.above), (low, high), strict=True)
     ]
     terms = 1 + stacked([expansion.pulled(state.nu)])
     return torch.stack([stacked([slope]) / terms, stacked([expansion.defect]), stacked(gaps)]).amax(0)
@@ -222,23 +222,25 @@ def _damped_step(
     """The step dz, ν after it, the Hessian that made it, and the damping of it."""
     curve = add_diagonal(exact, damping[:, None, None].expand_as(z))
     dz, new, factor = newton_step(curve, expansion, gradient, expansion.defect)
-    rest = (~factor.definite).nonzero()[:, 0]
+    indefinite = (~factor.definite).nonzero()[:, 0]
     for _ in range(DAMPINGS):
-        if not len(rest):
+        if not len(indefinite):
             break
-        damping[rest] = torch.maximum(8 * damping[rest], 100 * LEAST * damping.new_ones(()))
-        own = Expansion(*(part[rest] for part in expansion))
-        trial = add_diagonal(Curvature(*(part[rest] for part in exact)), damping[rest, None, None].expand_as(z[rest]))
-        dz[rest], new[rest], factor = newton_step(trial, own, gradient[rest], own.defect)
-        for whole, part in zip(curve, trial, strict=True):
-            whole[rest] = part
-        rest = rest[~factor.definite]
-    if len(rest):
-        part, own = problem.select(rest), Expansion(*(part[rest] for part in expansion))
-        costs = add_diagonal(_convex(part.curvature(z[rest], None)), stiff[rest])
-        dz[rest], new[rest], _ = newton_step(costs, own, gradient[rest], own.defect)
-        for whole, part in zip(curve, costs, strict=True):
-            whole[rest] = part
+        damping[indefinite] = torch.maximum(8 * damping[indefinite], 100 * LEAST * damping.new_ones(()))
+        chosen = Expansion(*(tensor[indefinite] for tensor in expansion))
+        trial = Curvature(*(tensor[indefinite] for tensor in exact))
+        trial = add_diagonal(trial, damping[indefinite, None, None].expand_as(z[indefinite]))
+        dz[indefinite], new[indefinite], factor = newton_step(trial, chosen, gradient[indefinite], chosen.defect)
+        for whole, values in zip(curve, trial, strict=True):
+            whole[indefinite] = values
+        indefinite = indefinite[~factor.definite]
+    if len(indefinite):
+        chosen = Expansion(*(tensor[indefinite] for tensor in expansion))
+        costs = _convex(problem.select(indefinite).curvature(z[indefinite], None))
+        costs = add_diagonal(costs, stiff[indefinite])
+        dz[indefinite], new[indefinite], _ = newton_step(costs, chosen, gradient[indefinite], chosen.defect)
+        for whole, values in zip(curve, costs, strict=True):
+            whole[indefinite] = values
     return dz, new, curve, damping
 
 
@@ -250,13 +252,13 @@ def _longest(ratios: Tensor, tau: Tensor) -> Tensor:
 
 def _convex(curve: Curvature) -> Curvature:
     """Without negative curvature in any stage, and a little more than none."""
-    parts = []
-    for part in curve:
-        values, vectors = linalg.eigh(torch.where(torch.isfinite(part), 0.5 * (part + part.mT), 0))
+    curved = []
+    for hessian in curve:
+        values, vectors = linalg.eigh(torch.where(torch.isfinite(hessian), 0.5 * (hessian + hessian.mT), 0))
         top = values.abs().amax(-1, keepdim=True)
         values = torch.maximum(values.abs(), torch.finfo(values.dtype).eps ** 0.5 * torch.where(top > 0, top, 1))
-        parts.append((vectors * values[..., None, :]) @ vectors.mT)
-    return Curvature(*parts)
+        curved.append((vectors * values[..., None, :]) @ vectors.mT)
+    return Curvature(*curved)
 
 
 def _search(
@@ -283,19 +285,23 @@ def _search(
         if not pending.any():
             break
         if trial == 0:
-            rest = pending.nonzero()[:, 0]
-            part, own = problem.select(rest), Expansion(*(part[rest] for part in expansion))
-            defect = part.defect(state.z[rest] + moved[rest]) + step[rest, None, None] * own.defect
+            failed = pending.nonzero()[:, 0]
+            retried, chosen = problem.select(failed), Expansion(*(tensor[failed] for tensor in expansion))
+            defect = retried.defect(state.z[failed] + moved[failed]) + step[failed, None, None] * chosen.defect
             good = torch.isfinite(defect).all(-1).all(-1)
             defect = torch.where(good[:, None, None], defect, 0)
-            lifted, _, _ = newton_step(Curvature(*(part[rest] for part in curve)), own, gradient[rest], defect)
-            low, high = _slacks(part, state.z[rest])
-            length = _longest(torch.cat([-lifted / low, lifted / high], 1), torch.full_like(reach[rest], 0.99))
+            lifted, _, _ = newton_step(
+                Curvature(*(tensor[failed] for tensor in curve)), chosen, gradient[failed], defect
+            )
+            low, high = _slacks(retried, state.z[failed])
+            length = _longest(torch.cat([-lifted / low, lifted / high], 1), torch.full_like(reach[failed], 0.99))
             lifted = length[:, None, None] * lifted
-            chosen = _State(*(part[rest] for part in state))
-            fell = _merit(part, chosen, state.z[rest] + lifted) <= first[rest] + 1e-4 * length * fall[rest]
+            chosen_state = _State(*(tensor[failed] for tensor in state))
+            fell = (
+                _merit(retried, chosen_state, state.z[failed] + lifted) <= first[failed] + 1e-4 * length * fall[failed]
+            )
             fell = fell & good
-            done = rest[fell]
+            done = failed[fell]
             moved = moved.clone()
             moved[done] = lifted[fell]
             pending[done] = False

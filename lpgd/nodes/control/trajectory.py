@@ -167,8 +167,8 @@ class ControlProblem:
     def curvature(self, z: Tensor, nu: Tensor | None) -> Curvature:
         """Of the Lagrangian, or of the objective where ν is None."""
         unit = None if self.unit is None else self.unit[:, None, None]
-        own = nu if nu is None or unit is None else nu * unit
-        stages, last = self.functions.hessians(*self.stages(z), own, self.parameters)
+        scaled_nu = nu if nu is None or unit is None else nu * unit
+        stages, last = self.functions.hessians(*self.stages(z), scaled_nu, self.parameters)
         if unit is not None:
             stages, last = stages / unit[..., None], last / unit
         curve = Curvature(stages, last)
@@ -177,12 +177,12 @@ class ControlProblem:
         rho = torch.full_like(z, self.rho)
         return add_diagonal(curve, rho if unit is None else rho / unit)
 
-    def select(self, rows: Tensor) -> ControlProblem:
+    def select(self, elements: Tensor) -> ControlProblem:
         """The problems of these elements."""
         names = ("start", "lower", "upper", "linear", "center", "unit")
-        own = {name: getattr(self, name) for name in names}
-        changes = {name: part if part is None else part[rows] for name, part in own.items()}
-        return replace(self, parameters=tuple(part[rows] for part in self.parameters), **changes)
+        terms = {name: getattr(self, name) for name in names}
+        changes = {name: term if term is None else term[elements] for name, term in terms.items()}
+        return replace(self, parameters=tuple(parameter[elements] for parameter in self.parameters), **changes)
 
 
 def newton_step(
@@ -194,8 +194,8 @@ def newton_step(
 
 
 def _factor(curve: Curvature, step: Tensor, free: Tensor | None) -> Factor:
-    own = None if free is None else free.transpose(0, 1)
-    return factorise(curve.stages.transpose(0, 1), curve.last, step.transpose(0, 1), own)
+    free_stages = None if free is None else free.transpose(0, 1)
+    return factorise(curve.stages.transpose(0, 1), curve.last, step.transpose(0, 1), free_stages)
 
 
 def _solve(factor: Factor, gradient: Tensor, defect: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,14 +238,14 @@ def respond(
     stiffened = add_diagonal(curve, stiff * on_state) if held.states else curve
     factor = _factor(stiffened, expansion.step, 1.0 - on_control[..., :m].to(gradient) if held.controls else None)
     dz, nu, force = torch.zeros_like(gradient), torch.zeros_like(defect), torch.zeros_like(gradient)
-    scale = torch.stack([own.detach().abs().amax((-1, -2)) for own in (gradient, defect, target)]).amax(0)
+    scale = torch.stack([tensor.detach().abs().amax((-1, -2)) for tensor in (gradient, defect, target)]).amax(0)
     best = torch.full_like(scale, torch.inf)
     for sweep in range(SWEEPS if held.states else 3):
         left, gap, miss = gradient, defect, -target * held.mask
         if sweep:
             left = gradient + curve.times(dz) + expansion.pulled(nu) + force
             gap, miss = defect + expansion.moved(dz), (dz - target) * held.mask
-            worst = torch.stack([own.detach().abs().amax((-1, -2)) for own in (left, gap, miss)]).amax(0)
+            worst = torch.stack([tensor.detach().abs().amax((-1, -2)) for tensor in (left, gap, miss)]).amax(0)
             settled = ~(worst < 0.5 * best) & (
                 worst <= 1e3 * eps * torch.maximum(scale, nu.detach().abs().amax((-1, -2)))
             )
@@ -265,8 +265,8 @@ def respond(
         if held.states:
             force = force + stiff * (change + miss) * on_state
         if held.controls:
-            rest = left + curve.times(change) + expansion.pulled(turn)
-            force = force - rest * on_control
+            residual = left + curve.times(change) + expansion.pulled(turn)
+            force = force - residual * on_control
     size = torch.maximum(scale, nu.detach().abs().amax((-1, -2)))
     return dz, nu, force, factor.definite & (best <= eps**0.6 * size)
 
@@ -284,6 +284,6 @@ def multipliers(
     return nu, force
 
 
-def stacked(parts: Sequence[Tensor]) -> Tensor:
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """(B,) the largest magnitude of an entry in any of these (B, ·, ·)."""
-    return torch.stack([part.abs().amax((-1, -2)) for part in parts]).amax(0)
+    return torch.stack([tensor.abs().amax((-1, -2)) for tensor in tensors]).amax(0)

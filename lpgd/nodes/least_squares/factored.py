@@ -70,16 +70,17 @@ def stacked(data: Regression) -> tuple[Tensor, Tensor]:
     """``[√w D; √p I]`` and ``[√w b; 0]``: the targets as further columns of one matrix where all else is shared."""
     design, targets, weights, penalty = data
     n = design.shape[-1]
-    batch, shared = targets.shape[0], all(part is None or part.shape[0] == 1 for part in (design, weights, penalty))
+    batch = targets.shape[0]
+    shared = all(tensor is None or tensor.shape[0] == 1 for tensor in (design, weights, penalty))
     right = fold(targets) if shared else targets
     left = design
     if weights is not None:
         root = weights.sqrt()[..., None]
         left, right = root * left, root * right
-    rows = 1 if shared else batch
-    left = left.expand(rows, *left.shape[1:])
+    count = 1 if shared else batch
+    left = left.expand(count, *left.shape[1:])
     if penalty is not None:
-        left = torch.cat([left, penalty.sqrt().diag_embed().expand(rows, n, n)], -2)
+        left = torch.cat([left, penalty.sqrt().diag_embed().expand(count, n, n)], -2)
         right = torch.nn.functional.pad(right, (0, 0, 0, n))
     return left, right
 

@@ -60,10 +60,10 @@ def solve_minimum_norm(data: Regression, tolerance: float | None) -> tuple[Tenso
     n, batch = left.shape[-1], data.targets.shape[0]
     shared = left.shape[0] == 1 < batch
     triangle = linalg.qr(torch.cat([left, right], -1), mode="r").R[:, :n]
-    outer, values, rows = linalg.svd(triangle[..., :n], full_matrices=False)
+    outer, values, inner = linalg.svd(triangle[..., :n], full_matrices=False)
     limit = max(left.shape[-2:]) * torch.finfo(left.dtype).eps if tolerance is None else tolerance
     present = values > limit * values.amax(-1, keepdim=True)
-    basis = Basis(torch.where(present, values, 0.0), rows.mT * present[:, None, :])
+    basis = Basis(torch.where(present, values, 0.0), inner.mT * present[:, None, :])
     along = (outer.mT @ triangle[..., n:]) / torch.where(present, values, 1.0)[..., None]
     y = basis.vectors @ along
     return unfold(y, batch) if shared else y, basis
@@ -72,9 +72,11 @@ def solve_minimum_norm(data: Regression, tolerance: float | None) -> tuple[Tenso
 @torch.no_grad()
 def minimum_norm_basis(data: Regression, tolerance: float | None) -> Basis:
     """The basis of :func:`solve_minimum_norm`, as a constant."""
-    design, targets, *rest = data
+    design, targets, *others = data
     fixed = Regression(
-        design.detach(), targets[..., :1].detach(), *(part if part is None else part.detach() for part in rest)
+        design.detach(),
+        targets[..., :1].detach(),
+        *(tensor if tensor is None else tensor.detach() for tensor in others),
     )
     return solve_minimum_norm(fixed, tolerance)[1]
 
@@ -104,8 +106,8 @@ def differentiate_minimum_norm(data: Regression, y: Tensor, basis: Basis, cotang
     Returns:
         Gradients for the design (B, m, n), targets (B, m, k), weights (B, m) and penalty (B, n).
     """
-    parts = (basis.power(cotangent, -2.0), basis.power(y, -2.0), basis.outside(cotangent))
-    return _products(data, y, *parts)
+    vectors = (basis.power(cotangent, -2.0), basis.power(y, -2.0), basis.outside(cotangent))
+    return _products(data, y, *vectors)
 
 
 def differentiate_minimum_norm_again(
@@ -117,8 +119,8 @@ def differentiate_minimum_norm_again(
     ``VᵀG(y - Gu) = 0`` and ``q = v - Gs`` for s and u in the span of V.
     """
 
-    def moving(part: Tensor) -> Tensor:
-        return part - part.detach()
+    def moving(tensor: Tensor) -> Tensor:
+        return tensor - tensor.detach()
 
     def response(right: Tensor) -> Tensor:
         known = basis.power(right, -2.0).detach()
@@ -135,6 +137,6 @@ def _products(data: Regression, y: Tensor, s: Tensor, u: Tensor, q: Tensor) -> t
     moved, residual, image, free = design @ s, targets - design @ y, design @ u, design @ q
     for_weights = (residual * moved + image * free).sum(-1)
     if weights is not None:
-        moved, residual, image = (weights[..., None] * part for part in (moved, residual, image))
+        moved, residual, image = (weights[..., None] * tensor for tensor in (moved, residual, image))
     for_design = residual @ s.mT - moved @ y.mT + image @ q.mT
     return for_design, moved, for_weights, (q * u - s * y).sum(-1)

@@ -117,8 +117,8 @@ class LeastSquares(BaseNode):
         fitted = torch.einsum("bmn,bn...->bm...", A, x)
         residual = (fitted + y[:, A.shape[-1], None] if self.bias else fitted) - b
         squares = residual.square()
-        rows = squares.sum(-1) if self.columns else squares
-        value = 0.5 * (rows if weights is None else weights * rows).sum(-1)
+        row_squares = squares.sum(-1) if self.columns else squares
+        value = 0.5 * (row_squares if weights is None else weights * row_squares).sum(-1)
         return value if ridge is None else value + 0.5 * ridge * x.flatten(1).square().sum(-1)
 
     def equality(self, y: Tensor, *inputs: Tensor) -> Tensor | None:

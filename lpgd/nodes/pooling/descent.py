@@ -50,16 +50,16 @@ class Descent(NamedTuple):
     total: Tensor
     radius: Tensor
 
-    def improved(self, rows: Tensor, other: Descent) -> Descent:
-        """The lower ones of these ends and of others of some rows, where iterations add up."""
-        known = Descent(*(part[rows] for part in self))
+    def improved(self, elements: Tensor, other: Descent) -> Descent:
+        """The lower ones of these ends and of others of some elements, where iterations add up."""
+        known = Descent(*(tensor[elements] for tensor in self))
         lower = other.value < known.value
         found = (
-            torch.where(lower.reshape(-1, *(1,) * (new.ndim - 1)), new, own)
-            for new, own in zip(other, known, strict=True)
+            torch.where(lower.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+            for new, old in zip(other, known, strict=True)
         )
         best = Descent(*found)._replace(iterations=known.iterations + other.iterations)
-        return Descent(*(own.index_copy(0, rows, new) for own, new in zip(self, best, strict=True)))
+        return Descent(*(old.index_copy(0, elements, new) for old, new in zip(self, best, strict=True)))
 
 
 class Step(NamedTuple):
@@ -86,7 +86,7 @@ class Step(NamedTuple):
 
 
 def blocks(x: Tensor, numbers: int = BLOCK) -> Iterator[slice]:
-    """The rows of x in blocks of about so many numbers; on a GPU one block."""
+    """The elements of x in blocks of about so many numbers; on a GPU one block."""
     size = x.shape[0]
     step = size if x.is_cuda else max(1, numbers // max(1, x[0].numel()))
     for first in range(0, size, step):
@@ -107,50 +107,50 @@ class NumberSum:
     x: Tensor
     tilt: Tilt | None = None
 
-    def slope(self, u: Tensor, rows: Tensor | None = None) -> Slope:
-        """At u (R, 1), one for each of these rows (None is all), of a convex penalty."""
-        slope, curvature = self._over_blocks(self.penalty.slope, u, rows)
+    def slope(self, u: Tensor, elements: Tensor | None = None) -> Slope:
+        """At u (R, 1), one for each of these elements (None is all), of a convex penalty."""
+        slope, curvature = self._over_blocks(self.penalty.slope, u, elements)
         if self.tilt is None:
             return Slope(slope, curvature)
-        linear, rho, center = _chosen(self.tilt, rows)
+        linear, rho, center = _chosen(self.tilt, elements)
         return Slope(slope + linear + rho * (u - center), curvature + rho)
 
-    def sums(self, u: Tensor, rows: Tensor | None = None) -> Sums:
+    def sums(self, u: Tensor, elements: Tensor | None = None) -> Sums:
         """The same and more of a penalty that is not convex."""
-        slope, curvature, total, value = self._over_blocks(self.penalty.sums, u, rows)
+        slope, curvature, total, value = self._over_blocks(self.penalty.sums, u, elements)
         if self.tilt is None:
             return Sums(slope, curvature, total, value)
-        linear, rho, center = _chosen(self.tilt, rows)
+        linear, rho, center = _chosen(self.tilt, elements)
         away = u - center
         value = value + linear * u + 0.5 * rho * away.square()
         return Sums(slope + linear + rho * away, curvature + rho, total + rho, value)
 
     def _over_blocks(
-        self, function: Callable[[Tensor], Sequence[Tensor]], u: Tensor, rows: Tensor | None
+        self, function: Callable[[Tensor], Sequence[Tensor]], u: Tensor, elements: Tensor | None
     ) -> list[Tensor]:
-        parts = []
+        found = []
         for block in blocks(self.x[: len(u)]):
-            x = self.x[block] if rows is None else self.x[rows[block]]
-            parts.append(function(u[block] - x))
-        return [torch.cat(part) for part in zip(*parts, strict=True)]
+            x = self.x[block] if elements is None else self.x[elements[block]]
+            found.append(function(u[block] - x))
+        return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
 
-    def at(self, rows: Tensor) -> NumberSum:
-        """Those of some rows, without the terms of LPGD."""
-        return NumberSum(self.penalty, self.x[rows])
+    def at(self, elements: Tensor) -> NumberSum:
+        """Those of some elements, without the terms of LPGD."""
+        return NumberSum(self.penalty, self.x[elements])
 
     def median_beyond(self, u: Tensor, radius: Tensor) -> Tensor:
-        """Rows whose median is farther from u (B, 1) than the radius (B,), by counting: faster than medians."""
+        """Elements whose median is farther from u (B, 1) than the radius (B,), by counting: faster than medians."""
         below, within = [], []
         for block in blocks(self.x):
-            own, middle, reach = self.x[block], u[block], radius[block, None]
-            count = torch.empty_like(own)
-            below.append(torch.lt(own, middle - reach, out=count).sum(-1))
-            within.append(torch.le(own, middle + reach, out=count).sum(-1))
+            points, middle, reach = self.x[block], u[block], radius[block, None]
+            count = torch.empty_like(points)
+            below.append(torch.lt(points, middle - reach, out=count).sum(-1))
+            within.append(torch.le(points, middle + reach, out=count).sum(-1))
         rank = (self.x.shape[-1] - 1) // 2
         return rows_where((torch.cat(below) > rank) | (torch.cat(within) <= rank))
 
-    def step(self, u: Tensor, rows: Tensor | None = None) -> Step:
-        slope, curvature, total, value = self.sums(u, rows)
+    def step(self, u: Tensor, elements: Tensor | None = None) -> Step:
+        slope, curvature, total, value = self.sums(u, elements)
         mean = -slope / total.clamp(min=torch.finfo(u.dtype).eps * self.penalty.curvature)
         fine = curvature > 1e-3 * total
         newton = torch.where(fine, -slope / torch.where(fine, curvature, 1), mean)
@@ -165,24 +165,24 @@ class NumberSum:
             return newton.abs()
         return 0.5 * self.penalty.third * self.x.shape[-1] * newton.square() / curvature
 
-    def chosen(self, rows: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tilt | None]:
-        """The points (R, N, 1) of some rows, u itself, and their terms of LPGD."""
-        return self.x[rows][..., None], u, None if self.tilt is None else _chosen(self.tilt, rows)
+    def chosen(self, elements: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tilt | None]:
+        """The points (R, N, 1) of some elements, u itself, and their terms of LPGD."""
+        return self.x[elements][..., None], u, None if self.tilt is None else _chosen(self.tilt, elements)
 
-    def slope_noise(self, u: Tensor, rows: Tensor) -> Tensor:
+    def slope_noise(self, u: Tensor, elements: Tensor) -> Tensor:
         """(R,) a rounding error of the slope at u (R, 1), without that of the terms of LPGD."""
-        x = self.x[rows][..., None]
+        x = self.x[elements][..., None]
         return slope_noise(self.penalty.terms((u - x[..., 0]).square()).first, u, x)
 
     def noise(self, u: Tensor) -> Tensor:
         """(B, 1) what rounding moves a minimiser by: that of N slopes, which are at most ``|z|`` and about α."""
-        parts = [linalg.vector_norm(u[block] - self.x[block], dim=-1, keepdim=True) for block in blocks(self.x)]
+        lengths = [linalg.vector_norm(u[block] - self.x[block], dim=-1, keepdim=True) for block in blocks(self.x)]
         count, eps = self.x.shape[-1], torch.finfo(u.dtype).eps
-        return 4 * eps / count**0.5 * (torch.cat(parts) / count**0.5).clamp(max=self.penalty.alpha)
+        return 4 * eps / count**0.5 * (torch.cat(lengths) / count**0.5).clamp(max=self.penalty.alpha)
 
 
-def _chosen(tilt: Tilt, rows: Tensor | None) -> Tilt:
-    return tilt if rows is None else Tilt(tilt.linear[rows], tilt.rho, tilt.center[rows])
+def _chosen(tilt: Tilt, elements: Tensor | None) -> Tilt:
+    return tilt if elements is None else Tilt(tilt.linear[elements], tilt.rho, tilt.center[elements])
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,17 +199,17 @@ class VectorSum:
     x: Tensor
     tilt: Tilt | None = None
 
-    def at(self, rows: Tensor) -> VectorSum:
-        """Those of some rows, without the terms of LPGD."""
-        return VectorSum(self.penalty, self.x[rows])
+    def at(self, elements: Tensor) -> VectorSum:
+        """Those of some elements, without the terms of LPGD."""
+        return VectorSum(self.penalty, self.x[elements])
 
     def median_beyond(self, u: Tensor, radius: Tensor) -> Tensor:
-        """Rows whose median is farther from u (B, d) than the radius (B,)."""
+        """Elements whose median is farther from u (B, d) than the radius (B,)."""
         return rows_where((self.x.median(1).values - u).abs().amax(-1) > radius)
 
-    def step(self, u: Tensor, rows: Tensor | None = None) -> Step:
-        """At u (R, d), one for each of these rows; None is all."""
-        x = self.x if rows is None else self.x[rows]
+    def step(self, u: Tensor, elements: Tensor | None = None) -> Step:
+        """At u (R, d), one for each of these elements; None is all."""
+        x = self.x if elements is None else self.x[elements]
         z = u[:, None] - x
         square = z.square().sum(-1)
         terms = self.penalty.terms(square)
@@ -217,7 +217,7 @@ class VectorSum:
         slope = (terms.first[:, None] @ z)[:, 0]
         rho = 0.0
         if self.tilt is not None:
-            linear, rho, center = _chosen(self.tilt, rows)
+            linear, rho, center = _chosen(self.tilt, elements)
             away = u - center
             value = value + (linear * u).sum(-1) + 0.5 * rho * away.square().sum(-1)
             slope = slope + linear + rho * away
@@ -234,13 +234,13 @@ class VectorSum:
         error = 10 / self.penalty.alpha * length**2 if self.penalty.is_smooth else length
         return Step(value, slope, newton, mean, error, fine[:, 0], total[:, 0], torch.zeros_like(value))
 
-    def chosen(self, rows: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tilt | None]:
-        """The points (R, N, d) of some rows, u itself, and their terms of LPGD."""
-        return self.x[rows], u, None if self.tilt is None else _chosen(self.tilt, rows)
+    def chosen(self, elements: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tilt | None]:
+        """The points (R, N, d) of some elements, u itself, and their terms of LPGD."""
+        return self.x[elements], u, None if self.tilt is None else _chosen(self.tilt, elements)
 
-    def slope_noise(self, u: Tensor, rows: Tensor) -> Tensor:
+    def slope_noise(self, u: Tensor, elements: Tensor) -> Tensor:
         """(R,) a rounding error of the slope at u (R, d), without that of the terms of LPGD."""
-        x = self.x[rows]
+        x = self.x[elements]
         return slope_noise(self.penalty.terms((u[:, None] - x).square().sum(-1)).first, u, x)
 
     def noise(self, u: Tensor) -> Tensor:
@@ -256,30 +256,30 @@ def descend(function: NumberSum | VectorSum, u: Tensor) -> Descent:
     size = len(u)
     zero = torch.zeros(size, dtype=torch.int64, device=u.device)
     ends = Descent(u.clone(), zero, zero.to(torch.bool), u.new_full((size,), torch.inf), *u.new_zeros(2, size))
-    rows = torch.arange(size, device=u.device)
+    elements = torch.arange(size, device=u.device)
     eps, noise = torch.finfo(u.dtype).eps, function.noise(u)[:, 0]
 
-    def step(u: Tensor, rows: Tensor) -> Step:
-        return function.step(u, None if len(rows) == size else rows)
+    def step(u: Tensor, elements: Tensor) -> Step:
+        return function.step(u, None if len(elements) == size else elements)
 
-    now = step(u, rows)
+    current = step(u, elements)
     for _ in range(QUICK):
-        length, size_of_u = now.newton.abs().amax(-1), u.abs().amax(-1).clamp(min=torch.finfo(u.dtype).tiny)
-        small = (length <= 4 * eps * size_of_u) | (now.error <= eps * size_of_u + noise)
-        flat = (now.slope == 0).all(-1)
+        length, size_of_u = current.newton.abs().amax(-1), u.abs().amax(-1).clamp(min=torch.finfo(u.dtype).tiny)
+        small = (length <= 4 * eps * size_of_u) | (current.error <= eps * size_of_u + noise)
+        flat = (current.slope == 0).all(-1)
         ended = small | flat
         if ended.any():
-            done, left = rows[ended], ~ended
-            ends.u[done], ends.value[done] = (u + now.newton)[ended], now.value[ended]
-            ends.converged[done] = (now.curved | (flat & (now.total == 0)))[ended]
-            ends.total[done], ends.radius[done] = now.total[ended], (now.radius - length)[ended]
-            rows, u, noise, *parts = (part[left] for part in (rows, u, noise, *now))
-            now = Step(*parts)
-        if not len(rows):
+            done, left = elements[ended], ~ended
+            ends.u[done], ends.value[done] = (u + current.newton)[ended], current.value[ended]
+            ends.converged[done] = (current.curved | (flat & (current.total == 0)))[ended]
+            ends.total[done], ends.radius[done] = current.total[ended], (current.radius - length)[ended]
+            elements, u, noise, *fields = (tensor[left] for tensor in (elements, u, noise, *current))
+            current = Step(*fields)
+        if not len(elements):
             break
-        ends.iterations[rows] += 1
-        value, slope, newton, mean, *_ = now
-        new = step(u + newton, rows)
+        ends.iterations[elements] += 1
+        value, slope, newton, mean, *_ = current
+        new = step(u + newton, elements)
         # Within the noise of the objective a smaller slope decides.
         precise = (newton * slope).sum(-1).abs() <= 10 * eps * value.abs()
         less = new.slope.abs().amax(-1) <= 0.5 * slope.abs().amax(-1)
@@ -287,21 +287,22 @@ def descend(function: NumberSum | VectorSum, u: Tensor) -> Descent:
         ended = precise & ~less
         other = rows_where(~good & ~ended)
         u = torch.where(good[:, None], u + newton, u)
-        now = Step(
+        current = Step(
             *(
-                torch.where(good.reshape(-1, *(1,) * (part.ndim - 1)), part, own)
-                for part, own in zip(new, now, strict=True)
+                torch.where(good.reshape(-1, *(1,) * (new_values.ndim - 1)), new_values, old_values)
+                for new_values, old_values in zip(new, current, strict=True)
             )
         )
         if len(other):
             u[other] += mean[other]
-            for own, row in zip(now, step(u[other], rows[other]), strict=True):
-                own[other] = row
+            for values, fallback in zip(current, step(u[other], elements[other]), strict=True):
+                values[other] = fallback
         if ended.any():
             place = rows_where(ended)
-            now.newton[place] = 0
-            now.curved[place] &= now.slope[place].abs().amax(-1) <= 4 * function.slope_noise(u[place], rows[place])
-    ends.u[rows] = u
+            current.newton[place] = 0
+            rounding = function.slope_noise(u[place], elements[place])
+            current.curved[place] &= current.slope[place].abs().amax(-1) <= 4 * rounding
+    ends.u[elements] = u
     doubtful = rows_where(~ends.converged)
     if len(doubtful):
         end = finish(function.penalty, *function.chosen(doubtful, ends.u[doubtful]))
@@ -321,14 +322,14 @@ def find_root(function: NumberSum, u: Tensor) -> Root:
     size, eps, noise = len(u), torch.finfo(u.dtype).eps, function.noise(u)
     whole, iterations = u.clone(), torch.zeros(size, dtype=torch.int64, device=u.device)
     converged = torch.zeros(size, dtype=torch.bool, device=u.device)
-    rows = torch.arange(size, device=u.device)
+    elements = torch.arange(size, device=u.device)
     if function.tilt is None:
         low, high = function.x.amin(-1, keepdim=True), function.x.amax(-1, keepdim=True)
     else:
         low, high = torch.full_like(u, -torch.inf), torch.full_like(u, torch.inf)
     move = torch.full_like(u, torch.inf)
     for _ in range(LIMIT):
-        slope, curvature = function.slope(u, None if len(rows) == size else rows)
+        slope, curvature = function.slope(u, None if len(elements) == size else elements)
         low, high = torch.where(slope < 0, u, low), torch.where(slope > 0, u, high)
         newton = (-slope / curvature).nan_to_num(0.0, torch.inf, -torch.inf)
         length, tolerance = newton.abs(), 2 * eps * u.abs() + noise
@@ -338,13 +339,13 @@ def find_root(function: NumberSum, u: Tensor) -> Root:
         stalled = (length > 0.5 * move) & (length <= 64 * near)
         ended = (last | stalled | (slope == 0) | (high - low <= tolerance))[:, 0]
         if ended.any():
-            done, left = rows[ended], ~ended
+            done, left = elements[ended], ~ended
             whole[done], converged[done] = torch.clamp(u + newton, low, high)[ended], True
-            state = (rows, u, slope, newton, length, low, high, move, noise)
-            rows, u, slope, newton, length, low, high, move, noise = (part[left] for part in state)
-        if not len(rows):
+            state = (elements, u, slope, newton, length, low, high, move, noise)
+            elements, u, slope, newton, length, low, high, move, noise = (tensor[left] for tensor in state)
+        if not len(elements):
             break
-        iterations[rows] += 1
+        iterations[elements] += 1
         to = u + newton
         good = torch.isfinite(newton) & (to >= low) & (to <= high) & (length <= 0.5 * move)
         if not good.all():
@@ -353,5 +354,5 @@ def find_root(function: NumberSum, u: Tensor) -> Root:
             away = u - slope.sign() * torch.where(torch.isfinite(move), 2 * move, function.penalty.alpha)
             to = torch.where(good, to, torch.where(bounded, low + 0.5 * (high - low), away))
         move, u = (to - u).abs(), to
-    whole[rows] = u
+    whole[elements] = u
     return Root(whole, iterations, converged)

@@ -64,38 +64,38 @@ def finish(penalty: PenaltyFunction, x: Tensor, u: Tensor, tilt: Tilt | None) ->
     x, u = x.double(), u.double()
     if tilt is not None:
         tilt = Tilt(tilt.linear.double(), tilt.rho, tilt.center.double())
-    whole, rows = u.clone(), torch.arange(len(u), device=u.device)
-    iterations = torch.zeros_like(rows)
-    converged = torch.zeros_like(rows, dtype=torch.bool)
+    whole, running = u.clone(), torch.arange(len(u), device=u.device)
+    iterations = torch.zeros_like(running)
+    converged = torch.zeros_like(running, dtype=torch.bool)
     # Steps stay within sight of the points, where a Newton step on a flat part would not.
     longest = (x.amax(1) - x.amin(1)).amax(-1) + penalty.alpha
     reach = 1e6 * (longest + x.abs().amax((1, 2)))
     for _ in range(LIMIT):
-        now = _sums(penalty, x, u, tilt)
-        values, vectors = linalg.eigh(now.hessian)
-        small = linalg.vector_norm(now.slope, dim=-1) <= ROUNDING * now.noise
+        sums = _sums(penalty, x, u, tilt)
+        values, vectors = linalg.eigh(sums.hessian)
+        small = linalg.vector_norm(sums.slope, dim=-1) <= ROUNDING * sums.noise
         # Of a curvature within this of zero nobody can tell its sign from the Hessian alone.
-        bent = values[:, 0] < -(torch.finfo(u.dtype).eps ** 0.5) * now.total
-        step = _newton(now, values, vectors, longest)
+        bent = values[:, 0] < -(torch.finfo(u.dtype).eps ** 0.5) * sums.total
+        step = _newton(sums, values, vectors, longest)
         step = torch.where((small & bent)[:, None], penalty.alpha * vectors[..., 0], step)
-        step, found = _search(penalty, now, u, tilt, step, small & bent, small & ~bent)
-        doubtful = values[:, 0] < 1e-3 * now.total
+        step, found = _search(penalty, sums, u, tilt, step, small & bent, small & ~bent)
+        doubtful = values[:, 0] < 1e-3 * sums.total
         if doubtful.any():
-            mean = -now.slope / torch.where(now.total > 0, now.total, 1)[:, None]
-            lower = _difference(penalty, now, u, tilt, mean) < _difference(penalty, now, u, tilt, step)
+            mean = -sums.slope / torch.where(sums.total > 0, sums.total, 1)[:, None]
+            lower = _difference(penalty, sums, u, tilt, mean) < _difference(penalty, sums, u, tilt, step)
             lower = doubtful & lower & ~(small & ~bent)
             step, found = torch.where(lower[:, None], mean, step), found | lower
         # Without a step that descends, the slope is as small as its rounding allows.
         far = u.abs().amax(-1) > reach
         ended = ~found | far
-        iterations[rows] += 1
-        whole[rows] = u = torch.where(found[:, None], u + step, u)
-        converged[rows] = ended & ~far
+        iterations[running] += 1
+        whole[running] = u = torch.where(found[:, None], u + step, u)
+        converged[running] = ended & ~far
         if ended.any():
             left = ~ended
-            rows, x, u, longest, reach = (part[left] for part in (rows, x, u, longest, reach))
+            running, x, u, longest, reach = (tensor[left] for tensor in (running, x, u, longest, reach))
             tilt = tilt if tilt is None else Tilt(tilt.linear[left], tilt.rho, tilt.center[left])
-            if not len(rows):
+            if not len(running):
                 break
     return End(whole.to(dtype), iterations, converged)
 
@@ -116,18 +116,18 @@ def _sums(penalty: PenaltyFunction, x: Tensor, u: Tensor, tilt: Tilt | None) -> 
     return _Sums(z, square, slope, noise, total, matrix)
 
 
-def _newton(now: _Sums, values: Tensor, vectors: Tensor, longest: Tensor) -> Tensor:
+def _newton(sums: _Sums, values: Tensor, vectors: Tensor, longest: Tensor) -> Tensor:
     """(B, d) the step of Newton's method with curvatures made positive, no longer than ``longest``."""
-    floor = torch.finfo(values.dtype).eps ** 0.5 * now.total[:, None]
+    floor = torch.finfo(values.dtype).eps ** 0.5 * sums.total[:, None]
     sizes = torch.maximum(values.abs(), floor)
-    along = (vectors.mT @ now.slope[..., None])[..., 0]
+    along = (vectors.mT @ sums.slope[..., None])[..., 0]
     step = -(vectors @ torch.where(sizes > 0, along / torch.where(sizes > 0, sizes, 1), 0)[..., None])[..., 0]
     length = linalg.vector_norm(step, dim=-1)
     return step * (longest / length.clamp(min=torch.finfo(step.dtype).tiny)).clamp(max=1)[:, None]
 
 
 def _search(
-    penalty: PenaltyFunction, now: _Sums, u: Tensor, tilt: Tilt | None, step: Tensor, bent: Tensor, ended: Tensor
+    penalty: PenaltyFunction, sums: _Sums, u: Tensor, tilt: Tilt | None, step: Tensor, bent: Tensor, ended: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Steps that descend, halved until they do, and (B,) whether there is one; ``bent`` ones may go either way."""
     pending, found = ~ended, torch.zeros_like(ended)
@@ -138,8 +138,8 @@ def _search(
         moves = torch.zeros_like(pending)
         for sign in (1.0, -1.0) if (bent & pending).any() else (1.0,):
             trial = (u + sign * step) - u  # as it is rounded
-            wanted = 1e-4 * (now.slope * trial).sum(-1).clamp(max=0)
-            fall = _difference(penalty, now, u, tilt, trial)
+            wanted = 1e-4 * (sums.slope * trial).sum(-1).clamp(max=0)
+            fall = _difference(penalty, sums, u, tilt, trial)
             good = pending & ~found & (fall <= wanted) & (fall < 0) & ((sign > 0) | bent)
             best = torch.where(good[:, None], trial, best)
             found = found | good
@@ -149,10 +149,10 @@ def _search(
     return best, found
 
 
-def _difference(penalty: PenaltyFunction, now: _Sums, u: Tensor, tilt: Tilt | None, step: Tensor) -> Tensor:
+def _difference(penalty: PenaltyFunction, sums: _Sums, u: Tensor, tilt: Tilt | None, step: Tensor) -> Tensor:
     """(B,) the objective after a step less that before."""
-    change = (step[:, None] * (2 * now.z + step[:, None])).sum(-1)
-    fall = penalty.difference(now.square, change).sum(-1)
+    change = (step[:, None] * (2 * sums.z + step[:, None])).sum(-1)
+    fall = penalty.difference(sums.square, change).sum(-1)
     if tilt is None:
         return fall
     return fall + (step * (tilt.linear + tilt.rho * (u - tilt.center + 0.5 * step))).sum(-1)

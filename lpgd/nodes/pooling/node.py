@@ -86,8 +86,8 @@ class RobustPooling(BaseNode):
 
     @property
     def inputs(self) -> Mapping[str, int]:
-        own = {"x": len(self.dims) + (self.vector_dim is not None)}
-        return {**own, "alpha": 0} if self.alpha == "input" else own
+        ranks = {"x": len(self.dims) + (self.vector_dim is not None)}
+        return {**ranks, "alpha": 0} if self.alpha == "input" else ranks
 
     def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Move what is pooled, and then the vectors, to the end.
@@ -191,7 +191,7 @@ class RobustPooling(BaseNode):
     def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         whole, y, alpha = self._scaled(inputs, y)
         x = self._points(whole)
-        u, v = (part.reshape(x.shape[0], x.shape[-1]) for part in (y, cotangent))
+        u, v = (tensor.reshape(x.shape[0], x.shape[-1]) for tensor in (y, cotangent))
         if self.penalty == "quadratic":
             gradient = (v / x.shape[1])[:, None].expand(x.shape)
         elif x.shape[-1] > 1:
@@ -261,19 +261,19 @@ class RobustPooling(BaseNode):
         """The best end of descents from mean, median and a warm start, where they are not known to end alike."""
         points = function.x if isinstance(function, VectorSum) else function.x[..., None]
         best = descend(function, points.mean(1))
-        rows = function.median_beyond(best.u, best.radius)
-        if len(rows):
-            best = best.improved(rows, descend(function.at(rows), points[rows].median(1).values))
+        elements = function.median_beyond(best.u, best.radius)
+        if len(elements):
+            best = best.improved(elements, descend(function.at(elements), points[elements].median(1).values))
         if known is not None:
-            rows = rows_where((known - best.u).abs().amax(-1) > best.radius)
-            if len(rows):
-                best = best.improved(rows, descend(function.at(rows), known[rows]))
+            elements = rows_where((known - best.u).abs().amax(-1) > best.radius)
+            if len(elements):
+                best = best.improved(elements, descend(function.at(elements), known[elements]))
         # Where no point is within reach, the objective is flat: from the point that is nearest to the median.
-        rows = rows_where(best.total < 0.5 * self.function.curvature)
-        if len(rows):
-            medians = points[rows].median(1, keepdim=True).values
-            place = (points[rows] - medians).square().sum(-1).argmin(-1)
-            best = best.improved(rows, descend(function.at(rows), points[rows, place]))
+        elements = rows_where(best.total < 0.5 * self.function.curvature)
+        if len(elements):
+            medians = points[elements].median(1, keepdim=True).values
+            place = (points[elements] - medians).square().sum(-1).argmin(-1)
+            best = best.improved(elements, descend(function.at(elements), points[elements, place]))
         return best
 
     def _answer(self, x: Tensor, u: Tensor, end: Root | Descent | None = None) -> NodeAnswer:

@@ -180,5 +180,5 @@ def hessian(z: Tensor, terms: Terms) -> Tensor:
     return terms.first.sum(-1)[:, None, None] * unit + (terms.second[..., None] * z).mT @ z
 
 
-def _sum(rows: Tensor) -> Tensor:
-    return rows.sum(-1, keepdim=True)
+def _sum(values: Tensor) -> Tensor:
+    return values.sum(-1, keepdim=True)

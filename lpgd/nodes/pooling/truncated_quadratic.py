@@ -38,7 +38,7 @@ def _best_mean(x: Tensor, alpha: float) -> Tensor:
     stops = torch.searchsorted(x, x[:, first : last + 1] + 2 * alpha, right=True)
     ended = torch.zeros(len(x), size + 1, dtype=torch.int64, device=x.device)
     starts = first + ended.scatter_add_(-1, stops, torch.ones_like(stops)).cumsum(-1)[:, first + m - 1 : last + m]
-    sums, squares = (torch.nn.functional.pad(part.cumsum(-1), (1, 0)) for part in (x, x * x))
+    sums, squares = (torch.nn.functional.pad(values.cumsum(-1), (1, 0)) for values in (x, x * x))
     after, until = slice(first + 1, last + 2), slice(first + m, last + m + 1)
     out = _cost(
         sums[:, after], sums.gather(-1, stops), squares[:, after], squares.gather(-1, stops), stops - begin - 1, alpha
@@ -55,31 +55,31 @@ def _best_mean(x: Tensor, alpha: float) -> Tensor:
     mean = x.mul((places >= low) & (places < high)).sum(-1, keepdim=True) / (high - low)
     u = _settled(x, mean, low, high, alpha).add_(middle)
     # Numbers much closer to zero than the middle have lost digits with it.
-    rows = rows_where((middle.abs() > 4 * u.abs())[:, 0])
-    if len(rows):
-        away = ordered[rows] - u[rows]
+    elements = rows_where((middle.abs() > 4 * u.abs())[:, 0])
+    if len(elements):
+        away = ordered[elements] - u[elements]
         inside = (away.abs() <= alpha).to(x.dtype)
-        u[rows] += (away * inside).sum(-1, keepdim=True) / inside.sum(-1, keepdim=True).clamp(min=1)
+        u[elements] += (away * inside).sum(-1, keepdim=True) / inside.sum(-1, keepdim=True).clamp(min=1)
     return u
 
 
 def _settled(x: Tensor, mean: Tensor, low: Tensor, high: Tensor, alpha: float) -> Tensor:
-    """Means (B, 1) of windows of sorted rows, moved on while the points within α of one are other ones and cost less.
+    """Means (B, 1) of windows of sorted x, moved on while the points within α of one are other ones and cost less.
 
     The rounding of running sums can prefer a window that is not that of its mean.
     """
-    rows = rows_where(
+    elements = rows_where(
         ((torch.searchsorted(x, mean - alpha) != low) | (torch.searchsorted(x, mean + alpha, right=True) != high))[:, 0]
     )
-    while len(rows):
-        own = x[rows].double()
-        old = mean[rows].double()
-        inside = (own - old).abs() <= alpha
-        new = (own * inside).sum(-1, keepdim=True) / inside.sum(-1, keepdim=True)
+    while len(elements):
+        points = x[elements].double()
+        old = mean[elements].double()
+        inside = (points - old).abs() <= alpha
+        new = (points * inside).sum(-1, keepdim=True) / inside.sum(-1, keepdim=True)
         new = new.to(x.dtype).double()
-        lower = _value(own, new, alpha) < _value(own, old, alpha)  # not where none is inside, a quotient of zeros
-        mean[rows] = torch.where(lower, new, old).to(x.dtype)
-        rows = rows[lower[:, 0]]
+        lower = _value(points, new, alpha) < _value(points, old, alpha)  # not where none is inside, a quotient of zeros
+        mean[elements] = torch.where(lower, new, old).to(x.dtype)
+        elements = elements[lower[:, 0]]
     return mean
 
 

@@ -120,12 +120,12 @@ def _iterate(
     spent = torch.zeros(count, dtype=torch.int64, device=matrix.device)
     active = torch.arange(count, device=matrix.device)
     for _ in range(-(-iterations // STEPS)):
-        own, basis, sigma = double[active], block[active], shift[active, None, None]
+        matrices, basis, sigma = double[active], block[active], shift[active, None, None]
         for _ in range(STEPS):
-            basis = own @ basis + sigma * basis
+            basis = matrices @ basis + sigma * basis
             basis = basis / linalg.vector_norm(basis, dim=-2, keepdim=True).clamp(min=1e-300)
         basis = linalg.qr(basis).Q
-        product = own @ basis
+        product = matrices @ basis
         rotation, ritz = _ritz(basis.mT @ product, symmetric)
         leading, image = (basis @ rotation)[:, :, 0], (product @ rotation)[:, :, 0]
         length = linalg.vector_norm(image - ritz[:, None] * leading, dim=-1)
@@ -192,14 +192,14 @@ def lanczos_or_decomposition(
     answer = Principal(
         _oriented(found.vector, reference, start).to(dtype), found.value.to(dtype), found.residual.to(dtype), spent
     )
-    rest = rows_where(~(found.proven & (found.residual <= tolerance)))
-    if len(rest):
-        own = None if start is None else start[rest]
-        side = reference[rest] if reference is not None and reference.ndim > 1 else reference
-        again = _iterate(matrix[rest], min(WIDTH, size), True, side, own, tolerance, iterations)
-        for whole, part in zip(answer, again, strict=True):
-            whole[rest] = part
-        spent[rest] += found.iterations
+    unproven = rows_where(~(found.proven & (found.residual <= tolerance)))
+    if len(unproven):
+        chosen_start = None if start is None else start[unproven]
+        side = reference[unproven] if reference is not None and reference.ndim > 1 else reference
+        again = _iterate(matrix[unproven], min(WIDTH, size), True, side, chosen_start, tolerance, iterations)
+        for whole, values in zip(answer, again, strict=True):
+            whole[unproven] = values
+        spent[unproven] += found.iterations
     return answer, None if spectrum is None else (spectrum[0], spectrum[1])
 
 

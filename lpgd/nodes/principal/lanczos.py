@@ -67,23 +67,23 @@ def leading_eigenvector(matrix: Tensor, start: Tensor, tolerance: float) -> Lead
     identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     length, value = _residual(matrix, vector)
     proven, count, enough = torch.ones_like(value, dtype=torch.bool), STEPS, 0.1 * tolerance * norm
-    rows, own, going = torch.arange(len(matrix), device=matrix.device), matrix, proven
+    running, matrices, going = torch.arange(len(matrix), device=matrix.device), matrix, proven
     for _ in range(ROUNDS):
-        above = torch.maximum(2.0 * length, 1e-3 * (top - second))[rows] + 1e-12 * norm[rows]
-        factor, info = linalg.cholesky_ex((value[rows] + above)[:, None, None] * identity - own)
-        proven[rows] &= info == 0
+        above = torch.maximum(2.0 * length, 1e-3 * (top - second))[running] + 1e-12 * norm[running]
+        factor, info = linalg.cholesky_ex((value[running] + above)[:, None, None] * identity - matrices)
+        proven[running] &= info == 0
         for _ in range(SOLVES):
-            ahead = _unit(torch.cholesky_solve(vector[rows][:, :, None], factor)[:, :, 0])
-            vector[rows] = ahead
-            length[rows], value[rows] = _residual(own, ahead)
+            ahead = _unit(torch.cholesky_solve(vector[running][:, :, None], factor)[:, :, 0])
+            vector[running] = ahead
+            length[running], value[running] = _residual(matrices, ahead)
             count += 1
-            going = (proven & (length > enough))[rows]
+            going = (proven & (length > enough))[running]
             if not going.any():
                 break
-        rows = rows[going]
-        if not len(rows):
+        running = running[going]
+        if not len(running):
             break
-        own, second = matrix[rows], torch.maximum(second, value - 1e3 * length)  # later shifts come nearer
+        matrices, second = matrix[running], torch.maximum(second, value - 1e3 * length)  # later shifts come nearer
     return Leading(vector, scale * value, length / _positive(norm), proven, count)
 
 

@@ -109,8 +109,8 @@ class PrincipalVector(BaseNode):
             answer = simultaneous_iteration(matrix, symmetric=self.symmetric, width=self.width, **options)
         else:
             answer, aux = lanczos_or_decomposition(matrix, **options)
-        done = flags(answer.residual <= self.tolerance)
-        statuses = [Status.SOLVED if good else Status.ITERATION_LIMIT for good in done]
+        converged = flags(answer.residual <= self.tolerance)
+        statuses = [Status.SOLVED if good else Status.ITERATION_LIMIT for good in converged]
         nu = answer.value if self.symmetric else torch.zeros_like(answer.value)
         return NodeAnswer(answer.vector, statuses, answer.iterations, aux, nu[:, None], nu.new_zeros(len(nu), 0))
 

@@ -83,18 +83,18 @@ def second_differences(function: ScalarFunction, values: Tensor, differences: Te
     a, b, c = values[:, :, None, None], values[:, None, :, None], values[:, None, None, last]
     ab, bc, ac = differences[..., None], differences[:, None, :, last], differences[:, :, None, last]
     # The two of the three points that are furthest apart divide.
-    gaps = torch.stack([part.expand(shape) for part in (a - c, a - b, b - c)])
+    gaps = torch.stack([terms.expand(shape) for terms in (a - c, a - b, b - c)])
     widest = gaps.abs().argmax(0, keepdim=True)
     gap = gaps.gather(0, widest)[0]
-    changes = torch.stack([part.expand(shape) for part in (ab - bc, ac - bc, ab - ac)])
+    changes = torch.stack([terms.expand(shape) for terms in (ab - bc, ac - bc, ab - ac)])
     quotient = changes.gather(0, widest)[0] / gap
     near = gap.abs() <= NEAR * values.abs().amax(-1)[:, None, None, None]
-    rows = near.nonzero(as_tuple=True)
-    if not len(rows[0]):
+    places = near.nonzero(as_tuple=True)
+    if not len(places[0]):
         return quotient
-    x, y, z = (part.expand(shape)[rows] for part in (a, b, c))
-    largest = torch.stack([part.expand(shape)[rows].abs() for part in (ab, bc, ac)]).amax(0)
-    doubt = 4 * torch.finfo(values.dtype).eps * largest / gap[rows].abs()
+    x, y, z = (terms.expand(shape)[places] for terms in (a, b, c))
+    largest = torch.stack([terms.expand(shape)[places].abs() for terms in (ab, bc, ac)]).amax(0)
+    doubt = 4 * torch.finfo(values.dtype).eps * largest / gap[places].abs()
     curvature = derivative(derivative(function))
 
     def integral(count: int) -> Tensor:
@@ -103,7 +103,7 @@ def second_differences(function: ScalarFunction, values: Tensor, differences: Te
         between = (x - y)[:, None, None] + s * (z - x)[:, None, None]
         return (curvature(y[:, None, None] + t * between) * t @ weights) @ weights
 
-    quotient[rows] = torch.where(
-        gap[rows] == 0, 0.5 * curvature(x), _better(quotient[rows], doubt, integral(COARSE), integral(FINE))
+    quotient[places] = torch.where(
+        gap[places] == 0, 0.5 * curvature(x), _better(quotient[places], doubt, integral(COARSE), integral(FINE))
     )
     return quotient

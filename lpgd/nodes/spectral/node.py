@@ -90,12 +90,12 @@ class SpectralFunction(BaseNode):
 
     def solve(self, inputs: tuple[Tensor, ...], start: Tensor | None) -> NodeAnswer:
         (matrix,) = inputs
-        own = self._decompose(matrix)
-        result = self._of(own.values)
-        y = (own.vectors * result[:, None, :]) @ own.vectors.mT
+        spectrum = self._decompose(matrix)
+        result = self._of(spectrum.values)
+        y = (spectrum.vectors * result[:, None, :]) @ spectrum.vectors.mT
         fine = flags(torch.isfinite(result).all(-1).expand(len(matrix)))
         statuses = [Status.SOLVED if good else Status.INVALID_DATA for good in fine]
-        return NodeAnswer(y.to(matrix.dtype).expand_as(matrix), statuses, [1] * len(matrix), tuple(own))
+        return NodeAnswer(y.to(matrix.dtype).expand_as(matrix), statuses, [1] * len(matrix), tuple(spectrum))
 
     def solve_tilted(self, inputs: tuple[Tensor, ...], tilt: Tilt, start: Tensor | None) -> NodeAnswer:
         plain = self.solve(inputs, None)
@@ -103,27 +103,30 @@ class SpectralFunction(BaseNode):
         return plain._replace(y=moved)
 
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
-        own = self._decompose(inputs[0]) if aux is None else _Decomposed(*aux)
-        inside = own.vectors.mT @ symmetric_part(cotangent).to(own.vectors.dtype) @ own.vectors
-        gradient = own.vectors @ (self._slopes(own, inside) * inside) @ own.vectors.mT
+        spectrum = self._decompose(inputs[0]) if aux is None else _Decomposed(*aux)
+        inside = spectrum.vectors.mT @ symmetric_part(cotangent).to(spectrum.vectors.dtype) @ spectrum.vectors
+        gradient = spectrum.vectors @ (self._slopes(spectrum, inside) * inside) @ spectrum.vectors.mT
         return (gradient.to(cotangent.dtype),)
 
     def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         """``DF(X₀) V + D²F(X₀)[V, X - X₀]`` at X₀ = X, which only its derivative tells from the first term."""
-        own = self._decompose(inputs[0])
-        inside, change = (own.vectors.mT @ part @ own.vectors for part in self._moving(inputs[0], cotangent))
-        slopes = self._slopes(own, inside.detach())
-        product = self._second(own, slopes, inside, change)
-        gradient = own.vectors @ (slopes * inside + product + product.mT) @ own.vectors.mT
+        spectrum = self._decompose(inputs[0])
+        inside, change = (
+            spectrum.vectors.mT @ tensor @ spectrum.vectors for tensor in self._moving(inputs[0], cotangent)
+        )
+        slopes = self._slopes(spectrum, inside.detach())
+        product = self._second(spectrum, slopes, inside, change)
+        gradient = spectrum.vectors @ (slopes * inside + product + product.mT) @ spectrum.vectors.mT
         return (gradient.to(cotangent.dtype),)
 
     def _expansion(self, matrix: Tensor) -> Tensor:
         """``F(X₀) + DF(X₀)E + ½D²F(X₀)[E, E]``, E = X - X₀ = 0: F, with its first two derivatives, at any spectrum."""
-        own = self._decompose(matrix)
-        (change,) = (own.vectors.mT @ part @ own.vectors for part in self._moving(matrix)[1:])
-        slopes = self._slopes(own, None)
-        value = torch.diag_embed(self._of(own.values)) + slopes * change + self._second(own, slopes, change, change)
-        return (own.vectors @ value @ own.vectors.mT).to(matrix.dtype)
+        spectrum = self._decompose(matrix)
+        (change,) = (spectrum.vectors.mT @ tensor @ spectrum.vectors for tensor in self._moving(matrix)[1:])
+        slopes = self._slopes(spectrum, None)
+        second = self._second(spectrum, slopes, change, change)
+        value = torch.diag_embed(self._of(spectrum.values)) + slopes * change + second
+        return (spectrum.vectors @ value @ spectrum.vectors.mT).to(matrix.dtype)
 
     @staticmethod
     def _moving(matrix: Tensor, cotangent: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -131,22 +134,22 @@ class SpectralFunction(BaseNode):
         change = symmetric_part(matrix - matrix.detach()).double()
         return (change if cotangent is None else symmetric_part(cotangent).double()), change
 
-    def _second(self, own: _Decomposed, slopes: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def _second(self, spectrum: _Decomposed, slopes: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """``Σ_k f[λ_i, λ_k, λ_j] left_ik right_kj``, a block of k at a time."""
-        batch, size = own.values.shape
+        batch, size = spectrum.values.shape
         total = torch.zeros_like(left * right)
-        for rows in torch.arange(size, device=slopes.device).split(max(1, ENTRIES // max(batch * size**2, 1))):
-            known = second_differences(self._of, own.values, slopes.detach(), rows)  # (B, i, j, k)
-            total = total + torch.einsum("bijk,bik,bkj->bij", known, left[:, :, rows], right[:, rows, :])
+        for block in torch.arange(size, device=slopes.device).split(max(1, ENTRIES // max(batch * size**2, 1))):
+            known = second_differences(self._of, spectrum.values, slopes.detach(), block)  # (B, i, j, k)
+            total = total + torch.einsum("bijk,bik,bkj->bij", known, left[:, :, block], right[:, block, :])
         return total
 
-    def _slopes(self, own: _Decomposed, inside: Tensor | None) -> Tensor:
+    def _slopes(self, spectrum: _Decomposed, inside: Tensor | None) -> Tensor:
         """``f[λ_i, λ_j]``; zero where it is not finite and the cotangent, in the basis of U, is zero to rounding.
 
         Raises:
             SolverError: it is not finite where the cotangent is not zero.
         """
-        slopes = first_differences(self._of, own.values)
+        slopes = first_differences(self._of, spectrum.values)
         infinite = ~torch.isfinite(slopes)
         if not infinite.any():
             return slopes
@@ -161,9 +164,9 @@ class SpectralFunction(BaseNode):
         return torch.where(infinite, 0.0, slopes)
 
     def _decompose(self, matrix: Tensor) -> _Decomposed:
-        rows = matrix.detach()
-        rows = rows[:1] if is_shared(rows) else rows
-        values, vectors = linalg.eigh(symmetric_part(rows.double()))
+        matrices = matrix.detach()
+        matrices = matrices[:1] if is_shared(matrices) else matrices
+        values, vectors = linalg.eigh(symmetric_part(matrices.double()))
         # What is zero to rounding, of the decomposition above zero and of the data below it.
         scale = 10 * values.shape[-1] ** 0.5 * values.abs().amax(-1, keepdim=True)
         null = (values <= torch.finfo(values.dtype).eps * scale) & (values >= -torch.finfo(matrix.dtype).eps * scale)

@@ -150,9 +150,9 @@ def _shrunk(
     searching = active.nonzero()[:, 0]
     length = length.clone()
     rounding = 32 * torch.finfo(u.dtype).eps
-    own = (u, pushed, vector, d, along, length)
+    state = (u, pushed, vector, d, along, length)
     for _ in range(SHRINKAGES):
-        point, image, c, back, curved, step = (part[searching] for part in own)
+        point, image, c, back, curved, step = (tensor[searching] for tensor in state)
         moved = point + step[:, None] * back
         size = moved.norm(dim=-1, keepdim=True)
         moved, image = moved / size, (image + step[:, None] * curved) / size

@@ -74,10 +74,10 @@ def _outer_products(A: Tensor, b: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor,
 def _solve_by_parts(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor, free: Tensor | None) -> Tensor:
     """By :func:`_solve_bordered`, and by :func:`_solve_any_bordered` for elements that need it."""
     s, regular = _solve_bordered(gram, mu, y, v)
-    rest = ~regular if free is None else ~regular | free
-    if rest.any():
-        own = gram.expand(len(y), -1, -1)[rest]
-        s[rest] = _solve_any_bordered(own, mu[rest], y[rest], v[rest], None if free is None else free[rest])
+    hard = ~regular if free is None else ~regular | free
+    if hard.any():
+        grams = gram.expand(len(y), -1, -1)[hard]
+        s[hard] = _solve_any_bordered(grams, mu[hard], y[hard], v[hard], None if free is None else free[hard])
     return s
 
 
@@ -183,9 +183,9 @@ class SphereLeastSquares(BaseNode):
         return {"A": 2, "b": 1}
 
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
-        (m, n), (rows,) = shapes
-        if rows != m:
-            raise ValueError(f"b has {rows} entries; A has {m} rows.")
+        (m, n), (length,) = shapes
+        if length != m:
+            raise ValueError(f"b has {length} entries; A has {m} rows.")
         return (n,)
 
     def objective(self, y: Tensor, *inputs: Tensor) -> Tensor:
@@ -214,11 +214,11 @@ class SphereLeastSquares(BaseNode):
         found = descend(gram, vector, start, **options)
         away = leave_saddles(gram, vector, found)
         if away is not None:
-            rows, start = away
-            own = gram[rows] if gram.shape[0] > 1 else gram
-            again = descend(own, vector[rows], start, **options)
-            for whole, part in zip(found[:3], again[:3], strict=True):
-                whole[rows] = part
+            elements, start = away
+            grams = gram[elements] if gram.shape[0] > 1 else gram
+            again = descend(grams, vector[elements], start, **options)
+            for whole, values in zip(found[:3], again[:3], strict=True):
+                whole[elements] = values
         return _answer(gram, vector, found)
 
     def solve_tilted(self, inputs: tuple[Tensor, ...], tilt: Tilt, start: Tensor | None) -> NodeAnswer | None:
@@ -258,11 +258,11 @@ def leave_saddles(gram: Tensor, vector: Tensor, found: SphereSolution) -> tuple[
     shifted = (
         torch.baddbmm(gram, (scale[:, None] * u)[..., None], u[:, None]) + (rounding - mu)[:, None, None] * identity
     )
-    rows = rows_where((linalg.cholesky_ex(shifted).info != 0) & found.converged)
-    if not len(rows):
+    elements = rows_where((linalg.cholesky_ex(shifted).info != 0) & found.converged)
+    if not len(elements):
         return None
-    lowest = linalg.eigh(shifted[rows]).eigenvectors[:, :, 0]
-    return rows, normalised(u[rows] + 0.1 * lowest)
+    lowest = linalg.eigh(shifted[elements]).eigenvectors[:, :, 0]
+    return elements, normalised(u[elements] + 0.1 * lowest)
 
 
 def stay_on_branch(gram: Tensor, vector: Tensor, found: SphereSolution, start: Tensor) -> SphereSolution:
@@ -286,10 +286,10 @@ def stay_on_branch(gram: Tensor, vector: Tensor, found: SphereSolution, start: T
     c, start = vector[apart], start[apart]
     u, fine = _newton(G, c, start)
     # Newton's method alone is enough from near, and might go anywhere else: up, or far.
-    rest = rows_where(~fine | _is_uphill(G, c, start, u))
-    if len(rest):
-        local = descend(G[rest], c[rest], start[rest], max_iterations=1000)
-        u[rest], fine[rest] = _newton(G[rest], c[rest], local.u)
+    lost = rows_where(~fine | _is_uphill(G, c, start, u))
+    if len(lost):
+        local = descend(G[lost], c[lost], start[lost], max_iterations=1000)
+        u[lost], fine[lost] = _newton(G[lost], c[lost], local.u)
     return found._replace(
         u=found.u.index_copy(0, apart, torch.where(fine[:, None], u, found.u[apart])),
         free=None if found.free is None else found.free.index_copy(0, apart, found.free[apart] & ~fine),
@@ -336,6 +336,6 @@ def _answer(gram: Tensor, vector: Tensor, found: SphereSolution) -> NodeAnswer:
     statuses = [Status.SOLVED if fine else Status.ITERATION_LIMIT for fine in flags(found.converged)]
     if not mu.isfinite().all():  # AᵀA overflowed
         fine = flags(mu.isfinite())
-        statuses = [own if good else Status.NUMERICAL_ERROR for own, good in zip(statuses, fine, strict=True)]
+        statuses = [status if good else Status.NUMERICAL_ERROR for status, good in zip(statuses, fine, strict=True)]
     aux = (gram, mu) if found.free is None else (gram, mu, found.free)
     return NodeAnswer(found.u, statuses, found.iterations, aux, nu=-mu[:, None])

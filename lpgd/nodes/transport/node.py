@@ -245,7 +245,7 @@ class OptimalTransport(BaseNode):
         A stiff parabola around ``r_i q_ij``, by which an entry grows with its bin, and a slope that makes zero optimal.
         """
         _, rows, columns = inputs
-        constant = tuple(part.detach() for part in inputs)
+        constant = tuple(tensor.detach() for tensor in inputs)
         known = _conditionals(constant, self.gamma, self._potential(constant, y.detach()))
         goal = rows[:, :, None] * known.rows + columns[:, None, :] * known.columns
         slope = (known.f[:, :, None] + known.g[:, None, :]) / self.gamma
@@ -285,10 +285,10 @@ class OptimalTransport(BaseNode):
         feasible = equal & (rows >= 0).all(-1) & (columns >= 0).all(-1) & (total > 0)
         tolerance = self._tolerance(cost) if self.tolerance is None else self.tolerance
         kept = rows_where(feasible)
-        own = (cost[kept], rows[kept], columns[kept])
-        potential = None if start is None else potentials_of(start[kept], *own, self.gamma)
+        kept_inputs = (cost[kept], rows[kept], columns[kept])
+        potential = None if start is None else potentials_of(start[kept], *kept_inputs, self.gamma)
         answer = annealed_sinkhorn(
-            *own, self.gamma, potential=potential, tolerance=tolerance, iterations=self.iterations
+            *kept_inputs, self.gamma, potential=potential, tolerance=tolerance, iterations=self.iterations
         )
         solved = answer.residual <= tolerance
         return NodeAnswer(
@@ -296,7 +296,9 @@ class OptimalTransport(BaseNode):
             _statuses(feasible, solved),
             answer.iterations.new_zeros(len(cost)).index_copy_(0, kept, answer.iterations),
             aux=(columns.new_zeros(columns.shape).index_copy_(0, kept, answer.columns),),
-            nu=cost.new_zeros(len(cost), sum(cost.shape[1:]) - 1).index_copy_(0, kept, self._multipliers(answer, own)),
+            nu=cost.new_zeros(len(cost), sum(cost.shape[1:]) - 1).index_copy_(
+                0, kept, self._multipliers(answer, kept_inputs)
+            ),
             lam=cost.new_zeros(len(cost), 0),
         )
 
@@ -361,8 +363,8 @@ def _are_positive(inputs: tuple[Tensor, ...]) -> bool:
 
 def _statuses(feasible: Tensor, solved: Tensor) -> Sequence[Status]:
     """A status for each element, where ``solved`` has the feasible ones only."""
-    own = iter(flags(solved))
+    converged = iter(flags(solved))
     return [
-        (Status.SOLVED if next(own) else Status.ITERATION_LIMIT) if good else Status.INFEASIBLE
+        (Status.SOLVED if next(converged) else Status.ITERATION_LIMIT) if good else Status.INFEASIBLE
         for good in flags(feasible)
     ]

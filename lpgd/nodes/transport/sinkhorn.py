@@ -86,34 +86,34 @@ def sinkhorn(
     while turn < most:
         whole = len(active) == len(cost)  # then nothing is copied
         kept = (cost, rows, columns, log_rows, log_columns, g)
-        *part, start = kept if whole else [tensor[active] for tensor in kept]
-        step = _newton_step(plan if whole else plan[active], part[1]) if turn >= NEWTON_FROM else None
+        *chosen, start = kept if whole else [tensor[active] for tensor in kept]
+        step = _newton_step(plan if whole else plan[active], chosen[1]) if turn >= NEWTON_FROM else None
         if whole:
             plan = cost  # lets go of the old plan before there are new ones
-        found, done = _iterations(*part, start, gamma, has_empty, most - turn if step is None else 1, tolerance)
+        found, tens = _iterations(*chosen, start, gamma, has_empty, most - turn if step is None else 1, tolerance)
         if step is not None:
-            known = (_residual(found[0], part[1]), *found[1:])
+            known = (_residual(found[0], chosen[1]), *found[1:])
             del found  # of two plans one is enough: that of the other potentials follows from them
-            found, _ = _iterations(*part, start + step, gamma, has_empty)
-            worse = ~_is_better((_residual(found[0], part[1]), *found[1:]), known, part[1], part[2])
+            found, _ = _iterations(*chosen, start + step, gamma, has_empty)
+            worse = ~_is_better((_residual(found[0], chosen[1]), *found[1:]), known, chosen[1], chosen[2])
             if worse.any():
-                _put_back(rows_where(worse), part, gamma, known, found)
-        residual[active] = _residual(found[0], part[1])
-        spent[active] += STEPS * done
-        turn += done
+                _put_back(rows_where(worse), chosen, gamma, known, found)
+        residual[active] = _residual(found[0], chosen[1])
+        spent[active] += STEPS * tens
+        turn += tens
         if whole:
             plan, f, g = found
         else:
             plan[active], f[active], g[active] = found
-        del found, part, start  # plans are large
+        del found, chosen, start  # plans are large
         active = active[~(residual[active] <= tolerance)]
         if not len(active):
             break
     if has_empty:  # whose potentials no scaling has touched
-        own = -_log_sum((log_columns + g)[:, None, :].sub(cost, alpha=gamma), -1)
-        f = torch.where(rows > 0, f, own)
-        own = -_log_sum((log_rows + f)[:, :, None].sub(cost, alpha=gamma), -2)
-        g = torch.where(columns > 0, g, own)
+        of_empty_rows = -_log_sum((log_columns + g)[:, None, :].sub(cost, alpha=gamma), -1)
+        f = torch.where(rows > 0, f, of_empty_rows)
+        of_empty_columns = -_log_sum((log_rows + f)[:, :, None].sub(cost, alpha=gamma), -2)
+        g = torch.where(columns > 0, g, of_empty_columns)
     return Plan(plan, f, g, residual, spent)
 
 
@@ -142,10 +142,10 @@ def annealed_sinkhorn(
         near = sinkhorn(cost, rows, columns, gamma, potential=potential, tolerance=tolerance, iterations=few)
         left = rows_where(~(near.residual <= tolerance))
         if len(left) and iterations > few:
-            own = (cost[left], rows[left], columns[left])
-            again = annealed_sinkhorn(*own, gamma, tolerance=tolerance, iterations=iterations - few)
-            for whole, part in zip(near, again, strict=True):
-                whole[left] = whole[left] + part if whole is near.iterations else part
+            left_data = (cost[left], rows[left], columns[left])
+            again = annealed_sinkhorn(*left_data, gamma, tolerance=tolerance, iterations=iterations - few)
+            for whole, values in zip(near, again, strict=True):
+                whole[left] = whole[left] + values if whole is near.iterations else values
         return near
     spent = torch.zeros(len(cost), dtype=torch.int64, device=cost.device)
     few = min(STAGE_ITERATIONS, iterations // (2 * max(stages, 1)) // STEPS * STEPS)
@@ -204,18 +204,18 @@ def _iterations(
     kernel = _kernel(cost, gamma, log_rows, log_columns, first_f, first_g)
     transposed, u = kernel.mT, torch.ones_like(rows)[:, :, None]
     v = quotient(columns[:, :, None], transposed @ u)
-    total, done, worst = rows.sum(-1), 0, math.inf
+    total, tens, worst = rows.sum(-1), 0, math.inf
     patience = 1.5 + min(cost.shape[1:]) / 80  # a Newton step is O(m n min(m, n))
     while True:
-        for _ in range(STEPS - 1 if not done else STEPS):
+        for _ in range(STEPS - 1 if not tens else STEPS):
             u = quotient(rows[:, :, None], kernel @ v)
             v = quotient(columns[:, :, None], transposed @ u)
-        done += 1
-        if done == blocks:
+        tens += 1
+        if tens == blocks:
             break
         left = ((u * (kernel @ v))[:, :, 0] - rows).abs().sum(-1)
         last, worst = worst, float((left / total).max())
-        if not worst > tolerance or (done > 1 and _tens_left(last, worst, tolerance) > patience):
+        if not worst > tolerance or (tens > 1 and _tens_left(last, worst, tolerance) > patience):
             break
         if not _drift(u, v).max() <= limit / 2:  # not on into the range that has to be done again
             break
@@ -223,12 +223,12 @@ def _iterations(
     plan = kernel.mul_(u).mul_(v.mT)
     far = rows_where(~(_drift(u, v) <= limit))
     if len(far):
-        own = (cost[far], gamma, log_rows[far], log_columns[far])
-        own_f, own_g = f[far], start[far]
+        far_data = (cost[far], gamma, log_rows[far], log_columns[far])
+        far_f, far_g = f[far], start[far]
         for _ in range(STEPS):
-            own_f, own_g = _log_iteration(*own, own_g)
-        plan[far], f[far], g[far] = _kernel(*own, own_f, own_g), own_f, own_g
-    return (plan, f, g), done
+            far_f, far_g = _log_iteration(*far_data, far_g)
+        plan[far], f[far], g[far] = _kernel(*far_data, far_f, far_g), far_f, far_g
+    return (plan, f, g), tens
 
 
 def positive_or_one(mass: Tensor) -> Tensor:
@@ -263,12 +263,12 @@ def _is_better(new: _State, old: _State, rows: Tensor, columns: Tensor) -> Tenso
     return torch.where(near, new[0] < old[0], first > second)
 
 
-def _put_back(rows: Tensor, part: Sequence[Tensor], gamma: float, known: _State, found: _State) -> None:
+def _put_back(elements: Tensor, chosen: Sequence[Tensor], gamma: float, known: _State, found: _State) -> None:
     """Write the plans of these elements' known potentials, and those, over what was found."""
-    cost, _, _, log_rows, log_columns = (tensor[rows] for tensor in part)
-    f, g = known[1][rows], known[2][rows]
-    for whole, own in zip(found, (_kernel(cost, gamma, log_rows, log_columns, f, g), f, g), strict=True):
-        whole[rows] = own
+    cost, _, _, log_rows, log_columns = (tensor[elements] for tensor in chosen)
+    f, g = known[1][elements], known[2][elements]
+    for whole, values in zip(found, (_kernel(cost, gamma, log_rows, log_columns, f, g), f, g), strict=True):
+        whole[elements] = values
 
 
 def _newton_step(plan: Tensor, rows: Tensor) -> Tensor:
@@ -306,8 +306,8 @@ def solve_smaller_side(
     weight = positive_or_one(plan.sum(-2)).rsqrt()[:, None, :]
     width = max(MIN_BLOCK, -(-plan.shape[-1] // 4))  # in blocks of columns: no further array as large as the plan
     laplacian = plan.new_zeros(*plan.shape[:-1], plan.shape[-2])
-    for part, own in zip(plan.split(width, -1), weight.split(width, -1), strict=True):
-        root = part * own
+    for block, block_weight in zip(plan.split(width, -1), weight.split(width, -1), strict=True):
+        root = block * block_weight
         laplacian.baddbmm_(root, root.mT)
     diagonal = laplacian.diagonal(dim1=-2, dim2=-1)
     diagonal.zero_()
