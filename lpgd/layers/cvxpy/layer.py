@@ -236,7 +236,7 @@ class CvxpyLayer(OptimizationLayer):
 
 
 class _Posed(NamedTuple):
-    """What a call solves; ``parts`` where variables were substituted."""
+    """What a call solves; ``terms`` where variables were substituted."""
 
     structure: ConicStructure
     data: ConicData

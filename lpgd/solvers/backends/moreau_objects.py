@@ -80,7 +80,7 @@ class Answer(NamedTuple):
 
 
 def joined(answers: Sequence[Answer]) -> Answer:
-    """The answers of several parts of a batch, one after the other."""
+    """The answers of several sub-batches, one after the other."""
     if len(answers) == 1:
         return answers[0]
     x, z, s, iterations = (
