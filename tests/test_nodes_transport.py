@@ -61,7 +61,7 @@ def test_costs_that_underflow_without_logarithms_are_solved():
     cost = 1e5 * draw(4, 4)[0]
     plan = sinkhorn(cost, *draw(4, 4)[1:], 1.0, tolerance=1e-6, iterations=200)
     assert plan.plan.isfinite().all()
-    assert plan.rows.isfinite().all()
+    assert plan.f.isfinite().all()
     assert torch.allclose(plan.plan.sum(-2), draw(4, 4)[2], atol=1e-12)
 
 
@@ -152,7 +152,7 @@ def test_potentials_start_the_next_solve():
     cost, rows, columns = draw(6, 5)
     options = {"tolerance": 1e-11, "iterations": 10_000}
     cold = sinkhorn(cost, rows, columns, 50.0, **options)
-    warm = sinkhorn(cost, rows, columns, 50.0, potential=cold.columns, **options)
+    warm = sinkhorn(cost, rows, columns, 50.0, potential=cold.g, **options)
     assert warm.iterations.tolist() == [10] * 3
     assert torch.allclose(warm.plan, cold.plan, rtol=0, atol=1e-10)
     from_plan = potentials_of(cold.plan, cost, rows, columns, 50.0)

@@ -194,7 +194,7 @@ def test_cone_form_has_the_same_solution(case: Case) -> None:
     q, b = form.vectors(*(datum[0] for datum in rows.frame.vectors(vectors)))
     t = 0.5 * x @ (rows.full_P() @ x)
     slack = b - form.A @ np.append(x, t)
-    cone = slack[form.at : form.at + form.rows]
+    cone = slack[form.at : form.at + form.cone_size]
     # The epigraph is tight: the point is on the boundary of its cone, whose multiplier is the reflected point.
     assert abs(cone[0] - np.linalg.norm(cone[1:])) < 1e-10 * (1 + cone[0])
     multiplier = 0.5 * np.append(cone[0], -cone[1:])  # its first and last entry add up to 1, the cost of t
@@ -214,7 +214,7 @@ def test_the_cone_form_takes_eigenvalues_below_zero_for_rounding() -> None:
     structure = ConicStructure(SparsityPattern.dense(2, 2), SparsityPattern.empty(0, 2), Cones())
     values = np.array([1.0, 0.0, 0.0, -1e-12])
     matrices = Matrices(structure, values, np.zeros(0), np.zeros(0, bool), np.zeros(0, bool))
-    assert ConeForm(RowForm(matrices)).rows == 3  # one row of the root, and the two of the epigraph
+    assert ConeForm(RowForm(matrices)).cone_size == 3  # one row of the root, and the two of the epigraph
 
 
 # -- sparse operations

@@ -67,8 +67,8 @@ def other_multipliers(cones: Cones, A: FloatArray, y: FloatArray, slack: FloatAr
 def _ends(cones: Cones, direction: FloatArray, y: FloatArray, slack: FloatArray) -> list[FloatArray]:
     """``y ± t direction`` in the face of y, as far as it goes."""
     largest, size = np.abs(y).max(initial=0.0), np.abs(direction).max(initial=0.0)
-    rows = np.arange(cones.zero, cones.zero + cones.nonnegative)
-    active = rows[y[rows] > slack[rows]]
+    linear_rows = np.arange(cones.zero, cones.zero + cones.nonnegative)
+    active = linear_rows[y[linear_rows] > slack[linear_rows]]
     ends = []
     for sign in (1.0, -1.0):
         step = SHARE * largest / size

@@ -208,10 +208,10 @@ def tightened(stated: sp.csr_array | None, entries: IntArray, end: float, shape:
 def selection(probe: Callable[[FloatArray], FloatArray], size: int) -> sp.csr_array:
     """The matrix of a linear map, each of whose outputs is a multiple of one of its ``size`` inputs."""
     scale = probe(np.ones(size))
-    rows = np.flatnonzero(scale)
-    columns = np.rint(probe(np.arange(1.0, size + 1.0))[rows] / scale[rows]).astype(np.int64) - 1
-    inside = (columns >= 0) & (columns < size)
-    matrix = sp.csr_array((scale[rows][inside], (rows[inside], columns[inside])), shape=(scale.size, size))
+    outputs = np.flatnonzero(scale)
+    inputs = np.rint(probe(np.arange(1.0, size + 1.0))[outputs] / scale[outputs]).astype(np.int64) - 1
+    inside = (inputs >= 0) & (inputs < size)
+    matrix = sp.csr_array((scale[outputs][inside], (outputs[inside], inputs[inside])), shape=(scale.size, size))
     check = np.random.default_rng(0).uniform(1.0, 2.0, size)
     if not np.allclose(matrix @ check, probe(check), rtol=1e-9, atol=0.0):
         raise RuntimeError(

@@ -100,10 +100,10 @@ def polish(problem: ControlProblem, start: Trajectories, max_iterations: int = 3
         best[chosen] = size[better]
         exact[running] = torch.where(better, definite, exact[running] & definite)
         patience[running] = torch.where(halved, 3, patience[running] - 1)
-        done = (patience[running] <= 0) | ~torch.isfinite(size) | (best[running] == 0)
-        done = done | (~halved & (best[running] < enough))
-        if done.any():
-            left = rows_where(~done)
+        finished = (patience[running] <= 0) | ~torch.isfinite(size) | (best[running] == 0)
+        finished = finished | (~halved & (best[running] < enough))
+        if finished.any():
+            left = rows_where(~finished)
             if not len(left):
                 break
             running, problem = running[left], problem.select(left)

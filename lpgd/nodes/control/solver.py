@@ -301,10 +301,10 @@ def _search(
                 _merit(retried, chosen_state, state.z[failed] + lifted) <= first[failed] + 1e-4 * length * fall[failed]
             )
             fell = fell & good
-            done = failed[fell]
+            corrected = failed[fell]
             moved = moved.clone()
-            moved[done] = lifted[fell]
-            pending[done] = False
+            moved[corrected] = lifted[fell]
+            pending[corrected] = False
             if not pending.any():
                 break
         step = torch.where(pending, 0.5 * step, step)

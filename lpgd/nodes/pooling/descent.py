@@ -269,10 +269,11 @@ def descend(function: NumberSum | VectorSum, u: Tensor) -> Descent:
         flat = (current.slope == 0).all(-1)
         ended = small | flat
         if ended.any():
-            done, left = elements[ended], ~ended
-            ends.u[done], ends.value[done] = (u + current.newton)[ended], current.value[ended]
-            ends.converged[done] = (current.curved | (flat & (current.total == 0)))[ended]
-            ends.total[done], ends.radius[done] = current.total[ended], (current.radius - length)[ended]
+            ended_elements, left = elements[ended], ~ended
+            ends.u[ended_elements], ends.value[ended_elements] = (u + current.newton)[ended], current.value[ended]
+            ends.converged[ended_elements] = (current.curved | (flat & (current.total == 0)))[ended]
+            ends.total[ended_elements] = current.total[ended]
+            ends.radius[ended_elements] = (current.radius - length)[ended]
             elements, u, noise, *fields = (tensor[left] for tensor in (elements, u, noise, *current))
             current = Step(*fields)
         if not len(elements):
@@ -339,8 +340,8 @@ def find_root(function: NumberSum, u: Tensor) -> Root:
         stalled = (length > 0.5 * move) & (length <= 64 * near)
         ended = (last | stalled | (slope == 0) | (high - low <= tolerance))[:, 0]
         if ended.any():
-            done, left = elements[ended], ~ended
-            whole[done], converged[done] = torch.clamp(u + newton, low, high)[ended], True
+            ended_elements, left = elements[ended], ~ended
+            whole[ended_elements], converged[ended_elements] = torch.clamp(u + newton, low, high)[ended], True
             state = (elements, u, slope, newton, length, low, high, move, noise)
             elements, u, slope, newton, length, low, high, move, noise = (tensor[left] for tensor in state)
         if not len(elements):

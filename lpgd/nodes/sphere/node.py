@@ -61,7 +61,7 @@ def differentiate_sphere(
     Returns:
         Gradients for A (B, m, n) and b (B, m).
     """
-    return _outer_products(A, b, y, _solve_by_parts(gram, mu, y, cotangent, free))
+    return _outer_products(A, b, y, _solve_each(gram, mu, y, cotangent, free))
 
 
 def _outer_products(A: Tensor, b: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def _outer_products(A: Tensor, b: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor,
     return torch.stack([b - fitted, -moved], -1) @ pair.mT, moved
 
 
-def _solve_by_parts(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor, free: Tensor | None) -> Tensor:
+def _solve_each(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor, free: Tensor | None) -> Tensor:
     """By :func:`_solve_bordered`, and by :func:`_solve_any_bordered` for elements that need it."""
     s, regular = _solve_bordered(gram, mu, y, v)
     hard = ~regular if free is None else ~regular | free

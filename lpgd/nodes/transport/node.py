@@ -295,7 +295,7 @@ class OptimalTransport(BaseNode):
             torch.full_like(cost, torch.nan).index_copy_(0, kept, answer.plan),
             _statuses(feasible, solved),
             answer.iterations.new_zeros(len(cost)).index_copy_(0, kept, answer.iterations),
-            aux=(columns.new_zeros(columns.shape).index_copy_(0, kept, answer.columns),),
+            aux=(columns.new_zeros(columns.shape).index_copy_(0, kept, answer.g),),
             nu=cost.new_zeros(len(cost), sum(cost.shape[1:]) - 1).index_copy_(
                 0, kept, self._multipliers(answer, kept_inputs)
             ),
@@ -310,11 +310,11 @@ class OptimalTransport(BaseNode):
     def _multipliers(self, answer: Plan, inputs: tuple[Tensor, ...]) -> Tensor:
         _, rows, columns = inputs
         if _are_positive(inputs):
-            last = answer.columns[:, -1:]
-            return torch.cat([answer.rows + last, (answer.columns - last)[:, :-1]], -1) / -self.gamma
-        units, last = self._units(rows, columns), answer.columns.gather(-1, _last_filled(columns))
-        others = ((answer.columns - last) * units[1]).gather(-1, _constraint_places(columns))
-        return torch.cat([(answer.rows + last) * units[0], others], -1) / -self.gamma
+            last = answer.g[:, -1:]
+            return torch.cat([answer.f + last, (answer.g - last)[:, :-1]], -1) / -self.gamma
+        units, last = self._units(rows, columns), answer.g.gather(-1, _last_filled(columns))
+        others = ((answer.g - last) * units[1]).gather(-1, _constraint_places(columns))
+        return torch.cat([(answer.f + last) * units[0], others], -1) / -self.gamma
 
     def solve_tilted(self, inputs: tuple[Tensor, ...], tilt: Tilt, start: Tensor | None) -> NodeAnswer | None:
         """``<P, M> + <g, P>`` is a change of the cost; the quadratic term of an augmentation is not."""

@@ -33,14 +33,14 @@ class Plan(NamedTuple):
 
     Attributes:
         plan: (B, m, n) P.
-        rows, columns: (B, m) and (B, n), the potentials f and g.
+        f, g: (B, m) and (B, n), the potentials.
         residual: (B,) ``Σ_i |(P1 - r)_i| / Σ r``; the column sums are exact.
         iterations: (B,) Sinkhorn iterations, a multiple of ten.
     """
 
     plan: Tensor
-    rows: Tensor
-    columns: Tensor
+    f: Tensor
+    g: Tensor
     residual: Tensor
     iterations: Tensor
 
@@ -70,7 +70,7 @@ def sinkhorn(
         rows: r, at least zero, of a positive sum.  Where it is zero the plan is.
         columns: c, likewise, of the same sum as r.
         gamma: γ > 0, the inverse of the entropic regularisation.
-        potential: g of an earlier :class:`Plan` to start from; None starts from zero.
+        potential: ``g`` of an earlier :class:`Plan` to start from; None starts from zero.
         tolerance: of :attr:`Plan.residual`.
         iterations: at most so many, rounded up to a multiple of ten.
     """
@@ -152,7 +152,7 @@ def annealed_sinkhorn(
     for stage in range(stages if few else 0, 0, -1):
         at = gamma / 2.0**stage
         found = sinkhorn(cost, rows, columns, at, potential=potential, tolerance=STAGE_TOLERANCE, iterations=few)
-        potential, spent = 2.0 * found.columns, spent + found.iterations
+        potential, spent = 2.0 * found.g, spent + found.iterations
     left = iterations - int(spent.max())
     last = sinkhorn(cost, rows, columns, gamma, potential=potential, tolerance=tolerance, iterations=left)
     return last._replace(iterations=last.iterations + spent)

@@ -157,7 +157,7 @@ class NodeProblem(Centered):
 
     def hessian(self, point: NodePoint) -> Tensor:
         """``∇²_xx L``: (B, n, n)."""
-        return _rows(self.hessian_product(point), point.x)
+        return _applied_to_units(self.hessian_product(point), point.x)
 
     def jacobian_product(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """``μ ↦ [Dh; Dg]ᵀ μ``, (B, p + r) to (B, n)."""
@@ -169,7 +169,7 @@ class NodeProblem(Centered):
         like = torch.cat(self.constraints(x), -1)
         if not like.shape[-1]:
             return x.new_zeros(x.shape[0], 0, x.shape[-1])
-        return _rows(self.jacobian_product(x), like)
+        return _applied_to_units(self.jacobian_product(x), like)
 
     def in_units(self, x: Tensor) -> tuple[NodeProblem, Tensor]:
         """The same minimisers with an objective whose curvature near x is of the order of one, and the unit.
@@ -329,7 +329,7 @@ class NodeProblem(Centered):
 _ADDED = ("linear", "equality_shift", "inequality_shift", "center", "unit")
 
 
-def _rows(pull: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+def _applied_to_units(pull: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """(B, k, n): a linear map (B, k) to (B, n) of each element, applied to the k unit vectors."""
     units = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
     return torch.func.vmap(lambda unit: pull(unit.expand(like.shape)))(units).transpose(0, 1)

@@ -25,22 +25,22 @@ class ConeForm:
     def __init__(self, form: RowForm) -> None:
         self.n, self.cones = form.n, form.cones
         self.quadratic = form.has_quadratic
-        self.added = 0
+        self.cone_size = 0
         self.at = form.cones.sections["second_order"].start
         linear = form.A.tocoo()
         row, column, value = linear.row, linear.col, linear.data
         if self.quadratic:
             factor = _square_root(form.full_P()).tocoo()
-            self.added = factor.shape[0] + 2
-            last = self.at + self.added - 1
+            self.cone_size = factor.shape[0] + 2
+            last = self.at + self.cone_size - 1
             row = np.concatenate(
-                [np.where(row < self.at, row, row + self.added), [self.at, last], self.at + 1 + factor.row]
+                [np.where(row < self.at, row, row + self.cone_size), [self.at, last], self.at + 1 + factor.row]
             )
             column = np.concatenate([column, [self.n, self.n], factor.col])
             value = np.concatenate([value, [-1.0, -1.0], -np.sqrt(2.0) * factor.data])
-            self.offset = np.zeros(self.added)
+            self.offset = np.zeros(self.cone_size)
             self.offset[0], self.offset[-1] = 1.0, -1.0
-            self.cones = replace(form.cones, second_order=(self.added, *form.cones.second_order))
+            self.cones = replace(form.cones, second_order=(self.cone_size, *form.cones.second_order))
         self.width = self.n + self.quadratic
         self.row, self.column, self.value = row, column, value
 
@@ -59,7 +59,7 @@ class ConeForm:
         """The row form's point."""
         if not self.quadratic:
             return point
-        kept = np.r_[0 : self.at, self.at + self.added : point.y.size]
+        kept = np.r_[0 : self.at, self.at + self.cone_size : point.y.size]
         return RowPoint(point.x[: self.n], point.y[kept], point.s[kept])
 
 

@@ -140,11 +140,11 @@ class _Basis:
         return _basis_of, (tuple(map(int, basis.col_status)), tuple(map(int, basis.row_status)))
 
 
-def _basis_of(columns: tuple[int, ...], rows: tuple[int, ...]) -> _Basis:
+def _basis_of(column_statuses: tuple[int, ...], row_statuses: tuple[int, ...]) -> _Basis:
     highspy = HiGHS.module()
     basis = highspy.HighsBasis()
-    basis.col_status = [highspy.HighsBasisStatus(status) for status in columns]
-    basis.row_status = [highspy.HighsBasisStatus(status) for status in rows]
+    basis.col_status = [highspy.HighsBasisStatus(status) for status in column_statuses]
+    basis.row_status = [highspy.HighsBasisStatus(status) for status in row_statuses]
     basis.valid = True
     return _Basis(basis)
 

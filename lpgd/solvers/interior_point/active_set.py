@@ -109,15 +109,16 @@ def settle(program: BoxProgram, start: ActiveSet, tolerance: float, regularizati
             program, sets, limits, copies if number == 1 else 1, system, regularization
         )
         corrected, changed = _corrected(program, sets, limits, x, z, tolerance)
-        done = sound & (changed == 0)
-        done_elements = elements[done]
+        finished = sound & (changed == 0)
+        finished_elements = elements[finished]
         settled.systems[elements] = number
-        settled.found[done_elements], settled.x[done_elements], settled.z[done_elements] = True, x[done], z[done]
+        settled.found[finished_elements] = True
+        settled.x[finished_elements], settled.z[finished_elements] = x[finished], z[finished]
         if number == 1 and copies == 1:
             settled = replace(
-                settled, kept=KeptSystem(elements, done, factorised, torch.ones_like(program.b[:1, : program.m]))
+                settled, kept=KeptSystem(elements, finished, factorised, torch.ones_like(program.b[:1, : program.m]))
             )
-        left = rows_where(sound & ~done & (changed <= DECAY * changes))
+        left = rows_where(sound & ~finished & (changed <= DECAY * changes))
         if not left.shape[0]:
             break
         program, sets, changes, elements = program.select(left), corrected.select(left), changed[left], elements[left]
@@ -197,7 +198,7 @@ def _corrected(
         at_upper, at_lower = at_upper & (program.free > 0), at_lower & (program.free > 0)
     b = program.b[:, :m]
     inside = product_of(program.A, x) <= b + tolerance * (1.0 + b.abs())
-    rows = torch.where(sets.rows, z[:, :m] >= -tolerance, ~inside)
-    rows[:, :e] = True
-    changed = (at_upper != sets.upper).sum(1) + (at_lower != sets.lower).sum(1) + (rows != sets.rows).sum(1)
-    return ActiveSet(rows, at_upper, at_lower), changed
+    active_rows = torch.where(sets.rows, z[:, :m] >= -tolerance, ~inside)
+    active_rows[:, :e] = True
+    changed = (at_upper != sets.upper).sum(1) + (at_lower != sets.lower).sum(1) + (active_rows != sets.rows).sum(1)
+    return ActiveSet(active_rows, at_upper, at_lower), changed

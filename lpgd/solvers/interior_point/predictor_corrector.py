@@ -159,15 +159,15 @@ def _solve_plainly(program: BoxProgram, limits: Limits, verbose: bool) -> Answer
 
 def _active_set(program: BoxProgram, answers: Answers) -> ActiveSet:
     m, e, active = program.m, program.equalities, answers.z > answers.s
-    rows = active[:, :m].clone()
-    rows[:, :e] = True
+    active_rows = active[:, :m].clone()
+    active_rows[:, :e] = True
     ends = active[:, m:] if program.bounded is None else active[:, m:] & (program.bounded > 0)
     both = []
     for index, mask in ((program.upper, ends[:, : program.uppers]), (program.lower, ends[:, program.uppers :])):
         full = torch.zeros((program.size, program.n), dtype=torch.bool, device=mask.device)
         full[:, slice(None) if index is None else index] = mask
         both.append(full)
-    return ActiveSet(rows, both[0], both[1])
+    return ActiveSet(active_rows, both[0], both[1])
 
 
 def _solve_cold(program: BoxProgram, limits: Limits, verbose: bool) -> Answers:

@@ -90,10 +90,10 @@ def polish(
         best[chosen] = size[better]
         # Changes of the active set may raise the residual for an iteration or two.
         patience[running] = torch.where(halved, 3, patience[running] - 1)
-        done = (patience[running] <= 0) | ~torch.isfinite(size) | (best[running] == 0)
-        done = done | (~halved & (best[running] < torch.finfo(size.dtype).eps ** 0.6))
-        if done.any():
-            left = rows_where(~done)
+        finished = (patience[running] <= 0) | ~torch.isfinite(size) | (best[running] == 0)
+        finished = finished | (~halved & (best[running] < torch.finfo(size.dtype).eps ** 0.6))
+        if finished.any():
+            left = rows_where(~finished)
             running, point, problem_left = running[left], point.select(left), problem.select(left)
             problem = problem_left
     enough = torch.finfo(best.dtype).eps ** 0.6
@@ -189,11 +189,11 @@ def method_of_multipliers(
             close = moved <= 10 * change[near] + precision**0.5 * (1 + x[near].abs().amax(-1))
             iterations[running[near]] += answer.iterations
             fine = (answer.status == int(Status.SOLVED)) & close & is_minimiser(near_problem, answer.point, sparsity)
-            done = near[fine]
+            polished = near[fine]
             for tensor, new in zip(whole, answer.point, strict=True):
-                tensor[running[done]] = new[fine]
-            status[running[done]] = int(Status.SOLVED)
-            solved[done] = True
+                tensor[running[polished]] = new[fine]
+            status[running[polished]] = int(Status.SOLVED)
+            solved[polished] = True
         penalty = torch.where(slow, 10 * penalty, penalty)
         hopeless = ~solved & ((penalty > 1e12) | (endless >= ENDLESS))
         ended = solved | hopeless

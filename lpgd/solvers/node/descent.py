@@ -57,8 +57,8 @@ class Run:
 
     def end(self, ended: Tensor, status: Tensor) -> Tensor:
         """Write the elements that have ended, and drop them; what is left of the batch, as a mask."""
-        done = self.elements[ended]
-        self.whole[done], self.status[done] = self.x[ended], status[ended]
+        ended_elements = self.elements[ended]
+        self.whole[ended_elements], self.status[ended_elements] = self.x[ended], status[ended]
         left = ~ended
         if ended.any():
             for name in ("elements", "x", "value", "slope", "best", "first"):
