@@ -28,7 +28,7 @@ SIDES: dict[str, tuple[float, ...]] = {"average": (1.0, -1.0), "lower": (1.0,), 
 NOISE = 30.0
 """Changes of this many times a solver's error, relative to ``1 + |x|``, are real."""
 PRIMAL, DUALS = slice(0, 1), slice(1, None)
-"""Parts of points."""
+"""Fields of points."""
 ERRONEOUS = 3.0
 """Kinks bend a response by no more than about its own size."""
 
