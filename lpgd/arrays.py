@@ -15,6 +15,7 @@ __all__ = [
     "BoolArray",
     "FloatArray",
     "IntArray",
+    "SparseArray",
     "as_index",
     "elements_where",
     "flags",
@@ -28,6 +29,8 @@ __all__ = [
 FloatArray: TypeAlias = NDArray[np.float64]
 IntArray: TypeAlias = NDArray[np.int64]
 BoolArray: TypeAlias = NDArray[np.bool_]
+SparseArray: TypeAlias = Any
+"""A sparse array of SciPy's, in any format: SciPy says nothing of the types of its operators."""
 
 
 def rows_where(mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from lpgd.execution.threads import one_torch_thread, torch_threads, without_auto
 from lpgd.execution.torch_isolation import isolated_torch
 from lpgd.gradients.base import GradientInfo, GradientMethod, check_cotangent
 from lpgd.gradients.second import check_twice, second_derivative
+from lpgd.problems.base import Data, Point, States
 from lpgd.problems.lanes import Lanes, Source, joined, mapped, over_vectors, separated
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
@@ -81,7 +82,7 @@ class Call:
     gradient: GradientMethod
     on_error: OnError
     executor: Executor | None
-    states: Sequence[Any]
+    states: States
     info: CallInfo
     explain: Explain | None = None
 
@@ -93,7 +94,7 @@ def solve(
     gradient: GradientMethod,
     on_error: OnError = "raise",
     executor: Executor | None = None,
-    states: Sequence[Any] = (),
+    states: States = (),
     info: CallInfo | None = None,
     explain: Explain | None = None,
 ) -> Any:
@@ -185,7 +186,7 @@ class _SolveFunction(torch.autograd.Function):
         return *_DerivativeFunction.apply(ctx.call, ctx.source, None, *known, *ctx.saved_tensors), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[object, object]:
         """All lanes are solved as one batch; what they share stays shared."""
         call, problem, *tensors = inputs
         problem, lanes, dims, count = mapped(problem), info.batch_size, in_dims[2:], len(problem.data)
@@ -248,7 +249,7 @@ class _DerivativeFunction(torch.autograd.Function):
         return _SecondFunction.apply(ctx.call, ctx.source, False, *known, *saved)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[object, object]:
         """One derivative of the batch of all lanes."""
         call, source, needed, *tensors = inputs
         solution = source.solution
@@ -277,7 +278,7 @@ class _DerivativeFunction(torch.autograd.Function):
         return _together(derivative, lanes)
 
 
-def _together(derivative: Callable[[Lanes], tuple[Tensor, ...]], lanes: Lanes) -> tuple[Any, Any]:
+def _together(derivative: Callable[[Lanes], tuple[Tensor, ...]], lanes: Lanes) -> tuple[object, object]:
     chunks = [derivative(chunk) for chunk in lanes.chunks()]
     answer = chunks[0] if len(chunks) == 1 else tuple(torch.cat(pieces) for pieces in zip(*chunks, strict=True))
     return answer, (0,) * len(answer)
@@ -310,7 +311,7 @@ class _SecondFunction(torch.autograd.Function):
         raise RuntimeError(_TWICE_DIFFERENTIABLE)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[object, object]:
         """One derivative of the batch of all lanes, whose data have a row for each element."""
         call, source, reverse, *tensors = inputs
         solution = source.solution
@@ -335,7 +336,7 @@ for _function in (_SolveFunction, _DerivativeFunction, _SecondFunction):
 
 def _derivative(
     call: Call, solution: AnySolution, reverse: bool, tensors: Sequence[Tensor]
-) -> tuple[Any, GradientInfo]:
+) -> tuple[Iterable[Tensor], GradientInfo]:
     count = len(solution.outputs)
     if not reverse:
         tangent = solution.problem.data._make(tensors[: len(solution.problem.data)])
@@ -356,7 +357,7 @@ def _derivative(
         return _without(call, solution, cotangent, error)
 
 
-def _without(call: Call, solution: AnySolution, cotangent: Any, error: SolverError) -> tuple[Any, GradientInfo]:
+def _without(call: Call, solution: AnySolution, cotangent: Point, error: SolverError) -> tuple[Data, GradientInfo]:
     """The gradient of the other elements, where a backward pass failed for some: theirs is zero."""
     failed = list(error.indices)
     keep = torch.ones(solution.batch_size, 1, dtype=torch.bool, device=solution.x.device)

@@ -18,6 +18,7 @@ from lpgd.diagnostics.measurement import Measurement
 from lpgd.diagnostics.moreau import envelope_values
 from lpgd.diagnostics.passes import Loss, Parameters, Pass
 from lpgd.diagnostics.sweeps import Sweep, SweepRow
+from lpgd.layers.base import BaseLayer
 from lpgd.status import MissingPackageError
 
 __all__ = ["plot_envelopes", "plot_perturbed_path", "plot_solution_path", "plot_sweep"]
@@ -26,7 +27,7 @@ MAX_LINES = 12
 
 
 def plot_envelopes(
-    layer: Any,
+    layer: BaseLayer,
     parameters: Parameters,
     direction: Parameters,
     loss: Loss,
@@ -125,7 +126,7 @@ def plot_sweep(sweep: Sweep, axes: Any = None) -> Any:
 
 
 def plot_solution_path(
-    layer: Any,
+    layer: BaseLayer,
     parameters: Parameters,
     direction: Parameters,
     at: Sequence[float] | None = None,
@@ -157,7 +158,7 @@ def plot_solution_path(
 
 
 def plot_perturbed_path(
-    layer: Any,
+    layer: BaseLayer,
     parameters: Parameters,
     loss: Loss,
     rho: float = 0.0,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +21,14 @@ from lpgd.diagnostics.passes import Loss, Parameters, Pass
 from lpgd.diagnostics.report import ParameterReport, Report
 from lpgd.gradients.base import GradientMethod
 from lpgd.gradients.implicit.method import ImplicitKKT
+from lpgd.layers.base import BaseLayer
 from lpgd.status import SolverError
 
 __all__ = ["diagnose"]
 
 
 def diagnose(
-    layer: Any,
+    layer: BaseLayer,
     parameters: Parameters,
     loss: Loss,
     gradient: GradientMethod | None = None,
@@ -102,7 +102,7 @@ class _Differences:
     The forward solves are as fine as the solver goes; the step is √ε of the parameter's size, ε their error.
     """
 
-    def __init__(self, layer: Any, parameters: Parameters, loss: Loss, run: Pass, count: int, seed: int) -> None:
+    def __init__(self, layer: BaseLayer, parameters: Parameters, loss: Loss, run: Pass, count: int, seed: int) -> None:
         finest = run.solver.with_tolerance(0.0)
         self.run = Pass(layer, parameters, loss, solver=finest) if finest != run.solver else run
         self.relative = min(max(solver_error(self.run) ** 0.5, 1e-7), 1e-3)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lpgd.diagnostics.passes import Backward, Loss, Parameters, Pass, inner
 from lpgd.gradients.base import GradientMethod
+from lpgd.layers.base import BaseLayer
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.status import SolverError
 
@@ -157,7 +158,7 @@ def solver_error(run: Pass) -> float:
     return float(run.solver.solution_error(run.problem))
 
 
-def tighter(layer: Any, parameters: Parameters, loss: Loss, run: Pass) -> Pass | None:
+def tighter(layer: BaseLayer, parameters: Parameters, loss: Loss, run: Pass) -> Pass | None:
     """The pass again with a hundredth of the solver's tolerance; None where the solver goes no finer."""
     solver = run.solver.with_tolerance(0.01 * run.solver.tolerance)
     if not solver.tolerance < 0.5 * run.solver.tolerance:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lpgd.diagnostics.passes import Loss, Parameters, Pass, collected_warnings
+from lpgd.layers.base import BaseLayer
 
 __all__ = ["Envelopes", "envelope_values", "envelopes"]
 
@@ -60,7 +61,7 @@ class Envelopes:
 
 
 def envelopes(
-    layer: Any,
+    layer: BaseLayer,
     parameters: Parameters,
     loss: Loss,
     tau: float,

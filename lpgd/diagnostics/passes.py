@@ -22,6 +22,7 @@ from lpgd.arrays import as_index
 from lpgd.gradients.base import GradientInfo, GradientMethod, check_compatible
 from lpgd.gradients.sides import solve_tilted
 from lpgd.layers.base import BaseLayer, OptimizationLayer
+from lpgd.problems.base import Data, Point
 from lpgd.problems.solution import AnySolution
 from lpgd.solvers.base import AnySolver, ConicSolver
 from lpgd.status import LpgdWarning
@@ -142,8 +143,8 @@ class _Switch(GradientMethod):
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def vjp(
-        self, solution: AnySolution, cotangent: Any, solver: AnySolver, executor: Executor | None = None
-    ) -> tuple[Any, GradientInfo]:
+        self, solution: AnySolution, cotangent: Point, solver: AnySolver, executor: Executor | None = None
+    ) -> tuple[Data, GradientInfo]:
         problem = solution.problem
         self.seen.arguments = (solution, cotangent, solver, executor)
         if self.seen.method is None:
@@ -153,7 +154,7 @@ class _Switch(GradientMethod):
             gradient, self.seen.info = self.seen.method.vjp(solution, cotangent, solver, executor)
         return gradient, self.seen.info
 
-    def jvp(self, *arguments: Any, **options: Any) -> tuple[Any, GradientInfo]:
+    def jvp(self, *arguments: Any, **options: Any) -> tuple[Point, GradientInfo]:
         raise TypeError("a diagnosis has no forward mode.")
 
 
@@ -200,7 +201,7 @@ class Pass:
         ValueError: the loss does not depend on the layer's output, or is not a number for each element.
     """
 
-    def __init__(self, layer: Any, parameters: Parameters, loss: Loss, solver: AnySolver | None = None) -> None:
+    def __init__(self, layer: BaseLayer, parameters: Parameters, loss: Loss, solver: AnySolver | None = None) -> None:
         if not isinstance(layer, BaseLayer):
             raise TypeError(
                 f"layer is a {type(layer).__name__}; it must be a layer of this library, such as lpgd.QPLayer(). "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lpgd.arrays import FloatArray
 from lpgd.cones.product import Cones, svec_indices, svec_size
+from lpgd.layers.base import BaseLayer
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
@@ -21,7 +22,7 @@ __all__ = ["lower_envelope_of_loss"]
 
 
 def lower_envelope_of_loss(
-    layer: Any, solution: ConicSolution, tau: float, rho: float, convex_loss: Callable[..., Any]
+    layer: BaseLayer, solution: ConicSolution, tau: float, rho: float, convex_loss: Callable[..., Any]
 ) -> Tensor:
     """``min_x ℓ(x) + (f(x) - f(x*) + (ρ/2) |x - x*|²) / τ`` over the feasible set ([LPGD] eqs. 10, 28): (B,).
 
@@ -45,7 +46,7 @@ def lower_envelope_of_loss(
 
 
 def _element(
-    layer: Any,
+    layer: BaseLayer,
     structure: ConicStructure,
     view: ElementView,
     x: cp.Variable,
@@ -85,7 +86,7 @@ def _element(
     return float(cast(Any, problem.value))
 
 
-def _outputs(layer: Any, x: cp.Variable) -> list[Any]:
+def _outputs(layer: BaseLayer, x: cp.Variable) -> list[Any]:
     """The layer's outputs as CVXPY expressions; None for dual variables."""
     layouts = getattr(layer, "variable_layouts", None)
     if layouts is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from lpgd.diagnostics.tables import (
 from lpgd.gradients.implicit.method import ImplicitKKT
 from lpgd.gradients.lpgd import LPGD
 from lpgd.gradients.sides import Envelope
+from lpgd.layers.base import BaseLayer
 
 __all__ = ["Sweep", "SweepRow", "sweep"]
 
@@ -101,7 +101,7 @@ class Sweep:
 
 
 def sweep(
-    layer: Any,
+    layer: BaseLayer,
     parameters: Parameters,
     loss: Loss,
     taus: Sequence[float] | None = None,

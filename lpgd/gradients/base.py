@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from lpgd.arrays import elements_where, flags
+from lpgd.arrays import IntArray, elements_where, flags
 from lpgd.problems.base import Data, Point, Traits, is_surely_finite
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
@@ -63,7 +63,7 @@ class GradientInfo:
     crossed: Tensor | None = None
     jumped: Tensor | None = None
     tolerance: float | None = None
-    iterations: Any = None
+    iterations: IntArray | None = None
     newton: Tensor | None = None
     descent: Tensor | None = None
     doubt: Tensor | None = None

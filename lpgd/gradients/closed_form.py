@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 from torch import Tensor
 
@@ -88,7 +88,7 @@ def by_formula(
     solution: NodeSolution,
     cotangent: Tensor,
     active: list[int],
-) -> Any | None:
+) -> Data | None:
     """A formula of the node for the elements ``active``, as a gradient of the batch's data; None where there is none.
 
     Raises:

@@ -13,12 +13,11 @@ from __future__ import annotations
 import math
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lpgd.arrays import rows_where
+from lpgd.arrays import IntArray, rows_where
 from lpgd.gradients.sides import DUALS, SIDES, Envelope, Run, Sides, picked, replaced_elements
 from lpgd.problems.base import Point, maximum_norm
 from lpgd.problems.solution import AnyProblem, AnySolution
@@ -76,7 +75,7 @@ class Perturbed:
     unclear: Tensor
     jumped: Tensor
     tolerance: float
-    iterations: Any
+    iterations: IntArray
     newton: Tensor
 
 

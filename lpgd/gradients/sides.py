@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
@@ -11,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import integers
-from lpgd.problems.base import Point, maximum_norm
+from lpgd.arrays import IntArray, integers
+from lpgd.problems.base import Point, States, maximum_norm
 from lpgd.problems.conic.activity import ActiveSet
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.solution import AnyProblem, AnySolution
@@ -37,7 +36,7 @@ def solve_tilted(
     problem: AnyProblem,
     cotangent: Point,
     steps: Tensor,
-    states: Sequence[Any],
+    states: States,
     solver: AnySolver,
     executor: Executor | None,
     near: PerturbedPoints | None = None,
@@ -74,7 +73,7 @@ class Sides(NamedTuple):
     apart: Tensor
     skew: Tensor
     newton: Tensor
-    iterations: Any
+    iterations: IntArray
 
     def replaced(self, elements: Tensor, others: Sides) -> Sides:
         """With other sides for these elements."""
@@ -100,7 +99,7 @@ class Run:
     augmented: AnyProblem
     base: Point
     active: ActiveSet | None
-    states: Sequence[Any]
+    states: States
     cotangent: Point
     base_error: Tensor
     error: Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from typing import Any, NamedTuple, get_args
 
@@ -18,7 +18,7 @@ from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
 from lpgd.layers.absent import without_absent_rows
 from lpgd.layers.inputs import Batch
 from lpgd.layers.standard_options import StandardOptions
-from lpgd.problems.base import Structure, Traits
+from lpgd.problems.base import States, Structure, Traits
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure, per_element
@@ -120,7 +120,7 @@ class BaseLayer(torch.nn.Module, ABC):
         self._remember(solution, batch, call.solver)
         return solution
 
-    def _states(self, warm_start: WarmStart, structure: Structure, batch: Batch) -> Sequence[Any]:
+    def _states(self, warm_start: WarmStart, structure: Structure, batch: Batch) -> States:
         if warm_start is False:
             return ()
         if warm_start is True:
@@ -196,7 +196,7 @@ class OptimizationLayer(BaseLayer):
         fixed: bool,
         solver: ConicSolver | str | None,
         gradient: GradientMethod | None,
-        solver_args: Mapping[str, Any] | None,
+        solver_args: Mapping[str, object] | None,
         on_error: OnError,
         executor: Executor | None,
         verbose: bool,
@@ -220,7 +220,7 @@ class OptimizationLayer(BaseLayer):
     def solver(self, solver: ConicSolver | str | None) -> None:
         self._set_solver(solver, {})
 
-    def _set_solver(self, solver: ConicSolver | str | None, options: Mapping[str, Any]) -> None:
+    def _set_solver(self, solver: ConicSolver | str | None, options: Mapping[str, object]) -> None:
         chosen = choose_solver(self._example, solver, options, self._situation())
         left_open = solver is None and not self._fixed
         self._named = solver is not None
@@ -236,7 +236,7 @@ class OptimizationLayer(BaseLayer):
         data: ConicData,
         structure: ConicStructure,
         batch: Batch,
-        solver_args: Mapping[str, Any] | None,
+        solver_args: Mapping[str, object] | None,
         warm_start: WarmStart,
         explain: Explain | None = None,
     ) -> tuple[ConicPoint, CallInfo]:
@@ -255,7 +255,7 @@ class OptimizationLayer(BaseLayer):
         data: ConicData,
         structure: ConicStructure,
         batch: Batch,
-        solver_args: Mapping[str, Any] | None,
+        solver_args: Mapping[str, object] | None,
         warm_start: WarmStart,
     ) -> ConicSolution:
         """Solve a batch: the solver's whole answer."""
@@ -271,7 +271,7 @@ class OptimizationLayer(BaseLayer):
         return Situation(device.type if device is not None else "cpu", getattr(self.gradient, "rho", 0.0) > 0)
 
     def _call_options(
-        self, structure: ConicStructure, solver_args: Mapping[str, Any] | None, device: torch.device
+        self, structure: ConicStructure, solver_args: Mapping[str, object] | None, device: torch.device
     ) -> CallOptions:
         layer_solver = self._solver_for(structure)
         if not solver_args and layer_solver is not None and self._fixed:

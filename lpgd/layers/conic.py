@@ -72,7 +72,7 @@ class ConicLayer(OptimizationLayer):
         cones: Cones,
         solver: ConicSolver | str | None = None,
         gradient: GradientMethod | None = None,
-        solver_args: Mapping[str, Any] | None = None,
+        solver_args: Mapping[str, object] | None = None,
         on_error: OnError = "raise",
         executor: Executor | None = None,
     ) -> None:
@@ -91,7 +91,7 @@ class ConicLayer(OptimizationLayer):
         A: Tensor,
         b: Tensor,
         *,
-        solver_args: Mapping[str, Any] | None = None,
+        solver_args: Mapping[str, object] | None = None,
         warm_start: WarmStart = False,
     ) -> ConicOutput:
         """Solve the program for these data.
@@ -140,7 +140,7 @@ class ConicLayer(OptimizationLayer):
         A: Tensor,
         b: Tensor,
         *,
-        solver_args: Mapping[str, Any] | None = None,
+        solver_args: Mapping[str, object] | None = None,
         warm_start: WarmStart = False,
     ) -> ConicSolution:
         """The solver's whole answer, not differentiable: statuses, residuals, iterations, times, x, y and s.
@@ -205,7 +205,7 @@ def solve_conic(
     *,
     solver: ConicSolver | str | None = None,
     gradient: GradientMethod | None = None,
-    solver_args: Mapping[str, Any] | None = None,
+    solver_args: Mapping[str, object] | None = None,
     on_error: OnError = "raise",
     executor: Executor | None = None,
     warm_start: Recorded | ConicSolution | None = None,

@@ -65,7 +65,7 @@ class ProgramLayer(OptimizationLayer):
         self,
         solver: ConicSolver | str | None = None,
         gradient: GradientMethod | None = None,
-        solver_args: Mapping[str, Any] | None = None,
+        solver_args: Mapping[str, object] | None = None,
         on_error: OnError = "raise",
         executor: Executor | None = None,
         integer: Sequence[int] = (),
@@ -154,7 +154,7 @@ class ProgramLayer(OptimizationLayer):
         )
         return _Call(batch, chosen.structure, data, (m, k), _explanation(tensors, bounds, batch))
 
-    def _run(self, call: _Call, solver_args: Mapping[str, Any] | None, warm_start: WarmStart) -> ProgramOutput:
+    def _run(self, call: _Call, solver_args: Mapping[str, object] | None, warm_start: WarmStart) -> ProgramOutput:
         point, info = self._solve(call.data, call.structure, call.batch, solver_args, warm_start, call.explain)
         n, (m, k), restore = call.structure.own, call.sizes, call.batch.restore
         x, z_box = (values[:, :n] if call.structure.two_sided else values for values in (point.x, point.z))

@@ -60,7 +60,7 @@ class QPLayer(ProgramLayer):
         self,
         solver: ConicSolver | str | None = None,
         gradient: GradientMethod | None = None,
-        solver_args: Mapping[str, Any] | None = None,
+        solver_args: Mapping[str, object] | None = None,
         on_error: OnError = "raise",
         executor: Executor | None = None,
     ) -> None:
@@ -79,7 +79,7 @@ class QPLayer(ProgramLayer):
         lb: Bound = None,
         ub: Bound = None,
         l: Tensor | None = None,
-        solver_args: Mapping[str, Any] | None = None,
+        solver_args: Mapping[str, object] | None = None,
         warm_start: WarmStart = False,
     ) -> ProgramOutput:
         """Solve the program for these data; constraints and bounds are given by name.
@@ -124,7 +124,7 @@ class QPLayer(ProgramLayer):
         lb: Bound = None,
         ub: Bound = None,
         l: Tensor | None = None,
-        solver_args: Mapping[str, Any] | None = None,
+        solver_args: Mapping[str, object] | None = None,
         warm_start: WarmStart = False,
     ) -> ConicSolution:
         """The solver's whole answer, not differentiable: statuses, residuals, iterations, times.
@@ -164,7 +164,7 @@ class LPLayer(ProgramLayer):
         self,
         solver: ConicSolver | str | None = None,
         gradient: GradientMethod | None = None,
-        solver_args: Mapping[str, Any] | None = None,
+        solver_args: Mapping[str, object] | None = None,
         on_error: OnError = "raise",
         executor: Executor | None = None,
         integer: Sequence[int] = (),
@@ -183,7 +183,7 @@ class LPLayer(ProgramLayer):
         lb: Bound = None,
         ub: Bound = None,
         l: Tensor | None = None,
-        solver_args: Mapping[str, Any] | None = None,
+        solver_args: Mapping[str, object] | None = None,
         warm_start: WarmStart = False,
     ) -> ProgramOutput:
         """Solve the program for these data: c is (*batch, n), the others, by name, as in :meth:`QPLayer.forward`."""
@@ -206,7 +206,7 @@ class LPLayer(ProgramLayer):
         lb: Bound = None,
         ub: Bound = None,
         l: Tensor | None = None,
-        solver_args: Mapping[str, Any] | None = None,
+        solver_args: Mapping[str, object] | None = None,
         warm_start: WarmStart = False,
     ) -> ConicSolution:
         """The solver's whole answer, not differentiable, as :meth:`QPLayer.solve`."""
@@ -230,7 +230,7 @@ def solve_qp(
     l: Tensor | None = None,
     solver: ConicSolver | str | None = None,
     gradient: GradientMethod | None = None,
-    solver_args: Mapping[str, Any] | None = None,
+    solver_args: Mapping[str, object] | None = None,
     on_error: OnError = "raise",
     executor: Executor | None = None,
     warm_start: Recorded | ConicSolution | None = None,
@@ -257,7 +257,7 @@ def solve_lp(
     l: Tensor | None = None,
     solver: ConicSolver | str | None = None,
     gradient: GradientMethod | None = None,
-    solver_args: Mapping[str, Any] | None = None,
+    solver_args: Mapping[str, object] | None = None,
     on_error: OnError = "raise",
     executor: Executor | None = None,
     integer: Sequence[int] = (),

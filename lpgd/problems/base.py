@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self, SupportsIndex, TypeVar, cast
+from typing import Any, Literal, Protocol, Self, SupportsIndex, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,12 +19,19 @@ __all__ = [
     "PointOperations",
     "PointT",
     "Problem",
+    "State",
+    "States",
     "Structure",
     "Traits",
     "is_surely_finite",
     "maximum_norm",
     "sum_of_quadratics",
 ]
+
+State: TypeAlias = Any
+"""What a solver can go on from, for one element; only that solver knows what is in it, and None is nothing."""
+States: TypeAlias = Sequence[State]
+"""One for each element of a batch, or none at all."""
 
 
 def is_surely_finite(tensor: Tensor) -> bool:

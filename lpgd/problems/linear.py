@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import FloatArray, IntArray, integers
-from lpgd.problems.base import Centered, PointOperations, Traits, maximum_norm
+from lpgd.problems.base import Centered, PointOperations, States, Traits, maximum_norm
 from lpgd.problems.solution import Solution
 from lpgd.status import Status
 
@@ -181,7 +181,7 @@ class LinearProblem(Centered):
         copies = step.shape[0] // self.batch_size if self.batch_size else 1
         c = self.data.c.repeat(copies, 1) + step[:, None] * cotangent.x.repeat(copies, 1)
         center = None if self.center is None else self.center.repeat(copies, 1)
-        changes: dict[str, Any] = {"rows": copies * self.places, "center": center, "tilted": True}
+        changes: dict[str, Any] = {"originals": copies * self.places, "center": center, "tilted": True}
         return replace(self, data=LinearData(c), batch_size=step.shape[0], **changes)
 
     def tilt_unit(self, point: LinearPoint, cotangent: LinearPoint) -> Tensor:
@@ -249,7 +249,7 @@ class LinearSolution(Solution[LinearProblem, LinearPoint]):
     iterations: IntArray
     setup_seconds: FloatArray
     solve_seconds: FloatArray
-    states: Sequence[Any]
+    states: States
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "iterations", "setup_seconds", "solve_seconds")
     _tuples: ClassVar[tuple[str, ...]] = ("statuses", "states", "answers")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import FloatArray, IntArray, integers
-from lpgd.problems.base import Data, Point, Problem
+from lpgd.problems.base import Data, Point, Problem, States
 from lpgd.status import Status, describe_counts
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Solution(Generic[ProblemT_co, PointT_co]):
     iterations: IntArray
     setup_seconds: FloatArray
     solve_seconds: FloatArray
-    states: Sequence[Any]
+    states: States
 
     _tensors: ClassVar[tuple[str, ...]]
     """Names of fields with one row for each element."""

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
+from types import ModuleType
 from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 from lpgd.arrays import integers, rows_where
+from lpgd.problems.base import States
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
@@ -73,9 +75,7 @@ class Solver(ABC, Generic[ProblemT_contra, SolutionT_co]):
         """Whether a previous state makes a solve cheaper."""
 
     @abstractmethod
-    def solve(
-        self, problem: ProblemT_contra, states: Sequence[Any] = (), executor: Executor | None = None
-    ) -> SolutionT_co:
+    def solve(self, problem: ProblemT_contra, states: States = (), executor: Executor | None = None) -> SolutionT_co:
         """Solve every element of a batch.
 
         Args:
@@ -152,9 +152,7 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
     def takes_states(self) -> bool:
         return self.capabilities.warm_start
 
-    def solve(
-        self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None
-    ) -> ConicSolution:
+    def solve(self, problem: ConicProblem, states: States = (), executor: Executor | None = None) -> ConicSolution:
         """Solve every element of a batch; an executor of None is the library's threads.
 
         Every solver is asked, and its answer judged, in the same way (:mod:`lpgd.solvers.posed`): in units of order 1,
@@ -168,9 +166,7 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
             return attempt
         return settled(attempt, self.others(problem.structure) if self.rescue else (), executor, self.refine)
 
-    def attempt(
-        self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None
-    ) -> ConicSolution:
+    def attempt(self, problem: ConicProblem, states: States = (), executor: Executor | None = None) -> ConicSolution:
         """This solver's own answer, judged; verdicts without a proof are its claims (``ConicSolution.proofs``)."""
         posed = pose(problem, states)
         answer = self._judged(posed, executor)
@@ -188,7 +184,7 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
         return judged(posed, answer, self.tolerance, self.name, refined=self.refine)
 
     @abstractmethod
-    def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> ConicSolution:
+    def solve_posed(self, problem: ConicProblem, states: States, executor: Executor | None) -> ConicSolution:
         """Solve every element of a batch whose data are of order 1, and convex.
 
         For elements that are infeasible or unbounded the point is what the solver takes for a proof: multipliers y, or
@@ -210,7 +206,7 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
         return importlib.util.find_spec(cls.package) is not None
 
     @classmethod
-    def module(cls) -> Any:
+    def module(cls) -> ModuleType:
         """The solver's package.
 
         Raises:
@@ -233,7 +229,7 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
         """Whether all of these are names of its options."""
         return set(options) <= {field.name for field in fields(cls)} | set(cls.aliases)
 
-    def with_options(self, options: Mapping[str, Any]) -> Self:
+    def with_options(self, options: Mapping[str, object]) -> Self:
         """The same solver with some options changed; names are fields or :attr:`aliases`.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -17,6 +17,7 @@ from lpgd.arrays import elements_where
 from lpgd.execution.interrupts import pause
 from lpgd.execution.tasks import SerialExecutor, run_tasks, split
 from lpgd.execution.threads import all_torch_threads
+from lpgd.problems.base import State, States
 from lpgd.problems.linear import LinearProblem, LinearSolution
 from lpgd.solvers.base import Solver
 from lpgd.status import SolverError, Status, warn
@@ -75,9 +76,7 @@ class Oracle(Solver[LinearProblem, LinearSolution]):
     def takes_states(self) -> bool:
         return self.warm_start
 
-    def solve(
-        self, problem: LinearProblem, states: Sequence[Any] = (), executor: Executor | None = None
-    ) -> LinearSolution:
+    def solve(self, problem: LinearProblem, states: States = (), executor: Executor | None = None) -> LinearSolution:
         """Solve every element of a batch, one after the other in this thread where there is no executor.
 
         Raises:
@@ -96,7 +95,7 @@ class Oracle(Solver[LinearProblem, LinearSolution]):
             results = run_tasks(_solve_batched if self.batched else _solve_each, tasks, executor)
         return _assemble(self, problem, tasks, results)
 
-    def _task(self, problem: LinearProblem, elements: list[int], states: Sequence[Any]) -> _Task:
+    def _task(self, problem: LinearProblem, elements: list[int], states: States) -> _Task:
         places = [problem.places[element] for element in elements]
         sign = -1.0 if self.sense == "max" else 1.0
         shape, center = problem.structure.shape, problem.center
@@ -132,7 +131,7 @@ class _Task(NamedTuple):
     shape: tuple[int, ...]
     costs: Array  # (k, *shape)
     extra: list[Any]  # k rows each
-    starts: list[Any]
+    starts: list[State]
     rho: float
     tilted: bool  # costs are perturbed ones
     centers: Array | None  # (k, *shape)

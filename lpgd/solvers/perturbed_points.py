@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import as_index, elements_where, from_numpy
-from lpgd.problems.base import maximum_norm
+from lpgd.problems.base import States, maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import NEWTON, ConicSolution
 from lpgd.problems.conic.structure import ConicPoint
@@ -130,9 +130,7 @@ class PerturbedPoints:
             self.cotangent.select(elements), self.unit[elements], self.fit[elements], self.solver,
         )  # fmt: skip
 
-    def solve(
-        self, tilted: ConicProblem, steps: Tensor, states: Sequence[Any], executor: Executor | None
-    ) -> ConicSolution:
+    def solve(self, tilted: ConicProblem, steps: Tensor, states: States, executor: Executor | None) -> ConicSolution:
         """The solutions of ``tilted``, the problem tilted by ``steps`` (k E,), by Newton's method or by the solver."""
         solver = self.solver
         copies = steps.shape[0] // max(self.problem.batch_size, 1)

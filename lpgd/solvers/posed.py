@@ -7,16 +7,15 @@ certificates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lpgd.arrays import as_index, elements_where, flags
-from lpgd.problems.base import maximum_norm
+from lpgd.problems.base import State, States, maximum_norm
 from lpgd.problems.conic.magnitudes import INFINITE
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.residuals import Residuals, residuals_of
@@ -49,7 +48,7 @@ class _State(NamedTuple):
 
     length: float
     cost: float
-    state: Any
+    state: State
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +67,10 @@ class Posed:
     inside: ConicProblem
     units: Units
     settled: dict[int, Status]
-    states: Sequence[Any]
+    states: States
 
 
-def pose(problem: ConicProblem, states: Sequence[Any] = (), lengths: Tensor | None = None) -> Posed:
+def pose(problem: ConicProblem, states: States = (), lengths: Tensor | None = None) -> Posed:
     """What a solver is to see of a batch, started from the states of an earlier solution.
 
     Args:
@@ -125,7 +124,7 @@ def _with_clean_bounds(problem: ConicProblem) -> tuple[ConicProblem, dict[int, S
     return replace(problem, data=data._replace(lower=lower, upper=upper)), settled
 
 
-def _exponents(states: Sequence[Any], size: int) -> Tensor | None:
+def _exponents(states: States, size: int) -> Tensor | None:
     """(B, 2) exponents of the units that states are in; NaN where there is none."""
     if not states or size == 0:
         return None
@@ -138,7 +137,7 @@ def _exponents(states: Sequence[Any], size: int) -> Tensor | None:
     return torch.tensor(exponents, dtype=torch.float64).repeat(size // len(exponents), 1)
 
 
-def _states_in(states: Sequence[Any], units: Units, size: int) -> Sequence[Any]:
+def _states_in(states: States, units: Units, size: int) -> States:
     """The states that are in these units; None for others.  Factors D and E need no look: they belong to matrices."""
     plain = units.length is None and units.cost is None
     if not states or (plain and not any(isinstance(state, _State) for state in states)):
@@ -152,7 +151,7 @@ def _states_in(states: Sequence[Any], units: Units, size: int) -> Sequence[Any]:
     return found
 
 
-def _states_out(states: Sequence[Any], units: Units) -> Sequence[Any]:
+def _states_out(states: States, units: Units) -> States:
     if units.length is None and units.cost is None:
         return states
     exponents = units.exponents(len(states)).tolist()

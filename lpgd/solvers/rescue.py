@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from lpgd.arrays import as_index, elements_where, flags
+from lpgd.problems.base import States
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.solvers.kkt.refinement import is_small
@@ -32,7 +33,7 @@ class Attempting(Protocol):
     """A solver, as far as a rescue goes."""
 
     def attempt(
-        self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None
+        self, problem: ConicProblem, states: States = (), executor: Executor | None = None
     ) -> ConicSolution: ...
 
 

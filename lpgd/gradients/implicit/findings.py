@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lpgd.arrays import BoolArray, FloatArray, from_numpy
-from lpgd.gradients.base import GradientInfo
+from lpgd.gradients.base import GradientInfo, GradientMethod
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.rank import DOUBT
 from lpgd.solvers.kkt.system import KKTResponse
@@ -91,7 +90,7 @@ class Findings:
         """Whether anybody may ask for the gradient with respect to one of these rows (m,)."""
         return bool(np.delete(rows, self.structure.constant_rows).any())
 
-    def record(self, method: Any, active: Sequence[int], info: GradientInfo) -> None:
+    def record(self, method: GradientMethod, active: Sequence[int], info: GradientInfo) -> None:
         """Fill the record, and warn of what the answer depends on."""
         assert info.doubt is not None
         for place, element in enumerate(active):

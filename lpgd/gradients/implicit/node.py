@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def response(
     return change
 
 
-def _sparsity(method: Any, problem: NodeProblem, point: NodePoint) -> Sparsity | None:
+def _sparsity(method: ImplicitKKT, problem: NodeProblem, point: NodePoint) -> Sparsity | None:
     """The patterns of the matrices, where there are so many variables that it may matter."""
     if method.matrix_free is not None or point.x.shape[-1] <= MANY:
         return None
@@ -88,7 +88,7 @@ def _sparsity(method: Any, problem: NodeProblem, point: NodePoint) -> Sparsity |
 
 
 def _drop_touching(
-    method: Any,
+    method: ImplicitKKT,
     problem: NodeProblem,
     point: NodePoint,
     tilt: NodePoint,
@@ -116,7 +116,7 @@ def _drop_touching(
     exact[chosen] = True
 
 
-def in_data(solution: NodeSolution, change: NodePoint) -> Any:
+def in_data(solution: NodeSolution, change: NodePoint) -> Data:
     """What a change of the solutions is worth in the inputs of a node; elements without a solution get zero."""
     problem, usable = solution.problem, solution.usable
     if usable.all():

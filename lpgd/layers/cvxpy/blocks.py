@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, IntArray, from_numpy
+from lpgd.arrays import FloatArray, IntArray, SparseArray, from_numpy
 from lpgd.layers.cvxpy.elimination import FULL, LONGEST, components, united_support
 from lpgd.layers.cvxpy.layout import AffineMap
 from lpgd.layers.cvxpy.maps import DataMap
@@ -167,7 +167,7 @@ def selection(rows: IntArray, columns: IntArray, shape: tuple[int, int]) -> sp.c
 
 def scaled(affine: AffineMap, places: IntArray, factors: FloatArray | None = None) -> AffineMap:
     """Some of the data, times factors."""
-    matrix: Any = affine.matrix[places]
+    matrix: SparseArray = affine.matrix[places]
     if factors is not None:
         matrix = sp.diags_array(factors) @ matrix
     return AffineMap(sp.csr_array(matrix), affine.boundaries)

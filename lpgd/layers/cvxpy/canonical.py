@@ -33,7 +33,7 @@ from cvxpy.reductions.solvers.utilities import extract_dual_value, get_dual_valu
 from cvxpy.utilities import scopes
 from cvxpy.utilities.psd_utils import TriangleKind
 
-from lpgd.arrays import FloatArray, IntArray
+from lpgd.arrays import FloatArray, IntArray, SparseArray
 from lpgd.cones.product import Cones
 from lpgd.layers.cvxpy.affine import AffineMatrix, Bounds, bound_map, consecutive_rows, reordered, selection, tightened
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
@@ -294,7 +294,7 @@ class _Reduced:
             )
         return _flat(values[variable.id], "C")
 
-    def dual(self, constraint: Any, position: int, y: FloatArray) -> FloatArray:
+    def dual(self, constraint: SparseArray, position: int, y: FloatArray) -> FloatArray:
         """The value, row by row, of a constraint's dual variable that belongs to y."""
         duals = get_dual_values(y, extract_dual_value, self.program.constraints)
         # Of an infeasible problem CVXPY maps the multipliers and asks for no primal values.

@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from lpgd import linalg
-from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy, random_direction
+from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray, from_numpy, random_direction
 from lpgd.problems.conic.sparsity import SparsityPattern
 
 __all__ = ["LEAST_CURVATURE", "Conditioning"]
@@ -126,12 +126,12 @@ class Conditioning:
 
     def _least(self, P: FloatArray, A: FloatArray) -> float:
         """An upper bound of the least eigenvalue of H, nearly tight; 0 where it has none above 0."""
-        matrix: Any = sp.csc_array((P, self.at), shape=(self.size, self.size))
+        matrix: SparseArray = sp.csc_array((P, self.at), shape=(self.size, self.size))
         diagonal = matrix.diagonal()
-        scale: Any = sp.diags_array(np.where(diagonal > 0, diagonal, 1.0) ** -0.5)
+        scale: SparseArray = sp.diags_array(np.where(diagonal > 0, diagonal, 1.0) ** -0.5)
         matrix = scale @ matrix @ scale + sp.diags_array((diagonal == 0).astype(np.float64))
         if self.count:
-            scaled_rows: Any = sp.csr_array((A, self.constraint_at), shape=(self.count, self.size)) @ scale
+            scaled_rows: SparseArray = sp.csr_array((A, self.constraint_at), shape=(self.count, self.size)) @ scale
             length = np.sqrt(np.asarray(scaled_rows.multiply(scaled_rows).sum(1)).ravel())
             scaled_rows = sp.diags_array(1.0 / np.where(length > 0, length, 1.0)) @ scaled_rows
             matrix = matrix + scaled_rows.T @ scaled_rows

@@ -55,7 +55,7 @@ import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import splu
 
-from lpgd.arrays import BoolArray, FloatArray, IntArray
+from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray
 from lpgd.layers.cvxpy.layout import CanonicalProgram
 
 __all__ = [
@@ -152,8 +152,8 @@ def _pairs(program: CanonicalProgram) -> Pivots:
     entries = np.flatnonzero(fits)
     entries = entries[np.lexsort((A.rows[entries], ~zero[entries], count[A.columns[entries]]))]
 
-    by_row: Any = sp.csr_array((np.ones(A.nnz), (A.rows, A.columns)), shape=(m, n))
-    by_column: Any = by_row.tocsc()
+    by_row: SparseArray = sp.csr_array((np.ones(A.nnz), (A.rows, A.columns)), shape=(m, n))
+    by_column: SparseArray = by_row.tocsc()
     taken_rows, taken_columns = np.zeros(m, dtype=bool), np.zeros(n, dtype=bool)
     chosen: list[int] = []
     for entry in entries.tolist():
@@ -242,10 +242,10 @@ class _Weights:
         self.is_polyhedral = program.cones.is_polyhedral
         A, P = program.constraint, program.quadratic
         count = pivots.rows.size
-        self.A: Any = sp.csr_array((np.ones(A.nnz), (A.rows, A.columns)), shape=A.shape)
-        self.P: Any = sp.csr_array((np.ones(P.nnz), (P.rows, P.columns)), shape=P.shape)
+        self.A: SparseArray = sp.csr_array((np.ones(A.nnz), (A.rows, A.columns)), shape=A.shape)
+        self.P: SparseArray = sp.csr_array((np.ones(P.nnz), (P.rows, P.columns)), shape=P.shape)
         pivot_entries = sp.csr_array((np.ones(count), (np.arange(count), pivots.variables)), shape=(count, self.n))
-        self.others: Any = _pattern(self.A[pivots.rows] - pivot_entries)
+        self.others: SparseArray = _pattern(self.A[pivots.rows] - pivot_entries)
         joined = self.P[pivots.variables][:, pivots.variables]
         self.support = united_support(self.others, joined)
         self.square = np.diff(joined.indptr) > 0
@@ -301,7 +301,7 @@ class _Weights:
         P, squares, A = self._patterns(chosen)
         if self._is_long(squares):
             squares = sp.csr_array((np.array(squares.sum(0)).ravel() > 0)[None].astype(np.float64))
-        system: Any = sp.csc_array(sp.block_array([[P + squares.T @ squares, A.T], [A, None]]))
+        system: SparseArray = sp.csc_array(sp.block_array([[P + squares.T @ squares, A.T], [A, None]]))
         # Other values would do: no pivot vanishes, and the factor's pattern is that of its symbolic factorisation.
         system.data = np.random.default_rng(0).uniform(0.1, 1.0, system.nnz)
         system = sp.csc_array(system + sp.diags_array(np.full(system.shape[0], 10.0 * system.nnz)))
@@ -313,8 +313,8 @@ class _Weights:
         variables, rows = self.pivots.variables[chosen], self.pivots.rows[chosen]
         columns, kept = np.ones(self.n, dtype=bool), np.ones(self.m, dtype=bool)
         columns[variables], kept[rows] = False, False
-        A: Any = self.A[kept]
-        moved: Any = A[:, variables] @ self.others[chosen]
+        A: SparseArray = self.A[kept]
+        moved: SparseArray = A[:, variables] @ self.others[chosen]
         return (
             self.P[columns][:, columns],
             self.support[chosen & self.square][:, columns],
@@ -322,11 +322,11 @@ class _Weights:
         )
 
     @staticmethod
-    def _is_long(squares: Any) -> bool:
+    def _is_long(squares: SparseArray) -> bool:
         return bool(np.square(np.diff(squares.indptr).astype(np.float64)).sum() > MOST_TERMS)
 
     @staticmethod
-    def _filled(P: Any, support: Any) -> tuple[int, int]:
+    def _filled(P: SparseArray, support: SparseArray) -> tuple[int, int]:
         """How many entries ``P + Σ sᵢ sᵢᵀ`` has, and how many on its diagonal, s the rows of ``support``."""
         present = np.unique(support.indices)
         if present.size and support.nnz == support.shape[0] * present.size:
@@ -340,7 +340,7 @@ class _Weights:
         return total.nnz, int(np.count_nonzero(total.diagonal()))
 
 
-def united_support(others: Any, joined: Any) -> Any:
+def united_support(others: Any, joined: SparseArray) -> Any:
     """(k, n) where the rows have entries besides their variables; those that P joins have the union of theirs.
 
     Args:
@@ -353,7 +353,7 @@ def united_support(others: Any, joined: Any) -> Any:
     return _pattern(groups @ (groups.T @ _pattern(others)))
 
 
-def components(support: Any, among: BoolArray) -> list[tuple[IntArray, IntArray]]:
+def components(support: SparseArray, among: BoolArray) -> list[tuple[IntArray, IntArray]]:
     """Sets of these rows that share no column with each other, and the columns of each."""
     rows = np.flatnonzero(among)
     if not rows.size:
@@ -365,9 +365,9 @@ def components(support: Any, among: BoolArray) -> list[tuple[IntArray, IntArray]
     return [(rows[members], np.unique(entries[members].indices)) for members in np.split(order, ends)]
 
 
-def _pattern(matrix: Any) -> Any:
+def _pattern(matrix: SparseArray) -> Any:
     """Ones where a matrix of counts is not zero."""
-    result: Any = sp.csr_array(matrix, copy=True)
+    result: SparseArray = sp.csr_array(matrix, copy=True)
     result.eliminate_zeros()
     result.data = np.ones_like(result.data)
     return result

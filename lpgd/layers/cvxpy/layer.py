@@ -92,7 +92,7 @@ class CvxpyLayer(OptimizationLayer):
         solver: ConicSolver | str | None = None,
         gradient: GradientMethod | None = None,
         gp: bool = False,
-        solver_args: Mapping[str, Any] | None = None,
+        solver_args: Mapping[str, object] | None = None,
         on_error: OnError = "raise",
         executor: Executor | None = None,
         *,
@@ -119,7 +119,7 @@ class CvxpyLayer(OptimizationLayer):
     def forward(
         self,
         *params: Tensor,
-        solver_args: Mapping[str, Any] | None = None,
+        solver_args: Mapping[str, object] | None = None,
         warm_start: WarmStart = False,
     ) -> LayerOutput:
         """Solve the problem for these parameter values.
@@ -162,7 +162,7 @@ class CvxpyLayer(OptimizationLayer):
     def solve(
         self,
         *params: Tensor,
-        solver_args: Mapping[str, Any] | None = None,
+        solver_args: Mapping[str, object] | None = None,
         warm_start: WarmStart = False,
     ) -> ConicSolution:
         """The solver's whole answer, not differentiable: statuses, residuals, iterations, times, x, y, z and s.
@@ -209,7 +209,7 @@ class CvxpyLayer(OptimizationLayer):
     def _whole_data(self, columns: Columns) -> ConicData:
         return ConicData(*(data_map(columns) for data_map in self._data_maps))
 
-    def _set_solver(self, solver: ConicSolver | str | None, options: Mapping[str, Any]) -> None:
+    def _set_solver(self, solver: ConicSolver | str | None, options: Mapping[str, object]) -> None:
         super()._set_solver(solver, options)
         self._whole_solver: ConicSolver | None = None
         self._chosen_by = dict(options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from lpgd.arrays import from_numpy
+from lpgd.arrays import SparseArray, from_numpy
 from lpgd.layers.cvxpy.layout import AffineMap, ParameterLayout
 
 __all__ = ["Columns", "DataMap", "SparseMap"]
@@ -24,8 +23,8 @@ class SparseMap:
         matrix: (r, c).
     """
 
-    def __init__(self, matrix: Any) -> None:
-        entries: Any = sp.csr_array(matrix).tocoo()
+    def __init__(self, matrix: SparseArray) -> None:
+        entries: SparseArray = sp.csr_array(matrix).tocoo()
         self.size = int(entries.shape[0])
         rows, columns = (index.astype(np.int64) for index in entries.coords)
         self.is_empty = rows.size == 0
@@ -98,7 +97,7 @@ class DataMap:
     """One datum as an affine function of the parameter vector."""
 
     def __init__(self, affine: AffineMap) -> None:
-        matrix: Any = affine.matrix.tocsc().astype("float64")
+        matrix: SparseArray = affine.matrix.tocsc().astype("float64")
         self.reaching = affine.reaching
         self.constant = from_numpy(matrix[:, [-1]].toarray().ravel())
         self.has_constant = bool(self.constant.ne(0).any())

@@ -33,7 +33,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, IntArray, from_numpy
+from lpgd.arrays import FloatArray, IntArray, SparseArray, from_numpy
 from lpgd.cones.product import Cones
 from lpgd.layers.cvxpy.blocks import places, product, scaled, selection, split
 from lpgd.layers.cvxpy.conditioning import Conditioning
@@ -114,7 +114,7 @@ class Substitution:
         placed = selection(np.searchsorted(stored, entries), left, (stored.size, P.nnz))
 
         outside = np.flatnonzero((row_place[A.rows] >= 0) & (defined[A.columns] >= 0))
-        A_OT: Any = sp.csr_array(
+        A_OT: SparseArray = sp.csr_array(
             (_constants(program.A)[outside], (row_place[A.rows[outside]], defined[A.columns[outside]])),
             shape=(kept_rows.size, k),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self, cast
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import FloatArray, IntArray
+from lpgd.problems.base import States
 from lpgd.problems.conic.activity import ActiveSet, active_set
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.residuals import Residuals, residuals_of
@@ -59,7 +59,7 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     iterations: IntArray
     setup_seconds: FloatArray
     solve_seconds: FloatArray
-    states: Sequence[Any]
+    states: States
     systems: tuple[Any, ...] = ()
     asked: str = ""
     solvers: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, IntArray, from_numpy
+from lpgd.arrays import FloatArray, IntArray, SparseArray, from_numpy
 
 __all__ = ["PART", "SparsityPattern"]
 
@@ -56,7 +56,7 @@ class SparsityPattern:
     @classmethod
     def from_matrix(cls, matrix: ArrayLike | sp.sparray | sp.spmatrix) -> SparsityPattern:
         """The pattern of the stored entries of a SciPy matrix, or of the nonzeros of an array."""
-        stored: Any = sp.coo_array(matrix)  # pyright: ignore[reportArgumentType]
+        stored: SparseArray = sp.coo_array(matrix)  # pyright: ignore[reportArgumentType]
         order = np.unique(stored.col.astype(np.int64) * stored.shape[0] + stored.row)
         columns, rows = np.divmod(order, max(stored.shape[0], 1))
         return cls((int(stored.shape[0]), int(stored.shape[1])), rows, columns)

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lpgd.arrays import elements_where
 from lpgd.nodes.base import BaseNode, Tilt, is_shared
-from lpgd.problems.base import Centered, Data, Traits, is_surely_finite, maximum_norm
+from lpgd.problems.base import Centered, Data, Point, Traits, is_surely_finite, maximum_norm
 from lpgd.problems.node.structure import NodePoint, NodeStructure
 from lpgd.status import SolverError
 
@@ -194,7 +193,7 @@ class NodeProblem(Centered):
 
     # -- the two changes it can be solved again after ----------------------------------------------------------
 
-    def tilt(self, step: Tensor, cotangent: Any) -> NodeProblem:
+    def tilt(self, step: Tensor, cotangent: Point) -> NodeProblem:
         """``L + step <g, point>``: a linear cost, and shifts of h and g where g has multipliers.
 
         Args:
@@ -233,7 +232,7 @@ class NodeProblem(Centered):
         changes = {name: term if term is None else term.repeat(copies, 1) for name, term in terms.items()}
         return replace(self, data=data, batch_size=copies * self.batch_size, **changes)
 
-    def tilt_unit(self, point: NodePoint, cotangent: Any) -> Tensor:
+    def tilt_unit(self, point: NodePoint, cotangent: Point) -> Tensor:
         """(B,) ``max(|∇f|, |∇²L x|) / |g|`` in the maximum norm; a numerator of 0 counts as 1, g = 0 gives infinity."""
         slope = torch.func.grad(lambda x: self.objective(x).sum())(point.x)
         curved = self.hessian_product(point)(point.x) if self.traits.has_kkt else slope
@@ -242,16 +241,16 @@ class NodeProblem(Centered):
 
     # -- derivatives in the data ------------------------------------------------------------------------------
 
-    def _in_data(self, function: Callable[[tuple[Tensor, ...]], Tensor]) -> Any:
+    def _in_data(self, function: Callable[[tuple[Tensor, ...]], Tensor]) -> Data:
         """The gradient of a number in the data."""
         return self.data._make(torch.func.grad(function)(tuple(self.data)))
 
-    def gradient_difference(self, plus: NodePoint, minus: NodePoint, weight: Tensor) -> Any:
+    def gradient_difference(self, plus: NodePoint, minus: NodePoint, weight: Tensor) -> Data:
         """``weight (∇_w L(plus) - ∇_w L(minus))``: a difference of vjps of the Lagrangian; weight is (B,)."""
         weight = weight.to(self.dtype)
         return self._in_data(lambda data: (weight * (self.lagrangian(plus, data) - self.lagrangian(minus, data))).sum())
 
-    def directional_gradient(self, point: NodePoint, change: NodePoint) -> Any:
+    def directional_gradient(self, point: NodePoint, change: NodePoint) -> Data:
         """``∇_w <∇_z L(point), change>``: what a change of the solution is worth in the data.
 
         Raises:
@@ -276,7 +275,7 @@ class NodeProblem(Centered):
 
         return self._in_data(along)
 
-    def mixed_product(self, point: NodePoint, tangent: Any) -> NodePoint:
+    def mixed_product(self, point: NodePoint, tangent: Data) -> NodePoint:
         """``∇_z <∇_w L(point), tangent>``: the tilt of forward mode."""
 
         def along(x: Tensor, nu: Tensor, lam: Tensor) -> Tensor:
@@ -301,14 +300,14 @@ class NodeProblem(Centered):
     def _added(self) -> dict[str, Tensor | None]:
         return {name: getattr(self, name) for name in _ADDED}
 
-    def scatter(self, elements: Tensor, data: Data) -> Any:
+    def scatter(self, elements: Tensor, data: Data) -> Data:
         """A gradient of the data of ``select(elements)`` as one of this batch's: zero for the other elements."""
         zero = self.zero_gradient()
         return self.data._make(
             total.index_add(0, elements, gradient) for total, gradient in zip(zero, data, strict=True)
         )
 
-    def zero_gradient(self) -> Any:
+    def zero_gradient(self) -> Data:
         """A gradient of the data that is zero."""
         return self.data._make(datum.new_zeros(datum.shape) for datum in self.data)
 

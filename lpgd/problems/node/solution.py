@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import FloatArray, IntArray, rows_where
-from lpgd.problems.base import Data, maximum_norm
+from lpgd.problems.base import Data, States, maximum_norm
 from lpgd.problems.node.multipliers import estimate_multipliers
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.structure import NodeOutput, NodePoint
@@ -43,7 +43,7 @@ class NodeSolution(Solution[NodeProblem, NodePoint]):
     iterations: IntArray
     setup_seconds: FloatArray
     solve_seconds: FloatArray
-    states: Sequence[Any]
+    states: States
     aux: Any = None
     nu: Tensor | None = None
     lam: Tensor | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import integers, rows_where
+from lpgd.problems.base import States
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicPoint
@@ -39,7 +40,7 @@ class BatchAnswers(NamedTuple):
     slack: Tensor
     statuses: Sequence[Status]
     iterations: Tensor
-    states: Sequence[Any]
+    states: States
     systems: tuple[Any, ...] = ()
 
 
@@ -47,7 +48,7 @@ class BatchedSolver(ConicSolver):
     """A solver that takes a whole batch in one call."""
 
     @abstractmethod
-    def solve_batch(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> BatchAnswers:
+    def solve_batch(self, problem: ConicProblem, states: States, executor: Executor | None) -> BatchAnswers:
         """Solve every element of a batch whose data are finite.
 
         Args:
@@ -56,7 +57,7 @@ class BatchedSolver(ConicSolver):
             executor: where the work runs; None is the library's threads.
         """
 
-    def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> ConicSolution:
+    def solve_posed(self, problem: ConicProblem, states: States, executor: Executor | None) -> ConicSolution:
         started = time.perf_counter()
         valid, size = problem.finite(), problem.batch_size
         if size and bool(valid.all()):
@@ -76,7 +77,7 @@ class BatchedSolver(ConicSolver):
         )
 
     def _of_valid(
-        self, problem: ConicProblem, states: Sequence[Any], valid: Tensor, executor: Executor | None
+        self, problem: ConicProblem, states: States, valid: Tensor, executor: Executor | None
     ) -> BatchAnswers:
         """Answers for all elements where the solver sees only some of them; the data of the others are invalid."""
         structure, size, q = problem.structure, problem.batch_size, problem.data.q

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 
-from lpgd.arrays import IntArray
+from lpgd.arrays import IntArray, SparseArray
 from lpgd.cones.product import Cones, svec_size, upper_triangle_rows
+from lpgd.problems.base import State
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.forms import RowForm, RowPoint, RowVectors
@@ -99,7 +101,7 @@ class _PreparedClarabel(Prepared):
             form.upper_P(), np.zeros(n), self._permute(form.A), np.zeros(m), self.layout.cones, _settings(options)
         )
 
-    def _permute(self, A: Any) -> Any:
+    def _permute(self, A: SparseArray) -> Any:
         if self.place is None:
             return A
         return sp.csc_array((A.data, self.place[A.indices], A.indptr), shape=A.shape).sorted_indices()
@@ -111,7 +113,7 @@ class _PreparedClarabel(Prepared):
         blocks = sum(svec_size(side) ** 2 for side in form.cones.semidefinite)  # dense, in its KKT matrix
         return 10_000 + 600 * (form.n + self.source.size) + 72 * form.size + 48 * blocks
 
-    def solve(self, vectors: RowVectors, state: Any) -> Outcome:
+    def solve(self, vectors: RowVectors, state: State) -> Outcome:
         q, b = vectors
         self.solver.update(q=q, b=b if self.place is None else b[self.source])
         result = self.solver.solve()
@@ -156,7 +158,7 @@ def _layout(cones: Cones) -> _Layout:
     return _Layout(_cones(Clarabel.module(), cones), source, None if same else np.argsort(source))
 
 
-def _cones(clarabel: Any, cones: Cones) -> list[Any]:
+def _cones(clarabel: ModuleType, cones: Cones) -> list[Any]:
     blocks = []
     if cones.zero:
         blocks.append(clarabel.ZeroConeT(cones.zero))

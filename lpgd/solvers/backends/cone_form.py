@@ -9,7 +9,7 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
 
-from lpgd.arrays import FloatArray
+from lpgd.arrays import FloatArray, SparseArray
 from lpgd.solvers.backends.forms import RowForm, RowPoint
 
 __all__ = ["ConeForm"]
@@ -63,7 +63,7 @@ class ConeForm:
         return RowPoint(point.x[: self.n], point.y[kept], point.s[kept])
 
 
-def _square_root(P: Any) -> Any:
+def _square_root(P: SparseArray) -> Any:
     """F with ``P = FᵀF``, as few rows as the rank of P; eigenvalues below zero are rounding."""
     diagonal = P.diagonal()
     if P.count_nonzero() == np.count_nonzero(diagonal):

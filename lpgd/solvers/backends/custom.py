@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 
 from lpgd.arrays import FloatArray
+from lpgd.problems.base import State
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.forms import Form, IntervalForm, IntervalPoint, RowForm, RowPoint
@@ -135,7 +136,7 @@ class _PreparedInterval(Prepared):
     def memory(self, form: Form) -> int:
         return 5_000 + 60 * form.size
 
-    def solve(self, vectors: Any, state: Any) -> Outcome:
+    def solve(self, vectors: Any, state: State) -> Outcome:
         form = self.form
         answer = self.options.function(
             self.P, vectors.q, form.A, vectors.row_lower, vectors.row_upper, vectors.lower, vectors.upper
@@ -172,7 +173,7 @@ class _PreparedConic(Prepared):
     def memory(self, form: Form) -> int:
         return 5_000 + 60 * form.size
 
-    def solve(self, vectors: Any, state: Any) -> Outcome:
+    def solve(self, vectors: Any, state: State) -> Outcome:
         form = self.form
         answer = self.options.function(self.P, vectors.q, form.A, vectors.b, form.cones)
         if isinstance(answer, Status):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -106,7 +107,7 @@ STEADY = 1e-3
 
 
 @cache
-def _binding() -> Any:
+def _binding() -> ModuleType:
     """DAQP's package, asked for once for each element."""
     return DAQP.module()
 

@@ -10,6 +10,7 @@ import scipy.sparse as sp
 
 from lpgd.arrays import FloatArray
 from lpgd.execution.interrupts import InterruptedSolveError, hearing
+from lpgd.problems.base import State
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.solvers.backends.cone_form import ConeForm
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
@@ -104,7 +105,7 @@ class _PreparedECOS(Prepared):
     def memory(self, form: RowForm) -> int:
         return 3_000 + 48 * form.size  # it sets up for each solve, and keeps nothing
 
-    def solve(self, vectors: RowVectors, state: Any) -> Outcome:
+    def solve(self, vectors: RowVectors, state: State) -> Outcome:
         q, b = vectors
         cost, right = self.form.vectors(q, b)
         zero = self.form.cones.zero

@@ -22,6 +22,7 @@ from lpgd.execution.interrupts import InterruptedSolveError, hearing, kept_handl
 from lpgd.execution.memo import TensorMemo
 from lpgd.execution.tasks import SerialExecutor, run_tasks
 from lpgd.execution.workspaces import fingerprints, workspaces
+from lpgd.problems.base import State, States
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
@@ -82,7 +83,7 @@ class ElementwiseSolver(ConicSolver):
         """The same for a workspace that solves once, with the same results to the last bit; nothing may be kept."""
         return self.prepare(form)
 
-    def solve_posed(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> ConicSolution:
+    def solve_posed(self, problem: ConicProblem, states: States, executor: Executor | None) -> ConicSolution:
         self.module()
         if executor is None and not self.runs_in_threads:
             executor = SerialExecutor()
@@ -138,7 +139,7 @@ class _Task(NamedTuple):
     matrices: dict[int, Pair]
     pairs: list[int]  # for each element, its pair
     vectors: Vectors  # (k, ·) or (1, ·) each
-    states: list[Any]
+    states: list[State]
     slot: int | None  # the task that its workspaces belong to, where they belong to one
     kept: bool  # whether workspaces are kept
     room: int  # how many
@@ -155,7 +156,7 @@ class _Results(NamedTuple):
     iterations: IntArray
     setup_seconds: FloatArray
     solve_seconds: FloatArray
-    states: list[Any]
+    states: list[State]
     found: int = 0  # workspaces that the cache had
     seconds: float = 0.0  # how long the thread was at work
 
@@ -164,7 +165,7 @@ class _Results(NamedTuple):
         x, z = (np.full((count, structure.n), np.nan) for _ in range(2))
         y, slack = (np.full((count, structure.m), np.nan) for _ in range(2))
         statuses: list[Any] = [Status.INVALID_DATA] * count
-        states: list[Any] = [None] * count
+        states: list[State] = [None] * count
         return cls(statuses, x, y, z, slack, np.zeros(count, dtype=np.int64), np.zeros(count), np.zeros(count), states)
 
 
@@ -173,7 +174,7 @@ def _task(
     view: ElementView,
     all_pairs: Sequence[Pair],
     elements: list[int],
-    states: Sequence[Any],
+    states: States,
     slot: int | None,
     kept: bool,
 ) -> _Task:
@@ -373,7 +374,7 @@ def _solve_group(
     return desk.found
 
 
-def _solved(prepared: Prepared, vectors: Any, state: Any) -> Outcome:
+def _solved(prepared: Prepared, vectors: Any, state: State) -> Outcome:
     """One solve; an interrupt that it took goes to Python, and where Python's handler goes on, so does the solve."""
     while True:
         pause()

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from lpgd.arrays import BoolArray, FloatArray, IntArray
+from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray
 from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicStructure
 
@@ -258,7 +258,7 @@ class RowForm(Form):
         values = matrices.A
         if self.frame.source is not None:
             values = np.concatenate([values, self.frame.signs])[self.frame.source]
-        self.A: Any = self.frame.pattern.csc(values)
+        self.A: SparseArray = self.frame.pattern.csc(values)
         self.size = self.A.nnz + self.P.size
 
     @property

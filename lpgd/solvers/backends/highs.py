@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -14,6 +14,7 @@ import scipy.sparse as sp
 
 from lpgd.arrays import FloatArray, IntArray
 from lpgd.execution.quiet import quiet_descriptor
+from lpgd.problems.base import State, States
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
@@ -110,9 +111,7 @@ class HiGHS(ElementwiseSolver):
             return f"{self.name} has no quadratic objective with integer variables"
         return reason
 
-    def solve(
-        self, problem: ConicProblem, states: Sequence[Any] = (), executor: Executor | None = None
-    ) -> ConicSolution:
+    def solve(self, problem: ConicProblem, states: States = (), executor: Executor | None = None) -> ConicSolution:
         structure = problem.structure
         if structure.quadratic.nnz and structure.n > LARGE_QUADRATIC:
             warn(
@@ -149,7 +148,7 @@ def _basis_of(column_statuses: tuple[int, ...], row_statuses: tuple[int, ...]) -
     return _Basis(basis)
 
 
-def _check(highspy: Any, status: Any, request: str) -> None:
+def _check(highspy: ModuleType, status: Any, request: str) -> None:
     """HiGHS reports what it refuses by a return value."""
     if status == highspy.HighsStatus.kError:
         raise ValueError(f"HiGHS refuses {request}.")
@@ -159,7 +158,7 @@ _first_lock = threading.Lock()
 _announced = False
 
 
-def _new_solver(highspy: Any) -> Any:
+def _new_solver(highspy: ModuleType) -> Any:
     """An instance.  The first of a process prints a banner before it can be told not to (highspy 1.16.0)."""
     global _announced
     with _first_lock:
@@ -243,7 +242,7 @@ class _PreparedHiGHS(Prepared):
             return 75_000 + 20 * form.size
         return 150_000 + 150 * (form.n + form.m) + 100 * form.size  # the factors of the last basis, mostly
 
-    def solve(self, vectors: IntervalVectors, state: Any) -> Outcome:
+    def solve(self, vectors: IntervalVectors, state: State) -> Outcome:
         solver, quadratic = self.solver, self.quadratic
         self.model.set(vectors)
         if state is not None and not quadratic and len(state.basis.row_status) == self.form.m:
@@ -303,7 +302,7 @@ class _PreparedInteger(Prepared):
     def memory(self, form: IntervalForm) -> int:
         return 2 * self.relaxation.memory(form)
 
-    def solve(self, vectors: IntervalVectors, state: Any) -> Outcome:
+    def solve(self, vectors: IntervalVectors, state: State) -> Outcome:
         started = time.perf_counter()
         # Tolerances of costs are absolute: small costs would hide better solutions.  Powers of two scale exactly.
         largest = np.abs(vectors.q).max()
@@ -328,7 +327,7 @@ class _PreparedInteger(Prepared):
             _, y, z = relaxed.point
         return Outcome(status, IntervalPoint(x, scale * y, scale * z), nodes, _IntegerState(relaxed.state, x))
 
-    def _branch(self, vectors: IntervalVectors, state: Any, started: float) -> tuple[Status, int, FloatArray | None]:
+    def _branch(self, vectors: IntervalVectors, state: State, started: float) -> tuple[Status, int, FloatArray | None]:
         """Branch and cut: the status, the number of nodes, and the solution if there is one.
 
         From a start, HiGHS ends too early on one program in twenty: it calls the start optimal though there are better

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +16,7 @@ from lpgd.arrays import as_index, elements_where, flags, from_numpy
 from lpgd.execution.interrupts import pause
 from lpgd.execution.tasks import SerialExecutor, run_tasks, split, worker_count
 from lpgd.execution.workspaces import workspaces
+from lpgd.problems.base import State, States
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, per_element
 from lpgd.solvers.backends.batched import BatchAnswers, BatchedSolver
@@ -123,7 +123,7 @@ class Moreau(BatchedSolver):
         # The gap is what converges: on curved cones its root bounds the distance to the solution.
         return self.tolerance if problem.structure.cones.is_polyhedral else self.tolerance**0.5
 
-    def solve_batch(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> BatchAnswers:
+    def solve_batch(self, problem: ConicProblem, states: States, executor: Executor | None) -> BatchAnswers:
         self.module()
         structure, size, q = problem.structure, problem.batch_size, problem.data.q
         if self.method == ACTIVE_SET and not structure.cones.is_polyhedral:
@@ -190,7 +190,7 @@ class _Task(NamedTuple):
     A: Tensor
     q: Tensor  # (k, n)
     b: Tensor  # (k, m)
-    starts: list[Any]
+    starts: list[State]
     threads: int
 
     @property

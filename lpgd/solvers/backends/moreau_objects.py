@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ IPM_ITERATIONS = 200
 
 
 @cache
-def _package(name: str) -> Any:
+def _package(name: str) -> ModuleType:
     return import_module(name)
 
 
@@ -199,7 +199,7 @@ def _array(tensor: Tensor) -> FloatArray:
     return np.ascontiguousarray(tensor.cpu().numpy(), dtype=np.float64)
 
 
-def _cones(layout: Layout, package: Any) -> Any:
+def _cones(layout: Layout, package: ModuleType) -> Any:
     cones = layout.cones
     return package.Cones(
         num_zero_cones=layout.zero,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import scipy.sparse as sp
 
+from lpgd.problems.base import State
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.forms import BoxForm, Form, IntervalForm, IntervalPoint, IntervalVectors
 from lpgd.solvers.base import POLYHEDRAL, Capabilities
@@ -113,7 +114,7 @@ class _PreparedPIQP(Prepared):
         P, A, G = self._matrices(form)
         self.solver.update(P=P, A=A, G=G)
 
-    def solve(self, vectors: IntervalVectors, state: Any) -> Outcome:
+    def solve(self, vectors: IntervalVectors, state: State) -> Outcome:
         zero, bounds = self.zero, {}
         if self.bounded:
             bounds = {"x_l": vectors.lower, "x_u": vectors.upper}

@@ -9,6 +9,7 @@ import numpy as np
 
 from lpgd.arrays import FloatArray
 from lpgd.execution.workspaces import Fingerprint
+from lpgd.problems.base import State
 from lpgd.solvers.backends.forms import Form, Matrices
 from lpgd.status import Status
 
@@ -30,14 +31,14 @@ class Outcome(NamedTuple):
     status: Status
     point: Any
     iterations: int
-    state: Any = None
+    state: State = None
 
 
 class Prepared(ABC):
     """A workspace for one element's matrices; never used by two threads at once."""
 
     @abstractmethod
-    def solve(self, vectors: Any, state: Any) -> Outcome:
+    def solve(self, vectors: Any, state: State) -> Outcome:
         """Solve for these vectors of the solver's form, from ``state`` (None: cold).
 
         The result depends on the data and the state only, up to the solver's tolerance.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from lpgd.arrays import FloatArray
+from lpgd.problems.base import State
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.forms import Form, IntervalForm, IntervalPoint, IntervalVectors
@@ -102,7 +103,7 @@ class _PreparedProxQP(Prepared):
         equalities, inequalities = self._rows(form)
         self.solver.update(H=form.dense_P(), A=equalities, C=inequalities, update_preconditioner=True)
 
-    def solve(self, vectors: IntervalVectors, state: Any) -> Outcome:
+    def solve(self, vectors: IntervalVectors, state: State) -> Outcome:
         zero, bounded, solver = self.zero, self.bounded, self.solver
         lower = np.concatenate([vectors.row_lower[zero:], vectors.lower[bounded]])
         upper = np.concatenate([vectors.row_upper[zero:], vectors.upper[bounded]])

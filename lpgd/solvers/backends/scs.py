@@ -11,6 +11,7 @@ import scipy.sparse as sp
 from lpgd.cones.product import Cones
 from lpgd.execution.interrupts import InterruptedSolveError
 from lpgd.execution.quiet import quiet
+from lpgd.problems.base import State
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.forms import RowForm, RowPoint, RowVectors
 from lpgd.solvers.base import Capabilities
@@ -132,7 +133,7 @@ class _PreparedSCS(Prepared):
         # Anderson acceleration keeps ten directions of n + m numbers, several times.
         return 40_000 + 1300 * (form.n + self.rows) + 45 * form.size
 
-    def solve(self, vectors: RowVectors, state: Any) -> Outcome:
+    def solve(self, vectors: RowVectors, state: State) -> Outcome:
         q, b = vectors
         if state is not None and state[1].size != b.size + self.b_padding.size:
             state = None  # a bound has come or gone since, and a row with it

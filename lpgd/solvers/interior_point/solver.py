@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from lpgd.arrays import flags, integers
 from lpgd.execution.tasks import run_tasks, split, worker_count
 from lpgd.execution.threads import all_torch_threads, one_torch_thread
+from lpgd.problems.base import States
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.solvers.backends.batched import BatchAnswers, BatchedSolver
 from lpgd.solvers.base import Capabilities
@@ -99,11 +99,11 @@ class InteriorPoint(BatchedSolver):
             regularization=regularization,
         )
 
-    def solve_batch(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> BatchAnswers:
+    def solve_batch(self, problem: ConicProblem, states: States, executor: Executor | None) -> BatchAnswers:
         with torch.no_grad(), one_torch_thread():
             return self._solve(problem, states, executor)
 
-    def _solve(self, problem: ConicProblem, states: Sequence[Any], executor: Executor | None) -> BatchAnswers:
+    def _solve(self, problem: ConicProblem, states: States, executor: Executor | None) -> BatchAnswers:
         scaling = Scaling.of(problem, _PRECISIONS[self.precision][0])
         start = _active_set(problem, states) if is_suitable(scaling.program) else None
         answers = self._answers(_Task(scaling.program, start, self._limits, self.verbose), _work(problem), executor)
@@ -173,7 +173,7 @@ class _State(NamedTuple):
     row: int
 
 
-def _active_set(problem: ConicProblem, states: Sequence[Any]) -> ActiveSet | None:
+def _active_set(problem: ConicProblem, states: States) -> ActiveSet | None:
     """What the states of S elements say, if all of them belong to such problems."""
     n, m = problem.structure.n, problem.structure.m
     if not states or not all(isinstance(state, _State) for state in states):

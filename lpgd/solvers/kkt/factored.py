@@ -13,7 +13,7 @@ import scipy.sparse as sp
 import scipy.sparse.linalg as spla
 
 from lpgd import linalg
-from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy, random_direction
+from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray, from_numpy, random_direction
 from lpgd.execution.interrupts import pause
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.factor import equilibration
@@ -160,7 +160,7 @@ class _Sparse:
         np.maximum.at(largest, matrix.row, np.abs(matrix.data))
         self.scale = equilibration(largest)
         values = matrix.data * self.scale[matrix.row] * self.scale[matrix.col]
-        self.matrix: Any = sp.csc_array((values, (matrix.row, matrix.col)), shape=(size, size))
+        self.matrix: SparseArray = sp.csc_array((values, (matrix.row, matrix.col)), shape=(size, size))
         try:
             self.factor: Any = spla.splu(
                 self.matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.01, options={"SymmetricMode": True}

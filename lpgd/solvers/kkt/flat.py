@@ -1,13 +1,14 @@
-"""Systems without curvature: linear programs at solutions that are not vertices.
+"""Systems without curvature: linear programs at solutions that are not regular vertices.
 
 With no quadratic term on the free variables the system is
 
-    K = [ 0   B ]      B (v, k): the free variables' entries of the k active rows, v > k
+    K = [ 0   B ]      B (v, k): the free variables' entries of the k active rows
         [ Bᵀ  0 ]
 
-It is singular, for ``dx`` may move in the null space of ``Bᵀ``.  Where B has full column rank, the minimum-norm answer
-is ``dy = B⁺ r_x`` and ``dx = (B⁺)ᵀ r_y``, by one factorisation of ``BᵀB``.  By eigenvalues, the singular values of B
-with both signs, the same takes thirty times as long at v = 700, k = 250.
+Within a face (v > k) ``dx`` may move in the null space of ``Bᵀ``; at a degenerate vertex (v < k) the multipliers may
+move, in that of B.  Where B has full rank, the minimum-norm answer is ``dy = B⁺ r_x`` and ``dx = (B⁺)ᵀ r_y``, by one
+factorisation of the smaller of ``BᵀB`` and ``BBᵀ``.  By eigenvalues, the singular values of B with both signs, the same
+takes thirty times as long at v = 700, k = 250.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ POWERS = 3
 
 
 def is_flat(matrix: FloatArray, primal: BoolArray, used: IntArray) -> bool:
-    """Whether a system's quadratic part is zero: it is positive semidefinite, so that its diagonal tells.
+    """Whether a system is singular because its quadratic part is zero.
+
+    That part is positive semidefinite, so that its diagonal tells.
 
     Args:
         matrix: (t, t) K.
         primal: (t,) which rows are those of variables.
-        used: the rows that count; there must be more variables than multipliers among them.
+        used: the rows that count; with as many variables as multipliers among them the system may be regular.
     """
     if matrix.diagonal()[used].any():
         return False
     variables = int(primal[used].sum())
-    return variables > used.size - variables > 0
+    return 0 < variables < used.size and 2 * variables != used.size
 
 
 def solve_flat(matrix: FloatArray, scale: FloatArray, right: FloatArray, primal: BoolArray, known: Known) -> One | None:
@@ -52,33 +55,43 @@ def solve_flat(matrix: FloatArray, scale: FloatArray, right: FloatArray, primal:
         primal: (t,) which rows are those of variables.
         known: how well this element's point is known.
     """
-    dual = ~primal
-    B = matrix[np.ix_(primal, dual)] * scale[dual]
+    within_face = 2 * int(primal.sum()) > primal.size
+    wide = primal if within_face else ~primal  # the side of which some directions are not determined
+    narrow = ~wide
+    B = matrix[np.ix_(wide, narrow)] * scale[narrow]
     largest = np.abs(B).max(0, initial=0.0)
     if not largest.all():
         return None
-    inverse_scale = 1.0 / largest
-    B *= inverse_scale
+    factors = scale[narrow] / largest
+    B /= largest
     try:
         factor = scipy.linalg.cho_factor(B.T @ B, lower=True, check_finite=False)
     except scipy.linalg.LinAlgError:
         return None
-    probe = random_direction(len(largest))
-    growth = np.inf
+    doubt = _doubt(factor, float(np.linalg.norm(B)), right.size, known)
+    if not doubt < CLEAR * DOUBT:
+        return None
+    both = np.stack([B.T @ right[wide], factors * right[narrow]], axis=1)
+    solved = scipy.linalg.cho_solve(factor, both, check_finite=False)
+    solved += scipy.linalg.cho_solve(factor, both - B.T @ (B @ solved), check_finite=False)
+    answer, null = np.empty_like(right), np.zeros_like(right)
+    answer[wide], answer[narrow] = B @ solved[:, 1], factors * solved[:, 0]
+    left = right[wide] - B @ solved[:, 0]
+    consistent = bool(np.abs(left).max() <= RESIDUAL * np.abs(right).max(initial=1e-300))
+    # The diagonal of the projector onto what is not determined: one less that onto B's range.
+    half = scipy.linalg.solve_triangular(factor[0], B.T, lower=True, check_finite=False)
+    null[wide] = np.sqrt(np.maximum(1.0 - np.square(half).sum(0), 0.0))
+    return answer, null, False, not within_face, consistent, doubt
+
+
+def _doubt(factor: tuple[FloatArray, bool], size: float, count: int, known: Known) -> float:
+    """The share of the answer that K's error may change; infinite where B is not well conditioned."""
+    probe, growth = random_direction(factor[0].shape[0]), np.inf
     for _ in range(POWERS):
         probe = scipy.linalg.cho_solve(factor, probe / np.linalg.norm(probe), check_finite=False)
         growth = float(np.linalg.norm(probe))
-    least = growth**-0.5 if growth > 0.0 else 0.0
-    noise = ROUNDING * max(float(np.linalg.norm(B)), 1.0) * right.size
-    doubt = (float(known.lipschitz) * float(known.error) / least + noise) / least if least > 0.0 else np.inf
-    if not (least >= WELL_CONDITIONED and doubt < CLEAR * DOUBT):
-        return None
-    factors = scale[dual] * inverse_scale
-    both = np.stack([B.T @ right[primal], factors * right[dual]], axis=1)
-    solved = scipy.linalg.cho_solve(factor, both, check_finite=False)
-    solved += scipy.linalg.cho_solve(factor, both - B.T @ (B @ solved), check_finite=False)
-    answer, null = np.empty_like(right), np.where(primal, 1.0, 0.0)
-    answer[primal], answer[dual] = B @ solved[:, 1], factors * solved[:, 0]
-    left = right[primal] - B @ solved[:, 0]
-    consistent = bool(np.abs(left).max() <= RESIDUAL * np.abs(right).max(initial=1e-300))
-    return answer, null, False, False, consistent, doubt
+    if not 0.0 < growth < WELL_CONDITIONED**-2:
+        return np.inf
+    least = growth**-0.5
+    noise = ROUNDING * max(size, 1.0) * count
+    return (float(known.lipschitz) * float(known.error) / least + noise) / least

@@ -7,12 +7,11 @@ change of the point off the answer.  So one factorisation serves any number of t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
-from lpgd.arrays import BoolArray, FloatArray, IntArray
+from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray
 from lpgd.cones.projections import projection_derivative
 from lpgd.problems.conic.structure import ConicStructure
 
@@ -154,12 +153,12 @@ class ReducedBlocks:
         m: rows of A in each element.
     """
 
-    matrix: Any
+    matrix: SparseArray
     owner: IntArray
     primal: BoolArray
-    quadratic: Any
-    constraint: Any
-    T: Any
+    quadratic: SparseArray
+    constraint: SparseArray
+    T: SparseArray
     free: IntArray
     at_bound: BoolArray
     loose: BoolArray
@@ -201,8 +200,8 @@ def reduce_blocks(
     """The systems of k elements with any cones, at ``v = y - s`` (k, m); see :func:`reduce_rows`."""
     count, n = at_bound.shape
     T, complements = projection_derivative(structure.cones, v, dual=True).factor()
-    constraint: Any = structure.constraint.block_diagonal(A)
-    quadratic: Any = structure.quadratic.block_diagonal(P)
+    constraint: SparseArray = structure.constraint.block_diagonal(A)
+    quadratic: SparseArray = structure.quadratic.block_diagonal(P)
     added = np.broadcast_to(rho, (count, n)).ravel()
     if added.any():
         quadratic = quadratic + sp.diags_array(added, format="csc")
@@ -217,10 +216,10 @@ def reduce_blocks(
     free = np.flatnonzero(unbound & involved)
     loose = (unbound & ~involved).reshape(count, n)
     # Each row of T belongs to one element, that of its first entry.
-    owner: Any = np.concatenate([free // max(n, 1), T.indices[T.indptr[:-1]] // max(structure.m, 1)])
+    owner: SparseArray = np.concatenate([free // max(n, 1), T.indices[T.indptr[:-1]] // max(structure.m, 1)])
     free_rows, free_quadratic = rows[:, free], quadratic[:, free][free]
-    blocks: Any = [[free_quadratic, free_rows.T], [free_rows, sp.diags_array(-complements)]]
-    matrix: Any = sp.coo_array(sp.block_array(blocks, format="coo"))
+    blocks: SparseArray = [[free_quadratic, free_rows.T], [free_rows, sp.diags_array(-complements)]]
+    matrix: SparseArray = sp.coo_array(sp.block_array(blocks, format="coo"))
     primal = np.arange(owner.size) < free.size
     return ReducedBlocks(matrix, owner, primal, quadratic, constraint, T, free, at_bound, loose, structure.m)
 
@@ -229,7 +228,7 @@ def _product(matrices: FloatArray, vectors: FloatArray) -> FloatArray:
     return (matrices @ vectors[:, :, None])[:, :, 0]
 
 
-def _has_entries(matrix: Any) -> BoolArray:
+def _has_entries(matrix: SparseArray) -> BoolArray:
     """Which columns have a nonzero entry."""
     found = np.zeros(matrix.shape[1], dtype=bool)
     columns = np.repeat(np.arange(matrix.shape[1]), np.diff(matrix.indptr))

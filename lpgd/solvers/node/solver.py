@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from lpgd.arrays import elements_where, flags, integers, rows_where
 from lpgd.execution.threads import without_autocast
 from lpgd.execution.torch_isolation import isolated_torch
 from lpgd.nodes.base import NodeAnswer
-from lpgd.problems.base import is_surely_finite
+from lpgd.problems.base import States, is_surely_finite
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.solution import NodeSolution
 from lpgd.problems.node.structure import NodePoint
@@ -86,7 +85,7 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
         """The precision of the dtype with three digits lost, or the tolerance."""
         return max(self.tolerance, 1e3 * torch.finfo(problem.dtype).eps)
 
-    def solve(self, problem: NodeProblem, states: Sequence[Any] = (), executor: Executor | None = None) -> NodeSolution:
+    def solve(self, problem: NodeProblem, states: States = (), executor: Executor | None = None) -> NodeSolution:
         """Solve every element of a batch, in this thread and on the device of the inputs."""
         started = time.perf_counter()
         start = _starts(states, problem.batch_size) if len(states) else None
@@ -278,7 +277,7 @@ def _checked(answer: NodeAnswer, problem: NodeProblem) -> NodeAnswer:
     return answer
 
 
-def _starts(states: Sequence[Any], size: int) -> Tensor:
+def _starts(states: States, size: int) -> Tensor:
     """(B, n) minimisers to start from, which repeat where the batch is made of copies."""
     if isinstance(states, Rows):
         return states.tensor if len(states) == size else states.tensor.repeat(-(-size // len(states)), 1)[:size]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import BoolArray, FloatArray, IntArray
+from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.structure import NodePoint
 
@@ -172,7 +172,9 @@ def read_matrices(problem: NodeProblem, point: NodePoint, sparsity: Sparsity) ->
     return Factors(sparsity, values[0], values[1])
 
 
-def solve_quasidefinite(hessian: Any, jacobian: Any, weight: FloatArray, right: FloatArray) -> FloatArray | None:
+def solve_quasidefinite(
+    hessian: SparseArray, jacobian: SparseArray, weight: FloatArray, right: FloatArray
+) -> FloatArray | None:
     """The x of ``(H + Jᵀ diag(weight) J) x = right``; None where that matrix is not positive definite."""
     from scipy.sparse import bmat, diags
 
@@ -209,7 +211,9 @@ def curves_up(values: Factors, keep: BoolArray) -> BoolArray:
     return answers
 
 
-def solve_bordered(hessian: Any, jacobian: Any, right: FloatArray, corner: FloatArray) -> tuple[FloatArray, bool]:
+def solve_bordered(
+    hessian: SparseArray, jacobian: SparseArray, right: FloatArray, corner: FloatArray
+) -> tuple[FloatArray, bool]:
     """The answer of ``[[H, Jᵀ], [J, -diag(corner)]]``, and whether it is that of a regular system."""
     from scipy.sparse import bmat, diags
 
@@ -233,7 +237,7 @@ def solve_bordered(hessian: Any, jacobian: Any, right: FloatArray, corner: Float
     return weight * answer, regular
 
 
-def _factorise(matrix: Any, symmetric: bool) -> Any | None:
+def _factorise(matrix: SparseArray, symmetric: bool) -> Any | None:
     from scipy.sparse.linalg import splu
 
     options: dict[str, Any] = {"permc_spec": "COLAMD"}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray
+from lpgd.arrays import FloatArray, SparseArray
 from lpgd.problems.node.structure import NodePoint
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
 from lpgd.solvers.node.descent import Descent, Run, newton, outcome
@@ -84,7 +82,7 @@ def _directions(run: Run, sparsity: Sparsity, damping: Tensor) -> tuple[Tensor, 
 
 
 def _damped(
-    hessian: Any, jacobian: Any, weight: FloatArray, right: FloatArray, last: float
+    hessian: SparseArray, jacobian: SparseArray, weight: FloatArray, right: FloatArray, last: float
 ) -> tuple[FloatArray, float]:
     """The answer with the least δ that makes the matrix positive definite, starting from what the last step needed."""
     from scipy.sparse import identity
