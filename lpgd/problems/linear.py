@@ -181,7 +181,7 @@ class LinearProblem(Centered):
         copies = step.shape[0] // self.batch_size if self.batch_size else 1
         c = self.data.c.repeat(copies, 1) + step[:, None] * cotangent.x.repeat(copies, 1)
         center = None if self.center is None else self.center.repeat(copies, 1)
-        changes: dict[str, Any] = {"rows": copies * self.places, "center": center, "tilted": True}
+        changes: dict[str, Any] = {"originals": copies * self.places, "center": center, "tilted": True}
         return replace(self, data=LinearData(c), batch_size=step.shape[0], **changes)
 
     def tilt_unit(self, point: LinearPoint, cotangent: LinearPoint) -> Tensor:
