@@ -131,13 +131,15 @@ def solve_matrices(
             flat[element] = found
     if not flat:
         return _solve_stack(matrices, right, idle, primal, known)
-    rest = np.setdiff1d(np.arange(count), list(flat))
+    remaining = np.setdiff1d(np.arange(count), list(flat))
     exact, unique, consistent = np.zeros((3, count), dtype=bool)
     every = Answers(np.zeros((count, side)), np.zeros((count, side)), exact, unique, consistent, np.zeros(count))
-    if rest.size:
-        others = _solve_stack(matrices[rest], right[rest], idle[rest], primal[rest], known.select(rest))
+    if remaining.size:
+        others = _solve_stack(
+            matrices[remaining], right[remaining], idle[remaining], primal[remaining], known.select(remaining)
+        )
         for column, values in zip(every, others, strict=True):
-            column[rest] = values
+            column[remaining] = values
     for element, found in flat.items():
         for column, value in zip(every, found, strict=True):
             column[element] = value
