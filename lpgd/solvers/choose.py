@@ -57,7 +57,7 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
     - Linear and quadratic programs on another device than the CPU: the interior-point method in torch, which stays
       on it.
     - Quadratic programs of up to 60 variables and rows together, where P has its whole diagonal: Moreau, which takes a
-      batch in one call; and of 300 to 600 where they are dense, for its factorisations are faster than DAQP's.
+      batch in one call; up to 400 it comes after DAQP.
     - Small linear and quadratic programs: DAQP, whose perturbed solves start from the active set of the solution.
       Small is up to 200 variables and rows together, 250 with a quadratic objective; where P has its whole diagonal
       400, and 1000 for dense rows.
@@ -116,15 +116,16 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
         rules: list[tuple[bool, type[ConicSolver], str]] = [
             (not on_cpu, InteriorPoint, f"it stays on the device {situation.device}"),
             (
-                on_cpu and curved and (size <= _MINUTE or (filled and _HUNDREDS < size <= _MANY_HUNDREDS)),
+                on_cpu and curved and size <= _MINUTE,
                 Moreau,
-                "the fastest for quadratic programs of this size, in one call for a batch",
+                "the fastest for tiny quadratic programs, batches in one call",
             ),
             (
                 size <= ((_MIDDLE if filled else _SMALL) if curved else _TINY if linear else _EPIGRAPH),
                 DAQP,
                 "the fastest for small linear and quadratic programs",
             ),
+            (on_cpu and curved and size <= _SMALL, Moreau, "fast for small quadratic programs"),
             (
                 on_cpu and linear and filled and _SMALL < size <= _LARGE and structure.m >= _MANY_ROWS,
                 InteriorPoint,
@@ -152,7 +153,7 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
 _LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS)
 _QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS)
 _MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 400, 1000, 3000, 5000, 0.1, 4
-_EPIGRAPH, _HUNDREDS, _MANY_HUNDREDS, _MANY_ROWS = 250, 300, 600, 100
+_EPIGRAPH, _MANY_ROWS = 250, 100
 
 _DEFAULT_NAMES = {"DIFFCP"}  # the standard layer's own default, which names no solver in particular
 
