@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -47,6 +47,8 @@ class Trial:
         must_answer: whether an end without an answer is a fault, too.
         with_gradients: whether gradients are judged.
         places: (B,) of the programs in their chunk, where they are not all of it.
+        spoilt: elements whose data were spoilt after they were drawn, and with what statuses they may end.
+        shared: data that are the same in all elements, of which only the sum of their gradients is judged.
     """
 
     family: str
@@ -58,6 +60,8 @@ class Trial:
     must_answer: bool = False
     with_gradients: bool = True
     places: NDArray[np.int64] = field(default_factory=lambda: np.arange(CHUNK))
+    spoilt: Mapping[int, frozenset[Status]] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
 
     @cached_property
     def reference(self) -> Reference:
@@ -80,7 +84,11 @@ class Trial:
 
     def select(self, rows: NDArray[np.int64]) -> Trial:
         return replace(
-            self, programs=self.programs.select(rows), statement=self.statement.select(rows), places=self.places[rows]
+            self,
+            programs=self.programs.select(rows),
+            statement=self.statement.select(rows),
+            places=self.places[rows],
+            spoilt={place: self.spoilt[row] for place, row in enumerate(rows.tolist()) if row in self.spoilt},
         )
 
     def __str__(self) -> str:

@@ -1,0 +1,14 @@
+"""Every front-end of the fuzz target by name."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tests.fuzz.cases import FrontEnd
+from tests.fuzz.programs import PROGRAMS, fuzz
+
+__all__ = ["FRONT_ENDS"]
+
+FRONT_ENDS: dict[str, FrontEnd] = {
+    name: partial(fuzz, name, front_end) for name, front_end in PROGRAMS.items()
+}
