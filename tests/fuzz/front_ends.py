@@ -9,6 +9,4 @@ from tests.fuzz.programs import PROGRAMS, fuzz
 
 __all__ = ["FRONT_ENDS"]
 
-FRONT_ENDS: dict[str, FrontEnd] = {
-    name: partial(fuzz, name, front_end) for name, front_end in PROGRAMS.items()
-}
+FRONT_ENDS: dict[str, FrontEnd] = {name: partial(fuzz, name, front_end) for name, front_end in PROGRAMS.items()}

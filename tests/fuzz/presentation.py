@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,7 +44,8 @@ def bits(tensor: Tensor) -> bytes:
     """The values as bytes, so that NaN equals itself."""
     dense = tensor.detach()
     dense = dense if dense.layout == torch.strided else dense.to_dense()
-    return dense.resolve_neg().contiguous().view(torch.uint8).numpy().tobytes() if dense.numel() else b""
+    dense = dense.float() if dense.dtype is torch.bfloat16 else dense
+    return dense.resolve_neg().numpy().tobytes() if dense.numel() else b""
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,19 @@ class Presentation:
         batch: the leading dimensions, in place of (B,); a -1 among them.
         layouts: of the tensors by name; ``plain`` where there is none.
         sparse: of the matrices by name.
-        share: whether data that all elements have in common come without a batch dimension.
+        share: what comes without a batch dimension if all elements have it in common.
     """
 
     batch: tuple[int, ...] = (-1,)
     layouts: dict[str, str] = field(default_factory=dict)
     sparse: dict[str, str] = field(default_factory=dict)
-    share: bool = True
+    share: frozenset[str] = frozenset()
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """(B, ...) as it is handed over."""
         layout = self.layouts.get(name, "plain")
         first = tensor.detach()[:1]
-        if self.share and len(tensor) and bool((tensor.detach() == first).all()):
+        if name in self.share and len(tensor) and bool((tensor.detach() == first).all()):
             own = tensor[0]
             if layout == "expanded":
                 return own.expand(*shape_of(self.batch, len(tensor)), *own.shape)
@@ -102,16 +104,19 @@ def shape_of(batch: tuple[int, ...], size: int) -> tuple[int, ...]:
     return tuple(size // known if part < 0 else part for part in batch)
 
 
-def draw_presentation(rng: np.random.Generator, names: str | list[str], matrices: str | list[str]) -> Presentation:
+def draw_presentation(
+    rng: np.random.Generator, names: Sequence[str], matrices: Sequence[str], share: Collection[str]
+) -> Presentation:
     """A random one.
 
     Args:
         rng: the source.
         names: of all tensors.
         matrices: those which may be sparse.
+        share: those which may come without a batch dimension.
     """
     batch = [(-1,), (-1,), (5, -1), (1, -1), (-1, 1)][int(rng.integers(5))]
     layouts = {name: str(rng.choice(LAYOUTS)) for name in names if rng.random() < 0.6}
     kind = str(rng.choice(SPARSE))
     chosen = {name: kind for name in matrices if rng.random() < 0.2}
-    return Presentation(batch, layouts, chosen, bool(rng.random() < 0.8))
+    return Presentation(batch, layouts, chosen, frozenset(share if rng.random() < 0.8 else ()))

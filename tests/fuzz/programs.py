@@ -18,10 +18,15 @@ from tests.fuzz.presentation import Given, Presentation, bits, draw_presentation
 from tests.fuzz.users import CONIC, QUADRATIC
 from tests.judge import judge as judging
 from tests.judge.families import Trial, draw_trial
-from tests.judge.front_ends import Answer, FrontEnd, Stated, Ways, conic, cvxpy, leaves_of, names_of_solvers, program
 from tests.judge.front_ends import FRONT_ENDS as LAYERED
+from tests.judge.front_ends import Answer, FrontEnd, Stated, Ways, conic, cvxpy, leaves_of, names_of_solvers, program
 
 __all__ = ["PROGRAMS"]
+
+LEAF_OF = (
+    {name: name for name in "PqAb"} | {"G": "A", "h": "b"} | dict.fromkeys(("lb", "ub", "lower", "upper"), "bounds")
+)
+"""The datum of the judge that each argument is made of."""
 
 INVALID, OUTSIDE = frozenset({Status.INVALID_DATA}), frozenset({Status.INFEASIBLE, Status.INVALID_DATA})
 SPOILS = {
@@ -38,6 +43,9 @@ SPOILS = {
 }
 """What is done to an element, and how it may end."""
 
+OF_TORCH = ("torch.jit.script", "beta state")
+"""Warnings of PyTorch about itself."""
+GOOD = ("right", "cautious")
 FAMILIES = ("redundant", "redundant", "strict", "compact", "scales", "certificates")
 
 
@@ -159,32 +167,41 @@ def fuzz(name: str, front_end: FrontEnd, seed: int, number: int) -> Chunk:
         spoils = {place: spoil for place, spoil in spoils.items() if spoil != "indefinite P"}
     trial = replace(trial, spoilt={place: SPOILS[spoil] for place, spoil in spoils.items()})
     matrices = [] if name == "cvxpy" else ["P", "A", "G"]
-    presentation = draw_presentation(rng, ["P", "q", "A", "b", "G", "h", "lb", "ub", "lower", "upper"], matrices)
+    equal = [key for key, leaf in leaves_of(trial).items() if bool((leaf == leaf[:1]).all())]
+    trial = replace(trial, shared=frozenset(equal))
+    presentation = draw_presentation(
+        rng, list(LEAF_OF), matrices, [name for name, leaf in LEAF_OF.items() if leaf in equal]
+    )
     stated = Hostile(trial, front_end.with_bounds, presentation, spoils, bool(rng.random() < 0.3))
     fitting = ["default"] if name == "custom" else ["default", "default", *names_of_solvers(stated.cones)]
     solver = str(rng.choice(fitting))
     method = str(rng.choice(judging.methods_of(trial, tuple(judging.METHODS), front_end.with_duals)))
-    call = front_end.prepare(stated)
+    call, named = front_end.prepare(stated), None if solver == "default" else solver
     where = f"{name}, {solver}, {method}, {presentation}, {spoils or 'nothing spoilt'}: {trial}"
     try:
         tally = judging.Tally()
-        outcomes, details = judging.outcomes_of(trial, call, None if solver == "default" else solver, method, tally)
+        outcomes, details = judging.outcomes_of(trial, call, named, method, tally)
     except ValueError as error:
         if "installed solvers that can solve this problem" not in str(error):
             raise
         chunk.counts["refused"] = len(trial.programs)
         return chunk
     chunk.add(outcomes, details, where)
-    for note in tally.notes:
+    for note in (note for note in tally.notes if not any(words in note for words in OF_TORCH)):
         chunk.fault("another warning", f"{where}: {note}")
     if any(given.is_changed for given in stated.given):
         chunk.fault("input changed", where)
+    leaves = {key: leaf for key, leaf in leaves_of(trial).items() if leaf.numel()}
+    if not trial.programs.P.any():
+        del leaves["P"]
     subject = Subject(
-        {key: leaf for key, leaf in leaves_of(trial).items() if leaf.numel() and (key != "P" or trial.programs.P.any())},
-        lambda leaves: call({**leaves_of(trial), **leaves}, None if solver == "default" else solver, METHOD).x,
+        leaves,
+        lambda leaves: call({**leaves_of(trial), **leaves}, named, METHOD).x,
         lambda: [given.tensor for given in stated.given],
         exact=solver not in ("PROXQP",),
-        judged=np.array([outcome in ("right", "cautious") for outcome in outcomes]),
+        judged=np.array(
+            [is_solved and outcome in GOOD and place not in spoils for place, outcome in enumerate(outcomes)]
+        ),
     )
     try_pattern(rng, subject, chunk, where)
     return chunk

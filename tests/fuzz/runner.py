@@ -108,4 +108,5 @@ def run_watched(front_end: str, seed: int, first: int, last: int, log: Any = Non
 
 
 def _lost(chunk: int, what: str, detail: str) -> dict[str, Any]:
-    return {"number": chunk, "counts": {what: CHUNK}, "patterns": {}, "faults": 0, "findings": [(chunk * CHUNK, what, detail)]}
+    finding = (chunk * CHUNK, what, detail)
+    return {"number": chunk, "counts": {what: CHUNK}, "patterns": {}, "faults": 0, "findings": [finding]}

@@ -241,6 +241,7 @@ def _differentiated(
         tangent |= {name: tangent[name][:1].expand_as(tangent[name]) for name in trial.shared}
         tangent["P"] = (tangent["P"] + tangent["P"].mT) / 2 if "P" in used else 0.0 * tangent["P"]
         expected = trial.reference.change(as_gradients(tangent))
+        expected[list(trial.spoilt)] = 0.0
         with forward_ad.dual_level():
             duals = {name: forward_ad.make_dual(leaf, tangent[name]) for name, leaf in leaves.items()}
             answer = call(duals)
