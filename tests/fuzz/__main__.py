@@ -1,6 +1,6 @@
 """``python -m tests.fuzz --front-end qp --count 100000 --seed 0 --state FILE``: the fuzz target as a command.
 
-A front-end's cases are numbered; 25 of them are a batch, and ``--start CASE --count 1`` repeats the batch of one.  With
+A front-end's cases are numbered; a hundred are a batch, and ``--start CASE --count 1`` repeats the batch of one.  With
 ``--state`` a run that ended goes on where it was.  It prints counts and the findings, and exits 1 if there are any.
 """
 

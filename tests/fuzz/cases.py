@@ -11,7 +11,7 @@ import numpy as np
 
 __all__ = ["CHUNK", "EXPLAINED", "Chunk", "Finding", "FrontEnd", "source"]
 
-CHUNK = 25
+CHUNK = 100
 """Cases of one batch, which are drawn together."""
 
 EXPLAINED = frozenset({"right", "cautious", "warned", "inaccurate", "failed", "refused"})

@@ -112,11 +112,11 @@ def draw_presentation(
     Args:
         rng: the source.
         names: of all tensors.
-        matrices: those which may be sparse.
+        matrices: those which may be sparse, together with those in the same string.
         share: those which may come without a batch dimension.
     """
     batch = [(-1,), (-1,), (5, -1), (1, -1), (-1, 1)][int(rng.integers(5))]
     layouts = {name: str(rng.choice(LAYOUTS)) for name in names if rng.random() < 0.6}
     kind = str(rng.choice(SPARSE))
-    chosen = {name: kind for name in matrices if rng.random() < 0.2}
+    chosen = {name: kind for group in matrices if rng.random() < 0.2 for name in group}
     return Presentation(batch, layouts, chosen, frozenset(share if rng.random() < 0.8 else ()))

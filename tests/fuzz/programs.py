@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lpgd
 from lpgd.status import Status
-from tests.fuzz.cases import Chunk, source
+from tests.fuzz.cases import CHUNK, Chunk, source
 from tests.fuzz.hostile import Subject, try_pattern
 from tests.fuzz.presentation import Given, Presentation, bits, draw_presentation
 from tests.fuzz.users import CONIC, QUADRATIC
@@ -43,6 +43,8 @@ SPOILS = {
 }
 """What is done to an element, and how it may end."""
 
+PATTERNS_TRIED = 0.5
+"""In which share of the batches a call pattern is tried."""
 OF_TORCH = ("torch.jit.script", "beta state")
 """Warnings of PyTorch about itself."""
 GOOD = ("right", "cautious")
@@ -108,7 +110,7 @@ class Hostile(Stated):
 
     def answer(self, x: Tensor, y: Tensor | None, info: Any) -> Answer:
         flat = x.reshape(-1, x.shape[-1]).double()
-        return super().answer(flat, None if y is None else y.reshape(-1, y.shape[-1]).double(), info)
+        return super().answer(flat, None if y is None else y.reshape(len(flat), y.shape[-1]).double(), info)
 
 
 def share(trial: Trial, names: frozenset[str]) -> Trial:
@@ -122,6 +124,15 @@ def share(trial: Trial, names: frozenset[str]) -> Trial:
     b = (A @ programs.x[:, :, None])[:, :, 0] + programs.s
     q = -(P @ programs.x[:, :, None])[:, :, 0] - (np.swapaxes(A, 1, 2) @ programs.y[:, :, None])[:, :, 0] - programs.z
     return replace(trial, programs=replace(programs, **shared, b=b, q=q), shared=names)
+
+
+def on_patterns(presentation: Presentation, trial: Trial) -> tuple[Presentation, Trial]:
+    """Sparse matrices have a gradient where they have entries: known where rows are those of the programs."""
+    as_they_are = not trial.statement.notes
+    names = [name for name in presentation.sparse if as_they_are or bool(getattr(trial.programs, LEAF_OF[name]).all())]
+    kept = {name: layout for name, layout in presentation.sparse.items() if name in names}
+    leaves = {LEAF_OF[name] for name in kept} if as_they_are else set[str]()
+    return replace(presentation, sparse=kept), replace(trial, on_pattern=frozenset(leaves))
 
 
 def draw_spoils(rng: np.random.Generator, trial: Trial, stated: Stated) -> dict[int, str]:
@@ -154,7 +165,7 @@ def fuzz(name: str, front_end: FrontEnd, seed: int, number: int) -> Chunk:
     rng, chunk = source(name, seed, number), Chunk(number)
     draw = 0
     while True:
-        trial = draw_trial(str(rng.choice(FAMILIES)), seed + 1000 + draw, number)
+        trial = draw_trial(str(rng.choice(FAMILIES)), seed + 1000 + draw, number, CHUNK)
         if front_end.takes(trial):
             break
         draw += 1
@@ -166,16 +177,20 @@ def fuzz(name: str, front_end: FrontEnd, seed: int, number: int) -> Chunk:
     if name == "cvxpy":  # CVXPY's parameters refuse values that break their promises
         spoils = {place: spoil for place, spoil in spoils.items() if spoil != "indefinite P"}
     trial = replace(trial, spoilt={place: SPOILS[spoil] for place, spoil in spoils.items()})
-    matrices = [] if name == "cvxpy" else ["P", "A", "G"]
+    matrices = [] if name == "cvxpy" else ["P", "AG"]
     equal = [key for key, leaf in leaves_of(trial).items() if bool((leaf == leaf[:1]).all())]
     trial = replace(trial, shared=frozenset(equal))
     presentation = draw_presentation(
         rng, list(LEAF_OF), matrices, [name for name, leaf in LEAF_OF.items() if leaf in equal]
     )
+    if presentation.sparse:
+        presentation, trial = on_patterns(presentation, trial)
     stated = Hostile(trial, front_end.with_bounds, presentation, spoils, bool(rng.random() < 0.3))
     fitting = ["default"] if name == "custom" else ["default", "default", *names_of_solvers(stated.cones)]
     solver = str(rng.choice(fitting))
     method = str(rng.choice(judging.methods_of(trial, tuple(judging.METHODS), front_end.with_duals)))
+    if judging.METHODS[method].forward and presentation.sparse:  # PyTorch has no forward mode to sparse tensors
+        method = "implicit"
     call, named = front_end.prepare(stated), None if solver == "default" else solver
     where = f"{name}, {solver}, {method}, {presentation}, {spoils or 'nothing spoilt'}: {trial}"
     try:
@@ -203,7 +218,8 @@ def fuzz(name: str, front_end: FrontEnd, seed: int, number: int) -> Chunk:
             [is_solved and outcome in GOOD and place not in spoils for place, outcome in enumerate(outcomes)]
         ),
     )
-    try_pattern(rng, subject, chunk, where)
+    if rng.random() < PATTERNS_TRIED:
+        try_pattern(rng, subject, chunk, where)
     return chunk
 
 

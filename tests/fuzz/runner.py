@@ -26,7 +26,7 @@ class State:
     """How far a front-end's run has come; written to a file after each chunk, so that a run can go on.
 
     Attributes:
-        done: cases, from the first one on; batches are those of 25 of them.
+        done: cases, from the first one on; batches are hundreds of them.
         counts, patterns: outcomes of cases, and call patterns that were tried.
         faults: of batches and of the way they were called.
         findings: commands that repeat a case, with what came of it; the first ones of each kind.

@@ -236,9 +236,12 @@ def _differentiated(
     rng = np.random.default_rng([trial.seed, trial.chunk, 1])
     used = {name: leaf for name, leaf in leaves.items() if leaf.numel() and (name != "P" or trial.programs.P.any())}
     if method.forward:
-        tangent = {name: torch.from_numpy(rng.normal(size=(CHUNK, *leaf.shape[1:]))) for name, leaf in leaves.items()}
+        tangent = {
+            name: torch.from_numpy(rng.normal(size=(trial.size, *leaf.shape[1:]))) for name, leaf in leaves.items()
+        }
         tangent = {name: part[trial.places] for name, part in tangent.items()}
         tangent |= {name: tangent[name][:1].expand_as(tangent[name]) for name in trial.shared}
+        tangent |= {name: torch.where(leaves[name] != 0, tangent[name], 0.0) for name in trial.on_pattern}
         tangent["P"] = (tangent["P"] + tangent["P"].mT) / 2 if "P" in used else 0.0 * tangent["P"]
         expected = trial.reference.change(as_gradients(tangent))
         expected[list(trial.spoilt)] = 0.0
@@ -252,8 +255,8 @@ def _differentiated(
         return answer._replace(x=answer.x.detach()), {"x": error / np.maximum(largest, 1e-3)}
     for leaf in used.values():
         leaf.requires_grad_()
-    weights = rng.normal(size=(CHUNK, trial.programs.plan.n))[trial.places]
-    dual_weights = rng.normal(size=(CHUNK, trial.programs.cones.rows))[trial.places] if method.duals else None
+    weights = rng.normal(size=(trial.size, trial.programs.plan.n))[trial.places]
+    dual_weights = rng.normal(size=(trial.size, trial.programs.cones.rows))[trial.places] if method.duals else None
     answer = call(leaves)
     outputs, cotangents = [answer.x], [torch.from_numpy(weights)]
     if dual_weights is not None and answer.y is not None:
@@ -264,6 +267,8 @@ def _differentiated(
     for element in trial.spoilt:  # they have no gradient
         for part in expected.parts().values():
             part[element] = 0.0
+    for name in trial.on_pattern:
+        getattr(expected, name)[getattr(trial.programs, name) == 0] = 0.0
     gradients = dict(zip(used, found, strict=True))
     for name in trial.shared & set(used):
         whole = trial.differentiable | np.isin(np.arange(len(weights)), list(trial.spoilt))
