@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class State:
         kept = [entry for entry in entries if (entry["front_end"], entry["seed"]) != (self.front_end, self.seed)]
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(".new")
-        new.write_text(json.dumps([*kept, asdict(self)], indent=1))
+        new.write_text(json.dumps([*kept, self.__dict__], indent=1))
         os.replace(new, path)
 
     @property

@@ -36,7 +36,18 @@ from tests.judge.families import CHUNK, FAMILIES, Trial, draw_trial
 from tests.judge.front_ends import FRONT_ENDS, Answer, Call, Stated, as_gradients, leaves_of, names_of_solvers
 from tests.judge.references import Gradients
 
-__all__ = ["METHODS", "SILENT", "Finding", "Method", "Tally", "judge", "judge_trial", "methods_of", "outcomes_of"]
+__all__ = [
+    "METHODS",
+    "SILENT",
+    "Finding",
+    "Method",
+    "Tally",
+    "judge",
+    "judge_trial",
+    "methods_of",
+    "outcomes_of",
+    "warned_of",
+]
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -73,7 +84,7 @@ FALSE = (Status.INFEASIBLE, Status.UNBOUNDED, Status.NOT_CONVEX, Status.INVALID_
 
 DOUBTFUL = 1e-4
 """A share of doubt on record above this counts as said; a warning names the first ten such elements."""
-PLAIN = frozenset({"implicit", "average", "zero cotangent"})
+PLAIN = frozenset({"implicit", "average", "zero cotangent", "closed form"})
 """What ``GradientInfo.used`` says of gradients that are what their methods ask for."""
 
 
@@ -189,7 +200,7 @@ def outcomes_of(trial: Trial, call: Call, solver: str | None, method: str, tally
         if not issubclass(warning.category, LpgdWarning):
             tally.notes[f"{warning.category.__name__}: {str(warning.message)[:100]}"] += 1
     statuses = answer.info.statuses
-    warned = _warned(answer.info, caught, len(statuses))
+    warned = warned_of(answer.info, caught, len(statuses))
     x = answer.x.detach().numpy()
     off = _x_error(trial, x)
     condition = np.minimum(trial.reference.condition, 1e5)
@@ -320,7 +331,7 @@ def _x_error(trial: Trial, x: FloatArray) -> FloatArray:
     return np.where(unique, error, np.maximum(excess, outside))
 
 
-def _warned(info: Any, caught: list[warnings.WarningMessage], size: int) -> BoolArray:
+def warned_of(info: Any, caught: list[warnings.WarningMessage], size: int) -> BoolArray:
     """(B,) elements whose gradient is not what it should be, by the record, or by a warning that names them."""
     named = np.zeros(size, dtype=bool)
     for record in info.gradients[-1:]:
