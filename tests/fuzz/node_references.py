@@ -118,7 +118,7 @@ def stationarity(node: BaseNode, inputs: tuple[Tensor, ...], y: Tensor) -> Float
     outside = np.zeros(count)
     for function, is_equality in ((node.equality, True), (node.inequality, False)):
         values = function(point, *inputs)
-        if values is None or not values.shape[1]:
+        if values is None or values.ndim < 2 or not values.shape[1]:
             continue
         jacobian = np.stack([derivative(values[:, row], point) for row in range(values.shape[1])], axis=1)
         size = np.maximum(np.abs(jacobian).max(2, initial=0.0), 1e-12)

@@ -15,12 +15,21 @@ import lpgd
 from tests.fuzz.cases import CHUNK, Chunk, source
 from tests.fuzz.hostile import Subject, try_pattern
 from tests.fuzz.presentation import LAYOUTS, Given, bits, laid_out, shape_of
+from tests.judge.judge import warned_of
 from tests.oracles import ORACLES, OracleCase
 from tests.test_direct_loss import POINTS, augmented, features, loss, solver, table
 
 __all__ = ["fuzz_direct_loss", "fuzz_integer", "fuzz_oracle"]
 
 MANNERS = ("plain", "plain", "refuses", "changes its input", "answers in float32", "answers a list")
+SAYS = (
+    lpgd.Status.SOLVED,
+    lpgd.Status.WITHIN_GAP,
+    lpgd.Status.INFEASIBLE,
+    lpgd.Status.UNBOUNDED,
+    lpgd.Status.INVALID_DATA,
+)
+"""Statuses that say something of the program itself."""
 ENVELOPES = ("lower", "upper", "average")
 VALUES = ("normal", "normal", "normal", "whole numbers", "large", "small", "zero")
 
@@ -82,19 +91,23 @@ def fuzz_oracle(seed: int, number: int) -> Chunk:
     batch, layout = [(-1,), (5, -1), (1, -1), (-1, 1)][int(rng.integers(4))], str(rng.choice(LAYOUTS))
     where = f"blackbox, {case.name}, {manners}, {envelope}, {values}, batch {batch}, {layout}, spoilt {spoilt}"
     given: list[Given] = []
+    records: list[Any] = []
 
     def run(leaves: dict[str, Tensor]) -> Tensor:
         own = leaves["costs"]
         shown = laid_out(own.reshape(*shape_of(batch, len(own)), *case.shape), layout)
         given[:] = [Given(shown, bits(shown))]
-        return layer(shown).reshape(len(own), *case.shape)
+        answer = layer(shown)
+        records.append(answer.info)
+        return answer.reshape(len(own), *case.shape)
 
     leaf = costs.clone().requires_grad_()
     g = torch.from_numpy(rng.normal(size=tuple(costs.shape)))
-    with warnings.catch_warnings(record=True):
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         x = run({"costs": leaf})
         (gradient,) = torch.autograd.grad(x, leaf, g)
+    said = warned_of(records[-1], caught, CHUNK)
     if given[0].is_changed:
         chunk.fault("input changed", where)
     x = x.detach()
@@ -119,7 +132,7 @@ def fuzz_oracle(seed: int, number: int) -> Chunk:
         elif not off <= 1e-9:
             outcomes.append("wrong x")
         elif failing[1][element] or failing[2][element]:
-            outcomes.append("warned" if not bool(gradient[element].any()) else "wrong gradient")
+            outcomes.append("warned" if said[element] else "wrong gradient")
         else:
             outcomes.append("wrong gradient" if alone[element] and not wrong <= 1e-9 else "right")
     chunk.add(outcomes, details, where)
@@ -251,10 +264,10 @@ def fuzz_integer(seed: int, number: int) -> Chunk:
         wrong = float((gradient[element] - (first - second)[element] / width).abs().max()) * step
         details.append(f"{statuses[element].name}, x {off:.1e}, gradient {wrong:.1e}")
         if not bool(feasible[element].any()):
-            outcomes.append("right" if statuses[element] is lpgd.Status.INFEASIBLE else "wrong status")
+            ended = statuses[element] is lpgd.Status.INFEASIBLE
+            outcomes.append("right" if ended else "wrong status" if statuses[element] in SAYS else "failed")
         elif not statuses[element].usable:
-            bad = statuses[element] in (lpgd.Status.INFEASIBLE, lpgd.Status.UNBOUNDED, lpgd.Status.INVALID_DATA)
-            outcomes.append("wrong status" if bad else "failed")
+            outcomes.append("wrong status" if statuses[element] in SAYS else "failed")
         elif not off <= 1e-5:
             outcomes.append("wrong x")
         else:

@@ -17,6 +17,7 @@ from tests.fuzz.cases import CHUNK, EXPLAINED
 
 __all__ = ["State", "run_watched"]
 
+WORKER = ["-m", "tests.fuzz.worker"]
 LIMIT = 300.0
 """Seconds that one batch may take, on a machine that has other things to do."""
 
@@ -80,7 +81,7 @@ class State:
 def run_watched(front_end: str, seed: int, first: int, last: int, log: Any = None) -> Iterator[dict[str, Any]]:
     """Reports of the chunks ``first``, …, ``last - 1``; of one that hangs or dies, a finding."""
     while first < last:
-        arguments = [sys.executable, "-m", "tests.fuzz.worker", front_end, str(seed), str(first), str(last)]
+        arguments = [sys.executable, *WORKER, front_end, str(seed), str(first), str(last)]
         worker = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=log)
         assert worker.stdout is not None
         pipe, rest = worker.stdout.fileno(), b""
