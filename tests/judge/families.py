@@ -255,13 +255,18 @@ def _infeasible(rng: np.random.Generator, programs: Programs) -> Programs:
     z = sign * rng.random(sign.shape) * (rng.random(plan.n) < 0.5)
     size = (y * y).sum(axis=1)[:, None]
     left = np.einsum("bm,bmn->bn", y, programs.A) + z
-    A = programs.A - y[:, :, None] * left[:, None, :] / size[:, :, None]
+    A = _without_noise(programs.A - y[:, :, None] * left[:, None, :] / size[:, :, None])
     bound = np.where(z > 0, programs.upper, np.where(z < 0, programs.lower, 0.0))
     value = np.einsum("bm,bm->b", programs.b, y) + (bound * z).sum(axis=1)
     # The dual stays feasible, so that no ray may be claimed.
     q = -np.einsum("bij,bj->bi", programs.P, programs.x) - np.einsum("bmn,bm->bn", A, programs.y) - programs.z
     b = programs.b - (1.0 + value)[:, None] / size * y
     return replace(programs, plan=plan, A=A, q=q, b=b, y=y, z=z)
+
+
+def _without_noise(A: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Entries that are zero but for rounding: with one of 1e-16, x = 1e16 satisfies what nothing should."""
+    return np.where(np.abs(A) > 1e-13, A, 0.0)
 
 
 def _unbounded(rng: np.random.Generator, plan: Plan, size: int) -> Programs:
@@ -273,7 +278,7 @@ def _unbounded(rng: np.random.Generator, plan: Plan, size: int) -> Programs:
     inside = tuple(replace(block, state="inside" if block.kind != "zero" else "apex") for block in plan.blocks)
     target = plant(rng, replace(plan, blocks=inside), size).s
     left = np.einsum("bmn,bn->bm", programs.A, ray) + target
-    A = programs.A - left[:, :, None] * ray[:, None, :]
+    A = _without_noise(programs.A - left[:, :, None] * ray[:, None, :])
     factor = programs.factor - np.einsum("brn,bn->br", programs.factor, ray)[:, :, None] * ray[:, None, :]
     P = np.swapaxes(factor, 1, 2) @ factor
     b = np.einsum("bmn,bn->bm", A, programs.x) + programs.s
