@@ -29,7 +29,7 @@ from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit.method import ImplicitKKT
 from lpgd.gradients.perturbed import Perturbed, perturb
 from lpgd.gradients.sides import Envelope
-from lpgd.gradients.small_steps import check_small_steps, is_doubtful
+from lpgd.gradients.small_steps import check_small_steps, difference, is_doubtful
 from lpgd.problems.base import Data, Point
 from lpgd.problems.solution import AnySolution
 from lpgd.solvers.base import AnySolver
@@ -97,10 +97,8 @@ class LPGD(GradientMethod):
         pair = _Perturbed(self, solution, cotangent, solver, executor)
         gradient = problem.zero_gradient()
         if pair.elements:
-            difference = pair.problem.gradient_difference(pair.plus, pair.minus, pair.weight)
-            gradient = (
-                difference if pair.is_whole else problem.scatter(as_index(pair.elements, problem.device), difference)
-            )
+            found = difference(pair.problem, pair.plus, pair.minus, pair.weight, pair.smooth)
+            gradient = found if pair.is_whole else problem.scatter(as_index(pair.elements, problem.device), found)
         if pair.unsolved:
             fallback_gradient, info = pair.fallback().vjp(solution, pair.of_unsolved(cotangent), solver, executor)
             pair.record_fallback(info)
@@ -139,6 +137,7 @@ class _Perturbed:
         problem: the original problem, of these elements.
         plus, minus: their points, (E, ·) each.
         weight: (E,) 1/τ or 1/2τ.
+        smooth: (E,) elements whose small step goes along smooth functions.
         unsolved: elements without any, to be handed to the fallback.
         lost: those of them that have one, whose small step is lost in rounding.
         info: the record.
@@ -161,6 +160,7 @@ class _Perturbed:
         problem = solution.problem
         self.elements, self.unsolved, self.lost, self.problem = active, [], set(), problem
         self.plus, self.minus, self.weight = solution.point, solution.point, solution.x.new_zeros(len(active))
+        self.smooth = self.weight > 0
         if not active:
             return
         steps = None if method.tau is None else method.steps(method.tau, cotangent)
@@ -175,12 +175,15 @@ class _Perturbed:
             self.lost = {active[position] for position in elements_where(lost)}
         self.weight = torch.where(keep, 1.0 / (found.tau * (found.above.double() + found.below.double()).clamp(1)), 0.0)
         self.plus, self.minus = found.plus, found.minus
+        rough = found.kinked | found.unclear | found.jumped | found.crossed
+        self.smooth = ~rough & (method.tau is None)
         if not keep.all():
             self.unsolved = [element for element, fine in zip(active, flags(keep), strict=True) if not fine]
             kept = rows_where(keep)
             self.elements = [active[position] for position in integers(kept)]
             self.problem = problem.select(kept)
             self.plus, self.minus, self.weight = self.plus.select(kept), self.minus.select(kept), self.weight[kept]
+            self.smooth = self.smooth[kept]
 
     @property
     def is_whole(self) -> bool:

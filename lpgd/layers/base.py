@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
+from lpgd.arrays import plain
 from lpgd.autograd import CallInfo, solve
 from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
@@ -115,7 +116,7 @@ class BaseLayer(torch.nn.Module, ABC):
 
     def _plain(self, problem: AnyProblem, batch: Batch, call: CallOptions, warm_start: WarmStart) -> Any:
         """Solve a batch: the solver's whole answer."""
-        problem = problem.with_data(problem.data._make(datum.detach() for datum in problem.data))
+        problem = problem.with_data(problem.data._make(plain(datum) for datum in problem.data))
         solution = call.solver.solve(problem, self._states(warm_start, problem.structure, batch), call.executor)
         self._remember(solution, batch, call.solver)
         return solution
