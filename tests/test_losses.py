@@ -73,6 +73,26 @@ def test_a_projection_onto_a_box(envelope: Any, tau: float) -> None:
     assert distance < 1e-5 if tau < 1e-3 else distance > 0.1
 
 
+@pytest.mark.parametrize(("envelope", "order"), [("lower", 1), ("upper", 1), ("average", 2)])
+def test_both_kinds_of_envelopes_agree_as_the_step_vanishes(envelope: Any, order: int) -> None:
+    """On 50 quadratic programs with equalities, where no active set changes: by O(τ), the averages by O(τ²)."""
+    data: dict[str, Any] = {name: leaf(part) for name, part in program(60, 50, n=6).items() if name in "PqAb"}
+    loss = lpgd.QuadraticLoss(normal(50, 6, seed=70), normal(3, 6, seed=71))
+    exact = torch.autograd.grad(loss(lpgd.QPLayer()(**data)).sum(), data["q"])[0]
+    distances: list[float] = []
+    for tau in (1e-2, 1e-3):
+        found: list[Tensor] = []
+        for own in (loss, None):
+            output = lpgd.QPLayer(gradient=lpgd.LPGD(tau, envelope=envelope, loss=own))(**data)
+            found.append(torch.autograd.grad(loss(output).sum(), data["q"])[0])
+        torch.testing.assert_close(
+            found[1], exact, rtol=1e-6, atol=1e-7
+        )  # of a quadratic program's linear model, any τ
+        distances.append(float((found[0] - found[1]).norm() / exact.norm()))
+    assert distances[0] < 0.1
+    assert distances[0] / distances[1] == pytest.approx(10**order, rel=0.1)
+
+
 def test_without_constraints_duals_and_primals_have_closed_envelopes() -> None:
     """min ½|x|² - wᵀx s.t. aᵀx = b has the value v = ½(aᵀw - b)²/|a|² - ½|w|² and y = (aᵀw - b)/|a|².
 

@@ -101,6 +101,29 @@ def test_its_definition_on_quadratic_programs_and_nodes(envelope: Any) -> None:
             torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
 
 
+def test_with_a_moving_slope_a_linear_cost_has_no_gradient() -> None:
+    """Eq. 67 at fixed x* with p = ∇f(x*, w) a function of w takes away what it gives to q, and leaves ½ΔxΔxᵀ for P.
+
+    This is why the slope is held: without constraints, too, q would have no gradient.
+    """
+    root, tau, g = normal(4, 4, seed=1), 0.3, normal(4, seed=2)
+    P, q = leaf(root @ root.mT + EYE), leaf(normal(4))
+    output = lpgd.QPLayer(gradient=lpgd.LagrangianMirrorDescent(tau, "lower"))(P, q)
+    here, start = output.x.detach(), P.detach()
+    there = here - tau * torch.linalg.solve(start, g)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x @ P @ x + q @ x
+
+    moving = torch.autograd.grad((f(there) - f(here) - (P @ here + q) @ (there - here)) / tau, (P, q))
+    step = there - here
+    symmetric = 0.5 * (moving[0] + moving[0].mT)
+    torch.testing.assert_close(symmetric, 0.5 * torch.outer(step, step) / tau, rtol=1e-9, atol=1e-12)
+    assert float(moving[1].abs().max()) < 1e-14
+    held = torch.autograd.grad((g * output.x).sum(), q)[0]
+    torch.testing.assert_close(held, step / tau, rtol=1e-9, atol=1e-9)
+
+
 def test_the_data_of_the_constraints_get_no_gradient() -> None:
     layer = lpgd.QPLayer(gradient=lpgd.LagrangianMirrorDescent(0.1))
     q, b = leaf(normal(2, 4)), leaf(normal(1))

@@ -261,7 +261,9 @@ class _PosedProgram(PosedLoss):
         own = ConicData(*(part.cpu() for part in self.data))
         data = ConicData(*(part[index % len(part)] if part.ndim == 2 else part for part in own))
         values = tuple(
-            value.cpu()[index % len(value)] if value.ndim > len(parameter.shape) else value.expand(len(index), *value.shape)
+            value.cpu()[index % len(value)]
+            if value.ndim > len(parameter.shape)
+            else value.expand(len(index), *value.shape)
             for value, parameter in zip(self.values, self.loss.parameters, strict=True)
         )
         return replace(self, data=data, values=values, signs=None if self.signs is None else self.signs[elements])
