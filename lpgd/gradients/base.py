@@ -100,12 +100,12 @@ class GradientMethod(ABC):
         """What these options need of the problem."""
         return self.needs
 
-    def bound(self, readings: Callable[[], Sequence[Reading]], rows: BatchRows) -> GradientMethod:
+    def bound(self, readings: Callable[[], Sequence[Reading]], as_rows: BatchRows) -> GradientMethod:
         """The same method for one call, of whose loss it knows more than the cotangent; most know no loss.
 
         Args:
             readings: how the layer's outputs are read off the variables of its programs.
-            rows: the call's tensors with leading batch dimensions as rows.
+            as_rows: the call's tensors with leading batch dimensions as rows.
         """
         return self
 

@@ -60,12 +60,12 @@ class Loss(ABC):
         """The losses (*batch,) of a layer's output, differentiable."""
 
     @abstractmethod
-    def posed(self, readings: Sequence[Reading], rows: BatchRows) -> PosedLoss:
+    def posed(self, readings: Sequence[Reading], as_rows: BatchRows) -> PosedLoss:
         """As a function of the variables of the programs that are solved.
 
         Args:
             readings: how the outputs of the layer are read off x.
-            rows: of the batch of the call.
+            as_rows: of the batch of the call.
 
         Raises:
             ValueError: the loss is not one of such outputs, or of another batch.
@@ -125,7 +125,7 @@ def weighed(loss: PosedLoss, solution: AnySolution, cotangent: Point, name: obje
         ValueError: the cotangent of an element is not a multiple of the loss's gradient, or not of x alone.
     """
     g, x = cotangent.x, solution.point.x
-    if any(bool(part.any()) for part in tuple(cotangent)[1:]):
+    if any(bool(tensor.any()) for tensor in tuple(cotangent)[1:]):
         raise ValueError(
             f"{name}: the loss that was differentiated depends on multipliers; the given loss is one of x alone. "
             "separate=True gives multipliers an envelope of their own."
@@ -223,7 +223,7 @@ class QuadraticLoss(Loss):
         value = 0.5 * off.square().sum(-1)
         return value if self.linear is None else value + (self.linear.to(x) * x).sum(-1)
 
-    def posed(self, readings: Sequence[Reading], rows: BatchRows) -> PosedQuadratic:
+    def posed(self, readings: Sequence[Reading], as_rows: BatchRows) -> PosedQuadratic:
         reading = readings[self.output] if self.output < len(readings) else None
         if reading is None:
             raise ValueError(
@@ -235,18 +235,18 @@ class QuadraticLoss(Loss):
             raise ValueError(
                 f"target of a QuadraticLoss has {r} entries; output {self.output} of the layer has {size}."
             )
-        target = rows(self.target.detach(), 1)
-        linear = torch.zeros_like(target) if self.linear is None else rows(self.linear.detach(), 1)
+        target = as_rows(self.target.detach(), 1)
+        linear = torch.zeros_like(target) if self.linear is None else as_rows(self.linear.detach(), 1)
         if not isinstance(self.weight, Tensor):
             square = float(self.weight) ** 2
             return PosedQuadratic(reading, square, _plus(linear, -square * target))
-        W = rows(self.weight.detach(), 2)
+        W = as_rows(self.weight.detach(), 2)
         H = W.mT @ W
         return PosedQuadratic(reading, H, _plus(linear, -_product(H, target)))
 
 
-def _rows(part: Tensor, elements: Tensor) -> Tensor:
-    return part[elements.to(part.device) % part.shape[0]]
+def _rows_of(datum: Tensor, elements: Tensor) -> Tensor:
+    return datum[elements.to(datum.device) % datum.shape[0]]
 
 
 def _plus(a: Tensor, b: Tensor) -> Tensor:
@@ -280,9 +280,9 @@ class PosedQuadratic(PosedLoss):
     linear: Tensor
 
     def select(self, elements: Tensor) -> PosedQuadratic:
-        def chosen(part: Tensor | float, ndim: int) -> Any:
-            shared = not isinstance(part, Tensor) or part.ndim < ndim
-            return part if shared else _rows(cast(Tensor, part), elements)
+        def chosen(datum: Tensor | float, ndim: int) -> Any:
+            shared = not isinstance(datum, Tensor) or datum.ndim < ndim
+            return datum if shared else _rows_of(cast(Tensor, datum), elements)
 
         signs = None if self.signs is None else self.signs[elements]
         return replace(self, square=chosen(self.square, 3), linear=chosen(self.linear, 2), signs=signs)
@@ -362,10 +362,10 @@ class PosedQuadratic(PosedLoss):
 
 def fitting(solver: AnySolver, problem: ConicProblem) -> ConicSolver:
     """The solver, or one that can take the problem with a loss, as accurate."""
-    own = cast(ConicSolver, solver)
-    if own.unsupported(problem.structure) is None:
-        return own
-    return choose_solver(problem.structure).with_tolerance(own.tolerance)
+    given = cast(ConicSolver, solver)
+    if given.unsupported(problem.structure) is None:
+        return given
+    return choose_solver(problem.structure).with_tolerance(given.tolerance)
 
 
 def _sparse(matrix: sp.csr_array, like: Tensor) -> Tensor:

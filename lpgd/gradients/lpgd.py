@@ -111,9 +111,9 @@ class LPGD(GradientMethod):
         more = {"can_augment": self.rho > 0, "is_continuous": self.tau is None, "takes_losses": self.loss is not None}
         return self.needs | {name for name, needed in more.items() if needed}
 
-    def bound(self, readings: Callable[[], Sequence[Reading]], rows: BatchRows) -> LPGD:
+    def bound(self, readings: Callable[[], Sequence[Reading]], as_rows: BatchRows) -> LPGD:
         """The same with the loss as a function of the variables of one call's programs."""
-        return replace(self, loss=self.loss.posed(readings(), rows)) if isinstance(self.loss, Loss) else self
+        return replace(self, loss=self.loss.posed(readings(), as_rows)) if isinstance(self.loss, Loss) else self
 
     def steps(self, tau: float, cotangent: Point) -> Tensor:
         """(B,) the steps that a given τ stands for, by which the cotangent is multiplied."""
@@ -127,7 +127,7 @@ class LPGD(GradientMethod):
         executor: Executor | None = None,
     ) -> tuple[Data, GradientInfo]:
         problem = solution.problem
-        if self.separate and any(bool(part.any()) for part in tuple(cotangent)[1:]):
+        if self.separate and any(bool(tensor.any()) for tensor in tuple(cotangent)[1:]):
             return self._of_both(solution, cotangent, solver, executor)
         pair = _Perturbed(self, solution, cotangent, solver, executor)
         gradient = problem.zero_gradient()
@@ -154,8 +154,8 @@ class LPGD(GradientMethod):
         mirrored: dict[Envelope, Envelope] = {"average": "average", "lower": "upper", "upper": "lower"}
         primal = replace(self, separate=False)
         dual = replace(primal, envelope=mirrored[self.envelope], loss=None)
-        parts = [torch.zeros_like(part) for part in cotangent]
-        of_x, of_y = cotangent._make((cotangent.x, *parts[1:])), cotangent._make((parts[0], *tuple(cotangent)[1:]))
+        zeros = [torch.zeros_like(tensor) for tensor in cotangent]
+        of_x, of_y = cotangent._make((cotangent.x, *zeros[1:])), cotangent._make((zeros[0], *tuple(cotangent)[1:]))
         gradient, info = primal.vjp(solution, of_x, solver, executor)
         more, other = dual.vjp(solution, of_y, solver, executor)
         both = gradient._make(a + b for a, b in zip(gradient, more, strict=True))

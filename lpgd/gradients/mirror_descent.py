@@ -37,7 +37,7 @@ from lpgd.arrays import as_index, elements_where, flags
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.sides import SIDES, Envelope
 from lpgd.problems.base import Data, Point
-from lpgd.problems.solution import AnyProblem, AnySolution
+from lpgd.problems.solution import AnySolution
 from lpgd.solvers.base import AnySolver
 from lpgd.solvers.convexity import is_definite
 from lpgd.status import SolverError
@@ -85,21 +85,21 @@ class LagrangianMirrorDescent(GradientMethod):
         info, gradient = GradientInfo.blank(self, solution), problem.zero_gradient()
         if problem.traits.conditions == "conic":
             info.notices |= dict.fromkeys(("A", "b", "lower", "upper"), f"{self} {_KEPT_OUT}")
-        if any(bool(part.any()) for part in tuple(cotangent)[1:]):
+        if any(bool(tensor.any()) for tensor in tuple(cotangent)[1:]):
             raise ValueError(f"{self}: a loss on multipliers has no gradient here; use LPGD.")
         active = relevant_elements(solution, cotangent)
         if not active:
             return gradient, info
         index = as_index(active, problem.device)
-        part, points = self._ends(solution.select(index), cotangent.select(index), solver, executor, active)
+        chosen, tilt = solution.select(index), cotangent.select(index)
+        plus, minus = self._ends(chosen, tilt, solver, executor, active)
         for element in active:
             info.used[element] = self.envelope
         info.tau, info.unit = (torch.full((solution.batch_size,), torch.nan) for _ in range(2))
-        unit = part.tilt_unit(solution.select(index).point, cotangent.select(index))
+        unit = chosen.problem.tilt_unit(chosen.point, tilt)
         info.tau[active], info.unit[active] = self.tau, unit.cpu().to(info.unit.dtype)
-        weight = torch.full((len(active),), 1.0 / (self.tau * len(SIDES[self.envelope])), dtype=part.data[0].dtype)
-        plus, minus = points
-        moved = part.gradient_difference(plus, minus, weight.to(problem.device))
+        weight = torch.full((len(active),), 1.0 / (self.tau * len(SIDES[self.envelope])), dtype=problem.data[0].dtype)
+        moved = chosen.problem.gradient_difference(plus, minus, weight.to(problem.device))
         return problem.scatter(index, moved), info
 
     def jvp(
@@ -113,8 +113,8 @@ class LagrangianMirrorDescent(GradientMethod):
 
     def _ends(
         self, solution: AnySolution, cotangent: Point, solver: AnySolver, executor: Executor | None, names: list[int]
-    ) -> tuple[AnyProblem, tuple[Point, Point]]:
-        """The problem of these elements, and both ends of the step, without multipliers.
+    ) -> tuple[Point, Point]:
+        """Both ends of the step of these elements, without multipliers.
 
         Raises:
             ValueError: an objective is not strongly convex.
@@ -147,11 +147,11 @@ class LagrangianMirrorDescent(GradientMethod):
         plus, minus = {"lower": (ends[0], base), "upper": (base, ends[0]), "average": (ends[0], ends[-1])}[
             self.envelope
         ]
-        return problem, (_primal(plus), _primal(minus))
+        return _primal(plus), _primal(minus)
 
 
 def _blank(point: Point) -> list[Tensor]:
-    return [torch.zeros_like(part) for part in tuple(point)[1:]]
+    return [torch.zeros_like(tensor) for tensor in tuple(point)[1:]]
 
 
 def _primal(point: Point) -> Any:

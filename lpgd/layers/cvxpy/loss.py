@@ -68,7 +68,7 @@ class CvxpyLoss(Loss):
         if not isinstance(expression, cp.Expression) or not expression.is_scalar() or not expression.is_convex():
             raise ValueError(f"{expression!r} is not a scalar CVXPY expression that is convex in its variables.")
         ids = {variable.id for variable in expression.variables()}
-        if unknown := [own.name() for own in expression.variables() if all(own is not one for one in variables)]:
+        if unknown := [found.name() for found in expression.variables() if all(found is not one for one in variables)]:
             raise ValueError(f"the loss depends on {', '.join(unknown)}: list every one in variables, as outputs.")
         self.expression, self.variables, self.parameters = expression, tuple(variables), tuple(parameters)
         self._used = [place for place, variable in enumerate(variables) if variable.id in ids]
@@ -96,13 +96,12 @@ class CvxpyLoss(Loss):
         with torch.no_grad():
             columns = Columns(self._program.parameters, inputs.tensors, inputs.batch_size)
             self._data = ConicData(*(data_map(columns) for data_map in self._maps))
-        own = zip(inputs.tensors, self._program.parameters, strict=True)
         size = inputs.batch_size
         self._values = tuple(
             tensor.detach().double().expand(size, *layout.shape)
             if tensor.ndim == len(layout.shape)
             else tensor.detach().double()
-            for tensor, layout in own
+            for tensor, layout in zip(inputs.tensors, self._program.parameters, strict=True)
         )
         self._batch = inputs.batch_shape
 
@@ -113,13 +112,13 @@ class CvxpyLoss(Loss):
         shapes = [self.variables[place].shape for place in self._used]
         batch = tuple(tensors[0].shape[: tensors[0].ndim - len(shapes[0])])
         flat = torch.cat([tensor.reshape(*batch, -1) for tensor in tensors], -1)
-        rows = [
+        values = [
             value.reshape(*self._batch, *value.shape[1:]).expand(*batch, *value.shape[1:]).reshape(-1, *value.shape[1:])
             for value in self._checked()._values
         ]
-        return cast(Tensor, _Evaluated.apply(self, rows, flat.reshape(-1, flat.shape[-1]))).reshape(batch)
+        return cast(Tensor, _Evaluated.apply(self, values, flat.reshape(-1, flat.shape[-1]))).reshape(batch)
 
-    def posed(self, readings: Sequence[Reading], rows: BatchRows) -> PosedLoss:
+    def posed(self, readings: Sequence[Reading], as_rows: BatchRows) -> PosedLoss:
         data = cast(ConicData, self._checked()._data)
         program, used = self._program, [readings[place] if place < len(readings) else None for place in self._used]
         found: list[sp.csr_array] = []
@@ -135,13 +134,14 @@ class CvxpyLoss(Loss):
             found.append(reading)
         M = sp.csr_array(sp.vstack(found))
         N = sp.csr_array(sp.vstack([cast(Any, layout.primal) for layout in program.variables]))
-        parts = tuple(rows(part.reshape(*self._batch, part.shape[-1]), 1) if part.ndim == 2 else part for part in data)
-        values = tuple(rows(value.reshape(*self._batch, *value.shape[1:]), value.ndim - 1) for value in self._values)
-        own = ConicData(*parts)
-        square = _quadratic(program, own, N)
+        bound = ConicData(
+            *(as_rows(datum.reshape(*self._batch, datum.shape[-1]), 1) if datum.ndim == 2 else datum for datum in data)
+        )
+        values = tuple(as_rows(value.reshape(*self._batch, *value.shape[1:]), value.ndim - 1) for value in self._values)
+        square = _quadratic(program, bound, N)
         if square is not None:
             return PosedQuadratic(M, *square)
-        return _PosedProgram(self, _structure(program), M, N, own, values)
+        return _PosedProgram(self, _structure(program), M, N, bound, values)
 
     def evaluated(self, u: FloatArray, values: Sequence[FloatArray]) -> tuple[float, FloatArray]:
         """The loss of one element, and its gradient or a subgradient, row by row.
@@ -203,9 +203,9 @@ class _Evaluated(torch.autograd.Function):
 def _evaluated(loss: CvxpyLoss, values: Sequence[Tensor], flat: Tensor) -> tuple[Tensor, Tensor]:
     """(B,) the losses, and (B, r) their slopes, in the type of the outputs."""
     u = flat.detach().double().cpu().numpy()
-    own = [value.double().cpu().numpy() for value in values]
+    arrays = [value.double().cpu().numpy() for value in values]
     count = len(u)
-    found = [loss.evaluated(u[k], [part[k % len(part)] for part in own]) for k in range(count)]
+    found = [loss.evaluated(u[k], [array[k % len(array)] for array in arrays]) for k in range(count)]
     results = torch.tensor([value for value, _ in found], dtype=torch.float64)
     slopes = from_numpy(np.stack([slope for _, slope in found])) if found else torch.zeros(u.shape)
     return results.to(flat), slopes.to(flat)
@@ -224,13 +224,13 @@ def _quadratic(program: CanonicalProgram, data: ConicData, N: sp.csr_array) -> t
     """
     if program.cones.kinds - {"zero"} or program.lower_index.size or program.upper_index.size or data.A.ndim == 2:
         return None
-    data = ConicData(*(part.cpu() for part in data))
-    rows = program.constraint.csc(data.A.numpy()).toarray()
-    whole = np.vstack([rows, cast(Any, N).toarray()])
+    data = ConicData(*(datum.cpu() for datum in data))
+    equalities = program.constraint.csc(data.A.numpy()).toarray()
+    whole = np.vstack([equalities, cast(Any, N).toarray()])
     if np.linalg.matrix_rank(whole) < program.n:
         return None
     G = from_numpy(np.linalg.pinv(whole))
-    of_b, of_u = G[:, : len(rows)], G[:, len(rows) :]
+    of_b, of_u = G[:, : len(equalities)], G[:, len(equalities) :]
     P, shift = program.quadratic.to_dense(data.P), data.b @ of_b.mT
     H = of_u.mT @ P @ of_u
     Pd = shift @ P.mT if P.ndim == 2 else (P @ shift[..., None])[..., 0]
@@ -258,8 +258,8 @@ class _PosedProgram(PosedLoss):
 
     def select(self, elements: Tensor) -> _PosedProgram:
         index = elements.cpu()
-        own = ConicData(*(part.cpu() for part in self.data))
-        data = ConicData(*(part[index % len(part)] if part.ndim == 2 else part for part in own))
+        on_cpu = (datum.cpu() for datum in self.data)
+        data = ConicData(*(datum[index % len(datum)] if datum.ndim == 2 else datum for datum in on_cpu))
         values = tuple(
             value.cpu()[index % len(value)]
             if value.ndim > len(parameter.shape)
@@ -282,7 +282,7 @@ class _PosedProgram(PosedLoss):
         if key not in self._joins:
             self._joins[key] = Joined(problem.structure, self.program, self.M, self.N)
         join = self._joins[key]
-        data = ConicData(*(part.to(problem.device) for part in self.data))
+        data = ConicData(*(datum.to(problem.device) for datum in self.data))
         joined = join.problem(problem, data, steps.abs())
         found = fitting(solver, joined).solve(joined, (), executor)
         n, rows = problem.structure.n, from_numpy(join.rows).to(problem.device)
@@ -294,8 +294,8 @@ class _PosedProgram(PosedLoss):
         lost = torch.full_like(steps, torch.nan)[:, None]
         keep = (steps > 0)[:, None]
         x, y, z, slack = (
-            torch.where(keep, part, lost)
-            for part in (found.x[:, :n], found.y[:, rows], found.z[:, :n], found.slack[:, rows])
+            torch.where(keep, values, lost)
+            for values in (found.x[:, :n], found.y[:, rows], found.z[:, :n], found.slack[:, rows])
         )
         return ConicSolution(
             problem, x, y, z, slack, statuses, found.iterations, found.setup_seconds, found.solve_seconds,

@@ -60,13 +60,14 @@ class Joined:
     @cached_property
     def _rows(self) -> tuple[IntArray, IntArray, IntArray]:
         """Where the rows of both, and those that link them, stand."""
-        at, both = self.cones.sections, [np.zeros(own.m, dtype=np.int64) for own in (self.first, self.second)]
+        at, structures = self.cones.sections, (self.first, self.second)
+        both = [np.zeros(structure.m, dtype=np.int64) for structure in structures]
         for name, section in at.items():
             start = section.start
-            for rows, own in zip(both, (self.first, self.second), strict=True):
-                part = own.cones.sections[name]
-                rows[part] = start + np.arange(part.stop - part.start)
-                start += part.stop - part.start
+            for places, structure in zip(both, structures, strict=True):
+                cone = structure.cones.sections[name]
+                places[cone] = start + np.arange(cone.stop - cone.start)
+                start += cone.stop - cone.start
         count = self._count
         return both[0], both[1], at["zero"].stop - count + np.arange(count)
 
@@ -114,32 +115,32 @@ class Joined:
             data: of the second one; shared, or with rows that divide B.
             steps: (B,) s.
         """
-        own, size = first.data, first.batch_size
+        one, two, size = first.data, data, first.batch_size
         same = bool((steps == steps[:1]).all())
         scale = steps[:1] if same else steps[:, None]
 
-        def scaled(part: Tensor) -> Tensor:
-            return scale * (part if same else per_element(part, size))
+        def scaled(datum: Tensor) -> Tensor:
+            return scale * (datum if same else per_element(datum, size))
 
-        def joined(*parts: Tensor) -> Tensor:
-            if all(part.ndim == 1 for part in parts):
-                return torch.cat(parts)
-            return torch.cat([per_element(part, size) for part in parts], -1)
+        def joined(*pieces: Tensor) -> Tensor:
+            if all(piece.ndim == 1 for piece in pieces):
+                return torch.cat(pieces)
+            return torch.cat([per_element(piece, size) for piece in pieces], -1)
 
-        b = own.b.new_zeros(self._count)
-        links = from_numpy(self._links[2]).to(own.A)
-        orders = [order.to(own.A.device) for _, order in self._patterns]
-        right = joined(own.b, data.b, b)
+        b = one.b.new_zeros(self._count)
+        links = from_numpy(self._links[2]).to(one.A)
+        orders = [order.to(one.A.device) for _, order in self._patterns]
+        right = joined(one.b, two.b, b)
         place = from_numpy(np.argsort(np.concatenate(self._rows))).to(right.device)
         return ConicProblem(
             self.structure,
             ConicData(
-                P=joined(own.P, scaled(data.P))[..., orders[0]],
-                q=joined(own.q, scaled(data.q)),
-                A=joined(own.A, data.A, links)[..., orders[1]],
+                P=joined(one.P, scaled(two.P))[..., orders[0]],
+                q=joined(one.q, scaled(two.q)),
+                A=joined(one.A, two.A, links)[..., orders[1]],
                 b=right[..., place],
-                lower=joined(own.lower, data.lower),
-                upper=joined(own.upper, data.upper),
+                lower=joined(one.lower, two.lower),
+                upper=joined(one.upper, two.upper),
             ),
             size,
         )
