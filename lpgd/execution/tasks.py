@@ -55,8 +55,10 @@ def default_executor() -> Executor:
 
 
 def worker_count(executor: Executor | None) -> int:
-    """How many tasks an executor runs at once: what its ``_max_workers`` says, the threads of all workers of a Dask
-    cluster, or the number of cores where it does not say."""
+    """How many tasks an executor runs at once; the number of cores where it does not say.
+
+    Those of ``concurrent.futures`` say it in ``_max_workers``, a cluster of Dask by the threads of all its workers.
+    """
     executor = executor if executor is not None else default_executor()
     workers = getattr(executor, "_max_workers", None)
     if isinstance(workers, int):
