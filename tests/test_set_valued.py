@@ -1,6 +1,8 @@
-"""The statements of docs/set_valued.md, by number: envelopes where solutions are not unique, or do not move smoothly."""
+"""The statements of docs/set_valued.md, by number: where solutions are not unique, or do not move smoothly."""
 
 from __future__ import annotations
+
+import itertools
 
 import cvxpy as cp
 import numpy as np
@@ -55,7 +57,7 @@ def test_2_bounds_widen_with_tau_and_others_pay_their_price(solver: str) -> None
         assert float(own.upper) == pytest.approx(float((G - COSTS / tau).max()), abs=1e-6)
         assert own.lower <= own.loss + 1e-6
         assert own.loss <= own.upper + 1e-6
-    for near, far in zip(found, found[1:], strict=False):
+    for near, far in itertools.pairwise(found):
         assert far.lower <= near.lower + 1e-6
         assert far.upper >= near.upper - 1e-6
     assert found[-1].lower < found[0].lower - 0.1
