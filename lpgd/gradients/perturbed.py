@@ -129,9 +129,11 @@ def perturb(
     elif problem.traits.is_continuous and (steps is None or not problem.traits.is_linear_program):
         # Of a linear program a given step is meant to find other vertices.
         jumped = _jumps(run, tau, unit, sides, TINY_TILT)
-    if run.active is not None and run.active.is_vertex and not any(tensor.any() for tensor in tuple(cotangent)[1:]):
+    determined = run.determined()
+    if determined is not None:
         # A vertex that stays does not move at all: what is left is noise, which a tiny step would magnify.
-        sides = sides._replace(plus=_at(sides.plus, run.base, moved), minus=_at(sides.minus, run.base, moved))
+        free = moved | ~determined
+        sides = sides._replace(plus=_at(sides.plus, run.base, free), minus=_at(sides.minus, run.base, free))
     return Perturbed(
         sides.plus, sides.minus, sides.above, sides.below, tau, unit, moved, sides.crossing <= 1.0, kinked,
         unclear, jumped, perturbed_solver.tolerance, sides.iterations, sides.newton,

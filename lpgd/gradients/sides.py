@@ -206,14 +206,25 @@ class Run:
         """(E,) whether the ends differ.
 
         Both are solved alike, so that they are compared with each other: equal ends are optimal for all tilts between
-        them, and so is one solution.  At a vertex of a linear program the active set tells, whatever the noise.
+        them, and so is one solution.  Where the active set determines the solution it tells, whatever the noise.
         """
         base, plus, minus = (self.problem.in_own_units(point)[0] for point in (self.base, sides.plus, sides.minus))
         moved = maximum_norm(plus - minus) > self._noise(self.error, maximum_norm(base))
-        on_duals = any(tensor.any() for tensor in tuple(self.cotangent)[1:])
-        if self.active is not None and self.active.is_vertex and not on_duals:
-            moved = moved & sides.apart
-        return moved
+        determined = self.determined()
+        return moved if determined is None else moved & (sides.apart | ~determined)
+
+    def determined(self) -> Tensor | None:
+        """(E,) whether a solution with the same active set is the same one; None where that is known of none.
+
+        So it is of linear programs: at a vertex, and on a face too, where a solution that a tilt does not take to
+        another end of it is one of many, and its place within the face noise.  With a quadratic term added (ρ > 0)
+        solutions move within a face.
+        """
+        if self.active is None or not self.active.of_linear_program or any(t.any() for t in tuple(self.cotangent)[1:]):
+            return None
+        if self.augmented is self.problem:
+            return torch.ones(self.problem.batch_size, dtype=torch.bool, device=self.problem.device)
+        return self.active.is_vertex(self.base.x.shape[-1])
 
 
 def picked(sides: Sides, elements: Tensor) -> Sides:
