@@ -67,7 +67,7 @@ def test_the_command_runs_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert train.main(flags) == 0
     assert "with the pose loss" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {row["model"] for row in results["rows"]} == {"start", "pairs on", "pose", "true pairs"}
+    assert {row["model"] for row in results["rows"]} == {"start", "pairs on", "power", "pose", "true pairs"}
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     before = torch.load(tmp_path / "pose.pt", weights_only=True)
     assert train.main([*flags, "--resume"]) == 0

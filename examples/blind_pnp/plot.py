@@ -35,7 +35,7 @@ def plot_results(folder: Path) -> Path:
             axes.set_xlabel("noise, in focal lengths" if field == "noise" else f"share of outliers, noise {NOISE}")
             axes.grid(alpha=0.3)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    figure.legend(handles, labels, loc="outside upper center", ncols=5)
     path = folder / "curves.png"
     figure.savefig(path, dpi=130)
     plt.close(figure)

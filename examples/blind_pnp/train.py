@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ TITLES = {
     "start": "before training",
     "pairs": "half-way, by pairs",
     "pairs on": "by pairs alone",
+    "power": "by pairs, that power",
     "pose": "with the pose loss",
     "true pairs": "true pairs",
 }
@@ -104,7 +106,7 @@ def evaluate(model: BlindPose | None, scenes: Scenes) -> dict[str, float]:
     return {"angle": float(angle.median()), "distance": float(distance.median()), "right": float(right.mean())}
 
 
-def evaluate_all(models: dict[str, BlindPose | None], options: argparse.Namespace) -> list[dict[str, Any]]:
+def evaluate_all(models: Mapping[str, BlindPose | None], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows for each model, noise and share of outliers."""
     rows: list[dict[str, Any]] = []
     settings = [(noise, 0.0) for noise in NOISES] + [(NOISE, share) for share in OUTLIERS if share]
@@ -123,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     options = parse_arguments(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    models: dict[str, BlindPose | None] = {"start": BlindPose(seed=options.seed)}
+    models = {"start": BlindPose(seed=options.seed)}
     seconds: dict[str, float] = {}
     for stage in STAGES:
         model = BlindPose(seed=options.seed)
@@ -131,17 +133,20 @@ def main(arguments: list[str] | None = None) -> int:
         if options.resume and path.exists():
             model.load_state_dict(torch.load(path, weights_only=True))
         else:
-            before = models.get("pairs")
-            if before is not None:
-                model.load_state_dict(before.state_dict())
+            if "pairs" in models:
+                model.load_state_dict(models["pairs"].state_dict())
             started = time.perf_counter()
             train_stage(model, stage, options)
             seconds[stage] = time.perf_counter() - started
             torch.save(model.state_dict(), path)
         models[stage] = model
-    rows = evaluate_all({**{name: models[name] for name in ("start", "pairs on", "pose")}, "true pairs": None}, options)
+    # How much of the gain is the power of the plan alone?
+    models["power"] = BlindPose(seed=options.seed)
+    models["power"].load_state_dict(models["pairs on"].state_dict() | {"trust": models["pose"].trust.detach()})
+    compared = {name: models[name] for name in ("start", "pairs on", "power", "pose")}
+    rows = evaluate_all({**compared, "true pairs": None}, options)
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    trust = float(models["pose"].trust.detach().exp()) if models["pose"] is not None else 1.0
+    trust = float(models["pose"].trust.detach().exp())
     results = {"config": config, "seconds": seconds, "power of the plan": trust, "rows": rows}
     (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(_table(rows))
