@@ -20,6 +20,8 @@ KNAPSACK_FLAGS ?=
 KNAPSACK_OUT ?= runs/knapsack
 VS_EXACT_FLAGS ?= --overwrite
 VS_EXACT_OUT ?= runs/lpgd_vs_exact
+BLIND_PNP_FLAGS ?=
+BLIND_PNP_OUT ?= runs/blind_pnp
 FUZZ_FLAGS ?= --count 100000 --state runs/fuzz.json
 SOAK_FLAGS ?= --hours 8 --state runs/soak.json
 MAROS_MESZAROS := runs/maros_meszaros.npz
@@ -41,7 +43,7 @@ $(1)/bin/python -m pip install --quiet $(3) $(TORCH) -e '.[$(2)]'
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test fuzz soak accuracy lint format sudoku sudoku9 paths knapsack lpgd_vs_exact bench test-oldest test-newest build clean
+.PHONY: help venv test fuzz soak accuracy lint format sudoku sudoku9 paths knapsack lpgd_vs_exact blind_pnp bench test-oldest test-newest build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -106,6 +108,9 @@ knapsack: $(VENV)/.installed ## Learn the constraints of an integer program (KNA
 
 lpgd_vs_exact: $(VENV)/.installed ## Compare LPGD with exact gradients (VS_EXACT_FLAGS, VS_EXACT_OUT)
 	$(BIN)/python -m examples.lpgd_vs_exact.run $(VS_EXACT_FLAGS) --out $(VS_EXACT_OUT)
+
+blind_pnp: $(VENV)/.installed ## Learn which points are which through transport and pose, with plots (BLIND_PNP_FLAGS, BLIND_PNP_OUT)
+	$(ONE_THREAD) $(BIN)/python -m examples.blind_pnp.train $(BLIND_PNP_FLAGS) --out $(BLIND_PNP_OUT)
 
 bench: $(VENV_BENCH)/.peers $(MAROS_MESZAROS) ## Compare with every peer (BENCH_FLAGS="--quick --only NAME", BENCH_OUT)
 	$(VENV_BENCH)/bin/python -W ignore -m benchmarks.run --out $(BENCH_OUT) --maros-meszaros $(MAROS_MESZAROS) $(BENCH_FLAGS)
