@@ -43,7 +43,7 @@ $(1)/bin/python -m pip install --quiet $(3) $(TORCH) -e '.[$(2)]'
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test fuzz soak accuracy lint format sudoku sudoku9 paths knapsack lpgd_vs_exact blind_pnp bench test-oldest test-newest build clean
+.PHONY: help venv test fuzz soak accuracy lint format sudoku sudoku9 sudoku-torchrun paths paths-torchrun scaling knapsack lpgd_vs_exact blind_pnp bench test-oldest test-newest build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -102,6 +102,17 @@ sudoku9: $(VENV)/.installed ## Train one epoch of 9x9 Sudoku, or go on with it (
 
 paths: $(VENV)/.installed ## Learn the costs of terrain through Dijkstra, by six methods, with plots (PATHS_FLAGS, PATHS_OUT)
 	$(ONE_THREAD) $(BIN)/python -m examples.shortest_path.train $(PATHS_FLAGS) --out $(PATHS_OUT)
+
+sudoku-torchrun: $(VENV)/.installed ## Train the 4x4 Sudoku example with two processes, or go on with it (SUDOKU_OUT)
+	$(ONE_THREAD) $(BIN)/torchrun --standalone --nproc-per-node 2 --max-restarts 3 -m examples.sudoku.train --resume \
+		--out $(SUDOKU_OUT)-torchrun
+
+paths-torchrun: $(VENV)/.installed ## Train a shortest-path model with two processes, or go on with it (PATHS_OUT)
+	$(ONE_THREAD) $(BIN)/torchrun --standalone --nproc-per-node 2 --max-restarts 3 -m examples.shortest_path.train --resume \
+		--methods average --out $(PATHS_OUT)-torchrun
+
+scaling: $(VENV)/.installed ## What workers gain, and what moving data costs (docs/scaling.md)
+	$(BIN)/python -W ignore -m benchmarks.executors
 
 knapsack: $(VENV)/.installed ## Learn the constraints of an integer program (KNAPSACK_FLAGS, KNAPSACK_OUT)
 	$(ONE_THREAD) $(BIN)/python -m examples.knapsack.train $(KNAPSACK_FLAGS) --out $(KNAPSACK_OUT)
