@@ -21,13 +21,16 @@ from torch import Tensor
 from lpgd.arrays import plain
 from lpgd.execution.threads import one_torch_thread, torch_threads, without_autocast
 from lpgd.execution.torch_isolation import isolated_torch
+from lpgd.gradients import relaxed as derivatives
 from lpgd.gradients.base import GradientInfo, GradientMethod, check_cotangent
 from lpgd.gradients.second import check_twice, second_derivative
 from lpgd.problems.base import Data, Point, States
+from lpgd.problems.conic.solution import Violation
 from lpgd.problems.lanes import Lanes, Source, joined, mapped, over_vectors, separated
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
 from lpgd.solvers.failures import Explain, OnError, check_solution
+from lpgd.solvers.relaxed import relax
 from lpgd.status import SolverError, Status, warn
 
 __all__ = ["CallInfo", "solve"]
@@ -44,6 +47,7 @@ class CallInfo:
         choice: what :attr:`solver` is the text of.
         usable: (B, 1) which elements have a solution; within ``torch.func.vmap`` those of a lane, where all else is of
             the batch of all lanes.
+        violation: with ``on_error="relax"`` by how much each element violates its constraints, differentiable.
     """
 
     solution: Any = None
@@ -51,6 +55,7 @@ class CallInfo:
     backward_seconds: float = 0.0
     choice: object = ""
     usable: Tensor | None = None
+    violation: Violation | None = None
 
     @property
     def solver(self) -> str:
@@ -106,7 +111,9 @@ def solve(
         solver: solves it, and what the gradient method perturbs.
         gradient: the gradient method of this call.
         on_error: ``"raise"`` names every element without a solution; ``"nan"`` fills its rows and gives it a zero
-            gradient; ``"warn"`` warns and returns the solver's last iterate, or NaN, with a zero gradient.
+            gradient; ``"warn"`` warns and returns the solver's last iterate, or NaN, with a zero gradient; ``"relax"``
+            gives conic programs without a feasible point the solution of the closest feasible one, with its gradient,
+            and the other failures raise.
         executor: where the work runs; None is the solver's own choice.
         states: warm-start states of a solution of such a batch (``Solution.states``).
         info: filled with the record of this call.
@@ -140,6 +147,8 @@ class _SolveFunction(torch.autograd.Function):
             problem = cast(Any, problem).with_attached([plain(tensor) for tensor in tensors[count:]])
         with _threads(call.solver):
             solution = call.solver.solve(problem, call.states, call.executor)
+            if call.on_error == "relax":
+                solution = relax(solution, call.solver, call.executor)
         check_solution(solution, call.on_error, call.explain)
         call.info.solution = solution
         usable = solution.usable[:, None]
@@ -342,7 +351,7 @@ def _derivative(
     count = len(solution.outputs)
     if not reverse:
         tangent = solution.problem.data._make(tensors[: len(solution.problem.data)])
-        change, info = call.gradient.jvp(solution, tangent, call.solver, call.executor)
+        change, info = derivatives.jvp(call.gradient, solution, tangent, call.solver, call.executor)
         return tuple(change)[:count], info
     # A loss of a NaN row hands back NaN: zeroed before any sum over shared data.
     cotangents = tensors[:count]
@@ -352,9 +361,9 @@ def _derivative(
     cotangent = solution.cotangent(cotangents)
     check_cotangent(cotangent)
     try:
-        return call.gradient.vjp(solution, cotangent, call.solver, call.executor)
+        return derivatives.vjp(call.gradient, solution, cotangent, call.solver, call.executor)
     except SolverError as error:
-        if call.on_error == "raise" or not error.indices:
+        if call.on_error in ("raise", "relax") or not error.indices:
             raise
         return _without(call, solution, cotangent, error)
 
@@ -365,7 +374,7 @@ def _without(call: Call, solution: AnySolution, cotangent: Point, error: SolverE
     keep = torch.ones(solution.batch_size, 1, dtype=torch.bool, device=solution.x.device)
     keep[failed] = False
     kept = cotangent._make(torch.where(keep, values, 0.0) for values in cotangent)
-    gradient, info = call.gradient.vjp(solution, kept, call.solver, call.executor)
+    gradient, info = derivatives.vjp(call.gradient, solution, kept, call.solver, call.executor)
     for element in failed:
         info.used[element] = "no perturbed solution"
     if call.on_error == "warn":

@@ -38,11 +38,12 @@ class Status(enum.IntEnum):
     NOT_CONVEX = 8
     WITHIN_GAP = 9
     NO_SOLUTION = 10
+    RELAXED = 11
 
     @property
     def usable(self) -> bool:
-        """Whether there is a solution to hand out: solved, to a lower accuracy (which warns), or within a gap."""
-        return self in (Status.SOLVED, Status.INACCURATE, Status.WITHIN_GAP)
+        """Whether there is a solution to hand out, inaccurate ones and those of closest feasible problems too."""
+        return self in (Status.SOLVED, Status.INACCURATE, Status.WITHIN_GAP, Status.RELAXED)
 
     @property
     def has_iterate(self) -> bool:
@@ -61,8 +62,8 @@ _ADVICE = {
         "solver"
     ),
     Status.INFEASIBLE: (
-        "no point satisfies the constraints: check the parameters of these elements, or relax a constraint with a "
-        "penalised slack"
+        "no point satisfies the constraints: check the parameters of these elements, relax a constraint with a "
+        "penalised slack, or take the closest feasible problem's solution (on_error='relax', of conic programs)"
     ),
     Status.UNBOUNDED: (
         "the objective decreases without limit: check the signs of the cost, or add bounds or a small quadratic term"
@@ -90,6 +91,10 @@ _ADVICE = {
     ),
     Status.NO_SOLUTION: (
         "the solver answered that there is none (None, or NaN): check the costs and the extra inputs of these elements"
+    ),
+    Status.RELAXED: (
+        "no point satisfies the constraints; this is the solution of the closest feasible problem, and info.violation "
+        "says how far away that is"
     ),
 }
 

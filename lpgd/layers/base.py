@@ -22,12 +22,14 @@ from lpgd.layers.inputs import Batch
 from lpgd.layers.standard_options import StandardOptions
 from lpgd.problems.base import States, Structure, Traits
 from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.relaxed import RelaxedPoint
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure, per_element
 from lpgd.problems.solution import AnyProblem, AnySolution, Solution
 from lpgd.solvers import Choice, ConicSolver, Situation, choose_solver
 from lpgd.solvers.base import AnySolver
 from lpgd.solvers.failures import Explain, OnError
+from lpgd.solvers.relaxed import relax
 
 __all__ = ["BaseLayer", "LayerOutput", "OptimizationLayer", "Recorded", "WarmStart"]
 
@@ -72,6 +74,12 @@ class BaseLayer(torch.nn.Module, ABC):
         self.on_error: OnError = on_error
         self.executor = executor
         self._last = threading.local()
+        traits = self._traits()
+        if on_error == "relax" and traits.conditions != "conic":
+            raise TypeError(
+                f"on_error='relax' gives the solution of the closest feasible problem, which {traits.noun} does not "
+                "have; use 'nan' or 'warn'."
+            )
 
     @property
     def gradient(self) -> GradientMethod:
@@ -119,6 +127,8 @@ class BaseLayer(torch.nn.Module, ABC):
         """Solve a batch: the solver's whole answer."""
         problem = problem.with_data(problem.data._make(plain(datum) for datum in problem.data))
         solution = call.solver.solve(problem, self._states(warm_start, problem.structure, batch), call.executor)
+        if self.on_error == "relax":
+            solution = relax(solution, call.solver, call.executor)
         self._remember(solution, batch, call.solver)
         return solution
 
@@ -247,7 +257,10 @@ class OptimizationLayer(BaseLayer):
         call = call._replace(gradient=call.gradient.bound(lambda: self._readings(structure), batch.rows_of_loss))
         data, absent = without_absent_rows(structure, data, size)
         problem = ConicProblem(structure, data, size)
-        point, info = self._differentiable(problem, batch, call, warm_start, explain)
+        found, info = self._differentiable(problem, batch, call, warm_start, explain)
+        if isinstance(found, RelaxedPoint):
+            info.violation = found.violation(structure)
+        point = ConicPoint(*found[:3])
         if absent is not None:
             absent = per_element(absent, size) & ~torch.isnan(point.y)
             point = point._replace(y=torch.where(absent, 0.0, point.y))

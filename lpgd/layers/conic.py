@@ -37,7 +37,8 @@ class ConicOutput(_ConicFields, Recorded):
     Attributes:
         x: (*batch, n) the minimiser.
         y: (*batch, m) multipliers of the rows of A, in K*.
-        s: (*batch, m) the slack ``b - A x``, in K up to the solver's tolerance.
+        s: (*batch, m) the slack ``b - A x``, in K up to the solver's tolerance; with the violation e of relaxed
+            elements ``b + e - A x``.
     """
 
 
@@ -120,6 +121,9 @@ class ConicLayer(OptimizationLayer):
 
         point, info = self._solve(data, structure, batch, solver_args, warm_start, explanation(listed, batch))
         s = _slack(structure, data, point.x, info)
+        if info.violation is not None:
+            s = s + info.violation.rows
+            info.violation = info.violation.restored(batch.restore)
         output = ConicOutput(
             batch.restore(point.x, (structure.n,)),
             batch.restore(point.y, (structure.m,)),

@@ -62,7 +62,9 @@ class CvxpyLayer(OptimizationLayer):
         solver_args: options of the solver, by its own names or those of the field's standard layer (``eps``,
             ``max_iters``, ``solve_method``, ``mode``, ...).
         on_error: ``"raise"``: an element without a solution raises; ``"nan"``: its rows are NaN and its gradient
-            zero; ``"warn"``: its rows are the solver's last iterate, or NaN, with a warning and a zero gradient.
+            zero; ``"warn"``: its rows are the solver's last iterate, or NaN, with a warning and a zero gradient;
+            ``"relax"``: an element without a feasible point has the solution of the closest feasible problem, as
+            :class:`~lpgd.QPLayer` says, in terms of the rows of the program that is solved.
         executor: a ``concurrent.futures.Executor`` for the elements of a batch; None is one thread for each core.
         eliminate: substitute variables that one row defines, such as those of CVXPY's ``sum_squares``, where that
             makes the program cheaper (:mod:`lpgd.layers.cvxpy.elimination` has the rule).  Outputs and gradients stay
@@ -152,6 +154,8 @@ class CvxpyLayer(OptimizationLayer):
         point, info = self._solve(posed.data, posed.structure, inputs, solver_args, start, why)
         readers = self._readers if posed.structure is self.structure else self._whole_readers
         output = LayerOutput(inputs.restore(reader(point), reader.layout.shape) for reader in readers)
+        if info.violation is not None:
+            info.violation = info.violation.restored(inputs.restore)
         output.info, output.batch_shape = info, inputs.batch_shape
         return output
 
