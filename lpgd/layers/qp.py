@@ -37,8 +37,8 @@ class QPLayer(ProgramLayer):
         solver: a solver, the name of one, or None to choose for each problem.
         gradient: a gradient method; None is ``ImplicitKKT()``, the exact gradient.
         solver_args: options of the solver, as for :class:`~lpgd.layers.cvxpy.layer.CvxpyLayer`.
-        on_error: ``"raise"``, ``"nan"``, ``"warn"`` or ``"relax"``: what becomes of elements without a solution.  Relaxed
-            are those without a feasible point: they get the best of the points that violate rows and bounds least, in
+        on_error: ``"raise"``, ``"nan"``, ``"warn"`` or ``"relax"``: what becomes of elements without a solution.
+            Relaxed are those without a feasible point: they get the best of the points that violate rows and bounds least, in
             the sense of least squares and in the units in which they are given, with its gradient;
             ``output.info.violation`` says by how much, differentiably.  Other failures raise
             (:mod:`lpgd.problems.conic.relaxed` has the derivation).

@@ -264,7 +264,8 @@ class RelaxedSolution(ConicSolution):
     def own(self) -> ConicSolution:
         """What the solver said of the problems themselves: relaxed elements have no solution."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(ConicSolution)}
-        return ConicSolution(**(values | {"statuses": self.claims}))
+        values["statuses"] = self.claims
+        return ConicSolution(**values)
 
     def select(self, elements: Tensor, problem: AnyProblem | None = None) -> Self:
         """The solutions of these elements, without their systems."""
