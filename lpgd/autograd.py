@@ -8,6 +8,7 @@ differentiable operations.
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import plain
+from lpgd.execution.progress import progress
 from lpgd.execution.threads import one_torch_thread, torch_threads, without_autocast
 from lpgd.execution.torch_isolation import isolated_torch
 from lpgd.gradients import relaxed as derivatives
@@ -34,6 +36,8 @@ from lpgd.solvers.relaxed import relax
 from lpgd.status import SolverError, Status, warn
 
 __all__ = ["CallInfo", "solve"]
+
+_log = logging.getLogger("lpgd")
 
 
 @dataclass(eq=False, repr=False)
@@ -91,6 +95,7 @@ class Call:
     states: States
     info: CallInfo
     explain: Explain | None = None
+    progress: bool = False
 
 
 def solve(
@@ -103,6 +108,7 @@ def solve(
     states: States = (),
     info: CallInfo | None = None,
     explain: Explain | None = None,
+    progress: bool = False,
 ) -> Any:
     """Solve a batch of problems of any class, differentiably in all their data.
 
@@ -118,6 +124,7 @@ def solve(
         states: warm-start states of a solution of such a batch (``Solution.states``).
         info: filled with the record of this call.
         explain: what messages say of an element without a solution beside its status.
+        progress: whether to show a progress bar where it takes long.
 
     Returns:
         The solutions: those parts of a point of the problem's class that losses see (``Solution.outputs``).
@@ -128,7 +135,7 @@ def solve(
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
     info = info or CallInfo()
-    call = Call(solver, gradient, on_error, executor, states, info, explain)
+    call = Call(solver, gradient, on_error, executor, states, info, explain, progress)
     *outputs, usable = _SolveFunction.apply(call, problem, *problem.data, *getattr(problem, "attached", ()))
     info.usable = usable
     return info.solution.outputs._make(outputs)
@@ -145,7 +152,7 @@ class _SolveFunction(torch.autograd.Function):
         problem = problem.with_data(problem.data._make(plain(datum) for datum in tensors[:count]))
         if tensors[count:]:
             problem = cast(Any, problem).with_attached([plain(tensor) for tensor in tensors[count:]])
-        with _threads(call.solver):
+        with _threads(call.solver), progress(call.progress, "solve", problem.batch_size):
             solution = call.solver.solve(problem, call.states, call.executor)
             if call.on_error == "relax":
                 solution = relax(solution, call.solver, call.executor)
@@ -229,10 +236,13 @@ class _DerivativeFunction(torch.autograd.Function):
     def forward(call: Call, source: Source, needed: frozenset[int] | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Reverse where ``needed`` says which data need a gradient, forward where it is None."""
         started, solution = time.perf_counter(), source.resolved()
-        with _threads(call.solver), without_autocast(solution.x.device.type):
+        bar = progress(call.progress, "differentiate")
+        with _threads(call.solver), without_autocast(solution.x.device.type), bar:
             answer, info = _derivative(call, solution, needed is not None, [tensor.resolve_neg() for tensor in tensors])
         call.info.gradients.append(info)
         call.info.backward_seconds += time.perf_counter() - started
+        if info.fallbacks:
+            _log.info("%s: elements %s fell back: %s.", info.method, info.fallbacks[:10], info.counts)
         return tuple(answer)
 
     @staticmethod

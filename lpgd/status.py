@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import logging
 import sys
 import threading
 import warnings
@@ -22,6 +23,9 @@ __all__ = [
     "silent",
     "warn",
 ]
+
+_log = logging.getLogger("lpgd")
+_log.addHandler(logging.NullHandler())  # silent unless a handler is given
 
 
 class Status(enum.IntEnum):
@@ -72,7 +76,10 @@ _ADVICE = {
         "not converged within the iteration limit: raise it, loosen the tolerance, rescale the problem, or use another "
         "solver"
     ),
-    Status.TIME_LIMIT: "not converged within the time limit: raise it, or loosen the tolerance",
+    Status.TIME_LIMIT: (
+        "not converged within the time limit (of conic programs: the solver's options time_limit, for one element, and "
+        "batch_time_limit, for all of them): raise it, or loosen the tolerance"
+    ),
     Status.NUMERICAL_ERROR: (
         "the solver broke down numerically: rescale the problem, remove redundant constraints, or use another solver"
     ),
@@ -127,6 +134,7 @@ def warn(message: str) -> None:
     """Give an :class:`LpgdWarning` that points at the user's line: the nearest outside of this library and torch."""
     if _silent.on:
         return
+    _log.info("%s", message)
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("lpgd", "torch"):
         level, frame = level + 1, frame.f_back

@@ -70,7 +70,8 @@ def jvp(
     if not isinstance(solution, RelaxedSolution):
         return method.jvp(solution, tangent, solver, executor)
     change, info = method.jvp(solution.own, tangent, solver, executor)
-    whole = RelaxedPoint(*change, torch.zeros_like(solution.e))
+    own_change = cast(ConicPoint, change)
+    whole = RelaxedPoint(own_change.x, own_change.y, own_change.z, torch.zeros_like(solution.e))
     relaxed = solution.relaxed
     if solution.found is None or not relaxed:
         return whole, info

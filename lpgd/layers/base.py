@@ -14,6 +14,7 @@ from torch.utils._pytree import register_pytree_node
 
 from lpgd.arrays import plain
 from lpgd.autograd import CallInfo, solve
+from lpgd.execution.progress import progress
 from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
 from lpgd.gradients.losses import Reading, identity
@@ -61,10 +62,12 @@ class BaseLayer(torch.nn.Module, ABC):
     """What layers share, whatever the class of their problems.
 
     Args:
-        gradient, on_error, executor: see the layers.
+        gradient, on_error, executor, progress: see the layers.
     """
 
-    def __init__(self, gradient: GradientMethod, on_error: OnError, executor: Executor | None) -> None:
+    def __init__(
+        self, gradient: GradientMethod, on_error: OnError, executor: Executor | None, progress: bool = False
+    ) -> None:
         super().__init__()
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
@@ -73,6 +76,7 @@ class BaseLayer(torch.nn.Module, ABC):
         self.gradient = gradient
         self.on_error: OnError = on_error
         self.executor = executor
+        self.progress = progress
         self._last = threading.local()
         traits = self._traits()
         if on_error == "relax" and traits.conditions != "conic":
@@ -119,6 +123,7 @@ class BaseLayer(torch.nn.Module, ABC):
             states=self._states(warm_start, problem.structure, batch),
             info=info,
             explain=explain,
+            progress=self.progress,
         )
         self._remember(info.solution, batch, call.solver)
         return outputs, info
@@ -126,9 +131,10 @@ class BaseLayer(torch.nn.Module, ABC):
     def _plain(self, problem: AnyProblem, batch: Batch, call: CallOptions, warm_start: WarmStart) -> Any:
         """Solve a batch: the solver's whole answer."""
         problem = problem.with_data(problem.data._make(plain(datum) for datum in problem.data))
-        solution = call.solver.solve(problem, self._states(warm_start, problem.structure, batch), call.executor)
-        if self.on_error == "relax":
-            solution = relax(solution, call.solver, call.executor)
+        with progress(self.progress, "solve", problem.batch_size):
+            solution = call.solver.solve(problem, self._states(warm_start, problem.structure, batch), call.executor)
+            if self.on_error == "relax":
+                solution = relax(solution, call.solver, call.executor)
         self._remember(solution, batch, call.solver)
         return solution
 
@@ -199,7 +205,7 @@ class OptimizationLayer(BaseLayer):
         example: the structure of the problems, or of a small one of their class: solver and options are checked on it.
         fixed: all problems have this very structure, so a solver that is not named is chosen at once; else it is
             chosen for the structure of each call.
-        solver, gradient, solver_args, on_error, executor, verbose: see the layers.
+        solver, gradient, solver_args, on_error, executor, verbose, progress: see the layers.
     """
 
     def __init__(
@@ -212,11 +218,12 @@ class OptimizationLayer(BaseLayer):
         on_error: OnError,
         executor: Executor | None,
         verbose: bool,
+        progress: bool = False,
     ) -> None:
         standard = StandardOptions.parse(solver_args)
         self._example, self._fixed = example, fixed
         method = gradient or standard.gradient or _exact(example)
-        super().__init__(method, on_error, executor if executor is not None else standard.executor)
+        super().__init__(method, on_error, executor if executor is not None else standard.executor, progress)
         options = {"verbose": True, **standard.options} if verbose else standard.options
         self._set_solver(solver if solver is not None else standard.solver, options)
 

@@ -54,7 +54,7 @@ class ConicLayer(OptimizationLayer):
 
     Args:
         cones: K, whose rows are those of A.
-        solver, gradient, solver_args, on_error, executor: as for :class:`~lpgd.layers.qp.QPLayer`.
+        solver, gradient, solver_args, on_error, executor, progress: as for :class:`~lpgd.layers.qp.QPLayer`.
 
     Attributes:
         gradient, solver: may be replaced between calls; a solver of None is chosen by problem.
@@ -76,12 +76,14 @@ class ConicLayer(OptimizationLayer):
         solver_args: Mapping[str, object] | None = None,
         on_error: OnError = "raise",
         executor: Executor | None = None,
+        *,
+        progress: bool = False,
     ) -> None:
         if not isinstance(cones, Cones):
             raise TypeError(f"cones is {cones!r}; give the sizes as lpgd.Cones(zero=..., second_order=(...), ...).")
         one = Pattern((1, 1))
         example = plan(1, cones, one, (Pattern((cones.rows, 1)),), False, False).structure
-        super().__init__(example, False, solver, gradient, solver_args, on_error, executor, False)
+        super().__init__(example, False, solver, gradient, solver_args, on_error, executor, False, progress)
         self.cones = cones
 
     @eager

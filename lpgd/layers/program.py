@@ -70,11 +70,12 @@ class ProgramLayer(OptimizationLayer):
         on_error: OnError = "raise",
         executor: Executor | None = None,
         integer: Sequence[int] = (),
+        progress: bool = False,
     ) -> None:
         self._integer = _index_set(integer)
         one, integers = Pattern((1, 1)), (0,) if self._integer else ()
         example = plan(1, Cones(1, 1), one if self._has_quadratic else None, (one, one), True, True, integers).structure
-        super().__init__(example, False, solver, gradient, solver_args, on_error, executor, False)
+        super().__init__(example, False, solver, gradient, solver_args, on_error, executor, False, progress)
 
     def _read(
         self,

@@ -6,6 +6,7 @@ the solution to smaller weights, with the method of multipliers on the way.
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import Executor
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from lpgd.status import Status
 
 __all__ = ["relax", "solver_of_relaxed"]
 
+_log = logging.getLogger("lpgd")
 FIRST = 1e-3
 """The share of the objective at which the solver is asked."""
 POLYHEDRAL, CURVED = (1e-4, 1e-5, 1e-6), (1e-4, 1e-5)
@@ -94,6 +96,7 @@ def relax(solution: AnySolution, solver: AnySolver, executor: Executor | None) -
     for name, values in seconds.items():
         values[rows.cpu().numpy()] += getattr(found, name)
     changes |= seconds | {"statuses": tuple(statuses), "solvers": tuple(solvers), "states": tuple(states)}
+    _log.info("elements %s of %d have no feasible point, and were relaxed.", integers(rows), size)
     return replace(blank, **changes, found=found, place=place, weights=weights)
 
 

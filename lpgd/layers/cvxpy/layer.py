@@ -73,6 +73,7 @@ class CvxpyLayer(OptimizationLayer):
             condition squared: where that is beyond about 300 for an element, in units of order 1 and along the
             equalities, the whole batch is solved as with False, in this call.
         verbose: let the solver print.
+        progress: show a progress bar (tqdm) over the elements, where a call takes longer than a second.
 
     Attributes:
         gradient: the gradient method; it may be replaced between calls (schedules of τ and ρ).
@@ -101,6 +102,7 @@ class CvxpyLayer(OptimizationLayer):
         *,
         eliminate: bool = True,
         verbose: bool = False,
+        progress: bool = False,
     ) -> None:
         from lpgd.layers.cvxpy.canonical import canonicalise
 
@@ -110,7 +112,7 @@ class CvxpyLayer(OptimizationLayer):
         self._substitution = None if substitution is None or substitution.loses_digits() else substitution
         program = self._substitution.program if self._substitution is not None else whole
         structure = _structure(program)
-        super().__init__(structure, True, solver, gradient, solver_args, on_error, executor, verbose)
+        super().__init__(structure, True, solver, gradient, solver_args, on_error, executor, verbose, progress)
         self.structure = structure
         self.parameter_layouts = program.parameters
         self.variable_layouts = program.variables
