@@ -45,7 +45,7 @@ class DirectLossLayer(OracleLayer):
         gradient: a gradient method with a τ: ``DirectLoss(tau, envelope)`` takes τ as it stands above; that of ``LPGD``
             is also multiplied by the weight that the element's loss has in the whole, such as 1/B.
         batched: the four functions take and return all elements at once: k rows of everything, and k steps.
-        executor, on_error, as_torch, ndim, progress: as for :class:`~lpgd.BlackboxLayer`; all four functions get arrays,
+        executor, on_error, as_torch, ndim, progress: as for :class:`~lpgd.BlackboxLayer`; all functions get arrays,
             or all tensors.
         warm_start: solver and augmented take a keyword ``start`` too: the last x of this element, or None.
 
