@@ -242,6 +242,17 @@ def flat_node(mended: bool) -> Answer:
     return theta.grad, [[2 * 2 / 4.5]]
 
 
+@case(r"shape= was not given, y has the shape of the first input, \(3,\).*name it \(Node\(shape=")
+def node_without_its_shape(mended: bool) -> Answer:
+    """Of three numbers θ the mean, whose shape is ()."""
+    shape = () if mended else None
+    node = Node(lambda theta, y: (theta - (y if mended else y[0])).square().sum(), shape=shape)
+    theta = torch.tensor([[3.0, 4.0, 8.0]], dtype=torch.float64, requires_grad=True)
+    y = NodeLayer(node, ImplicitKKT())(theta)
+    (y if mended else y[0, 0]).sum().backward()
+    return theta.grad, [[1 / 3] * 3]
+
+
 @case(r"their constraints depend on each other.*Leave out")
 def node_with_equalities_that_depend_on_each_other(mended: bool) -> Answer:
     """y with y₁ + y₂ = 1 nearest to θ."""

@@ -102,13 +102,13 @@ def _warn_of_singular(
         warn(
             f"{method}: the optimality conditions of elements {loose[:10]} are singular (degenerate or non-unique "
             "solutions); their gradients are minimum-norm answers. rho > 0, or LPGD with a finite tau, is well defined "
-            "there."
+            f"there.{problem.node.about_shape(tuple(problem.structure.shape))}"
         )
     if dependent:
         warn(
-            f"{method}: the optimality conditions of elements {dependent[:10]} are singular, as their constraints depend "
-            "on each other: gradients with respect to what the objective alone holds are exact, others are minimum-norm "
-            "answers. Leave out constraints that others imply."
+            f"{method}: the optimality conditions of elements {dependent[:10]} are singular, as their constraints "
+            "depend on each other: gradients with respect to what the objective alone holds are exact, others are "
+            "minimum-norm answers. Leave out constraints that others imply."
         )
 
 
