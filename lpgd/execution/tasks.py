@@ -137,7 +137,7 @@ def _finished(
     try:
         for call in calls:
             futures.append((executor or default_executor()).submit(call[0], signals, *call[1:]))
-            if away is not None and not here:
+            if away is not None and not in_this_process:
                 futures[-1].add_done_callback(partial(_tell, away, call[-1]))
         if listens:
             hear(futures, signals and signals.begin)

@@ -252,8 +252,8 @@ class RelaxedSolution(ConicSolution):
     def outputs(self) -> RelaxedPoint:
         return RelaxedPoint(self.x, self.y, self.z, self.e)
 
-    def cotangent(self, parts: Any) -> Any:
-        return RelaxedPoint(*parts)
+    def cotangent(self, cotangents: Any) -> Any:
+        return RelaxedPoint(*cotangents)
 
     @property
     def violation(self) -> Violation:

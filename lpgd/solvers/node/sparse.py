@@ -240,7 +240,6 @@ def solve_bordered(
 def _factorise(matrix: SparseArray, symmetric: bool) -> Any | None:
     from lpgd.solvers.kkt.superlu import superlu
 
-
     options: dict[str, Any] = {"permc_spec": "COLAMD"}
     if symmetric:
         options = {"permc_spec": "MMD_AT_PLUS_A", "diag_pivot_thresh": 0.0, "options": {"SymmetricMode": True}}
