@@ -107,10 +107,10 @@ def test_losses_whose_gradient_is_right_at_a_tie_do_not_warn(loss: str):
 
 
 @pytest.mark.parametrize("tau", [1e-6, 1e-3])
-def test_lpgd_says_that_vectors_of_equal_eigenvalues_jump(tau: float):
+def test_lpgd_says_that_vectors_of_equal_eigenvalues_are_not_unique(tau: float):
     x = torch.diag_embed(torch.tensor([[3.0, 2.0, 1.0], [2.0, 2.0, 1.0], [1.0, 1.0, 1.0]], dtype=torch.float64))
     vectors = lpgd.NodeLayer(lpgd.nodes.EigenDecomposition(), lpgd.LPGD(tau=tau))(x.requires_grad_())
-    with pytest.warns(lpgd.LpgdWarning, match=r"elements \[1, 2\] jumped"):
+    with pytest.warns(lpgd.LpgdWarning, match=r"elements \[1, 2\] are not unique: eigenvalues are equal"):
         torch.autograd.grad((vectors * random(3, 3, 3)).sum(), x)
     assert vectors.info.gradients[-1].jumped is not None
     assert vectors.info.gradients[-1].jumped.tolist() == [False, True, True]

@@ -232,8 +232,7 @@ class _Perturbed:
             solution, cotangent, solver, executor, envelope=method.envelope, rho=method.rho, steps=steps, loss=loss
         )
         self.still = ~found.moved
-        _record(self.info, active, found)
-        _warn_of_ties(method, solution, active)
+        _record(self.info, active, found, _tied(solution, active))
         keep = found.above | found.below
         doubtful = is_doubtful(method, problem, cotangent, found)
         if bool(doubtful.any()):
@@ -314,18 +313,17 @@ def _blank(method: LPGD, solution: AnySolution) -> GradientInfo:
     )  # fmt: skip
 
 
-def _warn_of_ties(method: LPGD, solution: AnySolution, active: list[int]) -> None:
-    """Name the elements whose node has several solutions that are equally good, whatever the step."""
+def _tied(solution: AnySolution, active: list[int]) -> list[int]:
+    """The elements whose node has several solutions that are equally good, whatever the step."""
     node = getattr(solution.problem, "node", None)
     if node is None or not active:
-        return
+        return []
     tied = node.tied(tuple(solution.problem.data))
     marked = [] if tied is None else flags(tied)
-    if names := [element for element in active if marked and marked[element % len(marked)]]:
-        warn(f"{method}: the solutions of elements {names[:10]} {_TIED}")
+    return [element for element in active if marked and marked[element % len(marked)]]
 
 
-def _record(info: GradientInfo, active: list[int], found: Perturbed) -> None:
+def _record(info: GradientInfo, active: list[int], found: Perturbed, tied: list[int]) -> None:
     """Put perturbed solves on record, and warn of those that are not what they should be."""
     for name in ("tau", "unit", "moved", "crossed", "jumped", "newton"):
         whole, values = getattr(info, name), getattr(found, name)
@@ -351,7 +349,9 @@ def _record(info: GradientInfo, active: list[int], found: Perturbed) -> None:
         warn(f"{method}: elements {kinked[:10]} {_KINK}")
     if unclear := named(found.unclear):
         info.notices |= dict.fromkeys(("A", "b", "lower", "upper"), f"{method}: elements {unclear[:10]} {_UNCLEAR}")
-    if jumped := named(found.jumped):
+    if tied:
+        warn(f"{method}: the solutions of elements {tied[:10]} {_TIED}")
+    if jumped := [element for element in named(found.jumped) if element not in tied]:
         warn(f"{method}: the solutions of elements {jumped[:10]} {_JUMP}")
 
 
