@@ -20,6 +20,8 @@ KNAPSACK_FLAGS ?=
 KNAPSACK_OUT ?= runs/knapsack
 VS_EXACT_FLAGS ?= --overwrite
 VS_EXACT_OUT ?= runs/lpgd_vs_exact
+FUZZ_FLAGS ?= --count 100000 --state runs/fuzz.json
+SOAK_FLAGS ?= --hours 8 --state runs/soak.json
 MAROS_MESZAROS := runs/maros_meszaros.npz
 
 BIN := $(VENV)/bin
@@ -39,7 +41,7 @@ $(1)/bin/python -m pip install --quiet $(3) $(TORCH) -e '.[$(2)]'
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format sudoku sudoku9 paths knapsack lpgd_vs_exact bench test-oldest test-newest build clean
+.PHONY: help venv test fuzz soak accuracy lint format sudoku sudoku9 paths knapsack lpgd_vs_exact bench test-oldest test-newest build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +72,15 @@ $(VENV_OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 
 test: $(VENV)/.installed ## Run the tests
 	$(call PYTEST,$(VENV))
+
+fuzz: $(VENV)/.installed ## Hostile inputs to every front-end, with judged answers; goes on where it was (FUZZ_FLAGS)
+	$(ONE_THREAD) $(BIN)/python -m tests.fuzz $(FUZZ_FLAGS)
+
+soak: $(VENV)/.installed ## Hours of fuzzing, memory, interrupts, killed workers; goes on where it was (SOAK_FLAGS)
+	$(ONE_THREAD) $(BIN)/python -m tests.soak $(SOAK_FLAGS)
+
+accuracy: $(VENV)/.installed ## The largest errors that come without a warning, against sixty digits
+	$(ONE_THREAD) $(BIN)/python -m tests.accuracy
 
 lint: $(VENV)/.installed ## Check style, types and which file imports which
 	$(BIN)/ruff check

@@ -22,6 +22,7 @@ __all__ = [
     "floats",
     "from_numpy",
     "integers",
+    "plain",
     "random_direction",
     "rows_where",
 ]
@@ -31,6 +32,14 @@ IntArray: TypeAlias = NDArray[np.int64]
 BoolArray: TypeAlias = NDArray[np.bool_]
 SparseArray: TypeAlias = Any
 """A sparse array of SciPy's, in any format: SciPy says nothing of the types of its operators."""
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The values without their graph, and without the negative bit of views such as ``z.conj().imag``.
+
+    NumPy takes no tensor that has it.
+    """
+    return tensor.detach().resolve_neg()
 
 
 def rows_where(mask: Tensor) -> Tensor:

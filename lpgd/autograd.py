@@ -18,6 +18,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
+from lpgd.arrays import plain
 from lpgd.execution.threads import one_torch_thread, torch_threads, without_autocast
 from lpgd.execution.torch_isolation import isolated_torch
 from lpgd.gradients.base import GradientInfo, GradientMethod, check_cotangent
@@ -134,9 +135,9 @@ class _SolveFunction(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, problem: AnyProblem, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(problem.data)
-        problem = problem.with_data(problem.data._make(datum.detach() for datum in tensors[:count]))
+        problem = problem.with_data(problem.data._make(plain(datum) for datum in tensors[:count]))
         if tensors[count:]:
-            problem = cast(Any, problem).with_attached([tensor.detach() for tensor in tensors[count:]])
+            problem = cast(Any, problem).with_attached([plain(tensor) for tensor in tensors[count:]])
         with _threads(call.solver):
             solution = call.solver.solve(problem, call.states, call.executor)
         check_solution(solution, call.on_error, call.explain)
@@ -220,7 +221,7 @@ class _DerivativeFunction(torch.autograd.Function):
         """Reverse where ``needed`` says which data need a gradient, forward where it is None."""
         started, solution = time.perf_counter(), source.resolved()
         with _threads(call.solver), without_autocast(solution.x.device.type):
-            answer, info = _derivative(call, solution, needed is not None, tensors)
+            answer, info = _derivative(call, solution, needed is not None, [tensor.resolve_neg() for tensor in tensors])
         call.info.gradients.append(info)
         call.info.backward_seconds += time.perf_counter() - started
         return tuple(answer)
@@ -291,7 +292,8 @@ class _SecondFunction(torch.autograd.Function):
     def forward(call: Call, source: Source, reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         started, solution = time.perf_counter(), source.resolved()
         count = len(solution.outputs) + len(solution.problem.data) + len(solution.outputs)
-        direction, saved = tensors[:-count], tensors[-count:]
+        visible = [tensor.resolve_neg() for tensor in tensors]
+        direction, saved = visible[:-count], visible[-count:]
         no_autocast = torch.autocast(solution.x.device.type, enabled=False)
         with isolated_torch(), torch_threads(1), torch.enable_grad(), no_autocast:
             answer = second_derivative(call.gradient, solution, reverse, direction, saved)

@@ -1,6 +1,6 @@
 """A process of its own that measures what prepared solvers hold, or how a process grows; prints lines of JSON.
 
-Arguments: ``held`` or ``growth``, and names of solvers.
+Arguments: ``held`` or ``growth`` (``growth=10000`` for so many steps), and names of solvers.
 """
 
 from __future__ import annotations
@@ -95,19 +95,19 @@ def held_in_batches(method: str, n: int, dense: bool) -> dict[str, Any]:
     return {"solver": method, "n": n, "dense": dense, "stated": memory(layout, method, batch), "held": used}
 
 
-def growth(name: str) -> dict[str, Any]:
+def growth(name: str, steps: int = STEPS) -> dict[str, Any]:
     """Training with new matrices in each step: how much the process grows after a quarter of the steps."""
     torch.manual_seed(0)
     layer, eye = QPLayer(solver=name, on_error="nan"), torch.eye(8, dtype=torch.float64)
     start, most = 0, 0
-    for step in range(STEPS):
+    for step in range(steps):
         root = torch.randn(BATCH, 8, 8, dtype=torch.float64)
         q, G = torch.randn(BATCH, 8, dtype=torch.float64), torch.randn(BATCH, 8, 8, dtype=torch.float64)
         layer(root @ root.mT + eye, q, G=G, h=torch.ones(8, dtype=torch.float64))
         most = max(most, len(workspaces.idle))
-        if step == STEPS // 4:
+        if step == steps // 4:
             start = resident()
-    report = {"solver": name, "grown": (resident() - start) / 2**20, "idle": most}
+    report = {"solver": name, "steps": steps, "grown": (resident() - start) / 2**20, "idle": most}
     workspaces.clear()
     return report
 
@@ -115,8 +115,8 @@ def growth(name: str) -> dict[str, Any]:
 def main() -> None:
     warnings.simplefilter("ignore")
     for name in sys.argv[2:]:
-        if sys.argv[1] == "growth":
-            print(json.dumps(growth(name)), flush=True)
+        if sys.argv[1].startswith("growth"):
+            print(json.dumps(growth(name, int(sys.argv[1].partition("=")[2] or STEPS))), flush=True)
             continue
         for n, dense in ((8, True), (40, True), (60, False)):
             for report in (

@@ -40,6 +40,7 @@ METHODS = [
     MethodCase(LPGD(1e-4, 0.5), "average", 1e-5, 1e-4),
     MethodCase(LPGD(1e-4, envelope="lower"), "lower", 1e-2, 1e-2),
     MethodCase(LPGD(1e-4, 0.5, envelope="upper"), "upper", 1e-2, 1e-2),
+    MethodCase(LPGD(1e-4, separate=True), "average", 1e-5, 1e-4),
     MethodCase(Domke(1e-4), "average", 1e-5, 1e-4),
     MethodCase(BlackboxBackprop(1e-4), "lower", 1e-2, 1e-2),
 ]

@@ -141,7 +141,40 @@ def _swings(seed: int) -> tuple[Tensor, ...]:
     return 0.2 * random(seed, 3, 2), length, torch.tensor([0.5, 1.0, -0.7], dtype=torch.float64)
 
 
+def _views(*parts: str) -> Callable[[int], tuple[Tensor, ...]]:
+    """Six points before a camera, seen with errors, as image points (of a camera) or bearings, and weights."""
+
+    def make(seed: int) -> tuple[Tensor, ...]:
+        world, size = random(seed, 2, 6, 3), 2
+        turn, _ = lpgd.nodes.PerspectivePose.split(random(seed + 1, size, 6))
+        p = world @ turn.mT + torch.tensor([0.2, -0.3, 5.0], dtype=torch.float64)
+        inputs: list[Tensor] = []
+        if "bearings" in parts:
+            b = p + 0.1 * random(seed + 2, size, 6, 3)
+            inputs += [b / b.norm(dim=-1, keepdim=True), world]
+        else:
+            camera = torch.tensor([[1.5, 0.1, 0.3], [0.0, 1.2, -0.2], [0.0, 0.0, 1.0]], dtype=torch.float64)
+            camera = camera.expand(size, 3, 3).clone() if "camera" in parts else torch.eye(3, dtype=torch.float64)
+            image = p @ camera.mT
+            inputs += [image[..., :2] / image[..., 2:] + 0.02 * random(seed + 2, size, 6, 2), world]
+            inputs += [camera] if "camera" in parts else []
+        if "pairs" in parts:
+            inputs.append(20.0 * (8.0 * torch.eye(6, dtype=torch.float64) + random(seed + 3, size, 6, 6)).softmax(-1))
+        else:
+            inputs.append(10.0 + 10.0 * random(seed + 3, size, 6).abs())
+        return tuple(inputs)
+
+    return make
+
+
 NODES = {
+    "pose": NodeCase(lpgd.nodes.PerspectivePose(), _views(), generic=False),
+    "pose of pixels": NodeCase(lpgd.nodes.PerspectivePose(camera=True), _views("camera"), generic=False),
+    "pose of bearings": NodeCase(lpgd.nodes.PerspectivePose("bearings"), _views("bearings"), generic=False),
+    "pose of all pairs": NodeCase(lpgd.nodes.PerspectivePose(all_pairs=True), _views("pairs"), generic=False),
+    "pose of all pairs of bearings": NodeCase(
+        lpgd.nodes.PerspectivePose("bearings", all_pairs=True), _views("bearings", "pairs"), generic=False
+    ),
     "control": NodeCase(lpgd.nodes.OptimalControl(pendulum, effort, miss, horizon=5, controls=1, ndims=0), _swings),
     "control, controls and states in bounds": NodeCase(
         lpgd.nodes.OptimalControl(

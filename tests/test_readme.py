@@ -1,4 +1,4 @@
-"""The code in README.md and in docs/nodes.md runs as printed: each section's blocks in order, in one namespace."""
+"""The code in README.md and docs/ runs as printed: each section's blocks in order, in one namespace."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import lpgd
+from lpgd.gradients import GradientMethod
 
 ROOT = Path(__file__).parent.parent
-README, NODES = ROOT / "README.md", ROOT / "docs" / "nodes.md"
+README, NODES, METHODS = ROOT / "README.md", ROOT / "docs" / "nodes.md", ROOT / "docs" / "methods.md"
 FENCE = re.compile(r"^\s*(`{3,})\s*(\S*)")
 HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*$")
 NOT_RUN = re.compile(r"^<!-- not run: \S.* -->$")
@@ -73,6 +74,9 @@ SECTIONS = read_sections(README.read_text(encoding="utf-8"))
 NODE_SECTIONS = read_sections(NODES.read_text(encoding="utf-8"))
 
 
+METHOD_SECTIONS = read_sections(METHODS.read_text(encoding="utf-8"))
+
+
 def test_readme_has_code() -> None:
     assert SECTIONS, "README.md has no python block that runs."
 
@@ -93,6 +97,21 @@ def test_every_node_is_described() -> None:
 @pytest.mark.parametrize("section", NODE_SECTIONS, ids=lambda section: section.heading)
 def test_the_examples_of_nodes_run(section: Section) -> None:
     section.run(str(NODES))
+
+
+@pytest.mark.parametrize("section", METHOD_SECTIONS, ids=lambda section: section.heading)
+def test_the_examples_of_gradient_methods_run(section: Section) -> None:
+    section.run(str(METHODS))
+
+
+def test_every_gradient_method_is_described() -> None:
+    text = METHODS.read_text(encoding="utf-8")
+    methods = [
+        name for name, thing in vars(lpgd).items() if isinstance(thing, type) and issubclass(thing, GradientMethod)
+    ]
+    assert len(methods) > 7
+    for name in methods:
+        assert f"`{name}(" in text, name
 
 
 EXAMPLE = """\

@@ -278,7 +278,7 @@ def test_a_run_again_takes_the_same_steps_and_replaces_nothing_unasked(runs: Pat
         [[row[name] for name in names] for row in rows(out, "average", "train")] for out in (runs, tmp_path)
     )
     assert first == second
-    with pytest.raises(SystemExit, match="holds a run: --overwrite starts again"):
+    with pytest.raises(SystemExit, match="holds a run: --resume continues it, --overwrite starts again"):
         train.main(command(runs, "--methods", "average"))
 
 

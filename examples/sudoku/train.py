@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import signal
 import sys
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lpgd
+from examples.runs import Ranks, Run, interruption
 
 from .data import DEFAULT_GIVENS, Boards, cached_boards, decode, load_boards, one_hot, split_boards
 from .model import CONSTRAINTS, METHODS, SudokuModel, board_error, board_loss, gradient_method, sudoku_layer
 
-__all__ = ["Run", "Trainer", "main", "parse_arguments", "render_boards"]
+__all__ = ["Trainer", "main", "parse_arguments", "render_boards"]
 
 # Defaults that depend on the order of the board.
 DEFAULTS: dict[int, dict[str, Any]] = {
@@ -50,8 +46,8 @@ IDENTITY = (
     "data",
     "data_seed",
     "givens",
+    "processes",
 )
-CHECKPOINT_SECONDS = 30.0
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -93,6 +89,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--cache", "folder for generated boards", type=Path, default=Path("runs/sudoku/boards"))
     add("--seed", "seed of the model and of the order of the boards", type=int, default=0)
     add("--restarts", "number of runs, with seeds SEED, SEED + 1, ...", type=int, default=1)
+    add("--checkpoint-seconds", "seconds between checkpoints within an epoch", type=float, default=30.0)
     add("--out", "folder of the runs (default: runs/sudoku/<side>x<side>-<method>)", type=Path)
     add("--resume", "continue the run in --out, if there is one", action="store_true")
     add("--overwrite", "start again where --out already holds a run", action="store_true")
@@ -124,55 +121,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-class Run:
-    """One run's folder: ``config.json``, ``metrics.jsonl`` (a line for each step and evaluation), ``checkpoint.pt``."""
-
-    def __init__(self, folder: Path, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
-        self.checkpoint_path = folder / "checkpoint.pt"
-        self.metrics_path = folder / "metrics.jsonl"
-        config_path = folder / "config.json"
-        self.checkpoint: dict[str, Any] | None = None
-        if config_path.exists() and not overwrite:
-            if not resume:
-                raise SystemExit(f"{folder} holds a run: --resume continues it, --overwrite starts again.")
-            before = json.loads(config_path.read_text())
-            changed = [
-                f"--{name.replace('_', '-')} was {before[name]} and is {config[name]}"
-                for name in IDENTITY
-                if before[name] != config[name]
-            ]
-            if changed:
-                raise SystemExit(f"{folder} cannot be resumed with other settings ({'; '.join(changed)}).")
-            if self.checkpoint_path.exists():
-                self.checkpoint = torch.load(self.checkpoint_path)
-        folder.mkdir(parents=True, exist_ok=True)
-        config_path.write_text(json.dumps(config, indent=2) + "\n")
-        kept: list[str] = []
-        if self.checkpoint is None:
-            self.checkpoint_path.unlink(missing_ok=True)
-        else:
-            # What was written after the checkpoint belongs to steps that are done again.
-            kept = self.metrics_path.read_text().splitlines(keepends=True)[: self.checkpoint["metrics"]]
-        self.metrics_path.write_text("".join(kept))
-        self.lines = len(kept)
-
-    def write_metrics(self, **values: Any) -> None:
-        with self.metrics_path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-        self.lines += 1
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint in one step, so that a crash leaves the old one or the new one."""
-        partial = self.checkpoint_path.with_suffix(".partial")
-        torch.save({**state, "metrics": self.lines}, partial)
-        os.replace(partial, self.checkpoint_path)
-
-
 class Trainer:
     """Minimise the mean squared error to the solved boards by Adam, and measure.
 
     The order of the boards in an epoch depends on (seed, epoch) only; together with the checkpoint (model, optimiser,
-    random state, clocks, position) a resumed run takes the very steps that an uninterrupted one takes.
+    random state, clocks, position) a resumed run takes the very steps that an uninterrupted one takes.  Of several
+    processes each takes its share of a batch, and all make the step of the sum of their gradients.
     """
 
     def __init__(
@@ -185,9 +139,10 @@ class Trainer:
         lr: float,
         batch_size: int,
         tests_per_epoch: int,
+        checkpoint_seconds: float,
         seed: int,
     ) -> None:
-        self.model, self.run = model, run
+        self.model, self.run, self.ranks, self.checkpoint_seconds = model, run, run.ranks, checkpoint_seconds
         self.batch_size, self.tests_per_epoch, self.seed = batch_size, tests_per_epoch, seed
         self.puzzles, self.solutions = one_hot(train.puzzles), one_hot(train.solutions)
         self.test, self.test_puzzles, self.test_solutions = test, one_hot(test.puzzles), one_hot(test.solutions)
@@ -218,17 +173,18 @@ class Trainer:
 
     def fit(self, epochs: int) -> bool:
         """Train up to ``epochs`` epochs; False if Ctrl-C ended it early, after the step under way and a checkpoint."""
-        if self.run.checkpoint is None:
+        if self.run.checkpoint is None and self.ranks.is_first:
             self._evaluate()
             self.run.save(self.state())
-        saved = time.perf_counter()
-        total = epochs * self.steps_per_epoch
-        with _interruption() as interrupted, tqdm(total=total, initial=self.step, unit="batch") as bar:
+        saved, total, first = time.perf_counter(), epochs * self.steps_per_epoch, self.ranks.is_first
+        bar = tqdm(total=total, initial=self.step, unit="batch", disable=not first)
+        with interruption(self.ranks) as received, bar:
             while self.step < total:
-                self._train_step(bar)
-                if self._reached(self.tests_per_epoch):
+                # All processes end with the same step, whichever of them heard of it.
+                interrupted = self._train_step(bar, received)
+                if self._reached(self.tests_per_epoch) and first:
                     bar.write(self._evaluate())
-                if self._reached(1) or interrupted or time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                if self._reached(1) or interrupted or time.perf_counter() - saved > self.checkpoint_seconds:
                     self.run.save(self.state())
                     saved = time.perf_counter()
                 if interrupted:
@@ -245,34 +201,51 @@ class Trainer:
         with torch.no_grad():
             return torch.cat([self.model(batch)[0] for batch in batches])
 
-    def _train_step(self, bar: tqdm[Any]) -> None:
+    def _train_step(self, bar: tqdm[Any], received: list[int]) -> bool:
+        """One step; whether a process had ``received`` an interrupt by then."""
         started = time.perf_counter()
         epoch, position = divmod(self.step, self.steps_per_epoch)
         shuffled = np.random.default_rng((self.seed, epoch)).permutation(len(self.puzzles))
         chosen = torch.from_numpy(shuffled[position * self.batch_size : (position + 1) * self.batch_size])
+        own = self.ranks.share(chosen)
+        self.optimizer.zero_grad()
+        answers, counts, clocks = self._gradients(own, len(own) / len(chosen))
+        self.ranks.add_gradients(self.model.parameters())
+        self.optimizer.step()
+        self.step += 1
+        found = self.ranks.gathered((answers, counts, bool(received)))
+        for name, seconds in clocks.items():
+            self.clocks[name] += seconds
+        answers = self.ranks.together([part for part, _, _ in found], len(chosen))
+        loss, broken = board_loss(answers, self.solutions[chosen]).item(), board_error(answers)
+        self.clocks["seconds"] += time.perf_counter() - started
+        record = {name: sum(part[name] for _, part, _ in found) for name in counts}
+        self._record("train", loss, answers, self.solutions[chosen], broken, **record)
+        bar.set_description(f"epoch {epoch + 1}", refresh=False)
+        bar.set_postfix(loss=f"{loss:.4f}", error=f"{broken.mean():.3f}", refresh=False)
+        bar.update()
+        return any(heard for _, _, heard in found)
+
+    def _gradients(self, chosen: Tensor, weight: float) -> tuple[Tensor, dict[str, int], dict[str, float]]:
+        """The gradients of some boards' part of the loss: their answers, what went wrong, and times."""
+        if not len(chosen):
+            return self.puzzles[chosen], {"inaccurate": 0, "fallbacks": 0}, {}
         before_forward = time.perf_counter()
         output = self.model(self.puzzles[chosen])
         after_forward = time.perf_counter()
         answers = output[0]
-        loss = board_loss(answers, self.solutions[chosen])
-        self.optimizer.zero_grad()
+        loss = weight * board_loss(answers, self.solutions[chosen])
         before_backward = time.perf_counter()
         loss.backward()
-        after_backward = time.perf_counter()
-        self.optimizer.step()
-        self.step += 1
-        self.clocks["forward_seconds"] += after_forward - before_forward
-        self.clocks["backward_seconds"] += after_backward - before_backward
-        broken = board_error(answers)
-        self.clocks["seconds"] += time.perf_counter() - started
-        record = {
+        clocks = {
+            "forward_seconds": after_forward - before_forward,
+            "backward_seconds": time.perf_counter() - before_backward,
+        }
+        counts = {
             "inaccurate": sum(status is not lpgd.Status.SOLVED for status in output.info.statuses),
             "fallbacks": sum(len(gradient.fallbacks) for gradient in output.info.gradients),
         }
-        self._record("train", loss.item(), answers, self.solutions[chosen], broken, **record)
-        bar.set_description(f"epoch {epoch + 1}", refresh=False)
-        bar.set_postfix(loss=f"{loss.item():.4f}", error=f"{broken.mean():.3f}", refresh=False)
-        bar.update()
+        return answers.detach(), counts, clocks
 
     def _evaluate(self) -> str:
         started = time.perf_counter()
@@ -302,23 +275,6 @@ class Trainer:
         return unsolved
 
 
-@contextmanager
-def _interruption() -> Generator[list[int]]:
-    """A list that the first Ctrl-C makes true; a second one interrupts at once."""
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.write("Ctrl-C: finishing this batch and saving; once more stops at once.", file=sys.stderr)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def render_boards(puzzle: NDArray[np.int8], answer: NDArray[np.int8], solution: NDArray[np.int8]) -> str:
     """One (side, side) puzzle, the model's answer and the solution side by side; wrong cells are marked by ``*``."""
     side = len(puzzle)
@@ -340,16 +296,20 @@ def render_boards(puzzle: NDArray[np.int8], answer: NDArray[np.int8], solution: 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; 0, or 130 after Ctrl-C."""
     options = parse_arguments(arguments)
-    try:
-        train, test = _boards(options)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{error}") from error
-    try:
-        finished = all(
-            _train(options, seed, train, test) for seed in range(options.seed, options.seed + options.restarts)
-        )
-    except KeyboardInterrupt:
-        finished = False
+    with Ranks.joined() as ranks:
+        try:
+            own = _boards(options) if ranks.is_first else None  # it writes the file that the others read
+            ranks.of_first(None)
+            train, test = own or _boards(options)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{error}") from error
+        seeds = range(options.seed, options.seed + options.restarts)
+        try:
+            finished = all(_train(options, seed, train, test, ranks) for seed in seeds)
+        except KeyboardInterrupt:
+            finished = False
+    if not ranks.is_first:
+        return 0 if finished else 130
     if not finished:
         print("Stopped; the same command with --resume continues from the last checkpoint.")
         return 130
@@ -369,21 +329,23 @@ def _boards(options: argparse.Namespace) -> tuple[Boards, Boards]:
     return split_boards(boards, *sizes, options.data_seed)
 
 
-def _train(options: argparse.Namespace, seed: int, train: Boards, test: Boards) -> bool:
+def _train(options: argparse.Namespace, seed: int, train: Boards, test: Boards, ranks: Ranks) -> bool:
     """One restart; False if Ctrl-C ended it."""
     folder = options.out / f"seed-{seed}"
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    run = Run(folder, {**config, "seed": seed}, options.resume, options.overwrite)
+    config |= {"seed": seed, "processes": ranks.count}
+    run = Run(folder, config, IDENTITY, resume=options.resume, overwrite=options.overwrite, ranks=ranks)
     gradient = gradient_method(options.method, options.tau, options.rho)
     layer = sudoku_layer(options.board, options.constraints, gradient, options.solver)
     model = SudokuModel(options.board**6, options.constraints, layer, seed)
-    settings = {name: getattr(options, name) for name in ("lr", "batch_size", "tests_per_epoch")}
+    settings = {name: getattr(options, name) for name in ("lr", "batch_size", "tests_per_epoch", "checkpoint_seconds")}
     trainer = Trainer(model, train, test, run, **settings, seed=seed)
 
     def show_board() -> None:
-        answer = decode(trainer.answers(trainer.test_puzzles[:1]))
-        print(f"{folder}: a test board after {trainer.step} batches")
-        print(render_boards(test.puzzles[0], answer[0], test.solutions[0]), flush=True)
+        if ranks.is_first:
+            answer = decode(trainer.answers(trainer.test_puzzles[:1]))
+            print(f"{folder}: a test board after {trainer.step} batches")
+            print(render_boards(test.puzzles[0], answer[0], test.solutions[0]), flush=True)
 
     show_board()
     finished = trainer.fit(options.epochs)

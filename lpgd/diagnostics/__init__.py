@@ -2,6 +2,7 @@
 
 from lpgd.diagnostics.checks import GradientCheck, GradientCheckError, gradcheck
 from lpgd.diagnostics.diagnose import diagnose
+from lpgd.diagnostics.ignored_constraints import IgnoredConstraints, ignored_constraints
 from lpgd.diagnostics.measurement import Comparison, Measurement
 from lpgd.diagnostics.moreau import Envelopes, envelopes
 from lpgd.diagnostics.report import ParameterReport, Report
@@ -12,6 +13,7 @@ __all__ = [
     "Envelopes",
     "GradientCheck",
     "GradientCheckError",
+    "IgnoredConstraints",
     "Measurement",
     "ParameterReport",
     "Report",
@@ -20,5 +22,6 @@ __all__ = [
     "diagnose",
     "envelopes",
     "gradcheck",
+    "ignored_constraints",
     "sweep",
 ]

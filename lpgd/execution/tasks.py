@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -54,9 +55,31 @@ def default_executor() -> Executor:
 
 
 def worker_count(executor: Executor | None) -> int:
-    """How many tasks an executor runs at once; the number of cores where it does not say."""
-    workers = getattr(executor if executor is not None else default_executor(), "_max_workers", None)
-    return workers if isinstance(workers, int) else core_count()
+    """How many tasks an executor runs at once; the number of cores where it does not say.
+
+    Those of ``concurrent.futures`` say it in ``_max_workers``, a cluster of Dask by the threads of all its workers.
+    """
+    executor = executor if executor is not None else default_executor()
+    workers = getattr(executor, "_max_workers", None)
+    if isinstance(workers, int):
+        return workers
+    client = getattr(executor, "_client", None)
+    return _cluster_size(client) if hasattr(client, "scheduler_info") else core_count()
+
+
+ASKED_EVERY = 5.0
+"""Seconds after which a cluster is asked again how many workers it has: the answer takes some milliseconds."""
+_clusters: WeakKeyDictionary[Any, tuple[float, int]] = WeakKeyDictionary()
+
+
+def _cluster_size(client: Any) -> int:
+    """The threads of all workers that a client of Dask knows; the number of cores while there are none."""
+    asked, count = _clusters.get(client, (-ASKED_EVERY, 0))
+    now = time.monotonic()
+    if now - asked > ASKED_EVERY or not count:
+        count = sum(worker["nthreads"] for worker in client.scheduler_info()["workers"].values())
+        _clusters[client] = now, count
+    return count or core_count()
 
 
 def split(count: int, executor: Executor | None, per_worker: int = 4) -> list[range]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import IntArray, elements_where, flags
+from lpgd.gradients.losses import BatchRows, Reading
 from lpgd.problems.base import Data, Point, Traits, is_surely_finite
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
@@ -92,12 +93,21 @@ class GradientMethod(ABC):
 
     needs: ClassVar[frozenset[str]]
     """Which :class:`~lpgd.problems.base.Traits` problems must have: ``can_tilt``, ``can_augment``, ``has_kkt``,
-    ``is_continuous``, ``is_smooth``."""
+    ``is_continuous``, ``is_smooth``, ``takes_losses``."""
 
     @property
     def required(self) -> frozenset[str]:
         """What these options need of the problem."""
         return self.needs
+
+    def bound(self, readings: Callable[[], Sequence[Reading]], as_rows: BatchRows) -> GradientMethod:
+        """The same method for one call, of whose loss it knows more than the cotangent; most know no loss.
+
+        Args:
+            readings: how the layer's outputs are read off the variables of its programs.
+            as_rows: the call's tensors with leading batch dimensions as rows.
+        """
+        return self
 
     @abstractmethod
     def vjp(
@@ -162,6 +172,7 @@ class GradientMethod(ABC):
 
 _CAPABILITIES = {
     "can_tilt": "a linear tilt of its objective",
+    "takes_losses": "a convex objective that a loss can be added to, as conic programs do",
     "can_augment": "a quadratic term in its objective (rho > 0)",
     "has_kkt": "optimality conditions that can be differentiated",
     "is_smooth": "the smooth functions of a declarative node",

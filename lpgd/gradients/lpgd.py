@@ -10,6 +10,9 @@ With ``g = dℓ/dz`` at the solution ``z*``, and ``z_{±τ}`` the solution after
 As τ → 0 they agree with implicit differentiation, of the augmented problem where ρ > 0 ([LPGD] eq. 46).  The solves
 themselves, and the choice of τ, are in :mod:`lpgd.gradients.perturbed`.
 
+A loss that is given as a function takes the place of ``<g, z>``: ``z_{±τ}`` is then the solution of ``L ± τ ℓ``, and
+the difference the gradient of the envelope of the loss itself (eqs. 10, 11, 16).
+
 [LPGD] Paulus, Musil, Martius: Lagrangian Proximal Gradient Descent for Learning Convex Optimization Models
 (arXiv 2407.05920).
 """
@@ -17,8 +20,9 @@ themselves, and the choice of τ, are in :mod:`lpgd.gradients.perturbed`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -27,9 +31,10 @@ from torch import Tensor
 from lpgd.arrays import as_index, elements_where, flags, integers, rows_where
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit.method import ImplicitKKT
+from lpgd.gradients.losses import BatchRows, Loss, PosedLoss, Reading, plain_readings, weighed
 from lpgd.gradients.perturbed import Perturbed, perturb
 from lpgd.gradients.sides import Envelope
-from lpgd.gradients.small_steps import check_small_steps, is_doubtful
+from lpgd.gradients.small_steps import check_small_steps, difference, is_doubtful
 from lpgd.problems.base import Data, Point
 from lpgd.problems.solution import AnySolution
 from lpgd.solvers.base import AnySolver
@@ -38,7 +43,7 @@ from lpgd.status import SolverError, warn
 __all__ = ["LPGD"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LPGD(GradientMethod):
     """The gradient of a Lagrange-Moreau envelope of the loss, by solving the perturbed problem again.
 
@@ -55,6 +60,13 @@ class LPGD(GradientMethod):
             stay where they are for small ones.
         rho: ρ ≥ 0 of the augmented Lagrangian; not scaled by τ.
         envelope: ``"average"`` (two solves), ``"lower"`` or ``"upper"`` (one solve each).
+        loss: the convex loss itself, a :class:`~lpgd.QuadraticLoss` or a :class:`~lpgd.CvxpyLoss`, for conic programs.
+            The gradient is that of its envelope at τ (of this loss, whatever its weight), times the weight with which
+            the element's loss enters the whole, such as 1/B; a negative one exchanges lower and upper.  What is
+            differentiated must be this loss of the layer's output, ``loss(output)``.  The upper envelope needs a
+            problem that stays convex less ``τ ℓ``; elements for which it does not have the lower one alone.
+        separate: losses of primal and of dual variables have an envelope each, of four solves for the average ([LPGD]
+            eqs. 73-78), in place of one of both together (eqs. 79-82).  Forward mode is that of both together.
 
     A perturbed problem without a solution on one side leaves the other side; without one on both, the element's
     gradient falls back to ``ImplicitKKT(rho)``.  Both are on record in :class:`GradientInfo` and warn.
@@ -66,6 +78,8 @@ class LPGD(GradientMethod):
     tau: float | None = None
     rho: float = 0.0
     envelope: Envelope = "average"
+    loss: Loss | PosedLoss | None = field(default=None, kw_only=True)
+    separate: bool = field(default=False, kw_only=True)
 
     needs: ClassVar[frozenset[str]] = frozenset({"can_tilt"})
 
@@ -76,11 +90,30 @@ class LPGD(GradientMethod):
             raise ValueError(f"rho is {self.rho}; it must be nonnegative and finite.")
         if self.envelope not in get_args(Envelope):
             raise ValueError(f"envelope is {self.envelope!r}; it must be one of {', '.join(get_args(Envelope))}.")
+        if self.loss is None:
+            return
+        if not isinstance(self.loss, Loss | PosedLoss):
+            raise TypeError(
+                f"loss is {self.loss!r}; it must be a lpgd.QuadraticLoss or a lpgd.CvxpyLoss with its values."
+            )
+        if type(self) is not LPGD or self.tau is None:
+            raise ValueError(
+                f"a loss has an envelope of its own at a given tau: LPGD(tau, loss=...), not {type(self).__name__}."
+            )
+
+    def __repr__(self) -> str:
+        more = f", loss={self.loss}" if self.loss is not None else ""
+        more += ", separate=True" if self.separate else ""
+        return f"{type(self).__name__}(tau={self.tau!r}, rho={self.rho!r}, envelope={self.envelope!r}{more})"
 
     @property
     def required(self) -> frozenset[str]:
-        augmented = {"can_augment"} if self.rho else set()
-        return self.needs | augmented | ({"is_continuous"} if self.tau is None else set())
+        more = {"can_augment": self.rho > 0, "is_continuous": self.tau is None, "takes_losses": self.loss is not None}
+        return self.needs | {name for name, needed in more.items() if needed}
+
+    def bound(self, readings: Callable[[], Sequence[Reading]], as_rows: BatchRows) -> LPGD:
+        """The same with the loss as a function of the variables of one call's programs."""
+        return replace(self, loss=self.loss.posed(readings(), as_rows)) if isinstance(self.loss, Loss) else self
 
     def steps(self, tau: float, cotangent: Point) -> Tensor:
         """(B,) the steps that a given τ stands for, by which the cotangent is multiplied."""
@@ -94,13 +127,13 @@ class LPGD(GradientMethod):
         executor: Executor | None = None,
     ) -> tuple[Data, GradientInfo]:
         problem = solution.problem
+        if self.separate and any(bool(tensor.any()) for tensor in tuple(cotangent)[1:]):
+            return self._of_both(solution, cotangent, solver, executor)
         pair = _Perturbed(self, solution, cotangent, solver, executor)
         gradient = problem.zero_gradient()
         if pair.elements:
-            difference = pair.problem.gradient_difference(pair.plus, pair.minus, pair.weight)
-            gradient = (
-                difference if pair.is_whole else problem.scatter(as_index(pair.elements, problem.device), difference)
-            )
+            found = difference(pair.problem, pair.plus, pair.minus, pair.weight, pair.smooth)
+            gradient = found if pair.is_whole else problem.scatter(as_index(pair.elements, problem.device), found)
         if pair.unsolved:
             fallback_gradient, info = pair.fallback().vjp(solution, pair.of_unsolved(cotangent), solver, executor)
             pair.record_fallback(info)
@@ -109,6 +142,28 @@ class LPGD(GradientMethod):
             pair.info.notices["q"] = _ZERO_GRADIENT
         return gradient, pair.info
 
+    def _of_both(
+        self, solution: AnySolution, cotangent: Point, solver: AnySolver, executor: Executor | None
+    ) -> tuple[Data, GradientInfo]:
+        """The sum of the gradients of a primal and of a dual loss, each by its own envelope ([LPGD] eqs. 73-78).
+
+        A dual loss is lower where ``L - τ <g_y, y>`` is, for L is maximised in y: its lower envelope is a step of -τ.
+        """
+        mirrored: dict[Envelope, Envelope] = {"average": "average", "lower": "upper", "upper": "lower"}
+        primal = replace(self, separate=False)
+        dual = replace(primal, envelope=mirrored[self.envelope], loss=None)
+        zeros = [torch.zeros_like(tensor) for tensor in cotangent]
+        of_x, of_y = cotangent._make((cotangent.x, *zeros[1:])), cotangent._make((zeros[0], *tuple(cotangent)[1:]))
+        gradient, info = primal.vjp(solution, of_x, solver, executor)
+        more, other = dual.vjp(solution, of_y, solver, executor)
+        both = gradient._make(a + b for a, b in zip(gradient, more, strict=True))
+        for element, used in enumerate(info.used):
+            if used == "zero cotangent" and other.used[element] != used:
+                info.used[element] = self.envelope if other.used[element] == dual.envelope else other.used[element]
+        info.method, info.fallbacks = self, sorted({*info.fallbacks, *other.fallbacks})
+        info.notices |= other.notices
+        return both, info
+
     def jvp(
         self,
         solution: AnySolution,
@@ -116,6 +171,8 @@ class LPGD(GradientMethod):
         solver: AnySolver,
         executor: Executor | None = None,
     ) -> tuple[Point, GradientInfo]:
+        if self.loss is not None:
+            raise TypeError(f"{self} is an envelope of a loss, and has no forward mode: use reverse mode.")
         problem, point = solution.problem, solution.point
         direction = problem.mixed_product(point, tangent)
         pair = _Perturbed(self, solution, direction, solver, executor)
@@ -139,6 +196,7 @@ class _Perturbed:
         problem: the original problem, of these elements.
         plus, minus: their points, (E, ·) each.
         weight: (E,) 1/τ or 1/2τ.
+        smooth: (E,) elements whose small step goes along smooth functions.
         unsolved: elements without any, to be handed to the fallback.
         lost: those of them that have one, whose small step is lost in rounding.
         info: the record.
@@ -154,17 +212,25 @@ class _Perturbed:
     ) -> None:
         self.method, self.whole = method, solution.problem
         self.info = _blank(method, solution)
+        loss = scale = None
+        if method.loss is not None:
+            loss, scale, cotangent = weighed(_posed(method.loss, solution), solution, cotangent, method)
         active = relevant_elements(solution, cotangent)
         if len(active) < solution.batch_size:
             index = as_index(active, self.whole.device)
             solution, cotangent = solution.select(index), cotangent.select(index)
+            loss = None if loss is None else loss.select(index)
+            scale = None if scale is None else scale[index]
         problem = solution.problem
         self.elements, self.unsolved, self.lost, self.problem = active, [], set(), problem
         self.plus, self.minus, self.weight = solution.point, solution.point, solution.x.new_zeros(len(active))
+        self.smooth = self.weight > 0
         if not active:
             return
         steps = None if method.tau is None else method.steps(method.tau, cotangent)
-        found = perturb(solution, cotangent, solver, executor, envelope=method.envelope, rho=method.rho, steps=steps)
+        found = perturb(
+            solution, cotangent, solver, executor, envelope=method.envelope, rho=method.rho, steps=steps, loss=loss
+        )
         self.still = ~found.moved
         _record(self.info, active, found)
         keep = found.above | found.below
@@ -174,13 +240,17 @@ class _Perturbed:
             keep = keep & ~lost
             self.lost = {active[position] for position in elements_where(lost)}
         self.weight = torch.where(keep, 1.0 / (found.tau * (found.above.double() + found.below.double()).clamp(1)), 0.0)
+        self.weight = self.weight if scale is None else scale * self.weight
         self.plus, self.minus = found.plus, found.minus
+        rough = found.kinked | found.unclear | found.jumped | found.crossed
+        self.smooth = ~rough & (method.tau is None)
         if not keep.all():
             self.unsolved = [element for element, fine in zip(active, flags(keep), strict=True) if not fine]
             kept = rows_where(keep)
             self.elements = [active[position] for position in integers(kept)]
             self.problem = problem.select(kept)
             self.plus, self.minus, self.weight = self.plus.select(kept), self.minus.select(kept), self.weight[kept]
+            self.smooth = self.smooth[kept]
 
     @property
     def is_whole(self) -> bool:
@@ -224,6 +294,13 @@ class _Perturbed:
                 f"{self.method}: no perturbed problem of elements {without[:10]} has a solution (with a loss on dual "
                 f"variables, redundant equalities do that); their gradients come from {info.method}."
             )
+
+
+def _posed(loss: Loss | PosedLoss, solution: AnySolution) -> PosedLoss:
+    """The loss of the batch, one row for each element."""
+    if isinstance(loss, Loss):
+        loss = loss.posed(plain_readings(solution.point), lambda tensor, ndim: tensor.to(torch.float64))
+    return loss.select(torch.arange(solution.batch_size, device=solution.x.device))
 
 
 def _blank(method: LPGD, solution: AnySolution) -> GradientInfo:

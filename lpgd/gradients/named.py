@@ -14,7 +14,7 @@ from lpgd.problems.base import Point
 __all__ = ["BlackboxBackprop", "DirectLoss", "Domke"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BlackboxBackprop(LPGD):
     """Blackbox backpropagation (Vlastelica et al. 2020): the lower envelope with ρ = 0 and a given τ (their λ).
 
@@ -31,7 +31,7 @@ class BlackboxBackprop(LPGD):
             raise ValueError("BlackboxBackprop is LPGD(tau, rho=0, envelope='lower'); use LPGD for anything else.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Domke(LPGD):
     """Implicit differentiation by perturbation (Domke 2010): the average envelope with τ small, chosen by default."""
 
@@ -45,7 +45,7 @@ class Domke(LPGD):
             raise ValueError("Domke is LPGD with envelope='average'; use LPGD for anything else.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DirectLoss(LPGD):
     """The gradient of direct loss minimisation (McAllester et al. 2010; [LPGD] eqs. 17-19), for DirectLossLayer.
 

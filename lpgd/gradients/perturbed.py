@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import IntArray, rows_where
+from lpgd.gradients.losses import PosedLoss
 from lpgd.gradients.sides import DUALS, SIDES, Envelope, Run, Sides, picked, replaced_elements
 from lpgd.problems.base import Point, maximum_norm
 from lpgd.problems.solution import AnyProblem, AnySolution
@@ -88,6 +89,7 @@ def perturb(
     envelope: Envelope,
     rho: float = 0.0,
     steps: Tensor | None = None,
+    loss: PosedLoss | None = None,
 ) -> Perturbed:
     """Solve the problem tilted by a cotangent again.
 
@@ -99,6 +101,7 @@ def perturb(
         envelope: which sides; one without a solution is replaced by the other one.
         rho: of the augmentation.
         steps: (E,) τ, or None: the root of the relative error of the solutions, in tilt units.
+        loss: a loss of these elements with this cotangent, to be added itself instead of its linear model.
     """
     problem = solution.problem
     unit = problem.tilt_unit(solution.point, cotangent)
@@ -108,10 +111,10 @@ def perturb(
         error = torch.minimum(error, _error(None, perturbed_solver, problem))
     tau = error**0.5 * unit if steps is None else steps
     augmented = problem.augment(rho, solution.x)
+    near = None if loss is not None else PerturbedPoints.of(solution, augmented, cotangent, unit, perturbed_solver)
     run = Run(
         problem, augmented, solution.point, solution.active_set(problem), solution.states, cotangent,
-        base_error, error, perturbed_solver, perturbed_solver == solver, executor, envelope,
-        PerturbedPoints.of(solution, augmented, cotangent, unit, perturbed_solver),
+        base_error, error, perturbed_solver, perturbed_solver == solver, executor, envelope, near, loss,
     )  # fmt: skip
     if len(SIDES[envelope]) == 1:
         # Both ends of a difference are solved to one tolerance; the old end alone would be the noisier one.
@@ -126,9 +129,11 @@ def perturb(
     elif problem.traits.is_continuous and (steps is None or not problem.traits.is_linear_program):
         # Of a linear program a given step is meant to find other vertices.
         jumped = _jumps(run, tau, unit, sides, TINY_TILT)
-    if run.active is not None and run.active.is_vertex and not any(tensor.any() for tensor in tuple(cotangent)[1:]):
+    determined = run.determined()
+    if determined is not None:
         # A vertex that stays does not move at all: what is left is noise, which a tiny step would magnify.
-        sides = sides._replace(plus=_at(sides.plus, run.base, moved), minus=_at(sides.minus, run.base, moved))
+        free = moved | ~determined
+        sides = sides._replace(plus=_at(sides.plus, run.base, free), minus=_at(sides.minus, run.base, free))
     return Perturbed(
         sides.plus, sides.minus, sides.above, sides.below, tau, unit, moved, sides.crossing <= 1.0, kinked,
         unclear, jumped, perturbed_solver.tolerance, sides.iterations, sides.newton,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import IntArray, integers
+from lpgd.gradients.losses import PosedLoss
 from lpgd.problems.base import Point, States, maximum_norm
 from lpgd.problems.conic.activity import ActiveSet
 from lpgd.problems.conic.problem import ConicProblem
@@ -93,6 +95,7 @@ class Run:
         base, active: the solutions and their active sets, None where the problems have none.
         base_error, error: (E,) of the solutions and of perturbed ones, relative to their size.
         is_even: whether both were found by the same solver.
+        loss: what is added times the step, in place of the tilt along the cotangent; None for the tilt.
     """
 
     problem: AnyProblem
@@ -108,6 +111,7 @@ class Run:
     executor: Executor | None
     envelope: Envelope
     near: PerturbedPoints | None
+    loss: PosedLoss | None = None
 
     def select(self, elements: Tensor) -> Run:
         """The same for some elements."""
@@ -123,6 +127,7 @@ class Run:
             base_error=self.base_error[elements],
             error=self.error[elements],
             near=None if self.near is None else self.near.select(elements),
+            loss=None if self.loss is None else self.loss.select(elements),
         )
 
     def with_base_solved_again(self) -> Run:
@@ -139,13 +144,12 @@ class Run:
     def sides(self, tau: Tensor) -> Sides:
         """The ends of the steps τ (E,)."""
         signs = SIDES[self.envelope]
-        solutions = self._solved(torch.cat([sign * tau for sign in signs])).parts(len(signs))
-        results = dict(zip(signs, solutions, strict=True))
+        results = dict(zip(signs, self._ends([sign * tau for sign in signs]), strict=True))
         solved = {sign: result.usable for sign, result in results.items()}
         if len(signs) == 1 and not solved[signs[0]].all():
             # The asked-for side has no solution for some elements: try the other one.
             other = -signs[0]
-            results[other] = self._solved(other * tau)
+            (results[other],) = self._ends([other * tau])
             solved[other] = results[other].usable & ~solved[signs[0]]
         nothing = torch.zeros(len(tau), dtype=torch.bool, device=tau.device)
         above, below = solved.get(1.0, nothing), solved.get(-1.0, nothing)
@@ -157,8 +161,14 @@ class Run:
         skew = self.skew(plus, minus, above & below)
         return Sides(plus, minus, above, below, crossing, apart, skew, newton, iterations)
 
-    def _solved(self, steps: Tensor) -> AnySolution:
-        return solve_tilted(self.augmented, self.cotangent, steps, self.states, self.solver, self.executor, self.near)
+    def _ends(self, steps: Sequence[Tensor]) -> Sequence[AnySolution]:
+        """The solutions after each of these steps (E,)."""
+        if self.loss is not None:
+            program = cast(ConicProblem, self.augmented)
+            return [self.loss.solve(program, step, self.solver, self.executor) for step in steps]
+        whole, states = torch.cat(list(steps)), self.states
+        found = solve_tilted(self.augmented, self.cotangent, whole, states, self.solver, self.executor, self.near)
+        return found.parts(len(steps))
 
     def _crossing(self, results: dict[float, AnySolution], solved: dict[float, Tensor]) -> tuple[Tensor, Tensor]:
         crossing = torch.full_like(self.error, torch.inf)
@@ -196,14 +206,25 @@ class Run:
         """(E,) whether the ends differ.
 
         Both are solved alike, so that they are compared with each other: equal ends are optimal for all tilts between
-        them, and so is one solution.  At a vertex of a linear program the active set tells, whatever the noise.
+        them, and so is one solution.  Where the active set determines the solution it tells, whatever the noise.
         """
         base, plus, minus = (self.problem.in_own_units(point)[0] for point in (self.base, sides.plus, sides.minus))
         moved = maximum_norm(plus - minus) > self._noise(self.error, maximum_norm(base))
-        on_duals = any(tensor.any() for tensor in tuple(self.cotangent)[1:])
-        if self.active is not None and self.active.is_vertex and not on_duals:
-            moved = moved & sides.apart
-        return moved
+        determined = self.determined()
+        return moved if determined is None else moved & (sides.apart | ~determined)
+
+    def determined(self) -> Tensor | None:
+        """(E,) whether a solution with the same active set is the same one; None where that is known of none.
+
+        So it is of linear programs: at a vertex, and on a face too, where a solution that a tilt does not take to
+        another end of it is one of many, and its place within the face noise.  With a quadratic term added (ρ > 0)
+        solutions move within a face.
+        """
+        if self.active is None or not self.active.of_linear_program or any(t.any() for t in tuple(self.cotangent)[1:]):
+            return None
+        if self.augmented is self.problem:
+            return torch.ones(self.problem.batch_size, dtype=torch.bool, device=self.problem.device)
+        return self.active.is_vertex(self.base.x.shape[-1])
 
 
 def picked(sides: Sides, elements: Tensor) -> Sides:

@@ -4,6 +4,7 @@ from lpgd.layers.base import LayerOutput
 from lpgd.layers.blackbox import BlackboxLayer
 from lpgd.layers.conic import ConicLayer, ConicOutput, solve_conic
 from lpgd.layers.cvxpy.layer import CvxpyLayer
+from lpgd.layers.cvxpy.loss import CvxpyLoss
 from lpgd.layers.direct_loss import DirectLossLayer
 from lpgd.layers.node import NodeLayer
 from lpgd.layers.program import ProgramOutput
@@ -14,6 +15,7 @@ __all__ = [
     "ConicLayer",
     "ConicOutput",
     "CvxpyLayer",
+    "CvxpyLoss",
     "DirectLossLayer",
     "LPLayer",
     "LayerOutput",

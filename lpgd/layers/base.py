@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, NamedTuple, get_args
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
+from lpgd.arrays import plain
 from lpgd.autograd import CallInfo, solve
 from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
+from lpgd.gradients.losses import Reading, identity
 from lpgd.layers.absent import without_absent_rows
 from lpgd.layers.inputs import Batch
 from lpgd.layers.standard_options import StandardOptions
@@ -115,7 +117,7 @@ class BaseLayer(torch.nn.Module, ABC):
 
     def _plain(self, problem: AnyProblem, batch: Batch, call: CallOptions, warm_start: WarmStart) -> Any:
         """Solve a batch: the solver's whole answer."""
-        problem = problem.with_data(problem.data._make(datum.detach() for datum in problem.data))
+        problem = problem.with_data(problem.data._make(plain(datum) for datum in problem.data))
         solution = call.solver.solve(problem, self._states(warm_start, problem.structure, batch), call.executor)
         self._remember(solution, batch, call.solver)
         return solution
@@ -242,6 +244,7 @@ class OptimizationLayer(BaseLayer):
     ) -> tuple[ConicPoint, CallInfo]:
         """Solve a batch, differentiably."""
         call, size = self._call_options(structure, solver_args, data.q.device), batch.batch_size
+        call = call._replace(gradient=call.gradient.bound(lambda: self._readings(structure), batch.rows_of_loss))
         data, absent = without_absent_rows(structure, data, size)
         problem = ConicProblem(structure, data, size)
         point, info = self._differentiable(problem, batch, call, warm_start, explain)
@@ -263,12 +266,18 @@ class OptimizationLayer(BaseLayer):
         data, _ = without_absent_rows(structure, data, batch.batch_size)
         return self._plain(ConicProblem(structure, data, batch.batch_size), batch, call, warm_start)
 
+    def _readings(self, structure: ConicStructure) -> Sequence[Reading]:
+        """How primal outputs are read off the variables of a program."""
+        return [identity(structure.own, structure.n)]
+
     def _solver_for(self, structure: ConicStructure) -> ConicSolver | None:
         """The solver of the calls with this structure; None where one is chosen for each call."""
         return self._solver
 
     def _situation(self, device: torch.device | None = None) -> Situation:
-        return Situation(device.type if device is not None else "cpu", getattr(self.gradient, "rho", 0.0) > 0)
+        method: Any = self.gradient
+        augmented = getattr(method, "rho", 0.0) > 0 or getattr(method, "loss", None) is not None
+        return Situation(device.type if device is not None else "cpu", augmented)
 
     def _call_options(
         self, structure: ConicStructure, solver_args: Mapping[str, object] | None, device: torch.device

@@ -79,6 +79,22 @@ class Batch:
             tensor = self.flatten(tensor, ndim)
         return tensor.to(torch.float64)
 
+    def rows_of_loss(self, tensor: Tensor, ndim: int) -> Tensor:
+        """The same for a datum of a loss, which the call has not checked.
+
+        Raises:
+            ValueError: its leading dimensions do not broadcast to those of the call.
+        """
+        own = tuple(tensor.shape[: tensor.ndim - ndim])
+        fits = len(own) <= len(self.batch_shape) or not self.batch_size
+        fits &= all(one in (1, size) for one, size in zip(own[::-1], self.batch_shape[::-1], strict=False))
+        if not fits and torch.Size(own).numel() != 1:
+            raise ValueError(
+                f"the batch shape of the loss's data, {own}, does not broadcast to that of the call, "
+                f"{self.batch_shape}."
+            )
+        return self.rows(tensor.to(self.device), ndim)
+
     def restore(self, value: Tensor, shape: tuple[int, ...]) -> Tensor:
         """(B, size) in float64 to (*batch, *shape) in the inputs' type, on their device."""
         return value.to(device=self.device, dtype=self.dtype).reshape((*self.batch_shape, *shape))

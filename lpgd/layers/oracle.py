@@ -150,6 +150,10 @@ def _wanted(shape: tuple[int, ...]) -> str:
 
 
 def record(output: Tensor, info: CallInfo, batch: Batch) -> TensorOutput:
-    """The output with the record of its call as attributes ``info`` and ``batch_shape``, as other outputs have."""
-    vars(output).update(info=info, batch_shape=batch.batch_shape)
+    """The output with the record of its call as attributes ``info`` and ``batch_shape``, as other outputs have.
+
+    What is saved of it is the tensor alone, so that it loads under ``weights_only=True``: torch asks the tensor itself
+    for its state (torch 2.13), and there is none.
+    """
+    vars(output).update(info=info, batch_shape=batch.batch_shape, __getstate__=dict)
     return cast(TensorOutput, output)

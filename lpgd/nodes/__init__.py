@@ -4,6 +4,7 @@ from lpgd.nodes.control.node import OptimalControl
 from lpgd.nodes.eigen import EigenDecomposition, rayleigh_quotients
 from lpgd.nodes.least_squares.node import LeastSquares
 from lpgd.nodes.pooling.node import RobustPooling
+from lpgd.nodes.pose.node import PerspectivePose
 from lpgd.nodes.principal.node import PrincipalVector
 from lpgd.nodes.projection import Projection
 from lpgd.nodes.rotation import Rotation
@@ -21,6 +22,7 @@ __all__ = [
     "Node",
     "OptimalControl",
     "OptimalTransport",
+    "PerspectivePose",
     "PrincipalVector",
     "Projection",
     "RobustPooling",

@@ -28,6 +28,9 @@ class Projection(BaseNode):
         onto: ``"l1_sphere"`` is ``|y|₁ = r`` and ``"l1_ball"`` is ``|y|₁ ≤ r``, and so on; ``"simplex"`` is
             ``y ≥ 0, Σy = r``.
         radius: r > 0; None makes it a second input, one number for each element, with a gradient of its own.
+        masked: False differentiates the norm alone, of the L1 and L∞ sets outside of the ball: ``v - a <a, v> / k`` and
+            ``<a, v> / k`` ([DDN] Table 1 without its mask, ``I - aaᵀ/aᵀa`` with ``a = D|y|``).  An approximation, that
+            gives entries a gradient which the exact one holds fixed: zeros of L1, entries at the bound of L∞.
 
     With S the coordinates that are not zero (L1, simplex) or at the bound (L∞), a = sign(y) and k = |S|:
 
@@ -50,6 +53,7 @@ class Projection(BaseNode):
 
     onto: ProjectionSet = "l2_sphere"
     radius: float | None = 1.0
+    masked: bool = True
 
     name = "Projection"
     domain = "Here radius must be positive."
@@ -57,6 +61,8 @@ class Projection(BaseNode):
     def __post_init__(self) -> None:
         if self.onto not in get_args(ProjectionSet):
             raise ValueError(f"onto is {self.onto!r}; it must be one of {', '.join(get_args(ProjectionSet))}.")
+        if not self.masked and self.onto[:2] not in ("l1", "li"):
+            raise ValueError(f"masked=False is for the L1 and L∞ norms; onto is {self.onto!r}.")
         if self.radius is not None:
             how = "radius=None makes it an input of the call, which gets a gradient"
             object.__setattr__(self, "radius", fixed_number("radius", self.radius, how))
@@ -163,6 +169,8 @@ class Projection(BaseNode):
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
         x, r, v = inputs[0], self._radius(inputs), cotangent
         known: Any = self._known(x) if aux is None else aux[0]
+        if not self.masked:
+            return self._vjp_of_norm(x, r, y, v)
         if self.onto in ("linf_sphere", "linf_ball"):
             bound = x.abs() >= r
             if self.onto == "linf_sphere":
@@ -183,6 +191,17 @@ class Projection(BaseNode):
             inside = x.abs().sum(-1, keepdim=True) <= r if self.onto == "l1_ball" else None
         if inside is not None and inside.any():
             dx, dr = torch.where(inside, v, dx), torch.where(inside, 0, dr)
+        return (dx,) if self.radius is not None else (dx, dr[:, 0])
+
+    def _vjp_of_norm(self, x: Tensor, r: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
+        """The derivative under ``|y| = r`` alone, the identity inside of a ball."""
+        one = self.onto.startswith("l1")
+        a = y.sign() if one else torch.where(y.abs() >= r, y.sign(), 0)
+        dr = (a * v).sum(-1, keepdim=True) / a.abs().sum(-1, keepdim=True).clamp(min=1)
+        dx = v - a * dr
+        if self.onto.endswith("ball"):
+            size = x.abs().sum(-1, keepdim=True) if one else x.abs().amax(-1, keepdim=True)
+            dx, dr = torch.where(size <= r, v, dx), torch.where(size <= r, 0, dr)
         return (dx,) if self.radius is not None else (dx, dr[:, 0])
 
     def _radius(self, inputs: tuple[Tensor, ...]) -> Tensor:

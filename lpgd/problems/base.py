@@ -155,6 +155,11 @@ class Traits:
         """Whether there are optimality conditions that can be differentiated."""
         return bool(self.conditions)
 
+    @property
+    def takes_losses(self) -> bool:
+        """Whether a convex function of x can be added, and leaves a problem of the same kind."""
+        return self.conditions == "conic"
+
 
 class Structure(Protocol):
     """What is fixed while the data of problems change."""

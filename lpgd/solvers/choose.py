@@ -57,7 +57,7 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
     - Linear and quadratic programs on another device than the CPU: the interior-point method in torch, which stays
       on it.
     - Quadratic programs of up to 60 variables and rows together, where P has its whole diagonal: Moreau, which takes a
-      batch in one call; and of 300 to 600 where they are dense, for its factorisations are faster than DAQP's.
+      batch in one call; up to 400 it comes after DAQP.
     - Small linear and quadratic programs: DAQP, whose perturbed solves start from the active set of the solution.
       Small is up to 200 variables and rows together, 250 with a quadratic objective; where P has its whole diagonal
       400, and 1000 for dense rows.
@@ -76,22 +76,21 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
     What is not installed is passed over.  Measured in milliseconds an element with new data in each call, forward and
     LPGD's backward pass (two cores, 2026-11; ``make bench BENCH_FLAGS="--only choice"``):
 
-    =============================  ====  ====  ======  ========  ========  =====  ====  ====
-    problem, batch                 DAQP  PIQP  PROXQP  INTERIOR  CLARABEL  HIGHS  OSQP  SCS
-    =============================  ====  ====  ======  ========  ========  =====  ====  ====
-    QP 10, shared matrices, 64     0.28  0.46  0.54    1.2       0.64      1.5    0.76  0.60
-    QP 10, 64                      0.46  0.44  0.62    1.1       0.93      1.6    1.9   0.70
-    QP 50, shared matrices, 64     0.29  1.3   1.4     2.1       4.2       7.1    1.2   1.7
-    QP 50, 64                      0.63  1.6   2.0     2.9       5.2       11     3.9   2.6
-    QP 100, 32                     3.0   4.8   4.6     12        26        48     8.7   6.2
-    QP 200, 8                      10    14    12      38        110       360    41    32
-    QP 400, 4                      69    93    58      130       903
-    LP 10, 150                     0.22  0.22          0.41      0.32      0.38   7.3   0.94
-    LP 100, 16                     3.0   3.7           5.3       8.0       3.4    1100  16
-    LP 600, 1 % of A, 4            202   30            83        38        9.2    3500  1300
-    QP 500, 0.6 % of A, 4          58    39    49      78        40        210    19    29
-    CVXPY's form of NNLS, 32       1.4   3.0   3.9     4.3       3.8       2.5    2.6   3.2
-    =============================  ====  ====  ======  ========  ========  =====  ====  ====
+    =============================  ====  ====  ======  ========  ========  =====  ====  ====  ======
+    problem, batch                 DAQP  PIQP  PROXQP  INTERIOR  CLARABEL  HIGHS  OSQP  SCS   MOREAU
+    =============================  ====  ====  ======  ========  ========  =====  ====  ====  ======
+    QP 10, shared matrices, 64     0.18  0.36  0.41    0.82      0.45      1.3    0.47  0.45  0.22
+    QP 10, 64                      0.30  0.49  0.59    0.83      0.70      1.4    1.5   0.80  0.32
+    QP 50, shared matrices, 64     0.25  0.92  1.1     1.8       3.5       5.6    1.0   1.4   0.34
+    QP 50, 64                      0.87  1.4   1.7     2.2       4.1       6.8    3.2   1.7   0.68
+    QP 100, 32                     1.6   3.7   4.3     9.6       22        38     6.8   6.7   2.0
+    QP 200, 8                      6.1   13    11      37        93        280    32    25    14
+    LP 10, 150                     0.20  0.23          0.36      0.33      0.41   5.8   0.84  0.27
+    LP 100, 16                     2.4   3.7           4.9       6.5       2.9    910   11    5.9
+    LP 600, 1 % of A, 4            120   31            87        38        9.4    2900  1400  64
+    QP 500, 0.6 % of A, 4          32    39    54      77        33        160    21    28    76
+    CVXPY's form of NNLS, 32       0.66  0.68  0.80    0.80      0.93      1.5    2.5   1.7   0.52
+    =============================  ====  ====  ======  ========  ========  =====  ====  ====  ======
     """
     return tuple(solver for solver, _ in _ranked(structure, situation))
 
@@ -116,15 +115,16 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
         rules: list[tuple[bool, type[ConicSolver], str]] = [
             (not on_cpu, InteriorPoint, f"it stays on the device {situation.device}"),
             (
-                on_cpu and curved and (size <= _MINUTE or (filled and _HUNDREDS < size <= _MANY_HUNDREDS)),
+                on_cpu and curved and size <= _MINUTE,
                 Moreau,
-                "the fastest for quadratic programs of this size, in one call for a batch",
+                "the fastest for tiny quadratic programs, batches in one call",
             ),
             (
                 size <= ((_MIDDLE if filled else _SMALL) if curved else _TINY if linear else _EPIGRAPH),
                 DAQP,
                 "the fastest for small linear and quadratic programs",
             ),
+            (on_cpu and curved and size <= _SMALL, Moreau, "fast for small quadratic programs"),
             (
                 on_cpu and linear and filled and _SMALL < size <= _LARGE and structure.m >= _MANY_ROWS,
                 InteriorPoint,
@@ -152,7 +152,7 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
 _LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS)
 _QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS)
 _MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 400, 1000, 3000, 5000, 0.1, 4
-_EPIGRAPH, _HUNDREDS, _MANY_HUNDREDS, _MANY_ROWS = 250, 300, 600, 100
+_EPIGRAPH, _MANY_ROWS = 250, 100
 
 _DEFAULT_NAMES = {"DIFFCP"}  # the standard layer's own default, which names no solver in particular
 

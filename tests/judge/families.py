@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -47,6 +47,10 @@ class Trial:
         must_answer: whether an end without an answer is a fault, too.
         with_gradients: whether gradients are judged.
         places: (B,) of the programs in their chunk, where they are not all of it.
+        size: of the chunk.
+        spoilt: elements whose data were spoilt after they were drawn, and with what statuses they may end.
+        on_pattern: matrices that are handed over as sparse ones, which have a gradient where they have entries.
+        shared: data that are the same in all elements, of which only the sum of their gradients is judged.
     """
 
     family: str
@@ -58,6 +62,10 @@ class Trial:
     must_answer: bool = False
     with_gradients: bool = True
     places: NDArray[np.int64] = field(default_factory=lambda: np.arange(CHUNK))
+    size: int = CHUNK
+    spoilt: Mapping[int, frozenset[Status]] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
+    on_pattern: frozenset[str] = frozenset()
 
     @cached_property
     def reference(self) -> Reference:
@@ -80,7 +88,11 @@ class Trial:
 
     def select(self, rows: NDArray[np.int64]) -> Trial:
         return replace(
-            self, programs=self.programs.select(rows), statement=self.statement.select(rows), places=self.places[rows]
+            self,
+            programs=self.programs.select(rows),
+            statement=self.statement.select(rows),
+            places=self.places[rows],
+            spoilt={place: self.spoilt[row] for place, row in enumerate(rows.tolist()) if row in self.spoilt},
         )
 
     def __str__(self) -> str:
@@ -140,21 +152,23 @@ def _regular(rng: np.random.Generator, plan: Plan, count: int) -> Programs:
     return drawn.select(good)
 
 
-def _regular_plan(rng: np.random.Generator, kinds: tuple[str, ...], scale: Callable[[Plan], Plan]) -> Programs:
+def _regular_plan(
+    rng: np.random.Generator, kinds: tuple[str, ...], scale: Callable[[Plan], Plan], size: int
+) -> Programs:
     """Drawn until the plan has well-conditioned programs."""
     kind = str(rng.choice(kinds))
     while True:
-        programs = _regular(rng, scale(_draw_plan(rng, kind)), CHUNK)
+        programs = _regular(rng, scale(_draw_plan(rng, kind)), size)
         if (Reference(programs).condition < WELL_CONDITIONED).all():
             return programs
 
 
-def _redundant(rng: np.random.Generator, place: tuple[str, int, int]) -> Trial:
-    programs = _regular_plan(rng, ("lp", "qp", "conic", "conic"), lambda plan: plan)
+def _redundant(rng: np.random.Generator, place: tuple[str, int, int], size: int) -> Trial:
+    programs = _regular_plan(rng, ("lp", "qp", "conic", "conic"), lambda plan: plan, size)
     return Trial(*place, programs, redundant(rng, programs))
 
 
-def _scales(rng: np.random.Generator, place: tuple[str, int, int]) -> Trial:
+def _scales(rng: np.random.Generator, place: tuple[str, int, int], size: int) -> Trial:
     which = str(rng.choice([*SCALINGS, "planted"]))
 
     def scale(plan: Plan) -> Plan:
@@ -163,25 +177,25 @@ def _scales(rng: np.random.Generator, place: tuple[str, int, int]) -> Trial:
         # Multipliers and curvature of other sizes than x: no change of units makes these equal.
         return replace(plan, multiplier_scale=10.0 ** rng.integers(-3, 4), curvature_scale=10.0 ** rng.integers(-3, 4))
 
-    programs = _regular_plan(rng, ("lp", "qp", "qp", "conic"), scale)
+    programs = _regular_plan(rng, ("lp", "qp", "qp", "conic"), scale, size)
     if which == "planted":
         return Trial(*place, programs, replace(scaled(rng, programs, "several"), notes=("planted",)))
     return Trial(*place, programs, scaled(rng, programs, which))
 
 
-def _strict(rng: np.random.Generator, place: tuple[str, int, int]) -> Trial:
+def _strict(rng: np.random.Generator, place: tuple[str, int, int], size: int) -> Trial:
     if rng.random() < 0.3:
         n = 8
         bounds = tuple(int(rng.choice([AT_LOWER, LOWER])) for _ in range(n))
         plan = Plan("qp", n, (Block("zero", "apex"),) * 2, bounds, n, True)
     else:
         plan = replace(_draw_plan(rng, "qp"), strict=True)
-    programs = plant(rng, plan, CHUNK)
+    programs = plant(rng, plan, size)
     absent = float(rng.choice([np.inf, np.inf, 1e20, 1e30]))
     return Trial(*place, programs, replace(plain(programs), absent=absent), must_answer=True)
 
 
-def _compact(rng: np.random.Generator, place: tuple[str, int, int]) -> Trial:
+def _compact(rng: np.random.Generator, place: tuple[str, int, int], size: int) -> Trial:
     """A singular P over a simplex, a box or a ball."""
     n = int(rng.integers(3, 31)) if rng.random() < 0.3 else int(rng.integers(3, 9))
     form = str(rng.choice(["laplacian", "gram", "zero block"]))
@@ -203,27 +217,27 @@ def _compact(rng: np.random.Generator, place: tuple[str, int, int]) -> Trial:
         plan = replace(plan, points="simplex")
         if form == "laplacian" and rng.random() < 0.4:  # without a linear cost the middle is the solution
             plan = replace(plan, points="centre", bounds=(LOWER,) * n, multiplier_scale=0.0)
-    programs = plant(rng, plan, CHUNK)
+    programs = plant(rng, plan, size)
     if shape == "box":
         programs = replace(programs, lower=np.zeros_like(programs.x), upper=np.ones_like(programs.x))
     programs = replace(programs, q=np.where(np.abs(programs.q) < 1e-15, 0.0, programs.q))
     return Trial(*place, programs, plain(programs), must_answer=True)
 
 
-def _certificates(rng: np.random.Generator, place: tuple[str, int, int]) -> Trial:
+def _certificates(rng: np.random.Generator, place: tuple[str, int, int], size: int) -> Trial:
     """Infeasible programs with a Farkas vector, unbounded ones with a descending ray, and some that are not convex."""
     kind = str(rng.choice(["lp", "qp", "conic"]))
     plan = replace(_draw_plan(rng, kind, with_fixed=False), density=1.0)
     draw = rng.random()
     if draw < 0.45 and plan.cones.rows:
-        programs = _infeasible(rng, plant(rng, plan, CHUNK))
+        programs = _infeasible(rng, plant(rng, plan, size))
         verdict = Status.INFEASIBLE
     elif draw < 0.9 or not plan.rank:
         bounds = tuple(int(rng.choice([FREE, FREE, LOWER])) for _ in range(plan.n))
-        programs = _unbounded(rng, replace(plan, bounds=bounds, strict=False))
+        programs = _unbounded(rng, replace(plan, bounds=bounds, strict=False), size)
         verdict = Status.UNBOUNDED
     else:
-        programs = _not_convex(rng, plant(rng, plan, CHUNK))
+        programs = _not_convex(rng, plant(rng, plan, size))
         return Trial(*place, programs, plain(programs), Status.NOT_CONVEX, with_gradients=False)
     statement = scaled(rng, programs, str(rng.choice(SCALINGS))) if rng.random() < 0.5 else plain(programs)
     return Trial(*place, programs, statement, verdict, with_gradients=False)
@@ -241,7 +255,7 @@ def _infeasible(rng: np.random.Generator, programs: Programs) -> Programs:
     z = sign * rng.random(sign.shape) * (rng.random(plan.n) < 0.5)
     size = (y * y).sum(axis=1)[:, None]
     left = np.einsum("bm,bmn->bn", y, programs.A) + z
-    A = programs.A - y[:, :, None] * left[:, None, :] / size[:, :, None]
+    A = _without_noise(programs.A - y[:, :, None] * left[:, None, :] / size[:, :, None])
     bound = np.where(z > 0, programs.upper, np.where(z < 0, programs.lower, 0.0))
     value = np.einsum("bm,bm->b", programs.b, y) + (bound * z).sum(axis=1)
     # The dual stays feasible, so that no ray may be claimed.
@@ -250,16 +264,21 @@ def _infeasible(rng: np.random.Generator, programs: Programs) -> Programs:
     return replace(programs, plan=plan, A=A, q=q, b=b, y=y, z=z)
 
 
-def _unbounded(rng: np.random.Generator, plan: Plan) -> Programs:
+def _without_noise(A: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Entries that are zero but for rounding: with one of 1e-16, x = 1e16 satisfies what nothing should."""
+    return np.where(np.abs(A) > 1e-13, A, 0.0)
+
+
+def _unbounded(rng: np.random.Generator, plan: Plan, size: int) -> Programs:
     """A ray d with ``P d = 0``, ``-A d ∈ K``, ``qᵀd = -1`` and d ≥ 0 at lower bounds; a feasible point is known."""
-    programs = plant(rng, plan, CHUNK)
+    programs = plant(rng, plan, size)
     ray = rng.normal(size=programs.q.shape)
     ray = np.where(np.array(plan.bounds) == LOWER, np.abs(ray), ray)
     ray /= np.linalg.norm(ray, axis=1, keepdims=True)
     inside = tuple(replace(block, state="inside" if block.kind != "zero" else "apex") for block in plan.blocks)
-    target = plant(rng, replace(plan, blocks=inside), CHUNK).s
+    target = plant(rng, replace(plan, blocks=inside), size).s
     left = np.einsum("bmn,bn->bm", programs.A, ray) + target
-    A = programs.A - left[:, :, None] * ray[:, None, :]
+    A = _without_noise(programs.A - left[:, :, None] * ray[:, None, :])
     factor = programs.factor - np.einsum("brn,bn->br", programs.factor, ray)[:, :, None] * ray[:, None, :]
     P = np.swapaxes(factor, 1, 2) @ factor
     b = np.einsum("bmn,bn->bm", A, programs.x) + programs.s
@@ -276,7 +295,7 @@ def _not_convex(rng: np.random.Generator, programs: Programs) -> Programs:
     return replace(programs, P=programs.P - depth[:, None, None] * direction[:, :, None] * direction[:, None, :])
 
 
-FAMILIES: dict[str, Callable[[np.random.Generator, tuple[str, int, int]], Trial]] = {
+FAMILIES: dict[str, Callable[[np.random.Generator, tuple[str, int, int], int], Trial]] = {
     "redundant": _redundant,
     "compact": _compact,
     "strict": _strict,
@@ -285,11 +304,12 @@ FAMILIES: dict[str, Callable[[np.random.Generator, tuple[str, int, int]], Trial]
 }
 
 
-def draw_trial(family: str, seed: int, chunk: int) -> Trial:
-    """One chunk of a family: the same for the same arguments, whatever was drawn before.
+def draw_trial(family: str, seed: int, chunk: int, size: int = CHUNK) -> Trial:
+    """One chunk of a family, of so many programs: the same for the same arguments, whatever was drawn before.
 
     Raises:
         KeyError: there is no such family.
     """
     rng = np.random.default_rng([seed, chunk, *family.encode()])
-    return FAMILIES[family](rng, (family, seed, chunk))
+    trial = FAMILIES[family](rng, (family, seed, chunk), size)
+    return replace(trial, places=np.arange(size), size=size)

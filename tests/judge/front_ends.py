@@ -27,7 +27,20 @@ from tests.judge.programs import AT_UPPER
 from tests.judge.references import Gradients
 from tests.judge.restatements import Statement, bounds_as_rows
 
-__all__ = ["FRONT_ENDS", "Answer", "FrontEnd", "Stated", "leaves_of", "names_of_solvers"]
+__all__ = [
+    "FRONT_ENDS",
+    "LAYERS",
+    "Answer",
+    "Call",
+    "FrontEnd",
+    "Stated",
+    "Ways",
+    "conic",
+    "cvxpy",
+    "leaves_of",
+    "names_of_solvers",
+    "program",
+]
 
 TENSORS = ("P", "q", "A", "b", "bounds")
 
@@ -103,6 +116,10 @@ class Stated:
             "upper": torch.where(torch.isinf(upper), self.statement.absent, c * upper / D),
         }
 
+    def present(self, name: str, tensor: Tensor) -> Tensor:
+        """A datum as it is handed to the layer: (B, ...), or in another shape, layout or type."""
+        return tensor
+
     def answer(self, x: Tensor, y: Tensor | None, info: Any) -> Answer:
         """What a layer returned, in the programs' units."""
         if y is not None:
@@ -134,19 +151,32 @@ class FrontEnd(NamedTuple):
 OPTIONS: dict[str, Any] = {"on_error": "nan", "executor": SerialExecutor()}
 
 
-def _conic(stated: Stated) -> Call:
+class Ways(NamedTuple):
+    """Programs are given to layers, or to functions: each from a call's options to what takes the data."""
+
+    qp: Callable[..., Any]
+    lp: Callable[..., Any]
+    conic: Callable[..., Any]
+
+
+LAYERS = Ways(lpgd.QPLayer, lpgd.LPLayer, lpgd.ConicLayer)
+
+
+def conic(stated: Stated, ways: Ways = LAYERS) -> Call:
+    """ConicLayer."""
     linear = not stated.programs.P.any()
 
     def call(leaves: dict[str, Tensor], solver: str | None, method: GradientMethod) -> Answer:
         data = stated.data(leaves)
-        layer = lpgd.ConicLayer(stated.cones, solver=solver, gradient=method, **OPTIONS)
-        output = layer(None if linear else data["P"], data["q"], data["A"], data["b"])
+        layer = ways.conic(cones=stated.cones, solver=solver, gradient=method, **OPTIONS)
+        P, q, A, b = (stated.present(name, data[name]) for name in "PqAb")
+        output = layer(None if linear else P, q, A, b)
         return stated.answer(output.x, output.y, output.info)
 
     return call
 
 
-def _program(stated: Stated) -> Call:
+def program(stated: Stated, ways: Ways = LAYERS) -> Call:
     """QPLayer, or LPLayer without a quadratic objective."""
     linear, zero = not stated.programs.P.any(), stated.cones.zero
     rows = stated.cones.rows
@@ -154,22 +184,26 @@ def _program(stated: Stated) -> Call:
 
     def call(leaves: dict[str, Tensor], solver: str | None, method: GradientMethod) -> Answer:
         data = stated.data(leaves)
-        arguments: dict[str, Any] = {"lb": data["lower"] if has["lower"] else None}
-        arguments["ub"] = data["upper"] if has["upper"] else None
+        arguments: dict[str, Any] = {}
+        arguments |= {"lb": data["lower"]} if has["lower"] else {}
+        arguments |= {"ub": data["upper"]} if has["upper"] else {}
         if zero:
             arguments |= {"A": data["A"][:, :zero], "b": data["b"][:, :zero]}
         if rows > zero:
             arguments |= {"G": data["A"][:, zero:], "h": data["b"][:, zero:]}
+        arguments = {name: stated.present(name, tensor) for name, tensor in arguments.items()}
+        q, options = stated.present("q", data["q"]), {"solver": solver, "gradient": method, **OPTIONS}
         if linear:
-            output = lpgd.LPLayer(solver=solver, gradient=method, **OPTIONS)(data["q"], **arguments)
+            output = ways.lp(**options)(q, **arguments)
         else:
-            output = lpgd.QPLayer(solver=solver, gradient=method, **OPTIONS)(data["P"], data["q"], **arguments)
-        return stated.answer(output.x, torch.cat([output.y, output.z], dim=1), output.info)
+            output = ways.qp(**options)(stated.present("P", data["P"]), q, **arguments)
+        return stated.answer(output.x, torch.cat([output.y, output.z], dim=-1), output.info)
 
     return call
 
 
-def _cvxpy(stated: Stated) -> Call:
+def cvxpy(stated: Stated) -> Call:
+    """CvxpyLayer."""
     programs, n, m = stated.programs, stated.programs.plan.n, stated.cones.rows
     x = cp.Variable(n)
     linear = not programs.P.any()
@@ -203,7 +237,7 @@ def _cvxpy(stated: Stated) -> Call:
         data = stated.data(leaves)
         own = data | {name: data["upper" if name == "upper" else "lower"][:, index] for name, index in indices.items()}
         layer.gradient, layer.solver = method, solver
-        output = layer(*(own[name] for name in parameters))
+        output = layer(*(stated.present(name, own[name]) for name in parameters))
         return stated.answer(output[0], None, output.info)
 
     return call
@@ -239,9 +273,9 @@ def _is_known_to_cvxpy(trial: Trial) -> bool:
 
 
 FRONT_ENDS: dict[str, FrontEnd] = {
-    "program": FrontEnd(True, True, _is_polyhedral, _program),
-    "conic": FrontEnd(False, True, lambda trial: True, _conic),
-    "cvxpy": FrontEnd(True, False, _is_known_to_cvxpy, _cvxpy),
+    "program": FrontEnd(True, True, _is_polyhedral, program),
+    "conic": FrontEnd(False, True, lambda trial: True, conic),
+    "cvxpy": FrontEnd(True, False, _is_known_to_cvxpy, cvxpy),
 }
 
 

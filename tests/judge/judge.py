@@ -36,7 +36,18 @@ from tests.judge.families import CHUNK, FAMILIES, Trial, draw_trial
 from tests.judge.front_ends import FRONT_ENDS, Answer, Call, Stated, as_gradients, leaves_of, names_of_solvers
 from tests.judge.references import Gradients
 
-__all__ = ["METHODS", "SILENT", "Finding", "Tally", "judge", "judge_trial"]
+__all__ = [
+    "METHODS",
+    "SILENT",
+    "Finding",
+    "Method",
+    "Tally",
+    "judge",
+    "judge_trial",
+    "methods_of",
+    "outcomes_of",
+    "warned_of",
+]
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -73,7 +84,7 @@ FALSE = (Status.INFEASIBLE, Status.UNBOUNDED, Status.NOT_CONVEX, Status.INVALID_
 
 DOUBTFUL = 1e-4
 """A share of doubt on record above this counts as said; a warning names the first ten such elements."""
-PLAIN = frozenset({"implicit", "average", "zero cotangent"})
+PLAIN = frozenset({"implicit", "average", "zero cotangent", "closed form"})
 """What ``GradientInfo.used`` says of gradients that are what their methods ask for."""
 
 
@@ -141,11 +152,11 @@ def judge_trial(
         call: Call | None = None
         for solver in fitting if solvers is None else [name for name in fitting if name in solvers]:
             call = call or front_end.prepare(stated)
-            for method in _methods(trial, methods, front_end.with_duals):
+            for method in methods_of(trial, methods, front_end.with_duals):
                 _run(trial, tally, (trial.family, front_name, solver, method), call)
 
 
-def _methods(trial: Trial, methods: tuple[str, ...], with_duals: bool) -> tuple[str, ...]:
+def methods_of(trial: Trial, methods: tuple[str, ...], with_duals: bool) -> tuple[str, ...]:
     """Those of the methods that say something of a trial: a fixed τ has the units of the data."""
     if not trial.is_differentiated:
         return ("implicit",)
@@ -162,7 +173,7 @@ def _run(trial: Trial, tally: Tally, key: tuple[str, ...], call: Call) -> None:
     where, size = f"{front_name}, {solver}, {method}: {trial}", len(trial.programs)
     indices = trial.chunk * CHUNK + trial.places
     try:
-        outcomes, details = _outcomes(trial, call, None if solver == "default" else solver, method, tally)
+        outcomes, details = outcomes_of(trial, call, None if solver == "default" else solver, method, tally)
     except Exception as error:  # a crash is a finding like any other
         if isinstance(error, ValueError) and "installed solvers that can solve this problem" in str(error):
             return  # the layer refuses the solver
@@ -178,7 +189,7 @@ def _run(trial: Trial, tally: Tally, key: tuple[str, ...], call: Call) -> None:
     tally.add(key, Counter(outcomes), findings)
 
 
-def _outcomes(trial: Trial, call: Call, solver: str | None, method: str, tally: Tally) -> tuple[list[str], list[str]]:
+def outcomes_of(trial: Trial, call: Call, solver: str | None, method: str, tally: Tally) -> tuple[list[str], list[str]]:
     """What became of each element, and a detail."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -189,7 +200,7 @@ def _outcomes(trial: Trial, call: Call, solver: str | None, method: str, tally: 
         if not issubclass(warning.category, LpgdWarning):
             tally.notes[f"{warning.category.__name__}: {str(warning.message)[:100]}"] += 1
     statuses = answer.info.statuses
-    warned = _warned(answer.info, caught, len(statuses))
+    warned = warned_of(answer.info, caught, len(statuses))
     x = answer.x.detach().numpy()
     off = _x_error(trial, x)
     condition = np.minimum(trial.reference.condition, 1e5)
@@ -202,7 +213,10 @@ def _outcomes(trial: Trial, call: Call, solver: str | None, method: str, tally: 
         details.append(f"{status.name}{said}, x {off[element]:.1e}" + (f"; gradients: {parts}" if parts else ""))
         judged = trial.differentiable[element] and bool(errors)
         gradient_wrong = judged and not worst[element] <= GRADIENT_TOLERANCE
-        if trial.verdict is not Status.SOLVED:
+        if element in trial.spoilt:
+            right = status in trial.spoilt[element] and bool(np.isnan(x[element]).all()) and not gradient_wrong
+            outcomes.append("right" if right else "wrong status")
+        elif trial.verdict is not Status.SOLVED:
             ended = status is trial.verdict
             false = status.usable or status in FALSE
             outcomes.append("right" if ended else "wrong status" if false else "failed")
@@ -233,10 +247,15 @@ def _differentiated(
     rng = np.random.default_rng([trial.seed, trial.chunk, 1])
     used = {name: leaf for name, leaf in leaves.items() if leaf.numel() and (name != "P" or trial.programs.P.any())}
     if method.forward:
-        tangent = {name: torch.from_numpy(rng.normal(size=(CHUNK, *leaf.shape[1:]))) for name, leaf in leaves.items()}
+        tangent = {
+            name: torch.from_numpy(rng.normal(size=(trial.size, *leaf.shape[1:]))) for name, leaf in leaves.items()
+        }
         tangent = {name: part[trial.places] for name, part in tangent.items()}
+        tangent |= {name: tangent[name][:1].expand_as(tangent[name]) for name in trial.shared}
+        tangent |= {name: torch.where(leaves[name] != 0, tangent[name], 0.0) for name in trial.on_pattern}
         tangent["P"] = (tangent["P"] + tangent["P"].mT) / 2 if "P" in used else 0.0 * tangent["P"]
         expected = trial.reference.change(as_gradients(tangent))
+        expected[list(trial.spoilt)] = 0.0
         with forward_ad.dual_level():
             duals = {name: forward_ad.make_dual(leaf, tangent[name]) for name, leaf in leaves.items()}
             answer = call(duals)
@@ -247,8 +266,8 @@ def _differentiated(
         return answer._replace(x=answer.x.detach()), {"x": error / np.maximum(largest, 1e-3)}
     for leaf in used.values():
         leaf.requires_grad_()
-    weights = rng.normal(size=(CHUNK, trial.programs.plan.n))[trial.places]
-    dual_weights = rng.normal(size=(CHUNK, trial.programs.cones.rows))[trial.places] if method.duals else None
+    weights = rng.normal(size=(trial.size, trial.programs.plan.n))[trial.places]
+    dual_weights = rng.normal(size=(trial.size, trial.programs.cones.rows))[trial.places] if method.duals else None
     answer = call(leaves)
     outputs, cotangents = [answer.x], [torch.from_numpy(weights)]
     if dual_weights is not None and answer.y is not None:
@@ -256,7 +275,21 @@ def _differentiated(
         cotangents.append(torch.from_numpy(dual_weights))
     found = torch.autograd.grad(outputs, list(used.values()), cotangents)
     expected = trial.reference.gradients(weights, dual_weights)
-    return answer, _errors(dict(zip(used, found, strict=True)), expected)
+    for element in trial.spoilt:  # they have no gradient
+        for part in expected.parts().values():
+            part[element] = 0.0
+    for name in trial.on_pattern:
+        getattr(expected, name)[getattr(trial.programs, name) == 0] = 0.0
+    gradients = dict(zip(used, found, strict=True))
+    for name in trial.shared & set(used):
+        whole = trial.differentiable | np.isin(np.arange(len(weights)), list(trial.spoilt))
+        if not whole.all():  # it has parts that are not known
+            del gradients[name]
+            continue
+        gradients[name] = gradients[name].sum(0, keepdim=True).expand_as(gradients[name])
+        part = getattr(expected, name)
+        part[:] = part.sum(0, keepdims=True)
+    return answer, _errors(gradients, expected)
 
 
 def _errors(found: dict[str, Tensor], expected: Gradients) -> dict[str, FloatArray]:
@@ -298,7 +331,7 @@ def _x_error(trial: Trial, x: FloatArray) -> FloatArray:
     return np.where(unique, error, np.maximum(excess, outside))
 
 
-def _warned(info: Any, caught: list[warnings.WarningMessage], size: int) -> BoolArray:
+def warned_of(info: Any, caught: list[warnings.WarningMessage], size: int) -> BoolArray:
     """(B,) elements whose gradient is not what it should be, by the record, or by a warning that names them."""
     named = np.zeros(size, dtype=bool)
     for record in info.gradients[-1:]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lpgd.arrays import IntArray, from_numpy
 from lpgd.autograd import CallInfo
 from lpgd.gradients import GradientMethod
+from lpgd.gradients.losses import Reading
 from lpgd.layers.absent import without_absent_rows
 from lpgd.layers.base import LayerOutput, OptimizationLayer, WarmStart
 from lpgd.layers.cvxpy.attributes import check_attributes
@@ -221,6 +222,12 @@ class CvxpyLayer(OptimizationLayer):
         if self._whole_solver is None:
             self._whole_solver = choose_solver(structure, None, self._chosen_by, self._situation())
         return self._whole_solver
+
+    def _readings(self, structure: ConicStructure) -> Sequence[Reading]:
+        readers = self._readers if structure is self.structure else self._whole_readers
+        if any(reader.layout.exp for reader in readers):
+            raise ValueError("the outputs of a geometric program are not affine in the variables that it is solved in.")
+        return [reader.layout.primal for reader in readers]
 
     def _as_solved(self, warm_start: WarmStart, structure: ConicStructure, batch: Batch) -> WarmStart:
         """A previous result as one of the program that is solved; states of the other one are of no use to it."""

@@ -25,17 +25,21 @@ class ActiveSet:
     Attributes:
         place: (B, k) v, in units of the problem; for bounds the multiplier less the slack.  Equalities, and bounds that
             are not there, are infinitely far from any change.
-        is_vertex: the solution is that of a linear program: with the same active set it is the same one.
+        of_linear_program: the solution is one of a linear program.
         pieces, depths: (B, m) of the rows of curved cones: see :func:`lpgd.cones.regions.regions`.  None where all rows
             are linear; the piece is then the sign of v, and the depth its size.
         block: (k,) the cone that an entry belongs to, or None likewise.
     """
 
     place: Tensor
-    is_vertex: bool
+    of_linear_program: bool
     pieces: Tensor | None = None
     depths: Tensor | None = None
     block: Tensor | None = None
+
+    def is_vertex(self, variables: int) -> Tensor:
+        """(B,) whether so many constraints are active as there are variables, so that they determine the solution."""
+        return (self.place > 0).sum(-1) >= variables
 
     def select(self, elements: Tensor) -> ActiveSet:
         """The active sets of these elements."""

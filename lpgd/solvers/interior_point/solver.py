@@ -6,12 +6,13 @@ import time
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
 
 from lpgd.arrays import flags, integers
-from lpgd.execution.tasks import run_tasks, split, worker_count
+from lpgd.execution.tasks import run_tasks, worker_count
 from lpgd.execution.threads import all_torch_threads, one_torch_thread
 from lpgd.problems.base import States
 from lpgd.problems.conic.problem import ConicProblem
@@ -28,8 +29,9 @@ _PRECISIONS = {"float64": (torch.float64, 1e-13, 0.0), "float32": (torch.float32
 """For each precision its type, the regularisation of its factorisations, and the finest tolerance asked of it."""
 
 
-CHUNKED = 2e8
-"""A batch is cut into one chunk for each worker from so many operations an iteration."""
+CHUNKED, CHUNK = 2e8, 5e7
+"""A batch is cut from so many operations an iteration, into chunks of so many: whoever works on them, as the last bits
+depend on who shares a chunk."""
 THREADED = 1e9
 """A batch too small to be cut uses torch's own threads from so many operations an iteration."""
 
@@ -46,7 +48,7 @@ class InteriorPoint(BatchedSolver):
     Every iteration is a few dozen operations on the whole batch, with one factorisation for each element;
     finished elements leave the batch.  On an optimal face the solution is inside the face, near its analytic centre.
     Matrices are held dense, bounds as bounds: for up to a few thousand variables and rows.  A large batch is cut
-    into one chunk for each worker; on an accelerator it stays whole.  ``time_limit`` counts for the batch, whose
+    into chunks for the workers; on an accelerator it stays whole.  ``time_limit`` counts for the batch, whose
     elements are solved side by side.
 
     A warm start is an active set, from which a few Newton steps solve a program near by exactly, where every variable
@@ -128,10 +130,12 @@ class InteriorPoint(BatchedSolver):
         if task.program.q.device.type != "cpu":
             return _solve_task(task)
         distinct = size if task.start is None else task.start.rows.shape[0]
-        if min(workers, distinct) < 2 or work < CHUNKED:
+        if distinct < 2 or work < CHUNKED:
             with all_torch_threads() if work > THREADED and workers > 1 else nullcontext():
                 return _solve_task(task)
-        chunks = [torch.arange(chunk.start, chunk.stop) for chunk in split(distinct, executor, per_worker=1)]
+        count = min(distinct, max(2, int(work / CHUNK)))
+        edges = [round(place * distinct / count) for place in range(count + 1)]
+        chunks = [torch.arange(*ends) for ends in pairwise(edges)]
         # The copies of an element stay together.
         members = [torch.cat([chunk + start for start in range(0, size, distinct)]) for chunk in chunks]
         tasks = [

@@ -7,9 +7,11 @@ change of the point off the answer.  So one factorisation serves any number of t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray
 from lpgd.cones.projections import projection_derivative
@@ -17,7 +19,7 @@ from lpgd.problems.conic.structure import ConicStructure
 
 __all__ = ["ReducedBlocks", "ReducedRows", "held", "is_dense", "reduce_blocks", "reduce_rows"]
 
-BoolArray = BoolArray
+Scalar = TypeVar("Scalar", np.float64, np.bool_)
 
 DENSE_LIMIT, EMPTY_LIMIT = 400, 200
 """Systems up to this size, or mostly filled ones, are factorised densely; up to the second, nearly empty ones."""
@@ -38,6 +40,15 @@ def held(x: FloatArray, z: FloatArray, lower: FloatArray, upper: FloatArray) -> 
     return (z > upper - x) | (-z > x - lower) | (lower >= upper)
 
 
+FEW = 0.7
+"""Each element has columns of its own where it has fewer free variables than this share of all that are free in any."""
+
+
+def _taken(values: NDArray[Scalar], columns: IntArray) -> NDArray[Scalar]:
+    """The columns (split,) or (k, split) of (k, n) values."""
+    return values[:, columns] if columns.ndim == 1 else np.take_along_axis(values, columns, axis=1)
+
+
 @dataclass(frozen=True, eq=False)
 class ReducedRows:
     """Linear and quadratic programs, dense: D is diagonal, a row is active or not.
@@ -47,7 +58,7 @@ class ReducedRows:
         split: how many of the t unknowns are variables, the others multipliers.
         quadratic, constraint: (k, n, n) with ρ, and (k, m, n).
         order: (k, t - split) rows of A, the active ones of each element first.
-        columns: (split,) variables that are free in any element.
+        columns: (split,) variables that are free in any element; or (k, split), each element's free ones first.
         at_bound, loose: (k, n) variables at a bound, and free ones that nothing determines.
     """
 
@@ -71,13 +82,17 @@ class ReducedRows:
         fixed = np.where(self.at_bound, -g_z, 0.0)
         if fixed.any():
             g_x, g_y = g_x + _product(self.quadratic, fixed), g_y + _product(self.constraint, fixed)
-        tilt = np.concatenate([g_x[:, self.columns], np.take_along_axis(g_y, self.order, axis=1)], axis=1)
+        tilt = np.concatenate([_taken(g_x, self.columns), np.take_along_axis(g_y, self.order, axis=1)], axis=1)
         return np.where(self.solved, -tilt, 0.0)
 
     def change(self, answer: FloatArray, g_x: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         """The change (dx, dy, dz) of the points, from an answer (k, t) and the tilt."""
         dx = np.where(self.at_bound, -g_z, 0.0)
-        dx[:, self.columns] = np.where(self.solved[:, : self.split], answer[:, : self.split], dx[:, self.columns])
+        free = np.where(self.solved[:, : self.split], answer[:, : self.split], _taken(dx, self.columns))
+        if self.columns.ndim == 1:
+            dx[:, self.columns] = free
+        else:
+            np.put_along_axis(dx, self.columns, free, axis=1)
         dy = self.of_rows(answer)
         if not self.at_bound.any():
             return dx, dy, np.zeros_like(dx)
@@ -127,12 +142,22 @@ def reduce_rows(
         loose &= ~((rows != 0) & rows_active[:, :, None]).any(1)
         free &= ~loose
     columns = np.flatnonzero(free.any(0))  # by any of these elements
-    split = columns.size
-    solved = np.concatenate([free[:, columns], rows_active], axis=1)
-    whole = split == n
+    most = int(free.sum(1).max(initial=0))
+    if most < FEW * columns.size:  # at vertices of linear programs each element has others
+        columns = np.argsort(~free, axis=1, kind="stable")[:, :most]
+    split = columns.shape[-1]
+    solved = np.concatenate([_taken(free, columns), rows_active], axis=1)
     matrices = np.zeros((len(P), solved.shape[1], solved.shape[1]))
-    matrices[:, :split, :split] = quadratic if whole else quadratic[:, columns[:, None], columns]
-    matrices[:, split:, :split] = rows if whole else rows[:, :, columns]
+    if columns.ndim == 2:
+        if quadratic.any():
+            squares = np.take_along_axis(quadratic, columns[:, :, None], axis=1)
+            matrices[:, :split, :split] = np.take_along_axis(squares, columns[:, None], axis=2)
+        matrices[:, split:, :split] = np.take_along_axis(rows, columns[:, None], axis=2)
+    elif split == n:
+        matrices[:, :split, :split], matrices[:, split:, :split] = quadratic, rows
+    else:
+        matrices[:, :split, :split] = quadratic[:, columns[:, None], columns]
+        matrices[:, split:, :split] = rows[:, :, columns]
     matrices[:, :split, split:] = matrices[:, split:, :split].swapaxes(1, 2)
     if not solved.all():
         matrices *= solved[:, :, None]

@@ -1,0 +1,1 @@
+"""Poses of cameras from points: the perspective-n-point problem."""
