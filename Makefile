@@ -20,6 +20,8 @@ KNAPSACK_FLAGS ?=
 KNAPSACK_OUT ?= runs/knapsack
 VS_EXACT_FLAGS ?= --overwrite
 VS_EXACT_OUT ?= runs/lpgd_vs_exact
+BLIND_PNP_FLAGS ?=
+BLIND_PNP_OUT ?= runs/blind_pnp
 FUZZ_FLAGS ?= --count 100000 --state runs/fuzz.json
 SOAK_FLAGS ?= --hours 8 --state runs/soak.json
 MAROS_MESZAROS := runs/maros_meszaros.npz
@@ -41,7 +43,7 @@ $(1)/bin/python -m pip install --quiet $(3) $(TORCH) -e '.[$(2)]'
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test fuzz soak accuracy lint format sudoku sudoku9 paths knapsack lpgd_vs_exact bench test-oldest test-newest build clean
+.PHONY: help venv test fuzz soak accuracy lint format sudoku sudoku9 sudoku-torchrun paths paths-torchrun scaling knapsack lpgd_vs_exact blind_pnp bench test-oldest test-newest build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -101,11 +103,25 @@ sudoku9: $(VENV)/.installed ## Train one epoch of 9x9 Sudoku, or go on with it (
 paths: $(VENV)/.installed ## Learn the costs of terrain through Dijkstra, by six methods, with plots (PATHS_FLAGS, PATHS_OUT)
 	$(ONE_THREAD) $(BIN)/python -m examples.shortest_path.train $(PATHS_FLAGS) --out $(PATHS_OUT)
 
+sudoku-torchrun: $(VENV)/.installed ## Train the 4x4 Sudoku example with two processes, or go on with it (SUDOKU_OUT)
+	$(ONE_THREAD) $(BIN)/torchrun --standalone --nproc-per-node 2 --max-restarts 3 -m examples.sudoku.train --resume \
+		--out $(SUDOKU_OUT)-torchrun
+
+paths-torchrun: $(VENV)/.installed ## Train a shortest-path model with two processes, or go on with it (PATHS_OUT)
+	$(ONE_THREAD) $(BIN)/torchrun --standalone --nproc-per-node 2 --max-restarts 3 -m examples.shortest_path.train --resume \
+		--methods average --out $(PATHS_OUT)-torchrun
+
+scaling: $(VENV)/.installed ## What workers gain, and what moving data costs (docs/scaling.md)
+	$(BIN)/python -W ignore -m benchmarks.executors
+
 knapsack: $(VENV)/.installed ## Learn the constraints of an integer program (KNAPSACK_FLAGS, KNAPSACK_OUT)
 	$(ONE_THREAD) $(BIN)/python -m examples.knapsack.train $(KNAPSACK_FLAGS) --out $(KNAPSACK_OUT)
 
 lpgd_vs_exact: $(VENV)/.installed ## Compare LPGD with exact gradients (VS_EXACT_FLAGS, VS_EXACT_OUT)
 	$(BIN)/python -m examples.lpgd_vs_exact.run $(VS_EXACT_FLAGS) --out $(VS_EXACT_OUT)
+
+blind_pnp: $(VENV)/.installed ## Learn which points are which through transport and pose, with plots (BLIND_PNP_FLAGS, BLIND_PNP_OUT)
+	$(ONE_THREAD) $(BIN)/python -m examples.blind_pnp.train $(BLIND_PNP_FLAGS) --out $(BLIND_PNP_OUT)
 
 bench: $(VENV_BENCH)/.peers $(MAROS_MESZAROS) ## Compare with every peer (BENCH_FLAGS="--quick --only NAME", BENCH_OUT)
 	$(VENV_BENCH)/bin/python -W ignore -m benchmarks.run --out $(BENCH_OUT) --maros-meszaros $(MAROS_MESZAROS) $(BENCH_FLAGS)

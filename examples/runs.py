@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 __all__ = ["Ranks", "Run", "interruption"]
@@ -39,9 +41,9 @@ class Ranks:
         if not dist.is_torchelastic_launched():
             yield cls()
             return
-        store, rank, count = next(dist.rendezvous("env://"))
+        store, rank, count = next(rendezvous("env://"))
         # Started again after a death, processes would find the addresses of the dead ones in the store (torch 2.13).
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
         try:
             yield cls()

@@ -8,6 +8,7 @@ differentiable operations.
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
@@ -19,18 +20,24 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import plain
+from lpgd.execution.progress import progress
 from lpgd.execution.threads import one_torch_thread, torch_threads, without_autocast
 from lpgd.execution.torch_isolation import isolated_torch
+from lpgd.gradients import relaxed as derivatives
 from lpgd.gradients.base import GradientInfo, GradientMethod, check_cotangent
 from lpgd.gradients.second import check_twice, second_derivative
 from lpgd.problems.base import Data, Point, States
+from lpgd.problems.conic.solution import Violation
 from lpgd.problems.lanes import Lanes, Source, joined, mapped, over_vectors, separated
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
 from lpgd.solvers.failures import Explain, OnError, check_solution
+from lpgd.solvers.relaxed import relax
 from lpgd.status import SolverError, Status, warn
 
 __all__ = ["CallInfo", "solve"]
+
+_log = logging.getLogger("lpgd")
 
 
 @dataclass(eq=False, repr=False)
@@ -44,6 +51,7 @@ class CallInfo:
         choice: what :attr:`solver` is the text of.
         usable: (B, 1) which elements have a solution; within ``torch.func.vmap`` those of a lane, where all else is of
             the batch of all lanes.
+        violation: with ``on_error="relax"`` by how much each element violates its constraints, differentiable.
     """
 
     solution: Any = None
@@ -51,6 +59,7 @@ class CallInfo:
     backward_seconds: float = 0.0
     choice: object = ""
     usable: Tensor | None = None
+    violation: Violation | None = None
 
     @property
     def solver(self) -> str:
@@ -86,6 +95,7 @@ class Call:
     states: States
     info: CallInfo
     explain: Explain | None = None
+    progress: bool = False
 
 
 def solve(
@@ -98,6 +108,7 @@ def solve(
     states: States = (),
     info: CallInfo | None = None,
     explain: Explain | None = None,
+    progress: bool = False,
 ) -> Any:
     """Solve a batch of problems of any class, differentiably in all their data.
 
@@ -106,11 +117,14 @@ def solve(
         solver: solves it, and what the gradient method perturbs.
         gradient: the gradient method of this call.
         on_error: ``"raise"`` names every element without a solution; ``"nan"`` fills its rows and gives it a zero
-            gradient; ``"warn"`` warns and returns the solver's last iterate, or NaN, with a zero gradient.
+            gradient; ``"warn"`` warns and returns the solver's last iterate, or NaN, with a zero gradient; ``"relax"``
+            gives conic programs without a feasible point the solution of the closest feasible one, with its gradient,
+            and the other failures raise.
         executor: where the work runs; None is the solver's own choice.
         states: warm-start states of a solution of such a batch (``Solution.states``).
         info: filled with the record of this call.
         explain: what messages say of an element without a solution beside its status.
+        progress: whether to show a progress bar where it takes long.
 
     Returns:
         The solutions: those parts of a point of the problem's class that losses see (``Solution.outputs``).
@@ -121,7 +135,7 @@ def solve(
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
     info = info or CallInfo()
-    call = Call(solver, gradient, on_error, executor, states, info, explain)
+    call = Call(solver, gradient, on_error, executor, states, info, explain, progress)
     *outputs, usable = _SolveFunction.apply(call, problem, *problem.data, *getattr(problem, "attached", ()))
     info.usable = usable
     return info.solution.outputs._make(outputs)
@@ -138,8 +152,10 @@ class _SolveFunction(torch.autograd.Function):
         problem = problem.with_data(problem.data._make(plain(datum) for datum in tensors[:count]))
         if tensors[count:]:
             problem = cast(Any, problem).with_attached([plain(tensor) for tensor in tensors[count:]])
-        with _threads(call.solver):
+        with _threads(call.solver), progress(call.progress, "solve", problem.batch_size):
             solution = call.solver.solve(problem, call.states, call.executor)
+            if call.on_error == "relax":
+                solution = relax(solution, call.solver, call.executor)
         check_solution(solution, call.on_error, call.explain)
         call.info.solution = solution
         usable = solution.usable[:, None]
@@ -220,10 +236,13 @@ class _DerivativeFunction(torch.autograd.Function):
     def forward(call: Call, source: Source, needed: frozenset[int] | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Reverse where ``needed`` says which data need a gradient, forward where it is None."""
         started, solution = time.perf_counter(), source.resolved()
-        with _threads(call.solver), without_autocast(solution.x.device.type):
+        bar = progress(call.progress, "differentiate")
+        with _threads(call.solver), without_autocast(solution.x.device.type), bar:
             answer, info = _derivative(call, solution, needed is not None, [tensor.resolve_neg() for tensor in tensors])
         call.info.gradients.append(info)
         call.info.backward_seconds += time.perf_counter() - started
+        if info.fallbacks:
+            _log.info("%s: elements %s fell back: %s.", info.method, info.fallbacks[:10], info.counts)
         return tuple(answer)
 
     @staticmethod
@@ -342,7 +361,7 @@ def _derivative(
     count = len(solution.outputs)
     if not reverse:
         tangent = solution.problem.data._make(tensors[: len(solution.problem.data)])
-        change, info = call.gradient.jvp(solution, tangent, call.solver, call.executor)
+        change, info = derivatives.jvp(call.gradient, solution, tangent, call.solver, call.executor)
         return tuple(change)[:count], info
     # A loss of a NaN row hands back NaN: zeroed before any sum over shared data.
     cotangents = tensors[:count]
@@ -352,9 +371,9 @@ def _derivative(
     cotangent = solution.cotangent(cotangents)
     check_cotangent(cotangent)
     try:
-        return call.gradient.vjp(solution, cotangent, call.solver, call.executor)
+        return derivatives.vjp(call.gradient, solution, cotangent, call.solver, call.executor)
     except SolverError as error:
-        if call.on_error == "raise" or not error.indices:
+        if call.on_error in ("raise", "relax") or not error.indices:
             raise
         return _without(call, solution, cotangent, error)
 
@@ -365,7 +384,7 @@ def _without(call: Call, solution: AnySolution, cotangent: Point, error: SolverE
     keep = torch.ones(solution.batch_size, 1, dtype=torch.bool, device=solution.x.device)
     keep[failed] = False
     kept = cotangent._make(torch.where(keep, values, 0.0) for values in cotangent)
-    gradient, info = call.gradient.vjp(solution, kept, call.solver, call.executor)
+    gradient, info = derivatives.vjp(call.gradient, solution, kept, call.solver, call.executor)
     for element in failed:
         info.used[element] = "no perturbed solution"
     if call.on_error == "warn":

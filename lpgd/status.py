@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import logging
 import sys
 import threading
 import warnings
@@ -23,6 +24,9 @@ __all__ = [
     "warn",
 ]
 
+_log = logging.getLogger("lpgd")
+_log.addHandler(logging.NullHandler())  # silent unless a handler is given
+
 
 class Status(enum.IntEnum):
     """The outcome of the solve of one batch element; :attr:`advice` says what to do about it."""
@@ -38,11 +42,12 @@ class Status(enum.IntEnum):
     NOT_CONVEX = 8
     WITHIN_GAP = 9
     NO_SOLUTION = 10
+    RELAXED = 11
 
     @property
     def usable(self) -> bool:
-        """Whether there is a solution to hand out: solved, to a lower accuracy (which warns), or within a gap."""
-        return self in (Status.SOLVED, Status.INACCURATE, Status.WITHIN_GAP)
+        """Whether there is a solution to hand out, inaccurate ones and those of closest feasible problems too."""
+        return self in (Status.SOLVED, Status.INACCURATE, Status.WITHIN_GAP, Status.RELAXED)
 
     @property
     def has_iterate(self) -> bool:
@@ -61,8 +66,8 @@ _ADVICE = {
         "solver"
     ),
     Status.INFEASIBLE: (
-        "no point satisfies the constraints: check the parameters of these elements, or relax a constraint with a "
-        "penalised slack"
+        "no point satisfies the constraints: check the parameters of these elements, relax a constraint with a "
+        "penalised slack, or take the closest feasible problem's solution (on_error='relax', of conic programs)"
     ),
     Status.UNBOUNDED: (
         "the objective decreases without limit: check the signs of the cost, or add bounds or a small quadratic term"
@@ -71,7 +76,10 @@ _ADVICE = {
         "not converged within the iteration limit: raise it, loosen the tolerance, rescale the problem, or use another "
         "solver"
     ),
-    Status.TIME_LIMIT: "not converged within the time limit: raise it, or loosen the tolerance",
+    Status.TIME_LIMIT: (
+        "not converged within the time limit (of conic programs: the solver's options time_limit, for one element, and "
+        "batch_time_limit, for all of them): raise it, or loosen the tolerance"
+    ),
     Status.NUMERICAL_ERROR: (
         "the solver broke down numerically: rescale the problem, remove redundant constraints, or use another solver"
     ),
@@ -90,6 +98,10 @@ _ADVICE = {
     ),
     Status.NO_SOLUTION: (
         "the solver answered that there is none (None, or NaN): check the costs and the extra inputs of these elements"
+    ),
+    Status.RELAXED: (
+        "no point satisfies the constraints; this is the solution of the closest feasible problem, and info.violation "
+        "says how far away that is"
     ),
 }
 
@@ -122,6 +134,7 @@ def warn(message: str) -> None:
     """Give an :class:`LpgdWarning` that points at the user's line: the nearest outside of this library and torch."""
     if _silent.on:
         return
+    _log.info("%s", message)
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("lpgd", "torch"):
         level, frame = level + 1, frame.f_back

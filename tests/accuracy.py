@@ -189,6 +189,7 @@ class Row:
     said: int = 0
     unsolved: int = 0
     x: list[float] = field(default_factory=list)
+    said_x: list[float] = field(default_factory=list)
     gradient: list[float] = field(default_factory=list)
 
 
@@ -215,7 +216,8 @@ def measure(programs: Programs, exact: list[Exact | None], weights: FloatArray, 
             row.unsolved += 1
             continue
         row.said += bool(said[element])
-        row.x.append(relative(output.x[element].detach().numpy(), reference.x))
+        off = relative(output.x[element].detach().numpy(), reference.x)
+        (row.said_x if said[element] else row.x).append(off)
         if not said[element]:
             expected = reference.gradients
             floor = 1e-3 * max(float(np.abs(expected[name]).max()) for name in used)
@@ -259,10 +261,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    print("| stress | programs | solver | solved | with a word | x | gradient |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| stress | programs | solver | solved | with a word | x | gradient | x with a word |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for (stress, kind, solver), row in table(options.count, options.seed).items():
-        worst = [f"{max(part):.0e}" if part else "–" for part in (row.x, row.gradient)]
+        worst = [f"{max(part):.0e}" if part else "–" for part in (row.x, row.gradient, row.said_x)]
         answered = f"{row.cases - row.unsolved}/{row.cases}"
         print(f"| {stress} | {kind} | {solver} | {answered} | {row.said} | {' | '.join(worst)} |")
     return 0

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_info
 
+import lpgd
 from lpgd import CustomSolver, QPLayer, solvers
 from lpgd.execution.tasks import SerialExecutor
 
@@ -58,8 +59,22 @@ def program(size: int, batch: int, bound: float) -> tuple[torch.Tensor, ...]:
     return tuple(map(torch.from_numpy, (P, q, G, np.full(size, bound))))
 
 
+def quartic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (y - x).square().sum() + y.pow(4).sum()
+
+
+def least(costs: Any) -> Any:
+    """The indicator of the least cost, after a millisecond."""
+    time.sleep(0.001)
+    return np.eye(costs.size)[np.argmin(costs)]
+
+
 class Case:
     """A layer and its data."""
+
+    @classmethod
+    def of(cls, name: str, size: int, executor: Executor | None) -> Case:
+        return _OTHERS[name](name, size, executor) if name in _OTHERS else cls(name, size, executor)
 
     def __init__(self, name: str, size: int, executor: Executor | None, alone: bool = False) -> None:
         self.name = name
@@ -111,8 +126,36 @@ class Case:
         return report
 
 
+class NodeCase(Case):
+    """A node: the user's own, by Newton's method, or optimal transport."""
+
+    def __init__(self, name: str, size: int, executor: Executor | None) -> None:
+        self.name = name
+        node = lpgd.Node(quartic) if name == "NODE" else lpgd.nodes.OptimalTransport(0.05)
+        self.layer: Any = lpgd.NodeLayer(node)
+        shape = (16, size) if name == "NODE" else (16, size, size)
+        self.q = torch.from_numpy(np.random.default_rng(0).standard_normal(shape))
+
+    def solve(self, batch: int, **options: Any) -> torch.Tensor:
+        return self.layer(self.q.repeat(-(-batch // 16), *[1] * (self.q.ndim - 1))[:batch])
+
+
+class OracleCase(Case):
+    """A user's function."""
+
+    def __init__(self, name: str, size: int, executor: Executor | None) -> None:
+        self.name, self.layer = name, lpgd.BlackboxLayer(least, lpgd.LPGD(tau=1.0), executor=executor)
+        self.q = torch.from_numpy(np.random.default_rng(0).standard_normal((16, size)))
+
+    def solve(self, batch: int, **options: Any) -> torch.Tensor:
+        return self.layer(self.q.repeat(-(-batch // 16), 1)[:batch])
+
+
+_OTHERS: dict[str, Any] = {"NODE": NodeCase, "TRANSPORT": NodeCase, "ORACLE": OracleCase}
+
+
 def interrupted(name: str, size: int, executor: Executor | None) -> dict[str, Any]:
-    case = Case(name, size, executor)
+    case = Case.of(name, size, executor)
     right, before = case.solve(16), settings()
     batch = case.lasting(SECONDS)
     report = case.interrupt(batch)

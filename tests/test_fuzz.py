@@ -201,3 +201,25 @@ def test_views_with_the_negative_bit_are_data_and_cotangents() -> None:
     layer = lpgd.BlackboxLayer(lambda c: (c < 0) * 1.0, lpgd.BlackboxBackprop(1.0))
     assert torch.equal(layer(negative(q)), (q < 0).double())
     assert np.allclose(lpgd.NodeLayer(lpgd.nodes.Projection("l2_ball"))(negative(q))[0], q[0] / q[0].norm())
+
+
+def test_a_spectral_function_with_a_step_between_its_eigenvalues() -> None:
+    """tanh(1e6 x): f' is a peak that no rule of integration sees, f[a, b] is 2 / (a - b) all the same."""
+    matrix = torch.diag(torch.tensor([1e6, 3e6, -2e6]).double()).requires_grad_()
+    y = lpgd.NodeLayer(lpgd.nodes.SpectralFunction(torch.tanh))(matrix[None])
+    (gradient,) = torch.autograd.grad(y[0, 0, 2], matrix)
+    expected = torch.zeros(3, 3).double()
+    expected[0, 2] = expected[2, 0] = 0.5 * 2.0 / 3e6
+    assert torch.allclose(gradient, expected, rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_small_steps_of_lpgd_keep_their_digits_whatever_the_size_of_the_inputs(scale: float) -> None:
+    """Of the projection onto the unit ball, dy = (I - y yᵀ) dx / |x| outside, the identity inside."""
+    x = scale * torch.tensor([[3.0, -1.0, 2.0]]).double()
+    leaf, v = x.clone().requires_grad_(), torch.tensor([[0.3, 1.0, -2.0]]).double()
+    y = lpgd.NodeLayer(lpgd.nodes.Projection("l2_ball"), lpgd.LPGD())(leaf)
+    (gradient,) = torch.autograd.grad(y, leaf, v)
+    unit = x / x.norm()
+    outside = (v - unit * (unit * v).sum()) / x.norm()
+    assert torch.allclose(gradient, outside if x.norm() > 1 else v, rtol=1e-7)

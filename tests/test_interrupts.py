@@ -25,7 +25,20 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are sent by 
 ROOT = Path(__file__).parent.parent
 LISTENING = [SCS, ECOS, OSQP]
 LISTEN = [solver.name for solver in LISTENING if solver.is_installed()]  # ecos has no wheels from Python 3.13 on
-SOLVERS = ["CLARABEL", *LISTEN, "DAQP", "HIGHS", "PIQP", "PROXQP", "INTERIOR", "MOREAU", "CUSTOM"]
+SOLVERS = [
+    "CLARABEL",
+    *LISTEN,
+    "DAQP",
+    "HIGHS",
+    "PIQP",
+    "PROXQP",
+    "INTERIOR",
+    "MOREAU",
+    "CUSTOM",
+    "NODE",
+    "TRANSPORT",
+    "ORACLE",
+]
 
 
 def run(*arguments: str, seconds: float = 300.0) -> str:

@@ -382,13 +382,3 @@ def test_float32_lanes_and_elements_without_a_solution() -> None:
     (rows,) = torch.autograd.grad(loss(free(EYE, -w)), w, EYE[:3, :3], is_grads_batched=True)
     exact = (w.detach() - t) * 0.5 * (1 / 1.3 + 1 / 0.7)
     torch.testing.assert_close(rows, torch.diag_embed(exact.mT).permute(1, 2, 0), rtol=1e-9, atol=1e-12)
-
-
-def test_a_linear_program_moves_by_proximal_steps() -> None:
-    """argmin <c, x> over the unit cube, ℓ = ½|x - t|²: x_τ = clip(t - c/τ), which no vertex is."""
-    c, t, tau = leaf(normal(20, 4)), normal(20, 4, seed=1), 0.8
-    loss = lpgd.QuadraticLoss(t)
-    output = lpgd.LPLayer(gradient=lpgd.LPGD(tau, loss=loss, envelope="lower"))(c, lb=0.0, ub=1.0)
-    (gradient,) = torch.autograd.grad(loss(output).sum(), c)
-    moved = (t - c.detach() / tau).clamp(0.0, 1.0)
-    torch.testing.assert_close(gradient, (moved - (c.detach() < 0).double()) / tau, rtol=1e-7, atol=1e-7)

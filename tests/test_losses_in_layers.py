@@ -156,3 +156,26 @@ def test_layers_without_such_losses_refuse_them() -> None:
     dual = lpgd.CvxpyLayer(cp.Problem(cp.Minimize(cp.sum(y)), held), [], [held[0].dual_variables[0]], gradient=method)
     with pytest.raises(ValueError, match=r"QuadraticLoss\.output is 0"):
         dual()
+
+
+def test_a_linear_program_moves_by_proximal_steps() -> None:
+    """argmin <c, x> over the unit cube, ℓ = ½|x - t|²: x_τ = clip(t - c/τ), which no vertex is."""
+    c, t, tau = leaf(normal(20, 4)), normal(20, 4, seed=1), 0.8
+    loss = lpgd.QuadraticLoss(t)
+    output = lpgd.LPLayer(gradient=lpgd.LPGD(tau, loss=loss, envelope="lower"))(c, lb=0.0, ub=1.0)
+    (gradient,) = torch.autograd.grad(loss(output).sum(), c)
+    moved = (t - c.detach() / tau).clamp(0.0, 1.0)
+    torch.testing.assert_close(gradient, (moved - (c.detach() < 0).double()) / tau, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("solver", ["CLARABEL", "INTERIOR", "DAQP"])
+def test_within_a_face_of_solutions_a_loss_finds_its_minimum(solver: str) -> None:
+    """With costs of zero for two variables every point of a face is a solution; x_τ has the target there, at any τ."""
+    c = leaf(torch.tensor([[0.0, 0.0, 1.0, -2.0]], dtype=torch.float64))
+    t, tau = torch.tensor([[0.3, 0.8, 0.5, 0.5]], dtype=torch.float64), 0.01
+    loss = lpgd.QuadraticLoss(t)
+    output = lpgd.LPLayer(solver, lpgd.LPGD(tau, loss=loss, envelope="lower"))(c, lb=0.0, ub=1.0)
+    (gradient,) = torch.autograd.grad(loss(output).sum(), c)
+    moved = (t - c.detach() / tau).clamp(0.0, 1.0)
+    torch.testing.assert_close(output.x.detach() + tau * gradient, moved, rtol=0, atol=1e-6)
+    torch.testing.assert_close(moved, torch.tensor([[0.3, 0.8, 0.0, 1.0]], dtype=torch.float64))

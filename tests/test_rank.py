@@ -355,6 +355,22 @@ def test_a_transport_plan_has_redundant_equalities_and_no_warning() -> None:
     torch.testing.assert_close(plans[0], plans[1], atol=1e-9, rtol=0)
 
 
+def test_of_duals_of_a_transport_plan_only_their_level_is_not_unique() -> None:
+    # Potentials of rows and columns may be moved against each other: their sums are unique, and one of them is not.
+    torch.manual_seed(0)
+    C = torch.rand(9, dtype=torch.float64, requires_grad=True)
+    rows = torch.kron(torch.eye(3), torch.ones(1, 3)).double()
+    columns = torch.kron(torch.ones(1, 3), torch.eye(3)).double()
+    A, P = torch.cat([rows, columns]), 3 * torch.eye(9).double()
+    y = QPLayer(Clarabel(), gradient=ImplicitKKT())(P, C, A=A, b=torch.ones(6).double(), lb=0.0).y
+    (gradient,) = torch.autograd.grad(y[0] + y[4], C, retain_graph=True)
+    single = QPLayer(Clarabel(), gradient=ImplicitKKT())(P, C, A=A[:5], b=torch.ones(5).double(), lb=0.0).y
+    (expected,) = torch.autograd.grad(single[0] + single[4], C)
+    torch.testing.assert_close(gradient, expected, atol=1e-9, rtol=0)
+    with pytest.warns(LpgdWarning, match="multipliers are not unique"):
+        y[0].backward()
+
+
 def test_solutions_that_are_not_unique_are_told_from_multipliers_that_are_not() -> None:
     # min x₁² over the box: x₂ is anything.
     P = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).double()

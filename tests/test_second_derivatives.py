@@ -21,9 +21,19 @@ def loss_of(layer: lpgd.NodeLayer, count: int):
     return loss
 
 
-def finite_difference(gradient, inputs, along, step: float = 1e-5):
-    above, below = (gradient(*(x + side * step * d for x, d in zip(inputs, along, strict=True))) for side in (1, -1))
-    return tuple((a - b) / (2 * step) for a, b in zip(above, below, strict=True))
+def finite_difference(gradient, inputs, along, step: float = 5e-5):
+    """Central differences of two steps, extrapolated: the error falls with the fourth power of the step."""
+    near, far = (
+        [
+            (above - below) / (2 * length)
+            for above, below in zip(
+                *(gradient(*(x + side * length * d for x, d in zip(inputs, along, strict=True))) for side in (1, -1)),
+                strict=True,
+            )
+        ]
+        for length in (step, 2 * step)
+    )
+    return tuple((4 * a - b) / 3 for a, b in zip(near, far, strict=True))
 
 
 @ALL

@@ -148,10 +148,10 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(
 ) -> None:
     step = train.Trainer._train_step
 
-    def interrupted_step(self: train.Trainer, bar: Any) -> None:
+    def interrupted_step(self: train.Trainer, *arguments: Any) -> bool:
         if self.step == 1:
             signal.raise_signal(signal.SIGINT)
-        step(self, bar)
+        return step(self, *arguments)
 
     monkeypatch.setattr(train.Trainer, "_train_step", interrupted_step)
     before = signal.getsignal(signal.SIGINT)

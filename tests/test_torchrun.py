@@ -104,7 +104,7 @@ def check(training: Training, name: str, out: Path) -> None:
     assert training.steps() == steps == list(range(1, found["step"] + 1))
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ["sudoku", pytest.param("shortest_path", marks=pytest.mark.long)])
 def test_a_killed_worker_is_started_again_and_goes_on(name: str, folder: Path, tmp_path: Path) -> None:
     (folder / name).mkdir(exist_ok=True)
     training = Training(name, tmp_path, restarts=1)
@@ -114,7 +114,7 @@ def test_a_killed_worker_is_started_again_and_goes_on(name: str, folder: Path, t
     check(training, name, folder / name)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ["shortest_path", pytest.param("sudoku", marks=pytest.mark.long)])
 def test_an_interrupted_and_then_killed_run_goes_on(name: str, folder: Path, tmp_path: Path) -> None:
     (folder / name).mkdir(exist_ok=True)
     interrupted = Training(name, tmp_path)

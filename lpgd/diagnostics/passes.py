@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lpgd.arrays import as_index
 from lpgd.gradients.base import GradientInfo, GradientMethod, check_compatible
+from lpgd.gradients.relaxed import vjp
 from lpgd.gradients.sides import solve_tilted
 from lpgd.layers.base import BaseLayer, OptimizationLayer
 from lpgd.problems.base import Data, Point
@@ -151,7 +152,7 @@ class _Switch(GradientMethod):
             gradient, self.seen.info = problem.zero_gradient(), GradientInfo(self, ["probed"] * problem.batch_size)
         else:
             check_compatible(self.seen.method, problem.traits)
-            gradient, self.seen.info = self.seen.method.vjp(solution, cotangent, solver, executor)
+            gradient, self.seen.info = vjp(self.seen.method, solution, cotangent, solver, executor)
         return gradient, self.seen.info
 
     def jvp(self, *arguments: Any, **options: Any) -> tuple[Point, GradientInfo]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -91,7 +91,11 @@ def split(count: int, executor: Executor | None, per_worker: int = 4) -> list[ra
 
 
 def run_tasks(
-    function: Callable[[Task], Result], tasks: Sequence[Task], executor: Executor | None, takes_interrupts: bool = False
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    executor: Executor | None,
+    takes_interrupts: bool = False,
+    away: Callable[[Task], None] | None = None,
 ) -> list[Result]:
     """``[function(task) for task in tasks]`` on an executor (None: threads), in order.
 
@@ -103,6 +107,7 @@ def run_tasks(
     Args:
         takes_interrupts: the tasks take the handler of interrupts away from Python while they run.  They then never
             run in the main thread, which listens instead.
+        away: is told of each task that has ended in another process.
     """
     listens = takes_interrupts and hearing()
     if len(tasks) <= 1 or isinstance(executor, SerialExecutor):
@@ -111,12 +116,16 @@ def run_tasks(
         return _finished([(_in_turn, function, tasks)], None, listens)[0]
     calls = [(_bounded, function, task) for task in tasks]
     if not isinstance(executor, ProcessPoolExecutor):
-        return _finished(calls, executor, listens)
-    return _survived(calls, executor, listens)
+        return _finished(calls, executor, listens, away=away)
+    return _survived(calls, executor, listens, away)
 
 
 def _finished(
-    calls: Sequence[tuple[Any, ...]], executor: Executor | None, listens: bool, kept: dict[int, Any] | None = None
+    calls: Sequence[tuple[Any, ...]],
+    executor: Executor | None,
+    listens: bool,
+    kept: dict[int, Any] | None = None,
+    away: Callable[[Any], None] | None = None,
 ) -> list[Any]:
     """The results of calls on an executor; none of them goes on after this.
 
@@ -128,6 +137,8 @@ def _finished(
     try:
         for call in calls:
             futures.append((executor or default_executor()).submit(call[0], signals, *call[1:]))
+            if away is not None and not in_this_process:
+                futures[-1].add_done_callback(partial(_tell, away, call[-1]))
         if listens:
             hear(futures, signals and signals.begin)
         elif signals is not None:
@@ -152,7 +163,17 @@ _fresh: WeakKeyDictionary[ProcessPoolExecutor, ProcessPoolExecutor] = WeakKeyDic
 """Pools that stand for broken ones."""
 
 
-def _survived(calls: Sequence[tuple[Any, ...]], executor: ProcessPoolExecutor, listens: bool) -> list[Any]:
+def _tell(away: Callable[[Task], None], task: Task, future: Future[Any]) -> None:
+    if not future.cancelled():
+        away(task)
+
+
+def _survived(
+    calls: Sequence[tuple[Any, ...]],
+    executor: ProcessPoolExecutor,
+    listens: bool,
+    away: Callable[[Any], None] | None = None,
+) -> list[Any]:
     """The results of calls on a pool of processes, whose death loses no call.
 
     Raises:
@@ -162,7 +183,7 @@ def _survived(calls: Sequence[tuple[Any, ...]], executor: ProcessPoolExecutor, l
         executor = _fresh[executor]
     results: dict[int, Any] = {}
     try:
-        return _finished(calls, executor, listens, results)
+        return _finished(calls, executor, listens, results, away)
     except BrokenProcessPool:
         left = [number for number in range(len(calls)) if number not in results]
     warn(

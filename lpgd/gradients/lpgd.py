@@ -233,6 +233,7 @@ class _Perturbed:
         )
         self.still = ~found.moved
         _record(self.info, active, found)
+        _warn_of_ties(method, solution, active)
         keep = found.above | found.below
         doubtful = is_doubtful(method, problem, cotangent, found)
         if bool(doubtful.any()):
@@ -313,6 +314,17 @@ def _blank(method: LPGD, solution: AnySolution) -> GradientInfo:
     )  # fmt: skip
 
 
+def _warn_of_ties(method: LPGD, solution: AnySolution, active: list[int]) -> None:
+    """Name the elements whose node has several solutions that are equally good, whatever the step."""
+    node = getattr(solution.problem, "node", None)
+    if node is None or not active:
+        return
+    tied = node.tied(tuple(solution.problem.data))
+    marked = [] if tied is None else flags(tied)
+    if names := [element for element in active if marked and marked[element % len(marked)]]:
+        warn(f"{method}: the solutions of elements {names[:10]} {_TIED}")
+
+
 def _record(info: GradientInfo, active: list[int], found: Perturbed) -> None:
     """Put perturbed solves on record, and warn of those that are not what they should be."""
     for name in ("tau", "unit", "moved", "crossed", "jumped", "newton"):
@@ -358,6 +370,10 @@ _JUMP = (
     "jumped: a small tilt moved them far, and not in proportion to it, to another one of several nearly equal "
     "solutions. Their gradients say nothing of small changes. A smaller tau stays with one solution, unless they are "
     "equal."
+)
+_TIED = (
+    "are not unique: eigenvalues are equal to rounding, and a tilt, however small, chooses among their eigenvectors. "
+    "Gradients are right only for losses that depend on their span; ClosedForm leaves out what lies between them."
 )
 _ZERO_GRADIENT = (
     "LPGD(tau=None) takes a step that is small enough for the exact gradient, and no solution of this linear program "

@@ -217,12 +217,12 @@ class Run:
         """(E,) whether a solution with the same active set is the same one; None where that is known of none.
 
         So it is of linear programs: at a vertex, and on a face too, where a solution that a tilt does not take to
-        another end of it is one of many, and its place within the face noise.  With a quadratic term added (ρ > 0)
-        solutions move within a face.
+        another end of it is one of many, and its place within the face noise.  With a quadratic term added (ρ > 0), or
+        a loss itself, solutions move within a face.
         """
         if self.active is None or not self.active.of_linear_program or any(t.any() for t in tuple(self.cotangent)[1:]):
             return None
-        if self.augmented is self.problem:
+        if self.augmented is self.problem and self.loss is None:
             return torch.ones(self.problem.batch_size, dtype=torch.bool, device=self.problem.device)
         return self.active.is_vertex(self.base.x.shape[-1])
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import register_pytree_node
 
 from lpgd.arrays import plain
 from lpgd.autograd import CallInfo, solve
+from lpgd.execution.progress import progress
 from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
 from lpgd.gradients.losses import Reading, identity
@@ -22,12 +23,14 @@ from lpgd.layers.inputs import Batch
 from lpgd.layers.standard_options import StandardOptions
 from lpgd.problems.base import States, Structure, Traits
 from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.relaxed import RelaxedPoint
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure, per_element
 from lpgd.problems.solution import AnyProblem, AnySolution, Solution
 from lpgd.solvers import Choice, ConicSolver, Situation, choose_solver
 from lpgd.solvers.base import AnySolver
 from lpgd.solvers.failures import Explain, OnError
+from lpgd.solvers.relaxed import relax
 
 __all__ = ["BaseLayer", "LayerOutput", "OptimizationLayer", "Recorded", "WarmStart"]
 
@@ -59,10 +62,12 @@ class BaseLayer(torch.nn.Module, ABC):
     """What layers share, whatever the class of their problems.
 
     Args:
-        gradient, on_error, executor: see the layers.
+        gradient, on_error, executor, progress: see the layers.
     """
 
-    def __init__(self, gradient: GradientMethod, on_error: OnError, executor: Executor | None) -> None:
+    def __init__(
+        self, gradient: GradientMethod, on_error: OnError, executor: Executor | None, progress: bool = False
+    ) -> None:
         super().__init__()
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
@@ -71,7 +76,14 @@ class BaseLayer(torch.nn.Module, ABC):
         self.gradient = gradient
         self.on_error: OnError = on_error
         self.executor = executor
+        self.progress = progress
         self._last = threading.local()
+        traits = self._traits()
+        if on_error == "relax" and traits.conditions != "conic":
+            raise TypeError(
+                f"on_error='relax' gives the solution of the closest feasible problem, which {traits.noun} does not "
+                "have; use 'nan' or 'warn'."
+            )
 
     @property
     def gradient(self) -> GradientMethod:
@@ -111,6 +123,7 @@ class BaseLayer(torch.nn.Module, ABC):
             states=self._states(warm_start, problem.structure, batch),
             info=info,
             explain=explain,
+            progress=self.progress,
         )
         self._remember(info.solution, batch, call.solver)
         return outputs, info
@@ -118,7 +131,10 @@ class BaseLayer(torch.nn.Module, ABC):
     def _plain(self, problem: AnyProblem, batch: Batch, call: CallOptions, warm_start: WarmStart) -> Any:
         """Solve a batch: the solver's whole answer."""
         problem = problem.with_data(problem.data._make(plain(datum) for datum in problem.data))
-        solution = call.solver.solve(problem, self._states(warm_start, problem.structure, batch), call.executor)
+        with progress(self.progress, "solve", problem.batch_size):
+            solution = call.solver.solve(problem, self._states(warm_start, problem.structure, batch), call.executor)
+            if self.on_error == "relax":
+                solution = relax(solution, call.solver, call.executor)
         self._remember(solution, batch, call.solver)
         return solution
 
@@ -189,7 +205,7 @@ class OptimizationLayer(BaseLayer):
         example: the structure of the problems, or of a small one of their class: solver and options are checked on it.
         fixed: all problems have this very structure, so a solver that is not named is chosen at once; else it is
             chosen for the structure of each call.
-        solver, gradient, solver_args, on_error, executor, verbose: see the layers.
+        solver, gradient, solver_args, on_error, executor, verbose, progress: see the layers.
     """
 
     def __init__(
@@ -202,11 +218,12 @@ class OptimizationLayer(BaseLayer):
         on_error: OnError,
         executor: Executor | None,
         verbose: bool,
+        progress: bool = False,
     ) -> None:
         standard = StandardOptions.parse(solver_args)
         self._example, self._fixed = example, fixed
         method = gradient or standard.gradient or _exact(example)
-        super().__init__(method, on_error, executor if executor is not None else standard.executor)
+        super().__init__(method, on_error, executor if executor is not None else standard.executor, progress)
         options = {"verbose": True, **standard.options} if verbose else standard.options
         self._set_solver(solver if solver is not None else standard.solver, options)
 
@@ -247,7 +264,10 @@ class OptimizationLayer(BaseLayer):
         call = call._replace(gradient=call.gradient.bound(lambda: self._readings(structure), batch.rows_of_loss))
         data, absent = without_absent_rows(structure, data, size)
         problem = ConicProblem(structure, data, size)
-        point, info = self._differentiable(problem, batch, call, warm_start, explain)
+        found, info = self._differentiable(problem, batch, call, warm_start, explain)
+        if isinstance(found, RelaxedPoint):
+            info.violation = found.violation(structure)
+        point = ConicPoint(*found[:3])
         if absent is not None:
             absent = per_element(absent, size) & ~torch.isnan(point.y)
             point = point._replace(y=torch.where(absent, 0.0, point.y))

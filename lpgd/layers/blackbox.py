@@ -59,6 +59,7 @@ class BlackboxLayer(OracleLayer):
             zero; ``"warn"``: the same with a warning.
         executor: a ``concurrent.futures.Executor`` for the elements of a batch; None is one after the other in the
             calling thread, since not every solver may be called from several threads at once.
+        progress: show a progress bar (tqdm) over the elements, where a call takes longer than a second.
 
     Attributes:
         gradient: the gradient method; it may be replaced between calls (schedules of τ).
@@ -87,6 +88,7 @@ class BlackboxLayer(OracleLayer):
         features: Callable[..., Any] | None = None,
         valid_costs: Callable[[Any], Any] | None = None,
         ndim: int | None = None,
+        progress: bool = False,
     ) -> None:
         oracle = Oracle(
             function=solver,
@@ -98,7 +100,7 @@ class BlackboxLayer(OracleLayer):
             features=features,
             valid_costs=valid_costs,
         )
-        super().__init__(oracle, ndim, gradient, on_error, executor)
+        super().__init__(oracle, ndim, gradient, on_error, executor, progress)
 
     @eager
     def forward(self, costs: Tensor, *extra: Any, warm_start: WarmStart = False) -> TensorOutput:

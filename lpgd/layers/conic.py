@@ -37,7 +37,8 @@ class ConicOutput(_ConicFields, Recorded):
     Attributes:
         x: (*batch, n) the minimiser.
         y: (*batch, m) multipliers of the rows of A, in K*.
-        s: (*batch, m) the slack ``b - A x``, in K up to the solver's tolerance.
+        s: (*batch, m) the slack ``b - A x``, in K up to the solver's tolerance; with the violation e of relaxed
+            elements ``b + e - A x``.
     """
 
 
@@ -53,7 +54,7 @@ class ConicLayer(OptimizationLayer):
 
     Args:
         cones: K, whose rows are those of A.
-        solver, gradient, solver_args, on_error, executor: as for :class:`~lpgd.layers.qp.QPLayer`.
+        solver, gradient, solver_args, on_error, executor, progress: as for :class:`~lpgd.layers.qp.QPLayer`.
 
     Attributes:
         gradient, solver: may be replaced between calls; a solver of None is chosen by problem.
@@ -75,12 +76,14 @@ class ConicLayer(OptimizationLayer):
         solver_args: Mapping[str, object] | None = None,
         on_error: OnError = "raise",
         executor: Executor | None = None,
+        *,
+        progress: bool = False,
     ) -> None:
         if not isinstance(cones, Cones):
             raise TypeError(f"cones is {cones!r}; give the sizes as lpgd.Cones(zero=..., second_order=(...), ...).")
         one = Pattern((1, 1))
         example = plan(1, cones, one, (Pattern((cones.rows, 1)),), False, False).structure
-        super().__init__(example, False, solver, gradient, solver_args, on_error, executor, False)
+        super().__init__(example, False, solver, gradient, solver_args, on_error, executor, False, progress)
         self.cones = cones
 
     @eager
@@ -120,6 +123,9 @@ class ConicLayer(OptimizationLayer):
 
         point, info = self._solve(data, structure, batch, solver_args, warm_start, explanation(listed, batch))
         s = _slack(structure, data, point.x, info)
+        if info.violation is not None:
+            s = s + info.violation.rows
+            info.violation = info.violation.restored(batch.restore)
         output = ConicOutput(
             batch.restore(point.x, (structure.n,)),
             batch.restore(point.y, (structure.m,)),

@@ -45,7 +45,7 @@ class OracleLayer(BaseLayer):
         oracle: the solver.
         ndim: how many dimensions the costs of one element have; None: a vector is one element, and of anything else the
             first dimension is the batch.
-        gradient, on_error, executor: see the layers.
+        gradient, on_error, executor, progress: see the layers.
     """
 
     _oracle: Oracle
@@ -59,6 +59,7 @@ class OracleLayer(BaseLayer):
         gradient: GradientMethod | None,
         on_error: OnError,
         executor: Executor | None,
+        progress: bool = False,
     ) -> None:
         if gradient is None:
             raise TypeError(
@@ -68,7 +69,7 @@ class OracleLayer(BaseLayer):
         if ndim is not None and ndim < 0:
             raise ValueError(f"ndim is {ndim}; it is the number of dimensions of one element's costs, or None.")
         self._oracle, self.ndim = oracle, ndim  # before the gradient method is checked against the oracle
-        super().__init__(gradient, on_error, executor)
+        super().__init__(gradient, on_error, executor, progress)
 
     @property
     def solver(self) -> Oracle:

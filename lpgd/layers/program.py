@@ -17,6 +17,7 @@ from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
 from lpgd.layers.explanations import Argument, explanation
 from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs
 from lpgd.layers.matrices import Pattern, join, plan, read_matrix
+from lpgd.problems.conic.solution import Violation
 from lpgd.problems.conic.structure import ConicData, ConicStructure
 from lpgd.solvers import ConicSolver
 from lpgd.solvers.failures import Explain, OnError
@@ -69,11 +70,12 @@ class ProgramLayer(OptimizationLayer):
         on_error: OnError = "raise",
         executor: Executor | None = None,
         integer: Sequence[int] = (),
+        progress: bool = False,
     ) -> None:
         self._integer = _index_set(integer)
         one, integers = Pattern((1, 1)), (0,) if self._integer else ()
         example = plan(1, Cones(1, 1), one if self._has_quadratic else None, (one, one), True, True, integers).structure
-        super().__init__(example, False, solver, gradient, solver_args, on_error, executor, False)
+        super().__init__(example, False, solver, gradient, solver_args, on_error, executor, False, progress)
 
     def _read(
         self,
@@ -163,8 +165,20 @@ class ProgramLayer(OptimizationLayer):
         else:
             y, z = restore(point.y, (m + k,)).split((m, k), -1)
         output = ProgramOutput(restore(x, (n,)), y, z, restore(z_box, (n,)))
+        if info.violation is not None:
+            info.violation = _own_violation(info.violation, call).restored(restore)
         output.info, output.batch_shape = info, call.batch.batch_shape
         return output
+
+
+def _own_violation(violation: Violation, call: _Call) -> Violation:
+    """That of the rows of A and G and of the bounds: those of rows with two ends were held as bounds."""
+    if not call.structure.two_sided:
+        return violation
+    (m, _), n = call.sizes, call.structure.own
+    lower, upper = violation.lower, violation.upper
+    rows = torch.cat([violation.rows[:, :m], upper[:, n:] - lower[:, n:]], -1)
+    return Violation(violation.size, rows, lower[:, :n], upper[:, :n])
 
 
 _ABSENT = {"h": torch.inf, "ub": torch.inf, "l": -torch.inf, "lb": -torch.inf}

@@ -37,8 +37,13 @@ class QPLayer(ProgramLayer):
         solver: a solver, the name of one, or None to choose for each problem.
         gradient: a gradient method; None is ``ImplicitKKT()``, the exact gradient.
         solver_args: options of the solver, as for :class:`~lpgd.layers.cvxpy.layer.CvxpyLayer`.
-        on_error: ``"raise"``, ``"nan"`` or ``"warn"``: what becomes of elements without a solution.
+        on_error: ``"raise"``, ``"nan"``, ``"warn"`` or ``"relax"``: what becomes of elements without a solution.
+            Relaxed are those without a feasible point: they get the best of the points that violate rows and bounds
+            least, in the sense of least squares and in the units in which they are given, with its gradient;
+            ``output.info.violation`` says by how much, differentiably.  Other failures raise
+            (:mod:`lpgd.problems.conic.relaxed` has the derivation).
         executor: a ``concurrent.futures.Executor`` for the elements of a batch; None is one thread for each core.
+        progress: show a progress bar (tqdm) over the elements, where a call takes longer than a second.
 
     Attributes:
         gradient, solver: may be replaced between calls; a solver of None is chosen by problem.
@@ -63,8 +68,10 @@ class QPLayer(ProgramLayer):
         solver_args: Mapping[str, object] | None = None,
         on_error: OnError = "raise",
         executor: Executor | None = None,
+        *,
+        progress: bool = False,
     ) -> None:
-        super().__init__(solver, gradient, solver_args, on_error, executor)
+        super().__init__(solver, gradient, solver_args, on_error, executor, progress=progress)
 
     @eager
     def forward(
@@ -149,7 +156,7 @@ class LPLayer(ProgramLayer):
     ``gradient=lpgd.LPGD(tau)`` it teaches.
 
     Args:
-        solver, gradient, solver_args, on_error, executor: as for :class:`QPLayer`.
+        solver, gradient, solver_args, on_error, executor, progress: as for :class:`QPLayer`.
         integer: the variables that take whole numbers only (a binary one has the bounds 0 and 1).  What
             :class:`~lpgd.CvxpyLayer` says of integer programs holds here: HiGHS solves them, ``gradient`` is LPGD or
             BlackboxBackprop with a given τ, and multipliers are those of the linear relaxation.
@@ -168,8 +175,10 @@ class LPLayer(ProgramLayer):
         on_error: OnError = "raise",
         executor: Executor | None = None,
         integer: Sequence[int] = (),
+        *,
+        progress: bool = False,
     ) -> None:
-        super().__init__(solver, gradient, solver_args, on_error, executor, integer)
+        super().__init__(solver, gradient, solver_args, on_error, executor, integer, progress)
 
     @eager
     def forward(

@@ -112,6 +112,14 @@ class BaseNode(ABC):
         """g, at most 0 where feasible: (B, r), or None."""
         return None
 
+    def tied(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        """(B,) whether there are several solutions that are equally good to rounding; None where that is not known."""
+        return None
+
+    def about_shape(self, shape: tuple[int, ...]) -> str:
+        """What to say of the shape of y where solutions are not unique; nothing where it was given on purpose."""
+        return ""
+
     def arrange(self, *inputs: Any) -> tuple[Tensor, ...]:
         """Look at the tensors of a call as they arrive, and move dimensions so that each element's are the last ones.
 

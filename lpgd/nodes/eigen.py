@@ -21,6 +21,7 @@ __all__ = [
     "eigen_decomposition",
     "eigen_vjp",
     "eigen_vjp_approximate",
+    "has_ties",
     "rayleigh_quotients",
     "square_size",
 ]
@@ -96,6 +97,12 @@ def _ties(values: Tensor) -> Tensor:
     tied = (values[..., :, None] - values[..., None, :]).abs() <= near[..., None, None]
     tied.diagonal(dim1=-2, dim2=-1).fill_(False)
     return tied
+
+
+def has_ties(chosen: Tensor, values: Tensor, tolerance: float) -> Tensor:
+    """(B,) whether neighbours among the chosen eigenvalues are equal within a share of the largest of all."""
+    near = tolerance * values.abs().amax(-1, keepdim=True)
+    return (chosen.diff(dim=-1).abs() <= near).any(-1)
 
 
 def _watch(vectors: Tensor, values: Tensor, tied: Tensor) -> None:
@@ -331,6 +338,12 @@ class EigenDecomposition(BaseNode):
         first, second = torch.triu_indices(k, k, device=y.device)
         nu = torch.where(first == second, (-self._weights(y) * aux[0][:, :k])[:, first], 0.0).to(y.dtype)
         return nu, nu[:, :0]
+
+    def tied(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        values = torch.linalg.eigvalsh(symmetric_part(inputs[0]).double())
+        values = values.flip(-1) if self.largest else values
+        count = values.shape[-1] if self.k is None else min(self.k + 1, values.shape[-1])
+        return has_ties(values[:, :count], values, self._tolerance(inputs[0]))
 
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
         tolerance = self._tolerance(inputs[0])

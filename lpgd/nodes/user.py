@@ -105,6 +105,14 @@ class Node(BaseNode):
             raise TypeError(f"the shape of y of {self.name} is {shape!r}; it must be a tuple, as (3,).")
         return tuple(shape)
 
+    def about_shape(self, shape: tuple[int, ...]) -> str:
+        if self._shape is not None:
+            return ""
+        return (
+            f" Since shape= was not given, y has the shape of the first input, {shape}: if it should have another one, "
+            "with fewer entries, name it (Node(shape=...))."
+        )
+
     def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Refuse functions that use tensors whose gradient would be lost."""
         if torch.is_grad_enabled() and all(tensor.numel() for tensor in inputs):
@@ -168,7 +176,8 @@ class Node(BaseNode):
             whole = self._batched and role != "shape"
             error.add_note(
                 f"In the {role} of {self.name}, called for {'a batch' if whole else 'one element'} with {given}. "
-                "Node's ndims= says how many dimensions an input has for one element, shape= what those of y are."
+                "Node's ndims= says how many dimensions an input has for one element, shape= what those of y are"
+                f"{' (of the first input if it is not given, as here)' if self._shape is None else ''}."
             )
             raise
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from types import ModuleType
 from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
@@ -110,6 +111,9 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
         tolerance: accuracy asked of the solver (its own absolute and relative criteria).
         max_iterations: iteration limit of one element.
         time_limit: seconds for one element; None is no limit.
+        batch_time_limit: seconds for all elements of a solve together; those that have not begun by then end with
+            ``Status.TIME_LIMIT``, and no element takes longer than that where the
+            solver can stop.  Forward and each perturbed solve count for themselves.
         verbose: let the solver print.
         rescue: elements that end without proof (at the iteration limit, by a numerical error, inaccurately, or with a
             verdict that its own certificate does not show) are handed to the next installed solver that can take them;
@@ -121,6 +125,7 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
     tolerance: float = 1e-8
     max_iterations: int = 1000
     time_limit: float | None = None
+    batch_time_limit: float | None = field(default=None, kw_only=True, compare=False)
     verbose: bool = False
     rescue: bool = True
     refine: bool = True
@@ -143,10 +148,22 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
             raise ValueError(f"tolerance is {self.tolerance}; it must be positive.")
         if self.max_iterations < 1:
             raise ValueError(f"max_iterations is {self.max_iterations}; it must be at least 1.")
-        if self.time_limit is not None and not self.time_limit > 0:
-            raise ValueError(f"time_limit is {self.time_limit}; it must be positive, or None for no limit.")
+        for name in ("time_limit", "batch_time_limit"):
+            limit = getattr(self, name)
+            if limit is not None and not limit > 0:
+                raise ValueError(f"{name} is {limit}; it must be positive, or None for no limit.")
         if self.time_limit is not None and not self.capabilities.time_limit:
             raise ValueError(f"{self.name} cannot stop at a time limit; lower max_iterations, or use another solver.")
+
+    @property
+    def shortest(self) -> float | None:
+        """The shorter one of the limits of time, for solvers that take elements side by side."""
+        limits = [limit for limit in (self.time_limit, self.batch_time_limit) if limit is not None]
+        return min(limits, default=None)
+
+    def deadline(self) -> float | None:
+        """When a batch that begins now is to end, by ``time.time``, the clock that processes share."""
+        return None if self.batch_time_limit is None else time.time() + self.batch_time_limit
 
     @property
     def takes_states(self) -> bool:
@@ -161,10 +178,15 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
         reason = self.unsupported(problem.structure)
         if reason is not None:
             raise ValueError(f"{reason}; lpgd.available(structure) lists the solvers that can solve this problem.")
+        deadline = self.deadline()
         attempt = self.attempt(problem, states, executor)
         if is_settled(attempt, self.refine):
             return attempt
-        return settled(attempt, self.others(problem.structure) if self.rescue else (), executor, self.refine)
+        others = self.others(problem.structure) if self.rescue else ()
+        if deadline is not None:
+            left = deadline - time.time()
+            others = tuple(replace(other, batch_time_limit=left) for other in others) if left > 0 else ()
+        return settled(attempt, others, executor, self.refine)
 
     def attempt(self, problem: ConicProblem, states: States = (), executor: Executor | None = None) -> ConicSolution:
         """This solver's own answer, judged; verdicts without a proof are its claims (``ConicSolution.proofs``)."""

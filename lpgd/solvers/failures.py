@@ -10,7 +10,7 @@ from lpgd.status import SolverError, Status, describe_failures, warn
 
 __all__ = ["Explain", "OnError", "check_solution"]
 
-OnError = Literal["raise", "nan", "warn"]
+OnError = Literal["raise", "nan", "warn", "relax"]
 Explain = Callable[[AnySolution, int], str]
 """Says what is wrong with the data of an element without a solution, as far as is known."""
 
@@ -22,14 +22,14 @@ def check_solution(solution: AnySolution, on_error: OnError, explain: Explain | 
     """Raise or warn about elements without a solution, and warn about inaccurate ones.
 
     Raises:
-        SolverError: with ``on_error="raise"`` and an element without a solution.
+        SolverError: with ``on_error="raise"``, or ``"relax"``, and an element without a solution.
     """
     statuses, failed = solution.statuses, solution.failed
     domain = f" {solution.domain}" if solution.domain else ""
     if failed and on_error != "nan" and explain is not None:
         reasons = [text for element in failed[:_EXPLAINED] if (text := explain(solution, element))]
         domain += "".join(f" {text}." for text in reasons)
-    if failed and on_error == "raise":
+    if failed and on_error in ("raise", "relax"):
         raise SolverError(
             f"no solution for {describe_failures(statuses, failed)}.{domain} "
             "on_error='nan' keeps the other elements and gives these a zero gradient.",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lpgd.arrays import elements_where
 from lpgd.execution.interrupts import pause
+from lpgd.execution.progress import Key, advance, current
 from lpgd.execution.tasks import SerialExecutor, run_tasks, split
 from lpgd.execution.threads import all_torch_threads
 from lpgd.problems.base import State, States
@@ -92,7 +93,7 @@ class Oracle(Solver[LinearProblem, LinearSolution]):
         chunks = split(len(valid), executor, per_worker=1 if self.batched else 4)
         tasks = [self._task(problem, [valid[place] for place in chunk], states) for chunk in chunks]
         with all_torch_threads():
-            results = run_tasks(_solve_batched if self.batched else _solve_each, tasks, executor)
+            results = run_tasks(_solve_batched if self.batched else _solve_each, tasks, executor, away=_count)
         return _assemble(self, problem, tasks, results)
 
     def _task(self, problem: LinearProblem, elements: list[int], states: States) -> _Task:
@@ -110,6 +111,7 @@ class Oracle(Solver[LinearProblem, LinearSolution]):
             problem.rho,
             problem.tilted,
             None if center is None else self._array(center)[elements].reshape(-1, *shape),
+            current(),
         )
 
     def _array(self, tensor: Tensor) -> Array:
@@ -135,6 +137,7 @@ class _Task(NamedTuple):
     rho: float
     tilted: bool  # costs are perturbed ones
     centers: Array | None  # (k, *shape)
+    progress: Key | None  # whom to tell of each element
 
     def call(self, costs: Array, extra: list[Any], start: Any, center: Array | None) -> tuple[Any, Any]:
         """What the function answers, and the solution that this is."""
@@ -153,6 +156,10 @@ class _Task(NamedTuple):
         if answer is None or isinstance(answer, Status):
             return answer, answer
         return answer, oracle.features(answer, *again)
+
+
+def _count(task: _Task) -> None:
+    advance(task.progress, len(task.elements))
 
 
 class _Results:
@@ -241,6 +248,7 @@ def _solve_each(task: _Task) -> _Results | _Raised:
                 results.errors[place] = error
                 answer = solution = Status.NUMERICAL_ERROR
             results.seconds[index] = clock() - started
+            advance(task.progress)
             results.read(task, answer, solution)
     return results.finish()
 
@@ -260,6 +268,7 @@ def _solve_batched(task: _Task) -> _Results | _Raised:
         results.errors |= dict.fromkeys(task.places, error)
         answer = solution = Status.NUMERICAL_ERROR
     results.seconds[:] = (time.perf_counter() - started) / size
+    advance(task.progress, size)
     if solution is None or isinstance(solution, Status):
         answer, solution = [answer] * size, [solution] * size
     for values in (answer, solution):

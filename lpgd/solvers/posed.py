@@ -168,11 +168,16 @@ def better_lengths(posed: Posed, answer: ConicSolution, tolerance: float) -> Ten
     """
     size = maximum_norm(posed.units.point_in(posed.problem, answer.point).x)
     residual = answer.residuals.worst
+    # A point at zero, which an absolute gap may pass for a solution, is as far from one as its slope says.
+    zero = (size == 0) & (residual > EXACT)
+    size = torch.where(zero, residual, size)
     # Larger points are none of this: in units of theirs the right-hand sides would be too small to count.
     vague = answer.usable & (size > 0) & (size < 1) & (residual > max(ACCEPTED, 10 * tolerance) * size)
     if posed.problem.structure.has_integers or not bool(vague.any()):
         return None
-    exponents = torch.frexp(maximum_norm(answer.x / posed.units.variable_of(posed.problem))).exponent.double()
+    length = torch.ones_like(size) if posed.units.length is None else posed.units.length[:, 0]
+    own = torch.where(zero, length * residual, maximum_norm(answer.x / posed.units.variable_of(posed.problem)))
+    exponents = torch.frexp(own).exponent.double()
     return torch.where(vague, exponents, torch.nan)
 
 

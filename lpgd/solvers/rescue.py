@@ -5,6 +5,7 @@ A batch without such elements passes through untouched.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -22,6 +23,7 @@ from lpgd.status import Status
 
 __all__ = ["is_settled", "merged", "settled"]
 
+_log = logging.getLogger("lpgd")
 _OPEN = (Status.INACCURATE, Status.ITERATION_LIMIT, Status.NUMERICAL_ERROR)
 VAGUE, GAIN = 1e-10, 1e-2
 """Refined answers to linear and quadratic programs leave rounding of the optimality conditions, unless the solver was
@@ -89,6 +91,12 @@ def settled(
                 taken[place] = status in (Status.SOLVED, Status.NOT_CONVEX) or better[place]
             if taken[place]:
                 claims.pop(element, None)
+        for place, element in enumerate(elements):
+            _log.info(
+                "element %d of %d: %s left it %s; %s says %s%s.",
+                element, attempt.batch_size, attempt.asked, attempt.statuses[element].name,
+                again.asked, again.statuses[place].name, "" if taken[place] else ", which is not taken",
+            )  # fmt: skip
         attempt = merged(attempt, elements, replace(again, proofs=tuple(proofs)), taken)
     if claims:
         statuses = list(attempt.statuses)

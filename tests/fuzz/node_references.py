@@ -115,11 +115,12 @@ def stationarity(node: BaseNode, inputs: tuple[Tensor, ...], y: Tensor) -> Float
     slope, rows = derivative(node.objective(point, *inputs), point), []
     nearby, moved = (y * (1.0 + 1e-3)).requires_grad_(), 1e-3 * y.abs().reshape(count, -1).amax(1).numpy()
     change = np.abs(derivative(node.objective(nearby, *inputs), nearby) - slope).max(1, initial=0.0)
-    outside = np.zeros(count)
+    outside, basis = np.zeros(count), np.zeros((0, 0))
     for function, is_equality in ((node.equality, True), (node.inequality, False)):
         values = function(point, *inputs)
-        if values is None or values.ndim < 2 or not values.shape[1]:
+        if values is None or not values.numel():
             continue
+        values = values.reshape(count, -1)
         jacobian = np.stack([derivative(values[:, row], point) for row in range(values.shape[1])], axis=1)
         size = np.maximum(np.abs(jacobian).max(2, initial=0.0), 1e-12)
         found = values.detach().numpy() / size
@@ -127,14 +128,19 @@ def stationarity(node: BaseNode, inputs: tuple[Tensor, ...], y: Tensor) -> Float
         rows.append((jacobian, np.full(found.shape, True) if is_equality else found > -1e-6, is_equality))
     left = np.zeros(count)
     for element in range(count):
-        columns = [np.zeros((slope.shape[1], 0))]
+        # What equalities hold is taken out of slope and inequalities; nnls does not like opposite columns.
+        right, columns = -slope[element], [np.zeros((slope.shape[1], 0))]
         for jacobian, active, is_equality in rows:
             chosen = jacobian[element, active[element]].T
-            columns += [chosen, -chosen] if is_equality else [chosen]
+            chosen = chosen / np.maximum(np.linalg.norm(chosen, axis=0), 1e-300)
+            if is_equality:
+                basis, sizes, _ = np.linalg.svd(chosen, full_matrices=False)
+                basis = basis[:, sizes > 1e-10]
+                right = right - basis @ (basis.T @ right)
+            else:
+                columns.append(chosen - basis @ (basis.T @ chosen) if basis.size else chosen)
         matrix = np.concatenate(columns, axis=1)
-        left[element] = (
-            scipy.optimize.nnls(matrix, -slope[element])[1] if matrix.size else np.linalg.norm(slope[element])
-        )
+        left[element] = scipy.optimize.nnls(matrix, right)[1] if matrix.size else np.linalg.norm(right)
     length = np.maximum(np.abs(y.numpy()).reshape(count, -1).max(1, initial=0.0), 1e-300)
     rate = np.where(moved > 0, change / np.maximum(moved, 1e-300), 1.0)
     return np.maximum(left / np.maximum(rate * length, 1e-300), outside / np.maximum(length, 1e-300))

@@ -112,8 +112,7 @@ class Findings:
             share = f"a share of {size:.0e}" if np.isfinite(size) and size < 1 else "any amount"
             warn(
                 f"{method}: the optimality conditions of elements {named(self.doubtful)} are nearly singular, and the "
-                f"error of their solutions could change their gradients by {share}. A smaller tolerance of the solver, "
-                "rho > 0, or LPGD with a finite tau helps."
+                f"error of their solutions could change their gradients by {share}. With rho > 0 they are not singular."
             )
         if self.one_sided:
             warn(

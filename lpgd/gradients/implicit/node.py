@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lpgd.arrays import as_index, flags, integers, rows_where
+from lpgd.arrays import as_index, elements_where, flags, integers, rows_where
 from lpgd.gradients.base import GradientInfo
 from lpgd.problems.base import Data, Point
 from lpgd.problems.node.multipliers import active_rows
@@ -70,14 +70,59 @@ def response(
         info.used[element] = kind if regular else "implicit, regularised"
     info.fallbacks = [element for element, regular in zip(active, flags(exact), strict=True) if not regular]
     if info.fallbacks:
-        warn(
-            f"{method}: the optimality conditions of elements {info.fallbacks[:10]} are singular (degenerate or "
-            "non-unique solutions, or redundant equalities); their gradients are minimum-norm answers. "
-            "rho > 0, or LPGD with a finite tau, is well defined there."
-        )
+        _warn_of_singular(method, chosen, point, binding, active, exact)
     for tensor, values in zip(change, answer, strict=True):
         tensor[elements] = values
     return change
+
+
+def _warn_of_singular(
+    method: ImplicitKKT,
+    problem: NodeProblem,
+    point: NodePoint,
+    binding: Tensor,
+    elements: list[int],
+    exact: Tensor,
+) -> None:
+    """Tell solutions that are not unique from multipliers that are not: the remedies are others."""
+    places = elements_where(~exact)
+    dependent: list[int] = []
+    if point.x.shape[-1] <= MANY:
+        rows = as_index(places, point.x.device)
+        part, own = problem.select(rows), point.select(rows)
+        hessian, jacobian = part.hessian(own).double(), part.jacobian(own.x).double()
+        keep = torch.cat([torch.ones_like(own.nu, dtype=torch.bool), binding[rows]], -1)
+        dependent = [
+            elements[place]
+            for place, H, J, mask in zip(places, hessian, jacobian, keep, strict=True)
+            if _only_multipliers_are_loose(H + method.rho * torch.eye(len(H)).to(H), J[mask])
+        ]
+    loose = [elements[place] for place in places if elements[place] not in dependent]
+    if loose:
+        warn(
+            f"{method}: the optimality conditions of elements {loose[:10]} are singular (degenerate or non-unique "
+            "solutions); their gradients are minimum-norm answers. rho > 0, or LPGD with a finite tau, is well defined "
+            f"there.{problem.node.about_shape(tuple(problem.structure.shape))}"
+        )
+    if dependent:
+        warn(
+            f"{method}: the optimality conditions of elements {dependent[:10]} are singular, as their constraints "
+            "depend on each other: gradients with respect to what the objective alone holds are exact, others are "
+            "minimum-norm answers. Leave out constraints that others imply."
+        )
+
+
+def _only_multipliers_are_loose(hessian: Tensor, jacobian: Tensor) -> bool:
+    """Whether the Hessian (n, n) is regular along the constraints, whose rows (m, n) depend on each other."""
+    if not jacobian.shape[0] or not bool(torch.isfinite(hessian).all() and torch.isfinite(jacobian).all()):
+        return False
+    _, sizes, right = torch.linalg.svd(jacobian)
+    rank = int((sizes > DEPENDENT * sizes.amax()).sum())
+    along = right[rank:]
+    if rank == jacobian.shape[0]:
+        return False
+    curvature = torch.linalg.eigvalsh(along @ hessian @ along.mT).abs()
+    return not curvature.numel() or bool(curvature.amin() > DEPENDENT * hessian.abs().amax())
 
 
 def _sparsity(method: ImplicitKKT, problem: NodeProblem, point: NodePoint) -> Sparsity | None:
@@ -169,6 +214,8 @@ def _active(method: ImplicitKKT, problem: NodeProblem, point: NodePoint) -> tupl
 
 MANY = 300
 """With more variables, matrices of few entries are looked for."""
+DEPENDENT = 1e-9
+"""Singular values below this share of the largest are those of constraints that depend on each other."""
 NOT_STATIONARY = 0.01
 """An approximate solver may leave so much; it is of the order of the error of y relative to ``1 + max|y|``."""
 

@@ -62,7 +62,9 @@ class CvxpyLayer(OptimizationLayer):
         solver_args: options of the solver, by its own names or those of the field's standard layer (``eps``,
             ``max_iters``, ``solve_method``, ``mode``, ...).
         on_error: ``"raise"``: an element without a solution raises; ``"nan"``: its rows are NaN and its gradient
-            zero; ``"warn"``: its rows are the solver's last iterate, or NaN, with a warning and a zero gradient.
+            zero; ``"warn"``: its rows are the solver's last iterate, or NaN, with a warning and a zero gradient;
+            ``"relax"``: an element without a feasible point has the solution of the closest feasible problem, as
+            :class:`~lpgd.QPLayer` says, in terms of the rows of the program that is solved.
         executor: a ``concurrent.futures.Executor`` for the elements of a batch; None is one thread for each core.
         eliminate: substitute variables that one row defines, such as those of CVXPY's ``sum_squares``, where that
             makes the program cheaper (:mod:`lpgd.layers.cvxpy.elimination` has the rule).  Outputs and gradients stay
@@ -71,6 +73,7 @@ class CvxpyLayer(OptimizationLayer):
             condition squared: where that is beyond about 300 for an element, in units of order 1 and along the
             equalities, the whole batch is solved as with False, in this call.
         verbose: let the solver print.
+        progress: show a progress bar (tqdm) over the elements, where a call takes longer than a second.
 
     Attributes:
         gradient: the gradient method; it may be replaced between calls (schedules of τ and ρ).
@@ -99,6 +102,7 @@ class CvxpyLayer(OptimizationLayer):
         *,
         eliminate: bool = True,
         verbose: bool = False,
+        progress: bool = False,
     ) -> None:
         from lpgd.layers.cvxpy.canonical import canonicalise
 
@@ -108,7 +112,7 @@ class CvxpyLayer(OptimizationLayer):
         self._substitution = None if substitution is None or substitution.loses_digits() else substitution
         program = self._substitution.program if self._substitution is not None else whole
         structure = _structure(program)
-        super().__init__(structure, True, solver, gradient, solver_args, on_error, executor, verbose)
+        super().__init__(structure, True, solver, gradient, solver_args, on_error, executor, verbose, progress)
         self.structure = structure
         self.parameter_layouts = program.parameters
         self.variable_layouts = program.variables
@@ -152,6 +156,8 @@ class CvxpyLayer(OptimizationLayer):
         point, info = self._solve(posed.data, posed.structure, inputs, solver_args, start, why)
         readers = self._readers if posed.structure is self.structure else self._whole_readers
         output = LayerOutput(inputs.restore(reader(point), reader.layout.shape) for reader in readers)
+        if info.violation is not None:
+            info.violation = info.violation.restored(inputs.restore)
         output.info, output.batch_shape = info, inputs.batch_shape
         return output
 

@@ -42,7 +42,7 @@ from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, VariableLayout
 from lpgd.layers.cvxpy.maps import Columns, DataMap, SparseMap
 from lpgd.layers.look import look_at
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.solution import ConicSolution
+from lpgd.problems.conic.solution import ConicSolution, Violation
 from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicData
 from lpgd.problems.solution import AnyProblem
@@ -59,6 +59,11 @@ class ExpandedSolution(ConicSolution):
     """
 
     solved: ConicSolution | None = None
+
+    @property
+    def violation(self) -> Violation | None:
+        """By how much elements violate the rows of the smaller program."""
+        return self.solved.violation if self.solved is not None else None
 
     def select(self, elements: Tensor, problem: AnyProblem | None = None) -> Self:
         """The solutions of these elements, without their systems."""

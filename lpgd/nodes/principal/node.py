@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lpgd.arrays import flags
 from lpgd.nodes.base import BaseNode, NodeAnswer
-from lpgd.nodes.eigen import square_size
+from lpgd.nodes.eigen import has_ties, square_size, symmetric_part
 from lpgd.nodes.principal.derivative import principal_vjp_decomposed, principal_vjp_general, principal_vjp_symmetric
 from lpgd.nodes.principal.iterations import WIDTH, lanczos_or_decomposition, power_iteration, simultaneous_iteration
 from lpgd.status import Status
@@ -113,6 +113,12 @@ class PrincipalVector(BaseNode):
         statuses = [Status.SOLVED if good else Status.ITERATION_LIMIT for good in converged]
         nu = answer.value if self.symmetric else torch.zeros_like(answer.value)
         return NodeAnswer(answer.vector, statuses, answer.iterations, aux, nu[:, None], nu.new_zeros(len(nu), 0))
+
+    def tied(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        if not self.symmetric or inputs[0].shape[-1] < 2:
+            return None
+        values = torch.linalg.eigvalsh(symmetric_part(inputs[0]).double())
+        return has_ties(values[:, -2:], values, 10 * values.shape[-1] ** 0.5 * torch.finfo(inputs[0].dtype).eps)
 
     def vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any) -> tuple[Tensor | None, ...]:
         matrix = inputs[0]

@@ -24,6 +24,8 @@ COARSE, FINE = 4, 8
 """Points of Gauss' rules; the difference between both is the estimate of the error."""
 NEAR = 0.05
 """Three points further apart than this share of the spectrum's size take the quotient, whose rounding is harmless."""
+EXPLAINED = 1e3
+"""By how many times its estimated error the quotient may be off: f itself, and differences of it, are rounded too."""
 ENTRIES = 2**22
 """So many entries of f[a, b, c] are worked on at once."""
 
@@ -40,8 +42,14 @@ def _gauss(count: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _better(quotient: Tensor, doubt: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
-    """The integral where its estimated error is the smaller one (NaN never is), else the quotient."""
-    return torch.where((fine - coarse).abs() <= doubt, fine, quotient)
+    """The integral where its estimated error is the smaller one (NaN never is), else the quotient.
+
+    Two rules agree, and are wrong, where f' is a peak between their points: then they are further from the quotient
+    than its rounding explains.
+    """
+    return torch.where(
+        ((fine - coarse).abs() <= doubt) & ((fine - quotient).abs() <= EXPLAINED * doubt), fine, quotient
+    )
 
 
 def first_differences(function: ScalarFunction, values: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -19,10 +20,29 @@ from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.solution import AnyProblem, Solution
 from lpgd.status import Status
 
-__all__ = ["NEWTON", "ConicSolution"]
+__all__ = ["NEWTON", "ConicSolution", "Violation"]
 
 NEWTON = "NEWTON"
 """What :attr:`ConicSolution.solvers` says of points that Newton's method found, and no solver was asked for."""
+
+
+class Violation(NamedTuple):
+    """By how much the solutions of a batch violate their constraints, at the least: zero for feasible elements.
+
+    Attributes:
+        size: (B,) its Euclidean norm.
+        rows: (B, m) what is added to b: ``A x + s = b + rows`` with s in the cone.
+        lower, upper: (B, n) how far variables are below and above their bounds.
+    """
+
+    size: Tensor
+    rows: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    def restored(self, restore: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Violation:
+        """The same in the shape and the type of a call's inputs, as ``restore`` makes them."""
+        return Violation(*(restore(part, tuple(part.shape[1:])) for part in self))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -103,6 +123,11 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
         if self.problem.structure.has_integers:
             return None
         return active_set(cast(ConicProblem, units_of), self.point, self.slack)
+
+    @property
+    def violation(self) -> Violation | None:
+        """By how much elements violate their constraints; None where none was to be relaxed."""
+        return None
 
     @cached_property
     def s(self) -> Tensor:

@@ -6,13 +6,14 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lpgd.arrays import integers, rows_where
+from lpgd.execution.progress import advance, current
 from lpgd.problems.base import States
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
@@ -21,6 +22,9 @@ from lpgd.solvers.base import ConicSolver
 from lpgd.status import Status
 
 __all__ = ["BatchAnswers", "BatchedSolver"]
+
+CHUNK = 64
+"""The elements of a part, after which the clock is looked at."""
 
 
 class BatchAnswers(NamedTuple):
@@ -47,6 +51,9 @@ class BatchAnswers(NamedTuple):
 class BatchedSolver(ConicSolver):
     """A solver that takes a whole batch in one call."""
 
+    watches_time: ClassVar[bool] = False
+    """Whether a call ends at ``batch_time_limit`` by itself; else batches with a limit are solved in parts."""
+
     @abstractmethod
     def solve_batch(self, problem: ConicProblem, states: States, executor: Executor | None) -> BatchAnswers:
         """Solve every element of a batch whose data are finite.
@@ -60,10 +67,11 @@ class BatchedSolver(ConicSolver):
     def solve_posed(self, problem: ConicProblem, states: States, executor: Executor | None) -> ConicSolution:
         started = time.perf_counter()
         valid, size = problem.finite(), problem.batch_size
-        if size and bool(valid.all()):
+        if size and bool(valid.all()) and (self.watches_time or self.batch_time_limit is None):
             answers = self.solve_batch(problem, states, executor)
         else:
             answers = self._of_valid(problem, states, rows_where(valid), executor)
+        advance(current(), size)
         return ConicSolution(
             problem,
             *answers.point,
@@ -79,7 +87,10 @@ class BatchedSolver(ConicSolver):
     def _of_valid(
         self, problem: ConicProblem, states: States, valid: Tensor, executor: Executor | None
     ) -> BatchAnswers:
-        """Answers for all elements where the solver sees only some of them; the data of the others are invalid."""
+        """Answers for all elements where the solver sees only some of them; the data of the others are invalid.
+
+        Those that the limit of time leaves out have none.
+        """
         structure, size, q = problem.structure, problem.batch_size, problem.data.q
         point = ConicPoint(
             *(q.new_full((size, length), torch.nan) for length in (structure.n, structure.m, structure.n))
@@ -88,14 +99,19 @@ class BatchedSolver(ConicSolver):
         statuses: list[Status] = [Status.INVALID_DATA] * size
         kept: list[Any] = [None] * size
         systems: tuple[Any, ...] = ()
-        if valid.numel():
-            elements = integers(valid)
+        deadline = None if self.watches_time else self.deadline()
+        for rows in valid.split(max(valid.numel(), 1) if deadline is None else CHUNK):
+            elements = integers(rows)
+            if not elements or (deadline is not None and time.time() >= deadline):
+                for element in elements:
+                    statuses[element] = Status.TIME_LIMIT
+                continue
             starts = [states[element % len(states)] for element in elements] if states else ()
-            answers = self.solve_batch(problem.select(valid), starts, executor)
+            answers = self.solve_batch(problem.select(rows), starts, executor)
             for whole, values in zip((*point, slack), (*answers.point, answers.slack), strict=True):
-                whole[valid] = values
+                whole[rows] = values
             iterations[elements] = answers.iterations.cpu()
             for element, status, state in zip(elements, answers.statuses, answers.states, strict=True):
                 statuses[element], kept[element] = status, state
-            systems = tuple(system.moved(valid) for system in answers.systems)
+            systems += tuple(system.moved(rows) for system in answers.systems)
         return BatchAnswers(point, slack, statuses, iterations, kept, systems)

@@ -87,6 +87,7 @@ class CustomSolver(ElementwiseSolver):
         threads: bool = False,
         max_iterations: int = 1,
         time_limit: None = None,
+        batch_time_limit: float | None = None,
         verbose: bool = False,
         rescue: bool = True,
         refine: bool = True,
@@ -99,7 +100,7 @@ class CustomSolver(ElementwiseSolver):
             "function": function, "form": form, "quadratic": quadratic, "threads": threads,
             "cones": None if cones is None else frozenset(cones),
             "tolerance": tolerance, "max_iterations": max_iterations, "time_limit": time_limit, "verbose": verbose,
-            "rescue": rescue, "refine": refine,
+            "batch_time_limit": batch_time_limit, "rescue": rescue, "refine": refine,
         }  # fmt: skip
         for name, value in values.items():
             object.__setattr__(self, name, value)

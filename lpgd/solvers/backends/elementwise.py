@@ -7,11 +7,13 @@ solves for any vectors.
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,6 +22,7 @@ import numpy as np
 from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy
 from lpgd.execution.interrupts import InterruptedSolveError, hearing, kept_handler, pause, send_on
 from lpgd.execution.memo import TensorMemo
+from lpgd.execution.progress import Key, advance, current
 from lpgd.execution.tasks import SerialExecutor, run_tasks
 from lpgd.execution.workspaces import fingerprints, workspaces
 from lpgd.problems.base import State, States
@@ -34,6 +37,8 @@ from lpgd.solvers.convexity import is_definite
 from lpgd.status import SetUpError, Status
 
 __all__ = ["ElementwiseSolver", "Outcome", "Prepared"]
+
+_log = logging.getLogger("lpgd")
 
 
 class ElementwiseSolver(ConicSolver):
@@ -85,6 +90,8 @@ class ElementwiseSolver(ConicSolver):
 
     def solve_posed(self, problem: ConicProblem, states: States, executor: Executor | None) -> ConicSolution:
         self.module()
+        if self.capabilities.time_limit and self.shortest != self.time_limit:
+            return replace(self, time_limit=self.shortest).solve_posed(problem, states, executor)
         if executor is None and not self.runs_in_threads:
             executor = SerialExecutor()
         view = ElementView(problem)
@@ -106,19 +113,26 @@ class ElementwiseSolver(ConicSolver):
             _task(self, view, pairs, elements, states, None if self.forgets else slot, kept)
             for slot, elements in enumerate(chunks)
         ]
+        deadline = self.deadline()
+        tasks = [task._replace(deadline=deadline, progress=current()) for task in tasks]
         aside = self.takes_interrupts and hearing() and seconds * len(view.valid) > ASIDE
-        results = run_tasks(_solve_elements, tasks, executor, aside)
+        results = run_tasks(_solve_elements, tasks, executor, aside, _count)
         found = sum(result.found for result in results)
         if found or (kept and view.distinct >= len(view.valid)):
             workspaces.habits.record(key, found)
         _remember(key, sum(result.seconds for result in results) / len(view.valid))
-        return _assemble(problem, tasks, results)
+        solution = _assemble(problem, tasks, results)
+        if _log.isEnabledFor(logging.INFO):
+            _report(self, solution, found)
+        return solution
 
 
 ASIDE = 2e-3
 """A solver that takes interrupts works aside of the main thread if that is for more seconds than this: to hand it over
 takes a tenth of a millisecond, and as long as it lasts every interrupt is heard.  In the main thread, one that comes
 after the solver's last look is not."""
+SLOW = 10.0
+"""Elements that take so many times as long as the median, and a tenth of a second, are named in the log."""
 _seconds: dict[Any, float] = {}
 """How long an element took, by solver and structure, or for ever: who solves it, and no bit of its solution."""
 _KNOWN = 1024
@@ -128,6 +142,21 @@ def _remember(key: Any, seconds: float) -> None:
     if len(_seconds) >= _KNOWN and key not in _seconds:
         _seconds.clear()
     _seconds[key] = seconds
+
+
+def _report(solver: ElementwiseSolver, solution: ConicSolution, found: int) -> None:
+    """Log set-ups and slow elements."""
+    setup, seconds = solution.setup_seconds, solution.solve_seconds
+    _log.debug(
+        "%s: %d elements with %s took %.3g s of set-up and %.3g s of solving; %d workspaces were ready.",
+        solver.name, len(seconds), solution.problem.structure.summary, setup.sum(), seconds.sum(), found,
+    )  # fmt: skip
+    usual = float(np.median(seconds))
+    for element in np.flatnonzero(seconds > max(SLOW * usual, 0.1)):
+        _log.info(
+            "%s: element %d of %d took %.3g s, %.0f times the median.",
+            solver.name, element, len(seconds), seconds[element], seconds[element] / max(usual, 1e-9),
+        )  # fmt: skip
 
 
 class _Task(NamedTuple):
@@ -143,6 +172,12 @@ class _Task(NamedTuple):
     slot: int | None  # the task that its workspaces belong to, where they belong to one
     kept: bool  # whether workspaces are kept
     room: int  # how many
+    deadline: float | None = None  # of the batch, on the clock that processes share
+    progress: Key | None = None  # whom to tell of each element
+
+
+def _count(task: _Task) -> None:
+    advance(task.progress, len(task.elements))
 
 
 class _Results(NamedTuple):
@@ -347,6 +382,9 @@ def _solve_group(
     for index, element_vectors in enumerate(zip(*vectors, strict=True)):
         place, pair = places[index], task.pairs[places[index]]
         started = clock()
+        if task.deadline is not None and time.time() >= task.deadline:
+            results.statuses[place] = Status.TIME_LIMIT
+            continue
         try:
             prepared = desk.prepared(pair)
             ready = clock()
@@ -354,6 +392,8 @@ def _solve_group(
         except SetUpError:
             results.statuses[place] = Status.NUMERICAL_ERROR
             continue
+        finally:
+            advance(task.progress)
         results.setup_seconds[place], results.solve_seconds[place] = ready - started, clock() - ready
         results.statuses[place], results.states[place] = outcome.status, outcome.state
         results.iterations[place] = outcome.iterations

@@ -315,11 +315,11 @@ def _call(task: _Task, method: str, places: list[int], start: tuple[Tensor, Tens
     task = task.select(places, task.size)
     device = task.q.device
     # The threads of an object do not outlive a fork, and a solve in the child would wait for them (moreau 0.4.1).
-    family = (solver, *task.form.key, method, os.getpid(), str(device))
+    family = (solver, solver.shortest, *task.form.key, method, os.getpid(), str(device))
     key = (*family, size, task.threads)
     made: Compiled | OnDevice | None = workspaces.take(key)
     if made is None:
-        limits = Limits(solver.tolerance, solver.max_iterations, solver.time_limit, solver.verbose)
+        limits = Limits(solver.tolerance, solver.max_iterations, solver.shortest, solver.verbose)
         if method == IPM and on_device(device):
             made = OnDevice(layout, size, limits, device.type)
         else:

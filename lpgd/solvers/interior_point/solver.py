@@ -67,6 +67,7 @@ class InteriorPoint(BatchedSolver):
     precision: str = "float64"
 
     name: ClassVar[str] = "INTERIOR"
+    watches_time: ClassVar[bool] = True
     package: ClassVar[str] = "torch"
     pip_name: ClassVar[str] = "torch"
     finest_tolerance: ClassVar[float] = 1e-11
@@ -97,7 +98,7 @@ class InteriorPoint(BatchedSolver):
             certificate=max(1e-8, 0.1 * finest),
             acceptable=max(1e-5, tolerance),
             iterations=self.max_iterations,
-            deadline=None if self.time_limit is None else time.perf_counter() + self.time_limit,
+            deadline=None if self.shortest is None else time.perf_counter() + self.shortest,
             regularization=regularization,
         )
 

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
-import scipy.sparse.linalg as spla
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray, random_direction
 from lpgd.execution.threads import bounded_blas
 from lpgd.solvers.kkt.flat import is_flat, solve_flat
 from lpgd.solvers.kkt.rank import RESIDUAL, ROUNDING, Known, One, by_eigenvalues, is_judged_exact
+from lpgd.solvers.kkt.superlu import superlu
 
 __all__ = ["Answers", "System", "equilibration", "solve_dense", "solve_matrices", "solve_sparse"]
 
@@ -217,7 +217,7 @@ def solve_sparse(system: System, ordering: int = 0) -> Answers:
     scale = _row_scale(system)
     scaled = _scaled(K, scale)
     try:
-        factor = spla.splu(scaled, **_ORDERINGS[ordering])
+        factor = superlu(scaled, **_ORDERINGS[ordering])
     except RuntimeError:  # SuperLU: "Factor is exactly singular"
         nothing = np.zeros(count, dtype=bool)
         return _one_by_one(
@@ -276,7 +276,7 @@ def _by_proximal_steps(system: System, scale: FloatArray) -> One:
     K = _scaled(system.sparse(), scale)
     error = float(system.known.error[0])
     shift = float(np.clip(error, 1e-10, 1e-2)) if system.known.damped else PROXIMAL
-    factor = spla.splu(sp.csc_array(K + sp.diags_array(np.where(system.primal, shift, -shift))), **_ORDERINGS[0])
+    factor = superlu(sp.csc_array(K + sp.diags_array(np.where(system.primal, shift, -shift))), **_ORDERINGS[0])
     right = scale * system.right
     if system.known.damped:
         return scale * factor.solve(right), np.zeros_like(right), False, False, False, np.inf

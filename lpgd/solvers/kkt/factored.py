@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-import scipy.sparse.linalg as spla
 
 from lpgd import linalg
 from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray, from_numpy, random_direction
@@ -18,6 +17,7 @@ from lpgd.execution.interrupts import pause
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.factor import equilibration
 from lpgd.solvers.kkt.reduced import ReducedBlocks, ReducedRows, held, is_dense, reduce_blocks, reduce_rows
+from lpgd.solvers.kkt.superlu import superlu
 
 __all__ = ["Factored"]
 
@@ -162,7 +162,7 @@ class _Sparse:
         values = matrix.data * self.scale[matrix.row] * self.scale[matrix.col]
         self.matrix: SparseArray = sp.csc_array((values, (matrix.row, matrix.col)), shape=(size, size))
         try:
-            self.factor: Any = spla.splu(
+            self.factor: Any = superlu(
                 self.matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.01, options={"SymmetricMode": True}
             )
         except RuntimeError:  # SuperLU: "Factor is exactly singular"

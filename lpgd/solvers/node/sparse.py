@@ -238,7 +238,7 @@ def solve_bordered(
 
 
 def _factorise(matrix: SparseArray, symmetric: bool) -> Any | None:
-    from scipy.sparse.linalg import splu
+    from lpgd.solvers.kkt.superlu import superlu
 
     options: dict[str, Any] = {"permc_spec": "COLAMD"}
     if symmetric:
@@ -247,6 +247,6 @@ def _factorise(matrix: SparseArray, symmetric: bool) -> Any | None:
     if not np.isfinite(values).all():
         return None
     try:
-        return splu(matrix.tocsc(), **options)
+        return superlu(matrix.tocsc(), **options)
     except RuntimeError:  # SuperLU's "Factor is exactly singular"
         return None

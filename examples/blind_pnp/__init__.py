@@ -1,0 +1,1 @@
+"""Pose of a camera from points whose correspondences are unknown, learned through transport and pose."""

@@ -1,0 +1,83 @@
+"""A progress bar over the elements of a call, for layers that were told ``progress=True``.
+
+Whoever works on a call knows its bar by a key, which threads can use as it stands.  In another process it means
+nothing, and tasks that come back from there are counted by whoever waits for them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from lpgd.status import MissingPackageError
+
+__all__ = ["Key", "advance", "current", "progress"]
+
+DELAY = 1.0
+"""Seconds before a bar is shown: calls that take no longer show none."""
+
+
+class Key(NamedTuple):
+    """What a bar is known by."""
+
+    process: int
+    number: int
+
+
+class _Current(threading.local):
+    """The bar of the call that this thread is in."""
+
+    key: Key | None = None
+
+
+_current, _numbers, _lock = _Current(), itertools.count(), threading.Lock()
+_bars: dict[Key, Any] = {}
+
+
+def current() -> Key | None:
+    """The bar of the call that this thread is in; None where none was asked for."""
+    return _current.key
+
+
+def advance(key: Key | None, count: int = 1) -> None:
+    """Say that so many elements are done."""
+    if key is None or key.process != os.getpid():
+        return
+    with _lock:
+        bar = _bars.get(key)
+        if bar is not None:
+            bar.update(count)
+
+
+@contextmanager
+def progress(wanted: bool, what: str, total: int | None = None) -> Generator[None]:
+    """Show a bar for what is solved inside, on stderr, once it takes longer than a second.
+
+    Args:
+        wanted: whether to.
+        what: is done, as the bar says.
+        total: how many elements there are; None where that is not known.
+
+    Raises:
+        MissingPackageError: tqdm is not installed.
+    """
+    if not wanted:
+        yield
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise MissingPackageError("progress=True needs a package: pip install tqdm") from error
+    key, before = Key(os.getpid(), next(_numbers)), _current.key
+    with tqdm(total=total, desc=what, unit="element", leave=False, delay=DELAY) as bar:
+        _bars[key], _current.key = bar, key
+        try:
+            yield
+        finally:
+            _current.key = before
+            with _lock:
+                del _bars[key]

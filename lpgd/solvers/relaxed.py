@@ -1,0 +1,152 @@
+"""Solves the closest feasible problems of elements that have no solution; :mod:`lpgd.problems.conic.relaxed` has them.
+
+A solver is asked once, where the weight w of the objective is large enough for it; from there Newton's method follows
+the solution to smaller weights, with the method of multipliers on the way.
+"""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Executor
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpgd.arrays import as_index, from_numpy, integers, rows_where
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.relaxed import RelaxedSolution, RelaxedStructure, relaxed_structure
+from lpgd.problems.conic.solution import ConicSolution
+from lpgd.problems.conic.structure import ConicPoint
+from lpgd.problems.solution import AnySolution
+from lpgd.solvers.base import AnySolver, ConicSolver
+from lpgd.solvers.choose import choose_solver
+from lpgd.solvers.kkt.refinement import refine
+from lpgd.status import Status
+
+__all__ = ["relax", "solver_of_relaxed"]
+
+_log = logging.getLogger("lpgd")
+FIRST = 1e-3
+"""The share of the objective at which the solver is asked."""
+POLYHEDRAL, CURVED = (1e-4, 1e-5, 1e-6), (1e-4, 1e-5)
+"""The shares that Newton's method goes on to; at curved cones rounding, times curvature over the square, takes over."""
+KNOWN = 1e-9
+"""What may be left of the optimality conditions there, relative to the share."""
+STEPS = 8
+"""Newton's steps for each share."""
+TOLERANCE = 1e-10
+"""Asked of the solver: what is left of it counts by its share of the objective."""
+RELAXED = (Status.INFEASIBLE, Status.NUMERICAL_ERROR)
+"""Elements that end so are tried; numerical errors, as those whose constraints are barely infeasible end so."""
+_CONIC_ONLY = "on_error='relax' is for conic programs without integer variables; use 'nan' or 'warn'."
+
+
+def solver_of_relaxed(solver: ConicSolver, structure: RelaxedStructure) -> ConicSolver:
+    """The same solver where it takes the program with violations, else the one that is chosen for it."""
+    if solver.unsupported(structure.structure) is None:
+        return solver
+    return choose_solver(structure.structure, None, {"verbose": solver.verbose})
+
+
+def relax(solution: AnySolution, solver: AnySolver, executor: Executor | None) -> RelaxedSolution:
+    """The solution with those of closest feasible problems in place of failures that have one.
+
+    Elements that are unbounded even so, or hold no numbers, stay what they are.
+
+    Raises:
+        TypeError: the problem is no conic program, or has integer variables.
+    """
+    if not isinstance(solution, ConicSolution) or not isinstance(solver, ConicSolver):
+        raise TypeError(_CONIC_ONLY)
+    problem = solution.problem
+    if problem.structure.has_integers:
+        raise TypeError(_CONIC_ONLY)
+    structure, size = relaxed_structure(problem.structure), solution.batch_size
+    blank = RelaxedSolution(
+        **{field.name: getattr(solution, field.name) for field in fields(ConicSolution)},
+        e=solution.x.new_zeros(size, structure.soft.size),
+        place=np.full(size, -1),
+        weights=solution.x.new_zeros(0),
+        claims=solution.statuses,
+    )
+    elements = [element for element, status in enumerate(solution.statuses) if status in RELAXED]
+    elements = [element for element in elements if bool(problem.finite()[element])] if elements else []
+    if not elements:
+        return blank
+    part = problem.select(as_index(elements, problem.device))
+    found, weights, multipliers = _followed(structure, part, solver_of_relaxed(solver, structure), executor)
+    solved = rows_where(found.usable)
+    if not solved.shape[0]:
+        return blank
+    found, weights = found.select(solved), weights[solved]
+    rows = as_index(elements, problem.device)[solved]
+    point, slack = structure.read(found.x, multipliers[solved], found.slack)
+    changes: dict[str, Any] = {name: getattr(blank, name).clone() for name in ("x", "y", "z", "e", "slack", "known_to")}
+    for name, value in (*point._asdict().items(), ("slack", slack), ("known_to", found.known_to)):
+        changes[name][rows] = value
+    statuses, solvers, states = list(solution.statuses), list(solution.solvers), list(solution.states)
+    place = np.full(size, -1)
+    for own, element in enumerate(integers(rows)):
+        statuses[element], states[element], place[element] = Status.RELAXED, None, own
+        solvers[element] = found.solvers[own]
+    seconds = {name: getattr(solution, name).copy() for name in ("iterations", "setup_seconds", "solve_seconds")}
+    for name, values in seconds.items():
+        values[rows.cpu().numpy()] += getattr(found, name)
+    changes |= seconds | {"statuses": tuple(statuses), "solvers": tuple(solvers), "states": tuple(states)}
+    _log.info("elements %s of %d have no feasible point, and were relaxed.", integers(rows), size)
+    return replace(blank, **changes, found=found, place=place, weights=weights)
+
+
+def _followed(
+    structure: RelaxedStructure, problem: ConicProblem, solver: ConicSolver, executor: Executor | None
+) -> tuple[ConicSolution, Tensor, Tensor]:
+    """Solutions of the programs with violations, the weights (B,) of their objectives, and multipliers y* (B, ·)."""
+    count, soft = problem.batch_size, from_numpy(structure.soft).to(problem.device)
+    weights = structure.weight(problem, FIRST)
+    multipliers = problem.data.q.new_zeros(count, structure.soft.size)
+    found = solver.with_tolerance(TOLERANCE).solve(structure.problem(problem, weights, multipliers), (), executor)
+    found = replace(found, systems=(), states=(None,) * count)
+    # ỹ = e* + w y* for any λ, up to O(w²): two weights tell y*.
+    slope, going = torch.zeros_like(found.y), found.usable.clone()
+    for share in POLYHEDRAL if structure.structure.cones.is_polyhedral else CURVED:
+        rows = rows_where(going)
+        if not rows.shape[0]:
+            break
+        part, point = problem.select(rows), found.point.select(rows)
+        smaller, estimate = structure.weight(part, share), slope[rows]
+        near = point._replace(y=point.y + (smaller - weights[rows])[:, None] * estimate)
+        refined = _refined(structure.problem(part, smaller, estimate[:, soft]), near, found.slack[rows])
+        fine = refined.after <= KNOWN * share * refined.size
+        going[rows[~fine]] = False
+        at, gap = rows[fine], (weights[rows] - smaller)[fine, None]
+        slope[at] = (point.y[fine] - refined.point.y[fine]) / gap
+        weights[at], multipliers[at] = smaller[fine], estimate[:, soft][fine]
+        changes: dict[str, Any] = {name: getattr(found, name).clone() for name in ("x", "y", "z", "slack", "known_to")}
+        parts = {**refined.point._asdict(), "slack": refined.slack, "known_to": refined.after}
+        for name, value in parts.items():
+            changes[name][at] = value[fine]
+        found = replace(found, **changes)
+    known = slope.any(-1, keepdim=True)
+    slope = torch.where(known, slope, structure.multipliers(found.point, weights))
+    return replace(found, problem=structure.problem(problem, weights, multipliers)), weights, slope
+
+
+class _Refined(NamedTuple):
+    """Points (B, ·) that Newton's method has found, what is left of their optimality conditions, and their sizes."""
+
+    point: ConicPoint
+    slack: Tensor
+    after: Tensor
+    size: Tensor
+
+
+def _refined(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> _Refined:
+    units = problem.units
+    near, own_slack = units.point_in(problem, point), units.slack_in(problem, slack)
+    every = torch.arange(problem.batch_size, device=problem.device)
+    found = refine(units.apply(problem), near, own_slack, every, steps=STEPS)
+    size = found.point.largest().clamp(min=1.0)
+    return _Refined(units.point_out(problem, found.point), units.slack_out(problem, found.slack), found.after, size)
