@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .harness import Case, Side
 from .ours import our_cvxpy_side, solver_names
-from .peers import TOLERANCES, cvxpylayers_side
+from .peers import TOLERANCES, cvxpylayers_moreau_side, cvxpylayers_side
 from .problems import Instance, Program
 
 __all__ = ["conic_case", "conic_sides"]
@@ -97,6 +97,7 @@ def conic_sides(
         cvxpylayers_side(*what, solver, kind, **steps, slow=(solver, kind) in slow, tolerance=tolerance)
         for solver, kind, tolerance in finer
     ]
+    sides.append(cvxpylayers_moreau_side(*what))
     for solver, kind in named:
         if solver_names([solver]):
             sides.append(our_cvxpy_side(*what, solver, kind, **steps))

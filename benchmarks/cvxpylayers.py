@@ -11,9 +11,19 @@ from .results import Result, Target, ratio_target
 
 __all__ = ["run"]
 
-TARGETS = {"portfolio": (2.0, 4.0), "logistic": (4.0, 8.0), "sdp": (4.0, 8.0), "nnls": (4.0, 8.0)}
+TARGETS = {
+    "dense": (3.0, 6.0),
+    "portfolio": (4.0, 6.0),
+    "logistic": (1.5, 3.0),
+    "sdp": (4.0, 8.0),
+    "nnls": (8.0, 12.0),
+}
 MOREAU = (("MOREAU", "exact"), ("MOREAU", "lpgd"))
-NAMED = {"nnls": (("INTERIOR", "exact"), ("INTERIOR", "lpgd"), ("DAQP", "exact"), ("DAQP", "lpgd"), *MOREAU)}
+DENSE = (("DAQP", "exact"), ("DAQP", "lpgd"), *MOREAU)
+NAMED = {
+    "dense": DENSE,
+    "nnls": (("INTERIOR", "exact"), ("INTERIOR", "lpgd"), *DENSE),
+}
 
 
 def run(settings: Settings) -> Iterator[Result | Target]:

@@ -88,16 +88,18 @@ def run(settings: Settings) -> Iterator[Result | Target | Curve]:
     for n, batch in (QUICK_SIZES if settings.quick else SIZES).items():
         case = dense_qp_case(n, batch)
         named = SOLVERS if n <= 100 else ("INTERIOR", "DAQP", "MOREAU", "PIQP", "PROXQP")
-        result = compare(case, [*our_qp_sides(named), *dense_qp_peers(n, max(n // 5, 1), n)], settings)
+        result = compare(case, [*our_qp_sides(named), *dense_qp_peers(n, max(n // 5, 1), n, batch)], settings)
         for entry in result.entries:
             if entry.usable and entry.kind == "exact":
                 curve.add(entry.label, n, entry.timing.total / batch)
                 memory.add(entry.label, n, entry.memory / batch if entry.memory else None)
         yield result
         if n in (10, 50, 100):
-            bound = (3.0, 6.0) if n == 50 else (1.0, None)
+            bound = (3.0, 5.0) if n == 100 else (4.0, 8.0)
             title = f"dense QP n {n}, batch {batch}: × the faster of qpth and QPLayer"
             yield ratio_target(result, title, *bound, QP_PEERS, "exact", "exact")
+            title = f"dense QP n {n}, batch {batch}: × moreau.torch"
+            yield ratio_target(result, title, 1.0, 1.5, "moreau.torch", "exact", "exact")
         if n == 50:
             yield ratio_target(result, f"dense QP n 50, batch {batch}: × cvxpylayers", 20.0, 40.0, "cvxpylayers")
     yield curve

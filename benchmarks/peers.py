@@ -16,10 +16,12 @@ from .harness import Side, installed
 __all__ = [
     "QP_TOLERANCE",
     "TOLERANCES",
+    "cvxpylayers_moreau_side",
     "cvxpylayers_side",
     "dense_qp_peers",
     "dqp_side",
     "missing_side",
+    "moreau_side",
     "proxsuite_side",
     "qpth_side",
 ]
@@ -69,6 +71,39 @@ def cvxpylayers_side(
         return layer(*data, solver_args=dict(options))[0], None
 
     return Side("cvxpylayers", mode, kind, call, slow=slow)
+
+
+def cvxpylayers_moreau_side(problem: cp.Problem, parameters: Sequence[cp.Parameter], variable: cp.Variable) -> Side:
+    """cvxpylayers with Moreau, in batches; with these versions it ignores some constraints, which the judge sees."""
+    if not (installed("cvxpylayers") and installed("moreau")):
+        return missing_side("cvxpylayers", "Moreau exact", "exact", "cvxpylayers[torch] moreau")
+    from cvxpylayers.torch import CvxpyLayer
+
+    layer = CvxpyLayer(problem, parameters, [variable], solver="MOREAU")
+    return Side("cvxpylayers", "Moreau exact", "exact", lambda data: (layer(*data)[0], None))
+
+
+def moreau_side(n: int, equalities: int, inequalities: int, batch: int) -> Side:
+    """moreau.torch, its active-set method, on the matrices themselves."""
+    if not installed("moreau"):
+        return missing_side("moreau.torch", "active set", "exact", "moreau")
+    import moreau
+    import moreau.torch
+
+    m = equalities + inequalities
+    settings = moreau.Settings(solver="active_set", batch_size=batch, enable_grad=True)
+    cones = moreau.Cones(num_zero_cones=equalities, num_nonneg_cones=inequalities)
+    patterns = [
+        pattern for rows in (n, m) for pattern in (torch.arange(rows + 1) * n, torch.arange(n).repeat(rows))
+    ]  # row offsets and columns of P and of the rows, dense
+    solver = moreau.torch.Solver(n, m, *patterns, cones=cones, settings=settings)
+
+    def call(data: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        P, q, A, b, G, h = data
+        rows, right = torch.cat([A, G], 1), torch.cat([b, h], 1)
+        return solver.solve(P.reshape(batch, -1), rows.reshape(batch, -1), q, right).x, None
+
+    return Side("moreau.torch", "active set", "exact", call)
 
 
 def qpth_side() -> Side:
@@ -144,9 +179,9 @@ def _cvxpylayers_qp(n: int, equalities: int, inequalities: int, solver: str, kin
     return side._replace(call=call)
 
 
-def dense_qp_peers(n: int, equalities: int, inequalities: int) -> list[Side]:
+def dense_qp_peers(n: int, equalities: int, inequalities: int, batch: int) -> list[Side]:
     """Everything that takes a batch of dense quadratic programs (P, q, A, b, G, h)."""
-    sides = [qpth_side(), proxsuite_side(False), proxsuite_side(True)]
+    sides = [qpth_side(), proxsuite_side(False), proxsuite_side(True), moreau_side(n, equalities, inequalities, batch)]
     if n <= 100:
         sides += [dqp_side("daqp"), _ffolayer()]
     if n in (10, 50):

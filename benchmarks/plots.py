@@ -113,12 +113,18 @@ MARKERS = "osvd^<>pX*hP"
 
 def _draw_lines(axes: Axes, curve: Curve, colors: Sequence[Any]) -> None:
     """One line for each side on logarithmic axes; ours are solid."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     for place, (name, points) in enumerate(curve.lines.items()):
         style = "-" if name.startswith("lpgd") else "--"
         x, y = zip(*sorted(points), strict=True)
         axes.plot(x, y, style, color=colors[place], marker=MARKERS[place % len(MARKERS)], label=name, markersize=5)
     sizes = sorted({size for points in curve.lines.values() for size, _ in points})
     axes.set_yscale("log")
+    values = [value for points in curve.lines.values() for _, value in points]
+    if max(values) < 100 * min(values):  # powers of ten alone would leave one or two labels
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xscale("log")
     axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
     axes.minorticks_off()

@@ -93,6 +93,32 @@ def _sudoku(order: int, batch: int) -> Instance:
     return Instance(problem, (A, b, c), x, draw, lambda value: (value - solutions).square().sum())
 
 
+def _dense(batch: int) -> Instance:
+    """½|R x|² + ⟨q, x⟩ with A x = b and G x ≤ h, every datum a parameter with values for each element."""
+    n, equalities, inequalities = 50, 10, 50
+    x, R, q = cp.Variable(n), cp.Parameter((n, n)), cp.Parameter(n)
+    A, b = cp.Parameter((equalities, n)), cp.Parameter(equalities)
+    G, h = cp.Parameter((inequalities, n)), cp.Parameter(inequalities)
+    problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(R @ x) + q @ x), [A @ x == b, G @ x <= h])
+
+    def draw(seed: int) -> tuple[Tensor, ...]:
+        generator = np.random.default_rng(seed)
+        normal = generator.standard_normal
+        A_value, G_value = normal((batch, equalities, n)), normal((batch, inequalities, n))
+        inside = normal((batch, n, 1))
+        slack = generator.uniform(0.0, 1.0, (batch, inequalities))
+        return (
+            _tensor(np.eye(n) + normal((batch, n, n)) / np.sqrt(n)),
+            _tensor(normal((batch, n))),
+            _tensor(A_value),
+            _tensor((A_value @ inside)[..., 0]),
+            _tensor(G_value),
+            _tensor((G_value @ inside)[..., 0] + slack),
+        )
+
+    return Instance(problem, (R, q, A, b, G, h), x, draw, _linear_loss((batch, n)))
+
+
 def _portfolio(batch: int) -> Instance:
     """Expected return less risk, a second-order cone of factor and specific parts: fully invested, in [0, 0.2]ⁿ."""
     assets, factors = 50, 10
@@ -200,6 +226,14 @@ _ALL = (
         (SCS_LPGD, CLARABEL_LPGD, SCS_EXACT),
         rho=0.1,
         regular=False,
+    ),
+    Program(
+        "dense",
+        "dense QP n 50 as sum_squares(R @ x)",
+        _dense,
+        (64, 8),
+        (SCS_LPGD, SCS_EXACT, CLARABEL_EXACT),
+        tau=1e-3,
     ),
     Program(
         "portfolio",

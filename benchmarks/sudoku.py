@@ -47,7 +47,7 @@ def _nine(settings: Settings) -> Iterator[Result | Target]:
     sides = conic_sides(program, instance, NAMED, slow=program.modes, finer=FINER)
     result = compare(case, sides, settings)
     yield result
-    yield from _targets(result, "lpgd", "LPGD", (8.0, 15.0))
+    yield from _targets(result, "lpgd", "LPGD", (10.0, 20.0))
     yield from _targets(result, "exact", "exact mode", (25.0, 40.0))
 
 
