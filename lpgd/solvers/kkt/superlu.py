@@ -28,7 +28,7 @@ def superlu(matrix: Any, **options: Any) -> Any:
         stored = matrix.copy()
         stored.eliminate_zeros()
     indices, offsets = (index.astype(np.int32, copy=False) for index in (stored.indices, stored.indptr))
-    pattern = sp.csc_array((stored.data, indices, offsets), stored.shape)  # SciPy 1.14 takes such indices only
+    pattern = sp.csc_array((stored.data, indices, offsets), stored.shape)  # SciPy 1.13 takes such indices only
     if structural_rank(pattern) < matrix.shape[0]:
         raise RuntimeError("The matrix is singular, whatever its values are.")
     return spla.splu(matrix, **options)
