@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import cvxpy as cp
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 
 from lpgd import DAQP, LPGD, CvxpyLayer, InteriorPoint, Status
 from lpgd.solvers.interior_point import newton_system
+from lpgd.solvers.interior_point import solver as interior_point_solver
 from lpgd.solvers.interior_point.box_program import BoxProgram
 from lpgd.solvers.interior_point.shared_factor import SharedSolver
 from tests.test_interior_point import program
@@ -86,3 +89,21 @@ def test_gradients_of_a_training_step_are_those_without_it(monkeypatch: pytest.M
         found.append(torch.autograd.grad((weights * answer).sum(), leaves))
     for shared, alone in zip(*found, strict=True):
         torch.testing.assert_close(shared, alone, atol=1e-5 * float(alone.abs().max()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_chunks_depend_on_the_batch_alone_and_are_not_small(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    # One element a chunk was seven times as slow: elements share products of A, and one factor.
+    sizes: list[list[int]] = []
+
+    def run_tasks(function: Any, tasks: Any, executor: Any) -> Any:
+        sizes.append([task.program.size for task in tasks])
+        return tasks_run(function, tasks, executor)
+
+    tasks_run = interior_point_solver.run_tasks
+    monkeypatch.setattr(interior_point_solver, "run_tasks", run_tasks)
+    costs, A, b, upper = (np.concatenate([values] * 4) if len(values) == SIZE else values for values in equality_lp(4))
+    problem = program(costs, A, b, equalities=ROWS, lower=np.zeros_like(upper), upper=upper)
+    with ThreadPoolExecutor(threads) as executor:
+        assert InteriorPoint().solve(problem, executor=executor).statuses == (Status.SOLVED,) * (4 * SIZE)
+    assert sizes[0] == [40, 40]

@@ -29,9 +29,11 @@ _PRECISIONS = {"float64": (torch.float64, 1e-13, 0.0), "float32": (torch.float32
 """For each precision its type, the regularisation of its factorisations, and the finest tolerance asked of it."""
 
 
-CHUNKED, CHUNK = 2e8, 5e7
-"""A batch is cut from so many operations an iteration, into chunks of so many: whoever works on them, as the last bits
-depend on who shares a chunk."""
+CHUNKED = 2e8
+"""A batch is cut from so many operations an iteration, into chunks of so many at least: whoever works on them, as the
+last bits depend on who shares a chunk."""
+CHUNK = 32
+"""A chunk has so many elements at least, unless there are two: fewer share less of what they have in common."""
 THREADED = 1e9
 """A batch too small to be cut uses torch's own threads from so many operations an iteration."""
 
@@ -134,7 +136,7 @@ class InteriorPoint(BatchedSolver):
         if distinct < 2 or work < CHUNKED:
             with all_torch_threads() if work > THREADED and workers > 1 else nullcontext():
                 return _solve_task(task)
-        count = min(distinct, max(2, int(work / CHUNK)))
+        count = max(2, min(distinct // CHUNK, int(work / CHUNKED)))
         edges = [round(place * distinct / count) for place in range(count + 1)]
         chunks = [torch.arange(*ends) for ends in pairwise(edges)]
         # The copies of an element stay together.
