@@ -104,14 +104,15 @@ def test_states_of_other_problems_cost_time_only() -> None:
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_chunks_on_workers_give_what_the_whole_batch_gives(warm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lpgd.solvers.interior_point.solver.CHUNKED", 0.0)
     solver = InteriorPoint(tolerance=TOLERANCE)
     for batched in (False, True):
         problem = random_qp(10, batched=batched)
         states = solver.solve(problem).states if warm else ()
         perturbed = tilted(problem, 0.05, 11)
         whole = solver.solve(perturbed, states, SerialExecutor())
-        chunked = solver.solve(perturbed, states)
+        with monkeypatch.context() as patched:
+            patched.setattr("lpgd.solvers.interior_point.solver.CHUNKED", 1.0)
+            chunked = solver.solve(perturbed, states)
         assert chunked.statuses == whole.statuses
         assert chunked.iterations.tolist() == whole.iterations.tolist()
         torch.testing.assert_close(chunked.x, whole.x, rtol=0, atol=1e-9, equal_nan=True)
