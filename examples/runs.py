@@ -55,6 +55,15 @@ class Ranks:
         """Whether this process writes: metrics, checkpoints, the terminal."""
         return self.rank == 0
 
+    def exit_status(self, finished: bool) -> int | None:
+        """The command's status where this process has nothing left to do, 130 after Ctrl-C; else None."""
+        if not self.is_first:
+            return 0 if finished else 130
+        if finished:
+            return None
+        print("Stopped; the same command with --resume continues from the last checkpoint.")
+        return 130
+
     def share(self, chosen: Tensor) -> Tensor:
         """The part of a batch that is this process's own."""
         return chosen[self.rank :: self.count]

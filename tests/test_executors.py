@@ -22,11 +22,11 @@ import lpgd
 from lpgd.execution.tasks import SerialExecutor, run_tasks, worker_count
 from lpgd.solvers.interior_point import solver as interior_point
 from tests.executor_cases import Counted, RayExecutor, processes, square
+from tests.test_same_bits import N, programs
 
 STARTS = ["spawn", "forkserver", *(["fork"] if sys.platform == "linux" else [])]
 KINDS = ["threads", *STARTS, "dask", "ray"]
 WORKERS = 3
-BATCH, N = 24, 6
 
 
 @pytest.fixture(scope="module")
@@ -74,28 +74,10 @@ def executors(request: pytest.FixtureRequest) -> Generator[Callable[[str], Execu
         executor.shutdown()
 
 
-def data(shared: bool) -> dict[str, Tensor]:
-    random = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random, dtype=torch.float64)
-
-    own = () if shared else (BATCH,)
-    root, A, G, inside = draw(*own, N, N), draw(*own, 2, N), draw(*own, 4, N), 0.3 * draw(BATCH, N, 1)
-    return {
-        "P": root @ root.mT + 0.1 * torch.eye(N, dtype=torch.float64),
-        "q": draw(BATCH, N),
-        "A": A,
-        "b": (A @ inside)[..., 0],
-        "G": G,
-        "h": (G @ inside)[..., 0] + 0.2,
-    }
-
-
 def program(solver: str, gradient: Any, shared: bool, executor: Executor) -> list[Tensor]:
     """All that a step of training hands back."""
     layer = lpgd.QPLayer(solver, gradient, executor=executor)
-    leaves = {name: value.requires_grad_() for name, value in data(shared).items()}
+    leaves = {name: value.requires_grad_() for name, value in programs(0, shared).items()}
     output = layer(leaves.pop("P"), q := leaves.pop("q"), lb=-2.0, ub=2.0, **leaves)
     output.x.square().sum().backward()
     return [*(part.detach() for part in output), q.grad, *(leaves[name].grad for name in "AbGh")]
@@ -106,7 +88,7 @@ def cones(executor: Executor) -> list[Tensor]:
     x, a = cp.Variable(3), cp.Parameter(3)
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - a)), [cp.norm(x) <= 1])
     layer = lpgd.CvxpyLayer(problem, parameters=[a], variables=[x], solver="CLARABEL", executor=executor)
-    values = data(True)["q"][:, :3].requires_grad_()
+    values = programs(0, shared=True)["q"][:, :3].requires_grad_()
     (y,) = layer(values)
     y[:, 0].sum().backward()
     return [y.detach(), values.grad]
@@ -119,7 +101,7 @@ def largest(costs: Any) -> Any:
 
 def oracle(executor: Executor) -> list[Tensor]:
     layer = lpgd.BlackboxLayer(largest, lpgd.LPGD(tau=3.0), executor=executor)
-    costs = data(True)["q"].requires_grad_()
+    costs = programs(0, shared=True)["q"].requires_grad_()
     y = layer(costs)
     (y * torch.arange(N)).sum().backward()
     return [y.detach(), costs.grad]
@@ -154,7 +136,7 @@ def test_every_executor_gives_the_same_bits(
 
 @pytest.mark.parametrize("kind", [*STARTS, "dask", "ray"])
 def test_workers_keep_prepared_solvers_between_calls(kind: str, executors: Callable[[str], Executor]) -> None:
-    values = data(shared=True)
+    values = programs(0, shared=True)
     layer = lpgd.QPLayer(Counted(), executor=executors(kind))
     rows: Any = {name: values[name] for name in "AbGh"}
     for _ in range(4):
@@ -173,7 +155,7 @@ def test_tasks_of_a_worker_that_is_killed_are_run_again(client: Any, tmp_path: P
 
 
 def test_a_layer_survives_the_death_of_its_workers(client: Any) -> None:
-    values = data(shared=True)
+    values = programs(0, shared=True)
     layer = lpgd.QPLayer("CLARABEL", executor=client.get_executor())
     rows: Any = {name: values[name] for name in "AbGh"}
     before = layer.solve(values["P"], values["q"], **rows).x

@@ -75,12 +75,18 @@ def layer_of(solver: str, quadratic: bool, method: str, on_error: Any) -> Any:
     return kind(solver, METHODS[method], on_error=on_error)
 
 
+# ProxQP refuses linear programs.
+PAIRS = [
+    pytest.param(name, quadratic, id=f"{name}-{'QPLayer' if quadratic else 'LPLayer'}")
+    for name in lpgd.available()
+    for quadratic in (True, False)
+    if quadratic or name != "PROXQP"
+]
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("quadratic", [True, False], ids=["QPLayer", "LPLayer"])
-@pytest.mark.parametrize("solver", lpgd.available())
+@pytest.mark.parametrize(("solver", "quadratic"), PAIRS)
 def test_bad_elements_change_nothing_for_the_others(solver: str, quadratic: bool, method: str) -> None:
-    if solver == "PROXQP" and not quadratic:
-        pytest.skip("PROXQP is not asked for linear programs")
     data = programs(quadratic)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

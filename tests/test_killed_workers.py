@@ -14,18 +14,9 @@ import torch
 
 import lpgd
 from lpgd.execution.tasks import run_tasks
+from tests.executor_cases import square
 
 SPAWN = multiprocessing.get_context("spawn")
-
-
-def square(task: tuple[int, str]) -> int:
-    """Of the number 3, the first process dies."""
-    number, path = task
-    mark = Path(path)
-    if number == 3 and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number**2
 
 
 def die(task: int) -> None:

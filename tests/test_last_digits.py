@@ -23,14 +23,16 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kind", SOLVERS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("case", REGULAR, ids=repr)
-def test_every_solution_of_a_regular_problem_leaves_nothing_but_rounding(case: Case, kind: type[ConicSolver]) -> None:
-    if not kind.is_installed():
-        pytest.skip(f"{kind.name} is not installed")
-    solver = kind()
-    if solver.unsupported(case.problem.structure):
-        return
+SUPPORTED = [
+    pytest.param(case, kind(), id=f"{case}-{kind.name}")
+    for case in REGULAR
+    for kind in SOLVERS
+    if kind.is_installed() and not kind().unsupported(case.problem.structure)
+]
+
+
+@pytest.mark.parametrize(("case", "solver"), SUPPORTED)
+def test_every_solution_of_a_regular_problem_leaves_nothing_but_rounding(case: Case, solver: ConicSolver) -> None:
     solution = solver.solve(case.problem)
     assert solution.statuses == (lpgd.Status.SOLVED,) * case.problem.batch_size
     point, slack = solution.point, solution.slack

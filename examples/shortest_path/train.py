@@ -273,11 +273,8 @@ def main(arguments: list[str] | None = None) -> int:
             finished = _train_all(options, test, ranks)
         except KeyboardInterrupt:
             finished = False
-    if not ranks.is_first:
-        return 0 if finished else 130
-    if not finished:
-        print("Stopped; the same command with --resume continues from the last checkpoint.")
-        return 130
+    if (status := ranks.exit_status(finished)) is not None:
+        return status
     from .plot import plot_all, results_table
 
     print(results_table(options.out))

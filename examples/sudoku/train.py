@@ -308,11 +308,8 @@ def main(arguments: list[str] | None = None) -> int:
             finished = all(_train(options, seed, train, test, ranks) for seed in seeds)
         except KeyboardInterrupt:
             finished = False
-    if not ranks.is_first:
-        return 0 if finished else 130
-    if not finished:
-        print("Stopped; the same command with --resume continues from the last checkpoint.")
-        return 130
+    if (status := ranks.exit_status(finished)) is not None:
+        return status
     from .plot import plot_runs
 
     plot_runs([options.out], options.out / "curves.png")

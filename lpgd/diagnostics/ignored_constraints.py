@@ -138,7 +138,7 @@ def _of_linear(found: IgnoredConstraints, rows: Tensor, root: Tensor, A: Tensor,
     scaled = A @ root
     along = unit - linalg.pinv(scaled) @ scaled  # P
     u = root @ v[..., None]
-    a, b = ((part @ u)[..., 0].square().sum(-1).sqrt() for part in (along, unit - along))
+    a, b = ((projector @ u)[..., 0].square().sum(-1).sqrt() for projector in (along, unit - along))
     M = root @ B @ B.mT @ root
     values = linalg.eigvalsh(M)
     low, high = values[:, 0], values[:, -1]
@@ -169,9 +169,9 @@ def _mixed(problem: NodeProblem, point: NodePoint, Z: Tensor, push: Tensor | Non
     rows: list[Tensor] = []
     p = point.nu.shape[-1]
     for place in range(Z.shape[-1]):
-        change = NodePoint(Z[:, :, place], *(torch.zeros_like(part) for part in point[1:]))
+        change = NodePoint(Z[:, :, place], *(torch.zeros_like(multipliers) for multipliers in point[1:]))
         if push is not None:
             change = NodePoint(change.x, push[:, :p, place], push[:, p:, place])
         gradient = problem.directional_gradient(point, change)
-        rows.append(torch.cat([part.flatten(1) for part in gradient], -1))
+        rows.append(torch.cat([datum.flatten(1) for datum in gradient], -1))
     return torch.stack(rows, 1)

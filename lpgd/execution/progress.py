@@ -54,7 +54,7 @@ def advance(key: Key | None, count: int = 1) -> None:
 
 
 @contextmanager
-def progress(wanted: bool, what: str, total: int | None = None) -> Generator[None]:
+def progress(wanted: bool, task: str, total: int | None = None) -> Generator[None]:
     """Show a bar for what is solved inside, on stderr, once it takes longer than a second.
 
     Args:
@@ -73,7 +73,7 @@ def progress(wanted: bool, what: str, total: int | None = None) -> Generator[Non
     except ImportError as error:
         raise MissingPackageError("progress=True needs a package: pip install tqdm") from error
     key, before = Key(os.getpid(), next(_numbers)), _current.key
-    with tqdm(total=total, desc=what, unit="element", leave=False, delay=DELAY) as bar:
+    with tqdm(total=total, desc=task, unit="element", leave=False, delay=DELAY) as bar:
         _bars[key], _current.key = bar, key
         try:
             yield

@@ -28,25 +28,25 @@ def vjp(
     """:meth:`GradientMethod.vjp`, of a solution with relaxed elements, too."""
     if not isinstance(solution, RelaxedSolution):
         return method.vjp(solution, cotangent, solver, executor)
-    relaxed, usable = solution.relaxed, solution.own.usable[:, None]
-    own = ConicPoint(*(torch.where(usable, part, 0.0) for part in cotangent[:3]))
-    gradient, info = method.vjp(solution.own, own, solver, executor)
+    relaxed, usable = solution.relaxed, solution.unrelaxed.usable[:, None]
+    unrelaxed_cotangent = ConicPoint(*(torch.where(usable, values, 0.0) for values in cotangent[:3]))
+    gradient, info = method.vjp(solution.unrelaxed, unrelaxed_cotangent, solver, executor)
     if solution.found is None or not relaxed:
         return gradient, info
-    structure, rows = relaxed_structure(solution.problem.structure), as_index(relaxed, solution.x.device)
-    part, weights = cast(RelaxedPoint, cotangent).select(rows), solution.weights
-    _warn_of_multipliers(relaxed, part)
+    structure, elements = relaxed_structure(solution.problem.structure), as_index(relaxed, solution.x.device)
+    relaxed_cotangent, weights = cast(RelaxedPoint, cotangent).select(elements), solution.weights
+    _warn_of_multipliers(relaxed, relaxed_cotangent)
     inner = solver_of_relaxed(cast(ConicSolver, solver), structure)
     # A tilt of the objective by τ g is one of w times it by w τ g.
-    tilt = structure.tilt(part).scaled(weights)
-    problem = solution.problem.select(rows)
+    tilt = structure.tilt(relaxed_cotangent).scaled(weights)
+    problem = solution.problem.select(elements)
     total = ConicData(*gradient)
-    for own_method, places in _by_weight(method, weights):
-        own, tilts, at = solution.found.select(places), tilt.select(places), weights[places]
-        found, found_info = own_method.vjp(own, tilts, inner, executor)
-        scaled = ConicData(*(datum / at[:, None] for datum in cast(ConicData, found)))
-        chosen = problem.select(places)
-        more = solution.problem.scatter(rows[places], structure.gradient(chosen, scaled, at))
+    for weighted_method, places in _by_weight(method, weights):
+        chosen, tilts, weight = solution.found.select(places), tilt.select(places), weights[places]
+        found, found_info = weighted_method.vjp(chosen, tilts, inner, executor)
+        scaled = ConicData(*(datum / weight[:, None] for datum in cast(ConicData, found)))
+        in_data = structure.gradient(problem.select(places), scaled, weight)
+        more = solution.problem.scatter(elements[places], in_data)
         total = ConicData(*(one + other for one, other in zip(total, more, strict=True)))
         info = _together(info, found_info, [relaxed[place] for place in integers(places)])
     return total, info
@@ -69,31 +69,31 @@ def jvp(
     """:meth:`GradientMethod.jvp`, of a solution with relaxed elements, too."""
     if not isinstance(solution, RelaxedSolution):
         return method.jvp(solution, tangent, solver, executor)
-    change, info = method.jvp(solution.own, tangent, solver, executor)
-    own_change = cast(ConicPoint, change)
-    whole = RelaxedPoint(own_change.x, own_change.y, own_change.z, torch.zeros_like(solution.e))
+    change, info = method.jvp(solution.unrelaxed, tangent, solver, executor)
+    unrelaxed_change = cast(ConicPoint, change)
+    whole = RelaxedPoint(unrelaxed_change.x, unrelaxed_change.y, unrelaxed_change.z, torch.zeros_like(solution.e))
     relaxed = solution.relaxed
     if solution.found is None or not relaxed:
         return whole, info
-    structure, rows = relaxed_structure(solution.problem.structure), as_index(relaxed, solution.x.device)
-    problem = solution.problem.select(rows)
-    own = solution.problem.with_data(tangent).select(rows).data
-    moved = structure.data(problem, own, solution.weights, constants=0.0)
+    structure, elements = relaxed_structure(solution.problem.structure), as_index(relaxed, solution.x.device)
+    problem = solution.problem.select(elements)
+    data_tangent = solution.problem.with_data(tangent).select(elements).data
+    moved = structure.data(problem, data_tangent, solution.weights, constants=0.0)
     inner = solver_of_relaxed(cast(ConicSolver, solver), structure)
     n = structure.base.n
-    for own_method, places in _by_weight(method, solution.weights):
-        part = solution.found.problem.with_data(moved).select(places).data
-        found, found_info = own_method.jvp(solution.found.select(places), part, inner, executor)
-        at = rows[places]
-        for tangent, value in ((whole.x, found.x[:, :n]), (whole.e, found.x[:, n:]), (whole.y, 0.0), (whole.z, 0.0)):
-            tangent[at] = value
+    for weighted_method, places in _by_weight(method, solution.weights):
+        chosen_tangent = solution.found.problem.with_data(moved).select(places).data
+        found, found_info = weighted_method.jvp(solution.found.select(places), chosen_tangent, inner, executor)
+        x, e = found.x[:, :n], found.x[:, n:]
+        for values, fresh in ((whole.x, x), (whole.e, e), (whole.y, 0.0), (whole.z, 0.0)):
+            values[elements[places]] = fresh
         info = _together(info, found_info, [relaxed[place] for place in integers(places)])
     return whole, info
 
 
 def _warn_of_multipliers(elements: list[int], cotangent: RelaxedPoint) -> None:
     size = torch.maximum(maximum_norm(cotangent.y), maximum_norm(cotangent.z))
-    asked = [element for element, part in zip(elements, floats(size), strict=True) if part]
+    asked = [element for element, largest in zip(elements, floats(size), strict=True) if largest]
     if asked:
         warn(
             f"the multipliers of relaxed elements {asked[:10]} are not unique, and have no gradient: what the loss "
@@ -107,8 +107,8 @@ def _together(info: GradientInfo, other: GradientInfo, elements: list[int]) -> G
         info.used[element] = other.used[place]
     info.fallbacks = sorted([*info.fallbacks, *(elements[place] for place in other.fallbacks)])
     for name in ("tau", "unit", "moved", "crossed", "jumped", "newton", "descent", "doubt", "iterations"):
-        whole, part = getattr(info, name), getattr(other, name)
-        if whole is not None and part is not None:
-            whole[elements] = part
+        whole, values = getattr(info, name), getattr(other, name)
+        if whole is not None and values is not None:
+            whole[elements] = values
     info.notices |= other.notices
     return info

@@ -95,8 +95,8 @@ def difference(problem: AnyProblem, plus: Point, minus: Point, weight: Tensor, s
     along = cast(Any, problem).directional_gradient(middle, change)
     if smooth.all():
         return along
-    rest = problem.gradient_difference(plus, minus, torch.where(smooth, 0.0, weight))
-    return along._make(one + other for one, other in zip(along, rest, strict=True))
+    differences = problem.gradient_difference(plus, minus, torch.where(smooth, 0.0, weight))
+    return along._make(one + other for one, other in zip(along, differences, strict=True))
 
 
 def check_small_steps(

@@ -85,12 +85,12 @@ class Batch:
         Raises:
             ValueError: its leading dimensions do not broadcast to those of the call.
         """
-        own = tuple(tensor.shape[: tensor.ndim - ndim])
-        fits = len(own) <= len(self.batch_shape) or not self.batch_size
-        fits &= all(one in (1, size) for one, size in zip(own[::-1], self.batch_shape[::-1], strict=False))
-        if not fits and torch.Size(own).numel() != 1:
+        datum_shape = tuple(tensor.shape[: tensor.ndim - ndim])
+        fits = len(datum_shape) <= len(self.batch_shape) or not self.batch_size
+        fits &= all(one in (1, size) for one, size in zip(datum_shape[::-1], self.batch_shape[::-1], strict=False))
+        if not fits and torch.Size(datum_shape).numel() != 1:
             raise ValueError(
-                f"the batch shape of the loss's data, {own}, does not broadcast to that of the call, "
+                f"the batch shape of the loss's data, {datum_shape}, does not broadcast to that of the call, "
                 f"{self.batch_shape}."
             )
         return self.rows(tensor.to(self.device), ndim)

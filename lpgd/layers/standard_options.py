@@ -9,11 +9,12 @@ from typing import Any
 
 from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import LPGD, GradientMethod, ImplicitKKT
+from lpgd.gradients.sides import Envelope
 
 __all__ = ["StandardOptions"]
 
 _EXACT_MODES = ("dense", "lsqr", "lsmr")
-_ENVELOPES = {"lpgd": "average", "lpgd_right": "lower", "lpgd_left": "upper"}
+_ENVELOPES: dict[str, Envelope] = {"lpgd": "average", "lpgd_right": "lower", "lpgd_left": "upper"}
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ class StandardOptions:
 
 
 def _gradient(mode: str | None, derivative: dict[str, Any]) -> GradientMethod:
-    if mode in _ENVELOPES:
+    if mode is not None and mode in _ENVELOPES:
         unknown = sorted(set(derivative) - {"tau", "rho"})
         if unknown:
             raise TypeError(f"derivative_kwargs has {', '.join(unknown)}; mode {mode!r} takes tau and rho.")
-        return LPGD(derivative.get("tau"), derivative.get("rho", 0.0), _ENVELOPES[mode])  # pyright: ignore[reportArgumentType]
+        return LPGD(derivative.get("tau"), derivative.get("rho", 0.0), _ENVELOPES[mode])
     if mode is None or mode in _EXACT_MODES:
         if derivative:
             raise TypeError(f"derivative_kwargs is for the modes {', '.join(_ENVELOPES)}, not for {mode!r}.")

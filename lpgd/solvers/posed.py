@@ -176,8 +176,8 @@ def better_lengths(posed: Posed, answer: ConicSolution, tolerance: float) -> Ten
     if posed.problem.structure.has_integers or not bool(vague.any()):
         return None
     length = torch.ones_like(size) if posed.units.length is None else posed.units.length[:, 0]
-    own = torch.where(zero, length * residual, maximum_norm(answer.x / posed.units.variable_of(posed.problem)))
-    exponents = torch.frexp(own).exponent.double()
+    reached = torch.where(zero, length * residual, maximum_norm(answer.x / posed.units.variable_of(posed.problem)))
+    exponents = torch.frexp(reached).exponent.double()
     return torch.where(vague, exponents, torch.nan)
 
 

@@ -76,27 +76,27 @@ def relax(solution: AnySolution, solver: AnySolver, executor: Executor | None) -
     elements = [element for element in elements if bool(problem.finite()[element])] if elements else []
     if not elements:
         return blank
-    part = problem.select(as_index(elements, problem.device))
-    found, weights, multipliers = _followed(structure, part, solver_of_relaxed(solver, structure), executor)
+    infeasible = problem.select(as_index(elements, problem.device))
+    found, weights, multipliers = _followed(structure, infeasible, solver_of_relaxed(solver, structure), executor)
     solved = rows_where(found.usable)
     if not solved.shape[0]:
         return blank
     found, weights = found.select(solved), weights[solved]
-    rows = as_index(elements, problem.device)[solved]
+    relaxed = as_index(elements, problem.device)[solved]
     point, slack = structure.read(found.x, multipliers[solved], found.slack)
     changes: dict[str, Any] = {name: getattr(blank, name).clone() for name in ("x", "y", "z", "e", "slack", "known_to")}
     for name, value in (*point._asdict().items(), ("slack", slack), ("known_to", found.known_to)):
-        changes[name][rows] = value
+        changes[name][relaxed] = value
     statuses, solvers, states = list(solution.statuses), list(solution.solvers), list(solution.states)
     place = np.full(size, -1)
-    for own, element in enumerate(integers(rows)):
-        statuses[element], states[element], place[element] = Status.RELAXED, None, own
-        solvers[element] = found.solvers[own]
+    for number, element in enumerate(integers(relaxed)):
+        statuses[element], states[element], place[element] = Status.RELAXED, None, number
+        solvers[element] = found.solvers[number]
     seconds = {name: getattr(solution, name).copy() for name in ("iterations", "setup_seconds", "solve_seconds")}
     for name, values in seconds.items():
-        values[rows.cpu().numpy()] += getattr(found, name)
+        values[relaxed.cpu().numpy()] += getattr(found, name)
     changes |= seconds | {"statuses": tuple(statuses), "solvers": tuple(solvers), "states": tuple(states)}
-    _log.info("elements %s of %d have no feasible point, and were relaxed.", integers(rows), size)
+    _log.info("elements %s of %d have no feasible point, and were relaxed.", integers(relaxed), size)
     return replace(blank, **changes, found=found, place=place, weights=weights)
 
 
@@ -112,22 +112,22 @@ def _followed(
     # ỹ = e* + w y* for any λ, up to O(w²): two weights tell y*.
     slope, going = torch.zeros_like(found.y), found.usable.clone()
     for share in POLYHEDRAL if structure.structure.cones.is_polyhedral else CURVED:
-        rows = rows_where(going)
-        if not rows.shape[0]:
+        left = rows_where(going)
+        if not left.shape[0]:
             break
-        part, point = problem.select(rows), found.point.select(rows)
-        smaller, estimate = structure.weight(part, share), slope[rows]
-        near = point._replace(y=point.y + (smaller - weights[rows])[:, None] * estimate)
-        refined = _refined(structure.problem(part, smaller, estimate[:, soft]), near, found.slack[rows])
+        chosen, point = problem.select(left), found.point.select(left)
+        smaller, estimate = structure.weight(chosen, share), slope[left]
+        near = point._replace(y=point.y + (smaller - weights[left])[:, None] * estimate)
+        refined = _refined(structure.problem(chosen, smaller, estimate[:, soft]), near, found.slack[left])
         fine = refined.after <= KNOWN * share * refined.size
-        going[rows[~fine]] = False
-        at, gap = rows[fine], (weights[rows] - smaller)[fine, None]
-        slope[at] = (point.y[fine] - refined.point.y[fine]) / gap
-        weights[at], multipliers[at] = smaller[fine], estimate[:, soft][fine]
+        going[left[~fine]] = False
+        followed, gap = left[fine], (weights[left] - smaller)[fine, None]
+        slope[followed] = (point.y[fine] - refined.point.y[fine]) / gap
+        weights[followed], multipliers[followed] = smaller[fine], estimate[:, soft][fine]
         changes: dict[str, Any] = {name: getattr(found, name).clone() for name in ("x", "y", "z", "slack", "known_to")}
-        parts = {**refined.point._asdict(), "slack": refined.slack, "known_to": refined.after}
-        for name, value in parts.items():
-            changes[name][at] = value[fine]
+        fresh = {**refined.point._asdict(), "slack": refined.slack, "known_to": refined.after}
+        for name, value in fresh.items():
+            changes[name][followed] = value[fine]
         found = replace(found, **changes)
     known = slope.any(-1, keepdim=True)
     slope = torch.where(known, slope, structure.multipliers(found.point, weights))

@@ -88,10 +88,10 @@ def _warn_of_singular(
     places = elements_where(~exact)
     dependent: list[int] = []
     if point.x.shape[-1] <= MANY:
-        rows = as_index(places, point.x.device)
-        part, own = problem.select(rows), point.select(rows)
-        hessian, jacobian = part.hessian(own).double(), part.jacobian(own.x).double()
-        keep = torch.cat([torch.ones_like(own.nu, dtype=torch.bool), binding[rows]], -1)
+        singular_places = as_index(places, point.x.device)
+        singular, at = problem.select(singular_places), point.select(singular_places)
+        hessian, jacobian = singular.hessian(at).double(), singular.jacobian(at.x).double()
+        keep = torch.cat([torch.ones_like(at.nu, dtype=torch.bool), binding[singular_places]], -1)
         dependent = [
             elements[place]
             for place, H, J, mask in zip(places, hessian, jacobian, keep, strict=True)

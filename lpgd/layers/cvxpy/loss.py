@@ -126,9 +126,9 @@ class CvxpyLoss(Loss):
             size = int(np.prod(layout.shape))
             entries = None if reading is None else int(cast(Any, reading).shape[0])
             if reading is None or entries != size:
-                what = "is none of the layer's primal outputs" if reading is None else f"has {entries} entries"
+                fault = "is none of the layer's primal outputs" if reading is None else f"has {entries} entries"
                 raise ValueError(
-                    f"the loss takes {layout.name} {layout.shape} in the place of an output that {what}: variables "
+                    f"the loss takes {layout.name} {layout.shape} in the place of an output that {fault}: variables "
                     "must be those of the layer, in its order."
                 )
             found.append(reading)
@@ -170,14 +170,14 @@ class CvxpyLoss(Loss):
             finally:
                 for leaf, old in zip(leaves, before, strict=True):
                     leaf.save_value(old)
-        parts: list[FloatArray] = []
+        gradient: list[FloatArray] = []
         for variable in chosen:
             slope = slopes.get(variable)
             if slope is None:
                 raise ValueError(f"{self} has no gradient at {u}: it is outside of its domain, or at its edge.")
             dense = slope.toarray() if sp.issparse(slope) else np.asarray(slope)
-            parts.append(np.reshape(dense.ravel(order="F"), variable.shape, order="F").ravel())
-        return float(np.asarray(value).item()), np.concatenate(parts)
+            gradient.append(np.reshape(dense.ravel(order="F"), variable.shape, order="F").ravel())
+        return float(np.asarray(value).item()), np.concatenate(gradient)
 
     def _checked(self) -> CvxpyLoss:
         if self._data is None:

@@ -42,9 +42,10 @@ class Sight(NamedTuple):
     weights: Tensor
     camera: Tensor | None = None
 
-    def select(self, rows: Tensor) -> Sight:
+    def select(self, elements: Tensor) -> Sight:
         """The batch of these elements."""
-        return Sight(*(None if part is None else part[rows] for part in self))  # pyright: ignore[reportArgumentType]
+        camera = None if self.camera is None else self.camera[elements]
+        return Sight(self.target[elements], self.world[elements], self.weights[elements], camera)
 
     def seen(self, rotation: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """``R X`` and ``p = R X + t``, (B, N, 3) each."""

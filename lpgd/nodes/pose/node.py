@@ -176,21 +176,21 @@ class PerspectivePose(BaseNode):
         status = torch.full((size,), int(Status.INVALID_DATA), device=device)
         y = torch.full((size, 6), torch.nan, dtype=torch.float64, device=device)
         iterations = torch.zeros(size, dtype=torch.int64, device=device)
-        rows = rows_where(self._determined(inputs, sight, torch.finfo(dtype).eps))
-        if start is not None and len(rows):
-            known = start[rows].double()
-            found = refine(sight.select(rows), *self.split(known), self.iterations)
+        left = rows_where(self._determined(inputs, sight, torch.finfo(dtype).eps))
+        if start is not None and len(left):
+            known = start[left].double()
+            found = refine(sight.select(left), *self.split(known), self.iterations)
             fine = found.converged & found.regular
-            done = rows[fine]
+            settled = left[fine]
             end = found.select(rows_where(fine))
-            status[done], iterations[done] = int(Status.SOLVED), end.iterations
-            y[done] = torch.cat([nearest_turn(axis_angle(end.rotation), known[fine, :3]), end.shift], -1)
-            rows = rows[~fine]
-        if len(rows):
-            found = self._from_afar(tuple(tensor[rows] for tensor in inputs), sight.select(rows))
-            y[rows] = torch.cat([axis_angle(found.rotation), found.shift], -1)
-            iterations[rows] = found.iterations
-            status[rows] = _outcomes(found)
+            status[settled], iterations[settled] = int(Status.SOLVED), end.iterations
+            y[settled] = torch.cat([nearest_turn(axis_angle(end.rotation), known[fine, :3]), end.shift], -1)
+            left = left[~fine]
+        if len(left):
+            found = self._from_afar(tuple(tensor[left] for tensor in inputs), sight.select(left))
+            y[left] = torch.cat([axis_angle(found.rotation), found.shift], -1)
+            iterations[left] = found.iterations
+            status[left] = _outcomes(found)
         statuses = [Status(code) for code in integers(status)]
         return NodeAnswer(y.to(dtype), statuses, iterations)
 
@@ -214,20 +214,20 @@ class PerspectivePose(BaseNode):
         weights = inputs[-1]
         R, t, missing = torch.zeros_like(rays[:, :3]), torch.zeros_like(sight.world[:, 0]), list[int]()
         for element in range(len(weights)):
-            parts = (rays[element], sight.world[element], weights[element])
-            seen, world, known = _heaviest(*parts) if self.all_pairs else _arrays(*parts)
+            element_data = (rays[element], sight.world[element], weights[element])
+            seen, world, known = _heaviest(*element_data) if self.all_pairs else _arrays(*element_data)
             pose = by_ransac(seen, world, known, self.threshold)
             if pose is None:
                 missing.append(element)
             else:
-                R[element], t[element] = (part.to(R) for part in pose)
+                R[element], t[element] = (values.to(R) for values in pose)
         R[missing], t[missing] = torch.eye(3).to(R), torch.nan  # an error of infinity: no descent starts there
         found = refine(sight, R, t, self.iterations)
-        rest = rows_where(~(found.converged & found.regular))
-        if not len(rest):
+        left = rows_where(~(found.converged & found.regular))
+        if not len(left):
             return found
-        again = self._searched(tuple(tensor[rest] for tensor in inputs), sight.select(rest), rays[rest])
-        return Refined(*(own.index_copy(0, rest, new) for own, new in zip(found, again, strict=True)))
+        again = self._searched(tuple(tensor[left] for tensor in inputs), sight.select(left), rays[left])
+        return Refined(*(old.index_copy(0, left, new) for old, new in zip(found, again, strict=True)))
 
     def _searched(self, inputs: tuple[Tensor, ...], sight: Sight, rays: Tensor) -> Refined:
         weights = inputs[-1]
@@ -237,7 +237,7 @@ class PerspectivePose(BaseNode):
         poses = search(sight.world, blur, CANDIDATES)
         size, element = len(weights), torch.arange(len(weights), device=rays.device)
         copies = element.repeat_interleave(CANDIDATES)
-        poses = Poses(*(part.flatten(0, 1) for part in poses))
+        poses = Poses(*(values.flatten(0, 1) for values in poses))
         lowest = values_at(sight.select(copies), *poses).reshape(size, CANDIDATES).topk(DESCENTS, largest=False).indices
         chosen = (lowest + CANDIDATES * element[:, None]).flatten()
         copies = element.repeat_interleave(DESCENTS)
@@ -245,12 +245,12 @@ class PerspectivePose(BaseNode):
         # Where one has ended, others go on if they are lower already.
         value = torch.where(ends.converged & ends.regular, ends.value, torch.inf).reshape(size, DESCENTS)
         best = value.amin(-1).repeat_interleave(DESCENTS)
-        rest = rows_where(~ends.converged & ends.value.isfinite() & (ends.value < best))
-        if len(rest) and self.iterations > FIRST:
-            part = ends.select(rest)
-            more = refine(sight.select(copies[rest]), part.rotation, part.shift, self.iterations - FIRST)
-            more = more._replace(iterations=more.iterations + part.iterations)
-            ends = Refined(*(own.index_copy(0, rest, new) for own, new in zip(ends, more, strict=True)))
+        left = rows_where(~ends.converged & ends.value.isfinite() & (ends.value < best))
+        if len(left) and self.iterations > FIRST:
+            unfinished = ends.select(left)
+            more = refine(sight.select(copies[left]), unfinished.rotation, unfinished.shift, self.iterations - FIRST)
+            more = more._replace(iterations=more.iterations + unfinished.iterations)
+            ends = Refined(*(old.index_copy(0, left, new) for old, new in zip(ends, more, strict=True)))
             value = torch.where(ends.converged & ends.regular, ends.value, torch.inf).reshape(size, DESCENTS)
         # An element without a minimum shows what became of its lowest end.
         value = torch.where(value.isinf().all(-1, True), ends.value.reshape(size, DESCENTS), value)
@@ -277,7 +277,7 @@ class PerspectivePose(BaseNode):
         dtype = y.dtype
         inputs = tuple(tensor.double() for tensor in inputs)
         gradients = self._vjp(inputs, y.double(), cotangent.double())
-        return None if gradients is None else tuple(part.to(dtype) for part in gradients)
+        return None if gradients is None else tuple(gradient.to(dtype) for gradient in gradients)
 
     def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor, ...] | None:
         return self.vjp(inputs, y, cotangent, None)
@@ -293,10 +293,10 @@ class PerspectivePose(BaseNode):
         s = linalg.solve(hessian, torch.cat([along, cotangent[:, 3:]], -1))
 
         def sloped(inputs: tuple[Tensor, ...]) -> Tensor:
-            own = self._sight(inputs)
-            turned, p = own.seen(R, t)
+            traced = self._sight(inputs)
+            turned, p = traced.seen(R, t)
             moved = torch.cross(s[:, None, :3].expand_as(turned), turned, dim=-1) + s[:, None, 3:]
-            return -(own.slope(p) * moved).sum()
+            return -(traced.slope(p) * moved).sum()
 
         return torch.func.grad(sloped)(inputs)
 
@@ -308,8 +308,8 @@ def _outcomes(found: Refined) -> Tensor:
     return torch.where(found.converged & found.regular, int(Status.SOLVED), left)
 
 
-def _arrays(*parts: Tensor) -> tuple[FloatArray, ...]:
-    return tuple(cast(FloatArray, part.cpu().numpy()) for part in parts)
+def _arrays(*tensors: Tensor) -> tuple[FloatArray, ...]:
+    return tuple(cast(FloatArray, tensor.cpu().numpy()) for tensor in tensors)
 
 
 def _heaviest(rays: Tensor, world: Tensor, weights: Tensor) -> tuple[FloatArray, ...]:

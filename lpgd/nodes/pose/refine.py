@@ -39,8 +39,8 @@ class Refined(NamedTuple):
     regular: Tensor
     iterations: Tensor
 
-    def select(self, rows: Tensor) -> Refined:
-        return Refined(*(part[rows] for part in self))
+    def select(self, elements: Tensor) -> Refined:
+        return Refined(*(values[elements] for values in self))
 
 
 def values_at(sight: Sight, rotation: Tensor, shift: Tensor) -> Tensor:
@@ -64,29 +64,29 @@ def refine(sight: Sight, rotation: Tensor, shift: Tensor, max_iterations: int = 
     before = torch.full_like(value, torch.inf)  # the slope's size before a full step of the end
     iterations = torch.zeros(len(t), dtype=torch.int64, device=t.device)
     noise = torch.finfo(value.dtype).eps ** 2 * _unit(sight)
-    rows = rows_where(torch.isfinite(value))
+    going = rows_where(torch.isfinite(value))
     for _ in range(max_iterations):
-        if not len(rows):
+        if not len(going):
             break
-        part = sight if len(rows) == len(t) else sight.select(rows)
-        turned, p = part.seen(R[rows], t[rows])
-        steepness, step, expected = _step(part, turned, p, damping[rows])
-        ended = (steepness >= 0.5 * before[rows]) | (steepness == 0) | (damping[rows] > 1e12)
-        new_R, new_t = rotation_matrix(step[:, :3]) @ R[rows], t[rows] + step[:, 3:]
-        new = values_at(part, new_R, new_t)
-        known = value[rows]
-        ending = expected <= 100 * torch.finfo(value.dtype).eps * known + 100 * noise[rows]
+        sights = sight if len(going) == len(t) else sight.select(going)
+        turned, p = sights.seen(R[going], t[going])
+        steepness, step, expected = _step(sights, turned, p, damping[going])
+        ended = (steepness >= 0.5 * before[going]) | (steepness == 0) | (damping[going] > 1e12)
+        new_R, new_t = rotation_matrix(step[:, :3]) @ R[going], t[going] + step[:, 3:]
+        new = values_at(sights, new_R, new_t)
+        known = value[going]
+        ending = expected <= 100 * torch.finfo(value.dtype).eps * known + 100 * noise[going]
         better = (new < known) | (ending & torch.isfinite(new))
-        before[rows] = torch.where(ending & better, steepness, torch.inf)
-        own = damping[rows]
-        good, shrunk = known - new > 0.5 * expected, torch.where(own > 1e-9, 0.1 * own, 0.0)
-        own = torch.where(better, torch.where(good, shrunk, own), 10 * own.clamp(min=1e-4))
-        damping[rows] = torch.where(ending & better, 0.0, own)
-        iterations[rows] += 1
+        before[going] = torch.where(ending & better, steepness, torch.inf)
+        new_damping = damping[going]
+        good, shrunk = known - new > 0.5 * expected, torch.where(new_damping > 1e-9, 0.1 * new_damping, 0.0)
+        new_damping = torch.where(better, torch.where(good, shrunk, new_damping), 10 * new_damping.clamp(min=1e-4))
+        damping[going] = torch.where(ending & better, 0.0, new_damping)
+        iterations[going] += 1
         moving = better & ~ended
-        chosen = rows[moving]
+        chosen = going[moving]
         R[chosen], t[chosen], value[chosen] = new_R[moving], new_t[moving], new[moving]
-        rows = rows[~ended]
+        going = going[~ended]
     return _judged(sight, R, t, value, iterations)
 
 

@@ -32,13 +32,13 @@ def _coefficients(omega: Tensor) -> _Coefficients:
     near = square < 1.0
     small, theta = torch.where(near, square, 0.0), torch.where(near, 1.0, square).sqrt()
     far = _Coefficients(theta.sin() / theta, (1 - theta.cos()) / theta.square(), (theta - theta.sin()) / theta.pow(3))
-    parts: list[Tensor] = []
+    coefficients: list[Tensor] = []
     for offset, closed in enumerate(far, start=1):
         series = torch.zeros_like(small)
         for k in range(10, -1, -1):
             series = (-1) ** k / math.factorial(2 * k + offset) + small * series
-        parts.append(torch.where(near, series, closed))
-    return _Coefficients(*parts)
+        coefficients.append(torch.where(near, series, closed))
+    return _Coefficients(*coefficients)
 
 
 def cross_matrix(vector: Tensor) -> Tensor:

@@ -108,11 +108,11 @@ def _descend(omega: Tensor, R: Tensor, iterations: int = 10) -> tuple[Tensor, Te
         along = (vectors.mT @ slope[..., None])[..., 0] / (values.abs() + damping[..., None] * trace).clamp(min=1e-300)
         step = -(vectors @ along[..., None])[..., 0]
         turned = rotation_matrix(step) @ R
-        there, its_gradient = value(turned)
-        better = there < error
+        turned_error, turned_gradient = value(turned)
+        better = turned_error < error
         R = torch.where(better[..., None, None], turned, R)
-        error = torch.where(better, there, error)
-        gradient = torch.where(better[..., None], its_gradient, gradient)
+        error = torch.where(better, turned_error, error)
+        gradient = torch.where(better[..., None], turned_gradient, gradient)
         damping = torch.where(better, 0.1 * damping, 10 * damping)
     return R, error
 
@@ -127,8 +127,8 @@ def _distinct(R: Tensor, errors: Tensor, count: int) -> tuple[Tensor, Tensor]:
         lowest, best = left.min(-1)
         chosen.append(best)
         known.append(lowest.isfinite())
-        own = torch.gather(R, 1, best[:, None, None, None].expand(-1, 1, 3, 3))
-        near = (R - own).square().sum((-2, -1)) < 0.005  # the distance is √8 |sin(angle/2)|
+        best_rotation = torch.gather(R, 1, best[:, None, None, None].expand(-1, 1, 3, 3))
+        near = (R - best_rotation).square().sum((-2, -1)) < 0.005  # the distance is √8 |sin(angle/2)|
         left = torch.where(near, torch.inf, left)
     return torch.stack(chosen, 1), torch.stack(known, 1)
 

@@ -102,11 +102,11 @@ class RelaxedStructure:
         linear, low, high = base.cones.zero + base.cones.nonnegative, base.lower_index.size, base.upper_index.size
         ends = low + high
         self.base = base
-        own = np.arange(base.m)
-        self.rows = own + np.where(own < linear, 0, ends)
+        base_rows = np.arange(base.m)
+        self.rows = base_rows + np.where(base_rows < linear, 0, ends)
         self.lower_rows, self.upper_rows = linear + np.arange(low), linear + low + np.arange(high)
         hard = np.arange(base.cones.zero - base.two_sided, base.cones.zero)
-        self.soft = np.concatenate([self.rows[np.setdiff1d(own, hard)], self.lower_rows, self.upper_rows])
+        self.soft = np.concatenate([self.rows[np.setdiff1d(base_rows, hard)], self.lower_rows, self.upper_rows])
         more, n, m = self.soft.size, base.n, base.m + ends
         rows = np.concatenate([self.rows[base.constraint.rows], self.lower_rows, self.upper_rows, self.soft])
         columns = [base.constraint.columns, base.lower_index, base.upper_index, n + np.arange(more)]
@@ -127,7 +127,7 @@ class RelaxedStructure:
         """(B,) the weight of the objective at which, in units of order 1, it is a share of the violation."""
         units, size = problem.units, problem.batch_size
         one = problem.data.q.new_ones(1, 1)
-        length, cost = (one if part is None else part for part in (units.length, units.cost))
+        length, cost = (one if exponents is None else exponents for exponents in (units.length, units.cost))
         variable = units.variable_of(problem)
         row = one if units.row is None else units.row
         ends = np.concatenate([self.base.lower_index, self.base.upper_index])
@@ -147,49 +147,50 @@ class RelaxedStructure:
     def data(self, problem: ConicProblem, data: ConicData, weight: Tensor, constants: float) -> ConicData:
         """The new program's data of data, or of a tangent of them without ``constants``; one row for each element."""
         size, more, structure = problem.batch_size, self.soft.size, self.structure
-        own = ConicData(*(per_element(datum, size) for datum in data))
-        unit, scale = own.q.new_full((size, more), constants), weight[:, None]
-        lower, upper, absent_lower, absent_upper = self._bounds(problem, own)
+        of_each = ConicData(*(per_element(datum, size) for datum in data))
+        unit, scale = of_each.q.new_full((size, more), constants), weight[:, None]
+        lower, upper, absent_lower, absent_upper = self._bounds(problem, of_each)
         ends = [
-            torch.where(absent_lower, 0.0, -constants).to(own.q.dtype),
-            torch.where(absent_upper, 0.0, constants).to(own.q.dtype),
+            torch.where(absent_lower, 0.0, -constants).to(of_each.q.dtype),
+            torch.where(absent_upper, 0.0, constants).to(of_each.q.dtype),
         ]
-        A = own.q.new_empty(size, structure.constraint.nnz)
-        A[:, from_numpy(self.place).to(A.device)] = torch.cat([own.A, *ends, -unit], -1)
-        b = own.b.new_empty(size, structure.m)
-        for rows, values in ((self.rows, own.b), (self.lower_rows, -lower), (self.upper_rows, upper)):
+        A = of_each.q.new_empty(size, structure.constraint.nnz)
+        A[:, from_numpy(self.place).to(A.device)] = torch.cat([of_each.A, *ends, -unit], -1)
+        b = of_each.b.new_empty(size, structure.m)
+        for rows, values in ((self.rows, of_each.b), (self.lower_rows, -lower), (self.upper_rows, upper)):
             b[:, from_numpy(rows).to(b.device)] = values
-        nothing = own.q.new_empty(0)
+        nothing = of_each.q.new_empty(0)
         return ConicData(
-            P=torch.cat([scale * own.P, unit], -1),
-            q=torch.cat([scale * own.q, own.q.new_zeros(size, more)], -1),
+            P=torch.cat([scale * of_each.P, unit], -1),
+            q=torch.cat([scale * of_each.q, of_each.q.new_zeros(size, more)], -1),
             A=A,
             b=b,
             lower=nothing,
             upper=nothing,
         )
 
-    def _bounds(self, problem: ConicProblem, own: ConicData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _bounds(self, problem: ConicProblem, of_each: ConicData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Bounds, of which absent ones are those of a row that is met by far, and which are absent."""
         size = problem.batch_size
-        bounds = [per_element(part, size) for part in (problem.data.lower, problem.data.upper)]
+        bounds = [per_element(values, size) for values in (problem.data.lower, problem.data.upper)]
         absent = [bounds[0] <= -INFINITE, bounds[1] >= INFINITE]
-        if not any(bool(part.any()) for part in absent):
-            return own.lower, own.upper, absent[0], absent[1]
-        finite = torch.cat([torch.where(part, 0.0, bound) for part, bound in zip(absent, bounds, strict=True)], -1)
+        if not any(bool(values.any()) for values in absent):
+            return of_each.lower, of_each.upper, absent[0], absent[1]
+        finite = torch.cat([torch.where(values, 0.0, bound) for values, bound in zip(absent, bounds, strict=True)], -1)
         far = torch.maximum(maximum_norm(finite), maximum_norm(per_element(problem.data.b, size)))[:, None]
         far = torch.where(far > 0, far, 1.0)
-        lower = torch.where(absent[0], -far, own.lower)
-        return lower, torch.where(absent[1], far, own.upper), absent[0], absent[1]
+        lower = torch.where(absent[0], -far, of_each.lower)
+        return lower, torch.where(absent[1], far, of_each.upper), absent[0], absent[1]
 
     def gradient(self, problem: ConicProblem, gradient: ConicData, weight: Tensor) -> ConicData:
         """A gradient of the new program's data, (B, ·), as one of the program's: the transpose of :meth:`data`."""
         scale = weight[:, None]
         place = from_numpy(self.place[: self.base.constraint.nnz]).to(scale.device)
         rows, low, high = (
-            gradient.b[:, from_numpy(part).to(scale.device)] for part in (self.rows, self.lower_rows, self.upper_rows)
+            gradient.b[:, from_numpy(places).to(scale.device)]
+            for places in (self.rows, self.lower_rows, self.upper_rows)
         )
-        parts = ConicData(
+        each = ConicData(
             P=scale * gradient.P[:, : self.base.quadratic.nnz],
             q=scale * gradient.q[:, : self.base.n],
             A=gradient.A[:, place],
@@ -198,12 +199,12 @@ class RelaxedStructure:
             upper=torch.where(per_element(problem.data.upper, len(high)) >= INFINITE, 0.0, high),
         )
         return ConicData(
-            *(part.sum(0) if datum.ndim == 1 else part for part, datum in zip(parts, problem.data, strict=True))
+            *(values.sum(0) if datum.ndim == 1 else values for values, datum in zip(each, problem.data, strict=True))
         )
 
     def read(self, x: Tensor, y: Tensor, slack: Tensor) -> tuple[RelaxedPoint, Tensor]:
         """A point of the new program, with multipliers of the program's terms, as one of the program; its slack."""
-        rows, low, high = (from_numpy(part).to(y.device) for part in (self.rows, self.lower_rows, self.upper_rows))
+        rows, low, high = (from_numpy(places).to(y.device) for places in (self.rows, self.lower_rows, self.upper_rows))
         z = y.new_zeros(y.shape[0], self.base.n)
         z.index_add_(1, self.base.index("upper_index", y.device), y[:, high])
         z.index_add_(1, self.base.index("lower_index", y.device), y[:, low], alpha=-1.0)
@@ -261,7 +262,7 @@ class RelaxedSolution(ConicSolution):
         return self.outputs.violation(self.problem.structure)
 
     @property
-    def own(self) -> ConicSolution:
+    def unrelaxed(self) -> ConicSolution:
         """What the solver said of the problems themselves: relaxed elements have no solution."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(ConicSolution)}
         values["statuses"] = self.claims

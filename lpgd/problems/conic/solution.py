@@ -42,7 +42,7 @@ class Violation(NamedTuple):
 
     def restored(self, restore: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Violation:
         """The same in the shape and the type of a call's inputs, as ``restore`` makes them."""
-        return Violation(*(restore(part, tuple(part.shape[1:])) for part in self))
+        return Violation(*(restore(values, tuple(values.shape[1:])) for values in self))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

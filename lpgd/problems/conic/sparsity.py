@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import scipy.sparse as sp
@@ -56,7 +56,7 @@ class SparsityPattern:
     @classmethod
     def from_matrix(cls, matrix: ArrayLike | sp.sparray | sp.spmatrix) -> SparsityPattern:
         """The pattern of the stored entries of a SciPy matrix, or of the nonzeros of an array."""
-        stored: SparseArray = sp.coo_array(matrix)  # pyright: ignore[reportArgumentType]
+        stored: SparseArray = sp.coo_array(cast(Any, matrix))
         order = np.unique(stored.col.astype(np.int64) * stored.shape[0] + stored.row)
         columns, rows = np.divmod(order, max(stored.shape[0], 1))
         return cls((int(stored.shape[0]), int(stored.shape[1])), rows, columns)

@@ -81,7 +81,7 @@ class NodeStructure:
 @lru_cache(maxsize=256)
 def input_class(names: tuple[str, ...]) -> type[Any]:
     """The named tuple of a node's inputs; also of their gradients and tangents."""
-    fields = cast(Any, namedtuple("NodeData", names, rename=True))  # pyright: ignore[reportUntypedNamedTuple]
+    fields = cast(Any, namedtuple("NodeData", names, rename=True))  # pyright: ignore[reportUntypedNamedTuple]  # inputs differ by node
     return type("NodeData", (fields,), {"__slots__": (), "__reduce__": _reduce, "__module__": __name__})
 
 

@@ -187,7 +187,7 @@ class _Sparse:
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
         right = self.scale * self.reduced.right(g_x, g_y, g_z)
         if self.factor is None:
-            return tuple(np.full_like(tilt, np.nan) for tilt in (g_x, g_y, g_z))  # pyright: ignore[reportReturnType]
+            return np.full_like(g_x, np.nan), np.full_like(g_y, np.nan), np.full_like(g_z, np.nan)
         answer = self.factor.solve(right)
         answer += self.factor.solve(right - self.matrix @ answer)
         return _undetermined(self.reduced.change(self.scale * answer, g_x, g_z), self.reduced, g_x)
