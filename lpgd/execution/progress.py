@@ -59,7 +59,7 @@ def progress(wanted: bool, task: str, total: int | None = None) -> Generator[Non
 
     Args:
         wanted: whether to.
-        what: is done, as the bar says.
+        task: what is done, as the bar says.
         total: how many elements there are; None where that is not known.
 
     Raises:
