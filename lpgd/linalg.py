@@ -1,4 +1,4 @@
-"""The part of torch.linalg that is used here, with types: torch 2.13 has none for it."""
+"""The part of torch.linalg that is used here, with types (torch 2.13 has none for it), and :func:`matvec`."""
 
 # ruff: noqa: D103 -- torch.linalg describes them
 
@@ -23,6 +23,7 @@ __all__ = [
     "matrix_exp",
     "matrix_norm",
     "matrix_rank",
+    "matvec",
     "pinv",
     "qr",
     "solve",
@@ -130,3 +131,12 @@ else:
         svdvals,
         vector_norm,
     )
+
+
+def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Products (…, p) of matrices (…, p, q) and vectors (…, q).
+
+    As products of rows: MKL's batched products take 3 to 7 times as long for columns (torch 2.13, 64 × 30 × 30 up to
+    16 × 500 × 500, on a processor).
+    """
+    return (vector[..., None, :] @ matrix.mT)[..., 0, :]

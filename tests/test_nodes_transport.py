@@ -8,6 +8,7 @@ from scipy.optimize import linprog
 
 import lpgd
 from lpgd.nodes.base import Tilt
+from lpgd.nodes.transport import sinkhorn as sinkhorn_module
 from lpgd.nodes.transport.node import (
     OptimalTransport,
     potentials_of,
@@ -158,6 +159,28 @@ def test_potentials_start_the_next_solve():
     from_plan = potentials_of(cold.plan, cost, rows, columns, 50.0)
     near = sinkhorn(cost + 1e-4 * draw(6, 5, seed=9)[0], rows, columns, 50.0, potential=from_plan, **options)
     assert (near.iterations < cold.iterations).all()
+
+
+@pytest.mark.parametrize("elements", [1, 2, 3])
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+def test_large_batches_are_solved_in_blocks(monkeypatch, elements, warm):
+    cost, rows, columns = draw(6, 5, batch=7)
+    cost[2] *= 40.0  # a sharp plan among others
+    node = OptimalTransport(gamma=30.0, tolerance=1e-13)
+    start = node.solve((0.9 * cost, rows, columns), None).y if warm else None
+    monkeypatch.setattr(sinkhorn_module, "BLOCK_BYTES", elements * 6 * 5 * 8)
+    answer = node.solve((cost, rows, columns), start)
+    assert set(answer.statuses) == {Status.SOLVED}
+    assert torch.allclose(answer.y.sum(-1), rows, rtol=0, atol=1e-12)
+    assert torch.allclose(answer.y.sum(-2), columns, rtol=0, atol=1e-12)
+    ordinary = torch.arange(7) != 2
+    inputs = tuple(tensor[ordinary] for tensor in (cost, rows, columns))
+    assert stationarity(node, inputs, answer.y[ordinary], answer.nu[ordinary]) < 1e-11
+    if elements == 1:  # and so each is what it is alone, to the bit
+        for element in range(7):
+            alone = tuple(tensor[element : element + 1] for tensor in (cost, rows, columns))
+            found = node.solve(alone, None if start is None else start[element : element + 1])
+            assert torch.equal(found.y[0], answer.y[element])
 
 
 def test_a_tilt_is_a_change_of_the_cost():

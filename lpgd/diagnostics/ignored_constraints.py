@@ -110,7 +110,7 @@ def ignored_constraints(layer: NodeLayer, parameters: Parameters, loss: Loss) ->
     inverse = linalg.pinv(H_free, hermitian=True)
     # B already has Z in it: g = -Bᵀ v.
     N = B @ B_free.mT @ inverse
-    g, g_free = (B.mT @ v[..., None])[..., 0], (B_free.mT @ inverse @ v[..., None])[..., 0]
+    g, g_free = linalg.matvec(B.mT, v), linalg.matvec(B_free.mT @ inverse, v)
     product = (g * g_free).sum(-1)
     lengths = g.square().sum(-1).sqrt() * g_free.square().sum(-1).sqrt()
     scale = H_free.abs().amax((-1, -2)).clamp(min=torch.finfo(v.dtype).tiny)

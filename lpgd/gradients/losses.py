@@ -18,6 +18,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.arrays import FloatArray, elements_where, from_numpy
 from lpgd.problems.base import Point, maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
@@ -219,7 +220,7 @@ class QuadraticLoss(Loss):
         batch = getattr(output, "batch_shape", whole.shape[:-1])
         x = whole.reshape(*batch, -1)
         off = x - self.target.to(x)
-        off = (self.weight.to(x) @ off[..., None])[..., 0] if isinstance(self.weight, Tensor) else self.weight * off
+        off = linalg.matvec(self.weight.to(x), off) if isinstance(self.weight, Tensor) else self.weight * off
         value = 0.5 * off.square().sum(-1)
         return value if self.linear is None else value + (self.linear.to(x) * x).sum(-1)
 
@@ -262,7 +263,7 @@ def _product(H: Tensor, vector: Tensor) -> Tensor:
     if H.ndim == 2:
         return vector @ H.mT
     size = int(np.lcm(H.shape[0], 1 if vector.ndim == 1 else vector.shape[0]))
-    return (H.repeat(size // H.shape[0], 1, 1) @ per_element(vector, size)[..., None])[..., 0]
+    return linalg.matvec(H.repeat(size // H.shape[0], 1, 1), per_element(vector, size))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -10,6 +10,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.arrays import FloatArray, IntArray, SparseArray, from_numpy
 from lpgd.layers.cvxpy.elimination import FULL, LONGEST, components, united_support
 from lpgd.layers.cvxpy.layout import AffineMap
@@ -86,11 +87,11 @@ class _Dense(Block):
         return (0.5 * (gram + gram.mT)).flatten(-2)
 
     def adjoint(self, W: Tensor, slope: Tensor) -> Tensor:
-        values = (self._matrix(W).mT @ slope[..., self.rows.to(W.device), None])[..., 0]
+        values = linalg.matvec(self._matrix(W).mT, slope[..., self.rows.to(W.device)])
         return values.new_zeros(*values.shape[:-1], self.sizes[1]).index_copy(-1, self.columns.to(W.device), values)
 
     def forward(self, W: Tensor, x: Tensor) -> Tensor:
-        values = (self._matrix(W) @ x[..., self.columns.to(W.device), None])[..., 0]
+        values = linalg.matvec(self._matrix(W), x[..., self.columns.to(W.device)])
         return values.new_zeros(*values.shape[:-1], self.sizes[0]).index_copy(-1, self.rows.to(W.device), values)
 
     def _matrix(self, W: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.arrays import FloatArray, floats, from_numpy
 from lpgd.gradients.losses import BatchRows, Loss, PosedLoss, PosedQuadratic, Reading, fitting
 from lpgd.layers.cvxpy.layout import CanonicalProgram
@@ -233,7 +234,7 @@ def _quadratic(program: CanonicalProgram, data: ConicData, N: sp.csr_array) -> t
     of_b, of_u = G[:, : len(equalities)], G[:, len(equalities) :]
     P, shift = program.quadratic.to_dense(data.P), data.b @ of_b.mT
     H = of_u.mT @ P @ of_u
-    Pd = shift @ P.mT if P.ndim == 2 else (P @ shift[..., None])[..., 0]
+    Pd = shift @ P.mT if P.ndim == 2 else linalg.matvec(P, shift)
     return H, (data.q + Pd) @ of_u
 
 

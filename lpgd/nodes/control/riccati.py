@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lpgd import linalg
 
-__all__ = ["Factor", "factorise", "solve", "times"]
+__all__ = ["Factor", "factorise", "solve"]
 
 
 class Factor(NamedTuple):
@@ -45,11 +45,6 @@ class Factor(NamedTuple):
     value: Tensor
     slope: Tensor
     definite: Tensor
-
-
-def times(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Products (…, p, q) with (…, q)."""
-    return (matrix @ vector[..., None])[..., 0]
 
 
 def factorise(hessian: Tensor, last: Tensor, slope: Tensor, free: Tensor | None = None) -> Factor:
@@ -100,18 +95,18 @@ def solve(factor: Factor, right: Tensor, last: Tensor, defect: Tensor) -> tuple[
     """
     m = factor.root.shape[-1]
     forced, moved = right[..., :m], factor.slope[..., :m]
-    start = times(factor.value, defect)
+    start = linalg.matvec(factor.value, defect)
     # p_t = (r_x + Kᵀ r_u + (A + BK)ᵀ P c) + (A + BK)ᵀ p_(t+1)
-    constant = right[..., m:] + times(factor.gain.mT, forced) + times(factor.closed.mT, start)
+    constant = right[..., m:] + linalg.matvec(factor.gain.mT, forced) + linalg.matvec(factor.closed.mT, start)
     offsets = _scan(factor.closed.mT.unbind(0)[::-1], constant.unbind(0)[::-1], last)
     offset = torch.stack([*offsets[-2::-1], last])  # p_1 … p_T
-    pull = forced + times(moved.mT, start + offset)
+    pull = forced + linalg.matvec(moved.mT, start + offset)
     shift = -torch.cholesky_solve(pull[..., None], factor.root)[..., 0]
-    drift = times(moved, shift) + defect
+    drift = linalg.matvec(moved, shift) + defect
     state = torch.stack(_scan(factor.closed.unbind(0), drift.unbind(0), torch.zeros_like(last)))
     before = torch.cat([torch.zeros_like(state[:1]), state[:-1]])
-    control = times(factor.gain, before) + shift
-    return control, state, times(factor.value, state) + offset
+    control = linalg.matvec(factor.gain, before) + shift
+    return control, state, linalg.matvec(factor.value, state) + offset
 
 
 def _scan(matrices: tuple[Tensor, ...], constants: tuple[Tensor, ...], start: Tensor) -> list[Tensor]:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lpgd import linalg
 from lpgd.nodes.control.functions import Functions
-from lpgd.nodes.control.riccati import Factor, factorise, solve, times
+from lpgd.nodes.control.riccati import Factor, factorise, solve
 
 __all__ = [
     "ControlProblem",
@@ -47,7 +48,7 @@ class Expansion(NamedTuple):
 
     def pulled(self, nu: Tensor) -> Tensor:
         """``Jᵀν`` in z."""
-        return _to_z(times(self.step.mT, nu), torch.zeros_like(nu[:, 0])) - pad(
+        return _to_z(linalg.matvec(self.step.mT, nu), torch.zeros_like(nu[:, 0])) - pad(
             nu, (self.gradient.shape[-1] - nu.shape[-1], 0)
         )
 
@@ -56,7 +57,7 @@ class Expansion(NamedTuple):
         n = self.defect.shape[-1]
         m = dz.shape[-1] - n
         before = pad(dz[:, :-1, m:], (0, 0, 1, 0))
-        return times(self.step, torch.cat([dz[..., :m], before], -1)) - dz[..., m:]
+        return linalg.matvec(self.step, torch.cat([dz[..., :m], before], -1)) - dz[..., m:]
 
 
 class Curvature(NamedTuple):
@@ -70,8 +71,8 @@ class Curvature(NamedTuple):
         n = self.last.shape[-1]
         m = dz.shape[-1] - n
         before = pad(dz[:, :-1, m:], (0, 0, 1, 0))
-        inner = times(self.stages, torch.cat([dz[..., :m], before], -1))
-        return _to_z(inner, times(self.last, dz[:, -1, m:]))
+        inner = linalg.matvec(self.stages, torch.cat([dz[..., :m], before], -1))
+        return _to_z(inner, linalg.matvec(self.last, dz[:, -1, m:]))
 
 
 class Held(NamedTuple):

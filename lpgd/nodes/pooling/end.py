@@ -120,8 +120,8 @@ def _newton(sums: _Sums, values: Tensor, vectors: Tensor, longest: Tensor) -> Te
     """(B, d) the step of Newton's method with curvatures made positive, no longer than ``longest``."""
     floor = torch.finfo(values.dtype).eps ** 0.5 * sums.total[:, None]
     sizes = torch.maximum(values.abs(), floor)
-    along = (vectors.mT @ sums.slope[..., None])[..., 0]
-    step = -(vectors @ torch.where(sizes > 0, along / torch.where(sizes > 0, sizes, 1), 0)[..., None])[..., 0]
+    along = linalg.matvec(vectors.mT, sums.slope)
+    step = -linalg.matvec(vectors, torch.where(sizes > 0, along / torch.where(sizes > 0, sizes, 1), 0))
     length = linalg.vector_norm(step, dim=-1)
     return step * (longest / length.clamp(min=torch.finfo(step.dtype).tiny)).clamp(max=1)[:, None]
 

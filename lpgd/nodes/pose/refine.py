@@ -102,8 +102,8 @@ def _step(sight: Sight, turned: Tensor, p: Tensor, damping: Tensor) -> tuple[Ten
     step = -torch.cholesky_solve(slope[..., None], factor)[..., 0]
     if len(bent):
         values, vectors = linalg.eigh(hessian[bent])
-        along = (vectors.mT @ slope[bent, :, None])[..., 0] / (values.abs() + damping[bent, None]).clamp(min=1e-10)
-        step[bent] = -(vectors @ along[..., None])[..., 0]
+        along = linalg.matvec(vectors.mT, slope[bent]) / (values.abs() + damping[bent, None]).clamp(min=1e-10)
+        step[bent] = -linalg.matvec(vectors, along)
     return slope.square().sum(-1).sqrt(), step * scale, -0.5 * (slope * step).sum(-1)
 
 

@@ -57,8 +57,8 @@ def search(world: Tensor, blur: Tensor, count: int) -> Poses:
     R, errors = _descend(form.omega, grid[chosen])
     order, others = _distinct(R, errors, count)
     R = torch.gather(R, 1, order[:, :, None, None].expand(-1, -1, 3, 3))
-    shift = (form.shift[:, None] @ R.flatten(2)[..., None])[..., 0] * form.size[:, None, None]
-    shift = shift - (R @ form.mean[:, None, :, None])[..., 0]
+    shift = linalg.matvec(form.shift[:, None], R.flatten(2)) * form.size[:, None, None]
+    shift = shift - linalg.matvec(R, form.mean[:, None])
     return Poses(R, torch.where(others[..., None], shift, torch.nan))
 
 
@@ -99,14 +99,14 @@ def _descend(omega: Tensor, R: Tensor, iterations: int = 10) -> tuple[Tensor, Te
     damping = torch.full_like(error, 1e-3)
     for _ in range(iterations):
         moved = (basis @ R[:, :, None]).flatten(-2)  # (B, k, 3, 9): how the entries move with each turn
-        slope = (moved @ gradient[..., None])[..., 0]
+        slope = linalg.matvec(moved, gradient)
         outer = gradient.unflatten(-1, (3, 3)) @ R.mT
         bent = 0.5 * (outer + outer.mT) - outer.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] * unit
         gauss = moved @ omega[:, None] @ moved.mT
         trace = gauss.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None]
         values, vectors = linalg.eigh(gauss + bent)
-        along = (vectors.mT @ slope[..., None])[..., 0] / (values.abs() + damping[..., None] * trace).clamp(min=1e-300)
-        step = -(vectors @ along[..., None])[..., 0]
+        along = linalg.matvec(vectors.mT, slope) / (values.abs() + damping[..., None] * trace).clamp(min=1e-300)
+        step = -linalg.matvec(vectors, along)
         turned = rotation_matrix(step) @ R
         turned_error, turned_gradient = value(turned)
         better = turned_error < error

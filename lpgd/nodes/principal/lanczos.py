@@ -42,7 +42,7 @@ def decomposed(matrix: Tensor) -> tuple[Leading, Tensor, Tensor]:
     values, vectors = linalg.eigh(matrix)
     answer, value = vectors[:, :, -1], values[:, -1]
     norm = _positive(torch.maximum(value.abs(), values[:, 0].abs()))
-    left = (matrix @ answer[:, :, None])[:, :, 0] - value[:, None] * answer
+    left = linalg.matvec(matrix, answer) - value[:, None] * answer
     length = linalg.vector_norm(left / norm[:, None], dim=-1)
     return Leading(answer, value, length, torch.ones_like(value, dtype=torch.bool), 1), values, vectors
 
@@ -98,7 +98,7 @@ def _krylov(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     tiny = None
     for step in range(STEPS):
         basis[:, step] = ahead
-        images[:, step] = (matrix @ ahead[:, :, None])[:, :, 0]
+        images[:, step] = linalg.matvec(matrix, ahead)
         known, ahead = basis[:, : step + 1], images[:, step]
         tiny = 1e-10 * linalg.vector_norm(ahead, dim=-1, keepdim=True) if tiny is None else tiny
         ahead = _orthogonal(known, ahead)
@@ -124,7 +124,7 @@ def _orthogonal(basis: Tensor, vector: Tensor) -> Tensor:
 
 def _residual(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
     """``|A y - λ y|`` and its Rayleigh quotient λ, (B,) each."""
-    image = (matrix @ vector[:, :, None])[:, :, 0]
+    image = linalg.matvec(matrix, vector)
     value = (vector * image).sum(-1)
     return linalg.vector_norm(image - value[:, None] * vector, dim=-1), value
 

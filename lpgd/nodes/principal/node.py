@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.arrays import flags
 from lpgd.nodes.base import BaseNode, NodeAnswer
 from lpgd.nodes.eigen import has_ties, square_size, symmetric_part
@@ -88,7 +89,7 @@ class PrincipalVector(BaseNode):
         return (size,)
 
     def objective(self, y: Tensor, *inputs: Tensor) -> Tensor:
-        image = (inputs[0] @ y[:, :, None])[:, :, 0]
+        image = linalg.matvec(inputs[0], y)
         along = (y * image).sum(-1)
         return -0.5 * along if self.symmetric else 0.5 * (image - along[:, None] * y).square().sum(-1)
 
@@ -125,6 +126,6 @@ class PrincipalVector(BaseNode):
         constant = (None,) * (len(inputs) - 1)  # the reference
         if aux is not None:
             return (principal_vjp_decomposed(aux[0], aux[1], y, cotangent), *constant)
-        value = (y * (matrix @ y[:, :, None])[:, :, 0]).sum(-1) / y.square().sum(-1)
+        value = (y * linalg.matvec(matrix, y)).sum(-1) / y.square().sum(-1)
         rule = principal_vjp_symmetric if self.symmetric else principal_vjp_general
         return (rule(matrix, y, value, cotangent), *constant)

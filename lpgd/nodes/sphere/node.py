@@ -190,7 +190,7 @@ class SphereLeastSquares(BaseNode):
 
     def objective(self, y: Tensor, *inputs: Tensor) -> Tensor:
         A, b = inputs
-        return 0.5 * (torch.einsum("bmn,bn->bm", A, y) - b).square().sum(-1)
+        return 0.5 * (linalg.matvec(A, y) - b).square().sum(-1)
 
     def equality(self, y: Tensor, *inputs: Tensor) -> Tensor:
         return 0.5 * (y.square().sum(-1, keepdim=True) - 1.0)

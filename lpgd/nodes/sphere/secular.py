@@ -113,7 +113,7 @@ def _lowest_direction(vectors: Tensor, lowest: Tensor, start: Tensor | None) -> 
 
 def product(matrix: Tensor, vector: Tensor) -> Tensor:
     """Matrices (B or 1, m, n) times vectors (B, n)."""
-    return vector @ matrix[0].mT if matrix.shape[0] == 1 else (matrix @ vector[..., None])[..., 0]
+    return vector @ matrix[0].mT if matrix.shape[0] == 1 else linalg.matvec(matrix, vector)
 
 
 def normalised(vector: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def _vjp(
     right = weighted.addcmul_(plan, mean[:, None, :], value=-1.0).sum(-1)
     del weighted  # as large as the plan
     alpha, good = solve(plan, right)
-    beta = mean - (plan.mT @ alpha[:, :, None])[:, :, 0] / divisor
+    beta = mean - linalg.matvec(plan.mT, alpha) / divisor
     _check_factor(good & beta.isfinite().all(-1))
     on_cost = (alpha[:, :, None] + beta[:, None, :]).sub_(cotangent).mul_(plan).mul_(gamma)
     return on_cost, alpha + beta[:, -1:], beta - beta[:, -1:]

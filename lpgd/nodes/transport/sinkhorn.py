@@ -26,6 +26,8 @@ MIN_BLOCK = 64
 """Columns of a product that is computed in blocks."""
 NEWTON_FROM = 3
 """So many times ``STEPS`` are without a Newton step."""
+BLOCK_BYTES = 1 << 22
+"""On a processor, elements whose costs take more than this are solved in blocks that take so much, or less."""
 
 
 class Plan(NamedTuple):
@@ -132,7 +134,42 @@ def annealed_sinkhorn(
     Potentials grow with γ, and those of the plan at γ/2, doubled, are near those of the plan at γ: a hundred iterations
     where a start from zero takes thousands.  Arguments and answer are those of :func:`sinkhorn`; with a potential that
     is tried first, and elements that do not converge from it begin again.
+
+    On a processor a large batch is solved in blocks that stay in its cache; an interrupt waits for one operation on a
+    block, not on the batch.
     """
+    inputs = (cost, rows, columns) if potential is None else (cost, rows, columns, potential)
+    batch, (m, n) = len(cost), cost.shape[1:]
+    width = max(1, BLOCK_BYTES // (m * n * cost.element_size())) if cost.device.type == "cpu" else max(batch, 1)
+    if batch <= width:
+        return _annealed(*inputs, gamma=gamma, tolerance=tolerance, iterations=iterations)
+    whole = Plan(
+        torch.empty_like(cost),
+        torch.empty_like(rows),
+        torch.empty_like(columns),
+        cost.new_empty(batch),
+        torch.empty(batch, dtype=torch.int64),
+    )
+    for block in torch.arange(batch).tensor_split(-(-batch // width)):
+        elements = slice(int(block[0]), int(block[-1]) + 1)
+        chosen = [tensor[elements] for tensor in inputs]
+        found = _annealed(*chosen, gamma=gamma, tolerance=tolerance, iterations=iterations)
+        for values, answer in zip(whole, found, strict=True):
+            values[elements] = answer
+    return whole
+
+
+def _annealed(
+    cost: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    potential: Tensor | None = None,
+    *,
+    gamma: float,
+    tolerance: float,
+    iterations: int,
+) -> Plan:
+    """:func:`annealed_sinkhorn` of all elements together."""
     if not len(cost):
         return sinkhorn(cost, rows, columns, gamma, tolerance=tolerance, iterations=iterations)
     reach = gamma * float((cost.amax((1, 2)) - cost.amin((1, 2))).max())
@@ -143,7 +180,7 @@ def annealed_sinkhorn(
         left = rows_where(~(near.residual <= tolerance))
         if len(left) and iterations > few:
             left_data = (cost[left], rows[left], columns[left])
-            again = annealed_sinkhorn(*left_data, gamma, tolerance=tolerance, iterations=iterations - few)
+            again = _annealed(*left_data, gamma=gamma, tolerance=tolerance, iterations=iterations - few)
             for whole, values in zip(near, again, strict=True):
                 whole[left] = whole[left] + values if whole is near.iterations else values
         return near
@@ -202,25 +239,25 @@ def _iterations(
     limit = math.log(torch.finfo(cost.dtype).max) / 6
     first_f, first_g = -_log_sum((log_columns + start)[:, None, :].sub(cost, alpha=gamma), -1), start
     kernel = _kernel(cost, gamma, log_rows, log_columns, first_f, first_g)
-    transposed, u = kernel.mT, torch.ones_like(rows)[:, :, None]
-    v = quotient(columns[:, :, None], transposed @ u)
+    transposed, u = kernel.mT, torch.ones_like(rows)
+    v = quotient(columns, linalg.matvec(transposed, u))
     total, tens, worst = rows.sum(-1), 0, math.inf
     patience = 1.5 + min(cost.shape[1:]) / 80  # a Newton step is O(m n min(m, n))
     while True:
         for _ in range(STEPS - 1 if not tens else STEPS):
-            u = quotient(rows[:, :, None], kernel @ v)
-            v = quotient(columns[:, :, None], transposed @ u)
+            u = quotient(rows, linalg.matvec(kernel, v))
+            v = quotient(columns, linalg.matvec(transposed, u))
         tens += 1
         if tens == blocks:
             break
-        left = ((u * (kernel @ v))[:, :, 0] - rows).abs().sum(-1)
+        left = (u * linalg.matvec(kernel, v) - rows).abs().sum(-1)
         last, worst = worst, float((left / total).max())
         if not worst > tolerance or (tens > 1 and _tens_left(last, worst, tolerance) > patience):
             break
         if not _drift(u, v).max() <= limit / 2:  # not on into the range that has to be done again
             break
-    f, g = first_f + u[:, :, 0].log(), first_g + v[:, :, 0].log()
-    plan = kernel.mul_(u).mul_(v.mT)
+    f, g = first_f + u.log(), first_g + v.log()
+    plan = kernel.mul_(u[:, :, None]).mul_(v[:, None, :])
     far = rows_where(~(_drift(u, v) <= limit))
     if len(far):
         far_data = (cost[far], gamma, log_rows[far], log_columns[far])
@@ -238,7 +275,7 @@ def positive_or_one(mass: Tensor) -> Tensor:
 
 def _drift(u: Tensor, v: Tensor) -> Tensor:
     """(B,) the largest exponent of a scaling."""
-    return torch.maximum(u.log().abs().amax((1, 2)), v.log().abs().amax((1, 2)))
+    return torch.maximum(u.log().abs().amax(1), v.log().abs().amax(1))
 
 
 def _tens_left(before: float, now: float, tolerance: float) -> float:
@@ -276,11 +313,11 @@ def _newton_step(plan: Tensor, rows: Tensor) -> Tensor:
     missing, mass = rows - plan.sum(-1), plan.sum(-2)  # the columns of the plan are right
     if plan.shape[-2] <= plan.shape[-1]:
         alpha, good = solve_smaller_side(plan, missing)
-        beta = -(plan.mT @ alpha[:, :, None])[:, :, 0] / positive_or_one(mass)
+        beta = -linalg.matvec(plan.mT, alpha) / positive_or_one(mass)
     else:
         weight = positive_or_one(plan.sum(-1))
-        beta, good = solve_smaller_side(plan.mT, -(plan.mT @ (missing / weight)[:, :, None])[:, :, 0])
-        alpha = (missing - (plan @ beta[:, :, None])[:, :, 0]) / weight
+        beta, good = solve_smaller_side(plan.mT, -linalg.matvec(plan.mT, missing / weight))
+        alpha = (missing - linalg.matvec(plan, beta)) / weight
     size = torch.maximum((alpha.amax(-1) + beta.amax(-1)).abs(), (alpha.amin(-1) + beta.amin(-1)).abs())
     good = good & size.isfinite()
     return torch.where(good[:, None], beta * (4.0 / size.clamp(min=4.0))[:, None], 0.0)

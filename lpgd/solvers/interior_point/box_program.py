@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.arrays import from_numpy
 from lpgd.execution.memo import TensorMemo
 from lpgd.problems.conic.problem import ConicProblem
@@ -173,7 +174,7 @@ def product_of(matrices: Tensor, vectors: Tensor) -> Tensor:
     if matrices.shape[0] == 1:
         return vectors @ matrices[0].mT
     if vectors.ndim == 2:
-        return torch.bmm(matrices, vectors[..., None])[..., 0]
+        return linalg.matvec(matrices, vectors)
     return torch.bmm(vectors, matrices.mT)
 
 

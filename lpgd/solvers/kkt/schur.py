@@ -148,4 +148,4 @@ def _solved(lower: Tensor, vectors: Tensor, transposed: bool = False) -> Tensor:
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
     if matrices.shape[0] == 1:
         return vectors @ matrices[0].mT
-    return (matrices @ vectors[:, :, None])[:, :, 0]
+    return linalg.matvec(matrices, vectors)

@@ -146,7 +146,7 @@ def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor, corne
         factors, pivots, failed = linalg.lu_factor_ex(scaled)
         answers = linalg.lu_solve(factors, pivots, both)
         answer = answers[..., 0]
-        residual = target - (scaled @ answer[..., None])[..., 0]
+        residual = target - linalg.matvec(scaled, answer)
         correction = linalg.lu_solve(factors, pivots, residual[..., None])[..., 0]
     exact = (failed == 0) & (answers[..., 1].norm(dim=-1) < 1e-3 / eps) & torch.isfinite(answer).all(-1)
     small = eps**0.6 * target.abs().amax(-1).clamp(min=torch.finfo(right.dtype).tiny)
@@ -159,7 +159,7 @@ def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor, corne
         finite = torch.isfinite(matrices).all(-1).all(-1)[:, None, None]
         inverse = linalg.pinv(torch.where(finite, matrices, 0), hermitian=True, rtol=matrix.shape[-1] * eps**0.75)
         inverse = torch.where(finite, inverse, torch.nan)
-        answer[singular] = (inverse @ right[singular][..., None])[..., 0]
+        answer[singular] = linalg.matvec(inverse, right[singular])
     return torch.cat([answer[:, :n], torch.where(present, answer[:, n:], 0)], -1), exact
 
 

@@ -118,7 +118,7 @@ class Run:
             hessian: (B, n, n) where it began.
         """
         fall = (direction * self.slope).sum(-1)
-        bend = (direction * (hessian @ direction[..., None])[..., 0]).sum(-1)
+        bend = (direction * linalg.matvec(hessian, direction)).sum(-1)
         going = (fall < 0) & (bend.abs() <= torch.finfo(fall.dtype).eps ** 0.5 * fall.abs())
         if not going.any():
             return
@@ -264,8 +264,8 @@ def _newton_direction(hessian: Tensor, slope: Tensor, reach: Tensor) -> tuple[Te
         small = weight[indefinite].amin(-1) * linalg.vector_norm(slope[indefinite], dim=-1) / reach[indefinite]
         sizes = torch.where(values < eps**0.25 * top, torch.maximum(sizes, small[:, None]), sizes)
         sizes = torch.where(top > 0, torch.maximum(sizes, 10 * eps**0.5 * top), 1)
-        along = (vectors.mT @ slope[indefinite][..., None])[..., 0]
-        direction[indefinite] = -(vectors @ (along / sizes)[..., None])[..., 0]
+        along = linalg.matvec(vectors.mT, slope[indefinite])
+        direction[indefinite] = -linalg.matvec(vectors, along / sizes)
         negative = values[:, 0] < -(eps**0.4) * top[:, 0]
         down = weight[indefinite] * vectors[..., 0]
         length = linalg.vector_norm(down, dim=-1)
