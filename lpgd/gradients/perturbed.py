@@ -11,9 +11,12 @@ projection at z₀, the first active set changes after about the share ``distanc
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +33,8 @@ __all__ = ["Perturbed", "perturb"]
 
 ACCURACY = 1e-4
 """Perturbed solves are asked for this accuracy relative to the size of the perturbation."""
+FINER = 100.0
+"""By such factors solves are tighter than the solver's tolerance."""
 ATTEMPTS = 2
 """How often a chosen step is shortened."""
 SHORTEST = 1e-4
@@ -79,6 +84,23 @@ class Perturbed:
     iterations: IntArray
     newton: Tensor
 
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[Tensor, Perturbed]]) -> Perturbed:
+        """Those of several groups of elements, each with its places."""
+        back = torch.cat([elements for elements, _ in parts]).argsort()
+        columns: dict[str, Any] = {}
+        for name in (one.name for one in fields(cls)):
+            values: list[Any] = [getattr(part, name) for _, part in parts]
+            if isinstance(values[0], Tensor):
+                columns[name] = torch.cat(values)[back]
+            elif isinstance(values[0], np.ndarray):
+                columns[name] = np.concatenate(values)[back.cpu().numpy()]
+            elif isinstance(values[0], tuple):
+                columns[name] = values[0]._make(torch.cat(tensors)[back] for tensors in zip(*values, strict=True))
+            else:
+                columns[name] = min(values)
+        return cls(**columns)
+
 
 def perturb(
     solution: AnySolution,
@@ -105,8 +127,43 @@ def perturb(
     """
     problem = solution.problem
     unit = problem.tilt_unit(solution.point, cotangent)
-    base_error = error = _error(solution, solver, problem)
-    perturbed_solver = _refined(solver, error) if steps is None else _tightened(solver, float((steps / unit).min()))
+    error = _error(solution, solver, problem)
+    options: dict[str, Any] = {"envelope": envelope, "rho": rho}
+    found: list[tuple[Tensor, Perturbed]] = []
+    # Who asks for another accuracy than others is solved apart, so that no element has that of another one.
+    finer = _refinement(solver, error) if steps is None else _tightening(solver, steps / unit)
+    for power in finer.unique().tolist():
+        accurate = solver if power == 0 else solver.with_tolerance(solver.tolerance * FINER**-power)
+        chosen = rows_where(finer == power)
+        if chosen.shape[0] == problem.batch_size:
+            return _perturbed(solution, cotangent, unit, error, solver, accurate, executor, steps, loss, **options)
+        found.append((
+            chosen,
+            _perturbed(
+                solution.select(chosen), cotangent.select(chosen), unit[chosen], error[chosen], solver, accurate,
+                executor, None if steps is None else steps[chosen], None if loss is None else loss.select(chosen),
+                **options,
+            ),
+        ))  # fmt: skip
+    return Perturbed.joined(found)
+
+
+def _perturbed(
+    solution: AnySolution,
+    cotangent: Point,
+    unit: Tensor,
+    error: Tensor,
+    solver: AnySolver,
+    perturbed_solver: AnySolver,
+    executor: Executor | None,
+    steps: Tensor | None,
+    loss: PosedLoss | None,
+    *,
+    envelope: Envelope,
+    rho: float,
+) -> Perturbed:
+    """The same by a solver that is as accurate as all of these elements need."""
+    problem, base_error = solution.problem, error
     if perturbed_solver != solver:
         error = torch.minimum(error, _error(None, perturbed_solver, problem))
     tau = error**0.5 * unit if steps is None else steps
@@ -216,17 +273,15 @@ def _error(solution: AnySolution | None, solver: AnySolver, problem: AnyProblem)
     return typical if known is None else torch.where(torch.isfinite(known), known.clamp(min=FINEST), typical)
 
 
-def _refined(solver: AnySolver, error: Tensor) -> AnySolver:
-    """The solver, two digits tighter where its solutions are much less accurate than its tolerance."""
-    if bool((error <= 10 * solver.tolerance).all()):
-        return solver
-    return solver.with_tolerance(0.01 * solver.tolerance)
+def _refinement(solver: AnySolver, error: Tensor) -> Tensor:
+    """(E,) the power of ``1 / FINER`` by which solves are to be tighter: where solutions are far from the tolerance."""
+    return (error > 10 * solver.tolerance).long()
 
 
-def _tightened(solver: AnySolver, relative_step: float) -> AnySolver:
-    """The solver, as tight as a difference of its solutions needs; by powers of ten, so that workspaces are shared."""
-    wanted = ACCURACY * relative_step
-    if wanted >= 0.1 * solver.tolerance:  # not worth the set-up of new workspaces
-        return solver
-    wanted = 10.0 ** math.floor(math.log10(wanted)) if wanted > 0 else 0.0
-    return solver.with_tolerance(wanted)
+def _tightening(solver: AnySolver, relative_steps: Tensor) -> Tensor:
+    """(E,) the same, as tight as a difference of solutions needs; few powers, so that workspaces are shared."""
+    if not solver.tolerance:
+        return torch.zeros_like(relative_steps, dtype=torch.int64)
+    wanted = (ACCURACY * relative_steps / solver.tolerance).clamp(min=1e-12)
+    powers = torch.ceil(-torch.log10(wanted) / math.log10(FINER) - 1e-9)
+    return torch.where(wanted >= 0.1, 0.0, powers.clamp(1, 4)).long()  # not worth the set-up of new workspaces

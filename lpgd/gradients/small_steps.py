@@ -58,7 +58,8 @@ def _may_be_singular(method: LPGD, problem: AnyProblem) -> Tensor:
     if traits.is_linear_program:
         return none | (method.tau is None)
     program = cast(ConicProblem, problem)
-    return ~is_definite(program) | (method.tau is None and not program.units.is_trivial)
+    doubtful = ~is_definite(program)
+    return doubtful if method.tau is not None else doubtful | ~program.units.plain(program.batch_size).to(none.device)
 
 
 def _is_faint(method: LPGD, problem: AnyProblem, cotangent: Point, found: Perturbed) -> Tensor:

@@ -20,10 +20,11 @@ from lpgd.problems.conic.magnitudes import INFINITE
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.residuals import Residuals, residuals_of
 from lpgd.problems.conic.solution import ConicSolution
-from lpgd.problems.conic.structure import ConicPoint, per_element
+from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.problems.conic.units import Units
 from lpgd.solvers.certificates import MARGIN, proves_infeasible, proves_unbounded
 from lpgd.solvers.convexity import is_convex
+from lpgd.solvers.kkt.reduced import is_dense
 from lpgd.solvers.kkt.refinement import complementary, is_cheap, refine
 from lpgd.status import Status
 
@@ -38,8 +39,10 @@ FINISHED = 1e-10
 curvature is small its iterate may be far away at a residual that another solver's solutions have."""
 USELESS = 1e-2
 """A point with a larger relative residual is no solution."""
-KEPT_BYTES = 128e6
-"""Refinement's last systems are kept for implicit differentiation if they take no more than this."""
+KEPT_BYTES = 4e6
+"""Refinement's last systems are kept for implicit differentiation if an element's takes no more than about this."""
+FILL = 5
+"""Entries of the factors of a sparse system for each of its own, typically."""
 VERDICTS = (Status.INFEASIBLE, Status.UNBOUNDED)
 
 
@@ -216,7 +219,8 @@ def judged(
         slack=units.slack_out(problem, slack),
         statuses=tuple(statuses),
         states=_states_out(states, units),
-        systems=answer.systems if units.is_trivial else (),
+        # They are those of the problem itself only where units are 1.
+        systems=tuple(system.among(units.plain(size)) for system in answer.systems),
         asked=solver,
         solvers=(solver,) * size,
         proofs=tuple(proofs),
@@ -264,9 +268,15 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> ConicSoluti
     for name, tensor in (*found.point._asdict().items(), ("slack", found.slack)):
         changes[name][improved] = tensor[better]
     known_to[elements], taken[elements] = found.after, found.taken.cpu()
-    room = sum(factor.factored.entries for factor in found.kept) * 8 <= KEPT_BYTES
-    systems = (*answer.systems, *found.kept) if room else answer.systems
+    systems = (*answer.systems, *found.kept) if _is_kept(structure) else answer.systems
     return replace(answer, **changes, known_to=known_to, refined=taken, systems=systems)
+
+
+def _is_kept(structure: ConicStructure) -> bool:
+    """Whether an element's system is small; how many elements there are must change none of their bits."""
+    if is_dense(structure):
+        return 16 * (structure.n + structure.m) ** 2 <= KEPT_BYTES
+    return 16 * FILL * (structure.quadratic.nnz + structure.constraint.nnz + structure.n + structure.m) <= KEPT_BYTES
 
 
 def _by_residuals(answer: ConicSolution, residuals: Residuals, tolerance: float) -> ConicSolution:

@@ -187,4 +187,7 @@ def merged(
     states = list(solution.states)
     for place, target in zip(places, targets, strict=True):
         states[target] = other.states[place] if keep_states else None
-    return replace(solution, **changes, states=tuple(states), systems=())
+    left = torch.ones(solution.batch_size, dtype=torch.bool, device=solution.x.device)
+    left[targets] = False
+    systems = tuple(system.among(left) for system in solution.systems)
+    return replace(solution, **changes, states=tuple(states), systems=systems)

@@ -91,10 +91,17 @@ def response(
     answer = ConicPoint(*(torch.zeros_like(tensor) for tensor in located.point))
     left = ~located.weak
     findings = Findings(len(active), bool(method.rho), chosen_problem.structure)
-    if solution.systems and method.rho == 0.0 and units.is_trivial:
+    plain = units.plain(len(active)).to(left.device)
+    if solution.systems and method.rho == 0.0 and bool(plain.any()):
+        apart, left = left & ~plain, left & plain
         _by_kept_systems(solution, located, tilt, elements, left, answer, findings)
-    if is_batchable(located.problem, method.rho) and (method.rho == 0.0 or units.is_trivial) and bool(left.any()):
-        _at_once(located, left, method.rho, answer)
+        left |= apart
+    if is_batchable(located.problem, method.rho):
+        chosen = left if method.rho == 0.0 else left & plain
+        if bool(chosen.any()):
+            left &= ~chosen
+            _at_once(located, chosen, method.rho, answer)
+            left |= chosen
     remaining = elements_where(located.weak | left)
     if remaining:
         if executor is None and is_quick(chosen_problem.structure, len(remaining)):

@@ -60,47 +60,54 @@ def power(exponents: Tensor) -> Tensor:
 
 
 def lonely_variables(problem: ConicProblem) -> Tensor | None:
-    """(n,) variables that neither P nor A involves, in no element: bounds and cost are all that there is of them.
+    """(1 or R, n) variables that neither P nor A involves: bounds and cost are all that there is of them.
 
     None where there are none, or no others.  Each is a problem of its own, whose sizes say nothing of the others'.
     """
     structure, A = problem.structure, problem.data.A
     _, columns = _memo(A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A))
-    lonely = (columns == 0).all(0)
+    lonely = columns == 0
     if structure.quadratic.nnz and bool(lonely.any()):
-        lonely = lonely & (curvatures(problem) == 0).all(0)
-    return lonely if bool(lonely.any()) and not bool(lonely.all()) else None
+        flat = curvatures(problem) == 0
+        count = max(lonely.shape[0], flat.shape[0])
+        lonely = repeated(lonely, count) & repeated(flat, count)
+    lonely = lonely & ~lonely.all(-1, keepdim=True)
+    return lonely if bool(lonely.any()) else None
 
 
 def lonely_units(problem: ConicProblem, variable: Tensor | None, lonely: Tensor) -> Tensor | None:
     """(B, n) factors of lonely variables that make their costs as large as the largest of the others; None if all 1."""
-    costs = torch.log2(per_element(problem.data.q.detach().abs(), problem.batch_size))
+    costs, lonely = torch.log2(per_element(problem.data.q.detach().abs(), problem.batch_size)), _each(lonely, problem)
     scaled_costs = costs if variable is None else costs + torch.log2(repeated(variable, problem.batch_size))
     others = torch.where(lonely, -torch.inf, scaled_costs).amax(-1, keepdim=True)
     factors = torch.where(lonely & torch.isfinite(costs) & torch.isfinite(others), (others - costs).round(), 0.0)
     factors[:, problem.structure.index("integer_index", factors.device)] = 0.0
-    if not bool((factors.abs() > MODERATE).any()):
-        return None
-    return power(factors.clamp(-LARGEST, LARGEST))
+    factors = torch.where((factors.abs() > MODERATE).any(-1, keepdim=True), factors.clamp(-LARGEST, LARGEST), 0.0)
+    return power(factors) if bool(factors.any()) else None
+
+
+def _each(rows: Tensor, problem: ConicProblem) -> Tensor:
+    """Rows (1 or R, ·) for each element of the batch, one row of which stays one."""
+    return repeated(rows, problem.batch_size)
 
 
 def matrix_units(problem: ConicProblem) -> tuple[Tensor | None, Tensor | None]:
-    """D and E, where a row or a column of P and A is far from order 1."""
+    """D and E of elements of which a row or a column of P and A is far from order 1; 1 for the others."""
     structure, A, P = problem.structure, problem.data.A, problem.symmetric_P
     row_maxima, column_maxima = _memo(
         A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A)
     )
-    if not _is_wide(row_maxima) and not _is_wide(column_maxima):
-        if not structure.quadratic.nnz:
-            return None, None
+    wide = _is_wide(row_maxima) | _is_wide(column_maxima)
+    if structure.quadratic.nnz and not bool(wide.all()):
         curvature = curvatures(problem)
         # Variables that no row involves are known by their curvature alone.
         count = max(column_maxima.shape[0], curvature.shape[0])
         column_maxima, curvature = repeated(column_maxima, count), repeated(curvature, count)
         alone = torch.where(column_maxima > 0, torch.nan, curvature / maximum_norm(curvature)[:, None])
-        if not bool((_exponent(alone) < -2 * MODERATE).any()):
-            return None, None
-    return _equilibrated(structure, A, P)
+        wide = repeated(wide[:, None], count)[:, 0] | (_exponent(alone) < -2 * MODERATE).any(-1)
+    if not bool(wide.any()):
+        return None, None
+    return _equilibrated(structure, A, P, wide)
 
 
 def curvatures(problem: ConicProblem) -> Tensor:
@@ -114,11 +121,11 @@ def _maxima(pattern: SparsityPattern, values: Tensor) -> tuple[Tensor, ...]:
     return pattern.largest(torch.atleast_2d(values.detach()), ("rows", "columns"))
 
 
-def _is_wide(sizes: Tensor) -> bool:
-    return bool((_exponent(sizes).abs() > MODERATE).any())
+def _is_wide(sizes: Tensor) -> Tensor:
+    return (_exponent(sizes).abs() > MODERATE).any(-1)
 
 
-def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor, wide: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Exponents e of E and d of D that bring the entries of E A D and of D P D, up to a factor c, nearest to 1.
 
     They minimise ``Σ (log|A_ij| + e_i + d_j)² + Σ (log|P_ij| + d_i + d_j + c)²`` over the entries that are not zero,
@@ -150,9 +157,11 @@ def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor) -> tuple[Tens
         tops = left.new_full((count, e.shape[1]), -torch.inf)
         tops.scatter_reduce_(1, index["row"].expand(count, -1), left, "amax")
         real = in_a * (left > tops[:, index["row"]] - DIGITS)
-        if bool((real != in_a).any()):
+        if bool((real != in_a).any()):  # the same fit as before where nothing is left out
             e, d = _fitted(structure, a, real, p, in_p, index)
     e, d = e[:, blocks].round().clamp(-LARGEST, LARGEST), d.round().clamp(-LARGEST, LARGEST)
+    chosen = repeated(wide[:, None], max(len(wide), len(e)))  # others are left as they are alone
+    e, d = (torch.where(chosen, repeated(exponents, max(len(wide), len(e))), 0.0) for exponents in (e, d))
     if structure.two_sided:  # the value of a row is in the unit of the row
         zero = structure.cones.zero
         d[:, structure.own :] = -e[:, zero - structure.two_sided : zero]
@@ -224,7 +233,7 @@ def vector_units(
             index = structure.index(name, D.device)
             finite = torch.where(bound.abs() < INFINITE, bound, 0.0)
             if lonely is not None:
-                finite = torch.where(lonely[index], 0.0, finite)
+                finite = torch.where(_each(lonely, problem)[:, index], 0.0, finite)
             right = _largest_of(right, maximum_norm(times(finite, 1.0 / D[:, index], size)))
     e_q, e_P, e_b = (_exponent(_flat(sizes, size)) for sizes in (q, P, right))
     # A length: of right sides and bounds, or of the minimiser without constraints where they are all (nearly) zero.
@@ -233,11 +242,15 @@ def vector_units(
     if lengths is not None:
         length = torch.where(torch.isfinite(lengths), lengths.to(length.device), length)
     # Where matrices are scaled nothing is gained by leaving vectors alone, and part of their scale may be in D and E.
-    scaled = any(factors is not None for factors in (lengths, variable, row, alone))
-    moderate = 0 if scaled else MODERATE
-    length, cost = _snapped(length, e_q, e_P, exponents, moderate)
-    if structure.quadratic.nnz and row_count(data.P) < size:
-        cost = _in_common(length, cost, row_count(data.P))
+    scaled = torch.zeros_like(length, dtype=torch.bool)
+    if lengths is not None:
+        scaled = scaled | torch.isfinite(lengths).to(scaled.device)
+    for factors in (variable, row, alone):
+        if factors is not None:
+            scaled = scaled | (repeated(factors, size) != 1.0).any(-1)
+    length, cost = _snapped(length, e_q, e_P, exponents, torch.where(scaled, 0.0, float(MODERATE)))
+    if structure.quadratic.nnz and (data.P.ndim == 1 or row_count(data.P) < size):
+        cost = _on_grid(length, cost, torch.where(scaled | (e_P.abs() > MODERATE), e_P, 0.0))
     return _factors(length), _factors(cost)
 
 
@@ -247,7 +260,7 @@ def _factors(exponents: Tensor) -> Tensor | None:
 
 
 def _snapped(
-    length: Tensor, e_q: Tensor, e_P: Tensor, exponents: Tensor | None, moderate: int
+    length: Tensor, e_q: Tensor, e_P: Tensor, exponents: Tensor | None, moderate: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Exponents of length and cost: those of a state where they still fit, else zero where the data are moderate."""
 
@@ -267,12 +280,14 @@ def _snapped(
     return kept_length, torch.where(keep, known[:, 1], torch.where(again.abs() <= moderate, 0.0, again))
 
 
-def _in_common(length: Tensor, cost: Tensor, period: int) -> Tensor:
-    """The cost with which ``σ β²`` is common to the elements that share a row of P, where it is nearly so anyhow."""
-    quadratic = (cost + 2 * length).reshape(-1, period)
-    common = quadratic.median(0).values
-    close = (quadratic - common).abs() <= MODERATE
-    return torch.where(close, common - 2 * length.reshape(-1, period), cost.reshape(-1, period)).reshape(-1)
+def _on_grid(length: Tensor, cost: Tensor, e_P: Tensor) -> Tensor:
+    """The cost with ``σ β²`` on a coarse grid, so that elements that share a row of P mostly share this factor.
+
+    The grid begins where P is of order 1, by its exponent e_P: at nothing that depends on other elements.
+    """
+    first = -e_P.nan_to_num(0.0)
+    steps = (cost + 2 * length - first) / (2 * MODERATE)
+    return first + 2 * MODERATE * steps.round() - 2 * length
 
 
 def row_count(datum: Tensor) -> int:

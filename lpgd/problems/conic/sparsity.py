@@ -165,11 +165,11 @@ class SparsityPattern:
         size = self.shape[1] if transpose else self.shape[0]
         if self.nnz == 0 or vectors.shape[0] == 0:
             return vectors.new_zeros(vectors.shape[0], size)
+        if _is_plain(values, vectors):
+            return from_numpy(self.numpy_product(values.numpy(), vectors.numpy(), transpose))
         if values.ndim == 1 and self.is_dense:
             matrix = self.to_dense(values)
             return vectors @ (matrix if transpose else matrix.mT)
-        if _is_plain(values, vectors):
-            return from_numpy(self.numpy_product(values.numpy(), vectors.numpy(), transpose))
         grouped = vectors.reshape(-1, 1 if values.ndim == 1 else values.shape[0], vectors.shape[-1])
         if self.is_dense:
             matrices = self.to_dense(values)
@@ -180,15 +180,19 @@ class SparsityPattern:
         return product.reshape(-1, size)
 
     def numpy_product(self, values: FloatArray, vectors: FloatArray, transpose: bool = False) -> FloatArray:
-        """:meth:`matvec` or :meth:`rmatvec` outside autograd: threads of a parallel gather and scatter cost more."""
+        """:meth:`matvec` or :meth:`rmatvec` outside autograd: threads of a parallel gather and scatter cost more.
+
+        Each element is a product of its own, also of a matrix that all share: BLAS sums in an order that depends on how
+        many vectors there are, and an element's bits must not depend on the others.
+        """
+        if self.is_dense:
+            columns = values.reshape(-1, self.shape[1], self.shape[0])
+            grouped = vectors.reshape(-1, len(columns), 1, vectors.shape[1])
+            product = grouped @ (columns.swapaxes(1, 2) if transpose else columns)
+            return product.reshape(len(vectors), -1)
         if values.ndim == 1:
             matrix = sp.csc_array((values, self.indices, self.indptr), shape=self.shape)
             return np.ascontiguousarray(((matrix.T if transpose else matrix) @ vectors.T).T)
-        if self.is_dense:
-            columns = values.reshape(len(values), self.shape[1], self.shape[0])
-            grouped = vectors.reshape(-1, len(values), 1, vectors.shape[1])
-            product = grouped @ (columns.swapaxes(1, 2) if transpose else columns)
-            return product.reshape(len(vectors), -1)
         source, target = (self.rows, self.columns) if transpose else (self.columns, self.rows)
         size, count = self.shape[1] if transpose else self.shape[0], vectors.shape[0]
         terms = vectors[:, source].reshape(-1, *values.shape) * values
@@ -230,6 +234,8 @@ class SparsityPattern:
             rows: None, or R with B a multiple of R; element i belongs to row i mod R.
         """
         plain = _is_plain(y, x)
+        if rows is None and y.shape[0] <= 2:  # of one element, with the bits that it has among others
+            return self.outer(y, x, 1)[0] if y.shape[0] else y.new_zeros(self.nnz)
         if rows is None:
             if 4 * self.nnz >= self.shape[0] * self.shape[1]:
                 return self.gather(y.mT @ x)
@@ -241,6 +247,9 @@ class SparsityPattern:
         y, x = y.reshape(groups, rows, y.shape[-1]), x.reshape(groups, rows, x.shape[-1])
         if self.is_dense and groups == 1:
             return (x[0, :, :, None] * y[0, :, None, :]).reshape(rows, self.nnz)  # column by column
+        if self.is_dense and groups == 2:  # as sums of two products, whose bits do not depend on the other elements
+            terms = x[:, :, :, None] * y[:, :, None, :]
+            return terms[0].add_(terms[1]).reshape(rows, self.nnz)
         if self.is_dense:
             return torch.bmm(x.permute(1, 2, 0), y.transpose(0, 1)).reshape(rows, self.nnz)
         if plain:

@@ -85,6 +85,14 @@ class Units:
         """Whether all factors are 1."""
         return all(factors is None for factors in (self.variable, self.row, self.length, self.cost, self.alone))
 
+    def plain(self, size: int) -> Tensor:
+        """(B,) elements all of whose factors are 1."""
+        found = torch.ones(size, dtype=torch.bool)
+        for factors in (self.variable, self.row, self.length, self.cost, self.alone):
+            if factors is not None:
+                found = found.to(factors.device) & (repeated(factors, size) == 1.0).all(-1)
+        return found
+
     @property
     def keeps_matrices(self) -> bool:
         """Whether P and A are those of the problem up to a factor of P."""

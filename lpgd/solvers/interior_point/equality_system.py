@@ -80,15 +80,18 @@ class EqualitySystem:
         right_x, right_y = program.masked(right_x), right_y * mask
         x, u, left_x, left_y = torch.zeros_like(right_x), torch.zeros_like(right_y), right_x, right_y
         scale = error = torch.cat([right_x, right_y], -1).abs().amax(-1)
+        going = torch.ones_like(scale, dtype=torch.bool)[..., None]
         for _ in range(2 * REFINEMENTS if factor.is_rough else REFINEMENTS):
             dx, du = factor.solve(left_x, left_y)
-            x, u = x + dx, u + du * mask
+            # What is done stays as it is, whatever the others need.
+            x, u = torch.where(going, x + dx, x), torch.where(going, u + du * mask, u)
             Px = program.quadratic(x)
             left_x = right_x - program.transposed(u)
             left_x = left_x if Px is None else left_x - Px
             left_y = (right_y - program.product(x)) * mask
             error = torch.cat([left_x, left_y], -1).abs().amax(-1)
-            if bool((error <= ENOUGH * scale).all()):
+            going = going & ~(error <= ENOUGH * scale)[..., None]
+            if not bool(going.any()):
                 break
         return EqualityAnswer(x, u, error, scale)
 
@@ -125,6 +128,10 @@ class KeptSystem(NamedTuple):
     valid: Tensor
     system: EqualitySystem
     row_scale: Tensor
+
+    def among(self, chosen: Tensor) -> KeptSystem:
+        """The same, valid for elements that are ``chosen`` (B,) alone."""
+        return self._replace(valid=self.valid & chosen[self.elements])
 
     @property
     def is_small(self) -> bool:

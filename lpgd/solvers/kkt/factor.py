@@ -24,6 +24,7 @@ import scipy.sparse as sp
 from lpgd.arrays import BoolArray, FloatArray, IntArray, random_direction
 from lpgd.execution.threads import bounded_blas
 from lpgd.solvers.kkt.flat import is_flat, solve_flat
+from lpgd.solvers.kkt.packed import packed
 from lpgd.solvers.kkt.rank import RESIDUAL, ROUNDING, Known, One, by_eigenvalues, is_judged_exact
 from lpgd.solvers.kkt.superlu import superlu
 
@@ -123,19 +124,19 @@ def solve_matrices(
         return Answers(right, right, every, every, every, np.zeros(count))
     primal = np.broadcast_to(primal, idle.shape)
     if known.damped:
-        return _solve_stack(matrices, right, idle, primal, known)
+        return _solve_packed(matrices, right, idle, primal, known)
     flat: dict[int, One] = {}
     for element in range(count):
         found = _flat(matrices[element], right[element], idle[element], primal[element], known.select(element))
         if found is not None:
             flat[element] = found
     if not flat:
-        return _solve_stack(matrices, right, idle, primal, known)
+        return _solve_packed(matrices, right, idle, primal, known)
     remaining = np.setdiff1d(np.arange(count), list(flat))
     exact, unique, consistent = np.zeros((3, count), dtype=bool)
     every = Answers(np.zeros((count, side)), np.zeros((count, side)), exact, unique, consistent, np.zeros(count))
     if remaining.size:
-        others = _solve_stack(
+        others = _solve_packed(
             matrices[remaining], right[remaining], idle[remaining], primal[remaining], known.select(remaining)
         )
         for column, values in zip(every, others, strict=True):
@@ -162,11 +163,24 @@ def _flat(matrix: FloatArray, right: FloatArray, idle: BoolArray, primal: BoolAr
     return answer, null, *found[2:]
 
 
+def _solve_packed(matrices: FloatArray, right: FloatArray, idle: BoolArray, primal: BoolArray, known: Known) -> Answers:
+    """The same by factors, each element in a matrix of a size of its own."""
+    exact, unique, consistent = np.ones((3, len(right)), dtype=bool)
+    every = Answers(np.zeros(right.shape), np.zeros(right.shape), exact, unique, consistent, np.zeros(len(right)))
+    for stack in packed(matrices, idle):
+        found = _solve_stack(
+            stack.matrices, stack.vectors(right), stack.idle, stack.vectors(primal), known.select(stack.elements)
+        )
+        stack.spread(found.answer, every.answer)
+        stack.spread(found.null, every.null)
+        for whole, values in zip(every[2:], found[2:], strict=True):
+            whole[stack.elements] = values
+    return every
+
+
 def _solve_stack(matrices: FloatArray, right: FloatArray, idle: BoolArray, primal: BoolArray, known: Known) -> Answers:
-    """The same by factors of each matrix, and by eigenvalues where those do not do."""
+    """The same for matrices with ones on the diagonal of idle rows, by eigenvalues where factors do not do."""
     side = right.shape[1]
-    element, place = np.nonzero(idle)
-    matrices[element, place, place] = 1.0
     scale = equilibration(np.abs(matrices).max(2))
     scaled = scale[:, :, None] * matrices
     scaled *= scale[:, None, :]

@@ -16,6 +16,7 @@ from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray, from_numpy
 from lpgd.execution.interrupts import pause
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.factor import equilibration
+from lpgd.solvers.kkt.packed import Packed, packed
 from lpgd.solvers.kkt.reduced import ReducedBlocks, ReducedRows, held, is_dense, reduce_blocks, reduce_rows
 from lpgd.solvers.kkt.superlu import superlu
 
@@ -104,8 +105,35 @@ class _Dense:
         place: tuple[IntArray, IntArray] | None = None,
     ) -> None:
         self.reduced, self.place, self.shape = reduced, place, idle.shape
-        element, row = np.nonzero(idle)
-        matrices[element, row, row] = 1.0
+        self.stacks: list[tuple[Packed, _LU]] = []
+        self.inverse, self.condition = np.zeros((2, len(idle)))
+        for stack in packed(matrices, idle):
+            lu = _LU(stack.matrices, stack.idle)
+            self.stacks.append((stack._replace(matrices=stack.matrices[:0]), lu))
+            self.inverse[stack.elements], self.condition[stack.elements] = lu.inverse, lu.condition
+
+    @property
+    def entries(self) -> int:
+        return 2 * sum(lu.factors.numel() for _, lu in self.stacks)
+
+    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
+        right = self.reduced.right(g_x, g_y, g_z)
+        if self.place is not None:
+            spread = np.zeros(self.shape)
+            spread[self.place] = right
+            right = spread
+        answer = np.zeros(self.shape)
+        for stack, lu in self.stacks:
+            stack.spread(lu.solve(stack.vectors(right)), answer)
+        if self.place is not None:
+            answer = answer[self.place]
+        return _undetermined(self.reduced.change(answer, g_x, g_z), self.reduced, g_x)
+
+
+class _LU:
+    """LU factors of equilibrated matrices (k, p, p), which are written to."""
+
+    def __init__(self, matrices: FloatArray, idle: BoolArray) -> None:
         self.scale = equilibration(np.abs(matrices).max(2, initial=0.0))
         matrices *= self.scale[:, :, None]
         matrices *= self.scale[:, None, :]
@@ -116,23 +144,12 @@ class _Dense:
             self.inverse = np.where(info.numpy() == 0, np.linalg.norm(direction, axis=1), np.inf)
             self.condition = self.inverse * size
 
-    @property
-    def entries(self) -> int:
-        return 2 * self.factors.numel()
+    def solve(self, right: FloatArray) -> FloatArray:
+        """The answers (k, p) to right-hand sides (k, p)."""
+        return self.scale * self._solved(self.scale * right)
 
     def _solved(self, right: FloatArray) -> FloatArray:
         return linalg.lu_solve(self.factors, self.pivots, from_numpy(right)[:, :, None])[:, :, 0].numpy()
-
-    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
-        right = self.reduced.right(g_x, g_y, g_z)
-        if self.place is not None:
-            spread = np.zeros(self.shape)
-            spread[self.place] = right
-            right = spread
-        answer = self.scale * self._solved(self.scale * right)
-        if self.place is not None:
-            answer = answer[self.place]
-        return _undetermined(self.reduced.change(answer, g_x, g_z), self.reduced, g_x)
 
 
 def _dense_blocks(reduced: ReducedBlocks) -> _Dense:

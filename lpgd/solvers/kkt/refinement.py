@@ -15,13 +15,13 @@ vanish then.  If none of them is better by far, the point stays.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import from_numpy, rows_where
+from lpgd.arrays import FloatArray, from_numpy, rows_where
 from lpgd.cones.projections import SpectralDerivative, project, projection_derivative
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.elements import ElementView
@@ -29,7 +29,6 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.solvers.kkt.factored import Factored
 from lpgd.solvers.kkt.rank import NEAR
-from lpgd.solvers.kkt.schur import ActiveSystem
 from lpgd.solvers.kkt.system import KKTPoints, Known, respond
 
 __all__ = ["KeptFactor", "Points", "Refined", "complementary", "is_cheap", "is_small", "optimality_residual", "refine"]
@@ -80,6 +79,10 @@ class KeptFactor(NamedTuple):
     elements: Tensor
     valid: Tensor
     factored: Factored
+
+    def among(self, chosen: Tensor) -> KeptFactor:
+        """The same, valid for elements that are ``chosen`` (B,) alone."""
+        return self._replace(valid=self.valid & chosen[self.elements])
 
 
 def refine(
@@ -181,6 +184,12 @@ def optimality_residual(problem: ConicProblem, point: ConicPoint, slack: Tensor)
     return points.residual(*points.start(point, slack))[0]
 
 
+class Solving(Protocol):
+    """Systems of a batch, factorised."""
+
+    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]: ...
+
+
 class Points:
     """The map from (ξ, v) to points of a problem, F, and steps."""
 
@@ -244,17 +253,26 @@ class Points:
         self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, row_error: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         """The best of a few whole steps: the number of steps there (B,), the point (ξ, v), and its |F| (B,)."""
-        best_xi, best_v, best = xi, v, error
+        best_xi, best_v, best = xi.clone(), v.clone(), error.clone()
         count = torch.zeros(error.shape[0], dtype=torch.int64, device=error.device)
+        left, chosen = torch.arange(error.shape[0], device=error.device), self
         for number in range(1, AHEAD + 1):
-            d_xi, d_v = self.step(xi, v, error, slope, row_error)
+            d_xi, d_v = chosen.step(xi, v, error, slope, row_error)
             xi, v = xi + d_xi, v + d_v
-            error, slope, row_error = self.residual(xi, v)
-            better = error < best  # false for NaN
-            best_xi, best_v = (torch.where(better[:, None], new, old) for new, old in ((xi, best_xi), (v, best_v)))
-            best, count = torch.where(better, error, best), torch.where(better, number, count)
-            if not bool((best > ENOUGH).any()) or not bool(torch.isfinite(error).all()):
+            error, slope, row_error = chosen.residual(xi, v)
+            better = error < best[left]  # false for NaN
+            improved = left[better]
+            best_xi[improved], best_v[improved], best[improved] = xi[better], v[better], error[better]
+            count[improved] = number
+            going = (best[left] > ENOUGH) & torch.isfinite(error)
+            if not bool(going.any()):
                 break
+            if not bool(going.all()):
+                left = left[going]
+                xi, v, error, slope, row_error = (
+                    tensor[going] for tensor in (xi, v, error, slope, row_error)
+                )
+                chosen = self.select(left)
         return count, (best_xi, best_v), best
 
     def regular_step(
@@ -291,8 +309,10 @@ class Points:
         d_xi, d_v, finite = torch.zeros_like(xi), torch.zeros_like(v), torch.ones(count, 1, dtype=torch.bool)
         for _ in range(CORRECTIONS):
             more_xi, more_v = self.chord(factored, *right)
-            finite &= torch.isfinite(more_xi).all(-1)[:, None]
-            d_xi, d_v = torch.where(finite, d_xi + more_xi, 0.0), torch.where(finite, d_v + more_v, 0.0)
+            going = ~exact[:, None]  # the others stay as they are, whatever becomes of these
+            finite &= torch.isfinite(more_xi).all(-1)[:, None] | ~going
+            d_xi = torch.where(going, torch.where(finite, d_xi + more_xi, 0.0), d_xi)
+            d_v = torch.where(going, torch.where(finite, d_v + more_v, 0.0), d_v)
             dx = torch.where(held, -tilt.z, d_xi)
             dz = torch.where(held, d_xi - dx, 0.0)
             dy = torch.where(active, d_v, 0.0) if curved is None else _applied(curved, d_v)
@@ -302,7 +322,7 @@ class Points:
             row_error[:, : cones.zero] = (tilt.y + structure.constraint.matvec(problem.data.A, dx))[:, : cones.zero]
             error = torch.maximum(maximum_norm(slope), maximum_norm(row_error))
             largest = torch.maximum(size, torch.maximum(maximum_norm(d_xi), maximum_norm(d_v)))
-            exact = finite[:, 0] & (error <= LEFT * largest)
+            exact |= finite[:, 0] & (error <= LEFT * largest)
             if bool(exact.all()):
                 break
             right = slope, row_error, torch.zeros_like(slope)
@@ -336,7 +356,7 @@ class Points:
         return Factored(problem.structure, 0.0, P, A, *arrays)
 
     def chord(
-        self, factored: Factored | ActiveSystem, slope: Tensor, row_error: Tensor, bounds: Tensor | None = None
+        self, factored: Solving, slope: Tensor, row_error: Tensor, bounds: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``(dξ, dv)`` for what is left of F, ``slope`` (B, n) and ``row_error`` (B, m), by a system of another point.
 

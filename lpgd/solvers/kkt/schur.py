@@ -20,50 +20,59 @@ from torch import Tensor
 from lpgd import linalg
 from lpgd.arrays import FloatArray, from_numpy
 from lpgd.problems.conic.problem import ConicProblem
+from lpgd.solvers.kkt.packed import Packed, packed, packed_size
 from lpgd.solvers.kkt.reduced import is_dense
 
 __all__ = ["ActiveSystem", "SchurFactor"]
 
 DEFINITE = 1e-5
 """The least diagonal entry of a triangular factor, over the largest: the condition is about its inverse square."""
-ROOM = 4_000_000
-"""So many entries of YᵀY are made for a batch."""
+WIDEST = 250
+"""YᵀY is made up to this size."""
 
 
 @dataclass(frozen=True, eq=False)
 class SchurFactor:
-    """L, Y and YᵀY of E elements.
+    """L⁻¹, Y and YᵀY of E elements.
 
     Attributes:
-        lower: (R, n, n) L; element i uses row ``i mod R``, as for all data.
+        inverse: (R, n, n) L⁻¹.  One product with it for each element has bits that depend on no other element, which
+            one solve for many right-hand sides has not.  Element i uses row ``i mod R``, as for all data.
         wide: (R, n, k) Y.
         gram: (R, k, k).
         bounded: variables that have a bound, the last of the k rows.
         row_count: of A.
         zero: how many of them are equalities.
+        definite: (R,) which elements have such a factor.
     """
 
-    lower: Tensor
+    inverse: Tensor
     wide: Tensor
     gram: Tensor
     bounded: Tensor
     row_count: int
     zero: int
+    definite: Tensor
 
     @classmethod
     def of(cls, problem: ConicProblem) -> SchurFactor | None:
-        """The factor of a batch in units of order 1; None where it is of no use: P is not surely definite, say."""
+        """The factor of a batch in units of order 1; None where it is of no use: no P is surely definite, say."""
         structure, data = problem.structure, problem.data
         if not structure.cones.is_polyhedral or structure.quadratic.nnz < structure.n or not is_dense(structure):
             return None
         bounded = from_numpy(np.union1d(structure.lower_index, structure.upper_index))
-        count = max((datum.shape[0] for datum in (data.P, data.A) if datum.ndim == 2), default=1)
         wide = structure.m + bounded.shape[0]
-        if count * wide**2 > ROOM:
+        if wide > WIDEST:
             return None
-        lower, info = linalg.cholesky_ex(structure.quadratic.to_dense(torch.atleast_2d(problem.symmetric_P)))
-        diagonal = lower.diagonal(dim1=-2, dim2=-1)
-        if bool(info.any()) or not bool((diagonal.amin(-1) > DEFINITE * diagonal.amax(-1)).all()):
+        P, n = structure.quadratic.to_dense(torch.atleast_2d(problem.symmetric_P)), structure.n
+        # MKL rounds by where a matrix begins in memory: all begin at multiples of 64 bytes.
+        one = torch.eye(packed_size(n), dtype=P.dtype)
+        padded = one.repeat(len(P), 1, 1)
+        padded[:, :n, :n] = P
+        lower, info = linalg.cholesky_ex(padded)
+        diagonal = lower[:, :n, :n].diagonal(dim1=-2, dim2=-1)
+        definite = (info == 0) & (diagonal.amin(-1) > DEFINITE * diagonal.amax(-1))
+        if not bool(definite.any()):
             return None
         C = structure.constraint.to_dense(torch.atleast_2d(data.A))
         if bounded.shape[0]:
@@ -71,9 +80,16 @@ class SchurFactor:
             C = torch.cat([C, unit], 1)
         if lower.shape[0] != C.shape[0] and 1 not in (lower.shape[0], C.shape[0]):
             return None
-        right = C.mT.expand(max(lower.shape[0], C.shape[0]), -1, -1)
+        right = C.new_zeros(C.shape[0], len(padded[0]), packed_size(wide))
+        right[:, :n, :wide] = C.mT
+        right = right.expand(max(lower.shape[0], C.shape[0]), -1, -1)
         Y = linalg.solve_triangular(lower.expand(right.shape[0], -1, -1), right, upper=False)
-        return cls(lower, Y, Y.mT @ Y, bounded, structure.m, structure.cones.zero)
+        # By NumPy, which takes one matrix after the other: torch's products round by the number of elements.
+        wide_rows = Y[:, :n, :wide].contiguous()
+        inverse = linalg.solve_triangular(lower, one.expand(len(P), -1, -1), upper=False)[:, :n, :n].contiguous()
+        gram = from_numpy(wide_rows.numpy().swapaxes(1, 2) @ wide_rows.numpy())
+        definite = definite.expand(right.shape[0])
+        return cls(inverse, wide_rows, gram, bounded, structure.m, structure.cones.zero, definite)
 
     def select(self, elements: Tensor) -> SchurFactor:
         """The factors of these elements."""
@@ -81,7 +97,8 @@ class SchurFactor:
         def chosen(tensor: Tensor) -> Tensor:
             return tensor if tensor.shape[0] == 1 else tensor[elements % tensor.shape[0]]
 
-        return replace(self, lower=chosen(self.lower), wide=chosen(self.wide), gram=chosen(self.gram))
+        factors = {name: chosen(getattr(self, name)) for name in ("inverse", "wide", "gram", "definite")}
+        return replace(self, **factors)
 
     def at(self, pieces: Tensor) -> ActiveSystem:
         """The system of the active sets ``pieces`` (B, ·), as :meth:`Points.pieces` has them."""
@@ -111,15 +128,15 @@ class ActiveSystem:
             place = torch.arange(active.shape[0])[:, None, None]
             matrices = gram[place, self.order[:, :, None], self.order[:, None, :]]
         both = self.active[:, :, None] & self.active[:, None, :]
-        matrices = torch.where(both, matrices, 0.0)
-        size = matrices.diagonal(dim1=-2, dim2=-1).amax(-1) if count else matrices.new_ones(active.shape[0])
-        idle = torch.where(self.active, 0.0, size[:, None])
-        matrices.diagonal(dim1=-2, dim2=-1).add_(idle)
-        self.small, info = linalg.cholesky_ex(matrices)
-        self.regular = (info == 0).numpy()
-        if count:
-            diagonal = self.small.diagonal(dim1=-2, dim2=-1)
-            self.regular &= (diagonal.amin(-1) > DEFINITE * diagonal.amax(-1)).numpy()
+        idle = (~self.active).numpy()
+        self.regular, self.stacks = np.ones(len(idle), dtype=bool), list[tuple[Packed, Tensor]]()
+        for stack in packed(torch.where(both, matrices, 0.0).numpy(), idle):
+            small, info = linalg.cholesky_ex(from_numpy(stack.matrices))
+            diagonal, behind = small.diagonal(dim1=-2, dim2=-1), from_numpy(stack.idle)
+            least, largest = (torch.where(behind, limit, diagonal) for limit in (torch.inf, 0.0))
+            fine = (info == 0) & (least.amin(-1) > DEFINITE * largest.amax(-1))
+            self.regular[stack.elements] = fine.numpy()
+            self.stacks.append((stack._replace(matrices=stack.matrices[:0]), small))
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         """The change (dx, dy, dz) of the points under a tilt, (B, ·) each."""
@@ -127,25 +144,19 @@ class ActiveSystem:
         y = from_numpy(g_y)
         if factor.bounded.shape[0]:
             y = torch.cat([y, z[:, factor.bounded]], 1)
-        h = _solved(factor.lower, x)
+        h = _times(factor.inverse, x)
         right = (y - _times(factor.wide.mT, h)).gather(1, self.order)
-        u = torch.cholesky_solve(torch.where(self.active, right, 0.0)[:, :, None], self.small)[:, :, 0]
-        u = torch.zeros_like(y).scatter(1, self.order, torch.where(self.active, u, 0.0))
-        dx = -_solved(factor.lower, h + _times(factor.wide, u), transposed=True)
+        multipliers = np.zeros(self.active.shape)
+        for stack, small in self.stacks:
+            solved = torch.cholesky_solve(from_numpy(stack.vectors(right.numpy()))[:, :, None], small)
+            stack.spread(solved[:, :, 0].numpy(), multipliers)
+        u = torch.zeros_like(y).scatter(1, self.order, torch.where(self.active, from_numpy(multipliers), 0.0))
+        dx = -_times(factor.inverse.mT, h + _times(factor.wide, u))
         dz = torch.zeros_like(x)
         dz[:, factor.bounded] = u[:, factor.row_count :]
         return dx.numpy(), u[:, : factor.row_count].numpy(), dz.numpy()
 
 
-def _solved(lower: Tensor, vectors: Tensor, transposed: bool = False) -> Tensor:
-    """``L⁻¹ v`` or ``L⁻ᵀ v`` for vectors (B, n)."""
-    matrix = lower.mT if transposed else lower
-    if lower.shape[0] == 1:
-        return linalg.solve_triangular(matrix[0], vectors.T, upper=transposed).T
-    return linalg.solve_triangular(matrix, vectors[:, :, None], upper=transposed)[:, :, 0]
-
-
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    if matrices.shape[0] == 1:
-        return vectors @ matrices[0].mT
-    return linalg.matvec(matrices, vectors)
+    """Products with vectors (B, ·), one by one."""
+    return from_numpy((matrices.numpy() @ vectors[:, :, None].numpy())[:, :, 0])
