@@ -78,9 +78,7 @@ def _distance(x: NDArray[np.float64], target: NDArray[np.float64]) -> float:
     return float(np.abs(x - target).sum())
 
 
-def _augmented(
-    weights: NDArray[np.float64], step: float, target: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _augmented(weights: NDArray[np.float64], step: float, target: NDArray[np.float64]) -> NDArray[np.float64]:
     return _best(weights - step * (1.0 - 2.0 * target))
 
 

@@ -41,6 +41,8 @@ USELESS = 1e-2
 """A point with a larger relative residual is no solution."""
 KEPT_BYTES = 4e6
 """Refinement's last systems are kept for implicit differentiation if an element's takes no more than about this."""
+MOST_KEPT_BYTES = 5e8
+"""Nor if a batch's take more: the one rule by which the number of elements may decide on an element's last bits."""
 FILL = 5
 """Entries of the factors of a sparse system for each of its own, typically."""
 VERDICTS = (Status.INFEASIBLE, Status.UNBOUNDED)
@@ -268,7 +270,8 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> ConicSoluti
     for name, tensor in (*found.point._asdict().items(), ("slack", found.slack)):
         changes[name][improved] = tensor[better]
     known_to[elements], taken[elements] = found.after, found.taken.cpu()
-    systems = (*answer.systems, *found.kept) if _is_kept(structure) else answer.systems
+    room = _is_kept(structure) and sum(factor.factored.entries for factor in found.kept) * 8 <= MOST_KEPT_BYTES
+    systems = (*answer.systems, *found.kept) if room else answer.systems
     return replace(answer, **changes, known_to=known_to, refined=taken, systems=systems)
 
 

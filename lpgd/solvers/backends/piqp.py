@@ -47,6 +47,7 @@ class PIQP(ElementwiseSolver):
     finest_tolerance: ClassVar[float] = 1e-11
     # For good, PIQP makes a row zero that has no end once, and prints three lines of it (piqp 0.7.0).
     problem_form: ClassVar[type[Form]] = BoxForm
+    forgets: ClassVar[bool] = False  # an update scales the matrices anew, from what they were scaled to
     capabilities: ClassVar[Capabilities] = Capabilities(
         cones=POLYHEDRAL, quadratic=True, time_limit=False, releases_gil=False
     )
@@ -79,9 +80,6 @@ class _PreparedPIQP(Prepared):
         settings.max_iter = options.max_iterations
         for criterion in ("eps_abs", "eps_rel", "eps_duality_gap_abs", "eps_duality_gap_rel"):
             setattr(settings, criterion, options.tolerance)
-        # Else an update of vectors scales the matrices anew, from what they were scaled to: every solve would depend on
-        # how many there were before (piqp 0.7.0).
-        settings.preconditioner_reuse_on_update = True
         self.sparse = sparse
         P, A, G = self._matrices(form)
         free = np.full(form.n, np.inf) if form.has_bounds else None
@@ -114,9 +112,7 @@ class _PreparedPIQP(Prepared):
 
     def update(self, form: IntervalForm) -> None:
         P, A, G = self._matrices(form)
-        self.solver.settings.preconditioner_reuse_on_update = False
         self.solver.update(P=P, A=A, G=G)
-        self.solver.settings.preconditioner_reuse_on_update = True
 
     def solve(self, vectors: IntervalVectors, state: State) -> Outcome:
         zero, bounds = self.zero, {}

@@ -22,13 +22,24 @@ import numpy as np
 import scipy.sparse as sp
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray, random_direction
+from lpgd.execution.interrupts import pause
 from lpgd.execution.threads import bounded_blas
 from lpgd.solvers.kkt.flat import is_flat, solve_flat
 from lpgd.solvers.kkt.packed import packed
 from lpgd.solvers.kkt.rank import RESIDUAL, ROUNDING, Known, One, by_eigenvalues, is_judged_exact
 from lpgd.solvers.kkt.superlu import superlu
 
-__all__ = ["Answers", "System", "equilibration", "solve_dense", "solve_matrices", "solve_sparse"]
+__all__ = [
+    "Answers",
+    "System",
+    "blocks_of",
+    "equilibration",
+    "largest_of_rows",
+    "scaled_by",
+    "solve_dense",
+    "solve_matrices",
+    "solve_sparse",
+]
 
 
 UNTHREADED = 500
@@ -73,25 +84,21 @@ class System:
     count: int
     known: Known
 
-    def only(self, element: int) -> tuple[System, IntArray]:
-        """One element's system, and its rows in this one."""
-        rows = np.flatnonzero(self.owner == element)
-        place = np.full(self.right.size, -1, dtype=np.int64)
-        place[rows] = np.arange(rows.size)
-        entries = self.owner[self.row] == element
-        indices = place[self.row[entries]], place[self.column[entries]]
-        owner = np.zeros(rows.size, dtype=np.int64)
-        known = self.known.select([element])
-        return System(*indices, self.value[entries], self.right[rows], owner, self.primal[rows], 1, known), rows
+    def parts(self) -> list[tuple[System, IntArray]]:
+        """Each element's system, and its rows in this one."""
+        found: list[tuple[System, IntArray]] = []
+        blocks = blocks_of(self.row, self.column, self.value, self.owner, self.count)
+        for element, (rows, block) in enumerate(blocks):
+            entries, owner = block.tocoo(), np.zeros(rows.size, dtype=np.int64)
+            one = System(
+                entries.row, entries.col, entries.data, self.right[rows], owner, self.primal[rows], 1,
+                self.known.select([element]),
+            )  # fmt: skip
+            found.append((one, rows))
+        return found
 
     def sparse(self) -> sp.csc_array:
         return sp.csc_array((self.value, (self.row, self.column)), shape=(self.right.size, self.right.size))
-
-    def largest(self, values: FloatArray) -> FloatArray:
-        """The maximum over each element's rows; 0 where there is none."""
-        found = np.zeros(self.count)
-        np.maximum.at(found, self.owner, values)
-        return found
 
 
 def solve_dense(system: System) -> Answers:
@@ -221,63 +228,54 @@ _ORDERINGS: tuple[dict[str, Any], ...] = (
 """SuperLU's options: for symmetric systems, a third of the fill; and with free pivoting, where that is not enough."""
 
 
-def solve_sparse(system: System, ordering: int = 0) -> Answers:
-    """The whole system at once, by a sparse factorisation; the blocks that this does not solve, one by one."""
-    size, right, count = system.right.size, system.right, system.count
-    every = np.ones(count, dtype=bool)
-    if size == 0:
-        return Answers(right, right, every, every, every, np.zeros(count))
-    K = system.sparse()
-    scale = _row_scale(system)
-    scaled = _scaled(K, scale)
-    try:
-        factor = superlu(scaled, **_ORDERINGS[ordering])
-    except RuntimeError:  # SuperLU: "Factor is exactly singular"
-        nothing = np.zeros(count, dtype=bool)
-        return _one_by_one(
-            system,
-            Answers(np.zeros(size), np.zeros(size), nothing, nothing.copy(), nothing.copy(), np.full(count, np.inf)),
-            ordering,
-        )
-    solution = factor.solve(np.stack([scale * right, random_direction(size)], axis=1))
-    answer = solution[:, 0] + factor.solve(scale * right - scaled @ solution[:, 0])
-    # Each element's part of the probe has a norm of its own.
-    inverse = np.sqrt(
-        np.bincount(system.owner, solution[:, 1] ** 2, count)
-        / np.maximum(np.bincount(system.owner, random_direction(size) ** 2, count), 1e-300)
-    )
-    answer = scale * answer
-    error, largest = system.largest(np.abs(K @ answer - right)), system.largest(np.abs(right))
-    exact, doubt = is_judged_exact(
-        system.known, inverse, system.largest(np.asarray(abs(scaled).sum(1)).ravel()), error, largest
-    )
-    return _one_by_one(system, Answers(answer, np.zeros(size), exact, exact.copy(), exact.copy(), doubt), ordering)
-
-
-def _one_by_one(system: System, found: Answers, ordering: int) -> Answers:
-    """The elements that are not exact yet: with the next ordering if there are others, and then as singular systems."""
-    for bad in np.flatnonzero(~found.exact):
-        single, rows = system.only(int(bad))
-        if ordering + 1 < len(_ORDERINGS):
-            again = solve_sparse(single, ordering + 1)
-            found.answer[rows], found.null[rows] = again.answer, again.null
-            for whole, values in zip(found[2:], again[2:], strict=True):
-                whole[bad] = values[0]
+def solve_sparse(system: System) -> Answers:
+    """Each element's system by a sparse factorisation of its own; one that this does not solve, as a singular one."""
+    count, size = system.count, system.right.size
+    exact, unique, consistent = np.ones((3, count), dtype=bool)
+    every = Answers(np.zeros(size), np.zeros(size), exact, unique, consistent, np.zeros(count))
+    for element, (single, rows) in enumerate(system.parts()):
+        pause()
+        if not rows.size:
             continue
-        scale = _row_scale(single)
-        if single.right.size <= EIGEN_LIMIT:
-            K, known = single.sparse(), single.known.select(0)
-            solved = None
-            if not known.damped:
-                solved = _flat(K.toarray(), single.right, np.zeros_like(single.primal), single.primal, known)
-            if solved is None:
-                solved = by_eigenvalues(_scaled(K, scale).toarray(), scale, single.right, single.primal, known)
-        else:
-            solved = _by_proximal_steps(single, scale)
-        found.answer[rows], found.null[rows] = solved[:2]
-        for whole, one in zip(found[2:], solved[2:], strict=True):
-            whole[bad] = one
-    return found
+        found = next((one for one in (_factorised(single, options) for options in _ORDERINGS) if one[2]), None)
+        solved = _as_singular(single) if found is None else found
+        every.answer[rows], every.null[rows] = solved[:2]
+        for whole, value in zip(every[2:], solved[2:], strict=True):
+            whole[element] = value
+    return every
+
+
+def _factorised(system: System, options: dict[str, Any]) -> One:
+    """One element's answer by SuperLU; not exact where the system is singular, or as good as singular."""
+    size, right = system.right.size, system.right
+    K = system.sparse()
+    scale = equilibration(largest_of_rows(K))
+    scaled = scaled_by(K, scale)
+    nothing = np.zeros(size)
+    try:
+        factor = superlu(scaled, **options)
+    except RuntimeError:  # singular
+        return nothing, nothing, False, False, False, np.inf
+    solution = factor.solve(np.stack([scale * right, random_direction(size)], axis=1))
+    answer = scale * (solution[:, 0] + factor.solve(scale * right - scaled @ solution[:, 0]))
+    inverse = np.linalg.norm(solution[:, 1])
+    error, largest = np.abs(K @ answer - right).max(), np.abs(right).max()
+    exact, doubt = is_judged_exact(
+        system.known, *(np.array([value]) for value in (inverse, abs(scaled).sum(1).max(), error, largest))
+    )
+    return answer, nothing, bool(exact[0]), bool(exact[0]), bool(exact[0]), float(doubt[0])
+
+
+def _as_singular(system: System) -> One:
+    K, known = system.sparse(), system.known.select(0)
+    scale = equilibration(largest_of_rows(K))
+    if system.right.size > EIGEN_LIMIT:
+        return _by_proximal_steps(system, scale)
+    if not known.damped:
+        flat = _flat(K.toarray(), system.right, np.zeros_like(system.primal), system.primal, known)
+        if flat is not None:
+            return flat
+    return by_eigenvalues(scaled_by(K, scale).toarray(), scale, system.right, system.primal, known)
 
 
 def _by_proximal_steps(system: System, scale: FloatArray) -> One:
@@ -287,7 +285,7 @@ def _by_proximal_steps(system: System, scale: FloatArray) -> One:
     with the eigenvalue σ and moves nothing in the null space, so that a consistent system's minimum-norm answer is
     approached, in equilibrated units.
     """
-    K = _scaled(system.sparse(), scale)
+    K = scaled_by(system.sparse(), scale)
     error = float(system.known.error[0])
     shift = float(np.clip(error, 1e-10, 1e-2)) if system.known.damped else PROXIMAL
     factor = superlu(sp.csc_array(K + sp.diags_array(np.where(system.primal, shift, -shift))), **_ORDERINGS[0])
@@ -312,13 +310,41 @@ def _by_proximal_steps(system: System, scale: FloatArray) -> One:
     return scale * answer[:, 0], lost, False, dual_only, consistent, doubt
 
 
-def _row_scale(system: System) -> FloatArray:
-    largest = np.zeros(system.right.size)
-    np.maximum.at(largest, system.row, np.abs(system.value))
-    return equilibration(largest)
+def blocks_of(
+    row: IntArray, column: IntArray, value: FloatArray, owner: IntArray, count: int
+) -> list[tuple[IntArray, Any]]:
+    """The blocks of a matrix that is block diagonal but for a permutation, and where the rows of each are.
+
+    Args:
+        row, column, value: its entries.
+        owner: the block of each row.
+        count: how many blocks there are.
+    """
+    sizes = np.bincount(owner, minlength=count)
+    order = np.argsort(owner, kind="stable")
+    ends = np.cumsum(sizes)
+    local = np.empty(order.size, dtype=np.int32)
+    local[order] = np.arange(order.size) - np.repeat(ends - sizes, sizes)
+    of_entry = owner[row]
+    entries = np.argsort(of_entry, kind="stable")
+    starts = np.searchsorted(of_entry[entries], np.arange(count + 1))
+    found: list[tuple[IntArray, Any]] = []
+    for block in range(count):
+        chosen, rows = entries[starts[block] : starts[block + 1]], order[ends[block] - sizes[block] : ends[block]]
+        indices = local[row[chosen]], local[column[chosen]]
+        found.append((rows, sp.csc_array((value[chosen], indices), shape=(rows.size, rows.size))))
+    return found
 
 
-def _scaled(K: sp.csc_array, scale: FloatArray) -> Any:
+def largest_of_rows(K: Any) -> FloatArray:
+    """The largest magnitude in each row of a sparse matrix."""
+    largest = np.zeros(K.shape[0])
+    np.maximum.at(largest, K.indices, np.abs(K.data))
+    return largest
+
+
+def scaled_by(K: Any, scale: FloatArray) -> Any:
+    """``S K S`` for a sparse matrix and a diagonal S."""
     values = K.data * scale[K.indices] * np.repeat(scale, np.diff(K.indptr))
     return sp.csc_array((values, K.indices, K.indptr), K.shape)
 

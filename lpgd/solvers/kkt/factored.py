@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 
 from lpgd import linalg
-from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray, from_numpy, random_direction
+from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy, random_direction
 from lpgd.execution.interrupts import pause
 from lpgd.problems.conic.structure import ConicStructure
-from lpgd.solvers.kkt.factor import equilibration
+from lpgd.solvers.kkt.factor import blocks_of, equilibration, largest_of_rows, scaled_by
 from lpgd.solvers.kkt.packed import Packed, packed
 from lpgd.solvers.kkt.reduced import ReducedBlocks, ReducedRows, held, is_dense, reduce_blocks, reduce_rows
 from lpgd.solvers.kkt.superlu import superlu
@@ -167,47 +166,49 @@ def _dense_blocks(reduced: ReducedBlocks) -> _Dense:
 
 
 class _Sparse:
-    """All systems as one sparse matrix; where that is singular, none of them is regular."""
+    """A sparse matrix for each element: the order of elimination, and every bit, is a matter of the element alone."""
 
     def __init__(self, reduced: ReducedBlocks) -> None:
         self.reduced = reduced
-        count, size = len(reduced.at_bound), reduced.owner.size
-        matrix = reduced.matrix
-        largest = np.zeros(size)
-        np.maximum.at(largest, matrix.row, np.abs(matrix.data))
-        self.scale = equilibration(largest)
-        values = matrix.data * self.scale[matrix.row] * self.scale[matrix.col]
-        self.matrix: SparseArray = sp.csc_array((values, (matrix.row, matrix.col)), shape=(size, size))
-        try:
-            self.factor: Any = superlu(
-                self.matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.01, options={"SymmetricMode": True}
-            )
-        except RuntimeError:  # SuperLU: "Factor is exactly singular"
-            self.factor = None
-            self.inverse = self.condition = np.full(count, np.inf)
-            return
-        direction = random_direction(size)
-        found = self.factor.solve(direction)
-        inverse = np.bincount(reduced.owner, found**2, count) / np.maximum(
-            np.bincount(reduced.owner, direction**2, count), 1e-300
-        )
-        sums = np.zeros(count)
-        np.maximum.at(sums, reduced.owner, np.asarray(abs(self.matrix).sum(1)).ravel())
-        with np.errstate(over="ignore", invalid="ignore"):
-            self.inverse = np.sqrt(inverse)
-            self.condition = self.inverse * sums
+        count, matrix = len(reduced.at_bound), reduced.matrix
+        self.inverse, self.condition = np.full((2, count), np.inf)
+        self.factors: list[tuple[IntArray, FloatArray, Any, Any] | None] = []
+        for element, (places, block) in enumerate(blocks_of(matrix.row, matrix.col, matrix.data, reduced.owner, count)):
+            pause()
+            scale = equilibration(largest_of_rows(block))
+            scaled = scaled_by(block, scale)
+            try:
+                factor = superlu(
+                    scaled, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.01, options={"SymmetricMode": True}
+                )
+            except RuntimeError:  # singular
+                self.factors.append(None)
+                continue
+            self.factors.append((places, scale, scaled, factor))
+            with np.errstate(over="ignore", invalid="ignore"):
+                self.inverse[element] = np.linalg.norm(factor.solve(random_direction(places.size)))
+                self.condition[element] = self.inverse[element] * np.asarray(abs(scaled).sum(1)).max(initial=0.0)
 
     @property
     def entries(self) -> int:
-        return 0 if self.factor is None else int(self.factor.nnz) + 2 * int(self.matrix.nnz)
+        return sum(int(one[3].nnz) + 2 * int(one[2].nnz) for one in self.factors if one is not None)
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
-        right = self.scale * self.reduced.right(g_x, g_y, g_z)
-        if self.factor is None:
-            return np.full_like(g_x, np.nan), np.full_like(g_y, np.nan), np.full_like(g_z, np.nan)
-        answer = self.factor.solve(right)
-        answer += self.factor.solve(right - self.matrix @ answer)
-        return _undetermined(self.reduced.change(self.scale * answer, g_x, g_z), self.reduced, g_x)
+        right = self.reduced.right(g_x, g_y, g_z)
+        answer, singular = np.zeros_like(right), np.zeros(len(g_x), dtype=bool)
+        for element, one in enumerate(self.factors):
+            if one is None:
+                singular[element] = True
+                continue
+            places, scale, scaled, factor = one
+            own = scale * right[places]
+            found = factor.solve(own)
+            found += factor.solve(own - scaled @ found)
+            answer[places] = scale * found
+        change = self.reduced.change(answer, g_x, g_z)
+        for values in change:
+            values[singular] = np.nan
+        return _undetermined(change, self.reduced, g_x)
 
 
 def _undetermined(change: Change, reduced: ReducedRows | ReducedBlocks, g_x: FloatArray) -> Change:

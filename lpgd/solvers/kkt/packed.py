@@ -15,14 +15,13 @@ from lpgd.arrays import BoolArray, FloatArray, IntArray
 
 __all__ = ["Packed", "packed", "packed_size"]
 
-STEP, SHARE = 8, 8
-"""Sizes are multiples of the first, and of a share of the power of two below them."""
+STEP = 8
+"""Sizes are multiples of this."""
 
 
 def packed_size(count: int) -> int:
     """The side of the matrix for so many rows that count."""
-    step = max(STEP, (1 << max(count.bit_length() - 1, 0)) // SHARE)
-    return -(-count // step) * step
+    return -(-count // STEP) * STEP
 
 
 class Packed(NamedTuple):
@@ -62,9 +61,12 @@ class Packed(NamedTuple):
 
 
 def packed(matrices: FloatArray, idle: BoolArray) -> list[Packed]:
-    """The parts of a stack (E, t, t), without its idle (E, t) rows and columns, which must be zero."""
+    """The parts of a stack (E, t, t), without its idle (E, t) rows and columns, which must be zero.
+
+    They may be the stack itself, and have ones on the diagonal.
+    """
     counts = (~idle).sum(1)
-    sizes = np.array([packed_size(int(count)) for count in range(idle.shape[1] + 1)])[counts]
+    sizes = -(-counts // STEP) * STEP
     found: list[Packed] = []
     for side in np.unique(sizes[sizes > 0]):
         elements = np.flatnonzero(sizes == side)
@@ -74,12 +76,14 @@ def packed(matrices: FloatArray, idle: BoolArray) -> list[Packed]:
         passive = idle if whole else idle[elements]
         if (passive[:, 1:] < passive[:, :-1]).any():  # rows that count behind idle ones
             order = np.argsort(passive, axis=1, kind="stable")[:, :width]
-        if order is None:
-            taken = matrices[:, :width, :width] if whole else matrices[elements, :width, :width]
-        else:
+        if order is not None:
             taken = matrices[elements[:, None, None], order[:, :, None], order[:, None, :]]
+        elif whole:
+            taken = matrices[:, :width, :width]
+        else:
+            taken = matrices[elements, :width, :width]
         padded = taken
-        if width < side or order is None:
+        if width < side or (whole and order is None and width < matrices.shape[1]):
             padded = np.zeros((elements.size, side, side))
             padded[:, :width, :width] = taken
         behind = np.arange(side) >= counts[elements][:, None]

@@ -269,9 +269,7 @@ class Points:
                 break
             if not bool(going.all()):
                 left = left[going]
-                xi, v, error, slope, row_error = (
-                    tensor[going] for tensor in (xi, v, error, slope, row_error)
-                )
+                xi, v, error, slope, row_error = (tensor[going] for tensor in (xi, v, error, slope, row_error))
                 chosen = self.select(left)
         return count, (best_xi, best_v), best
 
