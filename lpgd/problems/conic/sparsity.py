@@ -188,7 +188,8 @@ class SparsityPattern:
         if self.is_dense:
             columns = values.reshape(-1, self.shape[1], self.shape[0])
             grouped = vectors.reshape(-1, len(columns), 1, vectors.shape[1])
-            product = grouped @ (columns.swapaxes(1, 2) if transpose else columns)
+            with np.errstate(over="ignore", invalid="ignore"):  # of points that are none
+                product = grouped @ (columns.swapaxes(1, 2) if transpose else columns)
             return product.reshape(len(vectors), -1)
         if values.ndim == 1:
             matrix = sp.csc_array((values, self.indices, self.indptr), shape=self.shape)

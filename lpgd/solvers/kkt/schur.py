@@ -87,7 +87,8 @@ class SchurFactor:
         # By NumPy, which takes one matrix after the other: torch's products round by the number of elements.
         wide_rows = Y[:, :n, :wide].contiguous()
         inverse = linalg.solve_triangular(lower, one.expand(len(P), -1, -1), upper=False)[:, :n, :n].contiguous()
-        gram = from_numpy(wide_rows.numpy().swapaxes(1, 2) @ wide_rows.numpy())
+        with np.errstate(over="ignore", invalid="ignore"):  # of elements whose P is not definite
+            gram = from_numpy(wide_rows.numpy().swapaxes(1, 2) @ wide_rows.numpy())
         definite = definite.expand(right.shape[0])
         return cls(inverse, wide_rows, gram, bounded, structure.m, structure.cones.zero, definite)
 
@@ -159,4 +160,5 @@ class ActiveSystem:
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
     """Products with vectors (B, ·), one by one."""
-    return from_numpy((matrices.numpy() @ vectors[:, :, None].numpy())[:, :, 0])
+    with np.errstate(over="ignore", invalid="ignore"):
+        return from_numpy((matrices.numpy() @ vectors[:, :, None].numpy())[:, :, 0])
