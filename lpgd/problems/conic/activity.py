@@ -68,7 +68,7 @@ class ActiveSet:
         if self.depths is not None:
             depth[:, : self.depths.shape[1]] = self.depths
         share = torch.where(depth > noise[:, None], depth, 0.0) / distance
-        return torch.where(unequal & (distance > noise[:, None]), share, torch.inf).amin(-1).clamp(max=1.0)
+        return torch.where(unequal & (distance > noise[:, None]), share.clamp(max=1.0), torch.inf).amin(-1)
 
     def size(self) -> Tensor:
         """(B,) the largest entry of v."""
