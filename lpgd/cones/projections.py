@@ -80,9 +80,10 @@ class SpectralDerivative:
             )
         result = vectors * self.eigenvalues
         for group in self.groups:
-            coefficients = np.einsum("kij,...ki->...kj", group.basis, vectors[..., group.rows])
+            # A product for each block: einsum sums in an order that depends on how many blocks there are.
+            coefficients = (group.basis.swapaxes(1, 2) @ vectors[..., group.rows][..., None])[..., 0]
             coefficients *= self.eigenvalues[group.rows]
-            result[..., group.rows] = np.einsum("kij,...kj->...ki", group.basis, coefficients)
+            result[..., group.rows] = (group.basis @ coefficients[..., None])[..., 0]
         return result
 
     def factor(self) -> tuple[sp.csr_array, FloatArray]:

@@ -75,6 +75,9 @@ class _Dense(Block):
     def gram(self, W: Tensor, squares: Tensor) -> Tensor | None:
         if not self.entries.size:
             return None
+        if W.ndim == squares.ndim == 1:  # a batch of one, with the bits that an element has in any batch
+            gram = self.gram(W[None], squares[None])
+            return None if gram is None else gram[0]
         matrix = self._matrix(W)
         values = squares[..., self.square_index.to(W.device)]
         size = self.shape[0] if self.is_diagonal else self.shape[0] ** 2
@@ -87,11 +90,11 @@ class _Dense(Block):
         return (0.5 * (gram + gram.mT)).flatten(-2)
 
     def adjoint(self, W: Tensor, slope: Tensor) -> Tensor:
-        values = linalg.matvec(self._matrix(W).mT, slope[..., self.rows.to(W.device)])
+        values = _one_by_one(self._matrix(W).mT, slope[..., self.rows.to(W.device)])
         return values.new_zeros(*values.shape[:-1], self.sizes[1]).index_copy(-1, self.columns.to(W.device), values)
 
     def forward(self, W: Tensor, x: Tensor) -> Tensor:
-        values = linalg.matvec(self._matrix(W), x[..., self.columns.to(W.device)])
+        values = _one_by_one(self._matrix(W), x[..., self.columns.to(W.device)])
         return values.new_zeros(*values.shape[:-1], self.sizes[0]).index_copy(-1, self.rows.to(W.device), values)
 
     def _matrix(self, W: Tensor) -> Tensor:
@@ -152,6 +155,15 @@ def split(W: SparsityPattern, squares: SparsityPattern) -> Sequence[tuple[type[B
         np.flatnonzero(np.bincount(W.rows, minlength=W.shape[0])), np.concatenate([np.zeros(0, np.int64), *dense])
     )
     return [(_Dense, members) for members in dense] + [(_Thin, thin)] * bool(thin.size)
+
+
+def _one_by_one(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Products with vectors (B, ·) or (·,), each by itself: one product for all rounds by how many there are."""
+    if vectors.ndim == 1:
+        return linalg.matvec(matrix if matrix.ndim == 3 else matrix[None], vectors[None])[
+            0 if matrix.ndim == 2 else ...
+        ]
+    return linalg.matvec(matrix.expand(len(vectors), -1, -1) if matrix.ndim == 2 else matrix, vectors)
 
 
 def places(size: int, chosen: IntArray) -> IntArray:
