@@ -6,6 +6,7 @@ import functools
 import math
 import time
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -96,7 +97,8 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
             start = torch.where(torch.isfinite(start), start, 0).to(problem.dtype)
             start = start if finite is None else start[finite]
         # Autocast would compute products of float32 in half precision.
-        with torch.no_grad(), without_autocast(problem.device.type), isolated_torch():
+        no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+        with no_grad, without_autocast(problem.device.type), isolated_torch():
             answer = self._answer(finite_problem, start)
         seconds = time.perf_counter() - started
         solution = self._solution(finite_problem, answer, seconds)
@@ -200,7 +202,9 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
 
     def _solution(self, problem: NodeProblem, answer: NodeAnswer, seconds: float) -> NodeSolution:
         size = problem.batch_size
-        x = answer.y.detach().to(problem.dtype).reshape(size, problem.structure.n)
+        x = answer.y.detach()
+        x = x if x.dtype == problem.dtype else x.to(problem.dtype)
+        x = x if x.ndim == 2 and size else x.reshape(size, problem.structure.n)
         statuses = tuple(answer.statuses)
         if statuses.count(Status.SOLVED) < size:
             statuses = tuple(map(Status, statuses))
