@@ -175,7 +175,7 @@ class GradientMethod(ABC):
 
 _CAPABILITIES = {
     "can_tilt": "a linear tilt of its objective",
-    "takes_losses": "a convex objective that a loss can be added to, as conic programs do",
+    "takes_losses": "an objective that a loss can be added to, as conic programs and smooth nodes do",
     "can_augment": "a quadratic term in its objective (rho > 0)",
     "has_kkt": "optimality conditions that can be differentiated",
     "is_smooth": "the smooth functions of a declarative node",

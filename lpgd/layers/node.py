@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import ClosedForm, GradientMethod
+from lpgd.gradients.losses import identity
 from lpgd.layers.base import BaseLayer, CallOptions, WarmStart
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.inputs import HALF, Batch, Expected, check_inputs
@@ -159,7 +160,9 @@ class NodeLayer(BaseLayer):
             *(_rows(batch, tensor, working, ndim) for tensor, ndim in zip(arranged, self._ndims, strict=True))
         )
         problem = NodeProblem(structure, data, batch.batch_size)
-        return problem, batch, CallOptions(self._solver, None, self.gradient, choice)
+        n = structure.n
+        gradient = self.gradient.bound(lambda: [identity(n, n)], batch.rows_of_loss)
+        return problem, batch, CallOptions(self._solver, None, gradient, choice)
 
     def _form(self, given: torch.dtype, arranged: Sequence[Tensor]) -> _Form:
         """What inputs of these shapes and types make of a call; results are to be of the type ``given``.

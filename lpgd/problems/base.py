@@ -168,8 +168,8 @@ class Traits:
 
     @property
     def takes_losses(self) -> bool:
-        """Whether a convex function of x can be added, and leaves a problem of the same kind."""
-        return self.conditions == "conic"
+        """Whether a loss, a function of x, can be added, and leaves a problem of the same kind."""
+        return bool(self.conditions)
 
 
 class Structure(Protocol):

@@ -110,7 +110,7 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
             size = problem.batch_size
             nothing = problem.data[0].new_zeros(size, *problem.structure.shape)
             return NodeAnswer(nothing, (Status.SOLVED,) * size, np.zeros(size, dtype=np.int64))
-        if self.algorithm == "own" and not problem.is_shifted:
+        if self.algorithm == "own" and not problem.is_foreign:
             y = None if start is None else problem.shaped(start)
             inputs = tuple(problem.data)
             from_node = node.solve(inputs, y) if problem.is_plain else node.solve_tilted(inputs, problem.added, y)
