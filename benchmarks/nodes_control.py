@@ -1,10 +1,14 @@
-"""Optimal control against the horizon: a pendulum's swing-up in four seconds, in ever shorter steps; and QPLayer."""
+"""Optimal control against the horizon: a pendulum's swing-up.
+
+In four seconds, in ever shorter steps; and in steps of a twentieth of a second, for ever longer.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -36,16 +40,21 @@ def upright(x: Tensor, length: Tensor, h: Tensor) -> Tensor:
 def run(settings: Settings) -> Iterator[Curve | Target]:
     forward = Curve("nodes_control", "pendulum: solve", "stages", "seconds")
     backward = Curve("nodes_control_backward", "pendulum: gradient", "stages", "seconds")
-    sides = {
+    bounds = {
         "no bounds": (None, None),
         "bounds on controls and states": ((-6.0, 6.0), ((-math.inf, -5.0), (math.inf, 5.0))),
     }
-    for label, bounds in sides.items():
+    steps: dict[str, Callable[[int], float]] = {
+        "four seconds": lambda size: 4.0 / size,
+        "steps of 0.05": lambda _: 0.05,
+    }
+    for (bounded, limits), (setting, step) in itertools.product(bounds.items(), steps.items()):
+        label = f"{bounded}, {setting}"
         sizes = QUICK_HORIZONS if settings.quick else HORIZONS
         found = []
         for horizon in sizes:
-            node = lpgd.nodes.OptimalControl(pendulum, effort, upright, horizon, 1, *bounds, ndims=0)
-            pair = _measure(node, 4.0 / horizon, settings.repeats)
+            node = lpgd.nodes.OptimalControl(pendulum, effort, upright, horizon, 1, *limits, ndims=0)
+            pair = _measure(node, step(horizon), settings.repeats)
             forward.add(label, horizon, pair[0])
             backward.add(label, horizon, pair[1])
             found.append(pair)

@@ -7,14 +7,13 @@ differentiable operations.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,10 +27,10 @@ from lpgd.gradients.base import GradientInfo, GradientMethod, check_cotangent
 from lpgd.gradients.second import check_twice, second_derivative
 from lpgd.problems.base import Data, Point, States
 from lpgd.problems.conic.solution import Violation
-from lpgd.problems.lanes import Lanes, Source, joined, mapped, over_vectors, separated
+from lpgd.problems.lanes import Lanes, QuickFunction, Source, joined, mapped, over_vectors, separated
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
-from lpgd.solvers.failures import Explain, OnError, check_solution
+from lpgd.solvers.failures import ON_ERROR, Explain, OnError, check_solution
 from lpgd.solvers.relaxed import relax
 from lpgd.status import SolverError, Status, warn
 
@@ -132,8 +131,8 @@ def solve(
     Raises:
         SolverError: with ``on_error="raise"``; it carries the statuses and the indices of the failed elements.
     """
-    if on_error not in get_args(OnError):
-        raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
+    if on_error not in ON_ERROR:
+        raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(ON_ERROR)}.")
     info = info or CallInfo()
     call = Call(solver, gradient, on_error, executor, states, info, explain, progress)
     *outputs, usable = _SolveFunction.apply(call, problem, *problem.data, *getattr(problem, "attached", ()))
@@ -145,7 +144,7 @@ def _threads(solver: AnySolver) -> AbstractContextManager[None]:
     return isolated_torch() if solver.is_torch else one_torch_thread()
 
 
-class _SolveFunction(torch.autograd.Function):
+class _SolveFunction(QuickFunction):
     @staticmethod
     def forward(call: Call, problem: AnyProblem, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(problem.data)
@@ -158,7 +157,7 @@ class _SolveFunction(torch.autograd.Function):
                 solution = relax(solution, call.solver, call.executor)
         check_solution(solution, call.on_error, call.explain)
         call.info.solution = solution
-        usable = solution.usable[:, None]
+        usable = solution.usable.unsqueeze(1)
         if call.on_error == "nan" and solution.failed:
             filled = torch.where(usable, 0.0, torch.nan)
             return *(output + filled for output in solution.outputs), usable
@@ -225,7 +224,7 @@ class _SolveFunction(torch.autograd.Function):
         return tuple(separated(output, lanes) for output in outputs), (0,) * len(outputs)
 
 
-class _DerivativeFunction(torch.autograd.Function):
+class _DerivativeFunction(QuickFunction):
     """One reverse or forward pass.
 
     As a function of its own it is given plain tensors under torch.func as well, and can be differentiated once more
@@ -304,7 +303,7 @@ def _together(derivative: Callable[[Lanes], tuple[Tensor, ...]], lanes: Lanes) -
     return answer, (0,) * len(answer)
 
 
-class _SecondFunction(torch.autograd.Function):
+class _SecondFunction(QuickFunction):
     """The derivative of a reverse pass, which is a function of cotangents, data and outputs."""
 
     @staticmethod
@@ -348,11 +347,6 @@ class _SecondFunction(torch.autograd.Function):
             return tuple(separated(change, lanes.count) for change in answer)
 
         return _together(derivative, lanes)
-
-
-for _function in (_SolveFunction, _DerivativeFunction, _SecondFunction):
-    # Kept: torch 2.13 works it out in every call, which takes as long as a small layer's arithmetic.
-    cast(Any, _function.forward).__signature__ = inspect.signature(_function.forward)
 
 
 def _derivative(

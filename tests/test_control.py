@@ -186,3 +186,45 @@ def test_what_cannot_be_is_refused(changes, error, message):
     options = {"dynamics": linear, "stage": quadratic, "final": final, "horizon": 3, "controls": 1} | changes
     with pytest.raises(error, match=message):
         lpgd.NodeLayer(lpgd.nodes.OptimalControl(**options))(random(0, 1, 2))
+
+
+LIMITS = {"free": (None, None), "bounded": ((-6.0, 6.0), ((-math.inf, -5.0), (math.inf, 5.0)))}
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_a_swing_up_takes_no_more_systems_where_the_horizon_is_longer(limits):
+    counts, controls = [], []
+    for horizon in (160, 640):
+        node = lpgd.nodes.OptimalControl(pendulum, effort, upright, horizon, 1, *LIMITS[limits], ndims=0)
+        one, step = torch.ones(1, dtype=torch.float64), torch.full((1,), 0.05, dtype=torch.float64)
+        y = lpgd.NodeLayer(node)(torch.zeros(1, 2, dtype=torch.float64), one, step)
+        solution = y.info.solution
+        assert solution.statuses == (lpgd.Status.SOLVED,)
+        assert float(solution.residual.max()) <= 1e-8
+        controls.append(node.split(y)[0][0, :100])
+        counts.append(int(solution.iterations.max()))
+        # At the top for the last half: the long task is done early, and costs as much as the short one.
+        assert float((node.split(y)[1][0, horizon // 2 :, 0] - math.pi).abs().max()) <= 0.05
+    assert counts[1] <= 1.4 * counts[0]
+    torch.testing.assert_close(*controls, atol=1e-4, rtol=0)
+
+
+def test_a_long_horizon_of_parameters_that_vary_is_that_of_fixed_ones():
+    def miss(x, u, goal):
+        return 0.05 * (0.1 * u.square().sum() + 0.1 * (x[0] - goal) ** 2 + 0.01 * x[1] ** 2)
+
+    def swing(x, u, goal):
+        return pendulum(x, u, 1.0, 0.05)
+
+    def last(x, goal):
+        return 10 * ((x[0] - goal) ** 2 + x[1] ** 2)
+
+    start, goals = torch.zeros(2, 2, dtype=torch.float64), torch.full((2, 131), math.pi, dtype=torch.float64)
+    goals[1] = 0.5  # near: done in a few steps, beside one that begins anew from shorter horizons
+    varying = lpgd.nodes.OptimalControl(swing, miss, last, 130, 1, ndims=1, varying=("goal",))
+    fixed = lpgd.nodes.OptimalControl(swing, miss, last, 130, 1, ndims=0)
+    first, second = lpgd.NodeLayer(varying).solve(start, goals), lpgd.NodeLayer(fixed).solve(start, goals[:, 0])
+    assert first.statuses == (lpgd.Status.SOLVED,) * 2
+    assert first.iterations[0] > 15 >= first.iterations[1]
+    torch.testing.assert_close(first.x, second.x, atol=1e-7, rtol=0)
+    torch.testing.assert_close(lpgd.NodeLayer(fixed).solve(start[:1], goals[:1, 0]).x, first.x[:1], atol=1e-7, rtol=0)

@@ -36,6 +36,8 @@ def test_linear_constraints_have_the_bound_of_the_condition_number():
     bound = 0.25 * along - 0.5 * 0.75 * (along * across).sqrt()
     torch.testing.assert_close(found.bound, bound, atol=1e-12, rtol=0)
     assert (found.product >= found.bound).all()
+    assert torch.equal(found.is_proven, found.ratio > found.needed)
+    assert found.descends[found.is_proven].all()
     torch.testing.assert_close(found.ratio, (along / across).sqrt(), atol=1e-10, rtol=0)
     torch.testing.assert_close(found.needed, torch.full((6,), 1.5, dtype=torch.float64), atol=1e-10, rtol=0)
     # The mean over u: tr(P H⁻¹)/n = tr(H^½ Z H^½ H⁻¹)/n = tr(Z)/n

@@ -319,7 +319,7 @@ def test_what_is_refused() -> None:
         lpgd.BlackboxBackprop(0.1, loss=loss)
     with pytest.raises(TypeError, match=r"must be a lpgd\.QuadraticLoss"):
         lpgd.LPGD(0.1, loss=lambda x: x)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match="a convex objective that a loss can be added to"):
+    with pytest.raises(TypeError, match="an objective that a loss can be added to"):
         lpgd.BlackboxLayer(lambda c: c, lpgd.LPGD(0.1, loss=loss))
     with pytest.raises(TypeError, match="no forward mode"):
         torch.func.jvp(lambda q: lpgd.QPLayer(gradient=lpgd.LPGD(0.1, loss=loss))(EYE, q).x, (-w,), (w,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -130,3 +132,27 @@ def test_many_variables_with_constraints_are_solved_by_newtons_method():
     dense = lpgd.NodeLayer(node, lpgd.ImplicitKKT(matrix_free=False))
     (theirs,) = torch.autograd.grad((dense(x) * weights).sum(), x)
     torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+
+
+def test_a_swing_up_of_480_variables_takes_one_round_of_multipliers():
+    stages, step = 160, 4.0 / 160
+
+    def cost(start, y):
+        u, x = y[:, 0], torch.cat([start[None], y[:, 1:]])
+        running = 0.1 * u.square() + 0.1 * (x[:-1, 0] - math.pi) ** 2 + 0.01 * x[:-1, 1] ** 2
+        return step * running.sum() + 10 * ((x[-1, 0] - math.pi) ** 2 + x[-1, 1] ** 2)
+
+    def defect(start, y):
+        x = torch.cat([start[None], y[:, 1:]])
+        turn = y[:, 0] - 9.81 * torch.sin(x[:-1, 0])
+        return (x[1:] - x[:-1] - step * torch.stack([x[:-1, 1], turn], -1)).flatten()
+
+    node = lpgd.Node(cost, equality=defect, shape=(stages, 3))
+    y = lpgd.NodeLayer(node)(torch.zeros(1, 2, dtype=torch.float64))
+    angle, speed = 0.0, 0.0
+    for u in y[0, :, 0].tolist():
+        angle, speed = angle + step * speed, speed + step * (u - 9.81 * math.sin(angle))
+    assert abs(angle - float(y[0, -1, 1])) <= 1e-9
+    assert abs(angle - math.pi) <= 0.1
+    assert float(y.info.solution.residual.max()) <= 1e-9
+    assert int(y.info.solution.iterations.max()) <= 100

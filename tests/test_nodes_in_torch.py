@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -117,3 +118,35 @@ def test_a_forked_process_does_not_wait_for_threads_that_are_gone():
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", FORK], env=environment, timeout=120, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_without_gradients_there_is_no_graph_and_tangents_still_flow():
+    x, tangent = random(0, 3, 4), random(1, 3, 4)
+    layer = lpgd.NodeLayer(lpgd.nodes.Projection("l2_sphere"))
+    size = x.norm(dim=-1, keepdim=True)
+    y = x / size
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        assert not layer(x.requires_grad_()).requires_grad
+        dual = torch.autograd.forward_ad.unpack_dual(layer(torch.autograd.forward_ad.make_dual(x.detach(), tangent)))
+    torch.testing.assert_close(dual.primal, y.detach())
+    expected = (tangent - y * (y * tangent).sum(-1, keepdim=True)) / size
+    torch.testing.assert_close(dual.tangent, expected.detach())
+
+
+CALLS = (((4,), torch.float64), ((1, 4), torch.float32), ((4, 1), torch.float64), ((2, 3, 4), torch.float64))
+
+
+def test_calls_of_many_shapes_and_types_are_told_apart():
+    layer = lpgd.NodeLayer(lpgd.nodes.Projection("l2_ball"))
+    for _ in range(2):  # the second time a form of the call is known
+        for shape, dtype in CALLS:
+            x = torch.full(shape, 2.0, dtype=dtype)
+            y = layer(x)
+            assert (y.shape, y.dtype) == (x.shape, x.dtype)
+            torch.testing.assert_close(y, x / x.norm(dim=-1, keepdim=True))
+        with pytest.raises(TypeError, match="int64"):
+            layer(torch.ones(4, dtype=torch.int64))
+        with pytest.raises(ValueError, match="no coordinates"):
+            layer(torch.ones(2, 0))
+    again = pickle.loads(pickle.dumps(layer))
+    torch.testing.assert_close(again(torch.tensor([3.0, 4.0])), torch.tensor([0.6, 0.8]))

@@ -300,3 +300,19 @@ def test_a_kernel_whose_columns_underflow_is_no_obstacle():
     plan = sinkhorn(cost + 1e3 * torch.arange(5, dtype=cost.dtype), rows, columns, 20.0, tolerance=1e-9, iterations=500)
     plain = sinkhorn(cost, rows, columns, 20.0, tolerance=1e-12, iterations=500)
     assert torch.allclose(plan.plan, plain.plan, rtol=0, atol=1e-9)
+
+
+def test_newton_steps_that_go_too_far_are_shortened():
+    generator = torch.Generator().manual_seed(5104)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    torch.randint(5, 61, (2,), generator=generator)
+    cost = 20 * draw(8, 17, 60)
+    rows, columns = (torch.softmax((f * draw(8, size)).clamp(-4, 4), -1) for f, size in ((4, 17), (4, 60)))
+    solution = lpgd.NodeLayer(lpgd.nodes.OptimalTransport(gamma=10.0)).solve(cost, rows, columns)
+    plan = solution.x.reshape(8, 17, 60)
+    torch.testing.assert_close(plan.sum(-1), rows, atol=1e-13, rtol=0)
+    torch.testing.assert_close(plan.sum(-2), columns, atol=1e-13, rtol=0)
+    assert solution.iterations.max() <= 1000  # ten thousand are not enough for the sixth where no step is shortened

@@ -72,6 +72,11 @@ class IgnoredConstraints:
         return self.product > 0
 
     @property
+    def is_proven(self) -> Tensor:
+        """Whether the bound holds with room to spare, which proves that it does; False where there is no bound."""
+        return self.bound > 0
+
+    @property
     def always_descends(self) -> Tensor:
         """Whether it lowers every loss, to rounding."""
         return self.worst >= -1e-10 * (1 + self.worst.abs())

@@ -10,7 +10,7 @@ import itertools
 import os
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from lpgd.status import MissingPackageError
@@ -53,8 +53,7 @@ def advance(key: Key | None, count: int = 1) -> None:
             bar.update(count)
 
 
-@contextmanager
-def progress(wanted: bool, task: str, total: int | None = None) -> Generator[None]:
+def progress(wanted: bool, task: str, total: int | None = None) -> AbstractContextManager[None]:
     """Show a bar for what is solved inside, on stderr, once it takes longer than a second.
 
     Args:
@@ -65,9 +64,11 @@ def progress(wanted: bool, task: str, total: int | None = None) -> Generator[Non
     Raises:
         MissingPackageError: tqdm is not installed.
     """
-    if not wanted:
-        yield
-        return
+    return _bar(task, total) if wanted else nullcontext()
+
+
+@contextmanager
+def _bar(task: str, total: int | None) -> Generator[None]:
     try:
         from tqdm import tqdm
     except ImportError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -25,8 +25,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-@contextmanager
-def isolated_torch() -> Generator[None]:
+def isolated_torch() -> AbstractContextManager[None]:
     """Inside, saved tensors go through no hooks; a process made by fork goes on with one thread of torch.
 
     ``torch.func`` refuses to run where there are hooks on saved tensors, as those of checkpointing and ``save_on_cpu``
@@ -36,6 +35,13 @@ def isolated_torch() -> Generator[None]:
     """
     if _forked:
         torch.set_num_threads(1)
+    if _autograd._top_saved_tensors_default_hooks(True) is None:
+        return nullcontext()
+    return _without_hooks()
+
+
+@contextmanager
+def _without_hooks() -> Generator[None]:
     hooks = []
     while (top := _autograd._top_saved_tensors_default_hooks(True)) is not None:
         hooks.append(top)

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
 
-from lpgd.arrays import IntArray, elements_where, flags
+from lpgd.arrays import IntArray, elements_where
 from lpgd.gradients.losses import BatchRows, Reading
-from lpgd.problems.base import Data, Point, Traits, is_surely_finite
+from lpgd.problems.base import FEW, Data, Point, Traits, is_surely_finite
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
 
@@ -73,7 +73,10 @@ class GradientInfo:
     @classmethod
     def blank(cls, method: GradientMethod, solution: AnySolution, **more: Any) -> Self:
         """The record while no element has a gradient yet: of those without a solution it stays what it is."""
-        return cls(method, ["zero cotangent" if usable else "no solution" for usable in flags(solution.usable)], **more)
+        used = ["zero cotangent"] * solution.batch_size
+        for element in solution.failed:
+            used[element] = "no solution"
+        return cls(method, used, **more)
 
     def __repr__(self) -> str:
         descriptions = [f"{number} {name}" for name, number in self.counts.items()]
@@ -172,7 +175,7 @@ class GradientMethod(ABC):
 
 _CAPABILITIES = {
     "can_tilt": "a linear tilt of its objective",
-    "takes_losses": "a convex objective that a loss can be added to, as conic programs do",
+    "takes_losses": "an objective that a loss can be added to, as conic programs and smooth nodes do",
     "can_augment": "a quadratic term in its objective (rho > 0)",
     "has_kkt": "optimality conditions that can be differentiated",
     "is_smooth": "the smooth functions of a declarative node",
@@ -201,13 +204,20 @@ def relevant_elements(solution: AnySolution, vectors: Iterable[Tensor]) -> list[
     """Elements that have a solution and a nonzero row in one of ``vectors``."""
     nonempty = [vector for vector in vectors if vector.shape[-1]]
     # Most cotangents are dense, which their first column tells without a look at the others.
-    if not solution.failed and any(vector[:, 0].all() for vector in nonempty):
+    if not solution.failed and any(_is_dense(vector) for vector in nonempty):
         return list(range(solution.batch_size))
     keep = solution.usable
     nonzero = keep.new_zeros(keep.shape)
     for vector in nonempty:
         nonzero = nonzero | vector.any(-1)
     return elements_where(keep & nonzero)
+
+
+def _is_dense(vector: Tensor) -> bool:
+    """Whether no row begins with zero."""
+    if vector.numel() <= FEW:
+        return all(row[0] for row in cast(Any, vector).tolist())
+    return bool(vector[:, 0].all())
 
 
 def check_cotangent(cotangent: Data) -> None:
@@ -217,7 +227,7 @@ def check_cotangent(cotangent: Data) -> None:
         ValueError: with the elements.
     """
     for name, values in zip(cotangent._fields, cotangent, strict=True):
-        if is_surely_finite(values):
+        if not values.shape[-1] or is_surely_finite(values):
             continue
         bad = elements_where(~torch.isfinite(values).all(-1))
         if bad:

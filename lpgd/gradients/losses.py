@@ -20,11 +20,11 @@ from torch import Tensor
 
 from lpgd import linalg
 from lpgd.arrays import FloatArray, elements_where, from_numpy
-from lpgd.problems.base import Point, maximum_norm
+from lpgd.problems.base import Point, States, maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure, per_element
-from lpgd.problems.solution import AnySolution
+from lpgd.problems.node.problem import NodeProblem
+from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver, ConicSolver
 from lpgd.solvers.choose import choose_solver
 
@@ -96,11 +96,15 @@ class PosedLoss(ABC):
 
     @abstractmethod
     def solve(
-        self, problem: ConicProblem, steps: Tensor, solver: AnySolver, executor: Executor | None
-    ) -> ConicSolution:
+        self, problem: AnyProblem, steps: Tensor, states: States, solver: AnySolver, executor: Executor | None
+    ) -> AnySolution:
         """Solve the problem with the loss times the steps (B,) added: points of the problem itself.
 
-        Elements for which that is not a convex problem have no solution.
+        Elements for which that is not a convex problem have no solution; of a node it need not be convex, and it is
+        solved from the states.
+
+        Raises:
+            TypeError: the loss cannot be added to such problems.
         """
 
     def signed(self, steps: Tensor) -> Tensor:
@@ -297,8 +301,14 @@ class PosedQuadratic(PosedLoss):
         return (M.mT @ (Hu + h).mT).mT, size
 
     def solve(
-        self, problem: ConicProblem, steps: Tensor, solver: AnySolver, executor: Executor | None
-    ) -> ConicSolution:
+        self, problem: AnyProblem, steps: Tensor, states: States, solver: AnySolver, executor: Executor | None
+    ) -> AnySolution:
+        if isinstance(problem, NodeProblem):
+            size, square = problem.batch_size, self.square  # of a node all of y is read
+            H = square.expand(size, *square.shape[-2:]) if isinstance(square, Tensor) else square
+            added = problem.with_quadratic(self.signed(steps), H, per_element(self.linear, size))
+            return solver.solve(added, states, executor)
+        problem = cast(ConicProblem, problem)
         augmented = self.added(problem, self.signed(steps))
         return replace(fitting(solver, augmented).solve(augmented, (), executor), problem=problem)
 

@@ -164,8 +164,8 @@ class Run:
     def _ends(self, steps: Sequence[Tensor]) -> Sequence[AnySolution]:
         """The solutions after each of these steps (E,)."""
         if self.loss is not None:
-            program = cast(ConicProblem, self.augmented)
-            return [self.loss.solve(program, step, self.solver, self.executor) for step in steps]
+            loss, states = self.loss, self.states
+            return [loss.solve(self.augmented, step, states, self.solver, self.executor) for step in steps]
         whole, states = torch.cat(list(steps)), self.states
         found = solve_tilted(self.augmented, self.cotangent, whole, states, self.solver, self.executor, self.near)
         return found.parts(len(steps))

@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure,
 from lpgd.problems.solution import AnyProblem, AnySolution, Solution
 from lpgd.solvers import Choice, ConicSolver, Situation, choose_solver
 from lpgd.solvers.base import AnySolver
-from lpgd.solvers.failures import Explain, OnError
+from lpgd.solvers.failures import ON_ERROR, Explain, OnError
 from lpgd.solvers.relaxed import relax
 
 __all__ = ["BaseLayer", "LayerOutput", "OptimizationLayer", "Recorded", "WarmStart"]
@@ -69,8 +69,8 @@ class BaseLayer(torch.nn.Module, ABC):
         self, gradient: GradientMethod, on_error: OnError, executor: Executor | None, progress: bool = False
     ) -> None:
         super().__init__()
-        if on_error not in get_args(OnError):
-            raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(get_args(OnError))}.")
+        if on_error not in ON_ERROR:
+            raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(ON_ERROR)}.")
         if executor is not None and not callable(getattr(executor, "submit", None)):
             raise TypeError(f"executor is {executor!r}; it must be a concurrent.futures.Executor, or None for threads.")
         self.gradient = gradient

@@ -97,7 +97,10 @@ class Batch:
 
     def restore(self, value: Tensor, shape: tuple[int, ...]) -> Tensor:
         """(B, size) in float64 to (*batch, *shape) in the inputs' type, on their device."""
-        return value.to(device=self.device, dtype=self.dtype).reshape((*self.batch_shape, *shape))
+        whole = (*self.batch_shape, *shape)
+        if value.dtype != self.dtype or value.device != self.device:
+            value = value.to(device=self.device, dtype=self.dtype)
+        return value if value.shape == whole else value.reshape(whole)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import ClosedForm, GradientMethod
+from lpgd.gradients.losses import identity
 from lpgd.layers.base import BaseLayer, CallOptions, WarmStart
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.inputs import HALF, Batch, Expected, check_inputs
@@ -25,6 +27,18 @@ from lpgd.solvers.failures import OnError
 from lpgd.solvers.node.solver import NEWTON_LIMIT, NodeSolver
 
 __all__ = ["NodeLayer"]
+
+FORMS = 256
+"""Of so many shapes of calls a layer remembers what it made of them."""
+
+
+class _Form(NamedTuple):
+    """What the shapes and types of a call's inputs decide."""
+
+    batch: Batch
+    structure: NodeStructure
+    working: torch.dtype
+    choice: str
 
 
 class NodeLayer(BaseLayer):
@@ -68,6 +82,8 @@ class NodeLayer(BaseLayer):
         if solver is not None and not isinstance(solver, NodeSolver):
             raise TypeError(f"solver is {solver!r}; it must be an lpgd.NodeSolver, or None.")
         self._node, self._solver = node, solver or NodeSolver()
+        self._names, self._ndims = tuple(node.inputs), tuple(node.inputs.values())
+        self._forms: dict[Any, _Form] = {}
         super().__init__(gradient or ClosedForm(), on_error, SerialExecutor())
 
     @property
@@ -121,7 +137,7 @@ class NodeLayer(BaseLayer):
 
     def _problem(self, inputs: tuple[Tensor | None, ...]) -> tuple[NodeProblem, Batch, CallOptions]:
         node = self._node
-        names, ndims = tuple(node.inputs), tuple(node.inputs.values())
+        names = self._names
         missing = len(names) - len(inputs)
         if not 0 <= missing <= node.optional:
             count = f"{len(names)}" if not node.optional else f"{len(names) - node.optional} to {len(names)}"
@@ -129,23 +145,43 @@ class NodeLayer(BaseLayer):
         for place, (name, tensor) in enumerate(zip(names, inputs, strict=False)):
             if not isinstance(tensor, Tensor) and not (tensor is None and place >= len(names) - node.optional):
                 raise TypeError(f"{name} is a {type(tensor).__name__}; pass a torch tensor (torch.as_tensor).")
-        given = reduce(torch.promote_types, (tensor.dtype for tensor in inputs if tensor is not None))
+        given = reduce(torch.promote_types, {tensor.dtype for tensor in inputs if tensor is not None})
         inputs = (*inputs, *(None,) * missing)
         arranged = node.arrange(*(_whole(tensor) if given in HALF else tensor for tensor in inputs))
+        kind = (given, *((tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in arranged))
+        form = self._forms.get(kind)
+        if form is None:
+            form = self._form(given, arranged)
+            if len(self._forms) >= FORMS:
+                self._forms.clear()
+            self._forms[kind] = form
+        batch, structure, working, choice = form
+        data = input_class(names)(
+            *(_rows(batch, tensor, working, ndim) for tensor, ndim in zip(arranged, self._ndims, strict=True))
+        )
+        problem = NodeProblem(structure, data, batch.batch_size)
+        n = structure.n
+        gradient = self.gradient.bound(lambda: [identity(n, n)], batch.rows_of_loss)
+        return problem, batch, CallOptions(self._solver, None, gradient, choice)
+
+    def _form(self, given: torch.dtype, arranged: Sequence[Tensor]) -> _Form:
+        """What inputs of these shapes and types make of a call; results are to be of the type ``given``.
+
+        Raises:
+            ValueError, TypeError: they have the wrong shape or type, or do not fit together.
+        """
         expected = []
-        for name, tensor, ndim in zip(names, arranged, ndims, strict=True):
+        for name, tensor, ndim in zip(self._names, arranged, self._ndims, strict=True):
             if tensor.ndim < ndim:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected (*batch, {ndim} dimensions).")
             expected.append(Expected(name, tuple(tensor.shape[tensor.ndim - ndim :])))
         batch = check_inputs(expected, arranged)
-        working, batch = batch.dtype, replace(batch, dtype=given)
-        structure = NodeStructure(node, tuple(cast("tuple[int, ...]", item.shape) for item in expected))
+        structure = NodeStructure(self._node, tuple(cast("tuple[int, ...]", item.shape) for item in expected))
         _ = structure.shape  # where the node refuses shapes that do not fit together
-        data = input_class(names)(
-            *(_rows(batch, tensor.to(working), ndim) for tensor, ndim in zip(arranged, ndims, strict=True))
-        )
-        problem = NodeProblem(structure, data, batch.batch_size)
-        return problem, batch, CallOptions(self._solver, None, self.gradient, self._choice(structure))
+        return _Form(replace(batch, dtype=given), structure, batch.dtype, self._choice(structure))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_forms": {}}
 
     def _choice(self, structure: NodeStructure) -> str:
         """Which solver solves problems of this structure, and why."""
@@ -163,7 +199,10 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
     return tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
 
 
-def _rows(batch: Batch, tensor: Tensor, ndim: int) -> Tensor:
-    """One row for each element; a tensor that the batch shares is expanded, not copied."""
+def _rows(batch: Batch, tensor: Tensor, dtype: torch.dtype, ndim: int) -> Tensor:
+    """One row for each element, of this type; a tensor that the batch shares is expanded, not copied."""
+    tensor = tensor if tensor.dtype == dtype else tensor.to(dtype)
+    if tensor.ndim == ndim + 1 and tensor.shape[:1] == batch.batch_shape:
+        return tensor  # each view is a node of the graph
     flat = batch.flatten(tensor, ndim)
     return flat if flat.ndim > ndim else flat.expand(batch.batch_size, *flat.shape)

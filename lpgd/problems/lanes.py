@@ -6,19 +6,21 @@ row for each element, or R rows, R dividing B, or none where all elements of a l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 
 from lpgd.arrays import IntArray, from_numpy
 from lpgd.problems.base import MappedProblem
 from lpgd.problems.solution import AnySolution
 
-__all__ = ["Lanes", "Source", "joined", "mapped", "over_vectors", "separated", "summed"]
+__all__ = ["Lanes", "QuickFunction", "Source", "joined", "mapped", "over_vectors", "separated", "summed"]
 
 LARGEST = 1 << 24
 """How many entries of data a batch of lanes may have, where each lane has a derivative of one solution of its own."""
@@ -196,6 +198,27 @@ class Lanes:
 
 
 _torch: Any = torch
+_transforms_are_active: Callable[[], bool] = cast(Any, torch._C)._are_functorch_transforms_active
+_is_legacy: Callable[[Tensor], bool] = cast(Any, torch._C)._functorch.is_legacy_batchedtensor
+
+
+class QuickFunction(torch.autograd.Function):
+    """An autograd Function with ``setup_context`` that is applied to positional arguments only, all of them given.
+
+    ``torch.autograd.Function.apply`` binds its arguments to the signature first, which takes as long as a small
+    layer's arithmetic (torch 2.13).
+    """
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        """As torch's; where nothing can be differentiated, nor mapped over, ``forward`` alone."""
+        if _transforms_are_active():
+            return super().apply(*arguments)
+        known = unwrap_dead_wrappers(arguments)
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+            return cls.forward(*known)
+        single: Any = super(torch.autograd.Function, cls)
+        return single.apply(*known)  # the one of one level, which torch's ends with
 
 
 def over_vectors(function: Any, head: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -204,8 +227,8 @@ def over_vectors(function: Any, head: tuple[Any, ...], tensors: Sequence[Tensor]
     That is another mechanism than ``torch.func.vmap``: it hands tensors with a hidden dimension to backward passes,
     asks for no rule, and knows few operations (torch 2.13).  The rule for lanes does what it should.
     """
-    hidden = [_torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors]
-    if not any(hidden):
+    hidden = [_is_legacy(tensor) for tensor in tensors]
+    if True not in hidden:
         return function.apply(*head, *tensors)
     level = _torch._C._vmapmode_increment_nesting() - 1
     _torch._C._vmapmode_decrement_nesting()

@@ -124,6 +124,11 @@ class Solution(Generic[ProblemT_co, PointT_co]):
         return self.statuses.count(Status.SOLVED) == len(self.statuses)
 
     @property
+    def is_flawless(self) -> bool:
+        """Whether the solver that was asked solved all elements."""
+        return self._all_solved and not self.rescued
+
+    @property
     def failed(self) -> list[int]:
         """Elements without a usable solution."""
         if self._all_solved:
@@ -134,7 +139,7 @@ class Solution(Generic[ProblemT_co, PointT_co]):
     def usable(self) -> Tensor:
         """(B,) elements that have one."""
         if self._all_solved:
-            return self.x.new_ones(self.batch_size, dtype=torch.bool)
+            return torch.ones(self.batch_size, dtype=torch.bool, device=self.x.device)
         return torch.tensor([status.usable for status in self.statuses], dtype=torch.bool, device=self.x.device)
 
     @cached_property

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 from lpgd.problems.solution import AnySolution
 from lpgd.status import SolverError, Status, describe_failures, warn
 
-__all__ = ["Explain", "OnError", "check_solution"]
+__all__ = ["ON_ERROR", "Explain", "OnError", "check_solution"]
 
 OnError = Literal["raise", "nan", "warn", "relax"]
+ON_ERROR: tuple[str, ...] = get_args(OnError)
 Explain = Callable[[AnySolution, int], str]
 """Says what is wrong with the data of an element without a solution, as far as is known."""
 
@@ -25,6 +26,8 @@ def check_solution(solution: AnySolution, on_error: OnError, explain: Explain | 
         SolverError: with ``on_error="raise"``, or ``"relax"``, and an element without a solution.
     """
     statuses, failed = solution.statuses, solution.failed
+    if solution.is_flawless:
+        return
     domain = f" {solution.domain}" if solution.domain else ""
     if failed and on_error != "nan" and explain is not None:
         reasons = [text for element in failed[:_EXPLAINED] if (text := explain(solution, element))]

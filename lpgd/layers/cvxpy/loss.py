@@ -21,11 +21,12 @@ from lpgd.gradients.losses import BatchRows, Loss, PosedLoss, PosedQuadratic, Re
 from lpgd.layers.cvxpy.layout import CanonicalProgram
 from lpgd.layers.cvxpy.maps import Columns, DataMap
 from lpgd.layers.inputs import batch_inputs
-from lpgd.problems.base import maximum_norm
+from lpgd.problems.base import States, maximum_norm
 from lpgd.problems.conic.joined import Joined
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicStructure
+from lpgd.problems.solution import AnyProblem
 from lpgd.solvers.base import AnySolver
 from lpgd.status import Status
 
@@ -276,8 +277,12 @@ class _PosedProgram(PosedLoss):
         return from_numpy(slopes.numpy() @ M).to(x), maximum_norm(slopes).to(x)
 
     def solve(
-        self, problem: ConicProblem, steps: Tensor, solver: AnySolver, executor: Executor | None
+        self, problem: AnyProblem, steps: Tensor, states: States, solver: AnySolver, executor: Executor | None
     ) -> ConicSolution:
+        if not isinstance(problem, ConicProblem):
+            raise TypeError(
+                "a CvxpyLoss is a conic program, which joins conic programs only: give nodes a lpgd.QuadraticLoss."
+            )
         steps = self.signed(steps)
         key = problem.structure.digest
         if key not in self._joins:

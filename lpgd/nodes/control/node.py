@@ -231,7 +231,7 @@ class OptimalControl(BaseNode):
         z = z if start is None else start[valid]
         problem = in_units(problem, z)
         if start is None:
-            found = minimise(problem, z, self.iterations)
+            found = minimise(problem, z, self.iterations, grows=self.guess is None)
         else:
             found = polish(problem, warm(problem, z))
             unsettled = ((found.status != int(Status.SOLVED)) | _far(found.z, z)).nonzero()[:, 0]

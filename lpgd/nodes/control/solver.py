@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from lpgd import linalg
+from lpgd.arrays import rows_where
 from lpgd.nodes.control.ending import Trajectories, polish, residual
+from lpgd.nodes.control.horizon import SHORTEST, grow
 from lpgd.nodes.control.trajectory import (
     ControlProblem,
     Curvature,
@@ -35,6 +37,8 @@ SHRINK = 0.2
 
 DAMPINGS = 5
 """So many dampings of an indefinite Hessian are tried before that of the costs alone."""
+PATIENCE, NEARLY = 15, 1e-4
+"""What has a larger residual after so many iterations takes long."""
 TRIES = 8
 """So often the end is tried, ever closer to a stationary point; one that is no strict minimum is INACCURATE."""
 
@@ -51,33 +55,35 @@ class _State(NamedTuple):
     damping: Tensor  # of the Hessian
 
 
-def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300) -> Trajectories:
+def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300, grows: bool = False) -> Trajectories:
     """Solve from any trajectory; each element converges alone.
 
     Args:
         problem: B elements, in units in which the objective is of order one.
         z: (B, T, m + n).
         max_iterations: of an element.
+        grows: what takes long begins anew from solutions of shorter horizons (:mod:`lpgd.nodes.control.horizon`).
     """
-    m, eps = z.shape[-1] - problem.start.shape[-1], torch.finfo(z.dtype).eps
-    low, high = torch.isfinite(problem.lower), torch.isfinite(problem.upper)
-    bounded = bool((low | high).any())
-    z = _inside(problem, z)
+    eps, guess = torch.finfo(z.dtype).eps, z
     count = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-    ones = z.new_ones(len(z))
-    weight = 0.1 * ones if bounded else 0 * ones
-    below = torch.where(low, weight[:, None, None] / (z - problem.lower), 0)
-    above = torch.where(high, weight[:, None, None] / (problem.upper - z), 0)
-    nu = z.new_zeros(*z.shape[:2], z.shape[-1] - m)
-    whole = Trajectories(
-        z.clone(), nu.clone(), below.clone(), above.clone(), count + int(Status.ITERATION_LIMIT), count
-    )
-    state = _State(z, nu, below, above, weight, 1e-6 * ones, 0 * ones)
+    state = _begin(problem, z)
+    z, nu, below, above = (tensor.clone() for tensor in state[:4])
+    whole = Trajectories(z, nu, below, above, count + int(Status.ITERATION_LIMIT), count)
     running = torch.arange(len(z), device=z.device)
-    tries = torch.zeros_like(count)
+    tries, young = torch.zeros_like(count), torch.ones_like(count, dtype=torch.bool)
+    grows = grows and z.shape[1] >= 2 * SHORTEST
     least = eps**0.7
-    for _ in range(max_iterations):
+    for iteration in range(max_iterations):
         expansion = problem.expand(state.z)
+        if grows and iteration >= PATIENCE:
+            slow = rows_where(young[running] & ~(residual(problem, state.z, expansion, *state[1:4]) <= NEARLY))
+            if len(slow):
+                far, young[running[slow]] = problem.select(slow), False
+                grown = grow(minimise, far, guess[running[slow]])
+                count[running[slow]] += grown.systems
+                for tensor, values in zip(state, _begin(far, grown.z), strict=True):
+                    tensor[slow[grown.trusted]] = values[grown.trusted]
+                expansion = problem.expand(state.z)
         # The barrier's weight falls where its own problem is solved well enough for it.
         error = _barrier_error(problem, state, expansion)
         for _ in range(20):
@@ -134,6 +140,18 @@ def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300) -> T
         # Stationary to a lower accuracy, or no strict minimum.
         whole.status[running] = torch.where(size <= eps**0.3, int(Status.INACCURATE), whole.status[running])
     return whole._replace(iterations=count)
+
+
+def _begin(problem: ControlProblem, z: Tensor) -> _State:
+    """Where a run starts from a trajectory."""
+    low, high = torch.isfinite(problem.lower), torch.isfinite(problem.upper)
+    bounded = bool((low | high).any())
+    z, ones = _inside(problem, z), z.new_ones(len(z))
+    weight = 0.1 * ones if bounded else 0 * ones
+    below = torch.where(low, weight[:, None, None] / (z - problem.lower), 0)
+    above = torch.where(high, weight[:, None, None] / (problem.upper - z), 0)
+    nu = z.new_zeros(*z.shape[:2], problem.start.shape[-1])
+    return _State(z, nu, below, above, weight, 1e-6 * ones, 0 * ones)
 
 
 def _inside(problem: ControlProblem, z: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ NEWTON_FROM = 3
 """So many times ``STEPS`` are without a Newton step."""
 BLOCK_BYTES = 1 << 22
 """On a processor, elements whose costs take more than this are solved in blocks that take so much, or less."""
+REACH = 4.0
+"""A Newton step changes exponents of a plan by this much at most; after one that goes too far, by a quarter of it."""
 
 
 class Plan(NamedTuple):
@@ -83,13 +85,15 @@ def sinkhorn(
     plan, residual = torch.empty_like(cost), torch.full_like(total[:, 0], torch.inf)
     spent = torch.zeros(len(cost), dtype=torch.int64, device=cost.device)
     active = torch.arange(len(cost), device=cost.device)
+    reach = torch.full_like(residual, REACH)
     has_empty = bool((rows == 0).any() or (columns == 0).any())
     most, turn = -(-iterations // STEPS) if len(cost) else 0, 0
     while turn < most:
         whole = len(active) == len(cost)  # then nothing is copied
         kept = (cost, rows, columns, log_rows, log_columns, g)
         *chosen, start = kept if whole else [tensor[active] for tensor in kept]
-        step = _newton_step(plan if whole else plan[active], chosen[1]) if turn >= NEWTON_FROM else None
+        newton = turn >= NEWTON_FROM
+        step = _newton_step(plan if whole else plan[active], chosen[1], reach[active]) if newton else None
         if whole:
             plan = cost  # lets go of the old plan before there are new ones
         found, tens = _iterations(*chosen, start, gamma, has_empty, most - turn if step is None else 1, tolerance)
@@ -98,6 +102,7 @@ def sinkhorn(
             del found  # of two plans one is enough: that of the other potentials follows from them
             found, _ = _iterations(*chosen, start + step, gamma, has_empty)
             worse = ~_is_better((_residual(found[0], chosen[1]), *found[1:]), known, chosen[1], chosen[2])
+            reach[active] = torch.where(worse, 0.25 * reach[active], 2.0 * reach[active]).clamp(max=REACH)
             if worse.any():
                 _put_back(rows_where(worse), chosen, gamma, known, found)
         residual[active] = _residual(found[0], chosen[1])
@@ -308,8 +313,11 @@ def _put_back(elements: Tensor, chosen: Sequence[Tensor], gamma: float, known: _
         whole[elements] = values
 
 
-def _newton_step(plan: Tensor, rows: Tensor) -> Tensor:
-    """The change of g (B, n), damped so that no entry of the plan changes by more than e⁴; zero where there is none."""
+def _newton_step(plan: Tensor, rows: Tensor, reach: Tensor) -> Tensor:
+    """The change of g (B, n), damped so that no entry of the plan changes by more than exp(reach), with reach (B,).
+
+    It is zero where there is none.
+    """
     missing, mass = rows - plan.sum(-1), plan.sum(-2)  # the columns of the plan are right
     if plan.shape[-2] <= plan.shape[-1]:
         alpha, good = solve_smaller_side(plan, missing)
@@ -320,7 +328,7 @@ def _newton_step(plan: Tensor, rows: Tensor) -> Tensor:
         alpha = (missing - linalg.matvec(plan, beta)) / weight
     size = torch.maximum((alpha.amax(-1) + beta.amax(-1)).abs(), (alpha.amin(-1) + beta.amin(-1)).abs())
     good = good & size.isfinite()
-    return torch.where(good[:, None], beta * (4.0 / size.clamp(min=4.0))[:, None], 0.0)
+    return torch.where(good[:, None], beta * (reach / torch.maximum(size, reach))[:, None], 0.0)
 
 
 def _factor_in_place(matrix: Tensor) -> tuple[Tensor, Tensor]:

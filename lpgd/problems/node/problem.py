@@ -33,6 +33,7 @@ class NodeProblem(Centered):
         equality_shift, inequality_shift: (B, p) and (B, r), added to h and g, or None.
         rho, center: the term ``(ρ/2) |y - center|²``; center is (B, n), or None for ρ = 0.
         unit: (B, 1), what the objective and its added terms are divided by, or None (:meth:`in_units`).
+        square: (B, n, n) symmetric S of the term ``½ yᵀ S y``, or None.
 
     Raises:
         ValueError: inputs of another number of rows, or of several dtypes.
@@ -47,6 +48,7 @@ class NodeProblem(Centered):
     rho: float = 0.0
     center: Tensor | None = None
     unit: Tensor | None = None
+    square: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.batch_size} elements of {self.structure})"
@@ -69,7 +71,8 @@ class NodeProblem(Centered):
 
     def with_data(self, data: Data) -> NodeProblem:
         """The same problems with other inputs of the same shapes."""
-        return replace(self, data=data)
+        terms = self.linear, self.equality_shift, self.inequality_shift, self.rho, self.center, self.unit, self.square
+        return NodeProblem(self.structure, data, self.batch_size, *terms)  # dataclasses.replace takes thrice as long
 
     @property
     def datum_ndims(self) -> tuple[int, ...]:
@@ -93,16 +96,18 @@ class NodeProblem(Centered):
     @property
     def is_plain(self) -> bool:
         """Whether this is the node's own problem, nothing added."""
-        return self.linear is None and self.center is None and not self.is_shifted
+        return self.linear is None and self.center is None and not self.is_foreign
 
     @property
-    def is_shifted(self) -> bool:
-        """Whether something is added to h or g."""
-        return self.equality_shift is not None or self.inequality_shift is not None
+    def is_foreign(self) -> bool:
+        """Whether something is added that a node's own solver does not know: to h or g, or a term of second order."""
+        added = (self.equality_shift, self.inequality_shift, self.square)
+        return any(term is not None for term in added)
 
     def shaped(self, x: Tensor) -> Tensor:
         """(B, n) to (B, *shape)."""
-        return x.reshape(x.shape[0], *self.structure.shape)
+        shape = self.structure.shape
+        return x if x.shape[1:] == shape else x.reshape(x.shape[0], *shape)
 
     @property
     def added(self) -> Tilt:
@@ -125,6 +130,8 @@ class NodeProblem(Centered):
             value = value + (self.linear * x).sum(-1)
         if self.center is not None:
             value = value + 0.5 * self.rho * (x - self.center).square().sum(-1)
+        if self.square is not None:
+            value = value + 0.5 * (x * (self.square @ x[..., None])[..., 0]).sum(-1)
         return value if self.unit is None else value / self.unit[:, 0]
 
     def constraints(self, x: Tensor, data: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -229,8 +236,29 @@ class NodeProblem(Centered):
             for datum in self.data
         )
         terms = {name: getattr(self, name) for name in _ADDED}
-        changes = {name: term if term is None else term.repeat(copies, 1) for name, term in terms.items()}
+        changes = {
+            name: term if term is None else term.repeat(copies, *(1,) * (term.ndim - 1)) for name, term in terms.items()
+        }
         return replace(self, data=data, batch_size=copies * self.batch_size, **changes)
+
+    def with_quadratic(self, steps: Tensor, square: Tensor | float, linear: Tensor) -> NodeProblem:
+        """``L + s (½ yᵀHy + <h, y>)``, an augmentation where that is what it is.
+
+        Args:
+            steps: (B,) s, of any sign.
+            square: H, a number for a multiple of the identity, or (B, n, n).
+            linear: h, (B, n).
+        """
+        steps = steps.to(self.dtype)
+        linear = steps[:, None] * linear.to(self.dtype)
+        whole = replace(self, linear=linear if self.linear is None else self.linear + linear)
+        if not isinstance(square, Tensor):
+            if bool((steps == steps[:1]).all() & (steps >= 0).all()):
+                rho = square * float(steps[0]) if len(steps) else 0.0
+                return whole.augment(rho, torch.zeros_like(linear))
+            square = square * torch.eye(self.structure.n, dtype=self.dtype, device=self.device)
+        added = steps[:, None, None] * square.to(self.dtype)
+        return replace(whole, square=added if self.square is None else self.square + added)
 
     def tilt_unit(self, point: NodePoint, cotangent: Point) -> Tensor:
         """(B,) ``max(|∇f|, |∇²L x|) / |g|`` in the maximum norm; a numerator of 0 counts as 1, g = 0 gives infinity."""
@@ -325,7 +353,7 @@ class NodeProblem(Centered):
         return fine
 
 
-_ADDED = ("linear", "equality_shift", "inequality_shift", "center", "unit")
+_ADDED = ("linear", "equality_shift", "inequality_shift", "center", "unit", "square")
 
 
 def _applied_to_units(pull: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class NodeStructure:
         """The shape of one element's y."""
         return tuple(self.node.variable_shape(*self.shapes))
 
-    @property
+    @cached_property
     def n(self) -> int:
         """Number of variables."""
         return math.prod(self.shape)
@@ -64,12 +64,20 @@ class NodeStructure:
     @property
     def traits(self) -> Traits:
         """What problems of this node can do: it says itself whether it has optimality conditions."""
+        return self._traits
+
+    @cached_property
+    def _traits(self) -> Traits:
         conditions = "node" if self.node.has_kkt else ""
         return Traits(self.node.name, conditions=conditions, is_smooth=True, is_local=True)
 
     @property
     def digest(self) -> bytes:
         """A fingerprint of name and shapes: solutions of such problems can start each other."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> bytes:
         return repr((self.node.name, self.shapes, self.shape)).encode()
 
     @property

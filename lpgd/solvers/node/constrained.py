@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lpgd import linalg
 from lpgd.arrays import rows_where
+from lpgd.problems.base import maximum_norm
 from lpgd.problems.node.multipliers import LARGE, estimate_multipliers
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.structure import NodePoint
@@ -30,6 +31,9 @@ __all__ = ["ConstrainedResult", "Minimise", "is_minimiser", "method_of_multiplie
 
 ENDLESS = 6
 """So many penalties, each ten times the last, on which an objective falls without limit: it is unbounded."""
+
+NEAR = 0.1
+"""So long, relative to 1 + max|x|, a first step of Newton's method may be that leads to the solution next to it."""
 
 Minimise = Callable[[AugmentedLagrangian, Tensor], Descent]
 
@@ -63,6 +67,16 @@ def polish(
         The best points; an element is SOLVED where the residuals of its optimality conditions, relative to their
         terms, are below the 0.6th power of the precision, and stay there or fall no more.
     """
+    return _polished(problem, point, max_iterations, sparsity)[0]
+
+
+def _polished(
+    problem: NodeProblem, point: NodePoint, max_iterations: int = 30, sparsity: Sparsity | None = None
+) -> tuple[ConstrainedResult, Tensor]:
+    """The same, and (B,) whether it is the solution next to the start, and no other.
+
+    That is so where each step is at most half as long as the last one, and the first one short (Kantorovich).
+    """
     problem, unit = problem.in_units(point.x)
     every = problem
     point = NodePoint(point.x.clone(), point.nu / unit, point.lam / unit)
@@ -72,6 +86,9 @@ def polish(
     running = torch.arange(size.shape[0], device=size.device)
     iterations = torch.zeros_like(running)
     patience = torch.full_like(running, 3)
+    precision = torch.finfo(size.dtype).eps ** 0.6
+    reach = 1 + maximum_norm(point.x)
+    steady, shortest = torch.ones_like(size, dtype=torch.bool), NEAR * reach
     for _ in range(max_iterations):
         if not len(running):
             break
@@ -81,6 +98,9 @@ def polish(
         lam = torch.where(active, point.lam + change.lam, 0)
         point = NodePoint(point.x + change.x, point.nu + change.nu, lam)
         iterations[running] += 1
+        step = maximum_norm(change.x)
+        steady[running] &= (step <= shortest[running]) | (step <= precision * reach[running])
+        shortest[running] = 0.5 * step
         size, _ = _residual(problem, point)
         better = size < best[running]
         halved = size < 0.5 * best[running]
@@ -91,19 +111,19 @@ def polish(
         # Changes of the active set may raise the residual for an iteration or two.
         patience[running] = torch.where(halved, 3, patience[running] - 1)
         finished = (patience[running] <= 0) | ~torch.isfinite(size) | (best[running] == 0)
-        finished = finished | (~halved & (best[running] < torch.finfo(size.dtype).eps ** 0.6))
+        finished = finished | (~halved & (best[running] < precision))
         if finished.any():
             left = rows_where(~finished)
             running, point, problem_left = running[left], point.select(left), problem.select(left)
             problem = problem_left
-    enough = torch.finfo(best.dtype).eps ** 0.6
-    fine = best <= enough
+    fine = best <= precision
     unsure = rows_where(~fine & torch.isfinite(best))
     if len(unsure) and sparsity is None and len(unsure) * whole.x.shape[-1] ** 2 <= LARGE:
         unsure_problem, unsure_point = every.select(unsure), whole.select(unsure)
-        fine[unsure] = _residual(unsure_problem, unsure_point, _rounding(unsure_problem, unsure_point))[0] <= enough
+        fine[unsure] = _residual(unsure_problem, unsure_point, _rounding(unsure_problem, unsure_point))[0] <= precision
     whole = NodePoint(whole.x, unit * whole.nu, unit * whole.lam)
-    return ConstrainedResult(whole, torch.where(fine, int(Status.SOLVED), int(Status.NUMERICAL_ERROR)), iterations)
+    status = torch.where(fine, int(Status.SOLVED), int(Status.NUMERICAL_ERROR))
+    return ConstrainedResult(whole, status, iterations), steady
 
 
 def is_minimiser(problem: NodeProblem, point: NodePoint, sparsity: Sparsity | None = None) -> Tensor:
@@ -184,9 +204,9 @@ def method_of_multipliers(
         near = rows_where(ready)
         if len(near):
             near_problem = problem.select(near)
-            answer = polish(near_problem, point.select(near), sparsity=sparsity)
+            answer, steady = _polished(near_problem, point.select(near), sparsity=sparsity)
             moved = (answer.point.x - x[near]).abs().amax(-1)
-            close = moved <= 10 * change[near] + precision**0.5 * (1 + x[near].abs().amax(-1))
+            close = steady | (moved <= 10 * change[near] + precision**0.5 * (1 + x[near].abs().amax(-1)))
             iterations[running[near]] += answer.iterations
             fine = (answer.status == int(Status.SOLVED)) & close & is_minimiser(near_problem, answer.point, sparsity)
             polished = near[fine]

@@ -6,6 +6,7 @@ import functools
 import math
 import time
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -96,7 +97,8 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
             start = torch.where(torch.isfinite(start), start, 0).to(problem.dtype)
             start = start if finite is None else start[finite]
         # Autocast would compute products of float32 in half precision.
-        with torch.no_grad(), without_autocast(problem.device.type), isolated_torch():
+        no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+        with no_grad, without_autocast(problem.device.type), isolated_torch():
             answer = self._answer(finite_problem, start)
         seconds = time.perf_counter() - started
         solution = self._solution(finite_problem, answer, seconds)
@@ -108,7 +110,7 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
             size = problem.batch_size
             nothing = problem.data[0].new_zeros(size, *problem.structure.shape)
             return NodeAnswer(nothing, (Status.SOLVED,) * size, np.zeros(size, dtype=np.int64))
-        if self.algorithm == "own" and not problem.is_shifted:
+        if self.algorithm == "own" and not problem.is_foreign:
             y = None if start is None else problem.shaped(start)
             inputs = tuple(problem.data)
             from_node = node.solve(inputs, y) if problem.is_plain else node.solve_tilted(inputs, problem.added, y)
@@ -200,7 +202,9 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
 
     def _solution(self, problem: NodeProblem, answer: NodeAnswer, seconds: float) -> NodeSolution:
         size = problem.batch_size
-        x = answer.y.detach().to(problem.dtype).reshape(size, problem.structure.n)
+        x = answer.y.detach()
+        x = x if x.dtype == problem.dtype else x.to(problem.dtype)
+        x = x if x.ndim == 2 and size else x.reshape(size, problem.structure.n)
         statuses = tuple(answer.statuses)
         if statuses.count(Status.SOLVED) < size:
             statuses = tuple(map(Status, statuses))
