@@ -28,10 +28,11 @@ from tests.memory_growth import CONIC
 __all__ = ["interrupts", "memory", "stages_of", "training"]
 
 EVENTS = ("interrupt", "worker", "element", "restart")
-TRAINED = (
-    *available(), *(f"{name}, cones" for name in CONIC), "blackbox", "direct loss", "pooling huber", "largest eigenvectors",
-    "least squares", "rotation", "transport, wide", "projection simplex", "control", "quadratic on a simplex",
+NODES = (
+    "pooling huber", "largest eigenvectors", "least squares", "rotation", "transport, wide", "projection simplex",
+    "control", "quadratic on a simplex",
 )  # fmt: skip
+TRAINED = (*available(), *(f"{name}, cones" for name in CONIC), "blackbox", "direct loss", *NODES)
 """Whose memory is watched."""
 MEGABYTES = 10.0
 """By how much memory may grow."""

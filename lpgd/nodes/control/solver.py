@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lpgd import linalg
+from lpgd.execution.deadline import is_over
 from lpgd.nodes.control.ending import Trajectories, polish, residual
 from lpgd.nodes.control.trajectory import (
     ControlProblem,
@@ -77,6 +78,8 @@ def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300) -> T
     tries = torch.zeros_like(count)
     least = eps**0.7
     for _ in range(max_iterations):
+        if is_over():
+            break
         expansion = problem.expand(state.z)
         # The barrier's weight falls where its own problem is solved well enough for it.
         error = _barrier_error(problem, state, expansion)
