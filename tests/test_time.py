@@ -85,7 +85,7 @@ def test_nodes_end_at_their_limit() -> None:
             limits: dict[str, Any] = {name: 1e-6}
             solver = lpgd.NodeSolver(algorithm=algorithm, **limits)
             assert lpgd.NodeLayer(node, solver=solver, on_error="nan").solve(x).statuses == (Status.TIME_LIMIT,) * 4
-            with pytest.raises(SolverError, match="TIME_LIMIT.*time_limit"):
+            with pytest.raises(SolverError, match=r"TIME_LIMIT.*time_limit"):
                 lpgd.NodeLayer(node, solver=solver)(x)
     ball = lpgd.Node(lambda x, y: (y - x).square().sum(), inequality=lambda x, y: y.square().sum() - 1.0)
     limited = lpgd.NodeLayer(ball, solver=lpgd.NodeSolver(time_limit=1e-6), on_error="nan")
