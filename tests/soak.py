@@ -23,10 +23,17 @@ from lpgd import available
 from tests.fuzz.cases import CHUNK
 from tests.fuzz.front_ends import FRONT_ENDS
 from tests.fuzz.runner import State, run_watched
+from tests.memory_growth import CONIC
 
 __all__ = ["interrupts", "memory", "stages_of", "training"]
 
 EVENTS = ("interrupt", "worker", "element", "restart")
+NODES = (
+    "pooling huber", "largest eigenvectors", "least squares", "rotation", "transport, wide", "projection simplex",
+    "control", "quadratic on a simplex",
+)  # fmt: skip
+TRAINED = (*available(), *(f"{name}, cones" for name in CONIC), "blackbox", "direct loss", *NODES)
+"""Whose memory is watched."""
 MEGABYTES = 10.0
 """By how much memory may grow."""
 
@@ -54,7 +61,7 @@ def fuzz(seed: int, cases: int) -> tuple[bool, str]:
 
 def memory(name: str, steps: int) -> tuple[bool, str]:
     """One backend."""
-    _, reports = output("tests.memory_run", f"growth={steps}", name)
+    _, reports = output("tests.memory_growth", str(steps), name)
     grown = reports[0]["grown"] if reports else float("nan")
     return grown < MEGABYTES, f"{grown:+.1f} MB over {steps} steps"
 
@@ -89,7 +96,7 @@ def stages_of(cases: int, steps: int) -> dict[str, Any]:
     """Those of one round by name."""
     stages: dict[str, Any] = {"training": lambda round: training(min(steps, 300))}
     stages |= {f"interrupts, {mode}": lambda round, mode=mode: interrupts(mode) for mode in ("threads", "serial")}
-    stages |= {f"memory, {name}": lambda round, name=name: memory(name, steps) for name in available()}
+    stages |= {f"memory, {name}": lambda round, name=name: memory(name, steps) for name in TRAINED}
     stages["fuzz"] = lambda round: fuzz(1000 + round, cases)
     return stages
 

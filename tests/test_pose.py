@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from scipy.spatial.transform import Rotation as SciPyRotation
 
 import lpgd
 from lpgd.nodes.pose.rotations import axis_angle, cross_matrix, nearest_turn, rotation_matrix, spread_rotations, turning
+from lpgd.problems.node.structure import NodePoint
 from tests.node_cases import NODES, random
 
 NODE = lpgd.nodes.PerspectivePose()
@@ -254,3 +257,22 @@ def test_options_and_shapes_are_refused_by_name():
         pairs(torch.zeros(5, 2), torch.zeros(6, 3))
     with pytest.raises(ValueError, match=r"weights has shape \(6, 5\); it must be \(5, 6\)"):
         pairs(torch.zeros(5, 2), torch.zeros(6, 3), torch.zeros(6, 5))
+
+
+def test_one_singular_element_leaves_the_formula_to_the_others() -> None:
+    case = NODES["pose"]
+    inputs = case.inputs()
+    layer = lpgd.NodeLayer(case.node)
+    solution = layer.solve(*inputs)
+    x = solution.x.clone()
+    x[1, 3:] *= -1.0  # behind the camera: no minimum, whose second derivatives are not definite
+    moved = replace(solution, x=x)
+    g = NodePoint(torch.ones_like(x), *(torch.zeros_like(tensor) for tensor in tuple(solution.point)[1:]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gradient, info = lpgd.ClosedForm().vjp(moved, g, layer.solver)
+    expected, _ = lpgd.ClosedForm().vjp(solution, g, layer.solver)
+    assert info.used[0] == "closed form"
+    assert info.used[1] != "closed form"
+    for found, wanted in zip(gradient, expected, strict=True):
+        torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=0)

@@ -73,6 +73,54 @@ def test_limits_are_positive() -> None:
         lpgd.Clarabel(time_limit=-1.0)
 
 
+def test_nodes_end_at_their_limit() -> None:
+    x = torch.randn(4, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def valley(x: Tensor, y: Tensor) -> Tensor:
+        return (100.0 * (y[1:] - y[:-1] ** 2) ** 2 + (1.0 - y[:-1]) ** 2).sum() + 0.0 * x.sum()
+
+    for algorithm in ("newton", "lbfgs", "scipy"):
+        node = lpgd.Node(valley, initial=lambda x: -2.0 + 0.1 * x, shape=lambda x: x)
+        for name in ("time_limit", "batch_time_limit"):
+            limits: dict[str, Any] = {name: 1e-6}
+            solver = lpgd.NodeSolver(algorithm=algorithm, **limits)
+            assert lpgd.NodeLayer(node, solver=solver, on_error="nan").solve(x).statuses == (Status.TIME_LIMIT,) * 4
+            with pytest.raises(SolverError, match=r"TIME_LIMIT.*time_limit"):
+                lpgd.NodeLayer(node, solver=solver)(x)
+    ball = lpgd.Node(lambda x, y: (y - x).square().sum(), inequality=lambda x, y: y.square().sum() - 1.0)
+    limited = lpgd.NodeLayer(ball, solver=lpgd.NodeSolver(time_limit=1e-6), on_error="nan")
+    assert limited.solve(x).statuses == (Status.TIME_LIMIT,) * 4
+    generous = lpgd.NodeLayer(ball, solver=lpgd.NodeSolver(time_limit=60.0))
+    torch.testing.assert_close(generous(x), x / x.norm(dim=-1, keepdim=True), rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="time_limit is 0"):
+        lpgd.NodeSolver(time_limit=0.0)
+
+
+@pytest.mark.parametrize("loss", [False, True])
+def test_functions_begin_no_element_after_the_limit(loss: bool) -> None:
+    def slow(costs: Any, *rest: Any) -> Any:
+        time.sleep(0.03)
+        return lowest(costs)
+
+    options: dict[str, Any] = {"batch_time_limit": 0.04, "on_error": "nan"}
+    costs = torch.rand(5, 3, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    if loss:
+        layer: Any = lpgd.DirectLossLayer(
+            slow, lambda x: x, lambda x, target: 0.0, lambda w, **_: lowest(w), lpgd.DirectLoss(1.0), **options
+        )
+        output = layer(costs, target=[0] * 5)
+    else:
+        output = lpgd.BlackboxLayer(slow, lpgd.BlackboxBackprop(1.0), **options)(costs)
+    statuses = output.info.statuses
+    assert statuses[0] is Status.SOLVED
+    assert statuses[2:] == (Status.TIME_LIMIT,) * 3
+    output.nan_to_num().sum().backward()
+    assert costs.grad is not None
+    assert not costs.grad[2:].any()
+    with pytest.raises(ValueError, match="batch_time_limit is 0"):
+        lpgd.BlackboxLayer(slow, lpgd.BlackboxBackprop(1.0), batch_time_limit=0.0)
+
+
 # -- progress bars ------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +166,12 @@ def test_a_bar_counts_what_a_function_solves(processes: bool, counts: list[tuple
     if executor is not None:
         executor.shutdown()
     assert counts == [("solve", 6), ("differentiate", 6)]
+
+
+def test_a_bar_counts_the_elements_of_a_node(counts: list[tuple[str, int]]) -> None:
+    layer = lpgd.NodeLayer(lpgd.nodes.Projection("simplex"), progress=True)
+    layer(torch.rand(6, 3, requires_grad=True)).square().sum().backward()
+    assert counts[:1] == [("solve", 6)]
 
 
 def test_nothing_is_shown_without_being_asked_for(capfd: pytest.CaptureFixture[str]) -> None:

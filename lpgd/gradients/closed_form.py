@@ -7,6 +7,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
+import torch
 from torch import Tensor
 
 from lpgd.arrays import as_index, elements_where
@@ -50,7 +51,17 @@ class ClosedForm(GradientMethod):
             return ImplicitKKT().vjp(solution, cotangent, solver, executor)
         for element in active:
             info.used[element] = "closed form"
-        return gradient, info
+        lost = _without_formula(gradient, active) if problem.node.is_partial else []
+        if not lost:
+            return gradient, info
+        mask = torch.zeros(problem.batch_size, dtype=torch.bool, device=problem.device)
+        mask[lost] = True
+        others = cotangent._make(torch.where(mask[:, None], tensor, 0.0) for tensor in cotangent)
+        more, found = ImplicitKKT().vjp(solution, others, solver, executor)
+        for element in lost:
+            info.used[element] = found.used[element]
+        kept = (torch.where(mask.reshape(-1, *(1,) * (one.ndim - 1)), 0.0, one) for one in gradient)
+        return gradient._make(one + other for one, other in zip(kept, more, strict=True)), info
 
     def jvp(
         self,
@@ -81,6 +92,12 @@ class ClosedForm(GradientMethod):
             lambda inputs, y, cotangent, _: node.differentiable_vjp(inputs, y, cotangent), traced, cotangent.x, elements
         )
         return ImplicitKKT().differentiable_vjp(solution, data, outputs, cotangent) if gradient is None else gradient
+
+
+def _without_formula(gradient: Data, active: list[int]) -> list[int]:
+    """The elements for which a partial formula answered NaN."""
+    finite = torch.stack([torch.isfinite(one.flatten(1)).all(-1) for one in gradient]).all(0)
+    return [element for element in active if not finite[element]]
 
 
 def by_formula(

@@ -60,6 +60,9 @@ class BlackboxLayer(OracleLayer):
         executor: a ``concurrent.futures.Executor`` for the elements of a batch; None is one after the other in the
             calling thread, since not every solver may be called from several threads at once.
         progress: show a progress bar (tqdm) over the elements, where a call takes longer than a second.
+        batch_time_limit: seconds for all elements of a solve together; those that have not begun by then end with
+            ``Status.TIME_LIMIT``.  A call that has begun is not interrupted: give the solver itself a limit for one
+            element, and return ``Status.TIME_LIMIT``.
 
     Attributes:
         gradient: the gradient method; it may be replaced between calls (schedules of τ).
@@ -89,6 +92,7 @@ class BlackboxLayer(OracleLayer):
         valid_costs: Callable[[Any], Any] | None = None,
         ndim: int | None = None,
         progress: bool = False,
+        batch_time_limit: float | None = None,
     ) -> None:
         oracle = Oracle(
             function=solver,
@@ -99,6 +103,7 @@ class BlackboxLayer(OracleLayer):
             warm_start=warm_start,
             features=features,
             valid_costs=valid_costs,
+            batch_time_limit=batch_time_limit,
         )
         super().__init__(oracle, ndim, gradient, on_error, executor, progress)
 

@@ -45,8 +45,8 @@ class DirectLossLayer(OracleLayer):
         gradient: a gradient method with a τ: ``DirectLoss(tau, envelope)`` takes τ as it stands above; that of ``LPGD``
             is also multiplied by the weight that the element's loss has in the whole, such as 1/B.
         batched: the four functions take and return all elements at once: k rows of everything, and k steps.
-        executor, on_error, as_torch, ndim, progress: as for :class:`~lpgd.BlackboxLayer`; all functions get arrays,
-            or all tensors.
+        executor, on_error, as_torch, ndim, progress, batch_time_limit: as for :class:`~lpgd.BlackboxLayer`; all
+            functions get arrays, or all tensors.
         warm_start: solver and augmented take a keyword ``start`` too: the last x of this element, or None.
 
     Attributes:
@@ -73,6 +73,7 @@ class DirectLossLayer(OracleLayer):
         warm_start: bool = False,
         ndim: int | None = None,
         progress: bool = False,
+        batch_time_limit: float | None = None,
     ) -> None:
         for name, function in (("solver", solver), ("features", features), ("loss", loss), ("augmented", augmented)):
             if not callable(function):
@@ -84,6 +85,7 @@ class DirectLossLayer(OracleLayer):
             as_torch=as_torch,
             warm_start=warm_start,
             features=self._functions.point,
+            batch_time_limit=batch_time_limit,
         )
         super().__init__(oracle, ndim, gradient, on_error, executor, progress)
 

@@ -52,6 +52,7 @@ class NodeLayer(BaseLayer):
         solver: how problems are solved; None is ``NodeSolver()``: the node's own solver where it has one.
         on_error: ``"raise"``: an element without a solution raises; ``"nan"``: its rows are NaN and its gradient
             zero; ``"warn"``: a warning, the last iterate, and a zero gradient.
+        progress: show a progress bar (tqdm) over the elements, where a call takes longer than a second.
 
     Attributes:
         gradient: the gradient method; it may be replaced between calls.
@@ -74,6 +75,8 @@ class NodeLayer(BaseLayer):
         gradient: GradientMethod | None = None,
         solver: NodeSolver | None = None,
         on_error: OnError = "raise",
+        *,
+        progress: bool = False,
     ) -> None:
         if not isinstance(node, BaseNode):
             made = f"{node.__name__}(...)" if isinstance(node, type) else "lpgd.Node(objective)"
@@ -84,7 +87,7 @@ class NodeLayer(BaseLayer):
         self._node, self._solver = node, solver or NodeSolver()
         self._names, self._ndims = tuple(node.inputs), tuple(node.inputs.values())
         self._forms: dict[Any, _Form] = {}
-        super().__init__(gradient or ClosedForm(), on_error, SerialExecutor())
+        super().__init__(gradient or ClosedForm(), on_error, SerialExecutor(), progress)
 
     @property
     def node(self) -> BaseNode:

@@ -74,6 +74,7 @@ class BaseNode(ABC):
         optional: so many of the last inputs may be left out of a call, or be None; :meth:`arrange` puts tensors there.
         has_kkt: f, h and g are twice differentiable at solutions, so that optimality conditions can be differentiated.
         domain: what inputs must be beside their shapes, in words; it is part of the message where an element fails.
+        is_partial: its closed form answers NaN for elements for which it does not hold; those have other methods.
         is_exact: its solver's answers are solutions; where that is not known, implicit differentiation has a look.
     """
 
@@ -83,6 +84,7 @@ class BaseNode(ABC):
     is_exact: bool = True
     has_kkt: ClassVar[bool] = True
     optional: ClassVar[int] = 0
+    is_partial: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -7,7 +7,6 @@ indefinite P, so the question is settled before one sees it.
 from __future__ import annotations
 
 import numpy as np
-import scipy.sparse.linalg as spla
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from lpgd.problems.conic.magnitudes import curvatures
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.sparsity import PART, SparsityPattern
 from lpgd.problems.conic.structure import per_element
+from lpgd.solvers.kkt.superlu import superlu
 
 __all__ = ["is_convex", "is_definite"]
 
@@ -126,9 +126,7 @@ def _by_pivots(pattern: SparsityPattern, values: Tensor, shift: Tensor) -> Tenso
         matrix = pattern.csc(entries)
         matrix.setdiag(matrix.diagonal() + added)
         try:
-            factor = spla.splu(
-                matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
-            )
+            factor = superlu(matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
         except RuntimeError:  # SuperLU: "Factor is exactly singular": a pivot of zero, so not even semidefinite
             found.append(False)
             continue

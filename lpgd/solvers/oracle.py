@@ -52,6 +52,8 @@ class Oracle(Solver[LinearProblem, LinearSolution]):
         features: a feature map Ψ: the solution is ``features(answer, *extra)``, of the shape of the costs.
         valid_costs: a function from costs to those that the function takes, such as clipping at zero; perturbed costs
             go through it, those of the user do not.
+        batch_time_limit: seconds for all elements of a solve together; those that have not begun by then end with
+            ``Status.TIME_LIMIT``.  A call of the function that has begun is not interrupted.
     """
 
     function: Callable[..., Any] = None  # pyright: ignore[reportAssignmentType]  # fields of the base have defaults
@@ -62,6 +64,7 @@ class Oracle(Solver[LinearProblem, LinearSolution]):
     warm_start: bool = False
     features: Callable[..., Any] | None = None
     valid_costs: Callable[[Any], Any] | None = None
+    batch_time_limit: float | None = None
 
     name: ClassVar[str] = "ORACLE"
 
@@ -70,6 +73,8 @@ class Oracle(Solver[LinearProblem, LinearSolution]):
             value = getattr(self, name)
             if not (callable(value) or (name != "function" and value is None)):
                 raise TypeError(f"{name} is {value!r}; it must be callable.")
+        if self.batch_time_limit is not None and not self.batch_time_limit > 0:
+            raise ValueError(f"batch_time_limit is {self.batch_time_limit}; it must be positive, or None for no limit.")
         if self.sense not in get_args(Sense):
             raise ValueError(f"sense is {self.sense!r}; it must be one of {', '.join(get_args(Sense))}.")
 
@@ -92,6 +97,9 @@ class Oracle(Solver[LinearProblem, LinearSolution]):
         valid = elements_where(problem.finite())
         chunks = split(len(valid), executor, per_worker=1 if self.batched else 4)
         tasks = [self._task(problem, [valid[place] for place in chunk], states) for chunk in chunks]
+        if self.batch_time_limit is not None:
+            end = time.time() + self.batch_time_limit
+            tasks = [task._replace(deadline=end) for task in tasks]
         with all_torch_threads():
             results = run_tasks(_solve_batched if self.batched else _solve_each, tasks, executor, away=_count)
         return _assemble(self, problem, tasks, results)
@@ -138,6 +146,12 @@ class _Task(NamedTuple):
     tilted: bool  # costs are perturbed ones
     centers: Array | None  # (k, *shape)
     progress: Key | None  # whom to tell of each element
+    deadline: float | None = None  # of the batch, on the clock that processes share
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more elements may begin."""
+        return self.deadline is not None and time.time() >= self.deadline
 
     def call(self, costs: Array, extra: list[Any], start: Any, center: Array | None) -> tuple[Any, Any]:
         """What the function answers, and the solution that this is."""
@@ -241,7 +255,10 @@ def _solve_each(task: _Task) -> _Results | _Raised:
             center = None if task.centers is None else task.centers[index]
             started = clock()
             try:
-                answer, solution = task.call(task.costs[index], extra, task.starts[index], center)
+                if task.is_over:
+                    answer = solution = Status.TIME_LIMIT
+                else:
+                    answer, solution = task.call(task.costs[index], extra, task.starts[index], center)
             except Exception as error:  # raised again, with the element's name, where the results come together
                 if not task.tilted:
                     return _Raised([place], error)
@@ -261,7 +278,10 @@ def _solve_batched(task: _Task) -> _Results | _Raised:
     solution: Any
     try:
         with torch.no_grad():
-            answer, solution = task.call(task.costs, task.extra, starts, task.centers)
+            if task.is_over:
+                answer = solution = Status.TIME_LIMIT
+            else:
+                answer, solution = task.call(task.costs, task.extra, starts, task.centers)
     except Exception as error:  # raised again, with the elements' names, where the results come together
         if not task.tilted:
             return _Raised(task.places, error)

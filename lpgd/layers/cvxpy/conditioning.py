@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-import scipy.sparse.linalg as spla
 import torch
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch import Tensor
 from lpgd import linalg
 from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray, from_numpy, random_direction
 from lpgd.problems.conic.sparsity import SparsityPattern
+from lpgd.solvers.kkt.superlu import superlu
 
 __all__ = ["LEAST_CURVATURE", "Conditioning"]
 
@@ -137,7 +137,7 @@ class Conditioning:
             matrix = matrix + scaled_rows.T @ scaled_rows
         options = {"SymmetricMode": True}
         try:
-            factor = spla.splu(sp.csc_array(matrix), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
+            factor = superlu(sp.csc_array(matrix), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
         except RuntimeError:  # SuperLU: "Factor is exactly singular"
             return 0.0
         pivots = factor.U.diagonal()

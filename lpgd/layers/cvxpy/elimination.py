@@ -53,10 +53,10 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
-from scipy.sparse.linalg import splu
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray
 from lpgd.layers.cvxpy.layout import CanonicalProgram
+from lpgd.solvers.kkt.superlu import superlu
 
 __all__ = [
     "FULL",
@@ -306,7 +306,7 @@ class _Weights:
         system.data = np.random.default_rng(0).uniform(0.1, 1.0, system.nnz)
         system = sp.csc_array(system + sp.diags_array(np.full(system.shape[0], 10.0 * system.nnz)))
         options = {"SymmetricMode": True}
-        return splu(system, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options).L.nnz
+        return superlu(system, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options).L.nnz
 
     def _patterns(self, chosen: BoolArray) -> tuple[Any, Any, Any]:
         """P_KK, the rows of W that are squared, and A', as patterns."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lpgd import linalg
 from lpgd.arrays import rows_where
+from lpgd.execution.deadline import is_over
 from lpgd.nodes.control.ending import Trajectories, polish, residual
 from lpgd.nodes.control.horizon import SHORTEST, grow
 from lpgd.nodes.control.trajectory import (
@@ -74,6 +75,8 @@ def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300, grow
     grows = grows and z.shape[1] >= 2 * SHORTEST
     least = eps**0.7
     for iteration in range(max_iterations):
+        if is_over():
+            break
         expansion = problem.expand(state.z)
         if grows and iteration >= PATIENCE:
             slow = rows_where(young[running] & ~(residual(problem, state.z, expansion, *state[1:4]) <= NEARLY))

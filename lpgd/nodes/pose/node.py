@@ -86,6 +86,7 @@ class PerspectivePose(BaseNode):
         "image points, all with a weight must be in front of the camera."
     )
     optional = 1
+    is_partial = True
 
     def __post_init__(self) -> None:
         for role, known in (("seen", get_args(Seen)), ("start", get_args(Start))):
@@ -272,23 +273,27 @@ class PerspectivePose(BaseNode):
         """One system of order six, and the derivative of ``-<∇f(y; inputs), s>`` in the inputs, ``H s = v``.
 
         Where the slope is zero, the Hessian in ``(ω, t)`` is that in ``(δ, t)``, R moving to ``exp([δ]) R``, between
-        the matrices J(ω) of ``δ = J dω``.  None where it is singular.
+        the matrices J(ω) of ``δ = J dω``.  NaN for elements of which it is singular.
         """
         dtype = y.dtype
         inputs = tuple(tensor.double() for tensor in inputs)
-        gradients = self._vjp(inputs, y.double(), cotangent.double())
-        return None if gradients is None else tuple(gradient.to(dtype) for gradient in gradients)
+        gradients, _ = self._vjp(inputs, y.double(), cotangent.double())
+        return tuple(gradient.to(dtype) for gradient in gradients)
 
     def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor, ...] | None:
-        return self.vjp(inputs, y, cotangent, None)
+        dtype = y.dtype
+        gradients, definite = self._vjp(tuple(tensor.double() for tensor in inputs), y.double(), cotangent.double())
+        return tuple(gradient.to(dtype) for gradient in gradients) if bool(definite.all()) else None
 
-    def _vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor, ...] | None:
+    def _vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The gradients, NaN for elements with a singular system, and (B,) which have a regular one."""
         R, t = self.split(y)
         sight = self._sight(inputs)
         turned, p = sight.seen(R, t)
         _, hessian, gauss = pose_system(sight, turned, p)
-        if not positive_definite(hessian.detach(), gauss.detach()).all():
-            return None
+        definite = positive_definite(hessian.detach(), gauss.detach())
+        unit = torch.eye(6, dtype=hessian.dtype, device=hessian.device)
+        hessian = torch.where(definite[:, None, None], hessian, unit)
         along = linalg.solve(turning(y[:, :3]).mT, cotangent[:, :3])
         s = linalg.solve(hessian, torch.cat([along, cotangent[:, 3:]], -1))
 
@@ -298,7 +303,11 @@ class PerspectivePose(BaseNode):
             moved = torch.cross(s[:, None, :3].expand_as(turned), turned, dim=-1) + s[:, None, 3:]
             return -(traced.slope(p) * moved).sum()
 
-        return torch.func.grad(sloped)(inputs)
+        gradients = torch.func.grad(sloped)(inputs)
+        lost = [definite.reshape(-1, *(1,) * (gradient.ndim - 1)) for gradient in gradients]
+        return tuple(
+            torch.where(fine, gradient, torch.nan) for fine, gradient in zip(lost, gradients, strict=True)
+        ), definite
 
 
 def _outcomes(found: Refined) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lpgd import linalg
+from lpgd.execution.deadline import is_over
 from lpgd.nodes.sphere.secular import SphereSolution, half_quadratic, normalised, product
 
 __all__ = ["descend", "least_squares", "starting_points"]
@@ -72,6 +73,8 @@ def descend(
     converged = torch.zeros(batch, dtype=torch.bool, device=gram.device)
     active = ~converged
     for _ in range(max_iterations):
+        if is_over():
+            break
         d = vector - pushed
         along = (d * u).sum(-1, keepdim=True)
         p = d - along * u

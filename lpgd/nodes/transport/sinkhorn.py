@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lpgd import linalg
 from lpgd.arrays import rows_where
+from lpgd.execution.deadline import is_over
 
 __all__ = ["Plan", "annealed_sinkhorn", "positive_or_one", "sinkhorn", "solve_smaller_side"]
 
@@ -253,7 +254,7 @@ def _iterations(
             u = quotient(rows, linalg.matvec(kernel, v))
             v = quotient(columns, linalg.matvec(transposed, u))
         tens += 1
-        if tens == blocks:
+        if tens == blocks or is_over():
             break
         left = (u * linalg.matvec(kernel, v) - rows).abs().sum(-1)
         last, worst = worst, float((left / total).max())

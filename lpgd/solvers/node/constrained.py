@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lpgd import linalg
 from lpgd.arrays import rows_where
+from lpgd.execution.deadline import is_over
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.node.multipliers import LARGE, estimate_multipliers
 from lpgd.problems.node.problem import NodeProblem
@@ -90,7 +91,7 @@ def _polished(
     reach = 1 + maximum_norm(point.x)
     steady, shortest = torch.ones_like(size, dtype=torch.bool), NEAR * reach
     for _ in range(max_iterations):
-        if not len(running):
+        if not len(running) or is_over():
             break
         active = _active(problem, point)
         _, residual = _residual(problem, point)
@@ -185,7 +186,7 @@ def method_of_multipliers(
     endless = torch.zeros_like(running)  # rounds, one after the other, that fell without limit
     precision = torch.finfo(x.dtype).eps ** 0.6
     for _ in range(max_rounds):
-        if not len(running):
+        if not len(running) or is_over():
             break
         descent = minimise(AugmentedLagrangian(problem, point.nu, point.lam, penalty), point.x)
         iterations[running] += descent.iterations
@@ -230,7 +231,7 @@ def method_of_multipliers(
     residual = _residual(problem, point)[0] if len(running) else penalty
     status[running] = torch.where(residual <= precision**0.5, int(Status.INACCURATE), status[running])
     lost = rows_where((status == int(Status.NUMERICAL_ERROR)) | (status == int(Status.ITERATION_LIMIT)))
-    if len(lost):
+    if len(lost) and not is_over():
         answer = verdict(every.select(lost), (start[lost], whole.x[lost]), minimise)
         proven = answer == int(Status.INFEASIBLE)
         status[lost] = torch.where(proven, answer, status[lost])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lpgd import linalg
 from lpgd.arrays import rows_where
+from lpgd.execution.deadline import is_over
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
 from lpgd.status import Status
 
@@ -182,7 +183,7 @@ def newton(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max
     run = Run(function, x, tolerance)
     scale = run.slope.abs().amax(-1) if x.shape[-1] else run.value
     for _ in range(max_iterations):
-        if not len(run.elements):
+        if not len(run.elements) or is_over():
             break
         size = run.slope.abs().amax(-1) if x.shape[-1] else torch.zeros_like(run.value)
         bad = ~(torch.isfinite(run.value) & torch.isfinite(size))
@@ -284,6 +285,8 @@ def lbfgs(function: AugmentedLagrangian, x: Tensor, tolerance: float = 0.0, max_
     steps, changes = x.new_zeros(MEMORY, size, n), x.new_zeros(MEMORY, size, n)
     inverse, stale = x.new_zeros(MEMORY, size), torch.zeros_like(run.elements)
     for _ in range(max_iterations):
+        if is_over():
+            break
         large = run.slope.abs().amax(-1)
         bad = ~(torch.isfinite(run.value) & torch.isfinite(large))
         far = run.is_far()

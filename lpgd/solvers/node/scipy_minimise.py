@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import as_index, from_numpy
+from lpgd.execution.deadline import is_over
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.status import Status
 
@@ -38,6 +39,10 @@ def scipy_minimise(
     return torch.stack(found) if found else x, status, iterations
 
 
+class _OverError(Exception):
+    """The time is over."""
+
+
 def _minimise_one(
     problem: NodeProblem, x: Tensor, tolerance: float, max_iterations: int
 ) -> tuple[np.ndarray, int, int]:
@@ -48,6 +53,8 @@ def _minimise_one(
         return value[0].detach().cpu().double().numpy()
 
     def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
+        if is_over():
+            raise _OverError
         slope, value = torch.func.grad_and_value(lambda x: problem.objective(x).sum())(tensor(point))
         return float(value), number(slope)
 
@@ -71,15 +78,18 @@ def _minimise_one(
         )
     from scipy.optimize import minimize  # it takes a while to import
 
-    answer = minimize(
-        objective,
-        number(x[None]),
-        jac=True,
-        method="SLSQP" if constraints else "L-BFGS-B",
-        constraints=constraints,
-        tol=tolerance,
-        options={"maxiter": max_iterations},
-    )
+    try:
+        answer = minimize(
+            objective,
+            number(x[None]),
+            jac=True,
+            method="SLSQP" if constraints else "L-BFGS-B",
+            constraints=constraints,
+            tol=tolerance,
+            options={"maxiter": max_iterations},
+        )
+    except _OverError:
+        return number(x[None]), int(Status.TIME_LIMIT), 0
     codes = {9: Status.ITERATION_LIMIT, 4: Status.INFEASIBLE} if constraints else {1: Status.ITERATION_LIMIT}
     status = Status.SOLVED if answer.success else codes.get(answer.status, Status.NUMERICAL_ERROR)
     return np.asarray(answer.x), int(status), int(answer.nit)

@@ -7,7 +7,7 @@ import math
 import time
 from concurrent.futures import Executor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import elements_where, flags, integers, rows_where
+from lpgd.execution.deadline import deadline, is_over
+from lpgd.execution.progress import advance, current
 from lpgd.execution.threads import without_autocast
 from lpgd.execution.torch_isolation import isolated_torch
 from lpgd.nodes.base import NodeAnswer
@@ -53,6 +55,10 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
             ``scipy.optimize.minimize`` (SLSQP or L-BFGS-B), one element after the other.  ``"barrier"`` answers the
             minimisers of ``f - μ Σ log(-g)`` (:mod:`lpgd.solvers.node.barrier`), which have a derivative at kinks too.
         barrier: μ > 0 of that, in units of the objective.
+        time_limit, batch_time_limit: seconds; as elements are solved side by side, the shorter one ends them all.  What
+            has not converged by then has ``Status.TIME_LIMIT``.  Forward and each perturbed solve count for themselves.
+            Generic solvers, optimal control, transport and descent on the sphere end there; direct methods, as of
+            eigenvalues, are not interrupted.
         max_iterations: of one element (of each round, where there are constraints); None is 200 for Newton's method,
             2000 for the others.
 
@@ -64,6 +70,8 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
     algorithm: Algorithm = "own"
     max_iterations: int | None = None
     barrier: float = 1e-3
+    time_limit: float | None = field(default=None, kw_only=True)
+    batch_time_limit: float | None = field(default=None, kw_only=True)
 
     name: ClassVar[str] = "NODE"
     is_torch: ClassVar[bool] = True
@@ -75,6 +83,10 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
             raise ValueError(f"barrier is {self.barrier}; it must be positive and finite.")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance is {self.tolerance}; it must be at least 0 and below 1.")
+        for name in ("time_limit", "batch_time_limit"):
+            limit = getattr(self, name)
+            if limit is not None and not limit > 0:
+                raise ValueError(f"{name} is {limit}; it must be positive, or None for no limit.")
         if self.max_iterations is not None and self.max_iterations < 1:
             raise ValueError(f"max_iterations is {self.max_iterations}; it must be at least 1, or None.")
 
@@ -98,8 +110,15 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
             start = start if finite is None else start[finite]
         # Autocast would compute products of float32 in half precision.
         no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
-        with no_grad, without_autocast(problem.device.type), isolated_torch():
+        limits = [limit for limit in (self.time_limit, self.batch_time_limit) if limit is not None]
+        limit = deadline(min(limits, default=None))
+        with no_grad, without_autocast(problem.device.type), isolated_torch(), limit:
             answer = self._answer(finite_problem, start)
+            if is_over():
+                unfinished = (Status.ITERATION_LIMIT, Status.NUMERICAL_ERROR, Status.INACCURATE)
+                statuses = tuple(Status.TIME_LIMIT if one in unfinished else one for one in answer.statuses)
+                answer = answer._replace(statuses=statuses)
+        advance(current(), problem.batch_size)
         seconds = time.perf_counter() - started
         solution = self._solution(finite_problem, answer, seconds)
         return solution if finite is None else _spread(problem, solution, finite)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import FloatArray, SparseArray
+from lpgd.execution.deadline import is_over
 from lpgd.problems.node.structure import NodePoint
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
 from lpgd.solvers.node.descent import Descent, Run, newton, outcome
@@ -30,7 +31,7 @@ def sparse_newton(
     scale, eps = run.slope.abs().amax(-1), torch.finfo(x.dtype).eps
     damping = torch.zeros_like(scale)
     for _ in range(max_iterations):
-        if not len(run.elements):
+        if not len(run.elements) or is_over():
             break
         size = run.slope.abs().amax(-1)
         bad = ~(torch.isfinite(run.value) & torch.isfinite(size))
