@@ -6,6 +6,8 @@ indefinite P, so the question is settled before one sees it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import scipy.sparse.linalg as spla
 import torch
@@ -20,15 +22,44 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.sparsity import PART, SparsityPattern
 from lpgd.problems.conic.structure import per_element
 
-__all__ = ["is_convex", "is_definite"]
+__all__ = ["Root", "is_convex", "is_definite", "root_of"]
 
 DENSE_LIMIT = 1500
 """Matrices up to this size, and mostly filled ones, are factorised densely."""
 DEFINITE = 1e-9
 """The least eigenvalue, relative to the largest entry of P, of one that is not singular."""
+ROOM = 16_000_000
+"""Factors with so many entries are kept."""
+SURELY = 1e-5
+"""The least square of a pivot of ``P = L Lᵀ``, relative to the largest entry of P, of a P that is definite for sure."""
 FINEST = 3e-8
 """Negative eigenvalues up to this, relative to the largest entry of P, are taken for rounding of what computed P: the
 root of the precision of float64."""
+
+
+class Root(NamedTuple):
+    """The Cholesky factors of a dense P.
+
+    Attributes:
+        lower: (R, n, n) L, with ``½ (P + Pᵀ) = L Lᵀ``.
+        exists: (R,) where there is one; L means nothing elsewhere.
+    """
+
+    lower: Tensor
+    exists: Tensor
+
+
+def root_of(problem: ConicProblem) -> Root | None:
+    """The factors of each row of a dense P, worked out once for whoever asks; None of one that is not, or is large."""
+    pattern, values = problem.structure.quadratic, problem.symmetric_P.detach()
+    if not pattern.is_dense or not 0 < pattern.shape[0] <= DENSE_LIMIT or values.numel() > ROOM:
+        return None
+
+    def compute() -> Root:
+        lower, info = linalg.cholesky_ex(pattern.to_dense(torch.atleast_2d(values)))
+        return Root(lower, info == 0)
+
+    return _memo(problem.data.P, ("root", pattern.digest), compute)
 
 
 def is_convex(problem: ConicProblem) -> Tensor:
@@ -42,8 +73,9 @@ def is_convex(problem: ConicProblem) -> Tensor:
         return values.new_ones(problem.batch_size, dtype=torch.bool)
 
     def compute() -> Tensor:
-        definite = pattern.is_dense and problem.structure.n <= DENSE_LIMIT
-        return _rows_convex(pattern, values, _rows_definite(problem) if definite else None)
+        # A factor shows that P is semidefinite up to rounding.
+        root = root_of(problem)
+        return _rows_convex(pattern, values, None if root is None else root.exists)
 
     found = _memo(problem.data.P, ("convex", pattern.digest), compute)
     return per_element(found[:, None], problem.batch_size)[:, 0]
@@ -65,7 +97,16 @@ def _rows_definite(problem: ConicProblem) -> Tensor:
         dense = pattern.shape[0] <= DENSE_LIMIT or pattern.nnz > 0.2 * pattern.shape[0] ** 2
         if not pattern.is_dense and np.unique(pattern.rows).size < pattern.shape[0]:  # a variable without curvature
             return known.new_zeros(len(known), dtype=torch.bool)
-        return (_by_cholesky if dense else _by_pivots)(pattern, known, -DEFINITE * maximum_norm(curvatures(problem)))
+        largest, by_factors = maximum_norm(curvatures(problem)), _by_cholesky if dense else _by_pivots
+        root = root_of(problem)
+        if root is None:
+            return by_factors(pattern, known, -DEFINITE * largest)
+        pivots = root.lower.diagonal(dim1=-2, dim2=-1)
+        definite = root.exists & (pivots.amin(-1) ** 2 > SURELY * largest)
+        left = rows_where(~definite)
+        if left.shape[0]:
+            definite[left] = by_factors(pattern, known[left], -DEFINITE * largest[left])
+        return definite
 
     return _memo(problem.data.P, ("definite", pattern.digest), compute)
 
@@ -73,10 +114,10 @@ def _rows_definite(problem: ConicProblem) -> Tensor:
 _memo = TensorMemo()
 
 
-def _rows_convex(pattern: SparsityPattern, values: Tensor, definite: Tensor | None) -> Tensor:
-    """(R,) for each row of values; ``definite`` are those that are known to be."""
+def _rows_convex(pattern: SparsityPattern, values: Tensor, semidefinite: Tensor | None) -> Tensor:
+    """(R,) for each row of values; ``semidefinite`` are those that are known to be."""
     values, n = torch.atleast_2d(values.detach()), pattern.shape[0]
-    convex = _dominated(pattern, values) if definite is None else definite.clone()
+    convex = _dominated(pattern, values) if semidefinite is None else semidefinite.clone()
     dense = n <= DENSE_LIMIT or pattern.nnz > 0.2 * n * n
     by_factors = _by_cholesky if dense else _by_pivots
     for single in (False, True):

@@ -82,6 +82,10 @@ class SparsityPattern:
         return self.nnz == self.shape[0] * self.shape[1]
 
     @cached_property
+    def is_diagonal(self) -> bool:
+        return np.array_equal(self.rows, self.columns)
+
+    @cached_property
     def indptr(self) -> NDArray[np.int32]:
         """Column pointers of the compressed-sparse-column form; ``rows`` are its indices."""
         counts = np.bincount(self.columns, minlength=self.shape[1])

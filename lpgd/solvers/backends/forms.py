@@ -339,6 +339,7 @@ class IntervalForm(Form):
         zero: how many of them, from the first, are equalities.
         bounded: the variables that may have a bound.
         has_bounds: whether there is one.
+        is_white: whether P is the identity.
     """
 
     keyed_by_bounds: ClassVar[bool] = False
@@ -352,6 +353,8 @@ class IntervalForm(Form):
         self._values = matrices.A[: structure.constraint.nnz]
         self.bounded = self.frame.bounded
         self.size = self._values.size + self.P.size
+        quadratic = structure.quadratic
+        self.is_white = quadratic.nnz == structure.n and bool((self.P == 1.0).all()) and quadratic.is_diagonal
 
     @cached_property
     def A(self) -> sp.csc_array:

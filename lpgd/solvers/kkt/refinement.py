@@ -29,6 +29,7 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.solvers.kkt.factored import Factored
 from lpgd.solvers.kkt.rank import NEAR
+from lpgd.solvers.kkt.schur import ActiveSystem, SchurFactor
 from lpgd.solvers.kkt.system import KKTPoints, Known, respond
 
 __all__ = ["KeptFactor", "Points", "Refined", "complementary", "is_cheap", "is_small", "optimality_residual", "refine"]
@@ -78,7 +79,7 @@ class KeptFactor(NamedTuple):
 
     elements: Tensor
     valid: Tensor
-    factored: Factored
+    factored: Factored | ActiveSystem
 
     def among(self, chosen: Tensor) -> KeptFactor:
         """The same, valid for elements that are ``chosen`` (B,) alone."""
@@ -275,7 +276,7 @@ class Points:
 
     def regular_step(
         self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, row_error: Tensor
-    ) -> tuple[Tensor, Tensor, Factored | None]:
+    ) -> tuple[Tensor, Tensor, Factored | ActiveSystem | None]:
         """:meth:`step`, and the systems, which can be kept where they are on the CPU."""
         if self.problem.device.type != "cpu":
             return *self.step(xi, v, error, slope, row_error), None
@@ -344,8 +345,11 @@ class Points:
         moved[:, : problem.structure.cones.zero] = 0.0
         return dx + dz, dy + moved
 
-    def factored(self, xi: Tensor, v: Tensor) -> Factored:
+    def factored(self, xi: Tensor, v: Tensor) -> Factored | ActiveSystem:
         """The system of Newton's method at a point, to be solved for several right-hand sides."""
+        factor = SchurFactor.of(self.problem)
+        if factor is not None:
+            return factor.at(self.pieces(xi, v))
         problem, (point, _) = self.problem, self.point(xi, v)
         view, count = ElementView(problem), problem.batch_size
         matrices = (view.rows(name, range(count)) for name in ("P", "A"))

@@ -1,58 +1,62 @@
 """Systems of quadratic programs with a definite P, for every active set from one factorisation.
 
-With ``P = L Lᵀ``, C the rows of A and those of bounded variables of the identity, and ``Y = L⁻¹ Cᵀ``, the change of the
+With ``P = L Lᵀ``, C the rows of A and those of bounded variables of the identity, and ``M = C L⁻ᵀ``, the change of the
 solution under the tilt ``<g_x, x> + <g, C x>``, the rows a being active, is
 
-    (YᵀY)_aa u = g_a - (Yᵀh)_a,    h = L⁻¹ g_x,    dx = -L⁻ᵀ (h + Y u),
+    (M Mᵀ)_aa u = g_a - (M h)_a,    h = L⁻¹ g_x,    dx = -L⁻ᵀ (h + Mᵀu),
 
-u the change of the multipliers.  Another active set picks other rows of ``YᵀY``, and a small matrix is all that is
-factorised for it; where the batch shares P and A, L and Y are those of all elements.
+u the change of the multipliers.  L is what shows that P is convex, and M what a solver may start from
+(:mod:`lpgd.solvers.backends.whitened`): both are worked out once for the matrices of a batch.  Another active set picks
+other rows of M, and a small matrix is all that is factorised for it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from lpgd import linalg
-from lpgd.arrays import FloatArray, from_numpy
+from lpgd.arrays import BoolArray, FloatArray, from_numpy, random_direction
+from lpgd.execution.memo import TensorMemo
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.solvers.kkt.packed import Packed, packed, packed_size
+from lpgd.solvers.convexity import root_of
 from lpgd.solvers.kkt.reduced import is_dense
 
 __all__ = ["ActiveSystem", "SchurFactor"]
 
 DEFINITE = 1e-5
 """The least diagonal entry of a triangular factor, over the largest: the condition is about its inverse square."""
-WIDEST = 250
-"""YᵀY is made up to this size."""
+ROOM = 16_000_000
+"""So many entries of M are made for a batch."""
 
 
 @dataclass(frozen=True, eq=False)
 class SchurFactor:
-    """L⁻¹, Y and YᵀY of E elements.
+    """L and M of E elements.
 
     Attributes:
-        inverse: (R, n, n) L⁻¹.  One product with it for each element has bits that depend on no other element, which
-            one solve for many right-hand sides has not.  Element i uses row ``i mod R``, as for all data.
-        wide: (R, n, k) Y.
-        gram: (R, k, k).
+        lower: (R, n, n) L; element i uses row ``i mod R``, as for all data.
+        white: (R, k, n) M.
+        fine: (R,) which elements have them: P is definite, by much more than rounding.
+        size: (R,) at least the norms of P and C.
         bounded: variables that have a bound, the last of the k rows.
         row_count: of A.
         zero: how many of them are equalities.
-        definite: (R,) which elements have such a factor.
     """
 
-    inverse: Tensor
-    wide: Tensor
-    gram: Tensor
+    lower: Tensor
+    white: Tensor
+    fine: Tensor
+    size: Tensor
     bounded: Tensor
     row_count: int
     zero: int
-    definite: Tensor
 
     @classmethod
     def of(cls, problem: ConicProblem) -> SchurFactor | None:
@@ -60,37 +64,55 @@ class SchurFactor:
         structure, data = problem.structure, problem.data
         if not structure.cones.is_polyhedral or structure.quadratic.nnz < structure.n or not is_dense(structure):
             return None
+        if problem.device.type != "cpu" or not structure.n:
+            return None
+        known = _memo(data.P, structure.digest, lambda: list[_Known]())
+        for entry in known:
+            if entry.matrix() is data.A and entry.version == data.A._version:
+                return entry.factor
+        found = cls._made(problem)
+        if not data.A.is_inference():
+            known[:] = [_Known(TensorWeakRef(data.A), data.A._version, found)]
+        return found
+
+    @classmethod
+    def _made(cls, problem: ConicProblem) -> SchurFactor | None:
+        structure, data = problem.structure, problem.data
         bounded = from_numpy(np.union1d(structure.lower_index, structure.upper_index))
+        count = max((datum.shape[0] for datum in (data.P, data.A) if datum.ndim == 2), default=1)
         wide = structure.m + bounded.shape[0]
-        if wide > WIDEST:
+        if count * max(wide, structure.n) * structure.n > ROOM:
             return None
-        P, n = structure.quadratic.to_dense(torch.atleast_2d(problem.symmetric_P)), structure.n
-        # MKL rounds by where a matrix begins in memory: all begin at multiples of 64 bytes.
-        one = torch.eye(packed_size(n), dtype=P.dtype)
-        padded = one.repeat(len(P), 1, 1)
-        padded[:, :n, :n] = P
-        lower, info = linalg.cholesky_ex(padded)
-        diagonal = lower[:, :n, :n].diagonal(dim1=-2, dim2=-1)
-        definite = (info == 0) & (diagonal.amin(-1) > DEFINITE * diagonal.amax(-1))
-        if not bool(definite.any()):
-            return None
+        root = root_of(problem)
+        if root is None:
+            lower, info = linalg.cholesky_ex(structure.quadratic.to_dense(torch.atleast_2d(problem.symmetric_P)))
+            exists = info == 0
+        else:
+            lower, exists = root
+        pivots = lower.diagonal(dim1=-2, dim2=-1)
+        fine = exists & (pivots.amin(-1) > DEFINITE * pivots.amax(-1))
         C = structure.constraint.to_dense(torch.atleast_2d(data.A))
+        sizes = {lower.shape[0], C.shape[0], 1}
+        if len(sizes) > 2 or not bool(fine.any()):
+            return None
         if bounded.shape[0]:
             unit = torch.eye(structure.n, dtype=C.dtype)[bounded].expand(C.shape[0], -1, -1)
             C = torch.cat([C, unit], 1)
-        if lower.shape[0] != C.shape[0] and 1 not in (lower.shape[0], C.shape[0]):
-            return None
-        right = C.new_zeros(C.shape[0], len(padded[0]), packed_size(wide))
-        right[:, :n, :wide] = C.mT
-        right = right.expand(max(lower.shape[0], C.shape[0]), -1, -1)
-        Y = linalg.solve_triangular(lower.expand(right.shape[0], -1, -1), right, upper=False)
-        # By NumPy, which takes one matrix after the other: torch's products round by the number of elements.
-        wide_rows = Y[:, :n, :wide].contiguous()
-        inverse = linalg.solve_triangular(lower, one.expand(len(P), -1, -1), upper=False)[:, :n, :n].contiguous()
-        with np.errstate(over="ignore", invalid="ignore"):  # of elements whose P is not definite
-            gram = from_numpy(wide_rows.numpy().swapaxes(1, 2) @ wide_rows.numpy())
-        definite = definite.expand(right.shape[0])
-        return cls(inverse, wide_rows, gram, bounded, structure.m, structure.cones.zero, definite)
+        size = lower.square().sum((1, 2)) + C.square().sum((1, 2)).sqrt()
+        lower, right = lower.expand(max(sizes), -1, -1), C.mT.expand(max(sizes), -1, -1)
+        white = linalg.solve_triangular(lower, right, upper=False).mT
+        return cls(lower, white, fine.expand(max(sizes)), size, bounded, structure.m, structure.cones.zero)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """(R, k, k) ``M Mᵀ``."""
+        return self.white @ self.white.mT
+
+    @cached_property
+    def white_values(self) -> Tensor:
+        """M as the values of a matrix of a problem: (R, k n), column by column, or (k n,) where the batch shares it."""
+        values = self.white.mT.reshape(self.white.shape[0], -1)
+        return values if values.shape[0] > 1 else values[0]
 
     def select(self, elements: Tensor) -> SchurFactor:
         """The factors of these elements."""
@@ -98,8 +120,7 @@ class SchurFactor:
         def chosen(tensor: Tensor) -> Tensor:
             return tensor if tensor.shape[0] == 1 else tensor[elements % tensor.shape[0]]
 
-        factors = {name: chosen(getattr(self, name)) for name in ("inverse", "wide", "gram", "definite")}
-        return replace(self, **factors)
+        return replace(self, lower=chosen(self.lower), white=chosen(self.white), fine=chosen(self.fine), size=chosen(self.size))
 
     def at(self, pieces: Tensor) -> ActiveSystem:
         """The system of the active sets ``pieces`` (B, ·), as :meth:`Points.pieces` has them."""
@@ -110,6 +131,31 @@ class SchurFactor:
             masks.append(pieces[:, inequalities:][:, self.bounded] != 0)
         return ActiveSystem(self, torch.cat(masks, 1))
 
+    def forward(self, vectors: Tensor) -> Tensor:
+        """``L⁻¹ v`` for vectors (B, n)."""
+        return self._solved(vectors, transposed=False)
+
+    def backward(self, vectors: Tensor) -> Tensor:
+        """``L⁻ᵀ v`` for vectors (B, n)."""
+        return self._solved(vectors, transposed=True)
+
+    def _solved(self, vectors: Tensor, transposed: bool) -> Tensor:
+        count, (size, n) = self.lower.shape[0], vectors.shape
+        columns = vectors.reshape(-1, count, n).permute(1, 2, 0)
+        matrix = self.lower.mT if transposed else self.lower
+        return linalg.solve_triangular(matrix, columns, upper=transposed).permute(2, 0, 1).reshape(size, n)
+
+
+class _Known(NamedTuple):
+    """The factor of a P with a matrix A, as it was."""
+
+    matrix: TensorWeakRef
+    version: int
+    factor: SchurFactor | None
+
+
+_memo = TensorMemo()
+
 
 class ActiveSystem:
     """The system of one active set for each of B elements.
@@ -119,46 +165,87 @@ class ActiveSystem:
     """
 
     def __init__(self, factor: SchurFactor, active: Tensor) -> None:
-        self.factor, gram = factor, factor.gram
-        count = int(active.sum(1).max()) if active.numel() else 0
+        self.factor, count = factor, int(active.sum(1).max()) if active.numel() else 0
         self.order = torch.argsort(~active, dim=1, stable=True)[:, :count]  # active rows of each element first
         self.active = active.gather(1, self.order)
-        if gram.shape[0] == 1:
-            matrices = gram[0][self.order[:, :, None], self.order[:, None, :]]
+        self.chosen: FloatArray | None = None
+        white = factor.white
+        if white.shape[0] == 1:
+            small = factor.gram[0][self.order[:, :, None], self.order[:, None, :]]
         else:
-            place = torch.arange(active.shape[0])[:, None, None]
-            matrices = gram[place, self.order[:, :, None], self.order[:, None, :]]
-        both = self.active[:, :, None] & self.active[:, None, :]
-        idle = (~self.active).numpy()
-        self.regular, self.stacks = np.ones(len(idle), dtype=bool), list[tuple[Packed, Tensor]]()
-        for stack in packed(torch.where(both, matrices, 0.0).numpy(), idle):
-            small, info = linalg.cholesky_ex(from_numpy(stack.matrices))
-            diagonal, behind = small.diagonal(dim1=-2, dim2=-1), from_numpy(stack.idle)
-            least, largest = (torch.where(behind, limit, diagonal) for limit in (torch.inf, 0.0))
-            fine = (info == 0) & (least.amin(-1) > DEFINITE * largest.amax(-1))
-            self.regular[stack.elements] = fine.numpy()
-            self.stacks.append((stack._replace(matrices=stack.matrices[:0]), small))
+            places = self.order + white.shape[1] * (torch.arange(active.shape[0]) % white.shape[0])[:, None]
+            chosen = white.reshape(-1, white.shape[2]).index_select(0, places.ravel())
+            chosen = chosen.reshape(*self.order.shape, white.shape[2])
+            small, self.chosen = chosen @ chosen.mT, chosen.numpy()
+        whole = bool(self.active.all())
+        if not whole:
+            small = torch.where(self.active[:, :, None] & self.active[:, None, :], small, 0.0)
+            size = small.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True) if count else small.new_ones(1, 1)
+            small.diagonal(dim1=-2, dim2=-1).add_(torch.where(self.active, 0.0, size))
+        self.small, info = linalg.cholesky_ex(small)
+        fine = self._repeated(factor.fine) & (info == 0)
+        if count:
+            diagonal = self.small.diagonal(dim1=-2, dim2=-1)
+            fine &= diagonal.amin(-1) > DEFINITE * diagonal.amax(-1)
+        self.regular: BoolArray = fine.numpy()
+
+    @property
+    def entries(self) -> int:
+        """How many numbers it holds beside those of the factor, which the matrices keep."""
+        return self.small.numel() + (0 if self.chosen is None else self.chosen.size)
+
+    @cached_property
+    def inverse(self) -> FloatArray:
+        """(B,) estimates of the norm of its inverse: by what it makes of a fixed random direction."""
+        count, n = self.order.shape[0], self.factor.lower.shape[1]
+        direction = from_numpy(random_direction(n + self.order.shape[1]).copy())
+        x, u = self._reduced(direction[:n].expand(count, n), direction[n:].expand(count, -1))
+        with np.errstate(over="ignore", invalid="ignore"):
+            size = torch.cat([x, u], 1).norm(dim=1).numpy()
+        return np.where(self.regular, size, np.inf)
+
+    @cached_property
+    def condition(self) -> FloatArray:
+        """(B,) estimates of its condition."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self.inverse * self._repeated(self.factor.size).numpy()
+
+    def _repeated(self, values: Tensor) -> Tensor:
+        """(R,) to (B,)."""
+        return values.repeat(self.order.shape[0] // values.shape[0])
+
+    def _reduced(self, g_x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """dx (B, n) and u (B, active rows) of a tilt of x and of the active rows."""
+        factor = self.factor
+        h = factor.forward(g_x)
+        right = torch.where(self.active, g - self._onto_rows(h), 0.0)
+        u = torch.cholesky_solve(right[:, :, None], self.small)[:, :, 0]
+        return -factor.backward(h + self._from_rows(u)), u
+
+    def _onto_rows(self, h: Tensor) -> Tensor:
+        """``M_a h``."""
+        if self.chosen is None:
+            return (h @ self.factor.white[0].mT).gather(1, self.order)
+        return from_numpy((self.chosen @ h.numpy()[:, :, None])[:, :, 0])
+
+    def _from_rows(self, u: Tensor) -> Tensor:
+        """``M_aᵀ u``, u zero where no row is active."""
+        if self.chosen is None:
+            return self._spread(u) @ self.factor.white[0]
+        return from_numpy((u.numpy()[:, None] @ self.chosen)[:, 0])
+
+    def _spread(self, u: Tensor) -> Tensor:
+        return u.new_zeros(u.shape[0], self.factor.white.shape[1]).scatter(1, self.order, torch.where(self.active, u, 0.0))
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         """The change (dx, dy, dz) of the points under a tilt, (B, ·) each."""
-        factor, x, z = self.factor, from_numpy(g_x), from_numpy(g_z)
-        y = from_numpy(g_y)
+        factor, z = self.factor, from_numpy(g_z)
+        g = from_numpy(g_y)
         if factor.bounded.shape[0]:
-            y = torch.cat([y, z[:, factor.bounded]], 1)
-        h = _times(factor.inverse, x)
-        right = (y - _times(factor.wide.mT, h)).gather(1, self.order)
-        multipliers = np.zeros(self.active.shape)
-        for stack, small in self.stacks:
-            solved = torch.cholesky_solve(from_numpy(stack.vectors(right.numpy()))[:, :, None], small)
-            stack.spread(solved[:, :, 0].numpy(), multipliers)
-        u = torch.zeros_like(y).scatter(1, self.order, torch.where(self.active, from_numpy(multipliers), 0.0))
-        dx = -_times(factor.inverse.mT, h + _times(factor.wide, u))
-        dz = torch.zeros_like(x)
-        dz[:, factor.bounded] = u[:, factor.row_count :]
-        return dx.numpy(), u[:, : factor.row_count].numpy(), dz.numpy()
-
-
-def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Products with vectors (B, ·), one by one."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return from_numpy((matrices.numpy() @ vectors[:, :, None].numpy())[:, :, 0])
+            g = torch.cat([g, z[:, factor.bounded]], 1)
+        dx, u = self._reduced(from_numpy(g_x), g.gather(1, self.order))
+        multipliers = self._spread(u)
+        dz = torch.zeros_like(z)
+        if factor.bounded.shape[0]:
+            dz[:, factor.bounded] = multipliers[:, factor.row_count :]
+        return dx.numpy(), multipliers[:, : factor.row_count].numpy(), dz.numpy()
