@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from lpgd import linalg
-from lpgd.arrays import BoolArray, FloatArray, from_numpy, random_direction
+from lpgd.arrays import BoolArray, FloatArray, from_numpy
 from lpgd.execution.memo import TensorMemo
+from lpgd.problems.conic.elements import dense_rows
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.solvers.convexity import root_of
 from lpgd.solvers.kkt.reduced import is_dense
@@ -44,7 +45,6 @@ class SchurFactor:
         lower: (R, n, n) L; element i uses row ``i mod R``, as for all data.
         white: (R, k, n) M.
         fine: (R,) which elements have them: P is definite, by much more than rounding.
-        size: (R,) at least the norms of P and C.
         bounded: variables that have a bound, the last of the k rows.
         row_count: of A.
         zero: how many of them are equalities.
@@ -53,7 +53,6 @@ class SchurFactor:
     lower: Tensor
     white: Tensor
     fine: Tensor
-    size: Tensor
     bounded: Tensor
     row_count: int
     zero: int
@@ -89,8 +88,8 @@ class SchurFactor:
             exists = info == 0
         else:
             lower, exists = root
-        pivots = lower.diagonal(dim1=-2, dim2=-1)
-        fine = exists & (pivots.amin(-1) > DEFINITE * pivots.amax(-1))
+        least, largest = _extremes(lower)
+        fine = exists & (least > DEFINITE * largest)
         C = structure.constraint.to_dense(torch.atleast_2d(data.A))
         sizes = {lower.shape[0], C.shape[0], 1}
         if len(sizes) > 2 or not bool(fine.any()):
@@ -98,10 +97,9 @@ class SchurFactor:
         if bounded.shape[0]:
             unit = torch.eye(structure.n, dtype=C.dtype)[bounded].expand(C.shape[0], -1, -1)
             C = torch.cat([C, unit], 1)
-        size = lower.square().sum((1, 2)) + C.square().sum((1, 2)).sqrt()
         lower, right = lower.expand(max(sizes), -1, -1), C.mT.expand(max(sizes), -1, -1)
         white = linalg.solve_triangular(lower, right, upper=False).mT
-        return cls(lower, white, fine.expand(max(sizes)), size, bounded, structure.m, structure.cones.zero)
+        return cls(lower, white, fine.expand(max(sizes)), bounded, structure.m, structure.cones.zero)
 
     @cached_property
     def gram(self) -> Tensor:
@@ -112,7 +110,9 @@ class SchurFactor:
     def white_values(self) -> Tensor:
         """M as the values of a matrix of a problem: (R, k n), column by column, or (k n,) where the batch shares it."""
         values = self.white.mT.reshape(self.white.shape[0], -1)
-        return values if values.shape[0] > 1 else values[0]
+        values, rows = (values, self.white) if values.shape[0] > 1 else (values[0], self.white[0])
+        dense_rows(values, "rows", rows.numpy)
+        return values
 
     def select(self, elements: Tensor) -> SchurFactor:
         """The factors of these elements."""
@@ -120,7 +120,7 @@ class SchurFactor:
         def chosen(tensor: Tensor) -> Tensor:
             return tensor if tensor.shape[0] == 1 else tensor[elements % tensor.shape[0]]
 
-        return replace(self, lower=chosen(self.lower), white=chosen(self.white), fine=chosen(self.fine), size=chosen(self.size))
+        return replace(self, lower=chosen(self.lower), white=chosen(self.white), fine=chosen(self.fine))
 
     def at(self, pieces: Tensor) -> ActiveSystem:
         """The system of the active sets ``pieces`` (B, ·), as :meth:`Points.pieces` has them."""
@@ -162,63 +162,60 @@ class ActiveSystem:
 
     Attributes:
         regular: (B,) which elements have a regular one.
+        inverse, condition: (B,) estimates of the norm of its inverse and of its condition, by the pivots of its factors.
     """
 
     def __init__(self, factor: SchurFactor, active: Tensor) -> None:
-        self.factor, count = factor, int(active.sum(1).max()) if active.numel() else 0
+        self.factor, white = factor, factor.white
+        counts = active.sum(1)
+        count = int(counts.max()) if active.numel() else 0
         self.order = torch.argsort(~active, dim=1, stable=True)[:, :count]  # active rows of each element first
-        self.active = active.gather(1, self.order)
+        self.active: Tensor | None = None
+        if not bool((counts == count).all()):
+            self.active = torch.arange(count) < counts[:, None]
         self.chosen: FloatArray | None = None
-        white = factor.white
         if white.shape[0] == 1:
             small = factor.gram[0][self.order[:, :, None], self.order[:, None, :]]
+            if self.active is not None:
+                small = torch.where(self.active[:, :, None] & self.active[:, None, :], small, 0.0)
         else:
             places = self.order + white.shape[1] * (torch.arange(active.shape[0]) % white.shape[0])[:, None]
             chosen = white.reshape(-1, white.shape[2]).index_select(0, places.ravel())
             chosen = chosen.reshape(*self.order.shape, white.shape[2])
+            if self.active is not None:
+                chosen *= self.active[:, :, None]
             small, self.chosen = chosen @ chosen.mT, chosen.numpy()
-        whole = bool(self.active.all())
-        if not whole:
-            small = torch.where(self.active[:, :, None] & self.active[:, None, :], small, 0.0)
-            size = small.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True) if count else small.new_ones(1, 1)
-            small.diagonal(dim1=-2, dim2=-1).add_(torch.where(self.active, 0.0, size))
+        diagonal = small.diagonal(dim1=-2, dim2=-1)
+        if self.active is not None:
+            diagonal.add_(torch.where(self.active, 0.0, diagonal.amax(-1, keepdim=True)))
         self.small, info = linalg.cholesky_ex(small)
-        fine = self._repeated(factor.fine) & (info == 0)
+        least, largest = _extremes(factor.lower)
+        fine = factor.fine
+        if least.shape[0] < active.shape[0]:
+            fine, least, largest = (
+                values.repeat(active.shape[0] // values.shape[0]) for values in (fine, least, largest)
+            )
+        fine, inverse = fine & (info == 0), least**-2
         if count:
-            diagonal = self.small.diagonal(dim1=-2, dim2=-1)
-            fine &= diagonal.amin(-1) > DEFINITE * diagonal.amax(-1)
+            least, largest_of_small = _extremes(self.small)
+            fine = fine & (least > DEFINITE * largest_of_small)
+            inverse = inverse + least**-2
         self.regular: BoolArray = fine.numpy()
+        self.inverse: FloatArray = torch.where(fine, inverse, torch.inf).numpy()
+        self.condition: FloatArray = self.inverse * (1.0 + largest**2).numpy()
 
     @property
     def entries(self) -> int:
         """How many numbers it holds beside those of the factor, which the matrices keep."""
         return self.small.numel() + (0 if self.chosen is None else self.chosen.size)
 
-    @cached_property
-    def inverse(self) -> FloatArray:
-        """(B,) estimates of the norm of its inverse: by what it makes of a fixed random direction."""
-        count, n = self.order.shape[0], self.factor.lower.shape[1]
-        direction = from_numpy(random_direction(n + self.order.shape[1]).copy())
-        x, u = self._reduced(direction[:n].expand(count, n), direction[n:].expand(count, -1))
-        with np.errstate(over="ignore", invalid="ignore"):
-            size = torch.cat([x, u], 1).norm(dim=1).numpy()
-        return np.where(self.regular, size, np.inf)
-
-    @cached_property
-    def condition(self) -> FloatArray:
-        """(B,) estimates of its condition."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            return self.inverse * self._repeated(self.factor.size).numpy()
-
-    def _repeated(self, values: Tensor) -> Tensor:
-        """(R,) to (B,)."""
-        return values.repeat(self.order.shape[0] // values.shape[0])
-
     def _reduced(self, g_x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """dx (B, n) and u (B, active rows) of a tilt of x and of the active rows."""
         factor = self.factor
         h = factor.forward(g_x)
-        right = torch.where(self.active, g - self._onto_rows(h), 0.0)
+        right = g - self._onto_rows(h)
+        if self.active is not None:
+            right = torch.where(self.active, right, 0.0)
         u = torch.cholesky_solve(right[:, :, None], self.small)[:, :, 0]
         return -factor.backward(h + self._from_rows(u)), u
 
@@ -235,7 +232,8 @@ class ActiveSystem:
         return from_numpy((u.numpy()[:, None] @ self.chosen)[:, 0])
 
     def _spread(self, u: Tensor) -> Tensor:
-        return u.new_zeros(u.shape[0], self.factor.white.shape[1]).scatter(1, self.order, torch.where(self.active, u, 0.0))
+        """All multipliers (B, k) from those of active rows; u is zero where no row is active."""
+        return u.new_zeros(u.shape[0], self.factor.white.shape[1]).scatter(1, self.order, u)
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         """The change (dx, dy, dz) of the points under a tilt, (B, ·) each."""
@@ -249,3 +247,9 @@ class ActiveSystem:
         if factor.bounded.shape[0]:
             dz[:, factor.bounded] = multipliers[:, factor.row_count :]
         return dx.numpy(), multipliers[:, : factor.row_count].numpy(), dz.numpy()
+
+
+def _extremes(lower: Tensor) -> tuple[Tensor, Tensor]:
+    """(R,) the least and the largest pivot of triangular factors."""
+    pivots = lower.diagonal(dim1=-2, dim2=-1)
+    return pivots.amin(-1), pivots.amax(-1)
