@@ -21,8 +21,9 @@ from lpgd.problems.conic.magnitudes import curvatures
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.sparsity import PART, SparsityPattern
 from lpgd.problems.conic.structure import per_element
+from lpgd.solvers.kkt.packed import packed_size
 
-__all__ = ["Root", "is_convex", "is_definite", "root_of"]
+__all__ = ["Root", "is_convex", "is_definite", "padded", "root_of"]
 
 DENSE_LIMIT = 1500
 """Matrices up to this size, and mostly filled ones, are factorised densely."""
@@ -38,10 +39,11 @@ root of the precision of float64."""
 
 
 class Root(NamedTuple):
-    """The Cholesky factors of a dense P.
+    """The Cholesky factors of P.
 
     Attributes:
-        lower: (R, n, n) L, with ``½ (P + Pᵀ) = L Lᵀ``.
+        lower: (R, p, p) L, with ``½ (P + Pᵀ) = L Lᵀ`` in its first n rows and columns, and ones on the diagonal of
+            the others.
         exists: (R,) where there is one; L means nothing elsewhere.
     """
 
@@ -49,14 +51,30 @@ class Root(NamedTuple):
     exists: Tensor
 
 
+def padded(vectors: Tensor, size: int) -> Tensor:
+    """Vectors (B, n) with zeros up to a size."""
+    if vectors.shape[1] == size:
+        return vectors
+    whole = vectors.new_zeros(vectors.shape[0], size)
+    whole[:, : vectors.shape[1]] = vectors
+    return whole
+
+
 def root_of(problem: ConicProblem) -> Root | None:
-    """The factors of each row of a dense P, worked out once for whoever asks; None of one that is not, or is large."""
+    """The factors of each row of P, worked out once for whoever asks; None where there are many or large ones."""
     pattern, values = problem.structure.quadratic, problem.symmetric_P.detach()
-    if not pattern.is_dense or not 0 < pattern.shape[0] <= DENSE_LIMIT or values.numel() > ROOM:
+    n, count = pattern.shape[0], 1 if values.ndim == 1 else values.shape[0]
+    if not 0 < n <= DENSE_LIMIT or count * n**2 > ROOM:
         return None
 
     def compute() -> Root:
-        lower, info = linalg.cholesky_ex(pattern.to_dense(torch.atleast_2d(values)))
+        # MKL rounds by where a matrix begins in memory: all begin at multiples of 64 bytes.
+        size = packed_size(n)
+        matrices = values.new_zeros(count, size, size)
+        matrices[:, :n, :n] = pattern.to_dense(torch.atleast_2d(values))
+        if size > n:
+            matrices.diagonal(dim1=-2, dim2=-1)[:, n:] = 1.0
+        lower, info = linalg.cholesky_ex(matrices)
         return Root(lower, info == 0)
 
     return _memo(problem.data.P, ("root", pattern.digest), compute)
@@ -74,7 +92,7 @@ def is_convex(problem: ConicProblem) -> Tensor:
 
     def compute() -> Tensor:
         # A factor shows that P is semidefinite up to rounding.
-        root = root_of(problem)
+        root = root_of(problem) if pattern.is_dense else None
         return _rows_convex(pattern, values, None if root is None else root.exists)
 
     found = _memo(problem.data.P, ("convex", pattern.digest), compute)
@@ -98,10 +116,10 @@ def _rows_definite(problem: ConicProblem) -> Tensor:
         if not pattern.is_dense and np.unique(pattern.rows).size < pattern.shape[0]:  # a variable without curvature
             return known.new_zeros(len(known), dtype=torch.bool)
         largest, by_factors = maximum_norm(curvatures(problem)), _by_cholesky if dense else _by_pivots
-        root = root_of(problem)
+        root = root_of(problem) if pattern.is_dense else None
         if root is None:
             return by_factors(pattern, known, -DEFINITE * largest)
-        pivots = root.lower.diagonal(dim1=-2, dim2=-1)
+        pivots = root.lower[:, : pattern.shape[0]].diagonal(dim1=-2, dim2=-1)
         definite = root.exists & (pivots.amin(-1) ** 2 > SURELY * largest)
         left = rows_where(~definite)
         if left.shape[0]:

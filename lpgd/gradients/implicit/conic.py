@@ -32,11 +32,10 @@ from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.problems.conic.units import Units
 from lpgd.solvers.interior_point.derivative import is_batchable, kept_response, polyhedral_response
-from lpgd.solvers.kkt.factored import Factored
 from lpgd.solvers.kkt.rank import DOUBT, ROUNDING
 from lpgd.solvers.kkt.reduced import has_dense_rows
 from lpgd.solvers.kkt.refinement import KeptFactor, Points, complementary, optimality_residual, refine
-from lpgd.solvers.kkt.schur import ActiveSystem
+from lpgd.solvers.kkt.schur import System
 from lpgd.solvers.kkt.system import KKTPoints, KKTResponse, Known, is_quick, respond
 
 if TYPE_CHECKING:
@@ -105,7 +104,12 @@ def response(
             left &= ~chosen
             _at_once(located, chosen, method.rho, answer)
             left |= chosen
-    if method.rho == 0.0 and left.device.type == "cpu" and has_dense_rows(chosen_problem.structure) and bool(left.any()):
+    if (
+        method.rho == 0.0
+        and left.device.type == "cpu"
+        and has_dense_rows(chosen_problem.structure)
+        and bool(left.any())
+    ):
         _by_factors(located, left, answer, findings)
     remaining = elements_where(located.weak | left)
     if remaining:
@@ -258,7 +262,7 @@ def _by_factors(located: _Located, left: Tensor, answer: ConicPoint, findings: F
     findings.doubt[solved.numpy()] = doubt[exact.numpy()]
 
 
-def _by_system(system: Factored | ActiveSystem, located: _Located) -> tuple[ConicPoint, Tensor, FloatArray]:
+def _by_system(system: System, located: _Located) -> tuple[ConicPoint, Tensor, FloatArray]:
     """The response by systems at the points or near them, for which elements it is exact, and its doubt."""
     points = Points(located.problem)
     response, exact = points.response(system, *points.start(located.point, located.slack), located.tilt)

@@ -220,7 +220,11 @@ def _solve_group(
         if len(kept) < len(places):
             vectors = one(*(datum[kept] for datum in vectors))
         solved = [places[index] for index in kept]
-        A = task.matrices.select([task.pairs[place] for place in solved]).A if len(task.matrices) > 1 else task.matrices.A
+        A = (
+            task.matrices.select([task.pairs[place] for place in solved]).A
+            if len(task.matrices) > 1
+            else task.matrices.A
+        )
         for name, value in frame.invert(point, vectors, A)._asdict().items():
             getattr(results, name)[solved] = value
     return desk.found

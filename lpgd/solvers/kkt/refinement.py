@@ -15,13 +15,13 @@ vanish then.  If none of them is better by far, the point stays.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, from_numpy, rows_where
+from lpgd.arrays import from_numpy, rows_where
 from lpgd.cones.projections import SpectralDerivative, project, projection_derivative
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.elements import ElementView
@@ -29,7 +29,7 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.solvers.kkt.factored import Factored
 from lpgd.solvers.kkt.rank import NEAR
-from lpgd.solvers.kkt.schur import ActiveSystem, SchurFactor
+from lpgd.solvers.kkt.schur import MixedSystem, SchurFactor, System
 from lpgd.solvers.kkt.system import KKTPoints, Known, respond
 
 __all__ = ["KeptFactor", "Points", "Refined", "complementary", "is_cheap", "is_small", "optimality_residual", "refine"]
@@ -79,7 +79,7 @@ class KeptFactor(NamedTuple):
 
     elements: Tensor
     valid: Tensor
-    factored: Factored | ActiveSystem
+    factored: System
 
     def among(self, chosen: Tensor) -> KeptFactor:
         """The same, valid for elements that are ``chosen`` (B,) alone."""
@@ -185,12 +185,6 @@ def optimality_residual(problem: ConicProblem, point: ConicPoint, slack: Tensor)
     return points.residual(*points.start(point, slack))[0]
 
 
-class Solving(Protocol):
-    """Systems of a batch, factorised."""
-
-    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]: ...
-
-
 class Points:
     """The map from (ξ, v) to points of a problem, F, and steps."""
 
@@ -276,7 +270,7 @@ class Points:
 
     def regular_step(
         self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, row_error: Tensor
-    ) -> tuple[Tensor, Tensor, Factored | ActiveSystem | None]:
+    ) -> tuple[Tensor, Tensor, System | None]:
         """:meth:`step`, and the systems, which can be kept where they are on the CPU."""
         if self.problem.device.type != "cpu":
             return *self.step(xi, v, error, slope, row_error), None
@@ -289,7 +283,7 @@ class Points:
             d_xi[left], d_v[left] = self.select(left).step(xi[left], v[left], error[left], slope[left], row_error[left])
         return d_xi, d_v, factored
 
-    def response(self, factored: Factored, xi: Tensor, v: Tensor, tilt: ConicPoint) -> tuple[ConicPoint, Tensor]:
+    def response(self, factored: System, xi: Tensor, v: Tensor, tilt: ConicPoint) -> tuple[ConicPoint, Tensor]:
         """The derivative of a solution (ξ, v) along a tilt, and (B,) whether it is exact to rounding.
 
         By the system of a point nearby: what that leaves of the derivative of F here is solved for again.
@@ -345,11 +339,29 @@ class Points:
         moved[:, : problem.structure.cones.zero] = 0.0
         return dx + dz, dy + moved
 
-    def factored(self, xi: Tensor, v: Tensor) -> Factored | ActiveSystem:
-        """The system of Newton's method at a point, to be solved for several right-hand sides."""
-        factor = SchurFactor.of(self.problem)
-        if factor is not None:
+    def factored(self, xi: Tensor, v: Tensor, factor: SchurFactor | None = None) -> System:
+        """The system of Newton's method at a point, to be solved for several right-hand sides.
+
+        Args:
+            xi, v: the point.
+            factor: of these elements, where it is known; each element's system is made from it if its P is definite.
+        """
+        factor = SchurFactor.of(self.problem) if factor is None else factor
+        if factor is None:
+            return self._own_system(xi, v)
+        if bool(factor.fine.all()):
             return factor.at(self.pieces(xi, v))
+        fine = factor.fine.repeat(xi.shape[0] // factor.fine.shape[0])
+        parts: list[tuple[Tensor, System]] = []
+        if bool(fine.any()):
+            by_factor = rows_where(fine)
+            pieces = self.select(by_factor).pieces(xi[by_factor], v[by_factor])
+            parts.append((by_factor, factor.select(by_factor).at(pieces)))
+        others = rows_where(~fine)
+        parts.append((others, self.select(others)._own_system(xi[others], v[others])))
+        return MixedSystem(parts, xi.shape[0])
+
+    def _own_system(self, xi: Tensor, v: Tensor) -> Factored:
         problem, (point, _) = self.problem, self.point(xi, v)
         view, count = ElementView(problem), problem.batch_size
         matrices = (view.rows(name, range(count)) for name in ("P", "A"))
@@ -358,7 +370,7 @@ class Points:
         return Factored(problem.structure, 0.0, P, A, *arrays)
 
     def chord(
-        self, factored: Solving, slope: Tensor, row_error: Tensor, bounds: Tensor | None = None
+        self, factored: System, slope: Tensor, row_error: Tensor, bounds: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``(dξ, dv)`` for what is left of F, ``slope`` (B, n) and ``row_error`` (B, m), by a system of another point.
 

@@ -8,13 +8,17 @@ solution under the tilt ``<g_x, x> + <g, C x>``, the rows a being active, is
 u the change of the multipliers.  L is what shows that P is convex, and M what a solver may start from
 (:mod:`lpgd.solvers.backends.whitened`): both are worked out once for the matrices of a batch.  Another active set picks
 other rows of M, and a small matrix is all that is factorised for it.
+
+All of it is done for one element after the other, in matrices whose size its own rows decide: no element has other bits
+among others than alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,19 +26,42 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from lpgd import linalg
-from lpgd.arrays import BoolArray, FloatArray, from_numpy
+from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy
 from lpgd.execution.memo import TensorMemo
 from lpgd.problems.conic.elements import dense_rows
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.solvers.convexity import root_of
+from lpgd.problems.conic.structure import ConicStructure
+from lpgd.solvers.convexity import Root, padded, root_of
+from lpgd.solvers.kkt.packed import packed_size
 from lpgd.solvers.kkt.reduced import is_dense
 
-__all__ = ["ActiveSystem", "SchurFactor"]
+__all__ = ["ActiveSystem", "MixedSystem", "SchurFactor", "System"]
+
+Change = tuple[FloatArray, FloatArray, FloatArray]
 
 DEFINITE = 1e-5
 """The least diagonal entry of a triangular factor, over the largest: the condition is about its inverse square."""
 ROOM = 16_000_000
 """So many entries of M are made for a batch."""
+PART = 64
+"""A factor that elements share is copied for so many of them at once."""
+
+
+class System(Protocol):
+    """Systems of B elements, factorised.
+
+    ``regular`` (B,) says whose is regular; ``inverse`` and ``condition`` (B,) are estimates of the norm of its inverse
+    and of its condition, and ``entries`` is how many numbers are held.
+    """
+
+    regular: BoolArray
+    inverse: FloatArray
+    condition: FloatArray
+
+    @property
+    def entries(self) -> int: ...
+
+    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +69,7 @@ class SchurFactor:
     """L and M of E elements.
 
     Attributes:
-        lower: (R, n, n) L; element i uses row ``i mod R``, as for all data.
+        root: L, R of them; element i uses row ``i mod R``, as for all data.
         white: (R, k, n) M.
         fine: (R,) which elements have them: P is definite, by much more than rounding.
         bounded: variables that have a bound, the last of the k rows.
@@ -50,7 +77,7 @@ class SchurFactor:
         zero: how many of them are equalities.
     """
 
-    lower: Tensor
+    root: Root
     white: Tensor
     fine: Tensor
     bounded: Tensor
@@ -61,9 +88,7 @@ class SchurFactor:
     def of(cls, problem: ConicProblem) -> SchurFactor | None:
         """The factor of a batch in units of order 1; None where it is of no use: no P is surely definite, say."""
         structure, data = problem.structure, problem.data
-        if not structure.cones.is_polyhedral or structure.quadratic.nnz < structure.n or not is_dense(structure):
-            return None
-        if problem.device.type != "cpu" or not structure.n:
+        if not _is_fit(structure) or problem.device.type != "cpu":
             return None
         known = _memo(data.P, structure.digest, lambda: list[_Known]())
         for entry in known:
@@ -77,34 +102,26 @@ class SchurFactor:
     @classmethod
     def _made(cls, problem: ConicProblem) -> SchurFactor | None:
         structure, data = problem.structure, problem.data
+        root = root_of(problem)
         bounded = from_numpy(np.union1d(structure.lower_index, structure.upper_index))
         count = max((datum.shape[0] for datum in (data.P, data.A) if datum.ndim == 2), default=1)
-        wide = structure.m + bounded.shape[0]
-        if count * max(wide, structure.n) * structure.n > ROOM:
+        wide, n = structure.m + bounded.shape[0], structure.n
+        if root is None or count * max(wide, n) * n > ROOM:
             return None
-        root = root_of(problem)
-        if root is None:
-            lower, info = linalg.cholesky_ex(structure.quadratic.to_dense(torch.atleast_2d(problem.symmetric_P)))
-            exists = info == 0
-        else:
-            lower, exists = root
-        least, largest = _extremes(lower)
-        fine = exists & (least > DEFINITE * largest)
+        least, largest = _extremes(root.lower[:, :n, :n])
+        fine = root.exists & (least > DEFINITE * largest)
         C = structure.constraint.to_dense(torch.atleast_2d(data.A))
-        sizes = {lower.shape[0], C.shape[0], 1}
+        sizes = {root.lower.shape[0], C.shape[0], 1}
         if len(sizes) > 2 or not bool(fine.any()):
             return None
-        if bounded.shape[0]:
-            unit = torch.eye(structure.n, dtype=C.dtype)[bounded].expand(C.shape[0], -1, -1)
-            C = torch.cat([C, unit], 1)
-        lower, right = lower.expand(max(sizes), -1, -1), C.mT.expand(max(sizes), -1, -1)
-        white = linalg.solve_triangular(lower, right, upper=False).mT
-        return cls(lower, white, fine.expand(max(sizes)), bounded, structure.m, structure.cones.zero)
-
-    @cached_property
-    def gram(self) -> Tensor:
-        """(R, k, k) ``M Mᵀ``."""
-        return self.white @ self.white.mT
+        size = max(sizes)
+        right = C.new_zeros(C.shape[0], root.lower.shape[1], packed_size(wide))
+        right[:, :n, : structure.m] = C.mT
+        right[:, bounded, structure.m + torch.arange(bounded.shape[0])] = 1.0
+        right = right.expand(size, -1, -1)
+        white = linalg.solve_triangular(root.lower.expand(size, -1, -1), right, upper=False)
+        white = white.mT[:, :wide, :n].contiguous()
+        return cls(root, white, fine.expand(size), bounded, structure.m, structure.cones.zero)
 
     @cached_property
     def white_values(self) -> Tensor:
@@ -120,7 +137,8 @@ class SchurFactor:
         def chosen(tensor: Tensor) -> Tensor:
             return tensor if tensor.shape[0] == 1 else tensor[elements % tensor.shape[0]]
 
-        return replace(self, lower=chosen(self.lower), white=chosen(self.white), fine=chosen(self.fine))
+        root = Root(chosen(self.root.lower), chosen(self.root.exists))
+        return replace(self, root=root, white=chosen(self.white), fine=chosen(self.fine))
 
     def at(self, pieces: Tensor) -> ActiveSystem:
         """The system of the active sets ``pieces`` (B, ·), as :meth:`Points.pieces` has them."""
@@ -129,7 +147,7 @@ class SchurFactor:
         masks = [torch.ones(count, self.zero, dtype=torch.bool), pieces[:, :inequalities] != 0]
         if self.bounded.shape[0]:
             masks.append(pieces[:, inequalities:][:, self.bounded] != 0)
-        return ActiveSystem(self, torch.cat(masks, 1))
+        return ActiveSystem(self, torch.cat(masks, 1).numpy())
 
     def forward(self, vectors: Tensor) -> Tensor:
         """``L⁻¹ v`` for vectors (B, n)."""
@@ -140,10 +158,14 @@ class SchurFactor:
         return self._solved(vectors, transposed=True)
 
     def _solved(self, vectors: Tensor, transposed: bool) -> Tensor:
-        count, (size, n) = self.lower.shape[0], vectors.shape
-        columns = vectors.reshape(-1, count, n).permute(1, 2, 0)
-        matrix = self.lower.mT if transposed else self.lower
-        return linalg.solve_triangular(matrix, columns, upper=transposed).permute(2, 0, 1).reshape(size, n)
+        lower, n = self.root.lower, vectors.shape[1]
+        right = padded(vectors, lower.shape[1])[:, :, None]
+        matrix, period = lower.mT if transposed else lower, PART if lower.shape[0] == 1 else lower.shape[0]
+        found = [
+            linalg.solve_triangular(matrix.expand(chunk.shape[0], -1, -1), chunk, upper=transposed)[:, :n, 0]
+            for chunk in right.split(period)
+        ]
+        return torch.cat(found) if len(found) != 1 else found[0]
 
 
 class _Known(NamedTuple):
@@ -157,96 +179,109 @@ class _Known(NamedTuple):
 _memo = TensorMemo()
 
 
-class ActiveSystem:
-    """The system of one active set for each of B elements.
+def _is_fit(structure: ConicStructure) -> bool:
+    fits = structure.cones.is_polyhedral and structure.quadratic.nnz >= structure.n and is_dense(structure)
+    return fits and structure.n > 0
+
+
+class _Stack(NamedTuple):
+    """Elements whose active rows take matrices of one size.
 
     Attributes:
-        regular: (B,) which elements have a regular one.
-        inverse, condition: (B,) estimates of the norm of its inverse and of its condition, by the pivots of its factors.
+        elements: (k,) of the batch.
+        rows: (k, p) which of their rows, the active ones first.
+        idle: (k, p) the others.
+        chosen: (k, p, n) these rows of M, zero where they are idle.
+        small: (k, p, p) the factor of ``M_a M_aᵀ``.
     """
 
-    def __init__(self, factor: SchurFactor, active: Tensor) -> None:
-        self.factor, white = factor, factor.white
+    elements: IntArray
+    rows: IntArray
+    idle: BoolArray
+    chosen: FloatArray
+    small: Tensor
+
+
+class ActiveSystem:
+    """The system of one active set (B, k) for each of B elements; see :class:`System`."""
+
+    def __init__(self, factor: SchurFactor, active: BoolArray) -> None:
+        self.factor, (count, wide) = factor, active.shape
+        n, period = factor.white.shape[2], factor.white.shape[0]
+        least, largest = _extremes(factor.root.lower[:, :n, :n])
+        copies = [values.repeat(count // max(values.shape[0], 1)) for values in (factor.fine, least, largest)]
+        fine, inverse = copies[0].numpy(), (copies[1] ** -2).numpy()
+        white, order = factor.white.numpy().reshape(-1, n), np.argsort(~active, axis=1, kind="stable")
         counts = active.sum(1)
-        count = int(counts.max()) if active.numel() else 0
-        self.order = torch.argsort(~active, dim=1, stable=True)[:, :count]  # active rows of each element first
-        self.active: Tensor | None = None
-        if not bool((counts == count).all()):
-            self.active = torch.arange(count) < counts[:, None]
-        self.chosen: FloatArray | None = None
-        if white.shape[0] == 1:
-            small = factor.gram[0][self.order[:, :, None], self.order[:, None, :]]
-            if self.active is not None:
-                small = torch.where(self.active[:, :, None] & self.active[:, None, :], small, 0.0)
-        else:
-            places = self.order + white.shape[1] * (torch.arange(active.shape[0]) % white.shape[0])[:, None]
-            chosen = white.reshape(-1, white.shape[2]).index_select(0, places.ravel())
-            chosen = chosen.reshape(*self.order.shape, white.shape[2])
-            if self.active is not None:
-                chosen *= self.active[:, :, None]
-            small, self.chosen = chosen @ chosen.mT, chosen.numpy()
-        diagonal = small.diagonal(dim1=-2, dim2=-1)
-        if self.active is not None:
-            diagonal.add_(torch.where(self.active, 0.0, diagonal.amax(-1, keepdim=True)))
-        self.small, info = linalg.cholesky_ex(small)
-        least, largest = _extremes(factor.lower)
-        fine = factor.fine
-        if least.shape[0] < active.shape[0]:
-            fine, least, largest = (
-                values.repeat(active.shape[0] // values.shape[0]) for values in (fine, least, largest)
-            )
-        fine, inverse = fine & (info == 0), least**-2
-        if count:
-            least, largest_of_small = _extremes(self.small)
-            fine = fine & (least > DEFINITE * largest_of_small)
-            inverse = inverse + least**-2
-        self.regular: BoolArray = fine.numpy()
-        self.inverse: FloatArray = torch.where(fine, inverse, torch.inf).numpy()
-        self.condition: FloatArray = self.inverse * (1.0 + largest**2).numpy()
+        sizes = np.array([packed_size(number) for number in range(wide + 1)])[counts]
+        self.stacks: list[_Stack] = []
+        for side in np.unique(sizes[sizes > 0]):
+            elements, width = np.flatnonzero(sizes == side), min(int(side), wide)
+            rows = order[elements, :width]
+            if width < side:
+                rows = np.concatenate([rows, np.zeros((elements.size, int(side) - width), dtype=np.int64)], axis=1)
+            idle = np.arange(side) >= counts[elements][:, None]
+            chosen = white.take(rows + (elements % period * wide)[:, None], axis=0)
+            chosen[idle] = 0.0
+            gram = chosen @ chosen.swapaxes(1, 2)
+            gram[:, range(side), range(side)] += idle
+            small, info = linalg.cholesky_ex(from_numpy(gram))
+            pivots = small.diagonal(dim1=-2, dim2=-1).numpy()
+            smallest = np.where(idle, np.inf, pivots).min(1)
+            regular = (info == 0).numpy() & (smallest > DEFINITE * np.where(idle, 0.0, pivots).max(1))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                inverse[elements] += smallest**-2.0
+            fine[elements] &= regular
+            self.stacks.append(_Stack(elements, rows, idle, chosen, small))
+        self.regular: BoolArray = fine
+        self.inverse: FloatArray = np.where(fine, inverse, np.inf)
+        self.condition: FloatArray = self.inverse * (1.0 + copies[2].numpy() ** 2)
 
     @property
     def entries(self) -> int:
         """How many numbers it holds beside those of the factor, which the matrices keep."""
-        return self.small.numel() + (0 if self.chosen is None else self.chosen.size)
+        return sum(stack.chosen.size + stack.small.numel() for stack in self.stacks)
 
-    def _reduced(self, g_x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """dx (B, n) and u (B, active rows) of a tilt of x and of the active rows."""
-        factor = self.factor
-        h = factor.forward(g_x)
-        right = g - self._onto_rows(h)
-        if self.active is not None:
-            right = torch.where(self.active, right, 0.0)
-        u = torch.cholesky_solve(right[:, :, None], self.small)[:, :, 0]
-        return -factor.backward(h + self._from_rows(u)), u
-
-    def _onto_rows(self, h: Tensor) -> Tensor:
-        """``M_a h``."""
-        if self.chosen is None:
-            return (h @ self.factor.white[0].mT).gather(1, self.order)
-        return from_numpy((self.chosen @ h.numpy()[:, :, None])[:, :, 0])
-
-    def _from_rows(self, u: Tensor) -> Tensor:
-        """``M_aᵀ u``, u zero where no row is active."""
-        if self.chosen is None:
-            return self._spread(u) @ self.factor.white[0]
-        return from_numpy((u.numpy()[:, None] @ self.chosen)[:, 0])
-
-    def _spread(self, u: Tensor) -> Tensor:
-        """All multipliers (B, k) from those of active rows; u is zero where no row is active."""
-        return u.new_zeros(u.shape[0], self.factor.white.shape[1]).scatter(1, self.order, u)
-
-    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
         """The change (dx, dy, dz) of the points under a tilt, (B, ·) each."""
-        factor, z = self.factor, from_numpy(g_z)
-        g = from_numpy(g_y)
-        if factor.bounded.shape[0]:
-            g = torch.cat([g, z[:, factor.bounded]], 1)
-        dx, u = self._reduced(from_numpy(g_x), g.gather(1, self.order))
-        multipliers = self._spread(u)
-        dz = torch.zeros_like(z)
-        if factor.bounded.shape[0]:
-            dz[:, factor.bounded] = multipliers[:, factor.row_count :]
-        return dx.numpy(), multipliers[:, : factor.row_count].numpy(), dz.numpy()
+        factor, bounded = self.factor, self.factor.bounded.numpy()
+        g = np.concatenate([g_y, g_z[:, bounded]], axis=1) if bounded.size else g_y
+        h = factor.forward(from_numpy(g_x)).numpy()
+        moved, multipliers = h.copy(), np.zeros(g.shape)
+        for elements, rows, idle, chosen, small in self.stacks:
+            its_rows = elements[:, None], rows
+            right = np.where(idle, 0.0, g[its_rows] - (chosen @ h[elements][:, :, None])[:, :, 0])
+            u = torch.cholesky_solve(from_numpy(right[:, :, None]), small)[:, :, 0].numpy()
+            moved[elements] += (u[:, None] @ chosen)[:, 0]
+            np.add.at(multipliers, its_rows, np.where(idle, 0.0, u))
+        dx = -factor.backward(from_numpy(moved)).numpy()
+        dz = np.zeros_like(g_z)
+        dz[:, bounded] = multipliers[:, factor.row_count :]
+        return dx, multipliers[:, : factor.row_count], dz
+
+
+class MixedSystem:
+    """Systems of a batch, some elements in one and some in another; see :class:`System`."""
+
+    def __init__(self, parts: Sequence[tuple[Tensor, System]], count: int) -> None:
+        self.parts, self.regular = parts, np.zeros(count, dtype=bool)
+        self.inverse, self.condition = np.zeros((2, count))
+        for elements, system in parts:
+            for name in ("regular", "inverse", "condition"):
+                getattr(self, name)[elements.numpy()] = getattr(system, name)
+
+    @property
+    def entries(self) -> int:
+        return sum(system.entries for _, system in self.parts)
+
+    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
+        """The change (dx, dy, dz) of the points under a tilt, (B, ·) each."""
+        changes = np.empty_like(g_x), np.empty_like(g_y), np.empty_like(g_z)
+        for elements, system in self.parts:
+            chosen = elements.numpy()
+            for whole, values in zip(changes, system.solve(g_x[chosen], g_y[chosen], g_z[chosen]), strict=True):
+                whole[chosen] = values
+        return changes
 
 
 def _extremes(lower: Tensor) -> tuple[Tensor, Tensor]:
