@@ -269,7 +269,7 @@ def _by_system(system: System, located: _Located) -> tuple[ConicPoint, Tensor, F
     with np.errstate(invalid="ignore"):  # of singular systems: NaN, which is no small doubt
         error = located.lipschitz * system.inverse * located.error.numpy()
         doubt = ROUNDING * system.condition + system.inverse * error
-    return response, exact & from_numpy(doubt < DOUBT), doubt
+    return response, exact & from_numpy(system.regular & (doubt < DOUBT)), doubt
 
 
 def _at_once(located: _Located, left: Tensor, rho: float, answer: ConicPoint) -> None:
