@@ -39,8 +39,8 @@ __all__ = ["ActiveSystem", "MixedSystem", "SchurFactor", "System"]
 
 Change = tuple[FloatArray, FloatArray, FloatArray]
 
-DEFINITE = 1e-5
-"""The least diagonal entry of a triangular factor, over the largest: the condition is about its inverse square."""
+DEFINITE = 1e-4
+"""The least diagonal entry of a triangular factor, over the largest: the condition is some times its inverse square."""
 ROOM = 16_000_000
 """So many entries of M are made for a batch."""
 PART = 64
