@@ -6,8 +6,6 @@ indefinite P, so the question is settled before one sees it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import scipy.sparse.linalg as spla
 import torch
@@ -21,63 +19,19 @@ from lpgd.problems.conic.magnitudes import curvatures
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.sparsity import PART, SparsityPattern
 from lpgd.problems.conic.structure import per_element
-from lpgd.solvers.kkt.packed import packed_size
+from lpgd.solvers.kkt.root import root_of
 
-__all__ = ["Root", "is_convex", "is_definite", "padded", "root_of"]
+__all__ = ["is_convex", "is_definite"]
 
 DENSE_LIMIT = 1500
 """Matrices up to this size, and mostly filled ones, are factorised densely."""
 DEFINITE = 1e-9
 """The least eigenvalue, relative to the largest entry of P, of one that is not singular."""
-ROOM = 16_000_000
-"""Factors with so many entries are kept."""
 SURELY = 1e-5
 """The least square of a pivot of ``P = L Lᵀ``, relative to the largest entry of P, of a P that is definite for sure."""
 FINEST = 3e-8
 """Negative eigenvalues up to this, relative to the largest entry of P, are taken for rounding of what computed P: the
 root of the precision of float64."""
-
-
-class Root(NamedTuple):
-    """The Cholesky factors of P.
-
-    Attributes:
-        lower: (R, p, p) L, with ``½ (P + Pᵀ) = L Lᵀ`` in its first n rows and columns, and ones on the diagonal of
-            the others.
-        exists: (R,) where there is one; L means nothing elsewhere.
-    """
-
-    lower: Tensor
-    exists: Tensor
-
-
-def padded(vectors: Tensor, size: int) -> Tensor:
-    """Vectors (B, n) with zeros up to a size."""
-    if vectors.shape[1] == size:
-        return vectors
-    whole = vectors.new_zeros(vectors.shape[0], size)
-    whole[:, : vectors.shape[1]] = vectors
-    return whole
-
-
-def root_of(problem: ConicProblem) -> Root | None:
-    """The factors of each row of P, worked out once for whoever asks; None where there are many or large ones."""
-    pattern, values = problem.structure.quadratic, problem.symmetric_P.detach()
-    n, count = pattern.shape[0], 1 if values.ndim == 1 else values.shape[0]
-    if not 0 < n <= DENSE_LIMIT or count * n**2 > ROOM:
-        return None
-
-    def compute() -> Root:
-        # MKL rounds by where a matrix begins in memory: all begin at multiples of 64 bytes.
-        size = packed_size(n)
-        matrices = values.new_zeros(count, size, size)
-        matrices[:, :n, :n] = pattern.to_dense(torch.atleast_2d(values))
-        if size > n:
-            matrices.diagonal(dim1=-2, dim2=-1)[:, n:] = 1.0
-        lower, info = linalg.cholesky_ex(matrices)
-        return Root(lower, info == 0)
-
-    return _memo(problem.data.P, ("root", pattern.digest), compute)
 
 
 def is_convex(problem: ConicProblem) -> Tensor:

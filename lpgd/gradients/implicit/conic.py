@@ -310,7 +310,7 @@ def _responses(
         v, xi = point.y - slack + side * located.v_side, point.x + point.z + side * located.xi_side
         moved = ConicPoint(xi, torch.where(v.isnan(), 0.0, v), torch.zeros_like(xi))
         # ξ and v as a point whose complementary one is meant.
-        point, slack, _ = complementary(problem, moved, torch.zeros_like(v))
+        point, slack, *_ = complementary(problem, moved, torch.zeros_like(v))
     view = ElementView(problem)
     lower, upper = problem.full_bounds()
     tensors = (*point, slack, *located.tilt, lower, upper)

@@ -26,6 +26,7 @@ from lpgd.cones.projections import SpectralDerivative, project, projection_deriv
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.residuals import Products
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.solvers.kkt.factored import Factored
 from lpgd.solvers.kkt.rank import NEAR
@@ -172,11 +173,17 @@ def is_cheap(structure: ConicStructure) -> bool:
     return filled <= SPARSE and filled <= FILLED * size
 
 
-def complementary(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> tuple[ConicPoint, Tensor, Tensor]:
-    """The point with y and s, x and z made complementary, its slack, and (B,) |F|; NaN where it was not finite."""
+def complementary(
+    problem: ConicProblem, point: ConicPoint, slack: Tensor
+) -> tuple[ConicPoint, Tensor, Tensor, Products]:
+    """The point with y and s, x and z made complementary, its slack, (B,) |F|, and its products with the matrices.
+
+    |F| is NaN where the point was not finite.
+    """
     points = Points(problem)
-    start = points.start(point, slack)
-    return *points.point(*start), points.residual(*start)[0]
+    found, found_slack = points.point(*points.start(point, slack))
+    products = Products.of(problem, found)
+    return found, found_slack, points.residual_of(found, found_slack, products)[0], products
 
 
 def optimality_residual(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> Tensor:
@@ -237,11 +244,15 @@ class Points:
 
     def residual(self, xi: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """|F| (B,), and its parts (B, n) and (B, m)."""
-        problem, structure = self.problem, self.problem.structure
         point, slack = self.point(xi, v)
+        return self.residual_of(point, slack, Products.of(self.problem, point))
+
+    def residual_of(self, point: ConicPoint, slack: Tensor, products: Products) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of a complementary point."""
+        problem = self.problem
         q, b = (per_element(datum, problem.batch_size) for datum in (problem.data.q, problem.data.b))
-        slope = problem.quadratic_product(point.x) + q + structure.constraint.rmatvec(problem.data.A, point.y) + point.z
-        row_error = structure.constraint.matvec(problem.data.A, point.x) + slack - b
+        slope = products.Px + q + products.Aty + point.z
+        row_error = products.Ax + slack - b
         return torch.maximum(maximum_norm(slope), maximum_norm(row_error)), slope, row_error
 
     def ahead(

@@ -31,9 +31,9 @@ from lpgd.execution.memo import TensorMemo
 from lpgd.problems.conic.elements import dense_rows
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicStructure
-from lpgd.solvers.convexity import Root, padded, root_of
 from lpgd.solvers.kkt.packed import packed_size
 from lpgd.solvers.kkt.reduced import is_dense
+from lpgd.solvers.kkt.root import Root, padded, root_of
 
 __all__ = ["ActiveSystem", "MixedSystem", "SchurFactor", "System"]
 
