@@ -253,8 +253,8 @@ class SparsityPattern:
         if self.is_dense and groups == 1:
             return (x[0, :, :, None] * y[0, :, None, :]).reshape(rows, self.nnz)  # column by column
         if self.is_dense and groups == 2:  # as sums of two products, whose bits do not depend on the other elements
-            terms = x[:, :, :, None] * y[:, :, None, :]
-            return terms[0].add_(terms[1]).reshape(rows, self.nnz)
+            terms = x[0, :, :, None] * y[0, :, None, :]
+            return terms.addcmul_(x[1, :, :, None], y[1, :, None, :]).reshape(rows, self.nnz)
         if self.is_dense:
             return torch.bmm(x.permute(1, 2, 0), y.transpose(0, 1)).reshape(rows, self.nnz)
         if plain:
