@@ -223,7 +223,8 @@ class ActiveSystem:
             idle = np.arange(side) >= counts[elements][:, None]
             chosen = white.take(rows + (elements % period * wide)[:, None], axis=0)
             chosen[idle] = 0.0
-            gram = chosen @ chosen.swapaxes(1, 2)
+            with np.errstate(over="ignore", invalid="ignore"):  # of elements whose P is not definite
+                gram = chosen @ chosen.swapaxes(1, 2)
             gram[:, range(side), range(side)] += idle
             small, info = linalg.cholesky_ex(from_numpy(gram))
             pivots = small.diagonal(dim1=-2, dim2=-1).numpy()
@@ -250,9 +251,10 @@ class ActiveSystem:
         moved, multipliers = h.copy(), np.zeros(g.shape)
         for elements, rows, idle, chosen, small in self.stacks:
             its_rows = elements[:, None], rows
-            right = np.where(idle, 0.0, g[its_rows] - (chosen @ h[elements][:, :, None])[:, :, 0])
-            u = torch.cholesky_solve(from_numpy(right[:, :, None]), small)[:, :, 0].numpy()
-            moved[elements] += (u[:, None] @ chosen)[:, 0]
+            with np.errstate(over="ignore", invalid="ignore"):
+                right = np.where(idle, 0.0, g[its_rows] - (chosen @ h[elements][:, :, None])[:, :, 0])
+                u = torch.cholesky_solve(from_numpy(right[:, :, None]), small)[:, :, 0].numpy()
+                moved[elements] += (u[:, None] @ chosen)[:, 0]
             np.add.at(multipliers, its_rows, np.where(idle, 0.0, u))
         dx = -factor.backward(from_numpy(moved)).numpy()
         dz = np.zeros_like(g_z)
