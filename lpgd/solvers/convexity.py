@@ -18,6 +18,7 @@ from lpgd.problems.conic.magnitudes import curvatures
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.sparsity import PART, SparsityPattern
 from lpgd.problems.conic.structure import per_element
+from lpgd.solvers.kkt.root import root_of
 from lpgd.solvers.kkt.superlu import superlu
 
 __all__ = ["is_convex", "is_definite"]
@@ -26,6 +27,8 @@ DENSE_LIMIT = 1500
 """Matrices up to this size, and mostly filled ones, are factorised densely."""
 DEFINITE = 1e-9
 """The least eigenvalue, relative to the largest entry of P, of one that is not singular."""
+SURELY = 1e-5
+"""The least square of a pivot of ``P = L Lᵀ``, relative to the largest entry of P, of a P that is definite for sure."""
 FINEST = 3e-8
 """Negative eigenvalues up to this, relative to the largest entry of P, are taken for rounding of what computed P: the
 root of the precision of float64."""
@@ -42,8 +45,9 @@ def is_convex(problem: ConicProblem) -> Tensor:
         return values.new_ones(problem.batch_size, dtype=torch.bool)
 
     def compute() -> Tensor:
-        definite = pattern.is_dense and problem.structure.n <= DENSE_LIMIT
-        return _rows_convex(pattern, values, _rows_definite(problem) if definite else None)
+        # A factor shows that P is semidefinite up to rounding.
+        root = root_of(problem) if pattern.is_dense else None
+        return _rows_convex(pattern, values, None if root is None else root.exists)
 
     found = _memo(problem.data.P, ("convex", pattern.digest), compute)
     return per_element(found[:, None], problem.batch_size)[:, 0]
@@ -65,7 +69,16 @@ def _rows_definite(problem: ConicProblem) -> Tensor:
         dense = pattern.shape[0] <= DENSE_LIMIT or pattern.nnz > 0.2 * pattern.shape[0] ** 2
         if not pattern.is_dense and np.unique(pattern.rows).size < pattern.shape[0]:  # a variable without curvature
             return known.new_zeros(len(known), dtype=torch.bool)
-        return (_by_cholesky if dense else _by_pivots)(pattern, known, -DEFINITE * maximum_norm(curvatures(problem)))
+        largest, by_factors = maximum_norm(curvatures(problem)), _by_cholesky if dense else _by_pivots
+        root = root_of(problem) if pattern.is_dense else None
+        if root is None:
+            return by_factors(pattern, known, -DEFINITE * largest)
+        pivots = root.lower[:, : pattern.shape[0]].diagonal(dim1=-2, dim2=-1)
+        definite = root.exists & (pivots.amin(-1) ** 2 > SURELY * largest)
+        left = rows_where(~definite)
+        if left.shape[0]:
+            definite[left] = by_factors(pattern, known[left], -DEFINITE * largest[left])
+        return definite
 
     return _memo(problem.data.P, ("definite", pattern.digest), compute)
 
@@ -73,10 +86,10 @@ def _rows_definite(problem: ConicProblem) -> Tensor:
 _memo = TensorMemo()
 
 
-def _rows_convex(pattern: SparsityPattern, values: Tensor, definite: Tensor | None) -> Tensor:
-    """(R,) for each row of values; ``definite`` are those that are known to be."""
+def _rows_convex(pattern: SparsityPattern, values: Tensor, semidefinite: Tensor | None) -> Tensor:
+    """(R,) for each row of values; ``semidefinite`` are those that are known to be."""
     values, n = torch.atleast_2d(values.detach()), pattern.shape[0]
-    convex = _dominated(pattern, values) if definite is None else definite.clone()
+    convex = _dominated(pattern, values) if semidefinite is None else semidefinite.clone()
     dense = n <= DENSE_LIMIT or pattern.nnz > 0.2 * n * n
     by_factors = _by_cholesky if dense else _by_pivots
     for single in (False, True):

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, as_index, elements_where, from_numpy, rows_where
+from lpgd.arrays import as_index, elements_where, from_numpy
 from lpgd.problems.base import States, maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import NEWTON, ConicSolution
@@ -35,9 +35,8 @@ from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.conic.units import Units
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver, ConicSolver
-from lpgd.solvers.kkt.factored import Factored
 from lpgd.solvers.kkt.refinement import Points, is_cheap
-from lpgd.solvers.kkt.schur import ActiveSystem, SchurFactor
+from lpgd.solvers.kkt.schur import SchurFactor, System
 from lpgd.solvers.rescue import merged
 from lpgd.status import Status
 
@@ -175,9 +174,8 @@ class PerturbedPoints:
         return SchurFactor.of(self._inside)
 
     @cached_property
-    def _system(self) -> Factored | ActiveSystem | _Mixed:
-        points = Points(self._inside)
-        return _systems(points, self._factor, *self._start)
+    def _system(self) -> System:
+        return Points(self._inside).factored(*self._start, self._factor)
 
     @cached_property
     def _direction(self) -> tuple[Tensor, Tensor]:
@@ -265,7 +263,7 @@ class PerturbedPoints:
             start_xi, start_v = xi[todo], v[todo]
             _, slope, row_error = chosen.residual(start_xi, start_v)
             factor = None if self._factor is None else self._factor.select(todo % self.problem.batch_size)
-            system = _systems(chosen, factor, start_xi, start_v)
+            system = chosen.factored(start_xi, start_v, factor)
             d_xi, d_v = chosen.chord(system, slope, row_error)
             fine = from_numpy(system.regular) & torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)
             new_xi, new_v = (torch.where(fine[:, None], old + d, old) for old, d in ((start_xi, d_xi), (start_v, d_v)))
@@ -306,37 +304,6 @@ class PerturbedPoints:
             known_before=found.error.clone(),
             refined=found.taken,
         )
-
-
-class _Mixed:
-    """Systems of a batch, of some elements by the factor that serves every active set, of the others by their own."""
-
-    def __init__(self, parts: Sequence[tuple[Tensor, Factored | ActiveSystem]], count: int) -> None:
-        self.parts, self.regular = parts, np.zeros(count, dtype=bool)
-        for elements, system in parts:
-            self.regular[elements.numpy()] = system.regular
-
-    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-        changes = np.empty_like(g_x), np.empty_like(g_y), np.empty_like(g_z)
-        for elements, system in self.parts:
-            chosen = elements.numpy()
-            for whole, values in zip(changes, system.solve(g_x[chosen], g_y[chosen], g_z[chosen]), strict=True):
-                whole[chosen] = values
-        return changes
-
-
-def _systems(points: Points, factor: SchurFactor | None, xi: Tensor, v: Tensor) -> Factored | ActiveSystem | _Mixed:
-    """The systems at points of a batch, each element's by itself: by the factor where its P is definite."""
-    if factor is None:
-        return points.factored(xi, v)
-    if bool(factor.definite.all()):
-        return factor.at(points.pieces(xi, v))
-    definite = factor.definite.repeat(len(xi) // len(factor.definite))
-    by_factor, others = rows_where(definite), rows_where(~definite)
-    pieces = points.select(by_factor).pieces(xi[by_factor], v[by_factor])
-    parts = [(by_factor, factor.select(by_factor).at(pieces))]
-    apart = (others, points.select(others).factored(xi[others], v[others]))
-    return _Mixed([*parts, apart], len(xi))
 
 
 def _share(first: Tensor, second: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from lpgd.arrays import as_index, elements_where, flags
 from lpgd.problems.base import State, States, maximum_norm
 from lpgd.problems.conic.magnitudes import INFINITE
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.residuals import Residuals, residuals_of
+from lpgd.problems.conic.residuals import Products, Residuals, residuals_of
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.problems.conic.units import Units
@@ -197,8 +197,8 @@ def judged(
     Points that are not finite, or far from optimal, are no solutions; points that satisfy the optimality conditions
     are, however the solver ended.  Verdicts stay the solver's claims; ``proofs`` has those that its certificate proves.
     """
-    answer = _refined(answer, max(USELESS, 10 * tolerance), refined)
-    residuals = residuals_of(answer.problem, answer.point)
+    answer, products = _refined(answer, max(USELESS, 10 * tolerance), refined)
+    residuals = residuals_of(answer.problem, answer.point, products)
     answer = _by_residuals(answer, residuals, tolerance)
     statuses, size = list(answer.statuses), answer.batch_size
     proofs = _proofs(answer) if any(status in VERDICTS for status in statuses) else [""] * size
@@ -232,8 +232,8 @@ def judged(
     return result
 
 
-def _refined(answer: ConicSolution, useless: float, wanted: bool) -> ConicSolution:
-    """The answer after a few of Newton's steps, where they are cheap, or a solver gave up.
+def _refined(answer: ConicSolution, useless: float, wanted: bool) -> tuple[ConicSolution, Products | None]:
+    """The answer after a few of Newton's steps, where they are cheap, or a solver gave up; its products, if known.
 
     What a solver calls solved and is useless stays as it is: the solver is wrong, and that should be seen.
     """
@@ -242,11 +242,11 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> ConicSoluti
         nothing = answer.x.new_full((size,), torch.nan)
         return replace(
             answer, known_to=nothing, known_before=nothing.clone(), refined=torch.zeros(size, dtype=torch.int64)
-        )
-    point, slack, known_to = complementary(problem, answer.point, answer.slack)
+        ), None
+    point, slack, known_to, products = complementary(problem, answer.point, answer.slack)
     answer = replace(answer, known_before=known_to.clone())
     if not wanted:
-        return replace(answer, known_to=known_to, refined=torch.zeros(size, dtype=torch.int64))
+        return replace(answer, known_to=known_to, refined=torch.zeros(size, dtype=torch.int64)), None
     exact = known_to <= EXACT
     answer = replace(
         answer,
@@ -262,7 +262,7 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> ConicSoluti
         if rough[element] and status.has_iterate and not (status.usable and (wrong[element] or not cheap))
     ]
     if not elements:
-        return replace(answer, known_to=known_to, refined=taken)
+        return replace(answer, known_to=known_to, refined=taken), products if bool(exact.all()) else None
     found = refine(problem, answer.point, answer.slack, as_index(elements, problem.device), keep=True)
     better = found.after < found.before
     improved = torch.tensor(elements, device=problem.device)[better]
@@ -272,7 +272,7 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> ConicSoluti
     known_to[elements], taken[elements] = found.after, found.taken.cpu()
     room = _is_kept(structure) and sum(factor.factored.entries for factor in found.kept) * 8 <= MOST_KEPT_BYTES
     systems = (*answer.systems, *found.kept) if room else answer.systems
-    return replace(answer, **changes, known_to=known_to, refined=taken, systems=systems)
+    return replace(answer, **changes, known_to=known_to, refined=taken, systems=systems), None
 
 
 def _is_kept(structure: ConicStructure) -> bool:

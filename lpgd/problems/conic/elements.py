@@ -8,10 +8,14 @@ from concurrent.futures import Executor
 import numpy as np
 
 from lpgd.arrays import FloatArray
+from lpgd.execution.memo import TensorMemo
 from lpgd.execution.tasks import split
 from lpgd.problems.conic.problem import ConicProblem
 
-__all__ = ["ElementView"]
+__all__ = ["ElementView", "dense_rows"]
+
+dense_rows = TensorMemo()
+"""The dense matrices, row by row, whose values a tensor has column by column."""
 
 
 class ElementView:
@@ -42,7 +46,10 @@ class ElementView:
     def rows(self, name: str, elements: Sequence[int]) -> FloatArray:
         """One datum of some elements, (k, ·), or (1, ·) where the batch shares it."""
         datum = self.data[name]
-        return datum[None] if datum.ndim == 1 else datum[np.asarray(elements, dtype=np.int64) % datum.shape[0]]
+        if datum.ndim == 1:
+            return datum[None]
+        index = np.asarray(elements, dtype=np.int64) % datum.shape[0]
+        return datum if np.array_equal(index, np.arange(datum.shape[0])) else datum[index]
 
     def groups(
         self, elements: Sequence[int], executor: Executor | None, copies_of: int | None = None, per_worker: int = 4

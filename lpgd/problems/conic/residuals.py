@@ -15,7 +15,7 @@ from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, per_element
 
-__all__ = ["Residuals", "residuals_of"]
+__all__ = ["Products", "Residuals", "residuals_of"]
 
 
 class Residuals(NamedTuple):
@@ -47,12 +47,25 @@ class Residuals(NamedTuple):
         return torch.stack(tuple(self)).amax(0)
 
 
-def residuals_of(problem: ConicProblem, point: ConicPoint) -> Residuals:
-    """The residuals of points of a problem that is in units of order 1."""
+class Products(NamedTuple):
+    """What the optimality conditions take of a point (x, y, ·) and of the matrices: P x, Aᵀy (B, n) and A x (B, m)."""
+
+    Px: Tensor
+    Aty: Tensor
+    Ax: Tensor
+
+    @classmethod
+    def of(cls, problem: ConicProblem, point: ConicPoint) -> Products:
+        """Those of B points."""
+        constraint, A = problem.structure.constraint, problem.data.A
+        return cls(problem.quadratic_product(point.x), constraint.rmatvec(A, point.y), constraint.matvec(A, point.x))
+
+
+def residuals_of(problem: ConicProblem, point: ConicPoint, products: Products | None = None) -> Residuals:
+    """The residuals of points of a problem that is in units of order 1; ``products`` are theirs, where known."""
     structure, size, (x, y, z) = problem.structure, problem.batch_size, point
     q, b = (per_element(datum, size) for datum in (problem.data.q, problem.data.b))
-    Px, Aty = problem.quadratic_product(x), structure.constraint.rmatvec(problem.data.A, y)
-    Ax = structure.constraint.matvec(problem.data.A, x)
+    Px, Aty, Ax = Products.of(problem, point) if products is None else products
     primal = _distance(structure.cones, b - Ax, dual=False)
     dual = torch.maximum(maximum_norm(Px + q + Aty + z), _distance(structure.cones, y, dual=True))
     bound_terms = torch.zeros_like(x)

@@ -82,6 +82,10 @@ class SparsityPattern:
         return self.nnz == self.shape[0] * self.shape[1]
 
     @cached_property
+    def is_diagonal(self) -> bool:
+        return np.array_equal(self.rows, self.columns)
+
+    @cached_property
     def indptr(self) -> NDArray[np.int32]:
         """Column pointers of the compressed-sparse-column form; ``rows`` are its indices."""
         counts = np.bincount(self.columns, minlength=self.shape[1])
@@ -249,8 +253,8 @@ class SparsityPattern:
         if self.is_dense and groups == 1:
             return (x[0, :, :, None] * y[0, :, None, :]).reshape(rows, self.nnz)  # column by column
         if self.is_dense and groups == 2:  # as sums of two products, whose bits do not depend on the other elements
-            terms = x[:, :, :, None] * y[:, :, None, :]
-            return terms[0].add_(terms[1]).reshape(rows, self.nnz)
+            terms = x[0, :, :, None] * y[0, :, None, :]
+            return terms.addcmul_(x[1, :, :, None], y[1, :, None, :]).reshape(rows, self.nnz)
         if self.is_dense:
             return torch.bmm(x.permute(1, 2, 0), y.transpose(0, 1)).reshape(rows, self.nnz)
         if plain:

@@ -24,11 +24,11 @@ from lpgd.execution.progress import advance, current
 from lpgd.execution.tasks import SerialExecutor, run_tasks
 from lpgd.execution.workspaces import fingerprints, workspaces
 from lpgd.problems.base import States
-from lpgd.problems.conic.elements import ElementView
+from lpgd.problems.conic.elements import ElementView, dense_rows
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.solvers.backends.forms import Form, RowForm, Vectors
-from lpgd.solvers.backends.prepared import Outcome, Pair, Prepared
+from lpgd.solvers.backends.prepared import Outcome, Pairs, Prepared
 from lpgd.solvers.backends.task import Results, Task, solve_elements
 from lpgd.solvers.base import ConicSolver
 from lpgd.solvers.convexity import is_definite
@@ -57,6 +57,9 @@ class ElementwiseSolver(ConicSolver):
 
     asks_whether_definite: ClassVar[bool] = False
     """Whether ``Matrices.definite`` is to be known."""
+
+    reads_rows: ClassVar[bool] = False
+    """Whether it reads a dense A row by row (``Matrices.rows``)."""
 
     @property
     def form_type(self) -> type[Form]:
@@ -105,7 +108,7 @@ class ElementwiseSolver(ConicSolver):
             executor = SerialExecutor()
             if self.forgets:
                 chunks = [[element for chunk in chunks for element in chunk]]
-        kept = view.distinct < len(view.valid) or workspaces.habits.keeps(key, [pair.fingerprint for pair in pairs])
+        kept = view.distinct < len(view.valid) or workspaces.habits.keeps(key, pairs.fingerprints)
         tasks = [
             _task(self, view, pairs, elements, states, None if self.forgets else slot, kept)
             for slot, elements in enumerate(chunks)
@@ -163,14 +166,18 @@ def _count(task: Task) -> None:
 def _task(
     solver: ElementwiseSolver,
     view: ElementView,
-    all_pairs: Sequence[Pair],
+    all_pairs: Pairs,
     elements: list[int],
     states: States,
     slot: int | None,
     kept: bool,
 ) -> Task:
     pairs = [element % view.distinct for element in elements]
-    matrices = {pair: all_pairs[pair] for pair in pairs}
+    its_pairs = sorted(set(pairs))
+    matrices = all_pairs.select(its_pairs)
+    if len(its_pairs) < view.distinct:
+        place = {pair: position for position, pair in enumerate(its_pairs)}
+        pairs = [place[pair] for pair in pairs]
     return Task(
         solver,
         view.problem.structure,
@@ -211,15 +218,19 @@ def _assemble(problem: ConicProblem, tasks: Sequence[Task], results: Sequence[Re
 _memo = TensorMemo()
 
 
-def _pairs(solver: ElementwiseSolver, view: ElementView) -> list[Pair]:
+def _pairs(solver: ElementwiseSolver, view: ElementView) -> Pairs:
     """The distinct matrices of a batch."""
-    data = view.problem.data
+    data, distinct = view.problem.data, view.distinct
     P, A = (
         _memo(tensor, "fingerprints", partial(fingerprints, view.data[name]))
         for name, tensor in (("P", data.P), ("A", data.A))
     )
-    definite = is_definite(view.problem).tolist() if solver.asks_whether_definite else [None] * view.distinct
-    return [
-        Pair(view.row("P", pair), view.row("A", pair), P[pair % len(P)] + A[pair % len(A)], definite[pair])
-        for pair in range(view.distinct)
-    ]
+    definite = is_definite(view.problem).tolist() if solver.asks_whether_definite else [None] * distinct
+    pattern, every = view.problem.structure.constraint, range(distinct)
+    values = {name: view.data[name] if view.data[name].ndim == 1 else view.rows(name, every) for name in ("P", "A")}
+    rows = None
+    if solver.reads_rows and pattern.is_dense:  # others take memory, and are made one by one
+        rows = dense_rows(data.A, "rows", lambda: pattern.dense_matrices(np.atleast_2d(values["A"])))
+        rows = rows[0] if values["A"].ndim == 1 and rows.ndim == 3 else rows
+    prints = [P[pair % len(P)] + A[pair % len(A)] for pair in every]
+    return Pairs(values["P"], values["A"], rows, prints, definite[:distinct])

@@ -51,6 +51,8 @@ class Matrices:
         finite_lower, finite_upper: which of the structure's bounds are finite; all of them for a form that is not
             ``keyed_by_bounds``.
         definite: whether P is positive definite, by more than rounding; None where nobody has looked.
+        rows: A itself, (m, n), row by row; None where no solver asked for it.
+        frame: of the form that is made; None where nobody has it at hand.
     """
 
     structure: ConicStructure
@@ -59,6 +61,8 @@ class Matrices:
     finite_lower: BoolArray
     finite_upper: BoolArray
     definite: bool | None = None
+    rows: FloatArray | None = None
+    frame: Frame | None = None
 
 
 class Vectors(NamedTuple):
@@ -142,8 +146,8 @@ class Form(ABC):
         self.n, self.structure = structure.n, structure
         self.P = matrices.P
         self.definite = matrices.definite
-        self.has_quadratic = bool(matrices.definite) or bool(np.any(matrices.P))
-        self.frame: Any = self.frame_of(structure, matrices.finite_lower, matrices.finite_upper)
+        self.has_quadratic = matrices.definite is True or bool(np.any(matrices.P))
+        self.frame: Any = matrices.frame or self.frame_of(structure, matrices.finite_lower, matrices.finite_upper)
 
     @classmethod
     def frame_of(cls, structure: ConicStructure, finite_lower: BoolArray, finite_upper: BoolArray) -> Any:
@@ -339,6 +343,7 @@ class IntervalForm(Form):
         zero: how many of them, from the first, are equalities.
         bounded: the variables that may have a bound.
         has_bounds: whether there is one.
+        is_white: whether P is the identity.
     """
 
     keyed_by_bounds: ClassVar[bool] = False
@@ -349,9 +354,11 @@ class IntervalForm(Form):
         structure: ConicStructure = self.frame.structure
         self.n, self.structure = structure.n, structure
         self.m, self.zero, self.has_bounds = structure.m, structure.cones.zero, structure.has_bounds
-        self._values = matrices.A[: structure.constraint.nnz]
+        self._values, self._rows = matrices.A[: structure.constraint.nnz], matrices.rows
         self.bounded = self.frame.bounded
         self.size = self._values.size + self.P.size
+        quadratic = structure.quadratic
+        self.is_white = quadratic.nnz == structure.n and bool((self.P == 1.0).all()) and quadratic.is_diagonal
 
     @cached_property
     def A(self) -> sp.csc_array:
@@ -359,7 +366,9 @@ class IntervalForm(Form):
         return self.structure.constraint.csc(self._values)
 
     def dense_A(self) -> FloatArray:
-        """(m, n), row by row."""
+        """(m, n), row by row; to be read only."""
+        if self._rows is not None:
+            return np.ascontiguousarray(self._rows[:, : self.n])
         return self.structure.constraint.dense_matrices(self._values[None])[0]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +15,7 @@ from lpgd.problems.base import State
 from lpgd.solvers.backends.forms import Form, Matrices
 from lpgd.status import Status
 
-__all__ = ["Outcome", "Pair", "Prepared", "Workspace", "fits"]
+__all__ = ["Outcome", "Pair", "Pairs", "Prepared", "Workspace", "fits"]
 
 
 class Outcome(NamedTuple):
@@ -61,12 +63,65 @@ class Prepared(ABC):
 
 
 class Pair(NamedTuple):
-    """The matrices of some elements: values, a fingerprint, and whether P is definite, where the solver asks."""
+    """The matrices of some elements.
+
+    Attributes:
+        P, A: their values.
+        rows: A itself, row by row, where the solver reads it so.
+        fingerprint: of the values.
+        definite: whether P is definite, where the solver asks.
+    """
 
     P: FloatArray
     A: FloatArray
+    rows: FloatArray | None
     fingerprint: Fingerprint
     definite: bool | None
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """The R distinct pairs of matrices of a batch.
+
+    Attributes:
+        P, A: (R, ·) values, or (·,) where there is one for all.
+        rows: (R, m, n) or (m, n), or None.
+        fingerprints, definite: R of them.
+    """
+
+    P: FloatArray
+    A: FloatArray
+    rows: FloatArray | None
+    fingerprints: list[Fingerprint]
+    definite: list[bool] | list[None]
+
+    def __len__(self) -> int:
+        return len(self.fingerprints)
+
+    def pair(self, index: int) -> Pair:
+        """One of them, as views."""
+        rows = self.rows
+        return Pair(
+            self.P if self.P.ndim == 1 else self.P[index],
+            self.A if self.A.ndim == 1 else self.A[index],
+            rows if rows is None or rows.ndim == 2 else rows[index],
+            self.fingerprints[index],
+            self.definite[index],
+        )
+
+    def select(self, index: Sequence[int]) -> Pairs:
+        """Some of them, in this order."""
+        if list(index) == list(range(len(self))):
+            return self
+        rows = self.rows
+        definite: Any = [self.definite[place] for place in index]
+        return Pairs(
+            self.P if self.P.ndim == 1 else self.P[index],
+            self.A if self.A.ndim == 1 else self.A[index],
+            rows if rows is None or rows.ndim == 2 else rows[index],
+            [self.fingerprints[place] for place in index],
+            definite,
+        )
 
 
 class Workspace(NamedTuple):

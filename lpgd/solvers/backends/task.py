@@ -19,8 +19,8 @@ from lpgd.execution.progress import Key, advance
 from lpgd.execution.workspaces import workspaces
 from lpgd.problems.base import State
 from lpgd.problems.conic.structure import ConicStructure
-from lpgd.solvers.backends.forms import Form, Matrices, Vectors
-from lpgd.solvers.backends.prepared import Outcome, Pair, Prepared, Workspace, fits
+from lpgd.solvers.backends.forms import Form, Frame, Matrices, Vectors
+from lpgd.solvers.backends.prepared import Outcome, Pairs, Prepared, Workspace, fits
 from lpgd.status import SetUpError, Status
 
 __all__ = ["Results", "Task", "solve_elements"]
@@ -48,8 +48,8 @@ class Task(NamedTuple):
     solver: Preparing
     structure: ConicStructure
     elements: list[int]
-    matrices: dict[int, Pair]
-    pairs: list[int]  # for each element, its pair
+    matrices: Pairs
+    pairs: list[int]  # for each element, its place among them
     vectors: Vectors  # (k, ·) or (1, ·) each
     states: list[State]
     slot: int | None  # the task that its workspaces belong to, where they belong to one
@@ -116,8 +116,8 @@ class _Desk:
     Where none are to be kept, one that takes new matrices serves all elements, and stays for the next call.
     """
 
-    def __init__(self, task: Task, finite_lower: BoolArray, finite_upper: BoolArray) -> None:
-        self.task, self.finite = task, (finite_lower, finite_upper)
+    def __init__(self, task: Task, frame: Frame, finite_lower: BoolArray, finite_upper: BoolArray) -> None:
+        self.task, self.frame, self.finite = task, frame, (finite_lower, finite_upper)
         key = (task.solver, task.structure.digest)
         self.family = (key, task.slot, finite_lower.tobytes(), finite_upper.tobytes())
         self.pair: int | None = None
@@ -136,7 +136,7 @@ class _Desk:
         return self.used.prepared
 
     def _take(self, pair: int) -> Workspace:
-        task, wanted = self.task, self.task.matrices[pair]
+        task, wanted = self.task, self.task.matrices.pair(pair)
         spare = None
         if task.kept:
             self.put_back()
@@ -153,10 +153,10 @@ class _Desk:
         else:
             self.used = None
         self.pair = pair
-        P, A = wanted.P, wanted.A
+        P, A, rows = wanted[:3]
         if task.kept:  # copies: a view would keep the whole batch, and see what is written to it later
-            P, A = P.copy(), A.copy()
-        matrices = Matrices(task.structure, P, A, *self.finite, wanted.definite)
+            P, A, rows = P.copy(), A.copy(), rows if rows is None else rows.copy()
+        matrices = Matrices(task.structure, P, A, *self.finite, wanted.definite, rows, self.frame)
         form = task.solver.form_type(matrices)
         if spare is not None:
             spare.prepared.update(form)
@@ -192,7 +192,7 @@ def _solve_group(
     vectors = frame.vectors(group)
     one = type(vectors)
     points, kept = [], []
-    desk, clock = _Desk(task, finite_lower, finite_upper), time.perf_counter
+    desk, clock = _Desk(task, frame, finite_lower, finite_upper), time.perf_counter
     for index, element_vectors in enumerate(zip(*vectors, strict=True)):
         place, pair = places[index], task.pairs[places[index]]
         started = clock()
@@ -220,9 +220,11 @@ def _solve_group(
         if len(kept) < len(places):
             vectors = one(*(datum[kept] for datum in vectors))
         solved = [places[index] for index in kept]
-        pairs = [task.pairs[place] for place in solved]
-        shared = len(task.matrices) == 1
-        A = task.matrices[pairs[0]].A if shared else np.stack([task.matrices[pair].A for pair in pairs])
+        A = (
+            task.matrices.select([task.pairs[place] for place in solved]).A
+            if len(task.matrices) > 1
+            else task.matrices.A
+        )
         with np.errstate(invalid="ignore"):  # solvers call points solved that are infinite; they are judged later
             inverted = frame.invert(point, vectors, A)
         for name, value in inverted._asdict().items():

@@ -35,6 +35,11 @@ def is_dense(structure: ConicStructure) -> bool:
     return filled or size <= (EMPTY_LIMIT if empty else DENSE_LIMIT)
 
 
+def has_dense_rows(structure: ConicStructure) -> bool:
+    """Whether these are systems of linear or quadratic programs that are factorised densely: rows active or not."""
+    return structure.cones.is_polyhedral and is_dense(structure)
+
+
 def held(x: FloatArray, z: FloatArray, lower: FloatArray, upper: FloatArray) -> BoolArray:
     """(k, n) variables at a bound: where its multiplier exceeds its slack, the projection's derivative for one row."""
     return (z > upper - x) | (-z > x - lower) | (lower >= upper)

@@ -15,20 +15,22 @@ vanish then.  If none of them is better by far, the point stays.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, from_numpy, rows_where
+from lpgd.arrays import from_numpy, rows_where
 from lpgd.cones.projections import SpectralDerivative, project, projection_derivative
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.residuals import Products
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.solvers.kkt.factored import Factored
 from lpgd.solvers.kkt.rank import NEAR
+from lpgd.solvers.kkt.schur import MixedSystem, SchurFactor, System
 from lpgd.solvers.kkt.system import KKTPoints, Known, respond
 
 __all__ = ["KeptFactor", "Points", "Refined", "complementary", "is_cheap", "is_small", "optimality_residual", "refine"]
@@ -78,7 +80,7 @@ class KeptFactor(NamedTuple):
 
     elements: Tensor
     valid: Tensor
-    factored: Factored
+    factored: System
 
     def among(self, chosen: Tensor) -> KeptFactor:
         """The same, valid for elements that are ``chosen`` (B,) alone."""
@@ -171,23 +173,23 @@ def is_cheap(structure: ConicStructure) -> bool:
     return filled <= SPARSE and filled <= FILLED * size
 
 
-def complementary(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> tuple[ConicPoint, Tensor, Tensor]:
-    """The point with y and s, x and z made complementary, its slack, and (B,) |F|; NaN where it was not finite."""
+def complementary(
+    problem: ConicProblem, point: ConicPoint, slack: Tensor
+) -> tuple[ConicPoint, Tensor, Tensor, Products]:
+    """The point with y and s, x and z made complementary, its slack, (B,) |F|, and its products with the matrices.
+
+    |F| is NaN where the point was not finite.
+    """
     points = Points(problem)
-    start = points.start(point, slack)
-    return *points.point(*start), points.residual(*start)[0]
+    found, found_slack = points.point(*points.start(point, slack))
+    products = Products.of(problem, found)
+    return found, found_slack, points.residual_of(found, found_slack, products)[0], products
 
 
 def optimality_residual(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> Tensor:
     """(B,) the maximum norm of F at the complementary point next to a solver's answer; NaN where that is not finite."""
     points = Points(problem)
     return points.residual(*points.start(point, slack))[0]
-
-
-class Solving(Protocol):
-    """Systems of a batch, factorised."""
-
-    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]: ...
 
 
 class Points:
@@ -242,11 +244,15 @@ class Points:
 
     def residual(self, xi: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """|F| (B,), and its parts (B, n) and (B, m)."""
-        problem, structure = self.problem, self.problem.structure
         point, slack = self.point(xi, v)
+        return self.residual_of(point, slack, Products.of(self.problem, point))
+
+    def residual_of(self, point: ConicPoint, slack: Tensor, products: Products) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of a complementary point."""
+        problem = self.problem
         q, b = (per_element(datum, problem.batch_size) for datum in (problem.data.q, problem.data.b))
-        slope = problem.quadratic_product(point.x) + q + structure.constraint.rmatvec(problem.data.A, point.y) + point.z
-        row_error = structure.constraint.matvec(problem.data.A, point.x) + slack - b
+        slope = products.Px + q + products.Aty + point.z
+        row_error = products.Ax + slack - b
         return torch.maximum(maximum_norm(slope), maximum_norm(row_error)), slope, row_error
 
     def ahead(
@@ -275,7 +281,7 @@ class Points:
 
     def regular_step(
         self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, row_error: Tensor
-    ) -> tuple[Tensor, Tensor, Factored | None]:
+    ) -> tuple[Tensor, Tensor, System | None]:
         """:meth:`step`, and the systems, which can be kept where they are on the CPU."""
         if self.problem.device.type != "cpu":
             return *self.step(xi, v, error, slope, row_error), None
@@ -288,7 +294,7 @@ class Points:
             d_xi[left], d_v[left] = self.select(left).step(xi[left], v[left], error[left], slope[left], row_error[left])
         return d_xi, d_v, factored
 
-    def response(self, factored: Factored, xi: Tensor, v: Tensor, tilt: ConicPoint) -> tuple[ConicPoint, Tensor]:
+    def response(self, factored: System, xi: Tensor, v: Tensor, tilt: ConicPoint) -> tuple[ConicPoint, Tensor]:
         """The derivative of a solution (ξ, v) along a tilt, and (B,) whether it is exact to rounding.
 
         By the system of a point nearby: what that leaves of the derivative of F here is solved for again.
@@ -344,8 +350,29 @@ class Points:
         moved[:, : problem.structure.cones.zero] = 0.0
         return dx + dz, dy + moved
 
-    def factored(self, xi: Tensor, v: Tensor) -> Factored:
-        """The system of Newton's method at a point, to be solved for several right-hand sides."""
+    def factored(self, xi: Tensor, v: Tensor, factor: SchurFactor | None = None) -> System:
+        """The system of Newton's method at a point, to be solved for several right-hand sides.
+
+        Args:
+            xi, v: the point.
+            factor: of these elements, where it is known; each element's system is made from it if its P is definite.
+        """
+        factor = SchurFactor.of(self.problem) if factor is None else factor
+        if factor is None:
+            return self._own_system(xi, v)
+        if bool(factor.fine.all()):
+            return factor.at(self.pieces(xi, v))
+        fine = factor.fine.repeat(xi.shape[0] // factor.fine.shape[0])
+        parts: list[tuple[Tensor, System]] = []
+        if bool(fine.any()):
+            by_factor = rows_where(fine)
+            pieces = self.select(by_factor).pieces(xi[by_factor], v[by_factor])
+            parts.append((by_factor, factor.select(by_factor).at(pieces)))
+        others = rows_where(~fine)
+        parts.append((others, self.select(others)._own_system(xi[others], v[others])))
+        return MixedSystem(parts, xi.shape[0])
+
+    def _own_system(self, xi: Tensor, v: Tensor) -> Factored:
         problem, (point, _) = self.problem, self.point(xi, v)
         view, count = ElementView(problem), problem.batch_size
         matrices = (view.rows(name, range(count)) for name in ("P", "A"))
@@ -354,7 +381,7 @@ class Points:
         return Factored(problem.structure, 0.0, P, A, *arrays)
 
     def chord(
-        self, factored: Solving, slope: Tensor, row_error: Tensor, bounds: Tensor | None = None
+        self, factored: System, slope: Tensor, row_error: Tensor, bounds: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``(dξ, dv)`` for what is left of F, ``slope`` (B, n) and ``row_error`` (B, m), by a system of another point.
 

@@ -1,96 +1,135 @@
 """Systems of quadratic programs with a definite P, for every active set from one factorisation.
 
-With ``P = L Lᵀ``, C the rows of A and those of bounded variables of the identity, and ``Y = L⁻¹ Cᵀ``, the change of the
+With ``P = L Lᵀ``, C the rows of A and those of bounded variables of the identity, and ``M = C L⁻ᵀ``, the change of the
 solution under the tilt ``<g_x, x> + <g, C x>``, the rows a being active, is
 
-    (YᵀY)_aa u = g_a - (Yᵀh)_a,    h = L⁻¹ g_x,    dx = -L⁻ᵀ (h + Y u),
+    (M Mᵀ)_aa u = g_a - (M h)_a,    h = L⁻¹ g_x,    dx = -L⁻ᵀ (h + Mᵀu),
 
-u the change of the multipliers.  Another active set picks other rows of ``YᵀY``, and a small matrix is all that is
-factorised for it; where the batch shares P and A, L and Y are those of all elements.
+u the change of the multipliers.  L is what shows that P is convex, and M what a solver may start from
+(:mod:`lpgd.solvers.backends.whitened`): both are worked out once for the matrices of a batch.  Another active set picks
+other rows of M, and a small matrix is all that is factorised for it.
+
+All of it is done for one element after the other, in matrices whose size its own rows decide: no element has other bits
+among others than alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from lpgd import linalg
-from lpgd.arrays import FloatArray, from_numpy
+from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy
+from lpgd.execution.memo import TensorMemo
+from lpgd.problems.conic.elements import dense_rows
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.solvers.kkt.packed import Packed, packed, packed_size
+from lpgd.problems.conic.structure import ConicStructure
+from lpgd.solvers.kkt.packed import packed_size
 from lpgd.solvers.kkt.reduced import is_dense
+from lpgd.solvers.kkt.root import Root, padded, root_of
 
-__all__ = ["ActiveSystem", "SchurFactor"]
+__all__ = ["ActiveSystem", "MixedSystem", "SchurFactor", "System"]
 
-DEFINITE = 1e-5
-"""The least diagonal entry of a triangular factor, over the largest: the condition is about its inverse square."""
-WIDEST = 250
-"""YᵀY is made up to this size."""
+Change = tuple[FloatArray, FloatArray, FloatArray]
+
+DEFINITE = 1e-4
+"""The least diagonal entry of a triangular factor, over the largest: the condition is some times its inverse square."""
+ROOM = 16_000_000
+"""So many entries of M are made for a batch."""
+PART = 64
+"""A factor that elements share is copied for so many of them at once."""
+
+
+class System(Protocol):
+    """Systems of B elements, factorised.
+
+    ``regular`` (B,) says whose is regular; ``inverse`` and ``condition`` (B,) are estimates of the norm of its inverse
+    and of its condition, and ``entries`` is how many numbers are held.
+    """
+
+    regular: BoolArray
+    inverse: FloatArray
+    condition: FloatArray
+
+    @property
+    def entries(self) -> int: ...
+
+    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change: ...
 
 
 @dataclass(frozen=True, eq=False)
 class SchurFactor:
-    """L⁻¹, Y and YᵀY of E elements.
+    """L and M of E elements.
 
     Attributes:
-        inverse: (R, n, n) L⁻¹.  One product with it for each element has bits that depend on no other element, which
-            one solve for many right-hand sides has not.  Element i uses row ``i mod R``, as for all data.
-        wide: (R, n, k) Y.
-        gram: (R, k, k).
+        root: L, R of them; element i uses row ``i mod R``, as for all data.
+        white: (R, k, n) M.
+        fine: (R,) which elements have them: P is definite, by much more than rounding.
         bounded: variables that have a bound, the last of the k rows.
         row_count: of A.
         zero: how many of them are equalities.
-        definite: (R,) which elements have such a factor.
     """
 
-    inverse: Tensor
-    wide: Tensor
-    gram: Tensor
+    root: Root
+    white: Tensor
+    fine: Tensor
     bounded: Tensor
     row_count: int
     zero: int
-    definite: Tensor
 
     @classmethod
     def of(cls, problem: ConicProblem) -> SchurFactor | None:
         """The factor of a batch in units of order 1; None where it is of no use: no P is surely definite, say."""
         structure, data = problem.structure, problem.data
-        if not structure.cones.is_polyhedral or structure.quadratic.nnz < structure.n or not is_dense(structure):
+        if not _is_fit(structure) or problem.device.type != "cpu":
             return None
+        known = _memo(data.P, structure.digest, lambda: list[_Known]())
+        for entry in known:
+            if entry.matrix() is data.A and entry.version == data.A._version:
+                return entry.factor
+        found = cls._made(problem)
+        if not data.A.is_inference():
+            known[:] = [_Known(TensorWeakRef(data.A), data.A._version, found)]
+        return found
+
+    @classmethod
+    def _made(cls, problem: ConicProblem) -> SchurFactor | None:
+        structure, data = problem.structure, problem.data
+        root = root_of(problem)
         bounded = from_numpy(np.union1d(structure.lower_index, structure.upper_index))
-        wide = structure.m + bounded.shape[0]
-        if wide > WIDEST:
+        count = max((datum.shape[0] for datum in (data.P, data.A) if datum.ndim == 2), default=1)
+        wide, n = structure.m + bounded.shape[0], structure.n
+        if root is None or count * max(wide, n) * n > ROOM:
             return None
-        P, n = structure.quadratic.to_dense(torch.atleast_2d(problem.symmetric_P)), structure.n
-        # MKL rounds by where a matrix begins in memory: all begin at multiples of 64 bytes.
-        one = torch.eye(packed_size(n), dtype=P.dtype)
-        padded = one.repeat(len(P), 1, 1)
-        padded[:, :n, :n] = P
-        lower, info = linalg.cholesky_ex(padded)
-        diagonal = lower[:, :n, :n].diagonal(dim1=-2, dim2=-1)
-        definite = (info == 0) & (diagonal.amin(-1) > DEFINITE * diagonal.amax(-1))
-        if not bool(definite.any()):
-            return None
+        least, largest = _extremes(root.lower[:, :n, :n])
+        fine = root.exists & (least > DEFINITE * largest)
         C = structure.constraint.to_dense(torch.atleast_2d(data.A))
-        if bounded.shape[0]:
-            unit = torch.eye(structure.n, dtype=C.dtype)[bounded].expand(C.shape[0], -1, -1)
-            C = torch.cat([C, unit], 1)
-        if lower.shape[0] != C.shape[0] and 1 not in (lower.shape[0], C.shape[0]):
+        sizes = {root.lower.shape[0], C.shape[0], 1}
+        if len(sizes) > 2 or not bool(fine.any()):
             return None
-        right = C.new_zeros(C.shape[0], len(padded[0]), packed_size(wide))
-        right[:, :n, :wide] = C.mT
-        right = right.expand(max(lower.shape[0], C.shape[0]), -1, -1)
-        Y = linalg.solve_triangular(lower.expand(right.shape[0], -1, -1), right, upper=False)
-        # By NumPy, which takes one matrix after the other: torch's products round by the number of elements.
-        wide_rows = Y[:, :n, :wide].contiguous()
-        inverse = linalg.solve_triangular(lower, one.expand(len(P), -1, -1), upper=False)[:, :n, :n].contiguous()
-        with np.errstate(over="ignore", invalid="ignore"):  # of elements whose P is not definite
-            gram = from_numpy(wide_rows.numpy().swapaxes(1, 2) @ wide_rows.numpy())
-        definite = definite.expand(right.shape[0])
-        return cls(inverse, wide_rows, gram, bounded, structure.m, structure.cones.zero, definite)
+        size = max(sizes)
+        right = C.new_zeros(C.shape[0], root.lower.shape[1], packed_size(wide))
+        right[:, :n, : structure.m] = C.mT
+        right[:, bounded, structure.m + torch.arange(bounded.shape[0])] = 1.0
+        right = right.expand(size, -1, -1)
+        white = linalg.solve_triangular(root.lower.expand(size, -1, -1), right, upper=False)
+        white = white.mT[:, :wide, :n].contiguous()
+        return cls(root, white, fine.expand(size), bounded, structure.m, structure.cones.zero)
+
+    @cached_property
+    def white_values(self) -> Tensor:
+        """M as the values of a matrix of a problem: (R, k n), column by column, or (k n,) where the batch shares it."""
+        values = self.white.mT.reshape(self.white.shape[0], -1)
+        values, rows = (values, self.white) if values.shape[0] > 1 else (values[0], self.white[0])
+        dense_rows(values, "rows", rows.numpy)
+        return values
 
     def select(self, elements: Tensor) -> SchurFactor:
         """The factors of these elements."""
@@ -98,8 +137,8 @@ class SchurFactor:
         def chosen(tensor: Tensor) -> Tensor:
             return tensor if tensor.shape[0] == 1 else tensor[elements % tensor.shape[0]]
 
-        factors = {name: chosen(getattr(self, name)) for name in ("inverse", "wide", "gram", "definite")}
-        return replace(self, **factors)
+        root = Root(chosen(self.root.lower), chosen(self.root.exists))
+        return replace(self, root=root, white=chosen(self.white), fine=chosen(self.fine))
 
     def at(self, pieces: Tensor) -> ActiveSystem:
         """The system of the active sets ``pieces`` (B, ·), as :meth:`Points.pieces` has them."""
@@ -108,57 +147,146 @@ class SchurFactor:
         masks = [torch.ones(count, self.zero, dtype=torch.bool), pieces[:, :inequalities] != 0]
         if self.bounded.shape[0]:
             masks.append(pieces[:, inequalities:][:, self.bounded] != 0)
-        return ActiveSystem(self, torch.cat(masks, 1))
+        return ActiveSystem(self, torch.cat(masks, 1).numpy())
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """``L⁻¹ v`` for vectors (B, n)."""
+        return self._solved(vectors, transposed=False)
+
+    def backward(self, vectors: Tensor) -> Tensor:
+        """``L⁻ᵀ v`` for vectors (B, n)."""
+        return self._solved(vectors, transposed=True)
+
+    def _solved(self, vectors: Tensor, transposed: bool) -> Tensor:
+        lower, n = self.root.lower, vectors.shape[1]
+        right = padded(vectors, lower.shape[1])[:, :, None]
+        matrix, period = lower.mT if transposed else lower, PART if lower.shape[0] == 1 else lower.shape[0]
+        found = [
+            linalg.solve_triangular(matrix.expand(chunk.shape[0], -1, -1), chunk, upper=transposed)[:, :n, 0]
+            for chunk in right.split(period)
+        ]
+        return torch.cat(found) if len(found) != 1 else found[0]
+
+
+class _Known(NamedTuple):
+    """The factor of a P with a matrix A, as it was."""
+
+    matrix: TensorWeakRef
+    version: int
+    factor: SchurFactor | None
+
+
+_memo = TensorMemo()
+
+
+def _is_fit(structure: ConicStructure) -> bool:
+    fits = structure.cones.is_polyhedral and structure.quadratic.nnz >= structure.n and is_dense(structure)
+    return fits and structure.n > 0
+
+
+class _Stack(NamedTuple):
+    """Elements whose active rows take matrices of one size.
+
+    Attributes:
+        elements: (k,) of the batch.
+        rows: (k, p) which of their rows, the active ones first.
+        idle: (k, p) the others.
+        chosen: (k, p, n) these rows of M, zero where they are idle.
+        small: (k, p, p) the factor of ``M_a M_aᵀ``.
+    """
+
+    elements: IntArray
+    rows: IntArray
+    idle: BoolArray
+    chosen: FloatArray
+    small: Tensor
 
 
 class ActiveSystem:
-    """The system of one active set for each of B elements.
+    """The system of one active set (B, k) for each of B elements; see :class:`System`."""
 
-    Attributes:
-        regular: (B,) which elements have a regular one.
-    """
+    def __init__(self, factor: SchurFactor, active: BoolArray) -> None:
+        self.factor, (count, wide) = factor, active.shape
+        n, period = factor.white.shape[2], factor.white.shape[0]
+        least, largest = _extremes(factor.root.lower[:, :n, :n])
+        copies = [values.repeat(count // max(values.shape[0], 1)) for values in (factor.fine, least, largest)]
+        fine, inverse = copies[0].numpy(), (copies[1] ** -2).numpy()
+        white, order = factor.white.numpy().reshape(-1, n), np.argsort(~active, axis=1, kind="stable")
+        counts = active.sum(1)
+        sizes = np.array([packed_size(number) for number in range(wide + 1)])[counts]
+        self.stacks: list[_Stack] = []
+        for side in np.unique(sizes[sizes > 0]):
+            elements, width = np.flatnonzero(sizes == side), min(int(side), wide)
+            rows = order[elements, :width]
+            if width < side:
+                rows = np.concatenate([rows, np.zeros((elements.size, int(side) - width), dtype=np.int64)], axis=1)
+            idle = np.arange(side) >= counts[elements][:, None]
+            chosen = white.take(rows + (elements % period * wide)[:, None], axis=0)
+            chosen[idle] = 0.0
+            with np.errstate(over="ignore", invalid="ignore"):  # of elements whose P is not definite
+                gram = chosen @ chosen.swapaxes(1, 2)
+            gram[:, range(side), range(side)] += idle
+            small, info = linalg.cholesky_ex(from_numpy(gram))
+            pivots = small.diagonal(dim1=-2, dim2=-1).numpy()
+            smallest = np.where(idle, np.inf, pivots).min(1)
+            regular = (info == 0).numpy() & (smallest > DEFINITE * np.where(idle, 0.0, pivots).max(1))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                inverse[elements] += smallest**-2.0
+            fine[elements] &= regular
+            self.stacks.append(_Stack(elements, rows, idle, chosen, small))
+        self.regular: BoolArray = fine
+        self.inverse: FloatArray = np.where(fine, inverse, np.inf)
+        self.condition: FloatArray = self.inverse * (1.0 + copies[2].numpy() ** 2)
 
-    def __init__(self, factor: SchurFactor, active: Tensor) -> None:
-        self.factor, gram = factor, factor.gram
-        count = int(active.sum(1).max()) if active.numel() else 0
-        self.order = torch.argsort(~active, dim=1, stable=True)[:, :count]  # active rows of each element first
-        self.active = active.gather(1, self.order)
-        if gram.shape[0] == 1:
-            matrices = gram[0][self.order[:, :, None], self.order[:, None, :]]
-        else:
-            place = torch.arange(active.shape[0])[:, None, None]
-            matrices = gram[place, self.order[:, :, None], self.order[:, None, :]]
-        both = self.active[:, :, None] & self.active[:, None, :]
-        idle = (~self.active).numpy()
-        self.regular, self.stacks = np.ones(len(idle), dtype=bool), list[tuple[Packed, Tensor]]()
-        for stack in packed(torch.where(both, matrices, 0.0).numpy(), idle):
-            small, info = linalg.cholesky_ex(from_numpy(stack.matrices))
-            diagonal, behind = small.diagonal(dim1=-2, dim2=-1), from_numpy(stack.idle)
-            least, largest = (torch.where(behind, limit, diagonal) for limit in (torch.inf, 0.0))
-            fine = (info == 0) & (least.amin(-1) > DEFINITE * largest.amax(-1))
-            self.regular[stack.elements] = fine.numpy()
-            self.stacks.append((stack._replace(matrices=stack.matrices[:0]), small))
+    @property
+    def entries(self) -> int:
+        """How many numbers it holds beside those of the factor, which the matrices keep."""
+        return sum(stack.chosen.size + stack.small.numel() for stack in self.stacks)
 
-    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
         """The change (dx, dy, dz) of the points under a tilt, (B, ·) each."""
-        factor, x, z = self.factor, from_numpy(g_x), from_numpy(g_z)
-        y = from_numpy(g_y)
-        if factor.bounded.shape[0]:
-            y = torch.cat([y, z[:, factor.bounded]], 1)
-        h = _times(factor.inverse, x)
-        right = (y - _times(factor.wide.mT, h)).gather(1, self.order)
-        multipliers = np.zeros(self.active.shape)
-        for stack, small in self.stacks:
-            solved = torch.cholesky_solve(from_numpy(stack.vectors(right.numpy()))[:, :, None], small)
-            stack.spread(solved[:, :, 0].numpy(), multipliers)
-        u = torch.zeros_like(y).scatter(1, self.order, torch.where(self.active, from_numpy(multipliers), 0.0))
-        dx = -_times(factor.inverse.mT, h + _times(factor.wide, u))
-        dz = torch.zeros_like(x)
-        dz[:, factor.bounded] = u[:, factor.row_count :]
-        return dx.numpy(), u[:, : factor.row_count].numpy(), dz.numpy()
+        factor, bounded = self.factor, self.factor.bounded.numpy()
+        g = np.concatenate([g_y, g_z[:, bounded]], axis=1) if bounded.size else g_y
+        h = factor.forward(from_numpy(g_x)).numpy()
+        moved, multipliers = h.copy(), np.zeros(g.shape)
+        for elements, rows, idle, chosen, small in self.stacks:
+            its_rows = elements[:, None], rows
+            with np.errstate(over="ignore", invalid="ignore"):
+                right = np.where(idle, 0.0, g[its_rows] - (chosen @ h[elements][:, :, None])[:, :, 0])
+                u = torch.cholesky_solve(from_numpy(right[:, :, None]), small)[:, :, 0].numpy()
+                moved[elements] += (u[:, None] @ chosen)[:, 0]
+            np.add.at(multipliers, its_rows, np.where(idle, 0.0, u))
+        dx = -factor.backward(from_numpy(moved)).numpy()
+        dz = np.zeros_like(g_z)
+        dz[:, bounded] = multipliers[:, factor.row_count :]
+        return dx, multipliers[:, : factor.row_count], dz
 
 
-def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Products with vectors (B, ·), one by one."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return from_numpy((matrices.numpy() @ vectors[:, :, None].numpy())[:, :, 0])
+class MixedSystem:
+    """Systems of a batch, some elements in one and some in another; see :class:`System`."""
+
+    def __init__(self, parts: Sequence[tuple[Tensor, System]], count: int) -> None:
+        self.parts, self.regular = parts, np.zeros(count, dtype=bool)
+        self.inverse, self.condition = np.zeros((2, count))
+        for elements, system in parts:
+            for name in ("regular", "inverse", "condition"):
+                getattr(self, name)[elements.numpy()] = getattr(system, name)
+
+    @property
+    def entries(self) -> int:
+        return sum(system.entries for _, system in self.parts)
+
+    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
+        """The change (dx, dy, dz) of the points under a tilt, (B, ·) each."""
+        changes = np.empty_like(g_x), np.empty_like(g_y), np.empty_like(g_z)
+        for elements, system in self.parts:
+            chosen = elements.numpy()
+            for whole, values in zip(changes, system.solve(g_x[chosen], g_y[chosen], g_z[chosen]), strict=True):
+                whole[chosen] = values
+        return changes
+
+
+def _extremes(lower: Tensor) -> tuple[Tensor, Tensor]:
+    """(R,) the least and the largest pivot of triangular factors."""
+    pivots = lower.diagonal(dim1=-2, dim2=-1)
+    return pivots.amin(-1), pivots.amax(-1)
