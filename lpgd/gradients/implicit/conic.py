@@ -349,8 +349,8 @@ def _one_by_one(
         differ = _differences(sides[0].x, sides[1].x, size)
         found = found.copy()
         for index, k in enumerate(at_kink):
-            shared = np.logical_or.reduce([side.shared[index] for side in sides])
-            findings.kink(elements[k], float(differ[index]), *(side.y[index] for side in sides), shared)
+            (above, below), shared = (side.y[index] for side in sides), sides[0].shared[index] | sides[1].shared[index]
+            findings.kink(elements[k], float(differ[index]), above, below, shared)
             if not all(side.unique[index] for side in sides):
                 findings.freed.add(elements[k])
             elif not all(side.consistent[index] for side in sides):
