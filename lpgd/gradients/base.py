@@ -42,6 +42,9 @@ class GradientInfo:
         crossed: (B,) whether an active set of a perturbed solution differs from that of the solution; None for methods
             without one.
         jumped: (B,) whether a perturbed solution of a node is another one than its tilt explains; None likewise.
+        kinked: (B,) whether an active constraint changes along every step that was tried, so that the gradient is a
+            mean of several; None likewise.
+        unclear: (B,) the same of the multipliers alone, which concerns gradients with respect to single constraints.
         tolerance: the solver tolerance of the perturbed solves, None where there were none.
         iterations: (B,) solver iterations spent on perturbed solves, None where there were none.
         newton: (B,) how many of the perturbed solutions were found by Newton's method from the solution; a solver was
@@ -63,6 +66,8 @@ class GradientInfo:
     moved: Tensor | None = None
     crossed: Tensor | None = None
     jumped: Tensor | None = None
+    kinked: Tensor | None = None
+    unclear: Tensor | None = None
     tolerance: float | None = None
     iterations: IntArray | None = None
     newton: Tensor | None = None

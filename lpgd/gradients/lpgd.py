@@ -309,7 +309,7 @@ def _blank(method: LPGD, solution: AnySolution) -> GradientInfo:
     no, unknown = torch.zeros(size, dtype=torch.bool), torch.full((size,), torch.nan)
     return GradientInfo.blank(
         method, solution, tau=unknown, unit=unknown.clone(), moved=no, crossed=no.clone(), jumped=no.clone(),
-        newton=no.long(),
+        kinked=no.clone(), unclear=no.clone(), newton=no.long(),
     )  # fmt: skip
 
 
@@ -325,9 +325,11 @@ def _tied(solution: AnySolution, active: list[int]) -> list[int]:
 
 def _record(info: GradientInfo, active: list[int], found: Perturbed, tied: list[int]) -> None:
     """Put perturbed solves on record, and warn of those that are not what they should be."""
-    for name in ("tau", "unit", "moved", "crossed", "jumped", "newton"):
+    for name in ("tau", "unit", "moved", "crossed", "jumped", "kinked", "newton"):
         whole, values = getattr(info, name), getattr(found, name)
         whole[active] = values.cpu().to(whole.dtype)
+    unclear = found.unclear | found.overdetermined
+    info.unclear[active] = unclear.cpu()
     info.tolerance, info.iterations = found.tolerance, found.iterations
     method: Any = info.method
     names = {(True, True): "average", (True, False): "lower", (False, True): "upper"}
@@ -347,8 +349,8 @@ def _record(info: GradientInfo, active: list[int], found: Perturbed, tied: list[
 
     if kinked := named(found.kinked & (found.above | found.below)):
         warn(f"{method}: elements {kinked[:10]} {_KINK}")
-    if unclear := named(found.unclear):
-        info.notices |= dict.fromkeys(("A", "b", "lower", "upper"), f"{method}: elements {unclear[:10]} {_UNCLEAR}")
+    if unsure := named(unclear):
+        info.notices |= dict.fromkeys(("A", "b", "lower", "upper"), f"{method}: elements {unsure[:10]} {_UNCLEAR}")
     if tied:
         warn(f"{method}: the solutions of elements {tied[:10]} {_TIED}")
     if jumped := [element for element in named(found.jumped) if element not in tied]:
@@ -362,7 +364,7 @@ _KINK = (
     "takes one side."
 )
 _UNCLEAR = (
-    "have multipliers that change abruptly (they are not unique, as where constraints are redundant): the gradient "
+    "have multipliers that are not unique, or change abruptly (as where constraints are redundant): the gradient "
     "with respect to single constraints is not well defined there. That of what moves the redundant constraints "
     "together is, and so are those with respect to the objective."
 )

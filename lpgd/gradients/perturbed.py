@@ -63,6 +63,8 @@ class Perturbed:
         crossed: whether the active set of a side is not that of the solution.
         kinked: elements whose chosen step could not be made small enough for x to be smooth along it.
         unclear: the same for the multipliers alone.
+        overdetermined: elements with more active constraints than variables, of problems whose multipliers a step is
+            not meant to change.
         jumped: elements of a local problem that found another solution.
         tolerance: of the solver of the perturbed problems.
         iterations: of the perturbed solves, together.
@@ -79,6 +81,7 @@ class Perturbed:
     crossed: Tensor
     kinked: Tensor
     unclear: Tensor
+    overdetermined: Tensor
     jumped: Tensor
     tolerance: float
     iterations: IntArray
@@ -180,6 +183,10 @@ def _perturbed(
     kinked = unclear = jumped = torch.zeros_like(sides.above)
     if steps is None:
         run, tau, sides, kinked, unclear = _shortened(run, tau, unit, sides)
+    overdetermined = torch.zeros_like(sides.above)
+    if run.active is not None and (steps is None or not problem.traits.is_linear_program):
+        noise = run.noise(run.base_error, run.active.size())
+        overdetermined = run.active.is_overdetermined(solution.x.shape[-1], noise)
     moved = run.moved(sides)
     if problem.traits.is_local:
         jumped = _jumps(run, tau, unit, sides, SMALL_TILT)
@@ -193,7 +200,7 @@ def _perturbed(
         sides = sides._replace(plus=_at(sides.plus, run.base, free), minus=_at(sides.minus, run.base, free))
     return Perturbed(
         sides.plus, sides.minus, sides.above, sides.below, tau, unit, moved, sides.crossing <= 1.0, kinked,
-        unclear, jumped, perturbed_solver.tolerance, sides.iterations, sides.newton,
+        unclear, overdetermined, jumped, perturbed_solver.tolerance, sides.iterations, sides.newton,
     )  # fmt: skip
 
 

@@ -106,7 +106,8 @@ def _together(info: GradientInfo, other: GradientInfo, elements: list[int]) -> G
     for place, element in enumerate(elements):
         info.used[element] = other.used[place]
     info.fallbacks = sorted([*info.fallbacks, *(elements[place] for place in other.fallbacks)])
-    for name in ("tau", "unit", "moved", "crossed", "jumped", "newton", "descent", "doubt", "iterations"):
+    by_element = ("tau", "unit", "moved", "crossed", "jumped", "kinked", "unclear", "newton", "descent", "doubt")
+    for name in (*by_element, "iterations"):
         whole, values = getattr(info, name), getattr(other, name)
         if whole is not None and values is not None:
             whole[elements] = values

@@ -174,7 +174,7 @@ class Run:
         crossing = torch.full_like(self.error, torch.inf)
         if self.active is None:
             return crossing, torch.zeros_like(self.error, dtype=torch.bool)
-        noise = self._noise(self.base_error, self.active.size())
+        noise = self.noise(self.base_error, self.active.size())
         ends = [self.active]
         for sign, result in results.items():
             end = result.active_set(self.problem)
@@ -194,11 +194,11 @@ class Run:
         for middle, above, below in zip(*points, strict=True):
             difference, bend = maximum_norm(above - below), maximum_norm((above - middle) + (below - middle))
             # A bend of far more than the difference is the error of the solution in the middle.
-            real = both & (bend > self._noise(self.base_error, maximum_norm(middle))) & (bend < ERRONEOUS * difference)
+            real = both & (bend > self.noise(self.base_error, maximum_norm(middle))) & (bend < ERRONEOUS * difference)
             worst = torch.maximum(worst, torch.where(real, bend / difference, 0.0).to(worst.dtype))
         return worst
 
-    def _noise(self, error: Tensor, size: Tensor) -> Tensor:
+    def noise(self, error: Tensor, size: Tensor) -> Tensor:
         """(E,) what a relative error makes of numbers of some size (E,)."""
         return NOISE * error * (1.0 + size)
 
@@ -209,7 +209,7 @@ class Run:
         them, and so is one solution.  Where the active set determines the solution it tells, whatever the noise.
         """
         base, plus, minus = (self.problem.in_own_units(point)[0] for point in (self.base, sides.plus, sides.minus))
-        moved = maximum_norm(plus - minus) > self._noise(self.error, maximum_norm(base))
+        moved = maximum_norm(plus - minus) > self.noise(self.error, maximum_norm(base))
         determined = self.determined()
         return moved if determined is None else moved & (sides.apart | ~determined)
 

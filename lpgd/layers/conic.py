@@ -196,7 +196,11 @@ def _slack(structure: ConicStructure, data: ConicData, x: Tensor, info: CallInfo
     b = per_element(data.b, x.shape[0])
     if not solution.failed:
         return b - structure.constraint.matvec(data.A, x)
-    s = b - structure.constraint.matvec(data.A, torch.where(usable, x, 0.0))
+    A = data.A
+    if not torch.isfinite(A).all():
+        # Zeros times the infinite numbers of elements without a solution would be NaN, with a warning of NumPy.
+        A = torch.where(usable, per_element(A, x.shape[0]), 0.0)
+    s = b - structure.constraint.matvec(A, torch.where(usable, x, 0.0))
     iterate = b.detach() - structure.constraint.matvec(data.A.detach(), x.detach())
     return torch.where(usable, s, iterate)
 

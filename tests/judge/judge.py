@@ -367,8 +367,9 @@ def warned_of(info: Any, caught: list[warnings.WarningMessage], size: int) -> Bo
         named[list(record.fallbacks)] = True
         if record.doubt is not None:
             named |= (record.doubt > DOUBTFUL).numpy()
-        if record.jumped is not None:
-            named |= record.jumped.numpy()
+        for marked in (record.jumped, record.kinked, record.unclear):  # warnings name the first ten of each
+            if marked is not None:
+                named |= marked.numpy()
     for warning in caught:
         if issubclass(warning.category, LpgdWarning):
             for listed in re.findall(r"elements? \[?((?:\d+(?:, )?)+)", str(warning.message)):

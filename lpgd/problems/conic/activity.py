@@ -41,6 +41,17 @@ class ActiveSet:
         """(B,) whether so many constraints are active as there are variables, so that they determine the solution."""
         return (self.place > 0).sum(-1) >= variables
 
+    def is_overdetermined(self, variables: int, noise: Tensor) -> Tensor:
+        """(B,) whether more constraints are active than there are variables: multipliers are not unique then.
+
+        Those count whose multiplier is zero within the noise (B,): a solver may choose multipliers at a vertex of their
+        set.  Fewer constraints may depend on each other, too, which their number does not tell; nor does that of curved
+        cones' rows.
+        """
+        if self.depths is not None:
+            return torch.zeros(self.place.shape[:1], dtype=torch.bool, device=self.place.device)
+        return (self.place > -noise[:, None]).sum(-1) > variables
+
     def select(self, elements: Tensor) -> ActiveSet:
         """The active sets of these elements."""
         return self._each(lambda tensor: tensor[elements])
