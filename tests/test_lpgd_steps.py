@@ -315,3 +315,25 @@ def test_a_loss_on_multipliers_that_stay_does_not_drown_that_on_x(weight: float)
     output = lpgd.QPLayer(gradient=lpgd.LPGD())(P, q, G=G, h=torch.tensor([[5.0]], dtype=torch.float64))
     (gradient,) = torch.autograd.grad(weight * output.x[0, 0] + output.z.sum(), q)
     torch.testing.assert_close(gradient, torch.tensor([[-weight, 0.0]], dtype=torch.float64), rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("tau", [None, 1e-4])
+@pytest.mark.parametrize("solver", ["INTERIOR", "CLARABEL", "DAQP"])
+def test_more_active_constraints_than_variables_are_on_record_for_every_element(solver: str, tau: float | None) -> None:
+    """min ½|x|² - <q, x> with x₁ + x₂ = 2 and x ≤ 1: three constraints hold x = (1, 1), and only q moves alone.
+
+    Any two of them would do, so that the gradient with respect to one of them is the solver's choice.  Elements past the
+    tenth, which messages do not name, are on record, and so is the last one, which is free.
+    """
+    q = torch.cat([torch.full((12, 2), 3.0), torch.tensor([[0.5, -0.5]])]).double()
+    A, b = torch.ones(1, 2).double().requires_grad_(), torch.cat([torch.full((12, 1), 2.0), torch.zeros(1, 1)]).double()
+    layer = lpgd.QPLayer(solver, lpgd.LPGD(tau=tau))
+    output = layer(torch.eye(2).double(), -q, A=A, b=b, ub=1.0)
+    torch.testing.assert_close(output.x, torch.cat([torch.ones(12, 2), torch.tensor([[0.5, -0.5]])]).double())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        output.x[:, 0].sum().backward()
+    record = output.info.gradients[-1]
+    said = record.unclear | torch.tensor([used == "implicit, regularised" for used in record.used])
+    assert said.tolist() == [True] * 12 + [False]
+    assert any("not unique" in str(warning.message) for warning in caught)

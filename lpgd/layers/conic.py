@@ -193,15 +193,14 @@ def _slack(structure: ConicStructure, data: ConicData, x: Tensor, info: CallInfo
     solution, usable = info.solution, info.usable
     assert solution is not None
     assert usable is not None
-    b = per_element(data.b, x.shape[0])
-    if not solution.failed:
-        return b - structure.constraint.matvec(data.A, x)
-    A = data.A
+    b, A = per_element(data.b, x.shape[0]), data.A
     if not torch.isfinite(A).all():
-        # Zeros times the infinite numbers of elements without a solution would be NaN, with a warning of NumPy.
-        A = torch.where(usable, per_element(A, x.shape[0]), 0.0)
+        # Those are numbers of elements without a solution, and of absent rows, whose slack is b, infinite.
+        A = torch.where(torch.isfinite(A), A, 0.0)
+    if not solution.failed:
+        return b - structure.constraint.matvec(A, x)
     s = b - structure.constraint.matvec(A, torch.where(usable, x, 0.0))
-    iterate = b.detach() - structure.constraint.matvec(data.A.detach(), x.detach())
+    iterate = b.detach() - structure.constraint.matvec(A.detach(), x.detach())
     return torch.where(usable, s, iterate)
 
 

@@ -32,6 +32,12 @@ def distance(node: BaseNode, inputs: tuple[Tensor, ...], y: Tensor) -> FloatArra
             expected = reference(node, *(tensor.numpy() for tensor in inputs))
             size = np.maximum(np.abs(expected).reshape(len(y), -1).max(1, initial=0.0), 1e-300)
             return np.abs(y.numpy() - expected).reshape(len(y), -1).max(1, initial=0.0) / size
+    if isinstance(node, lpgd.nodes.LeastSquares):
+        expected = least_squares(node, dict(zip(node.inputs, (tensor.numpy() for tensor in inputs), strict=True)))
+        size = np.maximum(np.abs(expected).max(1), 1e-300)
+        return np.abs(y.numpy() - expected).max(1) / size
+    if isinstance(node, lpgd.nodes.RobustPooling) and node.penalty == "truncated_quadratic" and inputs[0].ndim == 2:
+        return truncated_gap(inputs[0].numpy(), y.numpy(), node.alpha)
     if isinstance(node, lpgd.nodes.Rotation):
         return rotation_gap(y.numpy(), *(tensor.numpy() for tensor in inputs))
     return stationarity(node, inputs, y)
@@ -97,6 +103,46 @@ def rotation_gap(y: FloatArray, first: FloatArray, second: FloatArray | None = N
     best = values.sum(1) - np.where(np.linalg.det(matrix) < 0, 2 * values[:, -1], 0.0)
     outside = np.abs(np.swapaxes(y, 1, 2) @ y - np.eye(y.shape[1])).max((1, 2)) + np.abs(np.linalg.det(y) - 1.0)
     return (best - (y * matrix).sum((1, 2))) / np.maximum(values[:, 0], 1e-300) + outside
+
+
+def least_squares(node: Any, data: dict[str, FloatArray]) -> FloatArray:
+    """By a singular value decomposition of the stacked matrix.
+
+    Optimality conditions are no judge here: they form squares, of which a matrix of 1e6 with a ridge of one has lost
+    the ridge.
+    """
+    A, b = data["A"], data["b"]
+    design = np.concatenate([A, np.ones((*A.shape[:2], 1))], 2) if node.bias else A
+    root = np.sqrt(data["weights"]) if node.weighted else np.ones(A.shape[:2])
+    unknowns, found = design.shape[2], []
+    for element in range(len(A)):
+        left, right = (
+            root[element][:, None] * design[element],
+            root[element][:, None] * b[element].reshape(len(b[0]), -1),
+        )
+        if node.ridge:
+            penalty = np.eye(unknowns)[: A.shape[2]] * np.sqrt(data["ridge"][element])
+            left, right = np.concatenate([left, penalty]), np.pad(right, ((0, len(penalty)), (0, 0)))
+        found.append(np.linalg.lstsq(left, right, rcond=1e-13)[0])
+    return np.array(found).reshape(len(A), unknowns, *b.shape[2:]).reshape(len(A), -1)
+
+
+def truncated_gap(x: FloatArray, y: FloatArray, alpha: float) -> FloatArray:
+    """(B,) how far a pooled number is from the nearest of the best means of windows of sorted numbers.
+
+    All windows are tried.  A step from y says nothing of the objective's slope there: points leave the window.
+    """
+    x = np.sort(x, axis=1)
+    count, nearest = x.shape[1], np.full(len(x), np.inf)
+    pairs = [(low, high) for low in range(count) for high in range(low + 1, count + 1)]
+    means = np.stack([x[:, low:high].mean(1) for low, high in pairs], 1)
+    away = np.abs(x[:, :, None] - means[:, None, :])
+    costs = np.minimum(away, alpha) ** 2
+    costs = costs.sum(1)
+    best = costs.min(1, keepdims=True)
+    good = costs <= best + 1e-9 * alpha**2
+    nearest = np.where(good, np.abs(means - y.reshape(-1, 1)), np.inf).min(1)
+    return nearest / np.maximum(np.abs(x).max(1), 1e-300)
 
 
 REFERENCES: dict[type[BaseNode], Callable[..., FloatArray]] = {

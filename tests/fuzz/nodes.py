@@ -134,6 +134,11 @@ def judged(
     if judged_rows.size:
         left_out = (None,) * (len(layer.node.inputs) - len(leaves))
         chosen = layer.node.arrange(*(leaf[judged_rows] for leaf in leaves.values()), *left_out)
+        # An input that was left out is arranged to one row for all elements.
+        chosen = tuple(
+            tensor.expand(judged_rows.size, *tensor.shape[-dimensions:]) if tensor.ndim == dimensions else tensor
+            for tensor, dimensions in zip(chosen, layer.node.inputs.values(), strict=True)
+        )
         off[judged_rows] = distance(case.node, chosen, y[judged_rows])
     wrong = np.zeros(CHUNK)
     if gradients:
@@ -192,7 +197,9 @@ def gradient_errors(
         ((gradients[name] * part).reshape(CHUNK, -1).abs().nan_to_num(0.0).sum(1) for name, part in direction.items()),
         torch.zeros(CHUNK, dtype=torch.float64),
     ).numpy()
-    size = np.maximum(np.maximum(size, np.abs(slopes[0])), 1e-300)
+    # Directions are of the inputs' size: slopes below a share of this are zero to rounding, as at a vertex.
+    rounding = 1e-9 * (weights * y).reshape(CHUNK, -1).abs().nan_to_num(0.0).sum(1).numpy()
+    size = np.maximum(np.maximum(size, np.abs(slopes[0])), np.maximum(rounding, 1e-300))
     middle = (slopes[0] + slopes[1]) / 2, (slopes[2] + slopes[3]) / 2
     agreed = np.abs(middle[0] - middle[1]) <= 1e-5 * size
     agreed &= np.abs(slopes[0] - slopes[1]) <= 1e-2 * size  # on both sides: it is no kink

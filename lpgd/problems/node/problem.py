@@ -256,6 +256,8 @@ class NodeProblem(Centered):
         Raises:
             SolverError: the change of some elements is not finite, as a second derivative of f, h or g is not.
         """
+        if not point.x.shape[0]:  # of none a node may not know how many constraints it has
+            return self.data._make(torch.zeros_like(tensor) for tensor in self.data)
         good = torch.stack([torch.isfinite(tensor).all(-1) for tensor in change]).all(0)
         if not good.all():
             failed = elements_where(~good)
