@@ -329,6 +329,7 @@ def _record(info: GradientInfo, active: list[int], found: Perturbed, tied: list[
         whole, values = getattr(info, name), getattr(found, name)
         whole[active] = values.cpu().to(whole.dtype)
     unclear = found.unclear | found.overdetermined
+    assert info.unclear is not None
     info.unclear[active] = unclear.cpu()
     info.tolerance, info.iterations = found.tolerance, found.iterations
     method: Any = info.method
