@@ -322,8 +322,8 @@ def test_a_loss_on_multipliers_that_stay_does_not_drown_that_on_x(weight: float)
 def test_more_active_constraints_than_variables_are_on_record_for_every_element(solver: str, tau: float | None) -> None:
     """min ½|x|² - <q, x> with x₁ + x₂ = 2 and x ≤ 1: three constraints hold x = (1, 1), and only q moves alone.
 
-    Any two of them would do: the gradient with respect to one of them is the solver's choice.  Elements past the
-    tenth, which messages do not name, are on record, and so is the last one, which is free.
+    Any two of them would do, so that the gradient with respect to one of them is the solver's choice.  Elements past
+    the tenth, which messages do not name, are on record, and so is the last one, which is free.
     """
     q = torch.cat([torch.full((12, 2), 3.0), torch.tensor([[0.5, -0.5]])]).double()
     A, b = torch.ones(1, 2).double().requires_grad_(), torch.cat([torch.full((12, 1), 2.0), torch.zeros(1, 1)]).double()

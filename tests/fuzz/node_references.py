@@ -35,7 +35,7 @@ def distance(node: BaseNode, inputs: tuple[Tensor, ...], y: Tensor) -> FloatArra
     if isinstance(node, lpgd.nodes.LeastSquares):
         expected = least_squares(node, dict(zip(node.inputs, (tensor.numpy() for tensor in inputs), strict=True)))
         size = np.maximum(np.abs(expected).max(1), 1e-300)
-        return np.abs(y.numpy() - expected).max(1) / size
+        return np.abs(y.numpy().reshape(len(y), -1) - expected).max(1) / size
     if isinstance(node, lpgd.nodes.RobustPooling) and node.penalty == "truncated_quadratic" and inputs[0].ndim == 2:
         return truncated_gap(inputs[0].numpy(), y.numpy(), node.alpha)
     if isinstance(node, lpgd.nodes.Rotation):
