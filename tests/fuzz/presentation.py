@@ -87,7 +87,7 @@ class Presentation:
             own = laid_out(own, layout) if layout != "batch last" else own
             return sparse(own, self.sparse[name]) if name in self.sparse and own.ndim == 2 else own
         tensor = tensor.reshape(*shape_of(self.batch, len(tensor)), *tensor.shape[1:])
-        if name in self.sparse and tensor.ndim == 3:
+        if name in self.sparse and tensor.ndim >= 3:
             return sparse(tensor, self.sparse[name])
         return laid_out(tensor, layout)
 

@@ -43,6 +43,8 @@ SPOILS = {
 }
 """What is done to an element, and how it may end."""
 
+UNREAD = (0.0, 1e6, np.nan, -np.inf)
+"""What stands in rows that are absent."""
 PATTERNS_TRIED = 0.5
 """In which share of the batches a call pattern is tried."""
 OF_TORCH = ("torch.jit.script", "beta state")
@@ -55,6 +57,7 @@ class Hostile(Stated):
     """A statement whose data are spoilt in places and handed over in a presentation.
 
     Attributes:
+        unread: what stands in rows that are absent.
         spoils: what is done to which element.
         given: the tensors of the last call.
     """
@@ -67,15 +70,18 @@ class Hostile(Stated):
         self.to_float: torch.dtype = torch.float64
         kinds = [block.kind == "nonnegative" and block.state == "inside" for block in self.statement.blocks]
         plain = absent and not self.statement.notes and len(kinds) == self.statement.rows.shape[1]
+        self.unread = UNREAD[trial.chunk % len(UNREAD)]
         self.absent_rows = np.flatnonzero(kinds) if plain else np.zeros(0, dtype=np.int64)
 
     def data(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
         self.given.clear()
         stated = super().data(data)
-        if self.absent_rows.size:  # half of the inactive rows are not there
+        if self.absent_rows.size:  # half of the inactive rows are not there; nothing in such a row is looked at
             mask = torch.zeros_like(stated["b"], dtype=torch.bool)
             mask[::2, self.absent_rows] = True
+            mask[list(self.spoils)] = False
             stated["b"] = torch.where(mask, torch.inf, stated["b"])
+            stated["A"] = torch.where(mask[:, :, None], self.unread, stated["A"])
         for element, spoil in self.spoils.items():
             for name, value in self.spoilt(spoil, stated, element).items():
                 mask = torch.zeros_like(stated[name], dtype=torch.bool)

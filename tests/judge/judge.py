@@ -193,7 +193,7 @@ def outcomes_of(trial: Trial, call: Call, solver: str | None, method: str, tally
     """What became of each element, and a detail."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        answer, errors = _differentiated(
+        answer, errors, without = _differentiated(
             trial, lambda leaves: call(leaves, solver, METHODS[method].gradient), METHODS[method]
         )
     for warning in caught:
@@ -201,6 +201,13 @@ def outcomes_of(trial: Trial, call: Call, solver: str | None, method: str, tally
             tally.notes[f"{warning.category.__name__}: {str(warning.message)[:100]}"] += 1
     statuses = answer.info.statuses
     warned = warned_of(answer.info, caught, len(statuses))
+    spoilt = np.isin(np.arange(len(statuses)), list(trial.spoilt))
+    excused = warned | (np.array([status is not Status.SOLVED for status in statuses]) & ~spoilt)
+    summed = [name for name in trial.shared if name in errors and (errors[name] > GRADIENT_TOLERANCE).any()]
+    if summed and excused.any():  # what is wrong with a sum may be theirs
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            errors |= {name: error for name, error in without(excused).items() if name in summed}
     x = answer.x.detach().numpy()
     off = _x_error(trial, x)
     condition = np.minimum(trial.reference.condition, 1e5)
@@ -237,13 +244,24 @@ def outcomes_of(trial: Trial, call: Call, solver: str | None, method: str, tally
     return outcomes, details
 
 
-def _differentiated(
-    trial: Trial, call: Callable[[dict[str, Tensor]], Answer], method: Method
-) -> tuple[Answer, dict[str, FloatArray]]:
-    """A call and its gradients, or its tangent: relative errors (B,) by datum."""
+class _Differentiated(NamedTuple):
+    """A call and its gradients, or its tangent.
+
+    Attributes:
+        answer: of the call.
+        errors: relative ones (B,) by datum; of data that elements share, of the sum of their gradients.
+        without: the errors with a loss that leaves out the elements of a mask (B,).
+    """
+
+    answer: Answer
+    errors: dict[str, FloatArray]
+    without: Callable[[BoolArray], dict[str, FloatArray]] = lambda mask: {}
+
+
+def _differentiated(trial: Trial, call: Callable[[dict[str, Tensor]], Answer], method: Method) -> _Differentiated:
     leaves = leaves_of(trial)
     if not trial.is_differentiated:
-        return call(leaves), {}
+        return _Differentiated(call(leaves), {})
     rng = np.random.default_rng([trial.seed, trial.chunk, 1])
     used = {name: leaf for name, leaf in leaves.items() if leaf.numel() and (name != "P" or trial.programs.P.any())}
     if method.forward:
@@ -263,33 +281,43 @@ def _differentiated(
         assert found is not None
         largest = np.abs(expected).max(axis=1)
         error = np.abs(found.numpy() - expected).max(axis=1)
-        return answer._replace(x=answer.x.detach()), {"x": error / np.maximum(largest, 1e-3)}
+        return _Differentiated(answer._replace(x=answer.x.detach()), {"x": error / np.maximum(largest, 1e-3)})
     for leaf in used.values():
         leaf.requires_grad_()
     weights = rng.normal(size=(trial.size, trial.programs.plan.n))[trial.places]
     dual_weights = rng.normal(size=(trial.size, trial.programs.cones.rows))[trial.places] if method.duals else None
     answer = call(leaves)
-    outputs, cotangents = [answer.x], [torch.from_numpy(weights)]
-    if dual_weights is not None and answer.y is not None:
-        outputs.append(answer.y)
-        cotangents.append(torch.from_numpy(dual_weights))
-    found = torch.autograd.grad(outputs, list(used.values()), cotangents)
-    expected = trial.reference.gradients(weights, dual_weights)
-    for element in trial.spoilt:  # they have no gradient
-        for part in expected.parts().values():
-            part[element] = 0.0
-    for name in trial.on_pattern:
-        getattr(expected, name)[getattr(trial.programs, name) == 0] = 0.0
-    gradients = dict(zip(used, found, strict=True))
-    for name in trial.shared & set(used):
-        whole = trial.differentiable | np.isin(np.arange(len(weights)), list(trial.spoilt))
+    outputs = [answer.x] if dual_weights is None or answer.y is None else [answer.x, answer.y]
+
+    def errors(kept: FloatArray) -> dict[str, FloatArray]:
+        """With the loss of each element times 1 or 0, (B, 1)."""
+        own, own_dual = kept * weights, None if dual_weights is None else kept * dual_weights
+        cotangents = [torch.from_numpy(part) for part in (own, own_dual) if part is not None][: len(outputs)]
+        found = torch.autograd.grad(outputs, list(used.values()), cotangents, retain_graph=True)
+        expected = trial.reference.gradients(own, own_dual)
+        for element in trial.spoilt:  # they have no gradient
+            for part in expected.parts().values():
+                part[element] = 0.0
+        for name in trial.on_pattern:
+            getattr(expected, name)[getattr(trial.programs, name) == 0] = 0.0
+        return _errors(_summed(trial, dict(zip(used, found, strict=True)), expected), expected)
+
+    every = np.ones((len(weights), 1))
+    return _Differentiated(answer, errors(every), lambda mask: errors(every * ~mask[:, None]))
+
+
+def _summed(trial: Trial, gradients: dict[str, Tensor], expected: Gradients) -> dict[str, Tensor]:
+    """The gradients, of shared data their sums, in which ``expected`` is changed as well."""
+    size = len(expected.q)
+    for name in trial.shared & set(gradients):
+        whole = trial.differentiable | np.isin(np.arange(size), list(trial.spoilt))
         if not whole.all():  # it has parts that are not known
             del gradients[name]
             continue
         gradients[name] = gradients[name].sum(0, keepdim=True).expand_as(gradients[name])
         part = getattr(expected, name)
         part[:] = part.sum(0, keepdims=True)
-    return answer, _errors(gradients, expected)
+    return gradients
 
 
 def _errors(found: dict[str, Tensor], expected: Gradients) -> dict[str, FloatArray]:
