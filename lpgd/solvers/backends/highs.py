@@ -258,6 +258,8 @@ class _PreparedHiGHS(Prepared):
             return Outcome(status, None, iterations)
         found = solver.getSolution()
         x, y, z = (np.array(values) for values in (found.col_value, found.row_dual, found.col_dual))
+        if not (np.isfinite(x).all() and np.isfinite(y).all() and np.isfinite(z).all()):
+            return Outcome(Status.NUMERICAL_ERROR, None, iterations)  # HiGHS 1.16 ends some quadratic programs at ±inf
         next_state = _Basis(solver.getBasis()) if status is Status.SOLVED and not quadratic else None
         return Outcome(status, IntervalPoint(x, -y, -z), iterations, next_state)
 
