@@ -19,22 +19,18 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.autograd import forward_ad
 
 from lpgd import LPGD, ImplicitKKT, LpgdWarning
-from lpgd.gradients import GradientMethod
 from lpgd.status import Status
+from tests.judge.derivatives import Method, differentiated
 from tests.judge.families import CHUNK, FAMILIES, Trial, draw_trial
-from tests.judge.front_ends import FRONT_ENDS, Answer, Call, Stated, as_gradients, leaves_of, names_of_solvers
-from tests.judge.references import Gradients
+from tests.judge.front_ends import FRONT_ENDS, Call, Stated, names_of_solvers
 
 __all__ = [
     "METHODS",
@@ -51,14 +47,6 @@ __all__ = [
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
-
-
-class Method(NamedTuple):
-    """A gradient method and how it is used: in forward mode, or with a loss of x and y instead of one of x."""
-
-    gradient: GradientMethod
-    forward: bool = False
-    duals: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -193,7 +181,7 @@ def outcomes_of(trial: Trial, call: Call, solver: str | None, method: str, tally
     """What became of each element, and a detail."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        answer, errors, without = _differentiated(
+        answer, errors, without = differentiated(
             trial, lambda leaves: call(leaves, solver, METHODS[method].gradient), METHODS[method]
         )
     for warning in caught:
@@ -212,13 +200,18 @@ def outcomes_of(trial: Trial, call: Call, solver: str | None, method: str, tally
     off = _x_error(trial, x)
     condition = np.minimum(trial.reference.condition, 1e5)
     tolerance = np.maximum(X_TOLERANCE.get(trial.family, 1e-4), X_ERROR.get(trial.family, 1e-8) * condition)
+    force = errors.pop("force", None)
     worst = np.max(np.stack(list(errors.values())), axis=0) if errors else np.zeros(len(statuses))
+    free = np.zeros(len(statuses), dtype=bool)
+    if force is not None:  # of what moves the objective, and of the force of all rows together
+        free = trial.reference.frees_multipliers & trial.with_gradients
+        worst[free] = np.max(np.stack([force, *(errors[name] for name in "Pq" if name in errors)]), axis=0)[free]
     outcomes, details = [], []
     for element, status in enumerate(statuses):
         parts = ", ".join(f"{name} {error[element]:.1e}" for name, error in errors.items())
         said = " with a word" if warned[element] else ""
         details.append(f"{status.name}{said}, x {off[element]:.1e}" + (f"; gradients: {parts}" if parts else ""))
-        judged = trial.differentiable[element] and bool(errors)
+        judged = (trial.differentiable[element] or free[element]) and bool(errors)
         gradient_wrong = judged and not worst[element] <= GRADIENT_TOLERANCE
         if element in trial.spoilt:
             right = status in trial.spoilt[element] and bool(np.isnan(x[element]).all()) and not gradient_wrong
@@ -237,100 +230,11 @@ def outcomes_of(trial: Trial, call: Call, solver: str | None, method: str, tally
             outcomes.append("wrong x")
         elif gradient_wrong:
             outcomes.append("warned" if warned[element] else "wrong gradient")
-        elif trial.singular[element] and bool(errors):
+        elif trial.singular[element] and bool(errors) and not free[element]:
             outcomes.append("warned" if warned[element] else "unsaid")
         else:
             outcomes.append("cautious" if warned[element] else "right")
     return outcomes, details
-
-
-class _Differentiated(NamedTuple):
-    """A call and its gradients, or its tangent.
-
-    Attributes:
-        answer: of the call.
-        errors: relative ones (B,) by datum; of data that elements share, of the sum of their gradients.
-        without: the errors with a loss that leaves out the elements of a mask (B,).
-    """
-
-    answer: Answer
-    errors: dict[str, FloatArray]
-    without: Callable[[BoolArray], dict[str, FloatArray]] = lambda mask: {}
-
-
-def _differentiated(trial: Trial, call: Callable[[dict[str, Tensor]], Answer], method: Method) -> _Differentiated:
-    leaves = leaves_of(trial)
-    if not trial.is_differentiated:
-        return _Differentiated(call(leaves), {})
-    rng = np.random.default_rng([trial.seed, trial.chunk, 1])
-    used = {name: leaf for name, leaf in leaves.items() if leaf.numel() and (name != "P" or trial.programs.P.any())}
-    if method.forward:
-        tangent = {
-            name: torch.from_numpy(rng.normal(size=(trial.size, *leaf.shape[1:]))) for name, leaf in leaves.items()
-        }
-        tangent = {name: part[trial.places] for name, part in tangent.items()}
-        tangent |= {name: tangent[name][:1].expand_as(tangent[name]) for name in trial.shared}
-        tangent |= {name: torch.where(leaves[name] != 0, tangent[name], 0.0) for name in trial.on_pattern}
-        tangent["P"] = (tangent["P"] + tangent["P"].mT) / 2 if "P" in used else 0.0 * tangent["P"]
-        expected = trial.reference.change(as_gradients(tangent))
-        expected[list(trial.spoilt)] = 0.0
-        with forward_ad.dual_level():
-            duals = {name: forward_ad.make_dual(leaf, tangent[name]) for name, leaf in leaves.items()}
-            answer = call(duals)
-            found = forward_ad.unpack_dual(answer.x).tangent
-        assert found is not None
-        largest = np.abs(expected).max(axis=1)
-        error = np.abs(found.numpy() - expected).max(axis=1)
-        return _Differentiated(answer._replace(x=answer.x.detach()), {"x": error / np.maximum(largest, 1e-3)})
-    for leaf in used.values():
-        leaf.requires_grad_()
-    weights = rng.normal(size=(trial.size, trial.programs.plan.n))[trial.places]
-    dual_weights = rng.normal(size=(trial.size, trial.programs.cones.rows))[trial.places] if method.duals else None
-    answer = call(leaves)
-    outputs = [answer.x] if dual_weights is None or answer.y is None else [answer.x, answer.y]
-
-    def errors(kept: FloatArray) -> dict[str, FloatArray]:
-        """With the loss of each element times 1 or 0, (B, 1)."""
-        own, own_dual = kept * weights, None if dual_weights is None else kept * dual_weights
-        cotangents = [torch.from_numpy(part) for part in (own, own_dual) if part is not None][: len(outputs)]
-        found = torch.autograd.grad(outputs, list(used.values()), cotangents, retain_graph=True)
-        expected = trial.reference.gradients(own, own_dual)
-        for element in trial.spoilt:  # they have no gradient
-            for part in expected.parts().values():
-                part[element] = 0.0
-        for name in trial.on_pattern:
-            getattr(expected, name)[getattr(trial.programs, name) == 0] = 0.0
-        return _errors(_summed(trial, dict(zip(used, found, strict=True)), expected), expected)
-
-    every = np.ones((len(weights), 1))
-    return _Differentiated(answer, errors(every), lambda mask: errors(every * ~mask[:, None]))
-
-
-def _summed(trial: Trial, gradients: dict[str, Tensor], expected: Gradients) -> dict[str, Tensor]:
-    """The gradients, of shared data their sums, in which ``expected`` is changed as well."""
-    size = len(expected.q)
-    for name in trial.shared & set(gradients):
-        whole = trial.differentiable | np.isin(np.arange(size), list(trial.spoilt))
-        if not whole.all():  # it has parts that are not known
-            del gradients[name]
-            continue
-        gradients[name] = gradients[name].sum(0, keepdim=True).expand_as(gradients[name])
-        part = getattr(expected, name)
-        part[:] = part.sum(0, keepdims=True)
-    return gradients
-
-
-def _errors(found: dict[str, Tensor], expected: Gradients) -> dict[str, FloatArray]:
-    """Errors of each datum's gradient in the maximum norm, relative to it, or to a tenth of the largest of all."""
-    size = len(expected.q)
-    known = {name: part.reshape(size, -1) for name, part in expected.parts().items() if name in found}
-    largest = {name: np.abs(part).max(axis=1, initial=0.0) for name, part in known.items()}
-    overall = np.maximum(np.max(np.stack(list(largest.values())), axis=0), 1e-3)
-    errors = {}
-    for name, part in known.items():
-        own = found[name].detach().numpy().reshape(size, -1)
-        errors[name] = np.abs(own - part).max(axis=1, initial=0.0) / np.maximum(largest[name], 0.1 * overall)
-    return errors
 
 
 def _x_error(trial: Trial, x: FloatArray) -> FloatArray:

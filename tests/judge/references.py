@@ -25,6 +25,8 @@ __all__ = ["Gradients", "Reference"]
 FloatArray = NDArray[np.float64]
 
 REFINEMENTS = 3
+WELL_KNOWN = 1e-5
+"""Where multipliers are not unique, what is must be given by a system no worse than this."""
 SINGULAR = 1e13
 """A condition number beyond it is that of a singular system: the solution is not unique, or moves without a rate."""
 
@@ -82,6 +84,43 @@ class Reference:
     def is_regular(self) -> NDArray[np.bool_]:
         """(B,) whether the solution is unique and moves smoothly."""
         return self.condition < SINGULAR
+
+    @cached_property
+    def frees_multipliers(self) -> NDArray[np.bool_]:
+        """(B,) whether multipliers alone are not unique, as rows depend on each other: x moves with P and q."""
+        loose = ~self.is_regular & self.programs.cones.is_polyhedral
+        for element in np.flatnonzero(loose):
+            _, values, right = np.linalg.svd(self._scaled(element))
+            null = values <= values[0] / SINGULAR
+            known = values[~null].min() > WELL_KNOWN * values[0]
+            loose[element] = known and np.abs(right[null, : self.sizes[0]]).max(initial=0.0) < 1e-6
+        return loose
+
+    def _scaled(self, element: int) -> FloatArray:
+        matrix = self.matrix[element]
+        scale = np.sqrt(np.abs(matrix).max(axis=1))
+        scale[scale == 0] = 1.0
+        return matrix / scale[:, None] / scale
+
+    def objective_gradients(self, weights: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Of ``<weights, x>`` where multipliers alone are not unique, zero for other elements.
+
+        Returns:
+            The gradients with respect to P and q, and ``w + P dℓ/dq``, which is the force ``Aᵀ dℓ/db + dℓ/dbounds``,
+            however it is shared out among rows that depend on each other.
+        """
+        n, size = self.sizes[0], self.matrix.shape[1]
+        u = np.zeros_like(weights)
+        for element in np.flatnonzero(self.frees_multipliers):
+            scale = np.sqrt(np.abs(self.matrix[element]).max(axis=1))
+            scale[scale == 0] = 1.0
+            right = np.zeros(size)
+            right[:n] = weights[element] / scale[:n]
+            inverse = np.linalg.pinv(self._scaled(element), rcond=10 / SINGULAR, hermitian=True)
+            u[element] = (inverse @ right)[:n] / scale[:n]
+        outer = u[:, :, None] * self.programs.x[:, None, :]
+        force = weights - np.einsum("bij,bj->bi", self.programs.P, u)
+        return -0.5 * (outer + np.swapaxes(outer, 1, 2)), -u, force
 
     def _solve(self, right: FloatArray) -> FloatArray:
         """Solutions of the systems; NaN where they are singular."""

@@ -319,9 +319,12 @@ def _one_by_one(
         differ = _differences(sides[0].x, sides[1].x, size)
         found = found.copy()
         for index, k in enumerate(at_kink):
-            findings.kink(elements[k], float(differ[index]), *(side.y[index] for side in sides))
+            shared = np.logical_or.reduce([side.shared[index] for side in sides])
+            findings.kink(elements[k], float(differ[index]), *(side.y[index] for side in sides), shared)
             if not all(side.unique[index] for side in sides):
                 findings.freed.add(elements[k])
+            elif not all(side.consistent[index] for side in sides):
+                findings.torn.add(elements[k])
             better = next((side for side in sides if side.exact[index]), None)
             if better is not None and not found.exact[k]:
                 for whole, values in zip(found, better, strict=True):

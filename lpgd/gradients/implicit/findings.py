@@ -40,10 +40,16 @@ class Findings:
         self.steady: set[int] = set()  # elements whose x moves alike with other multipliers
         self.freed: set[int] = set()  # not unique once constraints without a multiplier are dropped
         self.sided: set[int] = set()  # multipliers that move differently on both sides
+        self.torn: set[int] = set()  # tilts that the system of a side cannot follow
 
-    def kink(self, element: int, primal: float, above: FloatArray, below: FloatArray) -> None:
-        """An element at a kink: by how much the changes of x on its two sides differ, and the changes of y there."""
+    def kink(self, element: int, primal: float, above: FloatArray, below: FloatArray, shared: BoolArray) -> None:
+        """An element at a kink: by how much the changes of x on its two sides differ, and the changes of y there.
+
+        ``shared`` (m,) has the rows whose multipliers are not unique on a side: of a row that holds nothing but fixed
+        variables the minimum-norm answer is zero, as it is on the other side.
+        """
         differ = np.abs(above - below) > SAME * max(np.abs(above).max(initial=0.0), np.abs(below).max(initial=1e-300))
+        differ |= shared
         if primal > SAME:
             self.one_sided.append(element)
             self.doubt[element] = primal
@@ -63,6 +69,11 @@ class Findings:
                 self.loose.append(element)
                 self.doubt[element] = np.inf
                 continue
+            if element in self.torn and element not in self.one_sided:
+                self.used[element] = "implicit, regularised"
+                self.contradicted.append(element)
+                self.doubt[element] = np.inf
+                continue
             if element in sided:
                 self.used[element] = "implicit, one-sided"
                 continue
@@ -76,6 +87,7 @@ class Findings:
                 self.doubt[element] = np.inf
             elif not follows:
                 self.contradicted.append(element)
+                self.doubt[element] = np.inf
             elif self.is_curved(shared) and element not in self.steady:
                 self.curved.append(element)
                 self.doubt[element] = np.inf

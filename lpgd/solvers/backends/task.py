@@ -223,7 +223,9 @@ def _solve_group(
         pairs = [task.pairs[place] for place in solved]
         shared = len(task.matrices) == 1
         A = task.matrices[pairs[0]].A if shared else np.stack([task.matrices[pair].A for pair in pairs])
-        for name, value in frame.invert(point, vectors, A)._asdict().items():
+        with np.errstate(invalid="ignore"):  # solvers call points solved that are infinite; they are judged later
+            inverted = frame.invert(point, vectors, A)
+        for name, value in inverted._asdict().items():
             getattr(results, name)[solved] = value
     return desk.found
 
