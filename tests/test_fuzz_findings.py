@@ -11,13 +11,15 @@ import pytest
 import torch
 
 import lpgd
+from lpgd.gradients import GradientMethod
+from lpgd.solvers import ConicSolver
 from lpgd.status import LpgdWarning, Status
 
 FIRST_ORDER = [kind for kind in (lpgd.OSQP, lpgd.SCS, lpgd.Clarabel) if kind.is_installed()]
 
 
 @pytest.mark.parametrize("kind", FIRST_ORDER, ids=lambda kind: kind.name)
-def test_small_multipliers_beside_a_large_curvature(kind: type[lpgd.solvers.ConicSolver]) -> None:
+def test_small_multipliers_beside_a_large_curvature(kind: type[ConicSolver]) -> None:
     """``P x + q + Gᵀ y + z = 0`` with multipliers of 1e-2, P of 1e3 and variables in units of their own: a point that
     leaves 1e-7 of it may be off by 40 %."""
     factor = np.array(
@@ -93,9 +95,7 @@ def test_nothing_that_stands_in_an_absent_row_is_looked_at(value: float) -> None
 
 @pytest.mark.parametrize("solver", [lpgd.DAQP(), lpgd.Clarabel(), lpgd.Moreau()], ids=lambda solver: solver.name)
 @pytest.mark.parametrize("method", [lpgd.ImplicitKKT(), lpgd.LPGD()], ids=["exact", "LPGD"])
-def test_a_row_of_a_fixed_variable_has_no_multiplier_of_its_own(
-    solver: lpgd.solvers.ConicSolver, method: lpgd.gradients.GradientMethod
-) -> None:
+def test_a_row_of_a_fixed_variable_has_no_multiplier_of_its_own(solver: ConicSolver, method: GradientMethod) -> None:
     """x₁ = 1 by its bounds, and 2 x₁ ≤ 2 too: a loss on that row's multiplier depends on what a solver made of it."""
     lower = torch.tensor([1.0, -torch.inf], dtype=torch.float64)
     upper = torch.tensor([1.0, torch.inf], dtype=torch.float64)
