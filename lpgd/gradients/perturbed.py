@@ -96,7 +96,8 @@ class Perturbed:
             elif isinstance(values[0], np.ndarray):
                 columns[name] = np.concatenate(values)[back.cpu().numpy()]
             elif isinstance(values[0], tuple):
-                columns[name] = values[0]._make(torch.cat(tensors)[back] for tensors in zip(*values, strict=True))
+                first: Any = values[0]
+                columns[name] = first._make(torch.cat(tensors)[back] for tensors in zip(*values, strict=True))
             else:
                 columns[name] = min(values)
         return cls(**columns)

@@ -7,13 +7,16 @@ by where its arrays begin.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray
 
 __all__ = ["Packed", "packed", "packed_size"]
+
+Scalar = TypeVar("Scalar", np.float64, np.bool_)
 
 STEP = 8
 """Sizes are multiples of this."""
@@ -40,7 +43,7 @@ class Packed(NamedTuple):
     matrices: FloatArray
     idle: BoolArray
 
-    def vectors(self, values: FloatArray) -> FloatArray:
+    def vectors(self, values: NDArray[Scalar]) -> NDArray[Scalar]:
         """(k, p) of the whole's vectors (E, t), zero in rows that do not count."""
         width = min(self.idle.shape[1], values.shape[1])
         found = np.zeros(self.idle.shape, dtype=values.dtype)
