@@ -99,8 +99,8 @@ class Perturbed:
             elif isinstance(values[0], np.ndarray):
                 columns[name] = np.concatenate(values)[back.cpu().numpy()]
             elif isinstance(values[0], tuple):
-                record: Any = type(values[0])
-                columns[name] = record(*(torch.cat(tensors)[back] for tensors in zip(*values, strict=True)))
+                first: Any = values[0]
+                columns[name] = first._make(torch.cat(tensors)[back] for tensors in zip(*values, strict=True))
             else:
                 columns[name] = min(values)
         return cls(**columns)

@@ -25,7 +25,7 @@ __all__ = ["is_settled", "merged", "settled"]
 
 _log = logging.getLogger("lpgd")
 _OPEN = (Status.INACCURATE, Status.ITERATION_LIMIT, Status.NUMERICAL_ERROR)
-VAGUE, GAIN = 1e-10, 1e-2
+VAGUE, GAIN = 1e-12, 1e-2
 """Refined answers to linear and quadratic programs leave rounding of the optimality conditions, unless the solver was
 too far from the active set.  Of small programs a second solver is asked about those that leave more, relative to the
 point, and heard if it leaves a share of that."""

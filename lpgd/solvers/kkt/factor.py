@@ -260,8 +260,8 @@ def _factorised(system: System, options: dict[str, Any]) -> One:
     answer = scale * (solution[:, 0] + factor.solve(scale * right - scaled @ solution[:, 0]))
     inverse = np.linalg.norm(solution[:, 1])
     error, largest = np.abs(K @ answer - right).max(), np.abs(right).max()
-    sizes: FloatArray = np.array([[inverse], [abs(scaled).sum(1).max()], [error], [largest]], dtype=np.float64)
-    exact, doubt = is_judged_exact(system.known, *sizes)
+    norms = np.array([[inverse], [abs(scaled).sum(1).max()], [error], [largest]], dtype=np.float64)
+    exact, doubt = is_judged_exact(system.known, norms[0], norms[1], norms[2], norms[3])
     return answer, nothing, bool(exact[0]), bool(exact[0]), bool(exact[0]), float(doubt[0])
 
 
