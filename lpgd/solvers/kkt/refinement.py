@@ -8,7 +8,8 @@ the bounds and ``z = ξ - x``, every point is complementary, and a solution is a
 A step is one solve of the system of :mod:`lpgd.solvers.kkt.system` with F for its tilt: ``(dx, dy, dz)``, and
 ``dv = dy + A dx + F₂``.  Where the system is singular, or as good as singular at a point known no better than |F|, the
 step is Levenberg and Marquardt's with ``μ = |F|²``, which converges onto manifolds of solutions as Newton's method does
-to a regular one (Fan and Yuan 2005).  A step that does not reduce |F| is halved.  Where that does not help, a few whole
+to a regular one (Fan and Yuan 2005).  Near a solution the next steps are chords, by the same factors: where a step
+leaves the share ``c |F|`` of F, a chord leaves about twice that share of what is left.  A step that does not reduce |F| is halved.  Where that does not help, a few whole
 steps are looked ahead: near a solution of a linear or quadratic program |F| may rise until the active set is right, and
 vanish then.  If none of them is better by far, the point stays.
 """
@@ -39,10 +40,13 @@ DENSE, SPARSE, FILLED = 300, 50_000, 20
 """Steps are cheap up to so many variables and rows, or so many entries with so many in a row on average."""
 WORST = 1e13
 """Steps by systems with a larger condition are damped."""
-CORRECTIONS, LEFT = 4, 1e-13
+CORRECTIONS, LEFT = 6, 1e-13
 """How often a response by the system of a point nearby is corrected, and what may then be left of its equations."""
 LENGTHS = (1.0, 0.5, 0.25)
 """The lengths at which a step is tried."""
+CHORDS, CLOSE, FALL, FLOOR = 3, 1e-3, 0.1, 1e-13
+"""Where a whole step has reduced |F| to a smaller share than ``CLOSE``, up to so many steps by the same system follow, as
+long as each reduces |F| to ``FALL`` of it; what is left below ``FLOOR`` where it does not is rounding."""
 STUCK, AHEAD, GAIN = 1e-12, 5, 0.1
 """Of small problems, points with a larger |F|, relative to their size, that no step reduces are looked ahead from, so
 many steps; |F| has to fall to a share."""
@@ -116,7 +120,7 @@ def refine(
         todo = rows_where(left)
         if not todo.shape[0]:
             break
-        chosen = points.select(todo)
+        chosen, start = points.select(todo), error[todo]
         d_xi, d_v, factored = chosen.regular_step(xi[todo], v[todo], error[todo], slope[todo], row_error[todo])
         if keep and factored is not None:
             stepped = elements[todo]
@@ -139,6 +143,21 @@ def refine(
                 break
         left[todo[waiting]], stuck[todo[waiting]] = False, True
         left &= error > ENOUGH
+        going = left[todo] & (error[todo] < CLOSE * start)
+        for _ in range(CHORDS):
+            if factored is None or not bool(going.any()):
+                break
+            d_xi, d_v = chosen.chord(factored, slope[todo], row_error[todo])
+            new_xi, new_v = xi[todo] + d_xi, v[todo] + d_v
+            found = chosen.residual(new_xi, new_v)
+            better = going & (found[0] < error[todo])
+            going = better & (found[0] <= FALL * error[todo])
+            moved = todo[better]
+            for whole, fresh in zip((xi, v, error, slope, row_error), (new_xi, new_v, *found), strict=True):
+                whole[moved] = fresh[better]
+            taken[moved] += 1
+            left[todo] &= error[todo] > torch.where(going, ENOUGH, FLOOR)
+            going &= left[todo]
     stuck &= error > STUCK
     if is_small(problem.structure) and bool(stuck.any()):
         stuck &= error > STUCK * points.point(xi, v)[0].largest()
