@@ -241,15 +241,17 @@ def _near_an_end(unit: FloatArray, height_bound: FloatArray, normal_bound: Float
     ratio, step = np.where(first, height_bound, normal_bound), np.where(first, *steps)
     near, found = np.abs(step) < CLOSE, np.zeros(len(unit), dtype=bool)
     for _ in range(FEW):
-        ratio = np.where(near, ratio + step, 0.0)
-        near &= (ratio > height_bound) & (ratio < normal_bound)
-        step = _exponential_step(ratio, unit)
-        near &= np.abs(step) < CLOSE  # false for NaN
-        found = np.abs(step) <= FINE
-        if found[near].all():
+        going = near & ~found
+        if not going.any():
             break
-    ratio = np.where(near, ratio + step, 0.0)
-    return ratio, near & found & (ratio > height_bound) & (ratio < normal_bound)
+        # Of points on the boundary, but for rounding, the step may lead out.
+        moved = np.minimum(np.maximum(ratio + step, height_bound), normal_bound)
+        ratio = np.where(going, moved, ratio)
+        step = np.where(going, _exponential_step(ratio, unit), step)
+        near &= np.abs(step) < CLOSE  # false for NaN
+        found |= near & going & (np.abs(step) <= FINE)
+    last = np.minimum(np.maximum(ratio + step, height_bound), normal_bound)
+    return np.where(found, last, 0.0), found
 
 
 def _exponential_equation(ratio: FloatArray, parameters: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, as_index, elements_where, from_numpy, rows_where
+from lpgd.arrays import BoolArray, FloatArray, as_index, elements_where, from_numpy, rows_where
 from lpgd.problems.base import States, maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import NEWTON, ConicSolution
@@ -36,7 +36,7 @@ from lpgd.problems.conic.units import Units
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver, ConicSolver
 from lpgd.solvers.kkt.factored import Factored
-from lpgd.solvers.kkt.refinement import Points, is_cheap
+from lpgd.solvers.kkt.refinement import KeptFactor, Points, is_cheap
 from lpgd.solvers.kkt.schur import ActiveSystem, SchurFactor
 from lpgd.solvers.rescue import merged
 from lpgd.status import Status
@@ -82,6 +82,7 @@ class PerturbedPoints:
         unit: (E,) the step at which the tilt is as large as the terms that it changes.
         fit: (E,) elements whose solution is known to rounding.
         solver: who is asked for what Newton's method does not find.
+        kept: the systems of refinement's last steps, where they are those of this problem.
     """
 
     problem: ConicProblem
@@ -91,6 +92,7 @@ class PerturbedPoints:
     unit: Tensor
     fit: Tensor
     solver: ConicSolver
+    kept: tuple[KeptFactor, ...] = ()
 
     @classmethod
     def of(
@@ -121,13 +123,17 @@ class PerturbedPoints:
         if not bool(fit.any()):
             return None
         tilt = ConicPoint(*(tensor.to(solution.x.dtype) for tensor in cotangent))
-        return cls(augmented, solution.point, solution.slack, tilt, unit, fit, solver)
+        kept = ()
+        if augmented is solution.problem and not structure.cones.is_polyhedral:
+            kept = tuple(factor for factor in solution.systems if isinstance(factor, KeptFactor))
+        return cls(augmented, solution.point, solution.slack, tilt, unit, fit, solver, kept)
 
     def select(self, elements: Tensor) -> PerturbedPoints:
         """The same for some elements."""
         return PerturbedPoints(
             self.problem.select(elements), self.point.select(elements), self.slack[elements],
             self.cotangent.select(elements), self.unit[elements], self.fit[elements], self.solver,
+            tuple(kept.select(elements) for kept in self.kept),
         )  # fmt: skip
 
     def solve(self, tilted: ConicProblem, steps: Tensor, states: States, executor: Executor | None) -> ConicSolution:
@@ -176,8 +182,22 @@ class PerturbedPoints:
 
     @cached_property
     def _system(self) -> Factored | ActiveSystem | _Mixed:
-        points = Points(self._inside)
-        return _systems(points, self._factor, *self._start)
+        """At the solutions, or as near to them as a point that refinement has been to."""
+        points, count = Points(self._inside), self.problem.batch_size
+        left, parts = torch.ones(count, dtype=torch.bool), list[_Part]()
+        for kept in self.kept:
+            places = rows_where(kept.valid & from_numpy(kept.factored.regular))
+            if places.shape[0]:
+                left[kept.elements[places]] = False
+                parts.append(_Part(kept.elements[places], kept.factored, places))
+        others = rows_where(left)
+        if others.shape[0] == count:
+            return _systems(points, self._factor, *self._start)
+        if others.shape[0]:
+            factor = None if self._factor is None else self._factor.select(others)
+            start = (tensor[others] for tensor in self._start)
+            parts.append(_Part(others, _systems(points.select(others), factor, *start), None))
+        return _Mixed(parts, count)
 
     @cached_property
     def _direction(self) -> tuple[Tensor, Tensor]:
@@ -308,19 +328,35 @@ class PerturbedPoints:
         )
 
 
-class _Mixed:
-    """Systems of a batch, of some elements by the factor that serves every active set, of the others by their own."""
+class _Part(NamedTuple):
+    """Systems of some ``elements`` of a batch: ``places`` of those that were factorised together, None for all."""
 
-    def __init__(self, parts: Sequence[tuple[Tensor, Factored | ActiveSystem]], count: int) -> None:
-        self.parts, self.regular = parts, np.zeros(count, dtype=bool)
-        for elements, system in parts:
-            self.regular[elements.numpy()] = system.regular
+    elements: Tensor
+    system: Factored | ActiveSystem | _Mixed
+    places: Tensor | None
+
+
+class _Mixed:
+    """Systems of a batch, which were factorised in parts."""
+
+    def __init__(self, parts: Sequence[_Part], count: int) -> None:
+        self.parts, self.count = parts, count
+        self.regular: BoolArray = np.zeros(count, dtype=bool)
+        for elements, system, places in parts:
+            self.regular[elements.numpy()] = system.regular if places is None else system.regular[places.numpy()]
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         changes = np.empty_like(g_x), np.empty_like(g_y), np.empty_like(g_z)
-        for elements, system in self.parts:
-            chosen = elements.numpy()
-            for whole, values in zip(changes, system.solve(g_x[chosen], g_y[chosen], g_z[chosen]), strict=True):
+        for elements, system, places in self.parts:
+            chosen, tilts = elements.numpy(), (g_x, g_y, g_z)
+            if places is None:
+                found = system.solve(*(tilt[chosen] for tilt in tilts))
+            else:
+                spread = [np.zeros((len(system.regular), tilt.shape[1])) for tilt in tilts]
+                for whole, tilt in zip(spread, tilts, strict=True):
+                    whole[places.numpy()] = tilt[chosen]
+                found = tuple(values[places.numpy()] for values in system.solve(*spread))
+            for whole, values in zip(changes, found, strict=True):
                 whole[chosen] = values
         return changes
 
@@ -334,9 +370,9 @@ def _systems(points: Points, factor: SchurFactor | None, xi: Tensor, v: Tensor) 
     definite = factor.definite.repeat(len(xi) // len(factor.definite))
     by_factor, others = rows_where(definite), rows_where(~definite)
     pieces = points.select(by_factor).pieces(xi[by_factor], v[by_factor])
-    parts = [(by_factor, factor.select(by_factor).at(pieces))]
-    apart = (others, points.select(others).factored(xi[others], v[others]))
-    return _Mixed([*parts, apart], len(xi))
+    by_factors = _Part(by_factor, factor.select(by_factor).at(pieces), None)
+    apart = _Part(others, points.select(others).factored(xi[others], v[others]), None)
+    return _Mixed([by_factors, apart], len(xi))
 
 
 def _share(first: Tensor, second: Tensor) -> Tensor:

@@ -88,6 +88,14 @@ class KeptFactor(NamedTuple):
         """The same, valid for elements that are ``chosen`` (B,) alone."""
         return self._replace(valid=self.valid & chosen[self.elements])
 
+    def select(self, elements: Tensor) -> KeptFactor:
+        """The same as systems of a batch of these elements alone, valid for those among them."""
+        size = max(int(indices.max()) + 1 if indices.shape[0] else 0 for indices in (elements, self.elements))
+        place = torch.full((size,), -1, dtype=torch.int64)
+        place[elements] = torch.arange(elements.shape[0])
+        position = place[self.elements]
+        return self._replace(elements=position.clamp(min=0), valid=self.valid & (position >= 0))
+
 
 def refine(
     problem: ConicProblem,
@@ -193,8 +201,8 @@ def is_cheap(structure: ConicStructure) -> bool:
 def complementary(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> tuple[ConicPoint, Tensor, Tensor]:
     """The point with y and s, x and z made complementary, its slack, and (B,) |F|; NaN where it was not finite."""
     points = Points(problem)
-    start = points.start(point, slack)
-    return *points.point(*start), points.residual(*start)[0]
+    point, slack = points.point(*points.start(point, slack))
+    return point, slack, points.left(point, slack)[0]
 
 
 def optimality_residual(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> Tensor:
@@ -233,11 +241,15 @@ class Points:
 
     def point(self, xi: Tensor, v: Tensor) -> tuple[ConicPoint, Tensor]:
         """The complementary point and its slack."""
-        y, slack = self._split(v)
+        (x, z), (y, slack) = self._clipped(xi), self._split(v)
+        return ConicPoint(x, y, z), slack
+
+    def _clipped(self, xi: Tensor) -> tuple[Tensor, Tensor]:
+        """x and z."""
         if self.lower is None or self.upper is None:
-            return ConicPoint(xi.clone(), y, torch.zeros_like(xi)), slack
+            return xi.clone(), torch.zeros_like(xi)
         x = torch.minimum(torch.maximum(xi, self.lower), self.upper)
-        return ConicPoint(x, y, xi - x), slack
+        return x, xi - x
 
     def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """``Π(v)`` and ``Π(v) - v``, computed so that neither cancels where all cones are orthants."""
@@ -261,8 +273,11 @@ class Points:
 
     def residual(self, xi: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """|F| (B,), and its parts (B, n) and (B, m)."""
+        return self.left(*self.point(xi, v))
+
+    def left(self, point: ConicPoint, slack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same at a complementary point."""
         problem, structure = self.problem, self.problem.structure
-        point, slack = self.point(xi, v)
         q, b = (per_element(datum, problem.batch_size) for datum in (problem.data.q, problem.data.b))
         slope = problem.quadratic_product(point.x) + q + structure.constraint.rmatvec(problem.data.A, point.y) + point.z
         row_error = structure.constraint.matvec(problem.data.A, point.x) + slack - b
@@ -365,11 +380,11 @@ class Points:
 
     def factored(self, xi: Tensor, v: Tensor) -> Factored:
         """The system of Newton's method at a point, to be solved for several right-hand sides."""
-        problem, (point, _) = self.problem, self.point(xi, v)
+        problem, (x, z) = self.problem, self._clipped(xi)
         view, count = ElementView(problem), problem.batch_size
         matrices = (view.rows(name, range(count)) for name in ("P", "A"))
         P, A = (np.broadcast_to(matrix, (count, matrix.shape[1])) for matrix in matrices)
-        arrays = (tensor.numpy() for tensor in (point.x, v, point.z, *problem.full_bounds()))
+        arrays = (tensor.numpy() for tensor in (x, v, z, *problem.full_bounds()))
         return Factored(problem.structure, 0.0, P, A, *arrays)
 
     def chord(
