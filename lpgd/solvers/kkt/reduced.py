@@ -21,15 +21,15 @@ __all__ = ["ReducedBlocks", "ReducedRows", "held", "is_dense", "reduce_blocks", 
 
 Scalar = TypeVar("Scalar", np.float64, np.bool_)
 
-DENSE_LIMIT, EMPTY_LIMIT = 400, 200
-"""Systems up to this size, or mostly filled ones, are factorised densely; up to the second, nearly empty ones."""
+DENSE_LIMIT, EMPTY_LIMIT, FILLED = 400, 200, 0.2
+"""Systems up to this size are factorised densely, nearly empty ones up to the second, others where a share is filled."""
 EMPTY_ROWS = 4
 """Entries of a row, on average, of a nearly empty system: one along a chain."""
 
 
 def is_dense(structure: ConicStructure) -> bool:
     """Whether systems are factorised densely."""
-    filled = structure.constraint.nnz > 0.2 * max(structure.m * structure.n, 1)
+    filled = structure.mixed_entries > FILLED * max(structure.m * structure.n, 1)
     size = structure.n + structure.m
     empty = structure.quadratic.nnz + 2 * structure.constraint.nnz <= EMPTY_ROWS * size
     return filled or size <= (EMPTY_LIMIT if empty else DENSE_LIMIT)
