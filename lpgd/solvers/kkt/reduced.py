@@ -22,7 +22,7 @@ __all__ = ["ReducedBlocks", "ReducedRows", "held", "is_dense", "reduce_blocks", 
 Scalar = TypeVar("Scalar", np.float64, np.bool_)
 
 DENSE_LIMIT, EMPTY_LIMIT, FILLED = 400, 200, 0.2
-"""Systems up to this size are factorised densely, nearly empty ones up to the second, others where a share is filled."""
+"""Systems up to this size are factorised densely, nearly empty ones up to the second, others where that is filled."""
 EMPTY_ROWS = 4
 """Entries of a row, on average, of a nearly empty system: one along a chain."""
 

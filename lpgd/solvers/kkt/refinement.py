@@ -9,9 +9,9 @@ A step is one solve of the system of :mod:`lpgd.solvers.kkt.system` with F for i
 ``dv = dy + A dx + F₂``.  Where the system is singular, or as good as singular at a point known no better than |F|, the
 step is Levenberg and Marquardt's with ``μ = |F|²``, which converges onto manifolds of solutions as Newton's method does
 to a regular one (Fan and Yuan 2005).  Near a solution the next steps are chords, by the same factors: where a step
-leaves the share ``c |F|`` of F, a chord leaves about twice that share of what is left.  A step that does not reduce |F| is halved.  Where that does not help, a few whole
-steps are looked ahead: near a solution of a linear or quadratic program |F| may rise until the active set is right, and
-vanish then.  If none of them is better by far, the point stays.
+leaves the share ``c |F|`` of F, a chord leaves about twice that share of what is left.  A step that does not reduce |F|
+is halved.  Where that does not help, a few whole steps are looked ahead: near a solution of a linear or quadratic
+program |F| may rise until the active set is right, and vanish then.  If none of them is better by far, the point stays.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CORRECTIONS, LEFT = 6, 1e-13
 LENGTHS = (1.0, 0.5, 0.25)
 """The lengths at which a step is tried."""
 CHORDS, CLOSE, FALL, FLOOR = 3, 1e-3, 0.1, 1e-13
-"""Where a whole step has reduced |F| to a smaller share than ``CLOSE``, up to so many steps by the same system follow, as
+"""Where a step has reduced |F| to a smaller share than ``CLOSE``, up to so many steps by the same system follow, as
 long as each reduces |F| to ``FALL`` of it; what is left below ``FLOOR`` where it does not is rounding."""
 STUCK, AHEAD, GAIN = 1e-12, 5, 0.1
 """Of small problems, points with a larger |F|, relative to their size, that no step reduces are looked ahead from, so
@@ -245,7 +245,7 @@ class Points:
         return ConicPoint(x, y, z), slack
 
     def _clipped(self, xi: Tensor) -> tuple[Tensor, Tensor]:
-        """x and z."""
+        """The variables and their bounds' multipliers."""
         if self.lower is None or self.upper is None:
             return xi.clone(), torch.zeros_like(xi)
         x = torch.minimum(torch.maximum(xi, self.lower), self.upper)
