@@ -36,7 +36,6 @@ __all__ = [
     "equilibration",
     "largest_of_rows",
     "scaled_by",
-    "solve_dense",
     "solve_matrices",
     "solve_sparse",
 ]
