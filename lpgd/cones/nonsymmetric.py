@@ -43,6 +43,9 @@ NOISE = 1e-13
 ROUGH = 1e-6
 """Such values are near enough for Newton's next step to be exact."""
 MAXIMUM_ITERATIONS = 300
+MODERATE, CLOSE, FEW, FINE = 20.0, 0.5, 6, 1e-8
+"""Ratios up to the first, from which Newton's first step is shorter than the second, are sought by so many steps on the
+equation itself; a step that is shorter than the last is the last but for rounding."""
 
 
 def project_exponential(points: FloatArray) -> FloatArray:
@@ -190,21 +193,19 @@ def _exponential_ray(unit: FloatArray) -> tuple[FloatArray, FloatArray, FloatArr
         span_down = 2.0 + 2.0 * (np.log(v + below) - np.log(v))
     lower = np.where(v_positive, np.maximum(height_bound, np.minimum(normal_bound, 0.0) - span_down), height_bound)
     upper = np.where(u_positive, np.minimum(normal_bound, np.maximum(height_bound, 1.0) + span_up), normal_bound)
-    with np.errstate(divide="ignore"):
-        parameters = np.stack([u, v, np.log(above), np.log(below)])
-    ratio = _increasing_root(_exponential_equation, lower, upper, parameters)
+    ratio, near = _near_an_end(unit, height_bound, normal_bound)
+    far = np.flatnonzero(~near)
+    if far.size:
+        with np.errstate(divide="ignore"):
+            parameters = np.stack([u[far], v[far], np.log(above[far]), np.log(below[far])])
+        found = _increasing_root(_exponential_equation, lower[far], upper[far], parameters)
+        # The last step has no rounding of logarithms.
+        step = _exponential_step(found, unit[far])
+        polished = found + step
+        better = (polished > lower[far]) & (polished < upper[far]) & (np.abs(step) < 1e-10)
+        ratio[far] = np.where(better, polished, found)
 
-    # One Newton step on the third equation itself, whose terms are at most about 1: it has no rounding of logarithms.
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        grow, shrink = np.exp(ratio), np.exp(-ratio)
-        square = ratio * (ratio - 1.0) + 1.0
-        height, normal = ((ratio - 1.0) * u + v) / square, (u - ratio * v) / square
-        height_slope = (u - (2.0 * ratio - 1.0) * height) / square
-        normal_slope = -(v + (2.0 * ratio - 1.0) * normal) / square
-        residual = height * grow - normal * shrink - w
-        polished = ratio - residual / ((height + height_slope) * grow + (normal - normal_slope) * shrink)
-        ratio = np.where((polished > lower) & (polished < upper) & (np.abs(polished - ratio) < 1e-10), polished, ratio)
-
         square = ratio * (ratio - 1.0) + 1.0
         shrink = np.exp(-np.abs(ratio))
         normal = np.maximum((u - ratio * v) / square, 0.0)
@@ -212,6 +213,45 @@ def _exponential_ray(unit: FloatArray) -> tuple[FloatArray, FloatArray, FloatArr
         top = np.where(ratio > 0, np.maximum(w + normal * shrink, 0.0), height * shrink)
         height = np.where(ratio > 0, top * shrink, height)
     return ratio, height, normal, top
+
+
+def _exponential_step(ratio: FloatArray, unit: FloatArray) -> FloatArray:
+    """Newton's step on the third equation itself, whose terms are at most about 1."""
+    u, v, w = unit.T
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        grow = np.exp(ratio)
+        shrink = 1.0 / grow
+        square, twice = ratio * (ratio - 1.0) + 1.0, 2.0 * ratio - 1.0
+        height, normal = ((ratio - 1.0) * u + v) / square, (u - ratio * v) / square
+        slope = (height + (u - twice * height) / square) * grow + (normal + (v + twice * normal) / square) * shrink
+        return (w - height * grow + normal * shrink) / slope
+
+
+def _near_an_end(unit: FloatArray, height_bound: FloatArray, normal_bound: FloatArray) -> tuple[FloatArray, BoolArray]:
+    """Ratios of points close to K or to its polar cone, by Newton's method from there, and which ones it has found.
+
+    Points on the boundary have height or normal zero: their ratio is the bound that says so.  Those of iterates and of
+    solutions are next to it.
+    """
+    steps = []
+    for bound in (height_bound, normal_bound):
+        step = _exponential_step(bound, unit)
+        steps.append(np.where(np.isfinite(step) & (np.abs(bound) < MODERATE), step, np.inf))
+    first = np.abs(steps[0]) < np.abs(steps[1])
+    ratio, step = np.where(first, height_bound, normal_bound), np.where(first, *steps)
+    near, found = np.abs(step) < CLOSE, np.zeros(len(unit), dtype=bool)
+    for _ in range(FEW):
+        going = near & ~found
+        if not going.any():
+            break
+        # Of points on the boundary, but for rounding, the step may lead out.
+        moved = np.minimum(np.maximum(ratio + step, height_bound), normal_bound)
+        ratio = np.where(going, moved, ratio)
+        step = np.where(going, _exponential_step(ratio, unit), step)
+        near &= np.abs(step) < CLOSE  # false for NaN
+        found |= near & going & (np.abs(step) <= FINE)
+    last = np.minimum(np.maximum(ratio + step, height_bound), normal_bound)
+    return np.where(found, last, 0.0), found
 
 
 def _exponential_equation(ratio: FloatArray, parameters: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import scipy.sparse as sp
 
-from lpgd.arrays import FloatArray, IntArray
+from lpgd.arrays import BoolArray, FloatArray, IntArray
 from lpgd.cones.nonsymmetric import exponential_spectrum, power_spectrum, project_exponential, project_power
 from lpgd.cones.product import Cones, smat, svec, svec_indices, svec_size
 
@@ -86,6 +86,33 @@ class SpectralDerivative:
             result[..., group.rows] = (group.basis @ coefficients[..., None])[..., 0]
         return result
 
+    @cached_property
+    def present(self) -> BoolArray:
+        """(m,) the eigenvalues that are not 0: those above 1e-14."""
+        return self.eigenvalues > SMALLEST_EIGENVALUE
+
+    @cached_property
+    def scales(self) -> FloatArray:
+        """(m,) ``√d``, 0 where an eigenvalue is no more than rounding."""
+        return np.where(self.present, np.sqrt(self.eigenvalues), 0.0)
+
+    def turned(self, columns: FloatArray) -> FloatArray:
+        """``T w``, ``T = √d Uᵀ``, for the columns w of (m, c); rows of eigenvalues that are not ``present`` are 0."""
+        result = columns * self.scales[:, None]
+        for group in self.groups:
+            turned = group.basis.swapaxes(1, 2) @ columns[group.rows]  # a product for each block, see `apply`
+            result[group.rows] = turned * self.scales[group.rows][:, :, None]
+        return result
+
+    def turned_back(self, vector: FloatArray, *, absolute: bool = False) -> FloatArray:
+        """``Tᵀu``, or ``|T|ᵀu`` with the absolute values of T's entries, for u of shape (m,)."""
+        scaled = vector * self.scales
+        result = scaled.copy()
+        for group in self.groups:
+            basis = np.abs(group.basis) if absolute else group.basis
+            result[group.rows] = (basis @ scaled[group.rows][:, :, None])[:, :, 0]
+        return result
+
     def factor(self) -> tuple[sp.csr_array, FloatArray]:
         """``(T, e)`` with ``D = T^T T`` and ``e = 1 - d``, for the r eigenvalues that are not 0.
 
@@ -94,8 +121,7 @@ class SpectralDerivative:
                 A block with one eigenvalue only has the identity for its basis here.
             e: (r,) ``1 - d`` of these rows.
         """
-        count = self.eigenvalues.size
-        present = self.eigenvalues > SMALLEST_EIGENVALUE
+        count, present = self.eigenvalues.size, self.present
         kept = np.flatnonzero(present)
         values = self.eigenvalues[kept]
         scales = np.sqrt(values)

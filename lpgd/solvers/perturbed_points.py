@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import as_index, elements_where, from_numpy
+from lpgd.arrays import as_index, elements_where, from_numpy, rows_where
 from lpgd.problems.base import States, maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import NEWTON, ConicSolution
@@ -35,8 +35,8 @@ from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.conic.units import Units
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver, ConicSolver
-from lpgd.solvers.kkt.refinement import Points, is_cheap
-from lpgd.solvers.kkt.schur import SchurFactor, System
+from lpgd.solvers.kkt.refinement import KeptFactor, Points, is_cheap
+from lpgd.solvers.kkt.schur import MixedSystem, Part, SchurFactor, System
 from lpgd.solvers.rescue import merged
 from lpgd.status import Status
 
@@ -81,6 +81,7 @@ class PerturbedPoints:
         unit: (E,) the step at which the tilt is as large as the terms that it changes.
         fit: (E,) elements whose solution is known to rounding.
         solver: who is asked for what Newton's method does not find.
+        kept: the systems of refinement's last steps, where they are those of this problem.
     """
 
     problem: ConicProblem
@@ -90,6 +91,7 @@ class PerturbedPoints:
     unit: Tensor
     fit: Tensor
     solver: ConicSolver
+    kept: tuple[KeptFactor, ...] = ()
 
     @classmethod
     def of(
@@ -120,13 +122,17 @@ class PerturbedPoints:
         if not bool(fit.any()):
             return None
         tilt = ConicPoint(*(tensor.to(solution.x.dtype) for tensor in cotangent))
-        return cls(augmented, solution.point, solution.slack, tilt, unit, fit, solver)
+        kept = ()
+        if augmented is solution.problem and not structure.cones.is_polyhedral:
+            kept = tuple(factor for factor in solution.systems if isinstance(factor, KeptFactor))
+        return cls(augmented, solution.point, solution.slack, tilt, unit, fit, solver, kept)
 
     def select(self, elements: Tensor) -> PerturbedPoints:
         """The same for some elements."""
         return PerturbedPoints(
             self.problem.select(elements), self.point.select(elements), self.slack[elements],
             self.cotangent.select(elements), self.unit[elements], self.fit[elements], self.solver,
+            tuple(kept.select(elements) for kept in self.kept),
         )  # fmt: skip
 
     def solve(self, tilted: ConicProblem, steps: Tensor, states: States, executor: Executor | None) -> ConicSolution:
@@ -175,7 +181,22 @@ class PerturbedPoints:
 
     @cached_property
     def _system(self) -> System:
-        return Points(self._inside).factored(*self._start, self._factor)
+        """At the solutions, or as near to them as a point that refinement has been to."""
+        points, count = Points(self._inside), self.problem.batch_size
+        left, parts = torch.ones(count, dtype=torch.bool), list[Part]()
+        for kept in self.kept:
+            places = rows_where(kept.valid & from_numpy(kept.factored.regular))
+            if places.shape[0]:
+                left[kept.elements[places]] = False
+                parts.append(Part(kept.elements[places], kept.factored, places))
+        others = rows_where(left)
+        if others.shape[0] == count:
+            return points.factored(*self._start, self._factor)
+        if others.shape[0]:
+            factor = None if self._factor is None else self._factor.select(others)
+            xi, v = (tensor[others] for tensor in self._start)
+            parts.append(Part(others, points.select(others).factored(xi, v, factor)))
+        return MixedSystem(parts, count)
 
     @cached_property
     def _direction(self) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,7 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
         return ConicPoint(self.x, self.y, self.z)
 
     def select(self, elements: Tensor, problem: AnyProblem | None = None) -> Self:
-        """The solutions of these elements, without their systems."""
+        """The solutions of these elements, with those of their systems that can be told apart."""
         records = {name: getattr(self, name) for name in ("solvers", "proofs")}
         kept: dict[str, Any] = {
             name: tuple(record[i] for i in elements) if record else record for name, record in records.items()
@@ -103,7 +103,8 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
         for name in ("known_to", "known_before", "refined"):
             values = getattr(self, name)
             kept[name] = values if values is None else values[elements.to(values.device)]
-        return replace(super().select(elements, problem), systems=(), **kept)
+        systems = tuple(system.select(elements) for system in self.systems if hasattr(system, "select"))
+        return replace(super().select(elements, problem), systems=systems, **kept)
 
     @property
     def rescued(self) -> dict[str, int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lpgd.arrays import IntArray, from_numpy
 from lpgd.cones.product import Cones
+from lpgd.cones.projections import cone_blocks
 from lpgd.problems.base import PointOperations, Traits
 from lpgd.problems.conic.sparsity import SparsityPattern
 
@@ -186,6 +187,16 @@ class ConicStructure:
     def transpose_position(self) -> IntArray:
         """For each entry (i, j) of P's pattern, where (j, i) stands."""
         return self.quadratic.positions(self.quadratic.columns, self.quadratic.rows)
+
+    @cached_property
+    def mixed_entries(self) -> int:
+        """How many entries A has once the rows of each cone that is no orthant are mixed, as derivatives do."""
+        cone, size = np.full(self.m, -1, dtype=np.int64), np.ones(self.m, dtype=np.int64)
+        for block in cone_blocks(self.cones):
+            cone[block.rows], size[block.rows] = block.rows[:, :1], block.rows.shape[1]
+        curved = cone[self.constraint.rows] >= 0
+        met = np.unique(cone[self.constraint.rows[curved]] * self.n + self.constraint.columns[curved])
+        return int((~curved).sum() + size[met // max(self.n, 1)].sum())
 
     def transposed(self, values: Tensor) -> Tensor:
         """Values of Pᵀ from those of P, (..., nnz P) each."""

@@ -36,7 +36,6 @@ __all__ = [
     "equilibration",
     "largest_of_rows",
     "scaled_by",
-    "solve_dense",
     "solve_matrices",
     "solve_sparse",
 ]
@@ -99,23 +98,6 @@ class System:
 
     def sparse(self) -> sp.csc_array:
         return sp.csc_array((self.value, (self.row, self.column)), shape=(self.right.size, self.right.size))
-
-
-def solve_dense(system: System) -> Answers:
-    """The blocks of a system as dense matrices."""
-    sizes = np.bincount(system.owner, minlength=system.count)
-    side = int(sizes.max(initial=0))
-    order = np.argsort(system.owner, kind="stable")
-    local = np.empty(order.size, dtype=np.int64)
-    local[order] = np.arange(order.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    matrices = np.zeros((system.count, side, side))
-    matrices[system.owner[system.row], local[system.row], local[system.column]] = system.value
-    right = np.zeros((system.count, side))
-    right[system.owner, local] = system.right
-    primal = np.zeros((system.count, side), dtype=bool)
-    primal[system.owner, local] = system.primal
-    found = solve_matrices(matrices, right, np.arange(side) >= sizes[:, None], primal, system.known)
-    return found._replace(answer=found.answer[system.owner, local], null=found.null[system.owner, local])
 
 
 def solve_matrices(

@@ -65,14 +65,8 @@ class Factored:
             pause()
             chosen = slice(start, start + stack)
             chosen_rho = rho[chosen] if isinstance(rho, np.ndarray) else rho
-            if is_dense(structure) and structure.cones.is_polyhedral:
-                active = v[chosen] >= 0
-                active[:, : structure.cones.zero] = True
-                reduced = reduce_rows(structure, chosen_rho, P[chosen], A[chosen], active, at_bound[chosen])
-                factor: _Dense | _Sparse = _Dense(reduced, reduced.matrices, ~reduced.solved)
-            else:
-                blocks = reduce_blocks(structure, chosen_rho, P[chosen], A[chosen], v[chosen], at_bound[chosen])
-                factor = _dense_blocks(blocks) if is_dense(structure) else _Sparse(blocks)
+            data = structure, chosen_rho, P[chosen], A[chosen], v[chosen], at_bound[chosen]
+            factor = _Dense(reduce_rows(*data)) if is_dense(structure) else _Sparse(reduce_blocks(*data))
             self._stacks.append((chosen, factor))
             self.inverse[chosen], self.condition[chosen] = factor.inverse, factor.condition
         self.regular = self.condition < ILL_CONDITIONED  # false for NaN
@@ -96,17 +90,11 @@ class Factored:
 class _Dense:
     """A stack of dense systems, as LU factors of the equilibrated matrices."""
 
-    def __init__(
-        self,
-        reduced: ReducedRows | ReducedBlocks,
-        matrices: FloatArray,
-        idle: BoolArray,
-        place: tuple[IntArray, IntArray] | None = None,
-    ) -> None:
-        self.reduced, self.place, self.shape = reduced, place, idle.shape
+    def __init__(self, reduced: ReducedRows) -> None:
+        self.reduced, idle = reduced, ~reduced.solved
         self.stacks: list[tuple[Packed, _LU]] = []
         self.inverse, self.condition = np.zeros((2, len(idle)))
-        for stack in packed(matrices, idle):
+        for stack in packed(reduced.matrices, idle):
             lu = _LU(stack.matrices, stack.idle)
             self.stacks.append((stack._replace(matrices=stack.matrices[:0]), lu))
             self.inverse[stack.elements], self.condition[stack.elements] = lu.inverse, lu.condition
@@ -117,15 +105,9 @@ class _Dense:
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
         right = self.reduced.right(g_x, g_y, g_z)
-        if self.place is not None:
-            spread = np.zeros(self.shape)
-            spread[self.place] = right
-            right = spread
-        answer = np.zeros(self.shape)
+        answer = np.zeros(right.shape)
         for stack, lu in self.stacks:
             stack.spread(lu.solve(stack.vectors(right)), answer)
-        if self.place is not None:
-            answer = answer[self.place]
         return _undetermined(self.reduced.change(answer, g_x, g_z), self.reduced, g_x)
 
 
@@ -149,20 +131,6 @@ class _LU:
 
     def _solved(self, right: FloatArray) -> FloatArray:
         return linalg.lu_solve(self.factors, self.pivots, from_numpy(right)[:, :, None])[:, :, 0].numpy()
-
-
-def _dense_blocks(reduced: ReducedBlocks) -> _Dense:
-    """The blocks of a sparse matrix as dense ones."""
-    count, owner = len(reduced.at_bound), reduced.owner
-    sizes = np.bincount(owner, minlength=count)
-    side = int(sizes.max(initial=0))
-    order = np.argsort(owner, kind="stable")
-    local = np.empty(order.size, dtype=np.int64)
-    local[order] = np.arange(order.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    matrices = np.zeros((count, side, side))
-    matrix = reduced.matrix
-    matrices[owner[matrix.row], local[matrix.row], local[matrix.col]] = matrix.data
-    return _Dense(reduced, matrices, np.arange(side) >= sizes[:, None], (owner, local))
 
 
 class _Sparse:

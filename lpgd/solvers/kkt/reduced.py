@@ -14,22 +14,22 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray
-from lpgd.cones.projections import projection_derivative
+from lpgd.cones.projections import SpectralDerivative, projection_derivative
 from lpgd.problems.conic.structure import ConicStructure
 
 __all__ = ["ReducedBlocks", "ReducedRows", "held", "is_dense", "reduce_blocks", "reduce_rows"]
 
 Scalar = TypeVar("Scalar", np.float64, np.bool_)
 
-DENSE_LIMIT, EMPTY_LIMIT = 400, 200
-"""Systems up to this size, or mostly filled ones, are factorised densely; up to the second, nearly empty ones."""
+DENSE_LIMIT, EMPTY_LIMIT, FILLED = 400, 200, 0.2
+"""Systems up to this size are factorised densely, nearly empty ones up to the second, others where that is filled."""
 EMPTY_ROWS = 4
 """Entries of a row, on average, of a nearly empty system: one along a chain."""
 
 
 def is_dense(structure: ConicStructure) -> bool:
     """Whether systems are factorised densely."""
-    filled = structure.constraint.nnz > 0.2 * max(structure.m * structure.n, 1)
+    filled = structure.mixed_entries > FILLED * max(structure.m * structure.n, 1)
     size = structure.n + structure.m
     empty = structure.quadratic.nnz + 2 * structure.constraint.nnz <= EMPTY_ROWS * size
     return filled or size <= (EMPTY_LIMIT if empty else DENSE_LIMIT)
@@ -56,13 +56,14 @@ def _taken(values: NDArray[Scalar], columns: IntArray) -> NDArray[Scalar]:
 
 @dataclass(frozen=True, eq=False)
 class ReducedRows:
-    """Linear and quadratic programs, dense: D is diagonal, a row is active or not.
+    """Dense systems, in stacks.
 
     Attributes:
         matrices: (k, t, t), zero in the rows and columns that are not ``solved`` (k, t).
         split: how many of the t unknowns are variables, the others multipliers.
         quadratic, constraint: (k, n, n) with ρ, and (k, m, n).
-        order: (k, t - split) rows of A, the active ones of each element first.
+        derivative: D, of all elements, with ``T = √d Uᵀ``; None where D is diagonal, a row is active or not.
+        order: (k, t - split) rows of T, those with ``d > 0`` of each element first.
         columns: (split,) variables that are free in any element; or (k, split), each element's free ones first.
         at_bound, loose: (k, n) variables at a bound, and free ones that nothing determines.
     """
@@ -72,6 +73,7 @@ class ReducedRows:
     split: int
     quadratic: FloatArray
     constraint: FloatArray
+    derivative: SpectralDerivative | None
     order: IntArray
     columns: IntArray
     at_bound: BoolArray
@@ -87,6 +89,8 @@ class ReducedRows:
         fixed = np.where(self.at_bound, -g_z, 0.0)
         if fixed.any():
             g_x, g_y = g_x + _product(self.quadratic, fixed), g_y + _product(self.constraint, fixed)
+        if self.derivative is not None:
+            g_y = self.derivative.turned(g_y.reshape(-1, 1)).reshape(g_y.shape)
         tilt = np.concatenate([_taken(g_x, self.columns), np.take_along_axis(g_y, self.order, axis=1)], axis=1)
         return np.where(self.solved, -tilt, 0.0)
 
@@ -98,17 +102,23 @@ class ReducedRows:
             dx[:, self.columns] = free
         else:
             np.put_along_axis(dx, self.columns, free, axis=1)
-        dy = self.of_rows(answer)
+        dy = self._of_rows(answer, absolute=False)
         if not self.at_bound.any():
             return dx, dy, np.zeros_like(dx)
         slope = g_x + _product(self.quadratic, dx) + _product(self.constraint.swapaxes(1, 2), dy)
         return dx, dy, np.where(self.at_bound, -slope, 0.0)
 
     def of_rows(self, answer: FloatArray) -> FloatArray:
-        """The part of an answer that belongs to rows of A, (k, m); zero for those that are not active."""
+        """The part of an answer that belongs to rows of A, each a sum over what it is part of: (k, m)."""
+        return self._of_rows(answer, absolute=True)
+
+    def _of_rows(self, answer: FloatArray, absolute: bool) -> FloatArray:
+        """``Tᵀu``, or with the absolute values of T."""
         multipliers = np.zeros(self.constraint.shape[:2])
         np.put_along_axis(multipliers, self.order, answer[:, self.split :], axis=1)
-        return multipliers
+        if self.derivative is None:
+            return multipliers
+        return self.derivative.turned_back(multipliers.ravel(), absolute=absolute).reshape(multipliers.shape)
 
 
 def reduce_rows(
@@ -116,17 +126,17 @@ def reduce_rows(
     rho: FloatArray | float,
     P: FloatArray,
     A: FloatArray,
-    active: BoolArray,
+    v: FloatArray,
     at_bound: BoolArray,
     g: tuple[FloatArray, FloatArray, FloatArray] | None = None,
 ) -> ReducedRows:
-    """The systems of k elements of a linear or quadratic program.
+    """The systems of k elements as dense matrices.
 
     Args:
         structure: patterns and cones.
         rho: added to the diagonal of P.
         P, A: (k, ·) values.
-        active: (k, m) rows of A that hold with equality.
+        v: (k, m) ``y - s``.
         at_bound: (k, n) variables at a bound.
         g: the tilt, if it is known: variables that it involves then count, so that a system is singular where nothing
             else involves them.
@@ -135,8 +145,16 @@ def reduce_rows(
     quadratic, constraint = structure.quadratic.dense_matrices(P), structure.constraint.dense_matrices(A)
     if np.any(rho):
         quadratic[:, range(n), range(n)] += rho
+    if structure.cones.is_polyhedral:
+        derivative, turned = None, constraint
+        active = v >= 0
+        active[:, : structure.cones.zero] = True
+    else:
+        derivative = projection_derivative(structure.cones, v, dual=True)
+        active = derivative.present.reshape(v.shape)
+        turned = derivative.turned(constraint.reshape(v.size, n)).reshape(constraint.shape)
     order = np.argsort(~active, axis=1, kind="stable")[:, : int(active.sum(1).max(initial=0))]
-    rows = np.take_along_axis(constraint, order[:, :, None], axis=1)
+    rows = np.take_along_axis(turned, order[:, :, None], axis=1)
     rows_active = np.take_along_axis(active, order, axis=1)
     free = ~at_bound
     loose = (quadratic[:, range(n), range(n)] == 0) & free  # without a diagonal P has no column
@@ -164,15 +182,19 @@ def reduce_rows(
         matrices[:, :split, :split] = quadratic[:, columns[:, None], columns]
         matrices[:, split:, :split] = rows[:, :, columns]
     matrices[:, :split, split:] = matrices[:, split:, :split].swapaxes(1, 2)
+    if derivative is not None:
+        corner = np.arange(split, solved.shape[1])
+        eigenvalues = np.take_along_axis(derivative.eigenvalues.reshape(v.shape), order, axis=1)
+        matrices[:, corner, corner] = eigenvalues - 1.0
     if not solved.all():
         matrices *= solved[:, :, None]
         matrices *= solved[:, None, :]
-    return ReducedRows(matrices, solved, split, quadratic, constraint, order, columns, at_bound, loose)
+    return ReducedRows(matrices, solved, split, quadratic, constraint, derivative, order, columns, at_bound, loose)
 
 
 @dataclass(frozen=True, eq=False)
 class ReducedBlocks:
-    """Programs with any cones as the blocks of one sparse matrix.
+    """Sparse systems, as the blocks of one matrix.
 
     Attributes:
         matrix: of all elements; ``owner`` (t,) has the element of each of its rows, ``primal`` (t,) the variables.
@@ -227,7 +249,7 @@ def reduce_blocks(
     at_bound: BoolArray,
     g: tuple[FloatArray, FloatArray, FloatArray] | None = None,
 ) -> ReducedBlocks:
-    """The systems of k elements with any cones, at ``v = y - s`` (k, m); see :func:`reduce_rows`."""
+    """The systems of k elements as one sparse matrix; see :func:`reduce_rows`."""
     count, n = at_bound.shape
     T, complements = projection_derivative(structure.cones, v, dual=True).factor()
     constraint: SparseArray = structure.constraint.block_diagonal(A)

@@ -8,9 +8,10 @@ the bounds and ``z = ξ - x``, every point is complementary, and a solution is a
 A step is one solve of the system of :mod:`lpgd.solvers.kkt.system` with F for its tilt: ``(dx, dy, dz)``, and
 ``dv = dy + A dx + F₂``.  Where the system is singular, or as good as singular at a point known no better than |F|, the
 step is Levenberg and Marquardt's with ``μ = |F|²``, which converges onto manifolds of solutions as Newton's method does
-to a regular one (Fan and Yuan 2005).  A step that does not reduce |F| is halved.  Where that does not help, a few whole
-steps are looked ahead: near a solution of a linear or quadratic program |F| may rise until the active set is right, and
-vanish then.  If none of them is better by far, the point stays.
+to a regular one (Fan and Yuan 2005).  Near a solution the next steps are chords, by the same factors: where a step
+leaves the share ``c |F|`` of F, a chord leaves about twice that share of what is left.  A step that does not reduce |F|
+is halved.  Where that does not help, a few whole steps are looked ahead: near a solution of a linear or quadratic
+program |F| may rise until the active set is right, and vanish then.  If none of them is better by far, the point stays.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from lpgd.problems.conic.residuals import Products
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.solvers.kkt.factored import Factored
 from lpgd.solvers.kkt.rank import NEAR
-from lpgd.solvers.kkt.schur import MixedSystem, SchurFactor, System
+from lpgd.solvers.kkt.schur import MixedSystem, Part, SchurFactor, System
 from lpgd.solvers.kkt.system import KKTPoints, Known, respond
 
 __all__ = ["KeptFactor", "Points", "Refined", "complementary", "is_cheap", "is_small", "optimality_residual", "refine"]
@@ -41,10 +42,13 @@ DENSE, SPARSE, FILLED = 300, 50_000, 20
 """Steps are cheap up to so many variables and rows, or so many entries with so many in a row on average."""
 WORST = 1e13
 """Steps by systems with a larger condition are damped."""
-CORRECTIONS, LEFT = 4, 1e-13
+CORRECTIONS, LEFT = 6, 1e-13
 """How often a response by the system of a point nearby is corrected, and what may then be left of its equations."""
 LENGTHS = (1.0, 0.5, 0.25)
 """The lengths at which a step is tried."""
+CHORDS, CLOSE, FALL, FLOOR = 3, 1e-3, 0.1, 1e-13
+"""Where a step has reduced |F| to a smaller share than ``CLOSE``, up to so many steps by the same system follow, as
+long as each reduces |F| to ``FALL`` of it; what is left below ``FLOOR`` where it does not is rounding."""
 STUCK, AHEAD, GAIN = 1e-12, 5, 0.1
 """Of small problems, points with a larger |F|, relative to their size, that no step reduces are looked ahead from, so
 many steps; |F| has to fall to a share."""
@@ -86,6 +90,14 @@ class KeptFactor(NamedTuple):
         """The same, valid for elements that are ``chosen`` (B,) alone."""
         return self._replace(valid=self.valid & chosen[self.elements])
 
+    def select(self, elements: Tensor) -> KeptFactor:
+        """The same as systems of a batch of these elements alone, valid for those among them."""
+        size = max(int(indices.max()) + 1 if indices.shape[0] else 0 for indices in (elements, self.elements))
+        place = torch.full((size,), -1, dtype=torch.int64)
+        place[elements] = torch.arange(elements.shape[0])
+        position = place[self.elements]
+        return self._replace(elements=position.clamp(min=0), valid=self.valid & (position >= 0))
+
 
 def refine(
     problem: ConicProblem,
@@ -118,7 +130,7 @@ def refine(
         todo = rows_where(left)
         if not todo.shape[0]:
             break
-        chosen = points.select(todo)
+        chosen, start = points.select(todo), error[todo]
         d_xi, d_v, factored = chosen.regular_step(xi[todo], v[todo], error[todo], slope[todo], row_error[todo])
         if keep and factored is not None:
             stepped = elements[todo]
@@ -141,6 +153,21 @@ def refine(
                 break
         left[todo[waiting]], stuck[todo[waiting]] = False, True
         left &= error > ENOUGH
+        going = left[todo] & (error[todo] < CLOSE * start)
+        for _ in range(CHORDS):
+            if factored is None or not bool(going.any()):
+                break
+            d_xi, d_v = chosen.chord(factored, slope[todo], row_error[todo])
+            new_xi, new_v = xi[todo] + d_xi, v[todo] + d_v
+            found = chosen.residual(new_xi, new_v)
+            better = going & (found[0] < error[todo])
+            going = better & (found[0] <= FALL * error[todo])
+            moved = todo[better]
+            for whole, fresh in zip((xi, v, error, slope, row_error), (new_xi, new_v, *found), strict=True):
+                whole[moved] = fresh[better]
+            taken[moved] += 1
+            left[todo] &= error[todo] > torch.where(going, ENOUGH, FLOOR)
+            going &= left[todo]
     stuck &= error > STUCK
     if is_small(problem.structure) and bool(stuck.any()):
         stuck &= error > STUCK * points.point(xi, v)[0].largest()
@@ -216,11 +243,15 @@ class Points:
 
     def point(self, xi: Tensor, v: Tensor) -> tuple[ConicPoint, Tensor]:
         """The complementary point and its slack."""
-        y, slack = self._split(v)
+        (x, z), (y, slack) = self._clipped(xi), self._split(v)
+        return ConicPoint(x, y, z), slack
+
+    def _clipped(self, xi: Tensor) -> tuple[Tensor, Tensor]:
+        """The variables and their bounds' multipliers."""
         if self.lower is None or self.upper is None:
-            return ConicPoint(xi.clone(), y, torch.zeros_like(xi)), slack
+            return xi.clone(), torch.zeros_like(xi)
         x = torch.minimum(torch.maximum(xi, self.lower), self.upper)
-        return ConicPoint(x, y, xi - x), slack
+        return x, xi - x
 
     def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """``Π(v)`` and ``Π(v) - v``, computed so that neither cancels where all cones are orthants."""
@@ -363,21 +394,21 @@ class Points:
         if bool(factor.fine.all()):
             return factor.at(self.pieces(xi, v))
         fine = factor.fine.repeat(xi.shape[0] // factor.fine.shape[0])
-        parts: list[tuple[Tensor, System]] = []
+        parts: list[Part] = []
         if bool(fine.any()):
             by_factor = rows_where(fine)
             pieces = self.select(by_factor).pieces(xi[by_factor], v[by_factor])
-            parts.append((by_factor, factor.select(by_factor).at(pieces)))
+            parts.append(Part(by_factor, factor.select(by_factor).at(pieces)))
         others = rows_where(~fine)
-        parts.append((others, self.select(others)._own_system(xi[others], v[others])))
+        parts.append(Part(others, self.select(others)._own_system(xi[others], v[others])))
         return MixedSystem(parts, xi.shape[0])
 
     def _own_system(self, xi: Tensor, v: Tensor) -> Factored:
-        problem, (point, _) = self.problem, self.point(xi, v)
+        problem, (x, z) = self.problem, self._clipped(xi)
         view, count = ElementView(problem), problem.batch_size
         matrices = (view.rows(name, range(count)) for name in ("P", "A"))
         P, A = (np.broadcast_to(matrix, (count, matrix.shape[1])) for matrix in matrices)
-        arrays = (tensor.numpy() for tensor in (point.x, v, point.z, *problem.full_bounds()))
+        arrays = (tensor.numpy() for tensor in (x, v, z, *problem.full_bounds()))
         return Factored(problem.structure, 0.0, P, A, *arrays)
 
     def chord(

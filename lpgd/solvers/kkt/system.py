@@ -25,9 +25,9 @@ import numpy as np
 from lpgd.arrays import BoolArray, FloatArray
 from lpgd.execution.interrupts import pause
 from lpgd.problems.conic.structure import ConicStructure
-from lpgd.solvers.kkt.factor import System, solve_dense, solve_matrices, solve_sparse
+from lpgd.solvers.kkt.factor import Answers, System, solve_matrices, solve_sparse
 from lpgd.solvers.kkt.rank import Known
-from lpgd.solvers.kkt.reduced import held, is_dense, reduce_blocks, reduce_rows
+from lpgd.solvers.kkt.reduced import ReducedBlocks, ReducedRows, held, is_dense, reduce_blocks, reduce_rows
 
 __all__ = ["KKTPoints", "KKTResponse", "Known", "is_quick", "respond"]
 
@@ -106,47 +106,33 @@ def respond(
         chosen = slice(start, start + count)
         chosen_points = KKTPoints(*(array[chosen] for array in points))
         chosen_known, chosen_rho = known.select(chosen), rho[chosen] if isinstance(rho, np.ndarray) else rho
-        if dense and structure.cones.is_polyhedral:
-            responses.append(
-                _respond_directly(structure, chosen_rho, P[chosen], A[chosen], chosen_points, chosen_known)
-            )
-        else:
-            responses.append(_respond(structure, chosen_rho, P[chosen], A[chosen], chosen_points, chosen_known, dense))
+        method = _respond_densely if dense else _respond_sparsely
+        responses.append(method(structure, chosen_rho, P[chosen], A[chosen], chosen_points, chosen_known))
     return KKTResponse.joined(responses)
 
 
-def _respond(
-    structure: ConicStructure,
-    rho: FloatArray | float,
-    P: FloatArray,
-    A: FloatArray,
-    points: KKTPoints,
-    known: Known,
-    dense: bool,
+def _respond_sparsely(
+    structure: ConicStructure, rho: FloatArray | float, P: FloatArray, A: FloatArray, points: KKTPoints, known: Known
 ) -> KKTResponse:
     at_bound = held(points.x, points.z, points.lower, points.upper)
     g = points.g_x, points.g_y, points.g_z
     reduced = reduce_blocks(structure, rho, P, A, points.y - points.slack, at_bound, g)
     matrix, right = reduced.matrix, reduced.right(*g)
     system = System(matrix.row, matrix.col, matrix.data, right, reduced.owner, reduced.primal, len(at_bound), known)
-    found = solve_dense(system) if dense else solve_sparse(system)
-    change = reduced.change(found.answer, points.g_x, points.g_z)
-    shared = reduced.of_rows(found.null) > NULL
-    return KKTResponse(*change, found.exact, found.unique, found.consistent, found.doubt, shared)
+    return _read(reduced, solve_sparse(system), points)
 
 
-def _respond_directly(
+def _respond_densely(
     structure: ConicStructure, rho: FloatArray | float, P: FloatArray, A: FloatArray, points: KKTPoints, known: Known
 ) -> KKTResponse:
-    """The same where D is diagonal, a row is active or not: no sparse matrix in between."""
-    nonnegative = structure.cones.sections["nonnegative"]
-    active = np.ones(points.y.shape, dtype=bool)
-    active[:, nonnegative] = points.y[:, nonnegative] >= points.slack[:, nonnegative]
     at_bound = held(points.x, points.z, points.lower, points.upper)
     g = points.g_x, points.g_y, points.g_z
-    reduced = reduce_rows(structure, rho, P, A, active, at_bound, g)
+    reduced = reduce_rows(structure, rho, P, A, points.y - points.slack, at_bound, g)
     right = reduced.right(*g)
-    found = solve_matrices(reduced.matrices, right, ~reduced.solved, reduced.primal, known)
+    return _read(reduced, solve_matrices(reduced.matrices, right, ~reduced.solved, reduced.primal, known), points)
+
+
+def _read(reduced: ReducedRows | ReducedBlocks, found: Answers, points: KKTPoints) -> KKTResponse:
     change = reduced.change(found.answer, points.g_x, points.g_z)
     shared = reduced.of_rows(found.null) > NULL
     return KKTResponse(*change, found.exact, found.unique, found.consistent, found.doubt, shared)
