@@ -320,7 +320,7 @@ def _one_by_one(
         found = found.copy()
         for index, k in enumerate(at_kink):
             shared = np.logical_or.reduce([side.shared[index] for side in sides])
-            findings.kink(elements[k], float(differ[index]), *(side.y[index] for side in sides), shared)
+            findings.kink(elements[k], float(differ[index]), sides[0].y[index], sides[1].y[index], shared)
             if not all(side.unique[index] for side in sides):
                 findings.freed.add(elements[k])
             elif not all(side.consistent[index] for side in sides):
