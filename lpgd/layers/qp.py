@@ -31,7 +31,8 @@ class QPLayer(ProgramLayer):
     a lower end, have ``P x + q + Aᵀy + Gᵀz + z_box = 0``; without l, ``z ≥ 0``.
 
     An end or a bound that is infinite (1e20 and more) is absent, for each element on its own: it has no multiplier and
-    no gradient, and nothing that stands in its row is looked at.  Ends that are equal make an equality; one above the other leaves the element without a solution.
+    no gradient, and nothing that stands in its row is looked at.  Ends that are equal make an equality; one above the
+    other leaves the element without a solution.
 
     Args:
         solver: a solver, the name of one, or None to choose for each problem.
