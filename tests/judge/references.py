@@ -96,7 +96,7 @@ class Reference:
             loose[element] = known and np.abs(right[null, : self.sizes[0]]).max(initial=0.0) < 1e-6
         return loose
 
-    def _scaled(self, element: int) -> FloatArray:
+    def _scaled(self, element: int | np.intp) -> FloatArray:
         matrix = self.matrix[element]
         scale = np.sqrt(np.abs(matrix).max(axis=1))
         scale[scale == 0] = 1.0
