@@ -60,7 +60,7 @@ class LPGD(GradientMethod):
             stay where they are for small ones.
         rho: ρ ≥ 0 of the augmented Lagrangian; not scaled by τ.
         envelope: ``"average"`` (two solves), ``"lower"`` or ``"upper"`` (one solve each).
-        loss: the convex loss itself, a :class:`~lpgd.QuadraticLoss` or a :class:`~lpgd.CvxpyLoss`, for conic programs.
+        loss: the convex loss itself, a :class:`~lpgd.QuadraticLoss`, or for conic programs a :class:`~lpgd.CvxpyLoss`.
             The gradient is that of its envelope at τ (of this loss, whatever its weight), times the weight with which
             the element's loss enters the whole, such as 1/B; a negative one exchanges lower and upper.  What is
             differentiated must be this loss of the layer's output, ``loss(output)``.  The upper envelope needs a

@@ -33,7 +33,9 @@ from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.problems.conic.units import Units
 from lpgd.solvers.interior_point.derivative import is_batchable, kept_response, polyhedral_response
 from lpgd.solvers.kkt.rank import DOUBT, ROUNDING
+from lpgd.solvers.kkt.reduced import has_dense_rows
 from lpgd.solvers.kkt.refinement import KeptFactor, Points, complementary, optimality_residual, refine
+from lpgd.solvers.kkt.schur import System
 from lpgd.solvers.kkt.system import KKTPoints, KKTResponse, Known, is_quick, respond
 
 if TYPE_CHECKING:
@@ -102,6 +104,13 @@ def response(
             left &= ~chosen
             _at_once(located, chosen, method.rho, answer)
             left |= chosen
+    if (
+        method.rho == 0.0
+        and left.device.type == "cpu"
+        and has_dense_rows(chosen_problem.structure)
+        and bool(left.any())
+    ):
+        _by_factors(located, left, answer, findings)
     remaining = elements_where(located.weak | left)
     if remaining:
         if executor is None and is_quick(chosen_problem.structure, len(remaining)):
@@ -143,6 +152,16 @@ class _Located(NamedTuple):
     weak: Tensor
     xi_side: Tensor
     v_side: Tensor
+
+    def select(self, elements: Tensor) -> _Located:
+        """The same of some elements."""
+        if torch.equal(elements, torch.arange(self.problem.batch_size, device=elements.device)):
+            return self
+        return _Located(
+            self.problem.select(elements), self.point.select(elements), self.slack[elements],
+            self.tilt.select(elements), self.error[elements], self.lipschitz[elements.cpu().numpy()],
+            self.weak[elements], self.xi_side[elements], self.v_side[elements],
+        )  # fmt: skip
 
 
 def _known_point(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint) -> _Located:
@@ -219,7 +238,7 @@ def _by_kept_systems(
         if not bool(wanted.any()):
             continue
         if isinstance(kept, KeptFactor):
-            response, exact, doubt = _by_last_steps(kept, located, position.clamp(min=0))
+            response, exact, doubt = _by_system(kept.factored, located.select(position.clamp(min=0)))
         else:
             (response, exact), doubt = kept_response(solution.problem, solution.point, tilt, kept), None
         exact = exact & wanted
@@ -230,16 +249,27 @@ def _by_kept_systems(
             findings.doubt[position[exact].numpy()] = doubt[exact.numpy()]
 
 
-def _by_last_steps(kept: KeptFactor, located: _Located, position: Tensor) -> tuple[ConicPoint, Tensor, FloatArray]:
-    """The response by the systems of refinement's last steps, for which elements it is exact, and its doubt."""
-    points = Points(located.problem.select(position))
-    start = points.start(located.point.select(position), located.slack[position])
-    response, exact = points.response(kept.factored, *start, located.tilt.select(position))
-    inverse, condition = kept.factored.inverse, kept.factored.condition
+def _by_factors(located: _Located, left: Tensor, answer: ConicPoint, findings: Findings) -> None:
+    """The same by systems that are factorised now, at the points themselves."""
+    elements = rows_where(left)
+    chosen = located.select(elements)
+    points = Points(chosen.problem)
+    response, exact, doubt = _by_system(points.factored(*points.start(chosen.point, chosen.slack)), chosen)
+    solved = elements[exact]
+    for whole, values in zip(answer, response, strict=True):
+        whole[solved] = values[exact]
+    left[solved] = False
+    findings.doubt[solved.numpy()] = doubt[exact.numpy()]
+
+
+def _by_system(system: System, located: _Located) -> tuple[ConicPoint, Tensor, FloatArray]:
+    """The response by systems at the points or near them, for which elements it is exact, and its doubt."""
+    points = Points(located.problem)
+    response, exact = points.response(system, *points.start(located.point, located.slack), located.tilt)
     with np.errstate(invalid="ignore"):  # of singular systems: NaN, which is no small doubt
-        error = located.lipschitz[position.numpy()] * inverse * located.error[position].numpy()
-        doubt = ROUNDING * condition + inverse * error
-    return response, exact & from_numpy(doubt < DOUBT), doubt
+        error = located.lipschitz * system.inverse * located.error.numpy()
+        doubt = ROUNDING * system.condition + system.inverse * error
+    return response, exact & from_numpy(system.regular & (doubt < DOUBT)), doubt
 
 
 def _at_once(located: _Located, left: Tensor, rho: float, answer: ConicPoint) -> None:
@@ -280,7 +310,7 @@ def _responses(
         v, xi = point.y - slack + side * located.v_side, point.x + point.z + side * located.xi_side
         moved = ConicPoint(xi, torch.where(v.isnan(), 0.0, v), torch.zeros_like(xi))
         # ξ and v as a point whose complementary one is meant.
-        point, slack, _ = complementary(problem, moved, torch.zeros_like(v))
+        point, slack, *_ = complementary(problem, moved, torch.zeros_like(v))
     view = ElementView(problem)
     lower, upper = problem.full_bounds()
     tensors = (*point, slack, *located.tilt, lower, upper)
@@ -319,8 +349,8 @@ def _one_by_one(
         differ = _differences(sides[0].x, sides[1].x, size)
         found = found.copy()
         for index, k in enumerate(at_kink):
-            shared = np.logical_or.reduce([side.shared[index] for side in sides])
-            findings.kink(elements[k], float(differ[index]), sides[0].y[index], sides[1].y[index], shared)
+            (above, below), shared = (side.y[index] for side in sides), sides[0].shared[index] | sides[1].shared[index]
+            findings.kink(elements[k], float(differ[index]), above, below, shared)
             if not all(side.unique[index] for side in sides):
                 findings.freed.add(elements[k])
             elif not all(side.consistent[index] for side in sides):
