@@ -35,7 +35,8 @@ from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.conic.units import Units
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver, ConicSolver
-from lpgd.solvers.kkt.refinement import KeptFactor, Points, is_cheap
+from lpgd.solvers.kkt.points import Points
+from lpgd.solvers.kkt.refinement import KeptFactor, is_cheap
 from lpgd.solvers.kkt.schur import MixedSystem, Part, SchurFactor, System
 from lpgd.solvers.rescue import merged
 from lpgd.status import Status

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import FloatArray, as_index, elements_where, flags, from_numpy, rows_where
-from lpgd.cones.regions import interior_direction, kinks
 from lpgd.execution.tasks import SerialExecutor, run_tasks
 from lpgd.gradients.base import GradientInfo
 from lpgd.gradients.implicit.findings import Findings
+from lpgd.gradients.implicit.located import Located, known_point
 from lpgd.gradients.implicit.multipliers import other_multipliers
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.problem import ConicProblem
@@ -32,9 +32,10 @@ from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.problems.conic.units import Units
 from lpgd.solvers.interior_point.derivative import is_batchable, kept_response, polyhedral_response
+from lpgd.solvers.kkt.points import Points
 from lpgd.solvers.kkt.rank import DOUBT, ROUNDING
 from lpgd.solvers.kkt.reduced import has_dense_rows
-from lpgd.solvers.kkt.refinement import KeptFactor, Points, complementary, optimality_residual, refine
+from lpgd.solvers.kkt.refinement import KeptFactor, complementary
 from lpgd.solvers.kkt.schur import System
 from lpgd.solvers.kkt.system import KKTPoints, KKTResponse, Known, is_quick, respond
 
@@ -43,14 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = ["in_data", "response"]
 
-KNOWN_WELL = 1e-10
-"""Points with a larger |F| are refined where their error matters: at curved cones, and near kinks."""
-KNOWN = 1e-7
-"""Points of linear and quadratic programs with a larger |F| are refined anyhow: it may hide which rows are active."""
 STEADY = 1e-5
 """Answers with other multipliers that differ by a smaller share are one."""
-KINK = 1e-7
-"""Multipliers and slacks that both are smaller are taken to vanish; 100 |F| at a point that is known less well."""
 NOTHING = 1e-7
 """Changes of x by a smaller multiple of the tilt, in units of order 1, are none."""
 
@@ -83,7 +78,7 @@ def response(
         chosen_problem, point, slack = problem.select(elements), point.select(elements), slack[elements]
         chosen_tilt = tilt.select(elements)
     units = chosen_problem.units
-    located = _known_point(
+    located = known_point(
         units.apply(chosen_problem),
         units.point_in(chosen_problem, point),
         units.slack_in(chosen_problem, slack),
@@ -132,80 +127,6 @@ def in_data(solution: ConicSolution, change: ConicPoint) -> ConicData:
     return problem.bilinear_gradient(change.x, change.y, x, y, d_lower, d_upper)
 
 
-class _Located(NamedTuple):
-    """Points of E elements, refined where that matters, in units of order 1.
-
-    Attributes:
-        problem, point, slack, tilt: in those units.
-        error: (E,) |F|.
-        lipschitz: (E,) Lipschitz constant of the projection's derivative.
-        weak: (E,) elements at a kink.
-        xi_side, v_side: (E, n) and (E, m) steps that bring whatever is at a kink to its active side.
-    """
-
-    problem: ConicProblem
-    point: ConicPoint
-    slack: Tensor
-    tilt: ConicPoint
-    error: Tensor
-    lipschitz: FloatArray
-    weak: Tensor
-    xi_side: Tensor
-    v_side: Tensor
-
-    def select(self, elements: Tensor) -> _Located:
-        """The same of some elements."""
-        if torch.equal(elements, torch.arange(self.problem.batch_size, device=elements.device)):
-            return self
-        return _Located(
-            self.problem.select(elements), self.point.select(elements), self.slack[elements],
-            self.tilt.select(elements), self.error[elements], self.lipschitz[elements.cpu().numpy()],
-            self.weak[elements], self.xi_side[elements], self.v_side[elements],
-        )  # fmt: skip
-
-
-def _known_point(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint) -> _Located:
-    tilt = ConicPoint(*(tensor.to(point.x.dtype) for tensor in tilt))
-    curved = not problem.structure.cones.is_polyhedral
-    error = optimality_residual(problem, point, slack)
-    located = _locate(problem, point, slack, tilt, error)
-    rough = error > KNOWN_WELL if curved else (error > KNOWN) | (located.weak & (error > KNOWN_WELL))
-    if not bool(rough.any()):
-        return located
-    elements = rows_where(rough)
-    refined = refine(problem, point, slack, elements)
-    point, slack = ConicPoint(*(tensor.clone() for tensor in point)), slack.clone()
-    for whole, values in zip((*point, slack, error), (*refined.point, refined.slack, refined.after), strict=True):
-        whole[elements] = values
-    return _locate(problem, point, slack, tilt, error)
-
-
-def _locate(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint, error: Tensor) -> _Located:
-    """The kinks nearby."""
-    structure, cones = problem.structure, problem.structure.cones
-    tolerance = (100 * error).clamp(KINK, 1e-3)[:, None]
-    v = point.y - slack
-    if cones.is_polyhedral:
-        near = v.abs() <= tolerance
-        near[:, : cones.zero] = False
-        lipschitz = np.zeros(problem.batch_size)
-    else:
-        found, lipschitz = kinks(cones, v.detach().cpu().numpy(), tolerance[:, 0].cpu().numpy())
-        near = from_numpy(found).to(v.device)
-    weak, xi_side = near.any(-1), torch.zeros_like(point.x)
-    if structure.has_bounds:
-        lower, upper = problem.full_bounds()
-        above = ((point.z - (upper - point.x)).abs() <= tolerance) & (lower < upper)
-        below = ((-point.z - (point.x - lower)).abs() <= tolerance) & (lower < upper)
-        weak = weak | above.any(-1) | below.any(-1)
-        xi_side = (above.double() - below.double()) * 2 * tolerance
-    v_side = torch.zeros_like(v)
-    if bool(weak.any()):
-        direction = from_numpy(interior_direction(cones)).to(v.device)
-        v_side = torch.where(near, 2 * tolerance * direction, 0.0)
-    return _Located(problem, point, slack, tilt, error, lipschitz, weak, xi_side, v_side)
-
-
 def _curvature(rho: float, problem: ConicProblem, units: Units) -> FloatArray | float:
     """ρ in these units: ``σ β² D² ρ`` for each variable of each element."""
     if rho == 0.0 or units.is_trivial:
@@ -222,7 +143,7 @@ def _curvature(rho: float, problem: ConicProblem, units: Units) -> FloatArray | 
 
 def _by_kept_systems(
     solution: ConicSolution,
-    located: _Located,
+    located: Located,
     tilt: ConicPoint,
     elements: Tensor,
     left: Tensor,
@@ -249,7 +170,7 @@ def _by_kept_systems(
             findings.doubt[position[exact].numpy()] = doubt[exact.numpy()]
 
 
-def _by_factors(located: _Located, left: Tensor, answer: ConicPoint, findings: Findings) -> None:
+def _by_factors(located: Located, left: Tensor, answer: ConicPoint, findings: Findings) -> None:
     """The same by systems that are factorised now, at the points themselves."""
     elements = rows_where(left)
     chosen = located.select(elements)
@@ -262,7 +183,7 @@ def _by_factors(located: _Located, left: Tensor, answer: ConicPoint, findings: F
     findings.doubt[solved.numpy()] = doubt[exact.numpy()]
 
 
-def _by_system(system: System, located: _Located) -> tuple[ConicPoint, Tensor, FloatArray]:
+def _by_system(system: System, located: Located) -> tuple[ConicPoint, Tensor, FloatArray]:
     """The response by systems at the points or near them, for which elements it is exact, and its doubt."""
     points = Points(located.problem)
     response, exact = points.response(system, *points.start(located.point, located.slack), located.tilt)
@@ -272,7 +193,7 @@ def _by_system(system: System, located: _Located) -> tuple[ConicPoint, Tensor, F
     return response, exact & from_numpy(system.regular & (doubt < DOUBT)), doubt
 
 
-def _at_once(located: _Located, left: Tensor, rho: float, answer: ConicPoint) -> None:
+def _at_once(located: Located, left: Tensor, rho: float, answer: ConicPoint) -> None:
     """The same by one factorisation for all."""
     elements = rows_where(left)
     problem, point, slack, tilt = located[:4]
@@ -302,7 +223,7 @@ def _respond(task: _Task) -> KKTResponse:
 
 
 def _responses(
-    located: _Located, elements: Sequence[int], rho: FloatArray | float, side: float, executor: Executor | None
+    located: Located, elements: Sequence[int], rho: FloatArray | float, side: float, executor: Executor | None
 ) -> KKTResponse:
     """The responses of some elements, increasing, with what is at a kink brought to one side."""
     problem, point, slack = located.problem, located.point, located.slack
@@ -330,7 +251,7 @@ def _responses(
 
 
 def _one_by_one(
-    located: _Located,
+    located: Located,
     elements: list[int],
     rho: FloatArray | float,
     answer: ConicPoint,
@@ -368,9 +289,7 @@ def _one_by_one(
     findings.add(elements, found)
 
 
-def _is_steady(
-    located: _Located, element: int, rho: FloatArray | float, dx: FloatArray, with_constraints: bool
-) -> bool:
+def _is_steady(located: Located, element: int, rho: FloatArray | float, dx: FloatArray, with_constraints: bool) -> bool:
     """Whether x moves alike with other multipliers of the same solution.
 
     ``with_constraints`` says that gradients of the constraints themselves may be asked for: where planes share

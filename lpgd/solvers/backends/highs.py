@@ -20,6 +20,7 @@ from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.forms import Form, IntervalForm, IntervalPoint, IntervalVectors
+from lpgd.solvers.backends.smaller_costs import WithSmallerCosts
 from lpgd.solvers.base import POLYHEDRAL, Capabilities
 from lpgd.status import Status, warn
 
@@ -213,33 +214,7 @@ class _Model:
         return _STATUSES.get(self.solver.getModelStatus().name, Status.NUMERICAL_ERROR)
 
 
-class _WithSmallerCosts(Prepared):
-    """A linear program that ends with an error gets another try, with costs divided by a power of two.
-
-    The dual tolerance is absolute: costs of 1e8 are asked for 1e-17 of their size, and the simplex method ends with
-    kSolveError on one program of four variables in fifty (highspy 1.15.1).  No sooner, for among costs of several sizes
-    the smallest would be below the tolerance.
-    """
-
-    quadratic = False
-
-    def solve(self, vectors: IntervalVectors, state: State) -> Outcome:
-        outcome = self.attempt(vectors, state)
-        largest = np.abs(vectors.q).max(initial=0.0)
-        if outcome.status is not Status.NUMERICAL_ERROR or self.quadratic or not 1.0 < largest < np.inf:
-            return outcome
-        scale = 2.0 ** np.frexp(largest)[1]
-        outcome = self.attempt(vectors._replace(q=vectors.q / scale), state)
-        if outcome.point is None or outcome.status is Status.INFEASIBLE:  # the proof knows no costs
-            return outcome
-        x, y, z = outcome.point
-        return outcome._replace(point=IntervalPoint(x, scale * y, scale * z))
-
-    def attempt(self, vectors: IntervalVectors, state: State) -> Outcome:
-        raise NotImplementedError
-
-
-class _PreparedHiGHS(_WithSmallerCosts):
+class _PreparedHiGHS(WithSmallerCosts):
     """A linear or quadratic program."""
 
     def __init__(self, options: HiGHS, form: IntervalForm) -> None:
@@ -310,7 +285,7 @@ class _IntegerState(NamedTuple):
     x: FloatArray
 
 
-class _PreparedInteger(_WithSmallerCosts):
+class _PreparedInteger(WithSmallerCosts):
     """An integer program: its linear relaxation, and branch and cut."""
 
     def __init__(self, options: HiGHS, form: IntervalForm) -> None:

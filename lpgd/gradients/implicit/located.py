@@ -1,0 +1,99 @@
+"""Points at which conic programs are differentiated: how well they are known, and which kinks are near."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpgd.arrays import FloatArray, from_numpy, rows_where
+from lpgd.cones.regions import interior_direction, kinks
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.structure import ConicPoint
+from lpgd.solvers.kkt.refinement import optimality_residual, refine
+
+__all__ = ["Located", "known_point"]
+
+KNOWN_WELL = 1e-10
+"""Points with a larger |F| are refined where their error matters: at curved cones, and near kinks."""
+KNOWN = 1e-7
+"""Points of linear and quadratic programs with a larger |F| are refined anyhow: it may hide which rows are active."""
+KINK = 1e-7
+"""Multipliers and slacks that both are smaller are taken to vanish; 100 |F| at a point that is known less well."""
+
+
+class Located(NamedTuple):
+    """Points of E elements, refined where that matters, in units of order 1.
+
+    Attributes:
+        problem, point, slack, tilt: in those units.
+        error: (E,) |F|.
+        lipschitz: (E,) Lipschitz constant of the projection's derivative.
+        weak: (E,) elements at a kink.
+        xi_side, v_side: (E, n) and (E, m) steps that bring whatever is at a kink to its active side.
+    """
+
+    problem: ConicProblem
+    point: ConicPoint
+    slack: Tensor
+    tilt: ConicPoint
+    error: Tensor
+    lipschitz: FloatArray
+    weak: Tensor
+    xi_side: Tensor
+    v_side: Tensor
+
+    def select(self, elements: Tensor) -> Located:
+        """The same of some elements."""
+        if torch.equal(elements, torch.arange(self.problem.batch_size, device=elements.device)):
+            return self
+        return Located(
+            self.problem.select(elements), self.point.select(elements), self.slack[elements],
+            self.tilt.select(elements), self.error[elements], self.lipschitz[elements.cpu().numpy()],
+            self.weak[elements], self.xi_side[elements], self.v_side[elements],
+        )  # fmt: skip
+
+
+def known_point(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint) -> Located:
+    """Points in units of order 1, with their kinks, refined where they are not known well enough."""
+    tilt = ConicPoint(*(tensor.to(point.x.dtype) for tensor in tilt))
+    curved = not problem.structure.cones.is_polyhedral
+    error = optimality_residual(problem, point, slack)
+    located = _locate(problem, point, slack, tilt, error)
+    rough = error > KNOWN_WELL if curved else (error > KNOWN) | (located.weak & (error > KNOWN_WELL))
+    if not bool(rough.any()):
+        return located
+    elements = rows_where(rough)
+    refined = refine(problem, point, slack, elements)
+    point, slack = ConicPoint(*(tensor.clone() for tensor in point)), slack.clone()
+    for whole, values in zip((*point, slack, error), (*refined.point, refined.slack, refined.after), strict=True):
+        whole[elements] = values
+    return _locate(problem, point, slack, tilt, error)
+
+
+def _locate(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint, error: Tensor) -> Located:
+    """The kinks nearby."""
+    structure, cones = problem.structure, problem.structure.cones
+    tolerance = (100 * error).clamp(KINK, 1e-3)[:, None]
+    v = point.y - slack
+    if cones.is_polyhedral:
+        near = v.abs() <= tolerance
+        near[:, : cones.zero] = False
+        lipschitz = np.zeros(problem.batch_size)
+    else:
+        found, lipschitz = kinks(cones, v.detach().cpu().numpy(), tolerance[:, 0].cpu().numpy())
+        near = from_numpy(found).to(v.device)
+    weak, xi_side = near.any(-1), torch.zeros_like(point.x)
+    if structure.has_bounds:
+        lower, upper = problem.full_bounds()
+        above = ((point.z - (upper - point.x)).abs() <= tolerance) & (lower < upper)
+        below = ((-point.z - (point.x - lower)).abs() <= tolerance) & (lower < upper)
+        weak = weak | above.any(-1) | below.any(-1)
+        xi_side = (above.double() - below.double()) * 2 * tolerance
+    v_side = torch.zeros_like(v)
+    if bool(weak.any()):
+        direction = from_numpy(interior_direction(cones)).to(v.device)
+        v_side = torch.where(near, 2 * tolerance * direction, 0.0)
+    return Located(problem, point, slack, tilt, error, lipschitz, weak, xi_side, v_side)

@@ -1,0 +1,248 @@
+"""Complementary points of a batch of programs, what is left of the optimality conditions there, and Newton's steps.
+
+The map from (ξ, v) to points, and F, are those of :mod:`lpgd.solvers.kkt.refinement`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpgd.arrays import from_numpy, rows_where
+from lpgd.cones.projections import SpectralDerivative, project, projection_derivative
+from lpgd.problems.base import maximum_norm
+from lpgd.problems.conic.elements import ElementView
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.residuals import Products
+from lpgd.problems.conic.structure import ConicPoint, per_element
+from lpgd.solvers.kkt.factored import Factored
+from lpgd.solvers.kkt.rank import NEAR
+from lpgd.solvers.kkt.schur import MixedSystem, Part, SchurFactor, System
+from lpgd.solvers.kkt.system import KKTPoints, Known, respond
+
+__all__ = ["ENOUGH", "Points"]
+
+ENOUGH = 1e-14
+"""Points whose F is no larger than this are left alone."""
+WORST = 1e13
+"""Steps by systems with a larger condition are damped."""
+CORRECTIONS, LEFT = 6, 1e-13
+"""How often a response by the system of a point nearby is corrected, and what may then be left of its equations."""
+AHEAD = 5
+"""So many steps are looked ahead."""
+
+
+class Points:
+    """The map from (ξ, v) to points of a problem, F, and steps."""
+
+    def __init__(self, problem: ConicProblem) -> None:
+        self.problem = problem
+        self.lower, self.upper = problem.full_bounds() if problem.structure.has_bounds else (None, None)
+
+    def select(self, elements: Tensor) -> Points:
+        if elements.shape[0] == self.problem.batch_size:
+            return self
+        return Points(self.problem.select(elements))
+
+    def start(self, point: ConicPoint, slack: Tensor) -> tuple[Tensor, Tensor]:
+        """(ξ, v): (B, n) and (B, m); multipliers of absent bounds are left out."""
+        v = point.y - slack
+        v[:, : self.problem.structure.cones.zero] = point.y[:, : self.problem.structure.cones.zero]
+        if self.lower is None or self.upper is None:
+            return point.x.clone(), v
+        z = torch.where(torch.isfinite(self.upper), point.z, point.z.clamp(max=0.0))
+        z = torch.where(torch.isfinite(self.lower), z, z.clamp(min=0.0))
+        return point.x + z, v
+
+    def point(self, xi: Tensor, v: Tensor) -> tuple[ConicPoint, Tensor]:
+        """The complementary point and its slack."""
+        (x, z), (y, slack) = self._clipped(xi), self._split(v)
+        return ConicPoint(x, y, z), slack
+
+    def _clipped(self, xi: Tensor) -> tuple[Tensor, Tensor]:
+        """The variables and their bounds' multipliers."""
+        if self.lower is None or self.upper is None:
+            return xi.clone(), torch.zeros_like(xi)
+        x = torch.minimum(torch.maximum(xi, self.lower), self.upper)
+        return x, xi - x
+
+    def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """``Π(v)`` and ``Π(v) - v``, computed so that neither cancels where all cones are orthants."""
+        cones = self.problem.structure.cones
+        if cones.is_polyhedral:
+            y = v.clamp(min=0.0)
+            y[:, : cones.zero] = v[:, : cones.zero]
+            slack = (-v).clamp(min=0.0)
+            slack[:, : cones.zero] = 0.0
+            return y, slack
+        # By Moreau's decomposition Π(v) = v + P_K(-v): one projection for both.
+        slack = from_numpy(project(cones, -v.detach().cpu().numpy())).to(v.device)
+        return v + slack, slack
+
+    def pieces(self, xi: Tensor, v: Tensor) -> Tensor:
+        """(B, nonnegative rows + n) which inequalities are active (1), and at which bounds variables are (-1, 1)."""
+        row_pieces = (v[:, self.problem.structure.cones.sections["nonnegative"]] > 0).to(torch.int8)
+        if self.lower is None or self.upper is None:
+            return row_pieces
+        return torch.cat([row_pieces, (xi > self.upper).to(torch.int8) - (xi < self.lower).to(torch.int8)], 1)
+
+    def residual(self, xi: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """|F| (B,), and its parts (B, n) and (B, m)."""
+        point, slack = self.point(xi, v)
+        return self.residual_of(point, slack, Products.of(self.problem, point))
+
+    def residual_of(self, point: ConicPoint, slack: Tensor, products: Products) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of a complementary point."""
+        problem = self.problem
+        q, b = (per_element(datum, problem.batch_size) for datum in (problem.data.q, problem.data.b))
+        slope = products.Px + q + products.Aty + point.z
+        row_error = products.Ax + slack - b
+        return torch.maximum(maximum_norm(slope), maximum_norm(row_error)), slope, row_error
+
+    def ahead(
+        self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, row_error: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """The best of a few whole steps: the number of steps there (B,), the point (ξ, v), and its |F| (B,)."""
+        best_xi, best_v, best = xi.clone(), v.clone(), error.clone()
+        count = torch.zeros(error.shape[0], dtype=torch.int64, device=error.device)
+        left, chosen = torch.arange(error.shape[0], device=error.device), self
+        for number in range(1, AHEAD + 1):
+            d_xi, d_v = chosen.step(xi, v, error, slope, row_error)
+            xi, v = xi + d_xi, v + d_v
+            error, slope, row_error = chosen.residual(xi, v)
+            better = error < best[left]  # false for NaN
+            improved = left[better]
+            best_xi[improved], best_v[improved], best[improved] = xi[better], v[better], error[better]
+            count[improved] = number
+            going = (best[left] > ENOUGH) & torch.isfinite(error)
+            if not bool(going.any()):
+                break
+            if not bool(going.all()):
+                left = left[going]
+                xi, v, error, slope, row_error = (tensor[going] for tensor in (xi, v, error, slope, row_error))
+                chosen = self.select(left)
+        return count, (best_xi, best_v), best
+
+    def regular_step(
+        self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, row_error: Tensor
+    ) -> tuple[Tensor, Tensor, System | None]:
+        """:meth:`step`, and the systems, which can be kept where they are on the CPU."""
+        if self.problem.device.type != "cpu":
+            return *self.step(xi, v, error, slope, row_error), None
+        factored = self.factored(xi, v)
+        d_xi, d_v = self.chord(factored, slope, row_error)
+        near = from_numpy((factored.condition < WORST) & (factored.inverse * error.numpy() < NEAR))
+        near &= torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)
+        left = (~near).nonzero()[:, 0]
+        if left.shape[0]:
+            d_xi[left], d_v[left] = self.select(left).step(xi[left], v[left], error[left], slope[left], row_error[left])
+        return d_xi, d_v, factored
+
+    def response(self, factored: System, xi: Tensor, v: Tensor, tilt: ConicPoint) -> tuple[ConicPoint, Tensor]:
+        """The derivative of a solution (ξ, v) along a tilt, and (B,) whether it is exact to rounding.
+
+        By the system of a point nearby: what that leaves of the derivative of F here is solved for again.
+        """
+        problem, structure = self.problem, self.problem.structure
+        cones, count = structure.cones, problem.batch_size
+        held = torch.zeros_like(xi, dtype=torch.bool)
+        if self.lower is not None and self.upper is not None:
+            held = (xi > self.upper) | (xi < self.lower) | (self.lower >= self.upper)
+        active = v >= 0
+        active[:, : cones.zero] = True
+        curved = None if cones.is_polyhedral else projection_derivative(cones, v.numpy(), dual=True)
+        size = torch.stack([maximum_norm(direction) for direction in tilt]).amax(0)
+        change = ConicPoint(*(torch.zeros_like(direction) for direction in tilt))
+        right, exact = (tilt.x, tilt.y, tilt.z), torch.zeros(count, dtype=torch.bool)
+        d_xi, d_v, finite = torch.zeros_like(xi), torch.zeros_like(v), torch.ones(count, 1, dtype=torch.bool)
+        for _ in range(CORRECTIONS):
+            more_xi, more_v = self.chord(factored, *right)
+            going = ~exact[:, None]  # the others stay as they are, whatever becomes of these
+            finite &= torch.isfinite(more_xi).all(-1)[:, None] | ~going
+            d_xi = torch.where(going, torch.where(finite, d_xi + more_xi, 0.0), d_xi)
+            d_v = torch.where(going, torch.where(finite, d_v + more_v, 0.0), d_v)
+            dx = torch.where(held, -tilt.z, d_xi)
+            dz = torch.where(held, d_xi - dx, 0.0)
+            dy = torch.where(active, d_v, 0.0) if curved is None else _applied(curved, d_v)
+            change = ConicPoint(dx, dy, dz)
+            slope = tilt.x + problem.quadratic_product(dx) + structure.constraint.rmatvec(problem.data.A, dy) + dz
+            row_error = tilt.y + structure.constraint.matvec(problem.data.A, dx) + dy - d_v
+            row_error[:, : cones.zero] = (tilt.y + structure.constraint.matvec(problem.data.A, dx))[:, : cones.zero]
+            error = torch.maximum(maximum_norm(slope), maximum_norm(row_error))
+            largest = torch.maximum(size, torch.maximum(maximum_norm(d_xi), maximum_norm(d_v)))
+            exact |= finite[:, 0] & (error <= LEFT * largest)
+            if bool(exact.all()):
+                break
+            right = slope, row_error, torch.zeros_like(slope)
+        return change, exact
+
+    def step(self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, row_error: Tensor) -> tuple[Tensor, Tensor]:
+        """``(dξ, dv)`` of Newton's method."""
+        problem = self.problem
+        point, slack = self.point(xi, v)
+        lower, upper = problem.full_bounds()
+        tensors = (*point, slack, slope, row_error, torch.zeros_like(slope), lower, upper)
+        points = KKTPoints(*(tensor.detach().cpu().numpy() for tensor in tensors))
+        view, count = ElementView(problem), problem.batch_size
+        matrices = (view.rows(name, range(count)) for name in ("P", "A"))
+        P, A = (np.broadcast_to(matrix, (count, matrix.shape[1])) for matrix in matrices)
+        known = Known(error.cpu().numpy(), np.zeros(count), damped=True)
+        change = respond(problem.structure, 0.0, P, A, points, known)
+        dx, dy, dz = (from_numpy(array).to(xi.device) for array in change[:3])
+        moved = problem.structure.constraint.matvec(problem.data.A, dx) + row_error
+        # What the equalities' slack would be is a part of F, not of v.
+        moved[:, : problem.structure.cones.zero] = 0.0
+        return dx + dz, dy + moved
+
+    def factored(self, xi: Tensor, v: Tensor, factor: SchurFactor | None = None) -> System:
+        """The system of Newton's method at a point, to be solved for several right-hand sides.
+
+        Args:
+            xi, v: the point.
+            factor: of these elements, where it is known; each element's system is made from it if its P is definite.
+        """
+        factor = SchurFactor.of(self.problem) if factor is None else factor
+        if factor is None:
+            return self._own_system(xi, v)
+        if bool(factor.fine.all()):
+            return factor.at(self.pieces(xi, v))
+        fine = factor.fine.repeat(xi.shape[0] // factor.fine.shape[0])
+        parts: list[Part] = []
+        if bool(fine.any()):
+            by_factor = rows_where(fine)
+            pieces = self.select(by_factor).pieces(xi[by_factor], v[by_factor])
+            parts.append(Part(by_factor, factor.select(by_factor).at(pieces)))
+        others = rows_where(~fine)
+        parts.append(Part(others, self.select(others)._own_system(xi[others], v[others])))
+        return MixedSystem(parts, xi.shape[0])
+
+    def _own_system(self, xi: Tensor, v: Tensor) -> Factored:
+        problem, (x, z) = self.problem, self._clipped(xi)
+        view, count = ElementView(problem), problem.batch_size
+        matrices = (view.rows(name, range(count)) for name in ("P", "A"))
+        P, A = (np.broadcast_to(matrix, (count, matrix.shape[1])) for matrix in matrices)
+        arrays = (tensor.numpy() for tensor in (x, v, z, *problem.full_bounds()))
+        return Factored(problem.structure, 0.0, P, A, *arrays)
+
+    def chord(
+        self, factored: System, slope: Tensor, row_error: Tensor, bounds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``(dξ, dv)`` for what is left of F, ``slope`` (B, n) and ``row_error`` (B, m), by a system of another point.
+
+        ``bounds`` (B, n) is by how much bounds move down.
+        """
+        shift = torch.zeros_like(slope) if bounds is None else bounds
+        change = factored.solve(*(tensor.numpy() for tensor in (slope, row_error, shift)))
+        dx, dy, dz = (from_numpy(array) for array in change)
+        finite = torch.isfinite(dx).all(-1) & torch.isfinite(dy).all(-1)  # else singular
+        if not bool(finite.all()):
+            dx, dy, dz = (torch.where(finite[:, None], tensor, 0.0) for tensor in (dx, dy, dz))
+        moved = self.problem.structure.constraint.matvec(self.problem.data.A, dx) + row_error
+        moved[:, : self.problem.structure.cones.zero] = 0.0
+        return torch.where(finite[:, None], dx + dz, torch.nan), torch.where(finite[:, None], dy + moved, torch.nan)
+
+
+def _applied(derivative: SpectralDerivative, vectors: Tensor) -> Tensor:
+    """The derivative of the projections of k points, times (k, m)."""
+    return from_numpy(derivative.apply(vectors.numpy().ravel())).reshape(vectors.shape)
