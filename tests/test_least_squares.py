@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -299,3 +301,38 @@ def test_the_rank_tolerance_decides_what_counts_as_zero():
 def test_flags_that_are_given_numbers_are_refused(options, message):
     with pytest.raises(TypeError, match=message):
         LeastSquares(**options)
+
+
+def _by_normal_equations(inputs: list[Tensor], cotangent: Tensor, bias: bool) -> tuple[list[Any], ...]:
+    """y and the gradients of ``<cotangent, y>`` of one problem, by 50 digits."""
+    A, b, weights, ridge = (tensor.tolist() for tensor in inputs)
+    with mpmath.workdps(50):
+        D = mpmath.matrix([row + [1.0] * bias for row in A])
+        W, penalty = mpmath.diag(weights), mpmath.diag([ridge] * len(A[0]) + [0.0] * bias)
+        H = D.T * W * D + penalty
+        y, s = (mpmath.lu_solve(H, right) for right in (D.T * W * mpmath.matrix(b), mpmath.matrix(cotangent.tolist())))
+        residual, moved = mpmath.matrix(b) - D * y, D * s
+        on_A = [
+            [float(w * (residual[i] * s[j] - moved[i] * y[j])) for j in range(len(A[0]))] for i, w in enumerate(weights)
+        ]
+        on_b = [float(w * moved[i]) for i, w in enumerate(weights)]
+        on_weights = [float(residual[i] * moved[i]) for i in range(len(b))]
+        on_ridge = float(-sum(y[j] * s[j] for j in range(len(A[0]))))
+        return [float(entry) for entry in y], on_A, on_b, on_weights, [on_ridge]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("bias", [False, True])
+def test_wide_problems_have_all_digits_however_small_their_residuals(scale: float, bias: bool) -> None:
+    """A ridge of 1 beside entries of 1e6: residuals are 1e-12, and so is what A sees of the response of size 1."""
+    random = torch.Generator().manual_seed(int(bias))
+    A = scale * torch.randn(3, 6, generator=random, dtype=torch.float64)
+    b, cotangent = (torch.randn(size, generator=random, dtype=torch.float64) for size in (3, 6 + bias))
+    weights = 0.1 + torch.rand(3, generator=random, dtype=torch.float64)
+    inputs = [A, b, weights, torch.tensor(0.8, dtype=torch.float64)]
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    y = NodeLayer(LeastSquares(weighted=True, ridge=True, bias=bias))(*leaves)
+    found = [y, *torch.autograd.grad(y @ cotangent, leaves)]
+    for value, expected in zip(found, _by_normal_equations(inputs, cotangent, bias), strict=True):
+        right = torch.tensor(expected, dtype=torch.float64).reshape(value.shape)
+        assert torch.allclose(value.detach(), right, rtol=0, atol=1e-12 * float(right.abs().max()))

@@ -27,6 +27,7 @@ from lpgd.nodes.least_squares.minimum_norm import (
     minimum_norm_constraint,
     solve_minimum_norm,
 )
+from lpgd.nodes.least_squares.wide import WideFactor, differentiate_wide, is_wide, solve_wide, wide_factor
 from lpgd.status import Status
 
 __all__ = ["LeastSquares"]
@@ -39,7 +40,8 @@ class LeastSquares(BaseNode):
         minimise over y = (x, t):   ½Σ_i w_i (A_i x + t - b_i)² + (ridge/2) |x|²
 
     without weights, ridge and intercept t unless asked for.  One QR factorisation serves forward and backward pass; a
-    matrix that the whole batch shares is factorised once.  Inputs, for each element:
+    matrix that the whole batch shares is factorised once.  With a ridge and fewer rows than columns it is that of the
+    dual, whose unknowns are the residuals.  Inputs, for each element:
 
         A         (m, n)
         b         (m,), or with ``columns`` (m, k): k problems with the same matrix
@@ -142,6 +144,10 @@ class LeastSquares(BaseNode):
             basis = minimum_norm_basis(data, self.rank_tolerance) if aux is None else Basis(*aux)
             y, cotangent = self._as_columns(y, cotangent)
             return self._in_inputs(inputs, differentiate_minimum_norm(data, y, basis, cotangent))
+        if is_wide(data, self.bias):
+            known = wide_factor(data, self.bias) if aux is None else WideFactor(*aux)
+            cotangent = cotangent if self.columns else cotangent[..., None]
+            return self._in_inputs(inputs, differentiate_wide(data, known, self.bias, cotangent))
         R = aux[0] if aux is not None else factor(data)
         y, cotangent = self._as_columns(y, cotangent)
         return self._in_inputs(inputs, differentiate_least_squares(data, y, R, cotangent))
@@ -198,8 +204,11 @@ class LeastSquares(BaseNode):
             y = y if linear is None else y + basis.outside(linear) / (1.0 + rho)
             nu = basis.inside(pull - (1.0 + rho) * y).flatten(1)  # (1 + ρ) y - pull + V ν = 0
             aux, regular = tuple(basis), torch.ones(1, dtype=torch.bool)
+        elif is_wide(data := self._regression(inputs, rho), has_free := self.bias and not rho):
+            aux = wide_factor(data, has_free)
+            y, regular = solve_wide(data, aux, has_free, linear)
         else:
-            y, R, regular = solve_least_squares(self._regression(inputs, rho), linear)
+            y, R, regular = solve_least_squares(data, linear)
             aux = (R,)
         _, b, weights, ridge = self._named(inputs)
         batch = b.shape[0]
