@@ -13,7 +13,7 @@ from lpgd.gradients.implicit import conic
 from lpgd.problems import ConicPoint
 from lpgd.problems.conic.solution import NEWTON
 from lpgd.solvers import ConicSolver
-from lpgd.solvers.kkt import refinement
+from lpgd.solvers.kkt import points
 from lpgd.solvers.perturbed_points import PerturbedPoints
 from tests.problem_table import CASES, REGULAR, Case
 from tests.test_gradients import planted_solution
@@ -117,7 +117,7 @@ def test_what_is_found_does_not_depend_on_the_batch() -> None:
     case, solver = by_name("every cone"), lpgd.SCS()
     solution, tilt = solver.solve(case.problem), tilt_of(case)
     unit = torch.ones(3, dtype=torch.float64)
-    points = []
+    found_points = []
     for rows in ([0, 1, 2], [1]):
         index = torch.tensor(rows)
         part = solution.select(index)
@@ -126,8 +126,8 @@ def test_what_is_found_does_not_depend_on_the_batch() -> None:
         steps = both_sides(1e-3, len(rows))
         found = near.solve(part.problem.tilt(steps, tilt.select(index)), steps, (), None)
         assert set(found.solvers) == {NEWTON}
-        points.append(found.select(torch.tensor([rows.index(1), len(rows) + rows.index(1)])).point)
-    for own, other in zip(*points, strict=True):
+        found_points.append(found.select(torch.tensor([rows.index(1), len(rows) + rows.index(1)])).point)
+    for own, other in zip(*found_points, strict=True):
         torch.testing.assert_close(own, other, atol=1e-13, rtol=0)
 
 
@@ -147,7 +147,7 @@ def test_refinements_last_factorisation_serves_the_exact_backward_pass(
         raise AssertionError("a second factorisation")
 
     monkeypatch.setattr(conic, "respond", refuse)
-    monkeypatch.setattr(refinement, "Factored", refuse)
+    monkeypatch.setattr(points, "Factored", refuse)
     change, info = ImplicitKKT().response(solution, tilt)
     assert info.used == ["implicit" if own else "zero cotangent" for own in refined.tolist()]
     for own, other in zip(change, expected, strict=True):

@@ -25,6 +25,8 @@ from torch import Tensor
 import lpgd
 
 SIZE, BATCH = 4, 6
+MANY = 1000
+"""So many steps take much longer than an interrupt; one that is lost is not survived."""
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -89,12 +91,12 @@ def main() -> None:
                 training.survived.append("worker")
                 os.kill(next(process.pid or 0 for process in multiprocessing.active_children()), signal.SIGKILL)
             if "interrupt" in events and here == 2 * steps // 3 and "interrupt" not in training.survived:
-                timer = threading.Timer(0.002, os.kill, (os.getpid(), signal.SIGINT))
-                timer.start()
                 before = training.weight.detach().clone(), training.optimizer.state_dict()
                 training.save()
+                timer = threading.Timer(0.002, os.kill, (os.getpid(), signal.SIGINT))
                 try:
-                    while True:
+                    timer.start()  # not sooner: what is interrupted is a step
+                    for _ in range(MANY):
                         training.one(False)
                 except KeyboardInterrupt:
                     training.survived.append("interrupt")

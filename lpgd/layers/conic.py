@@ -193,10 +193,8 @@ def _slack(structure: ConicStructure, data: ConicData, x: Tensor, info: CallInfo
     solution, usable = info.solution, info.usable
     assert solution is not None
     assert usable is not None
-    b, A = per_element(data.b, x.shape[0]), data.A
-    if not torch.isfinite(A).all():
-        # Those are numbers of elements without a solution, and of absent rows, whose slack is b, infinite.
-        A = torch.where(torch.isfinite(A), A, 0.0)
+    # What is not finite are numbers of elements without a solution, and of absent rows, whose slack is b, infinite.
+    b, A = per_element(data.b, x.shape[0]), torch.nan_to_num(data.A, 0.0, 0.0, 0.0)
     if not solution.failed:
         return b - structure.constraint.matvec(A, x)
     s = b - structure.constraint.matvec(A, torch.where(usable, x, 0.0))

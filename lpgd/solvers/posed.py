@@ -32,8 +32,9 @@ __all__ = ["VERDICTS", "Posed", "better_lengths", "judged", "pose"]
 
 EXACT = 1e-12
 """A point at which no more than this is left of the optimality conditions is not refined."""
-STEPS = 8
-"""Of Newton's method, at most: where rows are nearly parallel a solver's point takes more than the usual two."""
+STEPS, FEW = 8, 3
+"""Of Newton's method, at most: where rows are nearly parallel a solver's point takes more than the usual two.  One that
+the solver itself does not call solved gets few."""
 ACCEPTED = 1e-6
 """A relative residual above this, and above ten tolerances, turns a solver's "solved" into INACCURATE."""
 FINISHED = 1e-10
@@ -266,7 +267,8 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> tuple[Conic
     if not elements:
         return replace(answer, known_to=known_to, refined=taken), products if bool(exact.all()) else None
     chosen = as_index(elements, problem.device)
-    found = refine(problem, answer.point, answer.slack, chosen, steps=STEPS, keep=True)
+    steps = torch.tensor([STEPS if answer.statuses[element].usable else FEW for element in elements])
+    found = refine(problem, answer.point, answer.slack, chosen, steps=steps.to(chosen.device), keep=True)
     better = found.after < found.before
     improved = torch.tensor(elements, device=problem.device)[better]
     changes = {name: getattr(answer, name).clone() for name in ("x", "y", "z", "slack")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -279,7 +279,14 @@ class SparsityPattern:
 
 
 def _is_plain(*tensors: Tensor) -> bool:
-    """Whether these are float64 on the CPU with nothing for autograd to record: NumPy will do."""
+    """Whether these are float64 on the CPU with nothing for autograd or torch.func to record: NumPy will do."""
     return all(
-        tensor.device.type == "cpu" and tensor.dtype == torch.float64 and not tensor.requires_grad for tensor in tensors
+        tensor.device.type == "cpu"
+        and tensor.dtype == torch.float64
+        and not tensor.requires_grad
+        and not _is_wrapped(tensor)
+        for tensor in tensors
     )
+
+
+_is_wrapped: Callable[[Tensor], bool] = cast(Any, torch._C)._functorch.is_functorch_wrapped_tensor

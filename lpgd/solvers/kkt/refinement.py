@@ -34,9 +34,9 @@ DENSE, SPARSE, FILLED = 300, 50_000, 20
 """Steps are cheap up to so many variables and rows, or so many entries with so many in a row on average."""
 LENGTHS = (1.0, 0.5, 0.25)
 """The lengths at which a step is tried."""
-CHORDS, CLOSE, FALL, FLOOR = 3, 1e-3, 0.1, 1e-13
+CHORDS, CLOSE, FALL = 3, 1e-3, 0.1
 """Where a step has reduced |F| to a smaller share than ``CLOSE``, up to so many steps by the same system follow, as
-long as each reduces |F| to ``FALL`` of it; what is left below ``FLOOR`` where it does not is rounding."""
+long as each reduces |F| to ``FALL`` of it."""
 STUCK, GAIN = 1e-12, 0.1
 """Of small problems, points with a larger |F|, relative to their size, that no step reduces are looked ahead from; |F|
 has to fall to a share."""
@@ -93,7 +93,7 @@ def refine(
     slack: Tensor,
     elements: Tensor,
     *,
-    steps: int = 3,
+    steps: int | Tensor = 3,
     keep: bool = False,
 ) -> Refined:
     """Newton's method from a point, for some elements of a batch.
@@ -102,7 +102,7 @@ def refine(
         problem: in units in which its terms are of order 1: F is measured as it is.  Integers are not looked at.
         point, slack: a solver's answer for all B elements; for conic programs without integer variables.
         elements: which to refine.
-        steps: at most.
+        steps: at most, of all or (E,) of each.
         keep: the systems of the last steps, for the derivative of the solutions.
     """
     kept: list[KeptFactor] = []
@@ -114,7 +114,9 @@ def refine(
     before, taken = error.clone(), torch.zeros(elements.shape[0], dtype=torch.int64, device=problem.device)
     left = error > ENOUGH  # false for NaN
     stuck = torch.zeros_like(left)
-    for _ in range(steps):
+    limit = torch.full_like(taken, steps) if isinstance(steps, int) else steps
+    for number in range(int(limit.max()) if limit.numel() else 0):
+        left &= limit > number
         todo = rows_where(left)
         if not todo.shape[0]:
             break
@@ -154,7 +156,7 @@ def refine(
             for whole, fresh in zip((xi, v, error, slope, row_error), (new_xi, new_v, *found), strict=True):
                 whole[moved] = fresh[better]
             taken[moved] += 1
-            left[todo] &= error[todo] > torch.where(going, ENOUGH, FLOOR)
+            left[todo] &= error[todo] > ENOUGH
             going &= left[todo]
     stuck &= error > STUCK
     if is_small(problem.structure) and bool(stuck.any()):
