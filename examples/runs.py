@@ -47,6 +47,7 @@ class Ranks:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
         try:
             yield cls()
+            dist.barrier()  # one that leaves while another still talks to it may abort when its interpreter ends
         finally:
             dist.destroy_process_group()
 
