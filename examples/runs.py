@@ -9,7 +9,7 @@ import sys
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,16 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-__all__ = ["Ranks", "Run", "interruption"]
+__all__ = ["Ranks", "Run", "interruption", "leave"]
+
+
+def leave(status: int | None) -> NoReturn:
+    """End the process with this status; under torchrun at once, for threads that gloo has left may abort its end."""
+    if not dist.is_torchelastic_launched():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 class Ranks:

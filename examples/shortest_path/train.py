@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.runs import Ranks, Run, interruption
+from examples.runs import Ranks, Run, interruption, leave
 
 from .data import Maps, generate_maps
 from .grid import path_costs
@@ -306,4 +305,4 @@ def _train_all(options: argparse.Namespace, test: Maps, ranks: Ranks) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lpgd
-from examples.runs import Ranks, Run, interruption
+from examples.runs import Ranks, Run, interruption, leave
 
 from .data import DEFAULT_GIVENS, Boards, cached_boards, decode, load_boards, one_hot, split_boards
 from .model import CONSTRAINTS, METHODS, SudokuModel, board_error, board_loss, gradient_method, sudoku_layer
@@ -351,4 +350,4 @@ def _train(options: argparse.Namespace, seed: int, train: Boards, test: Boards, 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
