@@ -110,14 +110,15 @@ TRAINERS: dict[str, Callable[[], Step]] = {
 
 
 def growth(name: str, steps: int) -> dict[str, Any]:
-    """Megabytes by which the process grows from a tenth of the steps to their end."""
+    """Megabytes by which the process grows from a tenth of the steps to their end, and the most idle workspaces."""
     torch.manual_seed(0)
-    step, start = TRAINERS[name](), 0
+    step, start, idle = TRAINERS[name](), 0, 0
     for number in range(steps):
         step()
+        idle = max(idle, len(workspaces.idle))
         if number == steps // 10:
             start = resident()
-    report = {"name": name, "steps": steps, "grown": (resident() - start) / 2**20}
+    report = {"name": name, "steps": steps, "grown": (resident() - start) / 2**20, "idle": idle}
     workspaces.clear()
     return report
 

@@ -1,7 +1,4 @@
-"""A process of its own that measures what prepared solvers hold, or how a process grows; prints lines of JSON.
-
-Arguments: ``held`` or ``growth`` (``growth=10000`` for so many steps), and names of solvers.
-"""
+"""A process of its own that measures what prepared solvers hold; prints lines of JSON.  Arguments: names of solvers."""
 
 from __future__ import annotations
 
@@ -10,14 +7,12 @@ import gc
 import json
 import os
 import sys
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
 
-from lpgd import Cones, QPLayer
-from lpgd.execution.workspaces import workspaces
+from lpgd import Cones
 from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers import DAQP, ECOS, OSQP, PIQP, SCS, Clarabel, HiGHS, ProxQP
@@ -28,7 +23,6 @@ from lpgd.solvers.backends.moreau_rows import MoreauForm
 SOLVERS: dict[str, Any] = {
     solver.name: solver for solver in (SCS(), OSQP(), ECOS(), Clarabel(), DAQP(), HiGHS(), PIQP(), ProxQP())
 }
-STEPS, BATCH = 120, 2
 WAYS = (ACTIVE_SET, IPM)
 
 
@@ -95,29 +89,8 @@ def held_in_batches(method: str, n: int, dense: bool) -> dict[str, Any]:
     return {"solver": method, "n": n, "dense": dense, "stated": memory(layout, method, batch), "held": used}
 
 
-def growth(name: str, steps: int = STEPS) -> dict[str, Any]:
-    """Training with new matrices in each step: how much the process grows after a quarter of the steps."""
-    torch.manual_seed(0)
-    layer, eye = QPLayer(solver=name, on_error="nan"), torch.eye(8, dtype=torch.float64)
-    start, most = 0, 0
-    for step in range(steps):
-        root = torch.randn(BATCH, 8, 8, dtype=torch.float64)
-        q, G = torch.randn(BATCH, 8, dtype=torch.float64), torch.randn(BATCH, 8, 8, dtype=torch.float64)
-        layer(root @ root.mT + eye, q, G=G, h=torch.ones(8, dtype=torch.float64))
-        most = max(most, len(workspaces.idle))
-        if step == steps // 4:
-            start = resident()
-    report = {"solver": name, "steps": steps, "grown": (resident() - start) / 2**20, "idle": most}
-    workspaces.clear()
-    return report
-
-
 def main() -> None:
-    warnings.simplefilter("ignore")
-    for name in sys.argv[2:]:
-        if sys.argv[1].startswith("growth"):
-            print(json.dumps(growth(name, int(sys.argv[1].partition("=")[2] or STEPS))), flush=True)
-            continue
+    for name in sys.argv[1:]:
         for n, dense in ((8, True), (40, True), (60, False)):
             for report in (
                 [held(name, n, dense)] if name in SOLVERS else [held_in_batches(way, n, dense) for way in WAYS]

@@ -156,8 +156,8 @@ def annealed_sinkhorn(
         cost.new_empty(batch),
         torch.empty(batch, dtype=torch.int64),
     )
-    for block in torch.arange(batch).tensor_split(-(-batch // width)):
-        elements = slice(int(block[0]), int(block[-1]) + 1)
+    for first in range(0, batch, width):
+        elements = slice(first, first + width)
         chosen = [tensor[elements] for tensor in inputs]
         found = _annealed(*chosen, gamma=gamma, tolerance=tolerance, iterations=iterations)
         for values, answer in zip(whole, found, strict=True):

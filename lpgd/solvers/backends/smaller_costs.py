@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import numpy as np
 
 from lpgd.problems.base import State
@@ -34,5 +36,6 @@ class WithSmallerCosts(Prepared):
         x, y, z = outcome.point
         return outcome._replace(point=IntervalPoint(x, scale * y, scale * z))
 
+    @abstractmethod
     def attempt(self, vectors: IntervalVectors, state: State) -> Outcome:
-        raise NotImplementedError
+        """One try; what :meth:`~lpgd.solvers.backends.prepared.Prepared.solve` asks for."""
