@@ -9,6 +9,7 @@ import highspy
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linprog
 
 import lpgd
 from lpgd.gradients import GradientMethod
@@ -111,3 +112,26 @@ def test_a_row_of_a_fixed_variable_has_no_multiplier_of_its_own(solver: ConicSol
     np.testing.assert_allclose(dq.numpy(), [0.0, -1.0], atol=1e-6)
     with pytest.warns(LpgdWarning):
         torch.autograd.grad(output.x.sum() + output.z.sum(), (q, h))
+
+
+def test_a_variable_without_rows_beside_bounds_and_rows_of_each_element() -> None:
+    """Both perturbed sides of a batch are solved at once: bounds have as many rows as the batch, not as both sides."""
+    G = torch.tensor([[[1.0, 2.0, 0.0], [3.0, 1.0, 0.0]], [[2.0, 1.0, 0.0], [1.0, 1.0, 0.0]]], dtype=torch.float64)
+    h = torch.tensor([[4.0, 5.0], [3.0, 2.5]], dtype=torch.float64)
+    q = torch.tensor([[-1.0, -1.5, 1.0], [-2.2, -1.5, -1.0]], dtype=torch.float64)
+    lower = torch.tensor([[0.0, 0.0, -1.0], [0.0, 0.0, -2.0]], dtype=torch.float64)
+    upper = torch.tensor([[9.0, 9.0, 1.0], [9.0, 9.0, 3.0]], dtype=torch.float64)
+    costs = q.clone().requires_grad_()
+    output = lpgd.LPLayer(gradient=lpgd.LPGD(tau=2.0))(costs, G=G, h=h, lb=lower, ub=upper)
+    output.x.sum().backward()
+    # The ends of each side are vertices: the minimisers of q ± 2 over the two rows and the box.
+    vertices = [_minimiser(q + sign * 2.0, G, h, lower, upper) for sign in (1.0, -1.0)]
+    np.testing.assert_allclose(output.x.detach().numpy(), _minimiser(q, G, h, lower, upper), atol=1e-9)
+    assert costs.grad is not None
+    np.testing.assert_allclose(costs.grad.numpy(), (vertices[0] - vertices[1]) / 4.0, atol=1e-9)
+
+
+def _minimiser(q: torch.Tensor, G: torch.Tensor, h: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor) -> Any:
+    """By SciPy, one element after the other."""
+    programs = zip(*(tensor.numpy() for tensor in (q, G, h, lower, upper)), strict=True)
+    return np.array([linprog(c, A, b, bounds=np.stack([low, high], 1)).x for c, A, b, low, high in programs])

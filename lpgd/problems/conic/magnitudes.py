@@ -233,7 +233,7 @@ def vector_units(
             index = structure.index(name, D.device)
             finite = torch.where(bound.abs() < INFINITE, bound, 0.0)
             if lonely is not None:
-                finite = torch.where(_each(lonely, problem)[:, index], 0.0, finite)
+                finite = torch.where(_each(lonely, problem)[:, index], 0.0, per_element(finite, size))
             right = _largest_of(right, maximum_norm(times(finite, 1.0 / D[:, index], size)))
     e_q, e_P, e_b = (_exponent(_flat(sizes, size)) for sizes in (q, P, right))
     # A length: of right sides and bounds, or of the minimiser without constraints where they are all (nearly) zero.
