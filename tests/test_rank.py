@@ -199,8 +199,9 @@ def test_a_semidefinite_constraint_with_an_implied_minor(solver: str) -> None:
         np.testing.assert_allclose(gradient, gradients[0], atol=1e-8)
 
 
+@pytest.mark.parametrize("at_kink", [False, True], ids=["", "at a kink"])
 @pytest.mark.parametrize("method", [ImplicitKKT(), LPGD()], ids=["ImplicitKKT", "LPGD"])
-def test_a_plane_that_touches_a_ball_is_said(method: Any) -> None:
+def test_a_plane_that_touches_a_ball_is_said(method: Any, at_kink: bool) -> None:
     # min |x - p|² over the unit ball, and with a plane that touches it there: only the ball has curvature, and the
     # share that it has of the multipliers is the solver's choice.  Alone it gives dx/dp = (I - u uᵀ) / |p|.
     p = np.array([2.0, 1.5])
@@ -208,8 +209,13 @@ def test_a_plane_that_touches_a_ball_is_said(method: Any) -> None:
     x, point = cp.Variable(2), cp.Parameter(2)
     weights = np.array([1.0, -2.0])
     for constraints, touched in (([cp.norm(x) <= 1], False), ([cp.norm(x) <= 1, u @ x <= 1], True)):
-        problem = cp.Problem(cp.Minimize(cp.sum_squares(x - point)), constraints)
-        layer = CvxpyLayer(problem, [point], [x], solver="CLARABEL", gradient=method)
+        objective = cp.sum_squares(x - point)
+        if at_kink and touched:  # a variable beside them, at its bound with a multiplier of zero
+            beside = cp.Variable(nonneg=True)
+            objective, constraints = objective + cp.square(beside - point[0] + p[0]), [*constraints, beside <= 10]
+        layer = CvxpyLayer(
+            cp.Problem(cp.Minimize(objective), constraints), [point], [x], solver="CLARABEL", gradient=method
+        )
         value = torch.from_numpy(p.copy()).requires_grad_()
         loss = (layer(value)[0] * torch.from_numpy(weights)).sum()
         if touched:

@@ -74,7 +74,8 @@ class Findings:
                 self.contradicted.append(element)
                 self.doubt[element] = np.inf
                 continue
-            if element in sided:
+            curved = not fine and single and follows and self.is_curved(shared) and element not in self.steady
+            if element in sided and not curved:  # curvature matters more than a side
                 self.used[element] = "implicit, one-sided"
                 continue
             if fine:
@@ -88,7 +89,7 @@ class Findings:
             elif not follows:
                 self.contradicted.append(element)
                 self.doubt[element] = np.inf
-            elif self.is_curved(shared) and element not in self.steady:
+            elif curved:
                 self.curved.append(element)
                 self.doubt[element] = np.inf
             elif self.concerns(shared):
