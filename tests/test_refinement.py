@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from lpgd import DAQP, ECOS, OSQP, PIQP, SCS, Clarabel, HiGHS, InteriorPoint, Moreau, ProxQP
+from lpgd.arrays import elements_where
 from lpgd.cones.product import Cones
 from lpgd.cones.projections import distance
 from lpgd.problems import ConicData, ConicPoint, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solvers import ConicSolver
+from lpgd.solvers.kkt.points import Points
 from lpgd.solvers.kkt.refinement import optimality_residual, refine
 from tests.problem_table import CASES, REGULAR, Case
 
@@ -97,3 +99,42 @@ def test_a_point_at_the_solution_is_left_alone() -> None:
     refined = refine(case.problem, point, case.problem.slack(point.x).clamp(min=0), torch.arange(3))
     assert refined.before.max() < 1e-13
     torch.testing.assert_close(tuple(refined.point), tuple(case.point), atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.problem.structure.cones.is_polyhedral], ids=repr)
+def test_what_is_said_to_be_singular_is_singular(case: Case) -> None:
+    """Random active sets of every program: a system that the count of its unknowns calls singular has no full rank."""
+    problem, generator = case.problem, np.random.default_rng(0)
+    structure, size = problem.structure, problem.batch_size
+    points = Points(problem)
+    lower, upper = problem.full_bounds()
+    quadratic = problem.structure.quadratic.to_dense(problem.symmetric_P).expand(size, structure.n, structure.n)
+    constraint = structure.constraint.to_dense(problem.data.A).expand(size, structure.m, structure.n)
+    for _ in range(5):
+        xi = torch.from_numpy(10.0 ** generator.uniform(-1, 2) * generator.standard_normal((size, structure.n)))
+        v = torch.from_numpy(generator.standard_normal((size, structure.m)) - generator.uniform(-1, 1))
+        for element in elements_where(points.plainly_singular(xi, v)):
+            free = (xi <= upper)[element] & (xi >= lower)[element] & (lower < upper)[element]
+            active = v[element] >= 0
+            active[: structure.cones.zero] = True
+            B = constraint[element][active][:, free]
+            P = quadratic[element][free][:, free]
+            used = (P != 0).any(0) | (B != 0).any(0)  # others have no column
+            K = np.block(
+                [[P[used][:, used].numpy(), B[:, used].mT.numpy()], [B[:, used].numpy(), np.zeros((len(B),) * 2)]]
+            )
+            assert np.linalg.matrix_rank(K) < len(K)
+
+
+def test_a_point_inside_a_face_is_said_to_be_singular() -> None:
+    """Two free variables in one row cannot both be determined; a third one in no row is left out."""
+    structure = ConicStructure(
+        SparsityPattern.empty(3, 3), SparsityPattern.dense(1, 3), Cones(zero=1), np.arange(3), np.arange(3)
+    )
+    data = ConicData(
+        torch.zeros(0).double(),
+        *(torch.tensor(values).double() for values in ([[0, 0, 0]], [1, 1, 0], [1], [0, 0, 0], [1, 1, 1])),
+    )
+    points = Points(ConicProblem(structure, data, 1))
+    for xi, singular in (([0.5, 0.5, 0.5], True), ([1.5, 0.5, 0.5], False)):
+        assert bool(points.plainly_singular(torch.tensor([xi]).double(), torch.zeros(1, 1).double())) is singular

@@ -172,9 +172,12 @@ def _by_kept_systems(
 
 def _by_factors(located: Located, left: Tensor, answer: ConicPoint, findings: Findings) -> None:
     """The same by systems that are factorised now, at the points themselves."""
-    elements = rows_where(left)
+    points = Points(located.problem)
+    elements = rows_where(left & ~points.plainly_singular(*points.start(located.point, located.slack)))
+    if not elements.shape[0]:
+        return
     chosen = located.select(elements)
-    points = Points(chosen.problem)
+    points = points.select(elements)
     response, exact, doubt = _by_system(points.factored(*points.start(chosen.point, chosen.slack)), chosen)
     solved = elements[exact]
     for whole, values in zip(answer, response, strict=True):

@@ -87,6 +87,36 @@ class Points:
             return row_pieces
         return torch.cat([row_pieces, (xi > self.upper).to(torch.int8) - (xi < self.lower).to(torch.int8)], 1)
 
+    def plainly_singular(self, xi: Tensor, v: Tensor) -> Tensor:
+        """(B,) where the system of a linear or quadratic program cannot be regular, by the number of its unknowns.
+
+        That is so where more rows are active than variables are free, and, inside a face, where fewer rows are active
+        than free variables without curvature are in them.
+        """
+        problem, structure = self.problem, self.problem.structure
+        active = v >= 0
+        active[:, : structure.cones.zero] = True
+        free = torch.ones_like(xi, dtype=torch.bool)
+        if self.lower is not None and self.upper is not None:
+            free = (xi <= self.upper) & (xi >= self.lower) & (self.lower < self.upper)
+        count = active.sum(1)
+        singular = count > free.sum(1)
+        flat = free & (self._curvature() == 0)
+        if bool(((flat.sum(1) > count) & ~singular).any()):
+            entries = (structure.constraint.to_dense(problem.data.A) != 0).float()
+            involved = (active.float()[:, None] @ entries)[:, 0] > 0
+            singular |= (flat & involved).sum(1) > count
+        return singular
+
+    def _curvature(self) -> Tensor:
+        """(n,) or (B, n) the diagonal of P."""
+        structure, values = self.problem.structure, self.problem.symmetric_P
+        rows, columns = structure.quadratic.rows, structure.quadratic.columns
+        diagonal = values.new_zeros(*values.shape[:-1], structure.n)
+        on = np.flatnonzero(rows == columns)
+        diagonal[..., from_numpy(rows[on])] = values[..., from_numpy(on)]
+        return diagonal
+
     def residual(self, xi: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """|F| (B,), and its parts (B, n) and (B, m)."""
         point, slack = self.point(xi, v)
