@@ -102,7 +102,9 @@ def settle(program: BoxProgram, start: ActiveSet, tolerance: float, regularizati
     sets = ActiveSet(*(mask.repeat(copies, 1) for mask in start.masks))
     elements = torch.arange(size, device=device)
     changes = torch.full((size,), NEAR * (program.n + program.m) / DECAY, device=device)
-    limits, system = _limits(program), None
+    lower, upper = program.full_limits()
+    limits: tuple[Tensor, Tensor] = upper, lower
+    system: NewtonSystem | None = None
     for number in range(1, SYSTEMS + 1):
         pause()
         x, z, sound, system, factorised = _point(
@@ -124,21 +126,6 @@ def settle(program: BoxProgram, start: ActiveSet, tolerance: float, regularizati
         program, sets, changes, elements = program.select(left), corrected.select(left), changed[left], elements[left]
         limits = limits[0][left], limits[1][left]
     return settled
-
-
-def _limits(program: BoxProgram) -> tuple[Tensor, Tensor]:
-    """(B, n) upper and lower bounds, infinite where there is none."""
-    both, ends = [], program.b[:, program.m :]
-    if program.bounded is not None:
-        ends = torch.where(program.bounded > 0, ends, torch.inf)
-    for index, values, sign in (
-        (program.upper, ends[:, : program.uppers], 1.0),
-        (program.lower, ends[:, program.uppers :], -1.0),
-    ):
-        full = ends.new_full((program.size, program.n), torch.inf)
-        full[:, slice(None) if index is None else index] = values
-        both.append(sign * full)
-    return both[0], both[1]
 
 
 def _point(

@@ -91,6 +91,16 @@ class BoxProgram:
             free=None if self.free is None else self.free[elements],
         )  # fmt: skip
 
+    def full_limits(self) -> tuple[Tensor, Tensor]:
+        """(B, n) lower and upper bounds, infinite where there is none."""
+        ends = self.b[:, self.m :]
+        if self.bounded is not None:
+            ends = torch.where(self.bounded > 0, ends, torch.inf)
+        above, below = torch.full((2, self.size, self.n), torch.inf, dtype=ends.dtype, device=ends.device)
+        above[:, slice(None) if self.upper is None else self.upper] = ends[:, : self.uppers]
+        below[:, slice(None) if self.lower is None else self.lower] = ends[:, self.uppers :]
+        return -below, above
+
     def rays(self) -> BoxProgram:
         """``minimise qᵀd`` over the directions d in ``[-1, 1]ⁿ`` with ``P d = 0`` along which no constraint is met."""
         A, e = self.A, self.equalities

@@ -18,6 +18,7 @@ interior-point solver for conic programs with quadratic objectives (2024), secti
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +30,7 @@ from lpgd.solvers.interior_point.active_set import ActiveSet, is_suitable, settl
 from lpgd.solvers.interior_point.box_program import BoxProgram
 from lpgd.solvers.interior_point.equality_system import KeptSystem
 from lpgd.solvers.interior_point.newton_system import Precision, newton_system
+from lpgd.solvers.interior_point.projection import is_projection, near_active_sets
 from lpgd.solvers.interior_point.steps import Iterate, State, assess, homogeneous_step, largest, plain_step
 from lpgd.status import Status
 
@@ -100,16 +102,46 @@ class Answers:
 
 
 def solve_programs(program: BoxProgram, start: ActiveSet | None, limits: Limits, verbose: bool = False) -> Answers:
-    """Solve every program of a batch, from the active sets ``start`` where they are near enough."""
-    if start is None:
-        return _solve_cold(program, limits, verbose)
-    answers = _settled(program, start, limits)
+    """Solve every program of a batch, from active sets where they are near enough.
+
+    Those are first the sets ``start``, and then, of programs that are projections, what Newton's method finds.
+    """
+    answers: Answers | None = None
+    if start is not None:
+        answers = _settled(program, start, limits)
+    if is_projection(program):
+        answers = _others(program, answers, lambda left: _projected(left, limits))
+    return _others(program, answers, lambda left: _solve_cold(left, limits, verbose))
+
+
+def _others(program: BoxProgram, answers: Answers | None, solve: Callable[[BoxProgram], Answers]) -> Answers:
+    """The answers, with those of ``solve`` for elements that are not solved (status -1)."""
+    if answers is None:
+        return solve(program)
     left = rows_where(answers.status < 0)
-    if left.shape[0]:
-        left_program = program if left.shape[0] == program.size else program.select(left)
-        cold = _solve_cold(left_program, limits, verbose)
-        answers.put(left, cold)
-        answers = replace(answers, kept=answers.kept + tuple(kept.moved(left) for kept in cold.kept))
+    if not left.shape[0]:
+        return answers
+    others = solve(program if left.shape[0] == program.size else program.select(left))
+    answers.put(left, others)
+    return replace(answers, kept=answers.kept + tuple(kept.moved(left) for kept in others.kept))
+
+
+def _projected(program: BoxProgram, limits: Limits) -> Answers:
+    """What Newton steps on the active sets of a projection lead to; the status of elements not solved is -1."""
+    near = near_active_sets(program)
+    if near.elements.shape[0] == program.size:
+        answers = _settled(program, near.sets, limits)
+        answers.iterations.add_(near.steps)
+        return answers
+    q, size = program.q, program.size
+    tensors = (q.new_full((size, length), torch.nan) for length in (program.n, program.row_count, program.row_count))
+    status = torch.full((size,), -1, device=q.device)
+    answers = Answers(*tensors, status=status, iterations=torch.zeros_like(status))
+    if near.elements.shape[0]:
+        found = _settled(program.select(near.elements), near.sets, limits)
+        found.iterations.add_(near.steps)
+        answers.put(near.elements, found)
+        answers = replace(answers, kept=tuple(kept.moved(near.elements) for kept in found.kept))
     return answers
 
 
