@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpgd.arrays import FloatArray
-from lpgd.problems.base import States
+from lpgd.problems.base import State, States
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.forms import Form, IntervalForm, IntervalPoint, IntervalVectors
-from lpgd.solvers.backends.whitened import solved_in_white
+from lpgd.solvers.backends.whitened import SolveOne, WhiteAnswer, solved_in_white
 from lpgd.solvers.base import POLYHEDRAL, Capabilities
 from lpgd.status import SetUpError, Status
 
@@ -42,8 +42,9 @@ _EQUALITY, _AT_UPPER, _AT_LOWER = 5, 1, 3
 class DAQP(ElementwiseSolver):
     """DAQP (Arnström, Bemporad and Axehill 2022) for small and medium dense problems; its solutions are exact.
 
-    A workspace keeps the factors of P, and a solve starts from the active set of the element's last solution.  A P that
-    is singular, zero in linear programs, is made definite by proximal-point steps
+    A solve starts from the active set of the element's last solution.  Where P is surely definite and no variable has
+    a bound, batches are solved in variables in which P is the identity, each element by one call; elsewhere a workspace
+    keeps the factors of P.  A P that is singular, zero in linear programs, is made definite by proximal-point steps
     ``x ← argmin ½xᵀP x + qᵀx + (ε/2)|x - x₋|²``, which end at a solution exactly, after few of them.  DAQP's own
     proximal-point iteration calls half of the bounded problems with a graph Laplacian unbounded, and cannot be restored
     to an element's iterate by an update (daqp 0.11.0).
@@ -61,7 +62,7 @@ class DAQP(ElementwiseSolver):
     pip_name: ClassVar[str] = "daqp"
     finest_tolerance: ClassVar[float] = 1e-10
     problem_form: ClassVar[type[Form]] = IntervalForm
-    handover: ClassVar[float] = 4e-4  # a whitened element takes 0.04 to 0.25 ms (n 50, 100), and in threads 0.27
+    handover: ClassVar[float] = 4e-4
     asks_whether_definite: ClassVar[bool] = True
     reads_rows: ClassVar[bool] = True
     capabilities: ClassVar[Capabilities] = Capabilities(cones=POLYHEDRAL, quadratic=True, warm_start=True)
@@ -77,8 +78,14 @@ class DAQP(ElementwiseSolver):
 
     def solve_posed(self, problem: ConicProblem, states: States, executor: Executor | None) -> ConicSolution:
         # DAQP factorises P and transforms the rows in plain loops, which is most of its time (daqp 0.11.0).
-        solve = super().solve_posed
-        return solved_in_white(problem, states, lambda one, its_states: solve(one, its_states, executor))
+        otherwise = super().solve_posed
+        limited = self if self.shortest == self.time_limit else replace(self, time_limit=self.shortest)
+        return solved_in_white(
+            problem, states, executor, limited, lambda one, its_states: otherwise(one, its_states, executor)
+        )
+
+    def solver_in_white(self, n: int, m: int, zero: int) -> SolveOne:
+        return _Whitened(self, n, m, zero)
 
     def prepare(self, form: IntervalForm) -> Prepared:
         return _PreparedDAQP(self, form)
@@ -255,3 +262,41 @@ class _PreparedDAQP(Prepared):
             sense[free & (state.multipliers > 0) & np.isfinite(upper)] = _AT_UPPER
             sense[free & (state.multipliers < 0) & np.isfinite(lower)] = _AT_LOWER
         return sense
+
+
+class _Whitened:
+    """Solves programs whose P is the identity, without bounds, each by a call of its own.
+
+    To set them up is little more than a copy of their rows, so that no workspace is worth keeping.
+    """
+
+    def __init__(self, options: DAQP, n: int, m: int, zero: int) -> None:
+        self.module, self.P, self.zero = _binding(), np.eye(n), zero
+        self.sense, self.settings = _options(options, 0, m, zero, False)
+
+    def __call__(
+        self, rows: FloatArray, q: FloatArray, lower: FloatArray, upper: FloatArray, state: State
+    ) -> WhiteAnswer:
+        sense = self.sense.copy()
+        if isinstance(state, _State) and state.multipliers.size == sense.size:
+            # The ends of inequalities are finite: the active ones are at it.
+            sense[self.zero :][state.multipliers[self.zero :] > 0] = _AT_UPPER
+        x, _, flag, info = self.module.solve(self.P, q, rows, upper, lower, sense, **self.settings)
+        if flag <= 0:  # what shows it is lost in such a call
+            return self._in_workspace(rows, q, lower, upper)
+        return WhiteAnswer(_STATUSES[flag], x, info["lam"], info["iterations"], _State(x, info["lam"]))
+
+    def _in_workspace(self, rows: FloatArray, q: FloatArray, lower: FloatArray, upper: FloatArray) -> WhiteAnswer:
+        """The same, from a cold start, with the last point where there is no solution."""
+        model = self.module.Model()
+        model.settings = self.settings
+        ends = np.zeros(self.sense.size)
+        if model.setup(self.P, np.zeros(q.size), rows, ends, ends, self.sense.copy())[0] == _NOT_CONVEX:
+            return WhiteAnswer(Status.NUMERICAL_ERROR, None, None, 0)
+        flag = model.update(f=q, bupper=upper, blower=lower, sense=self.sense.copy())
+        if flag < 0:
+            return WhiteAnswer(_STATUSES.get(flag, Status.NUMERICAL_ERROR), None, None, 0)
+        x, _, flag, info = model.solve()
+        status = _STATUSES.get(flag, Status.NUMERICAL_ERROR)
+        state = _State(x, info["lam"]) if status is Status.SOLVED else None
+        return WhiteAnswer(status, x, info["lam"], info["iterations"], state)

@@ -33,7 +33,7 @@ from lpgd.solvers.backends.task import Results, Task, solve_elements
 from lpgd.solvers.base import ConicSolver
 from lpgd.solvers.convexity import is_definite
 
-__all__ = ["ElementwiseSolver", "Outcome", "Prepared"]
+__all__ = ["ElementwiseSolver", "Outcome", "Prepared", "report"]
 
 _log = logging.getLogger("lpgd")
 
@@ -122,8 +122,7 @@ class ElementwiseSolver(ConicSolver):
             workspaces.habits.record(key, found)
         _remember(key, sum(result.seconds for result in results) / len(view.valid))
         solution = _assemble(problem, tasks, results)
-        if _log.isEnabledFor(logging.INFO):
-            _report(self, solution, found)
+        report(self.name, solution, found)
         return solution
 
 
@@ -144,18 +143,20 @@ def _remember(key: Any, seconds: float) -> None:
     _seconds[key] = seconds
 
 
-def _report(solver: ElementwiseSolver, solution: ConicSolution, found: int) -> None:
-    """Log set-ups and slow elements."""
+def report(solver: str, solution: ConicSolution, found: int) -> None:
+    """Log set-ups and slow elements; ``found`` workspaces were ready."""
+    if not _log.isEnabledFor(logging.INFO):
+        return
     setup, seconds = solution.setup_seconds, solution.solve_seconds
     _log.debug(
         "%s: %d elements with %s took %.3g s of set-up and %.3g s of solving; %d workspaces were ready.",
-        solver.name, len(seconds), solution.problem.structure.summary, setup.sum(), seconds.sum(), found,
+        solver, len(seconds), solution.problem.structure.summary, setup.sum(), seconds.sum(), found,
     )  # fmt: skip
     usual = float(np.median(seconds))
     for element in np.flatnonzero(seconds > max(SLOW * usual, 0.1)):
         _log.info(
             "%s: element %d of %d took %.3g s, %.0f times the median.",
-            solver.name, element, len(seconds), seconds[element], seconds[element] / max(usual, 1e-9),
+            solver, element, len(seconds), seconds[element], seconds[element] / max(usual, 1e-9),
         )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -28,7 +27,6 @@ from torch.utils.weak import TensorWeakRef
 from lpgd import linalg
 from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy
 from lpgd.execution.memo import TensorMemo
-from lpgd.problems.conic.elements import dense_rows
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.packed import packed_size
@@ -122,14 +120,6 @@ class SchurFactor:
         white = linalg.solve_triangular(root.lower.expand(size, -1, -1), right, upper=False)
         white = white.mT[:, :wide, :n].contiguous()
         return cls(root, white, fine.expand(size), bounded, structure.m, structure.cones.zero)
-
-    @cached_property
-    def white_values(self) -> Tensor:
-        """M as the values of a matrix of a problem: (R, k n), column by column, or (k n,) where the batch shares it."""
-        values = self.white.mT.reshape(self.white.shape[0], -1)
-        values, rows = (values, self.white) if values.shape[0] > 1 else (values[0], self.white[0])
-        dense_rows(values, "rows", rows.numpy)
-        return values
 
     def select(self, elements: Tensor) -> SchurFactor:
         """The factors of these elements."""
