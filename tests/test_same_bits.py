@@ -106,6 +106,7 @@ def test_workspaces_are_kept_for_matrices_that_come_back_alone() -> None:
         answers(solver, programs(9, shared=False), serial)
     assert len(workspaces.idle) == BATCH
     workspaces.clear()
+    solver = DAQP(refine=False)  # its perturbed problems are solved again
     for seed in range(10):  # perturbed problems have the matrices of the forward pass
         answers(solver, programs(seed, shared=False), serial, LPGD(tau=0.1))
         assert len(workspaces.idle) >= BATCH

@@ -38,13 +38,15 @@ from lpgd.solvers.base import AnySolver, ConicSolver
 from lpgd.solvers.kkt.points import Points
 from lpgd.solvers.kkt.refinement import KeptFactor, is_cheap
 from lpgd.solvers.kkt.schur import MixedSystem, Part, SchurFactor, System
+from lpgd.solvers.kkt.tilts import TiltedSolutions
 from lpgd.solvers.rescue import merged
 from lpgd.status import Status
 
 __all__ = ["PerturbedPoints"]
 
-LARGEST_TILT = 0.1
-"""Tilts by a larger share of the terms that they change are left to the solver: they are meant to find other points."""
+LARGEST_TILT, FARTHEST = 0.1, 10.0
+"""Tilts by a larger share of the terms that they change are left to the solver: they are meant to find other points.
+Where one factorisation serves all active sets it is the second share."""
 LARGEST = 1000
 """Dense systems of more variables and rows are left to the solver."""
 KNOWN = 1e-12
@@ -70,6 +72,17 @@ class _Found(NamedTuple):
     solved: Tensor
     taken: Tensor
 
+    def replaced(self, places: Tensor, others: _Found) -> _Found:
+        """With other ones in these places."""
+
+        def put(whole: Tensor, values: Tensor) -> Tensor:
+            whole = whole.clone()
+            whole[places] = values
+            return whole
+
+        point = ConicPoint(*(put(*pair) for pair in zip(self.point, others.point, strict=True)))
+        return _Found(point, *(put(*pair) for pair in zip(self[1:], others[1:], strict=True)))
+
 
 @dataclass(frozen=True, eq=False)
 class PerturbedPoints:
@@ -81,6 +94,7 @@ class PerturbedPoints:
         cotangent: the tilt is a multiple of it.
         unit: (E,) the step at which the tilt is as large as the terms that it changes.
         fit: (E,) elements whose solution is known to rounding.
+        known: (E,) what is left of the optimality conditions at the solutions.
         solver: who is asked for what Newton's method does not find.
         kept: the systems of refinement's last steps, where they are those of this problem.
     """
@@ -91,6 +105,7 @@ class PerturbedPoints:
     cotangent: ConicPoint
     unit: Tensor
     fit: Tensor
+    known: Tensor
     solver: ConicSolver
     kept: tuple[KeptFactor, ...] = ()
 
@@ -109,8 +124,6 @@ class PerturbedPoints:
         """
         if not isinstance(solution, ConicSolution) or not isinstance(solver, ConicSolver) or not solver.refine:
             return None
-        if solver.is_quick_again:
-            return None
         augmented = cast(ConicProblem, augmented)
         structure = augmented.structure
         if solution.known_to is None or structure.has_integers or augmented.device.type != "cpu" or not structure.n:
@@ -126,21 +139,29 @@ class PerturbedPoints:
         kept = ()
         if augmented is solution.problem and not structure.cones.is_polyhedral:
             kept = tuple(factor for factor in solution.systems if isinstance(factor, KeptFactor))
-        return cls(augmented, solution.point, solution.slack, tilt, unit, fit, solver, kept)
+        found = cls(augmented, solution.point, solution.slack, tilt, unit, fit, solution.known_to, solver, kept)
+        if not solver.is_quick_again:
+            return found
+        # Such a solver is asked where each active set would take a factorisation of its own.
+        fine = fit & found._fine
+        if torch.equal(fine, fit):
+            return found
+        return replace(found, fit=fine) if bool(fine.any()) else None
 
     def select(self, elements: Tensor) -> PerturbedPoints:
         """The same for some elements."""
         return PerturbedPoints(
             self.problem.select(elements), self.point.select(elements), self.slack[elements],
-            self.cotangent.select(elements), self.unit[elements], self.fit[elements], self.solver,
-            tuple(kept.select(elements) for kept in self.kept),
+            self.cotangent.select(elements), self.unit[elements], self.fit[elements],
+            self.known[elements], self.solver,            tuple(kept.select(elements) for kept in self.kept),
         )  # fmt: skip
 
     def solve(self, tilted: ConicProblem, steps: Tensor, states: States, executor: Executor | None) -> ConicSolution:
         """The solutions of ``tilted``, the problem tilted by ``steps`` (k E,), by Newton's method or by the solver."""
         solver = self.solver
         copies = steps.shape[0] // max(self.problem.batch_size, 1)
-        wanted = self.fit.repeat(copies) & (steps.abs() <= LARGEST_TILT * self.unit.repeat(copies))
+        largest = torch.where(self._fine, FARTHEST, LARGEST_TILT) * self.unit
+        wanted = self.fit.repeat(copies) & (steps.abs() <= largest.repeat(copies))
         if not bool(wanted.any()):
             return solver.solve(tilted, states, executor)
         found = self._found(steps, wanted)
@@ -180,6 +201,22 @@ class PerturbedPoints:
         """What serves every active set, where there is such a factorisation."""
         return SchurFactor.of(self._inside)
 
+    @property
+    def _fine(self) -> Tensor:
+        """(E,) elements that have one."""
+        if self._factor is None:
+            return torch.zeros_like(self.fit)
+        fine = self._factor.fine
+        return fine.repeat(self.fit.shape[0] // fine.shape[0])
+
+    @cached_property
+    def _straight(self) -> TiltedSolutions | None:
+        inside, factor = self._inside, self._factor
+        if factor is None:
+            return None
+        point, slack = Points(inside).point(*self._start)
+        return TiltedSolutions(inside, factor, point, slack, self._tilt, self.known)
+
     @cached_property
     def _system(self) -> System:
         """At the solutions, or as near to them as a point that refinement has been to."""
@@ -192,11 +229,10 @@ class PerturbedPoints:
                 parts.append(Part(kept.elements[places], kept.factored, places))
         others = rows_where(left)
         if others.shape[0] == count:
-            return points.factored(*self._start, self._factor)
+            return points.factored(*self._start)
         if others.shape[0]:
-            factor = None if self._factor is None else self._factor.select(others)
             xi, v = (tensor[others] for tensor in self._start)
-            parts.append(Part(others, points.select(others).factored(xi, v, factor)))
+            parts.append(Part(others, points.select(others).factored(xi, v)))
         return MixedSystem(parts, count)
 
     @cached_property
@@ -207,6 +243,26 @@ class PerturbedPoints:
         return torch.where(regular, d_xi, torch.nan), torch.where(regular, d_v, torch.nan)
 
     def _found(self, steps: Tensor, wanted: Tensor) -> _Found:
+        straight = self._straight
+        if straight is None:
+            return self._followed(steps, wanted)
+        copies = wanted.shape[0] // self.problem.batch_size
+        accepted = self._accepted(steps, from_numpy(straight.size))
+        reached = straight.after(steps, wanted & straight.regular.repeat(copies), accepted)
+        found = _Found(reached.point, reached.slack, reached.error, reached.solved, reached.taken)
+        others = rows_where(self.fit & ~self._fine)
+        if others.shape[0]:
+            places = torch.arange(steps.shape[0]).reshape(-1, self.problem.batch_size)[:, others].ravel()
+            found = found.replaced(places, self.select(others)._followed(steps[places], wanted[places]))
+        return found
+
+    def _accepted(self, steps: Tensor, size: Tensor) -> Tensor:
+        """(k E,) what may be left of F, at points of a size (E,) or (k E,)."""
+        share = (steps.abs().reshape(-1, self.problem.batch_size) / self.unit).clamp(max=1.0)
+        return (size.reshape(-1, self.problem.batch_size) * (ACCURACY * share).clamp(max=ROUNDING)).ravel()
+
+    def _followed(self, steps: Tensor, wanted: Tensor) -> _Found:
+        """The points by Newton's method in (ξ, v), whatever the cones."""
         copies = steps.shape[0] // self.problem.batch_size
         points = Points(self._inside.tilt(steps, self._tilt))
         base_xi, base_v = (tensor.repeat(copies, 1) for tensor in self._start)
@@ -217,8 +273,7 @@ class PerturbedPoints:
         changes = (Points(self._inside).pieces(*self._start).repeat(copies, 1) != points.pieces(xi, v)).sum(-1)
         error, slope, row_error = points.residual(xi, v)
         size = torch.maximum(maximum_norm(xi), maximum_norm(v)).clamp(min=1.0)
-        share = (steps.abs() / self.unit.repeat(copies)).clamp(max=1.0)
-        accepted = size * torch.minimum(torch.full_like(share, ROUNDING), ACCURACY * share)
+        accepted = self._accepted(steps, size)
         taken = wanted.long()
         structure = self._inside.structure
         curved = not structure.cones.is_polyhedral
@@ -284,8 +339,7 @@ class PerturbedPoints:
             chosen = points.select(todo)
             start_xi, start_v = xi[todo], v[todo]
             _, slope, row_error = chosen.residual(start_xi, start_v)
-            factor = None if self._factor is None else self._factor.select(todo % self.problem.batch_size)
-            system = chosen.factored(start_xi, start_v, factor)
+            system = chosen.factored(start_xi, start_v)
             d_xi, d_v = chosen.chord(system, slope, row_error)
             fine = from_numpy(system.regular) & torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)
             new_xi, new_v = (torch.where(fine[:, None], old + d, old) for old, d in ((start_xi, d_xi), (start_v, d_v)))

@@ -33,7 +33,7 @@ from lpgd.solvers.kkt.packed import packed_size
 from lpgd.solvers.kkt.reduced import is_dense
 from lpgd.solvers.kkt.root import Root, padded, root_of
 
-__all__ = ["ActiveSystem", "MixedSystem", "SchurFactor", "System"]
+__all__ = ["ActiveSystem", "MixedSystem", "SchurFactor", "System", "products"]
 
 Change = tuple[FloatArray, FloatArray, FloatArray]
 
@@ -41,6 +41,8 @@ DEFINITE = 1e-4
 """The least diagonal entry of a triangular factor, over the largest: the condition is some times its inverse square."""
 ROOM = 16_000_000
 """So many entries of M are made for a batch."""
+TALL = 3
+"""Products of all rows are formed where there are no more rows than so many times the variables."""
 PART = 64
 """A factor that elements share is copied for so many of them at once."""
 
@@ -121,6 +123,23 @@ class SchurFactor:
         white = white.mT[:, :wide, :n].contiguous()
         return cls(root, white, fine.expand(size), bounded, structure.m, structure.cones.zero)
 
+    @cached_property
+    def gram(self) -> FloatArray | None:
+        """(R, k, k) ``M Mᵀ``, from which active sets are picked; None where there are many more rows than variables."""
+        wide, n = self.white.shape[1:]
+        if wide > TALL * n:
+            return None
+        white = self.white.numpy()
+        with np.errstate(over="ignore", invalid="ignore"):  # of elements whose P is not definite
+            return white @ white.swapaxes(1, 2)
+
+    @cached_property
+    def inverse_root(self) -> FloatArray:
+        """(R, n, n) ``L⁻¹``: a product with it takes a third of a triangular solve."""
+        lower, n = self.root.lower, self.white.shape[2]
+        unit = torch.eye(lower.shape[1], dtype=lower.dtype).expand(lower.shape)
+        return linalg.solve_triangular(lower, unit, upper=False)[:, :n, :n].contiguous().numpy()
+
     def select(self, elements: Tensor) -> SchurFactor:
         """The factors of these elements."""
 
@@ -138,6 +157,14 @@ class SchurFactor:
         if self.bounded.shape[0]:
             masks.append(pieces[:, inequalities:][:, self.bounded] != 0)
         return ActiveSystem(self, torch.cat(masks, 1).numpy())
+
+    def whitened(self, vectors: FloatArray) -> FloatArray:
+        """``M v`` for vectors (B, n), B a multiple of R."""
+        return products(self.white.numpy().swapaxes(1, 2), vectors)
+
+    def whitened_back(self, vectors: FloatArray) -> FloatArray:
+        """``Mᵀ u`` for vectors (B, k)."""
+        return products(self.white.numpy(), vectors)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """``L⁻¹ v`` for vectors (B, n)."""
@@ -181,27 +208,33 @@ class _Stack(NamedTuple):
         elements: (k,) of the batch.
         rows: (k, p) which of their rows, the active ones first.
         idle: (k, p) the others.
-        chosen: (k, p, n) these rows of M, zero where they are idle.
         small: (k, p, p) the factor of ``M_a M_aᵀ``.
     """
 
     elements: IntArray
     rows: IntArray
     idle: BoolArray
-    chosen: FloatArray
     small: Tensor
 
 
 class ActiveSystem:
-    """The system of one active set (B, k) for each of B elements; see :class:`System`."""
+    """The system of one active set (B, k) for each of B elements; see :class:`System`.
 
-    def __init__(self, factor: SchurFactor, active: BoolArray) -> None:
+    Args:
+        factor: of R elements.
+        active: which rows are active.
+        owners: (B,) whose factor each element uses; None where that is row ``i mod R``.
+    """
+
+    def __init__(self, factor: SchurFactor, active: BoolArray, owners: IntArray | None = None) -> None:
         self.factor, (count, wide) = factor, active.shape
         n, period = factor.white.shape[2], factor.white.shape[0]
+        owners = np.arange(count) % period if owners is None else owners
         least, largest = _extremes(factor.root.lower[:, :n, :n])
-        copies = [values.repeat(count // max(values.shape[0], 1)) for values in (factor.fine, least, largest)]
-        fine, inverse = copies[0].numpy(), (copies[1] ** -2).numpy()
-        white, order = factor.white.numpy().reshape(-1, n), np.argsort(~active, axis=1, kind="stable")
+        least, largest = (values.expand(period).numpy()[owners] for values in (least, largest))
+        with np.errstate(divide="ignore", over="ignore"):  # of elements whose P is not definite
+            fine, inverse = factor.fine.numpy()[owners], least**-2.0
+        order = np.argsort(~active, axis=1, kind="stable")
         counts = active.sum(1)
         sizes = np.array([packed_size(number) for number in range(wide + 1)])[counts]
         self.stacks: list[_Stack] = []
@@ -211,11 +244,7 @@ class ActiveSystem:
             if width < side:
                 rows = np.concatenate([rows, np.zeros((elements.size, int(side) - width), dtype=np.int64)], axis=1)
             idle = np.arange(side) >= counts[elements][:, None]
-            chosen = white.take(rows + (elements % period * wide)[:, None], axis=0)
-            chosen[idle] = 0.0
-            with np.errstate(over="ignore", invalid="ignore"):  # of elements whose P is not definite
-                gram = chosen @ chosen.swapaxes(1, 2)
-            gram[:, range(side), range(side)] += idle
+            gram = self._gram(rows, idle, owners[elements])
             small, info = linalg.cholesky_ex(from_numpy(gram))
             pivots = small.diagonal(dim1=-2, dim2=-1).numpy()
             smallest = np.where(idle, np.inf, pivots).min(1)
@@ -223,33 +252,67 @@ class ActiveSystem:
             with np.errstate(divide="ignore", invalid="ignore"):
                 inverse[elements] += smallest**-2.0
             fine[elements] &= regular
-            self.stacks.append(_Stack(elements, rows, idle, chosen, small))
+            self.stacks.append(_Stack(elements, rows, idle, small))
         self.regular: BoolArray = fine
         self.inverse: FloatArray = np.where(fine, inverse, np.inf)
-        self.condition: FloatArray = self.inverse * (1.0 + copies[2].numpy() ** 2)
+        self.condition: FloatArray = self.inverse * (1.0 + largest**2)
+
+    def _gram(self, rows: IntArray, idle: BoolArray, owners: IntArray) -> FloatArray:
+        """(k, p, p) ``M_a M_aᵀ``, with ones on the diagonal of idle rows."""
+        whole, side = self.factor.gram, range(rows.shape[1])
+        if whole is not None:
+            wide = whole.shape[1]
+            first = (owners * wide**2)[:, None] + rows * wide
+            gram = whole.take(first[:, :, None] + rows[:, None, :])
+            gram[idle] = 0.0
+            gram.swapaxes(1, 2)[idle] = 0.0
+        else:
+            _, wide, n = self.factor.white.shape
+            chosen = self.factor.white.numpy().reshape(-1, n).take(rows + (owners * wide)[:, None], axis=0)
+            chosen[idle] = 0.0
+            with np.errstate(over="ignore", invalid="ignore"):  # of elements whose P is not definite
+                gram = chosen @ chosen.swapaxes(1, 2)
+        gram[:, side, side] += idle
+        return gram
 
     @property
     def entries(self) -> int:
         """How many numbers it holds beside those of the factor, which the matrices keep."""
-        return sum(stack.chosen.size + stack.small.numel() for stack in self.stacks)
+        return sum(stack.small.numel() for stack in self.stacks)
+
+    def multipliers(self, right: FloatArray) -> FloatArray:
+        """(B, k) u with ``(M Mᵀ)_aa u_a = right_a``, zero in rows that are not active."""
+        found = np.zeros(right.shape)
+        for elements, rows, idle, small in self.stacks:
+            places = elements[:, None], rows
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = np.where(idle, 0.0, right[places])
+                u = torch.cholesky_solve(from_numpy(values[:, :, None]), small)[:, :, 0].numpy()
+            if rows.shape[1] <= right.shape[1]:
+                found[places] = np.where(idle, 0.0, u)
+            else:  # idle rows more than there are
+                np.add.at(found, places, np.where(idle, 0.0, u))
+        return found
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
         """The change (dx, dy, dz) of the points under a tilt, (B, ·) each."""
         factor, bounded = self.factor, self.factor.bounded.numpy()
         g = np.concatenate([g_y, g_z[:, bounded]], axis=1) if bounded.size else g_y
         h = factor.forward(from_numpy(g_x)).numpy()
-        moved, multipliers = h.copy(), np.zeros(g.shape)
-        for elements, rows, idle, chosen, small in self.stacks:
-            its_rows = elements[:, None], rows
-            with np.errstate(over="ignore", invalid="ignore"):
-                right = np.where(idle, 0.0, g[its_rows] - (chosen @ h[elements][:, :, None])[:, :, 0])
-                u = torch.cholesky_solve(from_numpy(right[:, :, None]), small)[:, :, 0].numpy()
-                moved[elements] += (u[:, None] @ chosen)[:, 0]
-            np.add.at(multipliers, its_rows, np.where(idle, 0.0, u))
+        with np.errstate(over="ignore", invalid="ignore"):
+            u = self.multipliers(g - factor.whitened(h))
+            moved = h + factor.whitened_back(u)
         dx = -factor.backward(from_numpy(moved)).numpy()
         dz = np.zeros_like(g_z)
-        dz[:, bounded] = multipliers[:, factor.row_count :]
-        return dx, multipliers[:, : factor.row_count], dz
+        dz[:, bounded] = u[:, factor.row_count :]
+        return dx, u[:, : factor.row_count], dz
+
+
+def products(matrices: FloatArray, vectors: FloatArray) -> FloatArray:
+    """``vᵀ M`` for vectors (B, p) and matrices (R, p, q), B a multiple of R: one product for each element."""
+    groups, size = len(vectors) // max(len(matrices), 1), vectors.shape[1]
+    grouped = vectors.reshape(groups, len(matrices), 1, size)
+    return (grouped @ matrices).reshape(len(vectors), matrices.shape[2])
 
 
 class Part(NamedTuple):
