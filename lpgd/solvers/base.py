@@ -19,7 +19,8 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.problems.solution import AnySolution
-from lpgd.solvers.posed import Posed, better_lengths, judged, pose
+from lpgd.solvers.kkt.refinement import is_cheap
+from lpgd.solvers.posed import Posed, better_lengths, judged, left_by_draft, pose
 from lpgd.solvers.rescue import is_settled, merged, settled
 from lpgd.status import MissingPackageError, Status
 
@@ -202,8 +203,28 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
         return merged(answer, integers(elements), again, taken, keep_states=True)
 
     def _judged(self, posed: Posed, executor: Executor | None) -> ConicSolution:
-        answer = self.solve_posed(posed.inside, posed.states, executor)
-        return judged(posed, answer, self.tolerance, self.name, refined=self.refine)
+        structure = posed.problem.structure
+        draft = self.draft(structure) if self.refine and is_cheap(structure) else None
+        if draft is None:
+            answer = self.solve_posed(posed.inside, posed.states, executor)
+            return judged(posed, answer, self.tolerance, self.name, refined=self.refine)
+        answer = draft.solve_posed(posed.inside, posed.states, executor)
+        found = judged(posed, answer, self.tolerance, self.name, draft=True)
+        elements = left_by_draft(posed, found)
+        if not elements:
+            return found
+        chosen = posed.select(elements)
+        again = self.solve_posed(chosen.inside, chosen.states, executor)
+        again = judged(chosen, again, self.tolerance, self.name)
+        return merged(found, elements, again, [True] * len(elements), keep_states=True)
+
+    def draft(self, structure: ConicStructure) -> ConicSolver | None:
+        """A quicker and less accurate version of this solver, from whose answers Newton's method starts.
+
+        Elements of which that does not find the only solution, to rounding, are solved once more by the solver itself.
+        None where there is no such version.
+        """
+        return None
 
     @abstractmethod
     def solve_posed(self, problem: ConicProblem, states: States, executor: Executor | None) -> ConicSolution:

@@ -28,7 +28,7 @@ from lpgd.solvers.kkt.reduced import is_dense
 from lpgd.solvers.kkt.refinement import complementary, is_cheap, refine
 from lpgd.status import Status
 
-__all__ = ["VERDICTS", "Posed", "better_lengths", "judged", "pose"]
+__all__ = ["VERDICTS", "Posed", "better_lengths", "judged", "left_by_draft", "pose"]
 
 EXACT = 1e-12
 """A point at which no more than this is left of the optimality conditions is not refined."""
@@ -76,6 +76,12 @@ class Posed:
     units: Units
     settled: dict[int, Status]
     states: States
+
+    def select(self, elements: list[int]) -> Posed:
+        """These elements alone, none of which is settled."""
+        index = as_index(elements, self.problem.device)
+        states = tuple(self.states[element % len(self.states)] for element in elements) if self.states else ()
+        return Posed(self.problem.select(index), self.inside.select(index), self.units.select(index), {}, states)
 
 
 def pose(problem: ConicProblem, states: States = (), lengths: Tensor | None = None) -> Posed:
@@ -193,14 +199,21 @@ def better_lengths(posed: Posed, answer: ConicSolution, tolerance: float) -> Ten
 
 
 def judged(
-    posed: Posed, answer: ConicSolution, tolerance: float, solver: str, *, refined: bool = True
+    posed: Posed,
+    answer: ConicSolution,
+    tolerance: float,
+    solver: str,
+    *,
+    refined: bool = True,
+    draft: bool = False,
 ) -> ConicSolution:
     """A solver's answer to ``posed.inside`` as one to ``posed.problem``, with statuses that can be shown.
 
     Points that are not finite, or far from optimal, are no solutions; points that satisfy the optimality conditions
     are, however the solver ended.  Verdicts stay the solver's claims; ``proofs`` has those that its certificate proves.
+    Of a draft only what is simple is refined.
     """
-    answer, products = _refined(answer, max(USELESS, 10 * tolerance), refined)
+    answer, products = _refined(answer, max(USELESS, 10 * tolerance), refined, draft)
     residuals = residuals_of(answer.problem, answer.point, products)
     answer = _by_residuals(answer, residuals, tolerance)
     statuses, size = list(answer.statuses), answer.batch_size
@@ -235,7 +248,23 @@ def judged(
     return result
 
 
-def _refined(answer: ConicSolution, useless: float, wanted: bool) -> tuple[ConicSolution, Products | None]:
+def left_by_draft(posed: Posed, found: ConicSolution) -> list[int]:
+    """Elements that are to be solved once more: those not shown to have one solution, which is known to rounding."""
+    assert found.known_to is not None
+    assert found.isolated is not None
+    sure = found.isolated & (found.known_to <= EXACT)
+    if not bool(sure.all()):
+        size = found.problem.in_own_units(found.point).largest().clamp(min=1.0)
+        sure = found.isolated & (found.known_to <= EXACT * size)
+    known = (Status.SOLVED, Status.INVALID_DATA, Status.TIME_LIMIT)
+    return [
+        element
+        for element, (status, is_sure) in enumerate(zip(found.statuses, flags(sure), strict=True))
+        if element not in posed.settled and (status not in known or (status is Status.SOLVED and not is_sure))
+    ]
+
+
+def _refined(answer: ConicSolution, useless: float, wanted: bool, draft: bool) -> tuple[ConicSolution, Products | None]:
     """The answer after a few of Newton's steps, where they are cheap, or a solver gave up; its products, if known.
 
     What a solver calls solved and is useless stays as it is: the solver is wrong, and that should be seen.
@@ -247,7 +276,8 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> tuple[Conic
             answer, known_to=nothing, known_before=nothing.clone(), refined=torch.zeros(size, dtype=torch.int64)
         ), None
     point, slack, known_to, products = complementary(problem, answer.point, answer.slack)
-    answer = replace(answer, known_before=known_to.clone())
+    isolated = torch.zeros(size, dtype=torch.bool, device=problem.device)
+    answer = replace(answer, known_before=known_to.clone(), isolated=isolated)
     if not wanted:
         return replace(answer, known_to=known_to, refined=torch.zeros(size, dtype=torch.int64)), None
     exact = known_to <= EXACT
@@ -268,13 +298,15 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool) -> tuple[Conic
         return replace(answer, known_to=known_to, refined=taken), products if bool(exact.all()) else None
     chosen = as_index(elements, problem.device)
     steps = torch.tensor([STEPS if answer.statuses[element].usable else FEW for element in elements])
-    found = refine(problem, answer.point, answer.slack, chosen, steps=steps.to(chosen.device), keep=True)
+    found = refine(
+        problem, answer.point, answer.slack, chosen, steps=steps.to(chosen.device), keep=True, regular_only=draft
+    )
     better = found.after < found.before
     improved = torch.tensor(elements, device=problem.device)[better]
     changes = {name: getattr(answer, name).clone() for name in ("x", "y", "z", "slack")}
     for name, tensor in (*found.point._asdict().items(), ("slack", found.slack)):
         changes[name][improved] = tensor[better]
-    known_to[elements], taken[elements] = found.after, found.taken.cpu()
+    known_to[elements], taken[elements], isolated[elements] = found.after, found.taken.cpu(), found.isolated
     room = _is_kept(structure) and sum(factor.factored.entries for factor in found.kept) * 8 <= MOST_KEPT_BYTES
     systems = (*answer.systems, *found.kept) if room else answer.systems
     return replace(answer, **changes, known_to=known_to, refined=taken, systems=systems), None

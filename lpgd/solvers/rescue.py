@@ -185,7 +185,10 @@ def merged(
         for place, target in zip(places, targets, strict=True):
             values[target] = getattr(other, name)[place]
         changes[name] = tuple(values)
-    for name in ("known_to", "known_before", "refined"):
+    for name in ("known_to", "known_before", "refined", "isolated"):
+        if getattr(solution, name) is None or getattr(other, name) is None:
+            changes[name] = None
+            continue
         changes[name] = getattr(solution, name).clone()
         changes[name][targets] = getattr(other, name)[places]
     states = list(solution.states)

@@ -36,7 +36,7 @@ from lpgd.solvers.kkt.points import Points
 from lpgd.solvers.kkt.rank import DOUBT, ROUNDING
 from lpgd.solvers.kkt.reduced import has_dense_rows
 from lpgd.solvers.kkt.refinement import KeptFactor, complementary
-from lpgd.solvers.kkt.schur import System
+from lpgd.solvers.kkt.schur import MixedSystem, Part, System
 from lpgd.solvers.kkt.system import KKTPoints, KKTResponse, Known, is_quick, respond
 
 if TYPE_CHECKING:
@@ -153,21 +153,30 @@ def _by_kept_systems(
     """Write the response of elements whose systems the solver, or refinement, has left; those are left no more."""
     place = torch.full((solution.batch_size,), -1, dtype=torch.int64, device=elements.device)
     place[elements] = torch.arange(elements.shape[0], device=elements.device)
+    parts: list[Part] = []
     for kept in solution.systems:
         position = place[kept.elements]
         wanted = kept.valid & (position >= 0) & left[position.clamp(min=0)]
         if not bool(wanted.any()):
             continue
         if isinstance(kept, KeptFactor):
-            response, exact, doubt = _by_system(kept.factored, located.select(position.clamp(min=0)))
-        else:
-            (response, exact), doubt = kept_response(solution.problem, solution.point, tilt, kept), None
+            parts.append(Part(position[wanted], kept.factored, None if bool(wanted.all()) else rows_where(wanted)))
+            continue
+        response, exact = kept_response(solution.problem, solution.point, tilt, kept)
         exact = exact & wanted
         for whole, values in zip(answer, response, strict=True):
             whole[position[exact]] = values[exact]
         left[position[exact]] = False
-        if doubt is not None:
-            findings.doubt[position[exact].numpy()] = doubt[exact.numpy()]
+    if not parts:
+        return
+    chosen = torch.cat([part.elements for part in parts]).sort().values
+    parts = [part._replace(elements=torch.searchsorted(chosen, part.elements)) for part in parts]
+    system = MixedSystem(parts, chosen.shape[0])
+    response, exact, doubt = _by_system(system, located.select(chosen))
+    for whole, values in zip(answer, response, strict=True):
+        whole[chosen[exact]] = values[exact]
+    left[chosen[exact]] = False
+    findings.doubt[chosen[exact].numpy()] = doubt[exact.numpy()]
 
 
 def _by_factors(located: Located, left: Tensor, answer: ConicPoint, findings: Findings) -> None:

@@ -68,6 +68,7 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
         known_to: (B,) what is left of the optimality conditions, in units of order 1; NaN for integer programs.
         known_before: (B,) the same of the solver's own answer, before it was refined.
         refined: (B,) how many of Newton's steps were taken from the solver's answer.
+        isolated: (B,) whether these steps show that it is the only solution nearby.
     """
 
     problem: ConicProblem
@@ -87,6 +88,7 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     known_to: Tensor | None = None
     known_before: Tensor | None = None
     refined: Tensor | None = None
+    isolated: Tensor | None = None
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds")
 
@@ -100,7 +102,7 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
         kept: dict[str, Any] = {
             name: tuple(record[i] for i in elements) if record else record for name, record in records.items()
         }
-        for name in ("known_to", "known_before", "refined"):
+        for name in ("known_to", "known_before", "refined", "isolated"):
             values = getattr(self, name)
             kept[name] = values if values is None else values[elements.to(values.device)]
         systems = tuple(system.select(elements) for system in self.systems if hasattr(system, "select"))

@@ -27,7 +27,7 @@ ENOUGH = 1e-14
 """Points whose F is no larger than this are left alone."""
 WORST = 1e13
 """Steps by systems with a larger condition are damped."""
-CORRECTIONS, LEFT = 6, 1e-13
+CORRECTIONS, LEFT = 8, 1e-13
 """How often a response by the system of a point nearby is corrected, and what may then be left of its equations."""
 AHEAD = 5
 """So many steps are looked ahead."""
@@ -155,9 +155,12 @@ class Points:
         return count, (best_xi, best_v), best
 
     def regular_step(
-        self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, row_error: Tensor
+        self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, row_error: Tensor, *, damped: bool = True
     ) -> tuple[Tensor, Tensor, System | None]:
-        """:meth:`step`, and the systems, which can be kept where they are on the CPU."""
+        """:meth:`step`, and the systems, which can be kept where they are on the CPU.
+
+        Steps that would have to be damped are NaN if they should not be.
+        """
         if self.problem.device.type != "cpu":
             return *self.step(xi, v, error, slope, row_error), None
         factored = self.factored(xi, v)
@@ -165,14 +168,17 @@ class Points:
         near = from_numpy((factored.condition < WORST) & (factored.inverse * error.numpy() < NEAR))
         near &= torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)
         left = (~near).nonzero()[:, 0]
-        if left.shape[0]:
+        if left.shape[0] and not damped:
+            d_xi[left], d_v[left] = torch.nan, torch.nan
+        elif left.shape[0]:
             d_xi[left], d_v[left] = self.select(left).step(xi[left], v[left], error[left], slope[left], row_error[left])
         return d_xi, d_v, factored
 
     def response(self, factored: System, xi: Tensor, v: Tensor, tilt: ConicPoint) -> tuple[ConicPoint, Tensor]:
         """The derivative of a solution (ξ, v) along a tilt, and (B,) whether it is exact to rounding.
 
-        By the system of a point nearby: what that leaves of the derivative of F here is solved for again.
+        By the system of a point nearby: what that leaves of the derivative of F here is solved for again.  Where it is
+        singular nothing is exact.
         """
         problem, structure = self.problem, self.problem.structure
         cones, count = structure.cones, problem.batch_size
@@ -184,7 +190,7 @@ class Points:
         curved = None if cones.is_polyhedral else projection_derivative(cones, v.numpy(), dual=True)
         size = torch.stack([maximum_norm(direction) for direction in tilt]).amax(0)
         change = ConicPoint(*(torch.zeros_like(direction) for direction in tilt))
-        right, exact = (tilt.x, tilt.y, tilt.z), torch.zeros(count, dtype=torch.bool)
+        right, exact = (tilt.x, tilt.y, tilt.z), from_numpy(~factored.regular)
         d_xi, d_v, finite = torch.zeros_like(xi), torch.zeros_like(v), torch.ones(count, 1, dtype=torch.bool)
         for _ in range(CORRECTIONS):
             more_xi, more_v = self.chord(factored, *right)
@@ -205,7 +211,7 @@ class Points:
             if bool(exact.all()):
                 break
             right = slope, row_error, torch.zeros_like(slope)
-        return change, exact
+        return change, exact & from_numpy(factored.regular)
 
     def step(self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, row_error: Tensor) -> tuple[Tensor, Tensor]:
         """``(dξ, dv)`` of Newton's method."""

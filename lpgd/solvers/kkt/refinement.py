@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import from_numpy, rows_where
+from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.residuals import Products
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure
@@ -34,9 +35,14 @@ DENSE, SPARSE, FILLED = 300, 50_000, 20
 """Steps are cheap up to so many variables and rows, or so many entries with so many in a row on average."""
 LENGTHS = (1.0, 0.5, 0.25)
 """The lengths at which a step is tried."""
-CHORDS, CLOSE, FALL = 3, 1e-3, 0.1
+CHORDS, CLOSE, FALL = 6, 1e-2, 0.1
 """Where a step has reduced |F| to a smaller share than ``CLOSE``, up to so many steps by the same system follow, as
 long as each reduces |F| to ``FALL`` of it."""
+FAR = 5e-2
+"""A root of F is isolated where ``|K⁻¹| |F|`` is below this at a point from which a step leads to it: along other roots
+K would be as small as the distance to them."""
+ROUNDED = 1e-13
+"""A smaller |F|, relative to the point, that a chord does not reduce to ``FALL`` of it is rounding."""
 STUCK, GAIN = 1e-12, 0.1
 """Of small problems, points with a larger |F|, relative to their size, that no step reduces are looked ahead from; |F|
 has to fall to a share."""
@@ -50,6 +56,7 @@ class Refined(NamedTuple):
         slack: (E, m) in K.
         before, after: (E,) the maximum norm of F; NaN for points that are not finite, which are left as they are.
         taken: (E,) the number of steps.
+        isolated: (E,) whether the system of the last step is regular by far, as it is not where solutions are many.
         kept: the systems of the last steps.
     """
 
@@ -58,6 +65,7 @@ class Refined(NamedTuple):
     before: Tensor
     after: Tensor
     taken: Tensor
+    isolated: Tensor
     kept: tuple[KeptFactor, ...] = ()
 
 
@@ -95,6 +103,7 @@ def refine(
     *,
     steps: int | Tensor = 3,
     keep: bool = False,
+    regular_only: bool = False,
 ) -> Refined:
     """Newton's method from a point, for some elements of a batch.
 
@@ -102,8 +111,9 @@ def refine(
         problem: in units in which its terms are of order 1: F is measured as it is.  Integers are not looked at.
         point, slack: a solver's answer for all B elements; for conic programs without integer variables.
         elements: which to refine.
-        steps: at most, of all or (E,) of each.
+        steps: at most, of all or (E,) of each; no chords follow where as many were taken, chords included.
         keep: the systems of the last steps, for the derivative of the solutions.
+        regular_only: elements whose system is singular, or nearly so, are left at once.
     """
     kept: list[KeptFactor] = []
     if not torch.equal(elements, torch.arange(problem.batch_size, device=problem.device)):
@@ -113,7 +123,7 @@ def refine(
     error, slope, row_error = points.residual(xi, v)
     before, taken = error.clone(), torch.zeros(elements.shape[0], dtype=torch.int64, device=problem.device)
     left = error > ENOUGH  # false for NaN
-    stuck = torch.zeros_like(left)
+    stuck, isolated = torch.zeros_like(left), torch.zeros_like(left)
     limit = torch.full_like(taken, steps) if isinstance(steps, int) else steps
     for number in range(int(limit.max()) if limit.numel() else 0):
         left &= limit > number
@@ -121,14 +131,22 @@ def refine(
         if not todo.shape[0]:
             break
         chosen, start = points.select(todo), error[todo]
-        d_xi, d_v, factored = chosen.regular_step(xi[todo], v[todo], error[todo], slope[todo], row_error[todo])
+        d_xi, d_v, factored = chosen.regular_step(
+            xi[todo], v[todo], error[todo], slope[todo], row_error[todo], damped=not regular_only
+        )
+        if factored is not None:
+            far = (factored.inverse * error[todo].numpy() < FAR) & factored.regular
+            isolated[todo] = from_numpy(far)
         if keep and factored is not None:
             stepped = elements[todo]
             stale = [factor._replace(valid=factor.valid & ~torch.isin(factor.elements, stepped)) for factor in kept]
             kept = [factor for factor in stale if bool(factor.valid.any())]
             kept.append(KeptFactor(stepped, from_numpy(factored.regular), factored))
-        waiting = torch.arange(todo.shape[0], device=problem.device)
+        finite = torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)
+        waiting, lost = rows_where(finite), todo[~finite]
         for length in LENGTHS:
+            if not waiting.shape[0]:
+                break
             trial = points.select(todo[waiting]) if waiting.shape[0] < todo.shape[0] else chosen
             at = todo[waiting]
             new_xi, new_v = xi[at] + length * d_xi[waiting], v[at] + length * d_v[waiting]
@@ -139,19 +157,24 @@ def refine(
                 whole[moved] = fresh[better]
             taken[moved] += 1
             waiting = waiting[~better]
-            if not waiting.shape[0]:
-                break
-        left[todo[waiting]], stuck[todo[waiting]] = False, True
+        for failed in (todo[waiting], lost):
+            left[failed], stuck[failed] = False, True
         left &= error > ENOUGH
         going = left[todo] & (error[todo] < CLOSE * start)
         for _ in range(CHORDS):
+            going &= taken[todo] < limit[todo]
             if factored is None or not bool(going.any()):
                 break
             d_xi, d_v = chosen.chord(factored, slope[todo], row_error[todo])
             new_xi, new_v = xi[todo] + d_xi, v[todo] + d_v
             found = chosen.residual(new_xi, new_v)
             better = going & (found[0] < error[todo])
-            going = better & (found[0] <= FALL * error[todo])
+            fallen = found[0] <= FALL * error[todo]
+            ends = going & ~fallen
+            if bool(ends.any()):
+                size = torch.maximum(maximum_norm(xi[todo]), maximum_norm(v[todo])).clamp(min=1.0)
+                left[todo] &= ~ends | (error[todo] > ROUNDED * size)
+            going = better & fallen
             moved = todo[better]
             for whole, fresh in zip((xi, v, error, slope, row_error), (new_xi, new_v, *found), strict=True):
                 whole[moved] = fresh[better]
@@ -159,6 +182,8 @@ def refine(
             left[todo] &= error[todo] > ENOUGH
             going &= left[todo]
     stuck &= error > STUCK
+    if regular_only:
+        stuck[:] = False
     if is_small(problem.structure) and bool(stuck.any()):
         stuck &= error > STUCK * points.point(xi, v)[0].largest()
     todo = rows_where(stuck)
@@ -168,12 +193,13 @@ def refine(
         moved = todo[better]
         xi[moved], v[moved], error[moved] = ends[0][better], ends[1][better], known[better]
         taken[moved] += count[better]
+        isolated[moved] = False
     finite = torch.isfinite(before)
     refined, refined_slack = points.point(xi, v)
     if not bool(finite.all()):
         refined = refined.where(finite, point)
         refined_slack = torch.where(finite[:, None], refined_slack, slack)
-    return Refined(refined, refined_slack, before, error, taken, tuple(kept))
+    return Refined(refined, refined_slack, before, error, taken, isolated, tuple(kept))
 
 
 def is_small(structure: ConicStructure) -> bool:
