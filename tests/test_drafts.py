@@ -1,4 +1,4 @@
-"""Drafts: less accurate answers, from which Newton's method goes on, and solves in earnest where that finds no proof."""
+"""Drafts: less accurate answers, from which Newton's method goes on; the solver answers in earnest where that fails."""
 
 from __future__ import annotations
 
