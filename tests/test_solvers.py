@@ -250,6 +250,21 @@ def test_bounds_that_meet_fix_a_variable_and_crossed_ones_are_infeasible(solver:
     torch.testing.assert_close(solution.z[0], torch.tensor([0.0, -1.0]).double(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("solver", (one for one in BY_NAME.values() if one.capabilities.quadratic), ids=repr)
+def test_two_matrices_of_rows_beside_four_of_curvatures(solver: ConicSolver) -> None:
+    # min ½ c |x|² over a x = 1, x >= 0 is at a / |a|², whatever c is.
+    eye = SparsityPattern.from_matrix(np.eye(2))
+    structure = ConicStructure(eye, SparsityPattern.dense(1, 2), Cones(zero=1), np.arange(2))
+    A = torch.tensor([[1.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+    P = torch.tensor([[1.0, 1.0], [2.0, 2.0], [1.0, 1.0], [4.0, 4.0]], dtype=torch.float64)
+    zero, nothing = torch.zeros(2, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+    for curvatures in (P[:2], P):  # the second time with matrices that are known
+        data = ConicData(curvatures, zero, A, zero[:1] + 1.0, zero, nothing)
+        solution = solver.solve(ConicProblem(structure, data, len(curvatures)))
+        expected = (A / (A * A).sum(1, keepdim=True)).repeat(len(curvatures) // 2, 1)
+        torch.testing.assert_close(solution.x, expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("solver", [DAQP(), ECOS(), OSQP()], ids=repr)
 def test_an_objective_that_is_not_convex_is_one_elements_failure(solver: ConicSolver) -> None:
     pattern = SparsityPattern.from_matrix(np.eye(2))

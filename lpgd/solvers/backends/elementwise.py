@@ -231,7 +231,10 @@ def _pairs(solver: ElementwiseSolver, view: ElementView) -> Pairs:
     values = {name: view.data[name] if view.data[name].ndim == 1 else view.rows(name, every) for name in ("P", "A")}
     rows = None
     if solver.reads_rows and pattern.is_dense:  # others take memory, and are made one by one
-        rows = dense_rows(data.A, "rows", lambda: pattern.dense_matrices(np.atleast_2d(values["A"])))
-        rows = rows[0] if values["A"].ndim == 1 and rows.ndim == 3 else rows
+        rows = dense_rows(data.A, "rows", lambda: pattern.dense_matrices(np.atleast_2d(view.data["A"])))
+        if values["A"].ndim == 1 and rows.ndim == 3:
+            rows = rows[0]
+        elif rows.ndim == 3 and len(rows) < distinct:  # A has fewer matrices than P
+            rows = rows[np.arange(distinct) % len(rows)]
     prints = [P[pair % len(P)] + A[pair % len(A)] for pair in every]
     return Pairs(values["P"], values["A"], rows, prints, definite[:distinct])
