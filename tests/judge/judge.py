@@ -70,8 +70,6 @@ X_ERROR = {"scales": 1e-9}
 FALSE = (Status.INFEASIBLE, Status.UNBOUNDED, Status.NOT_CONVEX, Status.INVALID_DATA)
 """Verdicts on the program itself."""
 
-SMALL_TILT = 1e-3
-"""Steps up to this size, relative to the unit of the tilt, approach the exact gradient."""
 DOUBTFUL = 1e-4
 """A share of doubt on record above this counts as said; a warning names the first ten such elements."""
 PLAIN = frozenset({"implicit", "average", "zero cotangent", "closed form"})
@@ -276,9 +274,9 @@ def warned_of(info: Any, caught: list[warnings.WarningMessage], size: int) -> Bo
         for marked in (record.jumped, record.kinked, record.unclear):  # warnings name the first ten of each
             if marked is not None:
                 named |= marked.numpy()
-        if record.crossed is not None and record.tau is not None and record.unit is not None:
-            # A given step of this size is meant: the gradient is that of an envelope, and the record has its kinks.
-            named |= (record.crossed & (record.tau > SMALL_TILT * record.unit)).numpy()
+        if record.crossed is not None and getattr(record.method, "tau", None) is not None:
+            # A given step is meant: the gradient is that of an envelope, and the record has the kinks that it crosses.
+            named |= record.crossed.numpy()
     for warning in caught:
         if issubclass(warning.category, LpgdWarning):
             for listed in re.findall(r"elements? \[?((?:\d+(?:, )?)+)", str(warning.message)):
