@@ -336,3 +336,28 @@ def test_wide_problems_have_all_digits_however_small_their_residuals(scale: floa
     for value, expected in zip(found, _by_normal_equations(inputs, cotangent, bias), strict=True):
         right = torch.tensor(expected, dtype=torch.float64).reshape(value.shape)
         assert torch.allclose(value.detach(), right, rtol=0, atol=1e-12 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("ridge", [1e-3, 0.8])
+def test_a_ridge_of_minimum_norm_has_all_digits_beside_large_numbers(ridge: float, bias: bool) -> None:
+    """A ridge makes one solution of many: its gradient is that of ridge regression, element by element."""
+    random = torch.Generator().manual_seed(int(bias))
+    A = 1e6 * torch.randn(2, 3, 6, generator=random, dtype=torch.float64)
+    b, cotangent = (torch.randn(2, size, generator=random, dtype=torch.float64) for size in (3, 6 + bias))
+    weights = 0.1 + torch.rand(2, 3, generator=random, dtype=torch.float64)
+    ridges = torch.tensor([ridge, 0.0], dtype=torch.float64)
+    node = LeastSquares(weighted=True, ridge=True, bias=bias, minimum_norm=True)
+    inputs = [A, b, weights, ridges]
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    y = NodeLayer(node)(*leaves)
+    found = [y, *torch.autograd.grad(y, leaves, cotangent)]
+    expected = _by_normal_equations([tensor[0] for tensor in inputs], cotangent[0], bias)
+    for value, right in zip(found, expected, strict=True):
+        exact = torch.tensor(right, dtype=torch.float64).reshape(value[0].shape)
+        assert torch.allclose(value[0].detach(), exact, rtol=0, atol=1e-11 * float(exact.abs().max()))
+    alone = [tensor[1:].clone().requires_grad_() for tensor in inputs[:3]]
+    other = NodeLayer(LeastSquares(weighted=True, bias=bias, minimum_norm=True))(*alone)
+    assert torch.allclose(y[1:], other, rtol=1e-12, atol=0)
+    for one, two in zip(found[1:3], torch.autograd.grad(other, alone[:2], cotangent[1:]), strict=True):
+        assert torch.allclose(one[1:], two, rtol=0, atol=1e-12 * float(two.abs().max()))

@@ -143,7 +143,8 @@ class LeastSquares(BaseNode):
         if self.minimum_norm:
             basis = minimum_norm_basis(data, self.rank_tolerance) if aux is None else Basis(*aux)
             y, cotangent = self._as_columns(y, cotangent)
-            return self._in_inputs(inputs, differentiate_minimum_norm(data, y, basis, cotangent))
+            found = differentiate_minimum_norm(data, y, basis, cotangent)
+            return self._in_inputs(inputs, self._with_ridge(data, basis, cotangent, found))
         if is_wide(data, self.bias):
             known = wide_factor(data, self.bias) if aux is None else WideFactor(*aux)
             cotangent = cotangent if self.columns else cotangent[..., None]
@@ -163,6 +164,24 @@ class LeastSquares(BaseNode):
         s = inverse_product(R, cotangent).detach()
         s = s + inverse_product(R, cotangent - normal_product(data, s))
         return self._in_inputs(inputs, outer_products(data, y, s))
+
+    def _with_ridge(
+        self, data: Regression, basis: Basis, cotangent: Tensor, found: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """The gradients of minimum norm, of wide elements that their ridge makes unique by the dual in their place."""
+        if data.penalty is None or not is_wide(data, self.bias):
+            return found
+        unique = (basis.values > 0.0).all(-1) & (data.penalty[:, 0] > 0.0)
+        if not bool(unique.any()):
+            return found
+        by_dual = differentiate_wide(data, wide_factor(data, self.bias), self.bias, cotangent)
+        n = data.design.shape[-1] - self.bias
+        by_norm = *found[:-1], found[-1][:, :n].sum(-1, keepdim=True)
+        chosen = unique.expand(len(cotangent))
+        return tuple(
+            torch.where(chosen.reshape(-1, *(1,) * (one.ndim - 1)), one, other)
+            for one, other in zip(by_dual, by_norm, strict=True)
+        )
 
     def _as_columns(self, y: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """The solutions and the cotangent, where b is a vector as matrices of one column."""
