@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
-from torch import Tensor
 
-from lpgd.arrays import as_index, elements_where
+from lpgd.arrays import elements_where
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
+from lpgd.gradients.formula import by_formula
 from lpgd.gradients.implicit.method import ImplicitKKT
 from lpgd.problems.base import Data, Point
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.solution import NodeSolution
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
-from lpgd.status import SolverError, describe_failures
 
-__all__ = ["ClosedForm", "by_formula"]
+__all__ = ["ClosedForm"]
 
 
 @dataclass(frozen=True)
@@ -96,51 +94,5 @@ class ClosedForm(GradientMethod):
 
 def _without_formula(gradient: Data, active: list[int]) -> list[int]:
     """The elements for which a partial formula answered NaN."""
-    finite = torch.stack([torch.isfinite(one.flatten(1)).all(-1) for one in gradient]).all(0)
+    finite = torch.stack([torch.isfinite(one.reshape(len(one), -1)).all(-1) for one in gradient]).all(0)
     return [element for element in active if not finite[element]]
-
-
-def by_formula(
-    formula: Callable[..., Sequence[Tensor | None] | None],
-    solution: NodeSolution,
-    cotangent: Tensor,
-    active: list[int],
-) -> Data | None:
-    """A formula of the node for the elements ``active``, as a gradient of the batch's data; None where there is none.
-
-    Raises:
-        SolverError: the formula does not hold for some elements, by their places in the batch.
-        ValueError: it answers another number of gradients than there are inputs.
-    """
-    problem, chosen, g = solution.problem, solution, cotangent
-    node = problem.node
-    if len(active) < problem.batch_size:
-        elements = as_index(active, problem.device)
-        chosen, g = solution.select(elements), g[elements]
-    chosen_problem = chosen.problem
-    try:
-        answer = formula(
-            tuple(chosen_problem.data), chosen_problem.shaped(chosen.x), chosen_problem.shaped(g), chosen.aux
-        )
-    except SolverError as error:
-        if chosen_problem is problem:
-            raise
-        failed = [active[index] for index in error.indices]
-        statuses = list(solution.statuses)
-        for index, status in zip(active, error.statuses, strict=True):
-            statuses[index] = status
-        text = f"the formula of {node.name} has no gradient: {describe_failures(statuses, failed)}"
-        raise SolverError(text, statuses, failed) from error
-    if answer is None:
-        return None
-    if len(answer) != len(problem.data):
-        raise ValueError(
-            f"the closed form of {node.name} answered {len(answer)} gradients for {len(problem.data)} inputs "
-            f"({', '.join(problem.data._fields)})."
-        )
-    gradients = (
-        datum.new_zeros(datum.shape) if values is None else values
-        for datum, values in zip(chosen_problem.data, answer, strict=True)
-    )
-    gradient = problem.data._make(gradients)
-    return gradient if chosen_problem is problem else problem.scatter(as_index(active, problem.device), gradient)

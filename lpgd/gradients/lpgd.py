@@ -30,8 +30,10 @@ from torch import Tensor
 
 from lpgd.arrays import as_index, elements_where, flags, integers, rows_where
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
+from lpgd.gradients.closed_form import ClosedForm
 from lpgd.gradients.implicit.method import ImplicitKKT
 from lpgd.gradients.losses import BatchRows, Loss, PosedLoss, Reading, plain_readings, weighed
+from lpgd.gradients.node_steps import with_exact, without_derivative
 from lpgd.gradients.perturbed import Perturbed, perturb
 from lpgd.gradients.sides import Envelope
 from lpgd.gradients.small_steps import check_small_steps, difference, is_doubtful
@@ -134,6 +136,10 @@ class LPGD(GradientMethod):
         if pair.elements:
             found = difference(pair.problem, pair.plus, pair.minus, pair.weight, pair.smooth)
             gradient = found if pair.is_whole else problem.scatter(as_index(pair.elements, problem.device), found)
+            ends, weight = (pair.plus, pair.minus), torch.where(pair.smooth, pair.weight, 0.0)
+            if elements := without_derivative(solution, cotangent, self.rho, pair.elements, ends, weight, found):
+                exact = ClosedForm() if self.rho == 0.0 else ImplicitKKT(rho=self.rho)
+                gradient = with_exact(exact, gradient, elements, pair.info, solution, cotangent, solver)
         if pair.unsolved:
             fallback_gradient, info = pair.fallback().vjp(solution, pair.of_unsolved(cotangent), solver, executor)
             pair.record_fallback(info)

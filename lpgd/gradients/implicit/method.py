@@ -30,11 +30,13 @@ class _Conditions(NamedTuple):
     response: Callable[..., Any]
     in_data: Callable[..., Any]
     differentiable_vjp: Callable[..., Any] | None = None
+    vjp: Callable[..., Any] | None = None
+    """Reverse mode, where it is more than a response that is carried to the data."""
 
 
 _CLASSES: dict[str, _Conditions] = {
     "conic": _Conditions(conic.response, conic.in_data),
-    "node": _Conditions(node.response, node.in_data, node.differentiable_vjp),
+    "node": _Conditions(node.response, node.in_data, node.differentiable_vjp, node.vjp),
 }
 
 
@@ -93,6 +95,10 @@ class ImplicitKKT(GradientMethod):
         executor: Executor | None = None,
     ) -> tuple[Data, GradientInfo]:
         problem = solution.problem
+        if (reverse := _conditions(problem).vjp) is not None:
+            record = GradientInfo.blank(self, solution)
+            active = relevant_elements(solution, cotangent)
+            return reverse(self, solution, cotangent, active, record, executor), record
         change, info = self.response(solution, cotangent, executor)
         if self.rho == 0.0 and problem.stays_still(cotangent, change):
             info.notices["q"] = _ZERO_GRADIENT

@@ -10,19 +10,41 @@ from torch import Tensor
 
 from lpgd.arrays import as_index, elements_where, flags, integers, rows_where
 from lpgd.gradients.base import GradientInfo
-from lpgd.problems.base import Data, Point
+from lpgd.gradients.formula import by_formula
+from lpgd.gradients.rounding import rounding, share_of_rounding, within
+from lpgd.problems.base import Data, Point, maximum_norm
 from lpgd.problems.node.multipliers import active_rows
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.solution import NodeSolution
 from lpgd.problems.node.structure import NodePoint
-from lpgd.solvers.node.bordered import bordered_response, is_large
+from lpgd.solvers.node.bordered import bordered_response, is_large, response_and_noise
 from lpgd.solvers.node.sparse import Sparsity, find_sparsity
-from lpgd.status import warn
+from lpgd.status import SolverError, warn
 
 if TYPE_CHECKING:
     from lpgd.gradients.implicit.method import ImplicitKKT
 
-__all__ = ["differentiable_vjp", "in_data", "response"]
+__all__ = ["differentiable_vjp", "in_data", "response", "vjp"]
+
+
+def vjp(
+    method: ImplicitKKT,
+    solution: NodeSolution,
+    cotangent: NodePoint,
+    active: list[int],
+    info: GradientInfo,
+    executor: Executor | None = None,
+) -> Data:
+    """The gradient of ``<cotangent, minimisers>``, with a look at what rounding left of it.
+
+    Elements that lost more digits than :data:`LOST` have the node's own formula instead, where it has one, on record.
+    """
+    change, noise = _response(method, solution, cotangent, active, info)
+    gradient = in_data(solution, change)
+    unsure = rows_where(_share(noise, change) > within(UNSURE, change.x.dtype))
+    if not len(unsure):
+        return gradient
+    return _mended(method, solution, cotangent, (change, noise), gradient, info, unsure)
 
 
 def response(
@@ -35,18 +57,34 @@ def response(
 ) -> NodePoint:
     """The response of a batch of a node's problems, all at once; other elements' is zero.
 
+    Arguments are those of :func:`vjp`; a tilt has (B, ·) each, and multipliers without columns are zero.
+    """
+    change, noise = _response(method, solution, tilt, active, info)
+    share = _share(noise, change)
+    lost = share > within(LOST, share.dtype)
+    unsure = elements_where(lost)
+    if unsure:
+        info.doubt = torch.where(lost, share.double(), torch.nan).cpu()
+        warn(f"{method}: the optimality conditions of elements {unsure[:10]} {_ROUNDING}")
+    return change
+
+
+def _response(
+    method: ImplicitKKT, solution: NodeSolution, tilt: NodePoint, active: list[int], info: GradientInfo
+) -> tuple[NodePoint, NodePoint]:
+    """The response, and what of it may be rounding.
+
     Args:
         method: an :class:`~lpgd.gradients.ImplicitKKT`.
         solution: B elements.
         tilt: (B, ·) each; multipliers without columns are zero.
         active: elements with a solution and a nonzero tilt.
         info: the record, which is written.
-        executor: has nothing to do here.
     """
     problem, whole = solution.problem, solution.point
-    change = NodePoint(*(torch.zeros_like(tensor) for tensor in whole))
+    change, noise = (NodePoint(*(torch.zeros_like(tensor) for tensor in whole)) for _ in range(2))
     if not active:
-        return change
+        return change, noise
     elements = as_index(active, problem.device)
     completed = (tensor if tensor.shape[-1] else nothing for tensor, nothing in zip(tilt, change, strict=True))
     tilt = NodePoint(*completed).select(elements)  # a cotangent has no multipliers
@@ -58,12 +96,14 @@ def response(
         g = chosen.constraints(point.x)[1]
         binding, one_sided = torch.ones_like(g, dtype=torch.bool), torch.zeros_like(g[:, 0], dtype=torch.bool)
         corner = torch.cat([torch.zeros_like(point.nu), -g / point.lam], -1)
-        answer, exact = bordered_response(
+        answer, exact, errors = response_and_noise(
             chosen, point, tilt, binding, method.rho, method.matrix_free, sparsity, corner
         )
     else:
         binding, one_sided = _active(method, chosen, point)
-        answer, exact = bordered_response(chosen, point, tilt, binding, method.rho, method.matrix_free, sparsity)
+        answer, exact, errors = response_and_noise(
+            chosen, point, tilt, binding, method.rho, method.matrix_free, sparsity
+        )
         _drop_touching(method, chosen, point, tilt, (answer, exact, binding, one_sided))
     for element, regular, weak in zip(active, flags(exact), flags(one_sided), strict=True):
         kind = "implicit, one-sided" if weak else "implicit"
@@ -71,9 +111,62 @@ def response(
     info.fallbacks = [element for element, regular in zip(active, flags(exact), strict=True) if not regular]
     if info.fallbacks:
         _warn_of_singular(method, chosen, point, binding, active, exact)
-    for tensor, values in zip(change, answer, strict=True):
-        tensor[elements] = values
-    return change
+    for wholes, parts in ((change, answer), (noise, errors)):
+        for tensor, values in zip(wholes, parts, strict=True):
+            tensor[elements] = values
+    return change, noise
+
+
+def _share(noise: NodePoint, change: NodePoint) -> Tensor:
+    """(B,) the largest share of the noise in minimisers and in multipliers."""
+    shares = (
+        maximum_norm(one) / maximum_norm(other).clamp(min=torch.finfo(one.dtype).tiny)
+        for one, other in zip(noise, change, strict=True)
+        if one.shape[-1]
+    )
+    return torch.stack(list(shares)).amax(0) if noise.x.shape[-1] else noise.x.new_zeros(len(noise.x))
+
+
+def _mended(
+    method: ImplicitKKT,
+    solution: NodeSolution,
+    cotangent: NodePoint,
+    responses: tuple[NodePoint, NodePoint],
+    gradient: Data,
+    info: GradientInfo,
+    unsure: Tensor,
+) -> Data:
+    """The gradient, with the node's formula for those of the elements ``unsure`` whose digits rounding took."""
+    change, noise = (one.select(unsure) for one in responses)
+    chosen = solution.select(unsure)
+    known = gradient._make(one[unsure] for one in gradient)
+    noise = NodePoint(*(one + other for one, other in zip(noise, rounding(change), strict=True)))
+    point = chosen.point
+    share = share_of_rounding(chosen.problem, known, (point, rounding(point)), (change, noise))
+    info.doubt = torch.full((len(info.used),), torch.nan, dtype=torch.float64)
+    info.doubt[unsure.cpu()] = share.double().cpu()
+    regular = torch.tensor([info.used[element] == "implicit" for element in integers(unsure)], device=share.device)
+    places = rows_where((share > within(LOST, share.dtype)) & regular)
+    if not len(places):
+        return gradient
+    lost, formula = unsure[places], None
+    if method.rho == 0.0 and not solution.barrier and solution.problem.is_plain:
+        try:
+            formula = by_formula(solution.problem.node.vjp, solution, cotangent.x, integers(lost))
+        except SolverError:  # it holds for none of them, and the warning says what was lost
+            formula = None
+    if formula is not None:
+        finite = torch.stack([torch.isfinite(one[lost].reshape(len(lost), -1)).all(-1) for one in formula]).all(0)
+        taken = lost[finite]
+        for whole, values in zip(gradient, formula, strict=True):
+            whole[taken] = values[taken]
+        for element in integers(taken):
+            info.used[element] = "closed form"
+        info.fallbacks = sorted({*info.fallbacks, *integers(taken)})
+        lost = lost[~finite]
+    if len(lost):
+        warn(f"{method}: the optimality conditions of elements {integers(lost)[:10]} {_ROUNDING}")
+    return gradient
 
 
 def _warn_of_singular(
@@ -212,6 +305,13 @@ def _active(method: ImplicitKKT, problem: NodeProblem, point: NodePoint) -> tupl
     return active if method.weakly_active else active & ~weak, weak.any(-1)
 
 
+UNSURE, LOST = 1e-9, 1e-5
+"""Answers of which rounding may have taken the first share are looked at, and those that lost the second are doubtful.
+"""
+_ROUNDING = (
+    "add numbers of sizes so different that rounding took digits of their derivatives (output.info.gradients[-1].doubt "
+    "has the share): the data are badly scaled. Scale the inputs, or use ClosedForm() where the node has a formula."
+)
 MANY = 300
 """With more variables, matrices of few entries are looked for."""
 DEPENDENT = 1e-9

@@ -19,6 +19,8 @@ keeps to the constraints ([DDN] 4.7.1).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ from lpgd.problems.node.structure import NodePoint
 from lpgd.solvers.node.minres import minres
 from lpgd.solvers.node.sparse import Factors, Sparsity, read_matrices, solve_bordered
 
-__all__ = ["bordered_response", "is_large"]
+__all__ = ["bordered_response", "is_large", "response_and_noise"]
 
 
 def is_large(problem: NodeProblem, point: NodePoint) -> bool:
@@ -64,6 +66,30 @@ def bordered_response(
         sparsity: patterns of the matrices, where entries are few (:func:`~lpgd.solvers.node.sparse.find_sparsity`).
         corner: (B, p + r) what stands in the place of the zero block, times -1: of barriers ``-g/λ``; None is zero.
     """
+    change, exact, _ = response_and_noise(
+        problem, point, tilt, active, rho, matrix_free, sparsity, corner, with_noise=False
+    )
+    return change, exact
+
+
+def response_and_noise(
+    problem: NodeProblem,
+    point: NodePoint,
+    tilt: NodePoint,
+    active: Tensor,
+    rho: float = 0.0,
+    matrix_free: bool | None = None,
+    sparsity: Sparsity | None = None,
+    corner: Tensor | None = None,
+    *,
+    with_noise: bool = True,
+) -> tuple[NodePoint, Tensor, NodePoint]:
+    """The answers of :func:`bordered_response`, and what rounding may have made of them, (B, ·) each.
+
+    Matrices of second derivatives are sums that round, as ``AᵀA`` does.  Products of the same derivatives with the
+    answer round otherwise, and leave a residual of that size: the noise is the system's answer to it.  It is zero where
+    matrices are sparse or not formed, where systems are singular, and without ``with_noise``.
+    """
     x, n, p = point.x, point.x.shape[-1], point.nu.shape[-1]
     keep = torch.cat([torch.ones_like(point.nu, dtype=torch.bool), active], -1)
     problem, unit = problem.in_units(x) if problem.unit is None else (problem, x.new_ones(len(x), 1))
@@ -71,20 +97,24 @@ def bordered_response(
     right = -torch.cat([tilt.x / unit, tilt.nu, tilt.lam], -1)
     damping = rho / unit
     corner = torch.zeros_like(right[:, n:]) if corner is None else corner * unit
+
+    def parted(answer: Tensor) -> NodePoint:
+        return NodePoint(answer[:, :n], unit * answer[:, n : n + p], unit * answer[:, n + p :])
+
     if sparsity is not None and not matrix_free and not torch.is_grad_enabled():
         values = read_matrices(problem, point, sparsity)
         if values is not None:
             answer, exact = _sparse(values, keep, right, damping, corner)
             singular = (~exact).nonzero()[:, 0]
             if len(singular):  # singular: the pseudo-inverse
-                found, exact[singular] = _whole(
+                found, exact[singular], _ = _whole(
                     problem.select(singular), point.select(singular), keep[singular], right[singular],
-                    damping[singular], corner[singular], None,
+                    damping[singular], corner[singular], None, False,
                 )  # fmt: skip
                 answer[singular] = found
-            return NodePoint(answer[:, :n], unit * answer[:, n : n + p], unit * answer[:, n + p :]), exact
-    answer, exact = _whole(problem, point, keep, right, damping, corner, matrix_free)
-    return NodePoint(answer[:, :n], unit * answer[:, n : n + p], unit * answer[:, n + p :]), exact
+            return parted(answer), exact, parted(torch.zeros_like(answer))
+    answer, exact, noise = _whole(problem, point, keep, right, damping, corner, matrix_free, with_noise)
+    return parted(answer), exact, parted(noise)
 
 
 def _whole(
@@ -95,13 +125,16 @@ def _whole(
     damping: Tensor,
     corner: Tensor,
     matrix_free: bool | None,
-) -> tuple[Tensor, Tensor]:
-    """Answers (B, n + m) without any structure, and (B,) whether they are those of regular systems."""
+    with_noise: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Answers (B, n + m) without any structure, (B,) whether they are those of regular systems, and their noise."""
     x = point.x
     if is_large(problem, point) if matrix_free is None else matrix_free:
-        return _matrix_free(problem, point, keep, right, damping, corner)
+        answer, exact = minres(*_by_products(problem, point, keep, right, damping, corner))
+        return answer, exact, torch.zeros_like(answer)
     hessian = problem.hessian(point) + damping.expand_as(x).diag_embed()
-    return _dense(hessian, problem.jacobian(x), keep, right, corner)
+    product = _by_products(problem, point, keep, right, damping, corner)[0] if with_noise else None
+    return _dense(hessian, problem.jacobian(x), keep, right, corner, product)
 
 
 def _sparse(values: Factors, keep: Tensor, right: Tensor, damping: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,8 +155,15 @@ def _sparse(values: Factors, keep: Tensor, right: Tensor, damping: Tensor, corne
     return torch.as_tensor(answers).to(right), torch.as_tensor(exact).to(right.device)
 
 
-def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
-    """Answers (B, n + m), and (B,) whether they are those of a regular system."""
+def _dense(
+    hessian: Tensor,
+    jacobian: Tensor,
+    keep: Tensor,
+    right: Tensor,
+    corner: Tensor,
+    product: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Answers (B, n + m), (B,) whether they are those of a regular system, and their noise by products with it."""
     n, eps = hessian.shape[-1], torch.finfo(hessian.dtype).eps
     jacobian = jacobian * keep[..., None]
     present = jacobian.ne(0).any(-1)
@@ -131,7 +171,8 @@ def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor, corne
     matrix = torch.cat(
         [torch.cat([hessian, jacobian.mT], -1), torch.cat([jacobian, absent], -1)], -2
     )  # (B, n + m, n + m)
-    right = torch.cat([right[:, :n], torch.where(present, right[:, n:], 0)], -1)
+    counted = torch.cat([torch.ones_like(right[:, :n], dtype=torch.bool), present], -1)
+    right = torch.where(counted, right, 0)
     # Equilibrated: what counts as singular shall not depend on the units of variables and constraints.
     weight = matrix.abs().amax(-1)
     weight = torch.where(weight > 0, weight, 1).rsqrt()
@@ -141,7 +182,7 @@ def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor, corne
     both = torch.stack([target, probe.expand_as(target)], -1)
     # solve_ex takes no zero rows of a batch on every device: an empty batch has nothing to solve.
     if not scaled.shape[0] or not scaled.shape[-1]:
-        return torch.zeros_like(right), right.new_ones(right.shape[0], dtype=torch.bool)
+        return torch.zeros_like(right), right.new_ones(right.shape[0], dtype=torch.bool), torch.zeros_like(right)
     with torch_threads(1):  # see there what LU needs
         factors, pivots, failed = linalg.lu_factor_ex(scaled)
         answers = linalg.lu_solve(factors, pivots, both)
@@ -152,6 +193,12 @@ def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor, corne
     small = eps**0.6 * target.abs().amax(-1).clamp(min=torch.finfo(right.dtype).tiny)
     exact = exact & (residual.abs().amax(-1) <= small)
     answer = weight * torch.where(exact[:, None], answer + correction, 0)
+    noise = torch.zeros_like(answer)
+    if product is not None:
+        residual = torch.where(counted, right - product(answer), 0)
+        with torch_threads(1):
+            noise = weight * linalg.lu_solve(factors, pivots, (weight * residual)[..., None])[..., 0]
+        noise = torch.where(exact[:, None], noise, 0)
     singular = rows_where(~exact)
     if len(singular):
         # The pseudo-inverse of the matrix itself: least norm in the units of the variables.
@@ -160,13 +207,16 @@ def _dense(hessian: Tensor, jacobian: Tensor, keep: Tensor, right: Tensor, corne
         inverse = linalg.pinv(torch.where(finite, matrices, 0), hermitian=True, rtol=matrix.shape[-1] * eps**0.75)
         inverse = torch.where(finite, inverse, torch.nan)
         answer[singular] = linalg.matvec(inverse, right[singular])
-    return torch.cat([answer[:, :n], torch.where(present, answer[:, n:], 0)], -1), exact
+    return torch.where(counted, answer, 0), exact, noise
 
 
-def _matrix_free(
+def _by_products(
     problem: NodeProblem, point: NodePoint, keep: Tensor, right: Tensor, damping: Tensor, corner: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same by MINRES; an answer whose residual stays large is not exact."""
+) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Products with the systems' matrices, and their right sides, without absent rows.
+
+    MINRES solves them by these; an answer whose residual stays large is not exact.
+    """
     n, curve = point.x.shape[-1], problem.hessian_product(point)
     weight = keep.to(point.x.dtype)
     transposed = problem.jacobian_product(point.x) if keep.shape[-1] else None
@@ -179,5 +229,4 @@ def _matrix_free(
             return upper
         return torch.cat([upper + transposed(weight * dmu), weight * (forward(dx)[0] - corner * dmu)], -1)
 
-    right = torch.cat([right[:, :n], weight * right[:, n:]], -1)
-    return minres(product, right)
+    return product, torch.cat([right[:, :n], weight * right[:, n:]], -1)
