@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lpgd import LPGD, ImplicitKKT, LpgdWarning, Node
 from lpgd.layers.node import NodeLayer
 from lpgd.nodes.base import Tilt
 from lpgd.nodes.least_squares.node import LeastSquares
@@ -361,3 +362,55 @@ def test_a_ridge_of_minimum_norm_has_all_digits_beside_large_numbers(ridge: floa
     assert torch.allclose(y[1:], other, rtol=1e-12, atol=0)
     for one, two in zip(found[1:3], torch.autograd.grad(other, alone[:2], cotangent[1:]), strict=True):
         assert torch.allclose(one[1:], two, rtol=0, atol=1e-12 * float(two.abs().max()))
+
+
+@pytest.mark.parametrize("method", [ImplicitKKT(), LPGD()])
+def test_methods_that_rounding_leaves_no_digits_hand_over_to_the_formula(method: Any) -> None:
+    """Optimality conditions add ``AᵀA`` of 1e12 and a ridge, and small steps move y by 1e5 where A sees 1e-6."""
+    random = torch.Generator().manual_seed(3)
+    A = 1e6 * torch.randn(3, 6, generator=random, dtype=torch.float64)
+    b, cotangent = (torch.randn(size, generator=random, dtype=torch.float64) for size in (3, 6))
+    weights = 0.1 + torch.rand(3, generator=random, dtype=torch.float64)
+    inputs = [A, b, weights, torch.tensor(0.8, dtype=torch.float64)]
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    y = NodeLayer(LeastSquares(weighted=True, ridge=True, minimum_norm=True), method)(*leaves)
+    found = torch.autograd.grad(y @ cotangent, leaves)
+    for value, expected in zip(found, _by_normal_equations(inputs, cotangent, False)[1:], strict=True):
+        right = torch.tensor(expected, dtype=torch.float64).reshape(value.shape)
+        assert torch.allclose(value, right, rtol=0, atol=1e-11 * float(right.abs().max()))
+    record = y.info.gradients[-1]
+    assert record.used == ["closed form"]
+    assert record.fallbacks == [0]
+
+
+def test_small_steps_of_wide_regression_have_the_exact_gradient() -> None:
+    random = torch.Generator().manual_seed(4)
+    A = 1e6 * torch.randn(2, 3, 6, generator=random, dtype=torch.float64)
+    A[1] *= 1e-6  # beside one whose small steps are good
+    b, cotangent = (torch.randn(2, size, generator=random, dtype=torch.float64) for size in (3, 6))
+    weights = 0.1 + torch.rand(2, 3, generator=random, dtype=torch.float64)
+    inputs = [A, b, weights, torch.full((2,), 0.8, dtype=torch.float64)]
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    y = NodeLayer(LeastSquares(weighted=True, ridge=True), LPGD())(*leaves)
+    found = torch.autograd.grad(y, leaves, cotangent)
+    assert y.info.gradients[-1].used == ["closed form", "average"]
+    for element in range(2):
+        exact = _by_normal_equations([tensor[element] for tensor in inputs], cotangent[element], False)[1:]
+        for value, expected in zip(found, exact, strict=True):
+            right = torch.tensor(expected, dtype=torch.float64).reshape(value[element].shape)
+            assert torch.allclose(value[element], right, rtol=0, atol=1e-7 * float(right.abs().max()))
+
+
+def test_rounding_is_said_where_there_is_no_formula() -> None:
+    random = torch.Generator().manual_seed(5)
+    A = (1e6 * torch.randn(1, 3, 4, generator=random, dtype=torch.float64)).requires_grad_()
+    b = torch.randn(1, 3, generator=random, dtype=torch.float64)
+    node = Node(
+        lambda A, b, y: 0.5 * (A @ y - b).square().sum() + 0.5 * y.square().sum(),
+        ndims=(2, 1),
+        solve=lambda A, b: A.mT @ torch.linalg.solve(torch.eye(3).to(A) + A @ A.mT, b),
+        shape=(4,),
+    )
+    y = NodeLayer(node, ImplicitKKT())(A, b)
+    with pytest.warns(LpgdWarning, match=r"elements \[0\] (are singular|add numbers of sizes so different)"):
+        y.sum().backward()

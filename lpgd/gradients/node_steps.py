@@ -74,7 +74,7 @@ def _is_no_derivative(
             lambda turn, one, other: 0.5 * _error(one, other, turn),
         )
     )
-    drowned = share_of_rounding(problem, gradient, (middle, of_middle), (change, of_change))
+    drowned = share_of_rounding(problem, gradient, (middle, of_middle), (change, of_change), cotangent.x)
     drowned = drowned > within(DROWNED, drowned.dtype)
     left = problem.hessian_product(base)(change.x) + rho * change.x + cotangent.x.to(change.x.dtype)
     multipliers = torch.cat([change.nu, change.lam], -1)

@@ -18,7 +18,7 @@ from lpgd.problems.base import Data
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.structure import NodePoint
 
-__all__ = ["random_signs", "rounding", "share_of_rounding", "within"]
+__all__ = ["NOTHING", "random_signs", "rounding", "share_of_rounding", "within"]
 
 NOTHING = 1e-6
 """A gradient that is worth less than this share of the largest one, each times its datum, is none."""
@@ -42,7 +42,11 @@ def rounding(point: NodePoint) -> NodePoint:
 
 
 def share_of_rounding(
-    problem: NodeProblem, gradient: Data, point: tuple[NodePoint, NodePoint], change: tuple[NodePoint, NodePoint]
+    problem: NodeProblem,
+    gradient: Data,
+    point: tuple[NodePoint, NodePoint],
+    change: tuple[NodePoint, NodePoint],
+    cotangent: Tensor,
 ) -> Tensor:
     """(B,) the largest share of a datum's gradient that rounding may change.
 
@@ -50,15 +54,18 @@ def share_of_rounding(
         problem: B elements.
         gradient: their gradient, that of the change at the point.
         point, change: each with what is not known of it, (B, ·).
+        cotangent: (B, n) whose gradient it is.  With the minimisers it tells which gradients are zero to rounding.
     """
     moved = [NodePoint(*(one + error for one, error in zip(*both, strict=True))) for both in (point, change)]
     other = problem.directional_gradient(*moved)
     sizes = [_largest(datum) for datum in problem.data]
     found = [_largest(one) for one in gradient]
     worth = torch.stack([one * size for one, size in zip(found, sizes, strict=True)]).amax(0)
+    none = torch.finfo(worth.dtype).eps ** 0.6 * _largest(cotangent) * _largest(point[0].x)
+    least = torch.maximum(NOTHING * worth, none.to(worth.dtype))
     shares: list[Tensor] = []
     for value, again, size, largest in zip(gradient, other, sizes, found, strict=True):
-        floor = NOTHING * worth / torch.where(size > 0, size, 1.0)
+        floor = least / torch.where(size > 0, size, 1.0)
         change_of = _largest(cast(Any, again) - value)
         shares.append(torch.where(change_of > 0, change_of / torch.maximum(largest, floor), 0.0))
     return torch.stack(shares).amax(0)

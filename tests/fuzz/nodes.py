@@ -66,8 +66,6 @@ def fuzz_node(seed: int, number: int) -> Chunk:
             inputs[place][element].view(-1)[int(rng.integers(inputs[place][element].numel()))] = bad
             spoilt[int(element)] = f"{bad} in input {place}"
     method = str(rng.choice(["closed form", "closed form", *METHODS]))
-    if method == "lpgd" and values in ("large", "mixed"):
-        method = "implicit"  # steps of LPGD fit problems whose curvatures are of one size
     layer = lpgd.NodeLayer(case.node, METHODS[method], on_error="nan")
     batch = [(-1,), (5, -1), (1, -1), (-1, 1)][int(rng.integers(4))]
     layouts = [str(rng.choice(LAYOUTS)) for _ in inputs]

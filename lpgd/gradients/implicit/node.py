@@ -11,7 +11,7 @@ from torch import Tensor
 from lpgd.arrays import as_index, elements_where, flags, integers, rows_where
 from lpgd.gradients.base import GradientInfo
 from lpgd.gradients.formula import by_formula
-from lpgd.gradients.rounding import rounding, share_of_rounding, within
+from lpgd.gradients.rounding import NOTHING, rounding, share_of_rounding, within
 from lpgd.problems.base import Data, Point, maximum_norm
 from lpgd.problems.node.multipliers import active_rows
 from lpgd.problems.node.problem import NodeProblem
@@ -60,8 +60,11 @@ def response(
     Arguments are those of :func:`vjp`; a tilt has (B, ·) each, and multipliers without columns are zero.
     """
     change, noise = _response(method, solution, tilt, active, info)
-    share = _share(noise, change)
+    share = _share(noise._replace(nu=noise.nu[:, :0], lam=noise.lam[:, :0]), change)  # forward mode sees minimisers
     lost = share > within(LOST, share.dtype)
+    if bool(lost.any()):  # of those that move as far as such a tilt may move them
+        floor = maximum_norm(solution.x) / solution.problem.tilt_unit(solution.point, tilt)
+        lost = lost & ~(maximum_norm(noise.x) <= LOST * NOTHING * floor)
     unsure = elements_where(lost)
     if unsure:
         info.doubt = torch.where(lost, share.double(), torch.nan).cpu()
@@ -142,7 +145,7 @@ def _mended(
     known = gradient._make(one[unsure] for one in gradient)
     noise = NodePoint(*(one + other for one, other in zip(noise, rounding(change), strict=True)))
     point = chosen.point
-    share = share_of_rounding(chosen.problem, known, (point, rounding(point)), (change, noise))
+    share = share_of_rounding(chosen.problem, known, (point, rounding(point)), (change, noise), cotangent.x[unsure])
     info.doubt = torch.full((len(info.used),), torch.nan, dtype=torch.float64)
     info.doubt[unsure.cpu()] = share.double().cpu()
     regular = torch.tensor([info.used[element] == "implicit" for element in integers(unsure)], device=share.device)
