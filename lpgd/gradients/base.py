@@ -54,7 +54,8 @@ class GradientInfo:
         doubt: (B,) the share of an exact answer that the error of the solution may change, which rounding and the
             condition of the optimality conditions decide; at a kink the difference of its two sides.  Of small steps
             of LPGD at curved cones, the share by which they differ from what the optimality conditions say, infinite
-            where those do not determine it.  NaN where nothing was checked, None for other methods.
+            where those do not determine it.  Of nodes, the share of a gradient that rounding errors may change.
+            NaN where nothing was checked, None for other methods.
         notices: for a datum's name, what a user who asks for its gradient should know; a layer warns of these.
     """
 

@@ -56,7 +56,7 @@ class LPGD(GradientMethod):
             curvature of the order of τ (τ² for ``"average"``) are both small.  Where an active set changes along it, it
             is shortened; where that does not help, the solution has no derivative, and a warning names the element.
             Where no step is right, as it moves some numbers far and is lost in the rounding of others, ``ImplicitKKT``
-            takes the element, on record.
+            (of a node ``ClosedForm``) takes the element, on record.
             Steps so short hardly ever move the vertex that solves a linear program: where they move none of a batch, a
             layer warns of it.  ``GradientInfo.tau`` has what was taken.  Integer programs need a τ: their solutions
             stay where they are for small ones.

@@ -66,7 +66,9 @@ class ImplicitKKT(GradientMethod):
     warning tells where the answer depends on it: where only multipliers are not unique, the gradient with respect to
     the objective is exact.  At a kink (an active constraint with a zero multiplier) both sides are looked at; where
     their answers differ, one is taken, as for ReLU, and ``"implicit, one-sided"`` is on record, with a warning.
-    ``GradientInfo.doubt`` has the share of each answer that the solution's error may change.
+    ``GradientInfo.doubt`` has the share of each answer that the solution's error may change.  Of nodes with numbers so
+    different that rounding takes more than 1e-5 of a gradient, the node's own formula is taken, on record, or a warning
+    says so.
     """
 
     rho: float = 0.0
