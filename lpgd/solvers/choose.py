@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from lpgd.execution.tasks import core_count
 from lpgd.problems.conic.structure import ConicStructure
@@ -149,6 +149,16 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
     return list(ranked.items())
 
 
+@lru_cache(maxsize=64)
+def _fitting(structure: ConicStructure, situation: Situation | None, cores: int) -> tuple[type[ConicSolver], ...]:
+    """Those of :func:`preference` that can take the problem, installed or not."""
+    return tuple(
+        candidate
+        for candidate in preference(structure, situation)
+        if _default(candidate).unsupported(structure) is None
+    )
+
+
 _LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS)
 _QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS)
 _MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 400, 1000, 3000, 5000, 0.1, 4
@@ -197,20 +207,19 @@ def choose_solver(
         raise TypeError(f"solver is {chosen!r}; it must be a solver such as lpgd.SCS(), the name of one, or None.")
     advice = _INTEGER_ADVICE if structure.has_integers else ""
     if chosen is None:
-        fitting = [
-            candidate
-            for candidate in preference(structure, situation)
-            if _default(candidate).unsupported(structure) is None
-        ]
-        installed = [candidate for candidate in fitting if candidate.is_installed()]
+        fitting = _fitting(structure, situation, core_count())
+        installed = (candidate for candidate in fitting if candidate.is_installed())
+        first = next(installed, None)
         if not fitting:
             reasons = (str(_default(candidate).unsupported(structure)) for candidate in SOLVERS)
             raise ValueError("; ".join(reasons) + "." + advice)
-        if not installed:
+        if first is None:
             commands = " or ".join(f"pip install {candidate.pip_name}" for candidate in fitting)
             raise MissingPackageError(f"no installed solver can solve this problem: {commands}")
         # Options of one solver only, such as those the standard layer documents for SCS, choose that solver.
-        chosen = next((candidate for candidate in installed if candidate.knows(options or {})), installed[0])()
+        if options:
+            first = next((candidate for candidate in (first, *installed) if candidate.knows(options)), first)
+        chosen = _default(first)
     chosen = chosen.with_options(options or {})
     reason = chosen.unsupported(structure)
     if reason is not None:

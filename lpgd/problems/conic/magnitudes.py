@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import IntArray, from_numpy
+from lpgd.arrays import FloatArray, IntArray, from_numpy
 from lpgd.execution.memo import TensorMemo
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.sparsity import SparsityPattern
@@ -66,6 +66,8 @@ def lonely_variables(problem: ConicProblem) -> Tensor | None:
     """
     structure, A = problem.structure, problem.data.A
     _, columns = _memo(A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A))
+    if not columns.numel() or float(columns.amin()) > 0:
+        return None
     lonely = columns == 0
     if structure.quadratic.nnz and bool(lonely.any()):
         flat = curvatures(problem) == 0
@@ -97,6 +99,8 @@ def matrix_units(problem: ConicProblem) -> tuple[Tensor | None, Tensor | None]:
     row_maxima, column_maxima = _memo(
         A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A)
     )
+    if all(_are_moderate(maxima) for maxima in (row_maxima, column_maxima)):
+        return None, None
     wide = _is_wide(row_maxima) | _is_wide(column_maxima)
     if structure.quadratic.nnz and not bool(wide.all()):
         curvature = curvatures(problem)
@@ -123,6 +127,12 @@ def _maxima(pattern: SparsityPattern, values: Tensor) -> tuple[Tensor, ...]:
 
 def _is_wide(sizes: Tensor) -> Tensor:
     return (_exponent(sizes).abs() > MODERATE).any(-1)
+
+
+def _are_moderate(sizes: Tensor) -> bool:
+    """Whether all sizes are positive and none is wide."""
+    least, largest = torch.aminmax(sizes) if sizes.numel() else (0.0, 0.0)
+    return float(least) >= 0.5**MODERATE / 2 and float(largest) < 2.0**MODERATE
 
 
 def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor, wide: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -215,96 +225,98 @@ def vector_units(
 ) -> tuple[Tensor | None, Tensor | None]:
     """β, where it is not given by ``lengths`` (B,), and σ: an objective whose largest coefficient is of order 1."""
     structure, data, size = problem.structure, problem.data, problem.batch_size
-    ones = problem.data.q.new_ones
-    D = ones(1, structure.n) if variable is None else repeated(variable, size)
-    D = D if alone is None else D * alone
-    E = ones(1, structure.m) if row is None else repeated(row, size)
-    q, P = maximum_norm(times(data.q, D, size)), problem.symmetric_P
-    if structure.quadratic.nnz:
-        if variable is None:
-            P = maximum_norm(curvatures(problem))
-        else:
-            P = maximum_norm(times(P, pairs(variable, structure.quadratic.rows, structure.quadratic.columns), size))
-    else:
-        P = q.new_zeros(1)
-    right = maximum_norm(times(data.b, E, size))
+    D = None if variable is None else repeated(variable, size)
+    if alone is not None:
+        D = alone if D is None else D * alone
+    q, right = data.q if D is None else times(data.q, D, size), data.b
+    if row is not None:
+        right = times(right, repeated(row, size), size)
+    # A number for each element: in NumPy, whose small operations take a third of torch's time.
+    sizes = _maxima_of(right, size)
     for bound, name in ((data.lower, "lower_index"), (data.upper, "upper_index")):
         if bound.shape[-1]:
-            index = structure.index(name, D.device)
+            index = structure.index(name, bound.device)
             finite = torch.where(bound.abs() < INFINITE, bound, 0.0)
             if lonely is not None:
-                finite = torch.where(_each(lonely, problem)[:, index], 0.0, per_element(finite, size))
-            right = _largest_of(right, maximum_norm(times(finite, 1.0 / D[:, index], size)))
-    e_q, e_P, e_b = (_exponent(_flat(sizes, size)) for sizes in (q, P, right))
+                finite = torch.where(_each(lonely, problem)[:, index], 0.0, finite)
+            if D is not None:
+                finite = times(finite, 1.0 / D[:, index], size)
+            sizes = np.maximum(sizes, _maxima_of(finite, size))
+    if not structure.quadratic.nnz:
+        curvature = np.zeros(size)
+    elif variable is None:
+        curvature = _maxima_of(curvatures(problem), size)
+    else:
+        both = pairs(variable, structure.quadratic.rows, structure.quadratic.columns)
+        curvature = _maxima_of(times(problem.symmetric_P, both, size), size)
+    e_q, e_P, e_b = (_exponents(magnitudes) for magnitudes in (_maxima_of(q, size), curvature, sizes))
     # A length: of right sides and bounds, or of the minimiser without constraints where they are all (nearly) zero.
     free = e_q - e_P
-    length = torch.fmax(e_b, torch.where(torch.isnan(e_b), free, free - 3 * MODERATE)).nan_to_num(0.0)
-    if lengths is not None:
-        length = torch.where(torch.isfinite(lengths), lengths.to(length.device), length)
+    length = np.nan_to_num(np.fmax(e_b, np.where(np.isnan(e_b), free, free - 3 * MODERATE)), nan=0.0)
     # Where matrices are scaled nothing is gained by leaving vectors alone, and part of their scale may be in D and E.
-    scaled = torch.zeros_like(length, dtype=torch.bool)
+    scaled = np.zeros(size, dtype=np.bool_)
     if lengths is not None:
-        scaled = scaled | torch.isfinite(lengths).to(scaled.device)
+        given = lengths.cpu().numpy()
+        scaled |= np.isfinite(given)
+        length = np.where(scaled, given, length)
     for factors in (variable, row, alone):
         if factors is not None:
-            scaled = scaled | (repeated(factors, size) != 1.0).any(-1)
-    length, cost = _snapped(length, e_q, e_P, exponents, torch.where(scaled, 0.0, float(MODERATE)))
+            scaled |= (repeated(factors, size) != 1.0).any(-1).cpu().numpy()
+    length, cost = _snapped(length, e_q, e_P, exponents, np.where(scaled, 0.0, float(MODERATE)))
     if structure.quadratic.nnz and (data.P.ndim == 1 or row_count(data.P) < size):
-        cost = _on_grid(length, cost, torch.where(scaled | (e_P.abs() > MODERATE), e_P, 0.0))
-    return _factors(length), _factors(cost)
+        cost = _on_grid(length, cost, np.where(scaled | (np.abs(e_P) > MODERATE), e_P, 0.0))
+    return _factors(length, data.q), _factors(cost, data.q)
 
 
-def _factors(exponents: Tensor) -> Tensor | None:
+def _maxima_of(values: Tensor, size: int) -> FloatArray:
+    """(B,) the largest magnitude in each row of values, () or (R, ·); 0 for empty ones."""
+    largest = np.abs(np.atleast_2d(values.detach().cpu().numpy())).max(-1, initial=0.0)
+    return largest if len(largest) == size else np.tile(largest, size // len(largest))
+
+
+def _exponents(sizes: FloatArray) -> FloatArray:
+    """:func:`_exponent` in NumPy."""
+    return np.where((sizes > 0) & np.isfinite(sizes), np.frexp(sizes)[1], np.nan)
+
+
+def _factors(exponents: FloatArray, like: Tensor) -> Tensor | None:
     """(B,) exponents as (B, 1) factors; None where all are 1."""
-    return power(exponents)[:, None] if bool(exponents.any()) else None
+    return power(from_numpy(exponents).to(like.device))[:, None] if exponents.any() else None
 
 
 def _snapped(
-    length: Tensor, e_q: Tensor, e_P: Tensor, exponents: Tensor | None, moderate: Tensor
-) -> tuple[Tensor, Tensor]:
+    length: FloatArray, e_q: FloatArray, e_P: FloatArray, exponents: Tensor | None, moderate: FloatArray
+) -> tuple[FloatArray, FloatArray]:
     """Exponents of length and cost: those of a state where they still fit, else zero where the data are moderate."""
 
-    def cost_of(length: Tensor) -> Tensor:
-        terms = torch.stack([e_q + length, e_P + 2 * length])
-        return -terms.nan_to_num(nan=-torch.inf).amax(0).nan_to_num(neginf=0.0)
+    def cost_of(length: FloatArray) -> FloatArray:
+        terms = np.fmax(e_q + length, e_P + 2 * length)
+        return -np.nan_to_num(terms, nan=0.0)
 
-    chosen = torch.where(length.abs() <= moderate, 0.0, length)
+    chosen = np.where(np.abs(length) <= moderate, 0.0, length)
     cost = cost_of(chosen)
-    cost = torch.where(cost.abs() <= moderate, 0.0, cost)
+    cost = np.where(np.abs(cost) <= moderate, 0.0, cost)
     if exponents is None:
         return chosen, cost
-    known = exponents.to(length.device)
-    keep = ((known[:, 0] - length).abs() <= KEPT) & ((known[:, 1] - cost_of(known[:, 0])).abs() <= KEPT)
-    kept_length = torch.where(keep, known[:, 0], chosen)
+    known = exponents.cpu().numpy()
+    keep = (np.abs(known[:, 0] - length) <= KEPT) & (np.abs(known[:, 1] - cost_of(known[:, 0])) <= KEPT)
+    kept_length = np.where(keep, known[:, 0], chosen)
     again = cost_of(kept_length)
-    return kept_length, torch.where(keep, known[:, 1], torch.where(again.abs() <= moderate, 0.0, again))
+    return kept_length, np.where(keep, known[:, 1], np.where(np.abs(again) <= moderate, 0.0, again))
 
 
-def _on_grid(length: Tensor, cost: Tensor, e_P: Tensor) -> Tensor:
+def _on_grid(length: FloatArray, cost: FloatArray, e_P: FloatArray) -> FloatArray:
     """The cost with ``σ β²`` on a coarse grid, so that elements that share a row of P mostly share this factor.
 
     The grid begins where P is of order 1, by its exponent e_P: at nothing that depends on other elements.
     """
-    first = -e_P.nan_to_num(0.0)
+    first = -np.nan_to_num(e_P, nan=0.0)
     steps = (cost + 2 * length - first) / (2 * MODERATE)
-    return first + 2 * MODERATE * steps.round() - 2 * length
+    return first + 2 * MODERATE * np.round(steps) - 2 * length
 
 
 def row_count(datum: Tensor) -> int:
     return 1 if datum.ndim == 1 else datum.shape[0]
-
-
-def _flat(sizes: Tensor, size: int) -> Tensor:
-    """() or (R,) to (size,)."""
-    sizes = torch.atleast_1d(sizes)
-    return sizes.repeat(size // sizes.shape[0])
-
-
-def _largest_of(first: Tensor, second: Tensor) -> Tensor:
-    """The larger of two vectors () or (R,), rows repeating."""
-    first, second = torch.atleast_1d(first), torch.atleast_1d(second)
-    size = max(first.shape[0], second.shape[0])
-    return torch.maximum(_flat(first, size), _flat(second, size))
 
 
 def times(datum: Tensor, factor: Tensor, size: int) -> Tensor:

@@ -111,6 +111,8 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     @property
     def rescued(self) -> dict[str, int]:
         """How many elements were solved by another solver than the one that was asked, by its name."""
+        if self.solvers.count(self.asked) == len(self.solvers):
+            return {}
         solved = (name for name, status in zip(self.solvers, self.statuses, strict=False) if status.usable)
         return {name: count for name, count in Counter(solved).items() if name not in (self.asked, NEWTON)}
 
