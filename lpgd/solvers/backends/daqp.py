@@ -272,6 +272,7 @@ class _Whitened:
 
     def __init__(self, options: DAQP, n: int, m: int, zero: int) -> None:
         self.module, self.P, self.zero = _binding(), np.eye(n), zero
+        self.solve = self.module.solve
         self.sense, self.settings = _options(options, 0, m, zero, False)
 
     def __call__(
@@ -281,7 +282,7 @@ class _Whitened:
         if isinstance(state, _State) and state.multipliers.size == sense.size:
             # The ends of inequalities are finite: the active ones are at it.
             sense[self.zero :][state.multipliers[self.zero :] > 0] = _AT_UPPER
-        x, _, flag, info = self.module.solve(self.P, q, rows, upper, lower, sense, **self.settings)
+        x, _, flag, info = self.solve(self.P, q, rows, upper, lower, sense, **self.settings)
         if flag <= 0:  # what shows it is lost in such a call
             return self._in_workspace(rows, q, lower, upper)
         return WhiteAnswer(_STATUSES[flag], x, info["lam"], info["iterations"], _State(x, info["lam"]))

@@ -10,6 +10,7 @@ What is left of an element is a few arrays and one call of a solver, which takes
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -86,7 +87,7 @@ def solved_in_white(
         otherwise: solves the others.
     """
     structure = problem.structure
-    factor = None if structure.has_bounds or not structure.m else SchurFactor.of(problem)
+    factor = None if structure.has_bounds or not structure.m else SchurFactor.of(problem, executor)
     if factor is None:
         return otherwise(problem, states)
     fine = factor.fine.repeat(problem.batch_size // factor.fine.shape[0]) & is_definite(problem)
@@ -200,19 +201,22 @@ def _solve(task: _Task) -> _Results:
     solve_one = task.solver.solver_in_white(n, m, task.zero)
     lower = np.full((count, m), -np.inf)
     lower[:, : task.zero] = task.b[:, : task.zero]
-    found, clock = _nothing(count, n, m), time.perf_counter
+    found, clock, deadline = _nothing(count, n, m), time.perf_counter, task.deadline
     statuses, states, x, y, iterations, seconds = found
-    for place, (q, b, ends, state) in enumerate(zip(task.q, task.b, lower, task.states, strict=True)):
+    every_rows = task.rows if period == count else itertools.cycle(task.rows)
+    started = clock()
+    for place, (q, b, ends, rows, state) in enumerate(
+        zip(task.q, task.b, lower, every_rows, task.states, strict=False)
+    ):
         pause()
-        if task.deadline is not None and time.time() >= task.deadline:
+        if deadline is not None and time.time() >= deadline:
             statuses[place] = Status.TIME_LIMIT
             continue
-        started, rows = clock(), task.rows[place % period]
-        answer = solve_one(rows, q, ends, b, state)
-        statuses[place], states[place], iterations[place] = answer.status, answer.state, answer.iterations
-        if answer.x is not None and answer.y is not None:
-            x[place], y[place] = answer.x, answer.y
-        seconds[place] = clock() - started
+        statuses[place], its_x, its_y, iterations[place], states[place] = solve_one(rows, q, ends, b, state)
+        if its_x is not None and its_y is not None:
+            x[place], y[place] = its_x, its_y
+        ended = clock()
+        seconds[place], started = ended - started, ended
         advance(task.progress)
     return found
 

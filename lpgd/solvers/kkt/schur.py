@@ -16,6 +16,7 @@ among others than alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -28,6 +29,7 @@ from torch.utils.weak import TensorWeakRef
 from lpgd import linalg
 from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy
 from lpgd.execution.memo import TensorMemo
+from lpgd.execution.tasks import SerialExecutor, run_tasks, split
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.packed import packed_size
@@ -44,8 +46,13 @@ ROOM = 16_000_000
 """So many entries of M are made for a batch."""
 TALL = 3
 """Products of all rows are formed where there are no more rows than so many times the variables."""
+LONG = 20_000_000
+"""So many products are worth a second thread."""
 PART = 64
 """A factor that elements share is copied for so many of them at once."""
+
+
+_HERE = SerialExecutor()
 
 
 class System(Protocol):
@@ -86,8 +93,11 @@ class SchurFactor:
     zero: int
 
     @classmethod
-    def of(cls, problem: ConicProblem) -> SchurFactor | None:
-        """The factor of a batch in units of order 1; None where it is of no use: no P is surely definite, say."""
+    def of(cls, problem: ConicProblem, executor: Executor | None = _HERE) -> SchurFactor | None:
+        """The factor of a batch in units of order 1; None where it is of no use: no P is surely definite, say.
+
+        The executor, where the work runs if it takes long, changes no bit.
+        """
         structure, data = problem.structure, problem.data
         if not _is_fit(structure) or problem.device.type != "cpu":
             return None
@@ -95,13 +105,13 @@ class SchurFactor:
         for entry in known:
             if entry.matrix() is data.A and entry.version == data.A._version:
                 return entry.factor
-        found = cls._made(problem)
+        found = cls._made(problem, executor)
         if not data.A.is_inference():
             known[:] = [_Known(TensorWeakRef(data.A), data.A._version, found)]
         return found
 
     @classmethod
-    def _made(cls, problem: ConicProblem) -> SchurFactor | None:
+    def _made(cls, problem: ConicProblem, executor: Executor | None) -> SchurFactor | None:
         structure, data = problem.structure, problem.data
         root = root_of(problem)
         bounded = from_numpy(np.union1d(structure.lower_index, structure.upper_index))
@@ -116,12 +126,18 @@ class SchurFactor:
         if len(sizes) > 2 or not bool(fine.any()):
             return None
         size = max(sizes)
-        right = C.new_zeros(C.shape[0], root.lower.shape[1], packed_size(wide))
-        right[:, :n, : structure.m] = C.mT
-        right[:, bounded, structure.m + torch.arange(bounded.shape[0])] = 1.0
-        right = right.expand(size, -1, -1)
-        white = linalg.solve_triangular(root.lower.expand(size, -1, -1), right, upper=False)
-        white = white.mT[:, :wide, :n].contiguous()
+        white = C.new_empty(size, wide, n)
+        lower, C = root.lower.expand(size, -1, -1), C.expand(size, -1, -1)
+
+        def whiten(chunk: range) -> None:
+            elements = slice(chunk.start, chunk.stop)
+            rows = C.new_zeros(len(chunk), packed_size(wide), lower.shape[1])
+            rows[:, : structure.m, :n] = C[elements]
+            rows[:, structure.m + torch.arange(bounded.shape[0]), bounded] = 1.0
+            white[elements] = linalg.solve_triangular(lower[elements], rows.mT, upper=False).mT[:, :wide, :n]
+
+        long = size * wide * n**2 > LONG and (executor is None or isinstance(executor, ThreadPoolExecutor))
+        run_tasks(whiten, split(size, executor if long else _HERE, per_worker=1), executor if long else _HERE)
         return cls(root, white, fine.expand(size), bounded, structure.m, structure.cones.zero)
 
     @cached_property
