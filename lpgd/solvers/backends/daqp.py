@@ -17,6 +17,7 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.forms import Form, IntervalForm, IntervalPoint, IntervalVectors
+from lpgd.solvers.backends.null_space import solved_in_null_space
 from lpgd.solvers.backends.whitened import SolveOne, WhiteAnswer, solved_in_white
 from lpgd.solvers.base import POLYHEDRAL, Capabilities
 from lpgd.status import SetUpError, Status
@@ -77,12 +78,17 @@ class DAQP(ElementwiseSolver):
         return 1e-10  # measured where P is singular; it is 1e-12 elsewhere
 
     def solve_posed(self, problem: ConicProblem, states: States, executor: Executor | None) -> ConicSolution:
-        # DAQP factorises P and transforms the rows in plain loops, which is most of its time (daqp 0.11.0).
+        # DAQP adds equalities to its active set one by one, and factorises P and transforms the rows in plain loops,
+        # which is most of its time (daqp 0.11.0).
         otherwise = super().solve_posed
         limited = self if self.shortest == self.time_limit else replace(self, time_limit=self.shortest)
-        return solved_in_white(
-            problem, states, executor, limited, lambda one, its_states: otherwise(one, its_states, executor)
-        )
+
+        def whitened(one: ConicProblem, its_states: States) -> ConicSolution:
+            return solved_in_white(
+                one, its_states, executor, limited, lambda left, starts: otherwise(left, starts, executor)
+            )
+
+        return solved_in_null_space(problem, states, whitened)
 
     def solver_in_white(self, n: int, m: int, zero: int) -> SolveOne:
         return _Whitened(self, n, m, zero)

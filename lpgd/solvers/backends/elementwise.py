@@ -226,7 +226,9 @@ def _pairs(solver: ElementwiseSolver, view: ElementView) -> Pairs:
         _memo(tensor, "fingerprints", partial(fingerprints, view.data[name]))
         for name, tensor in (("P", data.P), ("A", data.A))
     )
-    definite = is_definite(view.problem).tolist() if solver.asks_whether_definite else [None] * distinct
+    # Of rows with two ends, whose values have no curvature, a solver that sees them without these finds out itself.
+    asks = solver.asks_whether_definite and not view.problem.structure.two_sided
+    definite = is_definite(view.problem).tolist() if asks else [None] * distinct
     pattern, every = view.problem.structure.constraint, range(distinct)
     values = {name: view.data[name] if view.data[name].ndim == 1 else view.rows(name, every) for name in ("P", "A")}
     rows = None

@@ -42,7 +42,7 @@ ROWS = 100
 """From this number of rows; with fewer of them each element's own factor is cheap."""
 STEPS = 25
 """The most Newton steps."""
-GRADIENTS = 24
+GRADIENTS = 12
 """The most conjugate gradients in a step; elements that need more have matrices that are not alike."""
 ACCURACY = 0.05
 """The residual of a step, relative, in the norm of the shared inverse."""
