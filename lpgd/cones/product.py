@@ -22,7 +22,7 @@ power               3 each                       ``u^a v^(1 - a) >= |w|, u, v >=
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -127,22 +127,35 @@ def svec_size(side: int) -> int:
     return side * (side + 1) // 2
 
 
+@lru_cache(maxsize=64)
 def svec_indices(side: int) -> tuple[IntArray, IntArray]:
-    """Rows and columns of the lower triangle, column by column: the order of ``svec``."""
+    """Rows and columns of the lower triangle, column by column: the order of ``svec``.  They are shared, to be read."""
     columns, rows = np.triu_indices(side)
-    return rows.astype(np.int64), columns.astype(np.int64)
+    indices = rows.astype(np.int64), columns.astype(np.int64)
+    for index in indices:
+        index.flags.writeable = False
+    return indices
+
+
+@lru_cache(maxsize=64)
+def _weights(side: int, off_diagonal: float) -> FloatArray:
+    """1 on the diagonal, in the order of ``svec``; to be read."""
+    rows, columns = svec_indices(side)
+    weights = np.where(rows == columns, 1.0, off_diagonal)
+    weights.flags.writeable = False
+    return weights
 
 
 def svec(matrices: FloatArray) -> FloatArray:
     """``svec`` of symmetric matrices: (..., k, k) to (..., k (k + 1) / 2)."""
     rows, columns = svec_indices(matrices.shape[-1])
-    return matrices[..., rows, columns] * np.where(rows == columns, 1.0, np.sqrt(2.0))
+    return matrices[..., rows, columns] * _weights(matrices.shape[-1], np.sqrt(2.0))
 
 
 def smat(vectors: FloatArray, side: int) -> FloatArray:
     """The inverse of :func:`svec`: (..., k (k + 1) / 2) to symmetric (..., k, k)."""
     rows, columns = svec_indices(side)
-    entries = vectors * np.where(rows == columns, 1.0, np.sqrt(0.5))
+    entries = vectors * _weights(side, np.sqrt(0.5))
     matrices = np.empty((*vectors.shape[:-1], side, side), dtype=vectors.dtype)
     matrices[..., rows, columns] = entries
     matrices[..., columns, rows] = entries

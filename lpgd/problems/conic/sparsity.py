@@ -18,6 +18,7 @@ from lpgd.arrays import FloatArray, IntArray, SparseArray, from_numpy
 
 __all__ = ["PART", "SparsityPattern"]
 
+_KEPT_PLACES = 4
 PART = 32_768
 """So many numbers are worked on at once: what stays in a core's cache."""
 
@@ -200,10 +201,21 @@ class SparsityPattern:
             return np.ascontiguousarray(((matrix.T if transpose else matrix) @ vectors.T).T)
         source, target = (self.rows, self.columns) if transpose else (self.columns, self.rows)
         size, count = self.shape[1] if transpose else self.shape[0], vectors.shape[0]
-        terms = vectors[:, source].reshape(-1, *values.shape) * values
-        place = (np.arange(count)[:, None] * size + target).ravel()
+        terms = np.take(vectors, source, axis=1).reshape(-1, *values.shape) * values
+        place = self._places.get((count, transpose))
+        if place is None:
+            place = (np.arange(count)[:, None] * size + target).ravel()
+            if place.size <= PART:
+                if len(self._places) >= _KEPT_PLACES:
+                    self._places.clear()
+                self._places[count, transpose] = place
         sums = np.bincount(place, weights=terms.ravel(), minlength=count * size)
         return sums.astype(np.float64, copy=False).reshape(count, size)
+
+    @cached_property
+    def _places(self) -> dict[tuple[int, bool], IntArray]:
+        """Where the terms of products go, by the number of vectors."""
+        return {}
 
     def maxima(self, values: Tensor, axis: Literal["rows", "columns"]) -> Tensor:
         """The largest value in each row or column, (R, nnz) to (R, r) or (R, c).

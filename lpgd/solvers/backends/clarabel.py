@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from lpgd.arrays import IntArray, SparseArray
+from lpgd.arrays import IntArray
 from lpgd.cones.product import Cones, svec_size, upper_triangle_rows
 from lpgd.problems.base import State
 from lpgd.problems.conic.problem import ConicProblem
@@ -115,18 +115,18 @@ class _PreparedClarabel(Prepared):
     def __init__(self, options: Clarabel, form: RowForm) -> None:
         self.layout = _layout(form.cones)
         self.source, self.place = self.layout.source, self.layout.place
-        n, m = form.n, form.A.shape[0]
+        n, m = form.n, form.pattern.shape[0]
+        A, self.order = form.A, slice(None)
+        if self.place is not None:
+            rows = self.place[form.pattern.rows]
+            self.order = np.lexsort((rows, form.pattern.columns))
+            A = sp.csc_array((form.values[self.order], rows[self.order], A.indptr), shape=A.shape)
         self.solver = options.module().DefaultSolver(
-            form.upper_P(), np.zeros(n), self._permute(form.A), np.zeros(m), self.layout.cones, _settings(options)
+            form.upper_P(), np.zeros(n), A, np.zeros(m), self.layout.cones, _settings(options)
         )
 
-    def _permute(self, A: SparseArray) -> Any:
-        if self.place is None:
-            return A
-        return sp.csc_array((A.data, self.place[A.indices], A.indptr), shape=A.shape).sorted_indices()
-
     def update(self, form: RowForm) -> None:
-        self.solver.update(P=form.upper_P().data, A=self._permute(form.A).data)
+        self.solver.update(P=form.upper_values(), A=form.values[self.order])
 
     def memory(self, form: RowForm) -> int:
         blocks = sum(svec_size(side) ** 2 for side in form.cones.semidefinite)  # dense, in its KKT matrix

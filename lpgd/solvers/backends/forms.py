@@ -166,8 +166,11 @@ class Form(ABC):
 
     def upper_P(self) -> sp.csc_array:
         """The upper triangle of P, compressed by column."""
-        entries, pattern = _upper_triangle(self.structure)
-        return pattern.csc(self.P[entries])
+        return _upper_triangle(self.structure)[1].csc(self.upper_values())
+
+    def upper_values(self) -> FloatArray:
+        """The entries of that triangle."""
+        return self.P[_upper_triangle(self.structure)[0]]
 
     def dense_P(self) -> FloatArray:
         """(n, n), row by row; to be read only."""
@@ -248,8 +251,8 @@ class RowForm(Form):
     The rows are ``x ≤ upper`` and then ``-x ≤ -lower``, right after the problem's own nonnegative rows.
 
     Attributes:
-        A: (m + bounds, n), compressed by column.
         cones: the cones of its rows.
+        pattern, values: of A.
         P: (nnz P,) values on the structure's pattern.
     """
 
@@ -258,12 +261,16 @@ class RowForm(Form):
 
     def __init__(self, matrices: Matrices) -> None:
         super().__init__(matrices)
-        self.cones = self.frame.cones
-        values = matrices.A
+        self.cones, self.pattern = self.frame.cones, self.frame.pattern
+        self.values = matrices.A
         if self.frame.source is not None:
-            values = np.concatenate([values, self.frame.signs])[self.frame.source]
-        self.A: SparseArray = self.frame.pattern.csc(values)
-        self.size = self.A.nnz + self.P.size
+            self.values = np.concatenate([self.values, self.frame.signs])[self.frame.source]
+        self.size = self.values.size + self.P.size
+
+    @cached_property
+    def A(self) -> SparseArray:
+        """(m + bounds, n), compressed by column."""
+        return self.pattern.csc(self.values)
 
     @property
     def bound_rows(self) -> slice:

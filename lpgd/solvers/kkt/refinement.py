@@ -41,7 +41,7 @@ long as each reduces |F| to ``FALL`` of it."""
 FAR = 5e-2
 """A root of F is isolated where ``|K⁻¹| |F|`` is below this at a point from which a step leads to it: along other roots
 K would be as small as the distance to them."""
-ROUNDED = 1e-13
+ROUNDED, LARGE = 1e-13, 10.0
 """A smaller |F|, relative to the point, that a chord does not reduce to ``FALL`` of it is rounding."""
 STUCK, GAIN = 1e-12, 0.1
 """Of small problems, points with a larger |F|, relative to their size, that no step reduces are looked ahead from; |F|
@@ -122,7 +122,9 @@ def refine(
     xi, v = points.start(point, slack)
     error, slope, row_error = points.residual(xi, v)
     before, taken = error.clone(), torch.zeros(elements.shape[0], dtype=torch.int64, device=problem.device)
-    left = error > ENOUGH  # false for NaN
+    # Rounding is that of the terms of F, which are as large as the point is.
+    enough = ENOUGH * torch.maximum(maximum_norm(xi), maximum_norm(v)).clamp(min=1.0, max=LARGE)
+    left = error > enough  # false for NaN
     stuck, isolated = torch.zeros_like(left), torch.zeros_like(left)
     limit = torch.full_like(taken, steps) if isinstance(steps, int) else steps
     for number in range(int(limit.max()) if limit.numel() else 0):
@@ -159,7 +161,7 @@ def refine(
             waiting = waiting[~better]
         for failed in (todo[waiting], lost):
             left[failed], stuck[failed] = False, True
-        left &= error > ENOUGH
+        left &= error > enough
         going = left[todo] & (error[todo] < CLOSE * start)
         for _ in range(CHORDS):
             going &= taken[todo] < limit[todo]
@@ -179,7 +181,7 @@ def refine(
             for whole, fresh in zip((xi, v, error, slope, row_error), (new_xi, new_v, *found), strict=True):
                 whole[moved] = fresh[better]
             taken[moved] += 1
-            left[todo] &= error[todo] > ENOUGH
+            left[todo] &= error[todo] > enough[todo]
             going &= left[todo]
     stuck &= error > STUCK
     if regular_only:
