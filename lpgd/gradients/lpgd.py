@@ -331,19 +331,24 @@ def _tied(solution: AnySolution, active: list[int]) -> list[int]:
 
 def _record(info: GradientInfo, active: list[int], found: Perturbed, tied: list[int]) -> None:
     """Put perturbed solves on record, and warn of those that are not what they should be."""
+    places = slice(None) if len(active) == len(info.used) else torch.tensor(active)
     for name in ("tau", "unit", "moved", "crossed", "jumped", "kinked", "newton"):
         whole, values = getattr(info, name), getattr(found, name)
-        whole[active] = values.cpu().to(whole.dtype)
+        whole[places] = values.cpu().to(whole.dtype)
     unclear = found.unclear | found.overdetermined
     assert info.unclear is not None
-    info.unclear[active] = unclear.cpu()
+    info.unclear[places] = unclear.cpu()
     info.tolerance, info.iterations = found.tolerance, found.iterations
     method: Any = info.method
     names = {(True, True): "average", (True, False): "lower", (False, True): "upper"}
-    for element, above, below in zip(active, flags(found.above), flags(found.below), strict=True):
-        info.used[element] = names.get((above, below), "none")
-        if info.used[element] != method.envelope:
-            info.fallbacks.append(element)
+    if method.envelope == "average" and bool((found.above & found.below).all()):  # as of most
+        for element in active:
+            info.used[element] = "average"
+    else:
+        for element, above, below in zip(active, flags(found.above), flags(found.below), strict=True):
+            info.used[element] = names.get((above, below), "none")
+            if info.used[element] != method.envelope:
+                info.fallbacks.append(element)
     one_sided = [element for element in info.fallbacks if info.used[element] != "none"]
     if one_sided:
         warn(
@@ -352,6 +357,8 @@ def _record(info: GradientInfo, active: list[int], found: Perturbed, tied: list[
         )
 
     def named(mask: Tensor) -> list[int]:
+        if not bool(mask.any()):
+            return []
         return [element for element, marked in zip(active, flags(mask), strict=True) if marked]
 
     if kinked := named(found.kinked & (found.above | found.below)):

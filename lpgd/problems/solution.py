@@ -147,7 +147,7 @@ class Solution(Generic[ProblemT_co, PointT_co]):
         """(B,) value of the objective, without any constant of a modelling language."""
         return self.problem.objective(self.x)
 
-    def parts(self, count: int) -> list[Self]:
+    def parts(self, count: int) -> Sequence[Self]:
         """The ``count`` equal parts that a batch consists of, one after the other (as ``tilt`` makes them)."""
         size = self.batch_size // count
         return [

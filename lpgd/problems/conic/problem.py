@@ -266,6 +266,18 @@ class ConicProblem:
         data = ConicData(*(chosen(datum) for datum in self.data))
         return replace(self, data=data, batch_size=len(elements))
 
+    def between(self, start: int, stop: int) -> ConicProblem:
+        """The batch of the elements from ``start`` to ``stop``, whose data are views of these."""
+
+        def chosen(datum: Tensor) -> Tensor:
+            if datum.ndim == 1 or (stop - start) % len(datum) == start % len(datum) == 0:
+                return datum
+            if len(datum) == self.batch_size:
+                return datum[start:stop]
+            return datum[torch.arange(start, stop, device=self.device) % len(datum)]
+
+        return replace(self, data=ConicData(*(chosen(datum) for datum in self.data)), batch_size=stop - start)
+
     def scatter(self, elements: Tensor, data: ConicData) -> ConicData:
         """A gradient of the data of ``select(elements)`` as one of this batch's: zero for the other elements."""
         full = self.zero_gradient()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self, cast
@@ -107,6 +107,22 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
             kept[name] = values if values is None else values[elements.to(values.device)]
         systems = tuple(system.select(elements) for system in self.systems if hasattr(system, "select"))
         return replace(super().select(elements, problem), systems=systems, **kept)
+
+    def parts(self, count: int) -> Sequence[Self]:
+        if any(hasattr(system, "select") for system in self.systems):
+            return super().parts(count)
+        size = self.batch_size // count
+        return (
+            [self._between(start, start + size) for start in range(0, count * size, size)] if size else [self] * count
+        )
+
+    def _between(self, start: int, stop: int) -> Self:
+        """The solutions of these elements, which are views."""
+        changes: dict[str, Any] = {}
+        for name in (*self._tensors, *self._tuples, "solvers", "proofs", "known_to", "known_before", "refined"):
+            values = getattr(self, name)
+            changes[name] = values if values is None else values[start:stop]
+        return replace(self, problem=self.problem.between(start, stop), systems=(), **changes)
 
     @property
     def rescued(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ Data that are of order 1 already are left alone, so that matrices and prepared s
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,7 +80,7 @@ class Units:
         length, cost = vector_units(problem, variable, row, lonely, alone, exponents, lengths)
         return cls(variable, row, length, cost, alone)
 
-    @property
+    @cached_property
     def is_trivial(self) -> bool:
         """Whether all factors are 1."""
         return all(factors is None for factors in (self.variable, self.row, self.length, self.cost, self.alone))

@@ -36,7 +36,7 @@ from lpgd.solvers.kkt.packed import packed_size
 from lpgd.solvers.kkt.reduced import is_dense
 from lpgd.solvers.kkt.root import Root, padded, root_of
 
-__all__ = ["ActiveSystem", "MixedSystem", "SchurFactor", "System", "products"]
+__all__ = ["ActiveSystem", "MixedSystem", "SchurFactor", "System"]
 
 Change = tuple[FloatArray, FloatArray, FloatArray]
 
@@ -48,8 +48,8 @@ TALL = 3
 """Products of all rows are formed where there are no more rows than so many times the variables."""
 LONG = 20_000_000
 """So many products are worth a second thread."""
-PART = 64
-"""A factor that elements share is copied for so many of them at once."""
+PART, COPIED = 64, 1_000_000
+"""A factor that elements share is copied for so many of them at once; up to so many entries of it are kept."""
 
 
 _HERE = SerialExecutor()
@@ -150,13 +150,6 @@ class SchurFactor:
         with np.errstate(over="ignore", invalid="ignore"):  # of elements whose P is not definite
             return white @ white.swapaxes(1, 2)
 
-    @cached_property
-    def inverse_root(self) -> FloatArray:
-        """(R, n, n) ``L⁻¹``: a product with it takes a third of a triangular solve."""
-        lower, n = self.root.lower, self.white.shape[2]
-        unit = torch.eye(lower.shape[1], dtype=lower.dtype).expand(lower.shape)
-        return linalg.solve_triangular(lower, unit, upper=False)[:, :n, :n].contiguous().numpy()
-
     def select(self, elements: Tensor) -> SchurFactor:
         """The factors of these elements."""
 
@@ -177,11 +170,11 @@ class SchurFactor:
 
     def whitened(self, vectors: FloatArray) -> FloatArray:
         """``M v`` for vectors (B, n), B a multiple of R."""
-        return products(self.white.numpy().swapaxes(1, 2), vectors)
+        return _products(self.white.numpy().swapaxes(1, 2), vectors)
 
     def whitened_back(self, vectors: FloatArray) -> FloatArray:
         """``Mᵀ u`` for vectors (B, k)."""
-        return products(self.white.numpy(), vectors)
+        return _products(self.white.numpy(), vectors)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """``L⁻¹ v`` for vectors (B, n)."""
@@ -194,12 +187,20 @@ class SchurFactor:
     def _solved(self, vectors: Tensor, transposed: bool) -> Tensor:
         lower, n = self.root.lower, vectors.shape[1]
         right = padded(vectors, lower.shape[1])[:, :, None]
-        matrix, period = lower.mT if transposed else lower, PART if lower.shape[0] == 1 else lower.shape[0]
+        shared = lower.shape[0] == 1 and vectors.shape[0] > 1
+        matrix, period = (self._copies, PART) if shared else (lower, lower.shape[0])
+        matrix = matrix.mT if transposed else matrix
         found = [
-            linalg.solve_triangular(matrix.expand(chunk.shape[0], -1, -1), chunk, upper=transposed)[:, :n, 0]
+            linalg.solve_triangular(matrix[: chunk.shape[0]], chunk, upper=transposed)[:, :n, 0]
             for chunk in right.split(period)
         ]
         return torch.cat(found) if len(found) != 1 else found[0]
+
+    @cached_property
+    def _copies(self) -> Tensor:
+        """L as often as it is used at once: LAPACK's batches take no matrix that is shared."""
+        copies = self.root.lower.mT.expand(PART, -1, -1)  # column by column, as LAPACK leaves and reads it
+        return (copies.contiguous() if copies.numel() <= COPIED else copies).mT
 
 
 class _Known(NamedTuple):
@@ -253,7 +254,7 @@ class ActiveSystem:
             fine, inverse = factor.fine.numpy()[owners], least**-2.0
         order = np.argsort(~active, axis=1, kind="stable")
         counts = active.sum(1)
-        sizes = np.array([packed_size(number) for number in range(wide + 1)])[counts]
+        sizes = packed_size(1) * 2 * -(-counts // (2 * packed_size(1)))  # few sizes: each is a stack of its own
         self.stacks: list[_Stack] = []
         for side in np.unique(sizes[sizes > 0]):
             elements, width = np.flatnonzero(sizes == side), min(int(side), wide)
@@ -302,7 +303,7 @@ class ActiveSystem:
         found = np.zeros(right.shape)
         for elements, rows, idle, small in self.stacks:
             places = elements[:, None], rows
-            with np.errstate(over="ignore", invalid="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):  # of elements that are not regular
                 values = np.where(idle, 0.0, right[places])
                 u = torch.cholesky_solve(from_numpy(values[:, :, None]), small)[:, :, 0].numpy()
             if rows.shape[1] <= right.shape[1]:
@@ -325,11 +326,12 @@ class ActiveSystem:
         return dx, u[:, : factor.row_count], dz
 
 
-def products(matrices: FloatArray, vectors: FloatArray) -> FloatArray:
+def _products(matrices: FloatArray, vectors: FloatArray) -> FloatArray:
     """``vᵀ M`` for vectors (B, p) and matrices (R, p, q), B a multiple of R: one product for each element."""
     groups, size = len(vectors) // max(len(matrices), 1), vectors.shape[1]
     grouped = vectors.reshape(groups, len(matrices), 1, size)
-    return (grouped @ matrices).reshape(len(vectors), matrices.shape[2])
+    with np.errstate(over="ignore", invalid="ignore"):  # of elements whose P is not definite
+        return (grouped @ matrices).reshape(len(vectors), matrices.shape[2])
 
 
 class Part(NamedTuple):

@@ -24,7 +24,7 @@ from torch import Tensor
 from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint
-from lpgd.solvers.kkt.schur import ActiveSystem, SchurFactor, products
+from lpgd.solvers.kkt.schur import ActiveSystem, SchurFactor
 
 __all__ = ["Reached", "TiltedSolutions"]
 
@@ -135,16 +135,16 @@ class TiltedSolutions:
             u, g = (np.concatenate([rows, z.numpy()[:, self.bounded]], 1) for rows, z in ((u, point.z), (g, tilt.z)))
         self.g = g
         self.rows = _Rows(u, slack.numpy(), x, lower, upper, problem.structure.cones.zero)
-        self.h = products(factor.inverse_root.swapaxes(1, 2), self.g_x)
+        self.h = self._forward(self.g_x)
         self.rate = self.g - factor.whitened(self.h)
         self.start = self.rows.start()
         self.pieces = self.rows.pieces(self.start, slice(None))
         self.size = np.maximum(np.maximum(_largest(self.x), _largest(self.start)), 1.0)
         active = self.pieces != 0
         self.system = ActiveSystem(factor, active)
-        self.direction = self._change(
-            np.arange(self.count), np.ones((self.count, 1)), active, np.zeros(active.shape), None, self.system
-        )
+        whole, scale, nothing = np.arange(self.count), np.ones((self.count, 1)), np.zeros(active.shape)
+        u, w = self._solved(whole, scale, nothing, None, self.system)
+        self.direction = self._settled(whole, scale, active, nothing, u, w, self.system)
 
     @property
     def regular(self) -> Tensor:
@@ -155,7 +155,7 @@ class TiltedSolutions:
 
     def after(self, steps: Tensor, wanted: Tensor, accepted: Tensor) -> Reached:
         """The points after steps (K,), K a multiple of E, where they are ``wanted`` (K,); so much may be left of F."""
-        count, m, total = self.count, self.problem.structure.m, steps.shape[0]
+        count, total = self.count, steps.shape[0]
         step, direction = steps.numpy().reshape(-1, count, 1), self.direction
         places = self.start + step * np.where(self.pieces != 0, direction.u, direction.place)
         pieces = self.rows.pieces(places, slice(None))
@@ -169,27 +169,29 @@ class TiltedSolutions:
         taken = wanted.numpy().astype(np.int64)
         left = np.flatnonzero(wanted.numpy() & changed)
         scale = step.reshape(-1, 1)
+        w, way = np.empty_like(x), np.empty_like(u)
         for _ in range(STEPS):
             if not left.size:
                 break
             elements, tried = left % count, pieces[left]
-            active, way = tried != 0, self.rows.way(tried, elements)
+            active, way[left] = tried != 0, self.rows.way(tried, elements)
             fixed = np.where(active, 0.0, -self.rows.u[elements])
             system = ActiveSystem(self.factor, active, elements % len(self.factor.white))
-            found = self._change(left, scale[left], active, way, fixed, system)
-            gone = np.where(active, self.rows.u[elements] + found.u, 0.0)
-            ends = np.empty_like(gone)
-            ends[:, :m] = np.where(active[:, :m], gone[:, :m], found.place[:, :m] - self.rows.slack[elements])
-            if self.bounded.size:
-                bounds = self.rows.x[elements] + np.where(active[:, m:], way[:, m:], found.place[:, m:])
-                ends[:, m:] = bounds + gone[:, m:]
-            pieces[left] = self.rows.pieces(ends, elements)
-            u[left], x[left], place[left] = found.u, found.x, found.place
-            error[left] = self.error[elements] + found.error
+            u[left], w[left] = self._solved(left, scale[left], way[left], fixed, system)
+            reached = scale[left] * self.g[elements] - self._on(self.factor.whitened, w[left], left)
+            pieces[left] = self._ends(elements, active, way[left], u[left], reached)
             taken[left] += 1
             same = system.regular & (pieces[left] == tried).all(1)
             solved[left] = same
             left = left[~same & system.regular]
+        left = np.flatnonzero(solved & changed)
+        if left.size:
+            elements, tried = left % count, pieces[left]
+            found = self._settled(left, scale[left], tried != 0, way[left], u[left], w[left])
+            u[left], x[left], place[left] = found.u, found.x, found.place
+            error[left] = self.error[elements] + found.error
+            pieces[left] = self._ends(elements, tried != 0, way[left], found.u, found.place)
+            solved[left] = (pieces[left] == tried).all(1)
         solved &= error <= accepted.numpy()
         return self._reached(scale, pieces, _Change(u, x, place, error), solved, taken)
 
@@ -222,21 +224,28 @@ class TiltedSolutions:
 
     # -- one active set -------------------------------------------------------------------------------------------
 
-    def _change(
-        self, left: IntArray, scale: FloatArray, active: BoolArray, way: FloatArray, fixed: FloatArray | None,
-        system: ActiveSystem,
-    ) -> _Change:  # fmt: skip
-        """The changes of K points.
+    def _ends(self, elements: IntArray, active: BoolArray, way: FloatArray, u: FloatArray, place: FloatArray) -> Pieces:
+        """(K, k) the pieces after changes of K points; see :meth:`_solved`."""
+        m, rows = self.problem.structure.m, self.rows
+        ends = np.where(active, rows.u[elements] + u, 0.0)
+        ends[:, :m] -= np.where(active[:, :m], 0.0, rows.slack[elements] - place[:, :m])
+        if self.bounded.size:
+            ends[:, m:] += rows.x[elements] + np.where(active[:, m:], way[:, m:], place[:, m:])
+        return rows.pieces(ends, elements)
+
+    def _solved(
+        self, left: IntArray, scale: FloatArray, way: FloatArray, fixed: FloatArray | None, system: ActiveSystem
+    ) -> tuple[FloatArray, FloatArray]:
+        """The changes of K points: Δu, and w.
 
         Args:
             left: (K,) which of several copies of the batch, one after the other.
             scale: (K, 1) the steps.
-            active: (K, k) rows that are to be active, by ``way`` (K, k).
+            way: (K, k) how far rows that are to be active are from their bounds; 0 in the others.
             fixed: (K, k) the changes of multipliers of the others, None for none.
             system: of these points.
         """
         elements = left % self.count
-        g_x, g = (scale * values.take(elements, axis=0) for values in (self.g_x, self.g))
         right, w = scale * self.rate.take(elements, axis=0) - way, scale * self.h.take(elements, axis=0)
         with np.errstate(over="ignore", invalid="ignore"):
             if fixed is not None and fixed.any():
@@ -245,14 +254,27 @@ class TiltedSolutions:
             else:
                 fixed = None
             u = system.multipliers(right)
-            x = -self._back(w + self._on(self.factor.whitened_back, u, left), left)
-            u = u if fixed is None else u + fixed
+            w = w + self._on(self.factor.whitened_back, u, left)
+        return (u if fixed is None else u + fixed), w
+
+    def _settled(
+        self, left: IntArray, scale: FloatArray, active: BoolArray, way: FloatArray, u: FloatArray, w: FloatArray,
+        system: ActiveSystem | None = None,
+    ) -> _Change:  # fmt: skip
+        """The same changes, of x as well, to rounding."""
+        elements = left % self.count
+        g_x, g = (scale * values.take(elements, axis=0) for values in (self.g_x, self.g))
+        with np.errstate(over="ignore", invalid="ignore"):
+            x = -self._back(w, left)
             size = np.maximum(_largest(g_x), _largest(g))
             slope, place, miss, error = self._left(u, x, g_x, g, active, way, left)
             for _ in range(CORRECTIONS):
-                rough = system.regular & (error > LEFT * np.maximum(size, np.maximum(_largest(u), _largest(x))))
+                rough = error > LEFT * np.maximum(size, np.maximum(_largest(u), _largest(x)))
+                if system is not None:
+                    rough &= system.regular
                 if not rough.any():
                     break
+                system = system or ActiveSystem(self.factor, active, elements % len(self.factor.white))
                 h = self._on(self._forward, slope, left)
                 more_u = system.multipliers(miss - self._on(self.factor.whitened, h, left))
                 more_x = self._back(h + self._on(self.factor.whitened_back, more_u, left), left)
@@ -282,11 +304,11 @@ class TiltedSolutions:
         return slope, place, miss, np.maximum(_largest(slope), _largest(miss))
 
     def _forward(self, vectors: FloatArray) -> FloatArray:
-        return products(self.factor.inverse_root.swapaxes(1, 2), vectors)
+        return self.factor.forward(from_numpy(vectors)).numpy()
 
     def _back(self, vectors: FloatArray, left: IntArray) -> FloatArray:
         """``L⁻ᵀ w``."""
-        return self._on(lambda values: products(self.factor.inverse_root, values), vectors, left)
+        return self._on(lambda values: self.factor.backward(from_numpy(values)).numpy(), vectors, left)
 
     def _on(self, function: Callable[[FloatArray], FloatArray], vectors: FloatArray, left: IntArray) -> FloatArray:
         """A function of the batch, some copies of it one after the other, for vectors (K, ·) in ``left`` of its places.
