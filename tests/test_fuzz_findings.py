@@ -135,3 +135,25 @@ def _minimiser(q: torch.Tensor, G: torch.Tensor, h: torch.Tensor, lower: torch.T
     """By SciPy, one element after the other."""
     programs = zip(*(tensor.numpy() for tensor in (q, G, h, lower, upper)), strict=True)
     return np.array([linprog(c, A, b, bounds=np.stack([low, high], 1)).x for c, A, b, low, high in programs])
+
+
+def test_a_variable_whose_only_coefficient_is_rounding_in_its_row() -> None:
+    """Its unit is that of its cost: 1e-9 for each of 1e14, a tenth of the objective, pushes it to its lower end."""
+    A = np.array([[-0.73, 0.0, 0.0, 0.0, 1.69], [-0.25, -0.012, -0.024, 0.0, -1.08]])
+    x, y, s = np.array([-0.28, -0.072, 0.44, -0.14, 0.81]), np.array([0.64, 0.0]), np.array([0.0, 1.15])
+    z = np.array([0.61, -1.06, 0.60, 0.40, 0.0])
+    lower = np.array([-np.inf, x[1], -np.inf, -np.inf, -np.inf])
+    upper = np.array([x[0], np.inf, x[2], x[3], np.inf])
+    unit, row = np.array([1.0, 1e-15, 1e-14, 1e-5, 10.0]), np.array([1e12, 1.0])
+    data = {
+        "q": 1e5 * unit * (-A.T @ y - z),
+        "G": row[:, None] * A * unit,
+        "h": row * (A @ x + s),
+        "lb": lower / unit,
+        "ub": upper / unit,
+    }
+    tensors = {name: torch.from_numpy(array) for name, array in data.items()}
+    for solver in (None, lpgd.DAQP(), lpgd.HiGHS()):
+        output = lpgd.solve_lp(tensors["q"], **{name: tensors[name] for name in ("G", "h", "lb", "ub")}, solver=solver)
+        assert output.info.statuses == (Status.SOLVED,)
+        np.testing.assert_allclose(output.x.numpy() * unit, x, atol=1e-8)

@@ -59,22 +59,42 @@ def power(exponents: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(exponents), exponents.to(torch.int32))
 
 
-def lonely_variables(problem: ConicProblem) -> Tensor | None:
+def lonely_variables(problem: ConicProblem, variable: Tensor | None) -> Tensor | None:
     """(1 or R, n) variables that neither P nor A involves: bounds and cost are all that there is of them.
 
     None where there are none, or no others.  Each is a problem of its own, whose sizes say nothing of the others'.
+    Entries of A that are rounding in their rows involve nobody: their variables have no unit by :func:`matrix_units`,
+    whose ``variable`` this is.
     """
     structure, A = problem.structure, problem.data.A
-    _, columns = _memo(A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A))
-    if not columns.numel() or float(columns.amin()) > 0:
+    lonely = _uninvolved(structure.constraint, A, variable)
+    if lonely is None:
         return None
-    lonely = columns == 0
     if structure.quadratic.nnz and bool(lonely.any()):
         flat = curvatures(problem) == 0
         count = max(lonely.shape[0], flat.shape[0])
         lonely = repeated(lonely, count) & repeated(flat, count)
     lonely = lonely & ~lonely.all(-1, keepdim=True)
     return lonely if bool(lonely.any()) else None
+
+
+def _uninvolved(pattern: SparsityPattern, A: Tensor, variable: Tensor | None) -> Tensor | None:
+    """(1 or R, n) columns without an entry of A D that is more than rounding in its row; None where all have one."""
+    tops, columns = _memo(A, ("maxima", pattern.digest), partial(_maxima, pattern, A))
+    least = 0.5**DIGITS
+    if not columns.numel():
+        return None
+    if not pattern.nnz:
+        return columns == 0
+    if variable is None and float(columns.amin()) > least * float(tops.amax()):
+        return None
+    values = torch.atleast_2d(A.detach().abs())
+    if variable is not None:
+        count = max(len(values), len(variable))
+        values = repeated(values, count) * repeated(variable, count)[:, from_numpy(pattern.columns).to(A.device)]
+    tops = pattern.maxima(values, "rows")
+    counts = (values > least * tops[:, from_numpy(pattern.rows).to(A.device)]).to(values.dtype)
+    return pattern.maxima(counts, "columns") == 0
 
 
 def lonely_units(problem: ConicProblem, variable: Tensor | None, lonely: Tensor) -> Tensor | None:
@@ -238,7 +258,7 @@ def vector_units(
             index = structure.index(name, bound.device)
             finite = torch.where(bound.abs() < INFINITE, bound, 0.0)
             if lonely is not None:
-                finite = torch.where(_each(lonely, problem)[:, index], 0.0, finite)
+                finite = torch.where(_each(lonely, problem)[:, index], 0.0, per_element(finite, size))
             if D is not None:
                 finite = times(finite, 1.0 / D[:, index], size)
             sizes = np.maximum(sizes, _maxima_of(finite, size))

@@ -74,8 +74,8 @@ class Units:
         """
         if problem.batch_size == 0 or problem.structure.n == 0 or problem.structure.has_integers:
             return cls()  # whole numbers have a unit of their own, and coefficients beside them as well
-        lonely = lonely_variables(problem)
         variable, row = matrix_units(problem)
+        lonely = lonely_variables(problem, variable)
         alone = None if lonely is None else lonely_units(problem, variable, lonely)
         length, cost = vector_units(problem, variable, row, lonely, alone, exponents, lengths)
         return cls(variable, row, length, cost, alone)
