@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import from_numpy, rows_where
-from lpgd.cones.projections import SpectralDerivative, project, projection_derivative
+from lpgd.arrays import BoolArray, FloatArray, from_numpy, rows_where
+from lpgd.cones.projections import project, projection_derivative
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.problem import ConicProblem
@@ -180,38 +180,42 @@ class Points:
         By the system of a point nearby: what that leaves of the derivative of F here is solved for again.  Where it is
         singular nothing is exact.
         """
-        problem, structure = self.problem, self.problem.structure
-        cones, count = structure.cones, problem.batch_size
-        held = torch.zeros_like(xi, dtype=torch.bool)
+        cones, count = self.problem.structure.cones, self.problem.batch_size
+        v_array, (g_x, g_y, g_z) = v.numpy(), (direction.numpy() for direction in tilt)
+        held = None
         if self.lower is not None and self.upper is not None:
-            held = (xi > self.upper) | (xi < self.lower) | (self.lower >= self.upper)
-        active = v >= 0
+            held = ((xi > self.upper) | (xi < self.lower) | (self.lower >= self.upper)).numpy()
+        active = v_array >= 0
         active[:, : cones.zero] = True
-        curved = None if cones.is_polyhedral else projection_derivative(cones, v.numpy(), dual=True)
-        size = torch.stack([maximum_norm(direction) for direction in tilt]).amax(0)
-        change = ConicPoint(*(torch.zeros_like(direction) for direction in tilt))
-        right, exact = (tilt.x, tilt.y, tilt.z), from_numpy(~factored.regular)
-        d_xi, d_v, finite = torch.zeros_like(xi), torch.zeros_like(v), torch.ones(count, 1, dtype=torch.bool)
-        for _ in range(CORRECTIONS):
-            more_xi, more_v = self.chord(factored, *right)
-            going = ~exact[:, None]  # the others stay as they are, whatever becomes of these
-            finite &= torch.isfinite(more_xi).all(-1)[:, None] | ~going
-            d_xi = torch.where(going, torch.where(finite, d_xi + more_xi, 0.0), d_xi)
-            d_v = torch.where(going, torch.where(finite, d_v + more_v, 0.0), d_v)
-            dx = torch.where(held, -tilt.z, d_xi)
-            dz = torch.where(held, d_xi - dx, 0.0)
-            dy = torch.where(active, d_v, 0.0) if curved is None else _applied(curved, d_v)
-            change = ConicPoint(dx, dy, dz)
-            slope = tilt.x + problem.quadratic_product(dx) + structure.constraint.rmatvec(problem.data.A, dy) + dz
-            row_error = tilt.y + structure.constraint.matvec(problem.data.A, dx) + dy - d_v
-            row_error[:, : cones.zero] = (tilt.y + structure.constraint.matvec(problem.data.A, dx))[:, : cones.zero]
-            error = torch.maximum(maximum_norm(slope), maximum_norm(row_error))
-            largest = torch.maximum(size, torch.maximum(maximum_norm(d_xi), maximum_norm(d_v)))
-            exact |= finite[:, 0] & (error <= LEFT * largest)
-            if bool(exact.all()):
+        curved = None if cones.is_polyhedral else projection_derivative(cones, v_array, dual=True)
+        size = np.max([_norms(direction) for direction in (g_x, g_y, g_z)], axis=0)
+        regular = factored.regular
+        exact, finite = ~regular, np.ones((count, 1), dtype=np.bool_)
+        d_xi, d_v = np.zeros_like(g_x), np.zeros_like(v_array)
+        change, right = tilt, (g_x, g_y, g_z)
+        for number in range(CORRECTIONS):
+            more_xi, more_v = self._chord(factored, *right)
+            with np.errstate(over="ignore", invalid="ignore"):  # of systems that are singular
+                going = ~exact[:, None]  # the others stay as they are, whatever becomes of these
+                finite &= np.isfinite(more_xi).all(-1, keepdims=True) | ~going
+                if number:
+                    more_xi, more_v = d_xi + more_xi, d_v + more_v
+                d_xi = np.where(going, np.where(finite, more_xi, 0.0), d_xi)
+                d_v = np.where(going, np.where(finite, more_v, 0.0), d_v)
+                dx = d_xi if held is None else np.where(held, -g_z, d_xi)
+                dz = np.zeros_like(dx) if held is None else np.where(held, d_xi - dx, 0.0)
+                dy = np.where(active, d_v, 0.0) if curved is None else curved.apply(d_v.ravel()).reshape(d_v.shape)
+                change = ConicPoint(from_numpy(dx), from_numpy(dy), from_numpy(dz))
+                Px, Aty, Ax = (product.numpy() for product in Products.of(self.problem, change))
+                slope, row_error = g_x + Px + Aty + dz, g_y + Ax
+                row_error[:, cones.zero :] += (dy - d_v)[:, cones.zero :]
+                error = np.maximum(_norms(slope), _norms(row_error))
+                largest = np.maximum(size, np.maximum(_norms(d_xi), _norms(d_v)))
+                exact |= finite[:, 0] & (error <= LEFT * largest)
+            if exact.all():
                 break
-            right = slope, row_error, torch.zeros_like(slope)
-        return change, exact & from_numpy(factored.regular)
+            right = slope, row_error, np.zeros_like(slope)
+        return change, from_numpy(exact & regular)
 
     def step(self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, row_error: Tensor) -> tuple[Tensor, Tensor]:
         """``(dξ, dv)`` of Newton's method."""
@@ -269,16 +273,25 @@ class Points:
         ``bounds`` (B, n) is by how much bounds move down.
         """
         shift = torch.zeros_like(slope) if bounds is None else bounds
-        change = factored.solve(*(tensor.numpy() for tensor in (slope, row_error, shift)))
-        dx, dy, dz = (from_numpy(array) for array in change)
-        finite = torch.isfinite(dx).all(-1) & torch.isfinite(dy).all(-1)  # else singular
-        if not bool(finite.all()):
-            dx, dy, dz = (torch.where(finite[:, None], tensor, 0.0) for tensor in (dx, dy, dz))
-        moved = self.problem.structure.constraint.matvec(self.problem.data.A, dx) + row_error
+        d_xi, d_v = self._chord(factored, slope.numpy(), row_error.numpy(), shift.numpy())
+        return from_numpy(d_xi), from_numpy(d_v)
+
+    def _chord(
+        self, factored: System, slope: FloatArray, row_error: FloatArray, shift: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """The same of arrays; NaN for an element whose system is singular."""
+        dx, dy, dz = factored.solve(slope, row_error, shift)
+        finite: BoolArray = np.logical_and(np.isfinite(dx).all(-1), np.isfinite(dy).all(-1))
+        if not finite.all():
+            dx, dy, dz = (np.where(finite[:, None], change, 0.0) for change in (dx, dy, dz))
+        moved = self.problem.structure.constraint.matvec(self.problem.data.A, from_numpy(dx)).numpy() + row_error
         moved[:, : self.problem.structure.cones.zero] = 0.0
-        return torch.where(finite[:, None], dx + dz, torch.nan), torch.where(finite[:, None], dy + moved, torch.nan)
+        d_xi, d_v = dx + dz, dy + moved
+        if not finite.all():
+            d_xi[~finite], d_v[~finite] = np.nan, np.nan
+        return d_xi, d_v
 
 
-def _applied(derivative: SpectralDerivative, vectors: Tensor) -> Tensor:
-    """The derivative of the projections of k points, times (k, m)."""
-    return from_numpy(derivative.apply(vectors.numpy().ravel())).reshape(vectors.shape)
+def _norms(vectors: FloatArray) -> FloatArray:
+    """(B,) the largest magnitude in each row."""
+    return np.abs(vectors).max(-1, initial=0.0)

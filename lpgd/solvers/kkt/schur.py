@@ -44,8 +44,9 @@ DEFINITE = 1e-4
 """The least diagonal entry of a triangular factor, over the largest: the condition is some times its inverse square."""
 ROOM = 16_000_000
 """So many entries of M are made for a batch."""
-TALL = 3
-"""Products of all rows are formed where there are no more rows than so many times the variables."""
+TALL, BROAD = 3, 80
+"""Products of all rows are formed where there are no more than so many times the variables, and no more than that: at
+n 100, 120 rows, they took LPGD's backward pass from 32 to 60 ms (batch 64), more than half of it for new memory."""
 LONG = 20_000_000
 """So many products are worth a second thread."""
 PART, COPIED = 64, 1_000_000
@@ -144,7 +145,7 @@ class SchurFactor:
     def gram(self) -> FloatArray | None:
         """(R, k, k) ``M Mᵀ``, from which active sets are picked; None where there are many more rows than variables."""
         wide, n = self.white.shape[1:]
-        if wide > TALL * n:
+        if wide > TALL * n or wide > BROAD:
             return None
         white = self.white.numpy()
         with np.errstate(over="ignore", invalid="ignore"):  # of elements whose P is not definite
@@ -242,10 +243,13 @@ class ActiveSystem:
         factor: of R elements.
         active: which rows are active.
         owners: (B,) whose factor each element uses; None where that is row ``i mod R``.
+        several: whether there will be other active sets of the same elements.
     """
 
-    def __init__(self, factor: SchurFactor, active: BoolArray, owners: IntArray | None = None) -> None:
-        self.factor, (count, wide) = factor, active.shape
+    def __init__(
+        self, factor: SchurFactor, active: BoolArray, owners: IntArray | None = None, *, several: bool = False
+    ) -> None:
+        self.factor, self.several, (count, wide) = factor, several, active.shape
         n, period = factor.white.shape[2], factor.white.shape[0]
         owners = np.arange(count) % period if owners is None else owners
         least, largest = _extremes(factor.root.lower[:, :n, :n])
@@ -277,7 +281,7 @@ class ActiveSystem:
 
     def _gram(self, rows: IntArray, idle: BoolArray, owners: IntArray) -> FloatArray:
         """(k, p, p) ``M_a M_aᵀ``, with ones on the diagonal of idle rows."""
-        whole, side = self.factor.gram, range(rows.shape[1])
+        whole, side = self.factor.gram if self.several else None, range(rows.shape[1])
         if whole is not None:
             wide = whole.shape[1]
             first = (owners * wide**2)[:, None] + rows * wide

@@ -141,7 +141,7 @@ class TiltedSolutions:
         self.pieces = self.rows.pieces(self.start, slice(None))
         self.size = np.maximum(np.maximum(_largest(self.x), _largest(self.start)), 1.0)
         active = self.pieces != 0
-        self.system = ActiveSystem(factor, active)
+        self.system = ActiveSystem(factor, active, several=True)
         whole, scale, nothing = np.arange(self.count), np.ones((self.count, 1)), np.zeros(active.shape)
         u, w = self._solved(whole, scale, nothing, None, self.system)
         self.direction = self._settled(whole, scale, active, nothing, u, w, self.system)
@@ -176,7 +176,7 @@ class TiltedSolutions:
             elements, tried = left % count, pieces[left]
             active, way[left] = tried != 0, self.rows.way(tried, elements)
             fixed = np.where(active, 0.0, -self.rows.u[elements])
-            system = ActiveSystem(self.factor, active, elements % len(self.factor.white))
+            system = ActiveSystem(self.factor, active, elements % len(self.factor.white), several=True)
             u[left], w[left] = self._solved(left, scale[left], way[left], fixed, system)
             reached = scale[left] * self.g[elements] - self._on(self.factor.whitened, w[left], left)
             pieces[left] = self._ends(elements, active, way[left], u[left], reached)
@@ -274,7 +274,7 @@ class TiltedSolutions:
                     rough &= system.regular
                 if not rough.any():
                     break
-                system = system or ActiveSystem(self.factor, active, elements % len(self.factor.white))
+                system = system or ActiveSystem(self.factor, active, elements % len(self.factor.white), several=True)
                 h = self._on(self._forward, slope, left)
                 more_u = system.multipliers(miss - self._on(self.factor.whitened, h, left))
                 more_x = self._back(h + self._on(self.factor.whitened_back, more_u, left), left)
