@@ -145,12 +145,11 @@ class Moreau(BatchedSolver):
             for target, values in zip((*point, slack), (*own_point, own_slack), strict=True):
                 target[index] = values
             iterations[places] = answer.iterations
-            for position, (place, status) in enumerate(zip(places, answer.statuses, strict=True)):
+            ends = map(_State, answer.methods, answer.x.unbind(), answer.z.unbind(), answer.s.unbind())
+            for place, status, state in zip(places, answer.statuses, ends, strict=True):
                 statuses[place] = _STATUSES[status]
                 if status == _SOLVED:
-                    kept[place] = _State(
-                        answer.methods[position], answer.x[position], answer.z[position], answer.s[position]
-                    )
+                    kept[place] = state
         return BatchAnswers(point, slack, statuses, iterations, kept)
 
     def _solved(self, task: _Task, executor: Executor | None) -> Answer:
@@ -301,9 +300,12 @@ def _stationarity(task: _Task, answer: Answer) -> tuple[Tensor, Tensor]:
     """``P x + q + Aᵀz``, (k, n), and the size of its terms, (k,), at least 1; NaN where x is not finite."""
     layout, size, x, z = task.form.layout, task.size, answer.x, answer.z
     quadratic = task.form.structure.quadratic.matvec(task.P, x)
-    row_of_entry = from_numpy(np.repeat(np.arange(layout.m), np.diff(layout.A_offsets))).to(x.device)
-    column_of_entry = from_numpy(layout.A_columns).to(x.device)
-    linear = torch.zeros_like(x).index_add(1, column_of_entry, per_element(task.A, size) * z[:, row_of_entry])
+    if layout.A_columns.size == layout.m * layout.n:  # row by row
+        linear = (z[:, None] @ task.A.reshape(-1, layout.m, layout.n))[:, 0]
+    else:
+        row_of_entry = from_numpy(np.repeat(np.arange(layout.m), np.diff(layout.A_offsets))).to(x.device)
+        column_of_entry = from_numpy(layout.A_columns).to(x.device)
+        linear = torch.zeros_like(x).index_add(1, column_of_entry, per_element(task.A, size) * z[:, row_of_entry])
     scale = 1.0 + torch.maximum(quadratic.abs().amax(1), linear.abs().amax(1))
     return quadratic + task.q + linear, scale
 
