@@ -12,16 +12,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lpgd.arrays import as_index, integers
-from lpgd.gradients.base import GradientInfo, GradientMethod
-from lpgd.gradients.rounding import random_signs, share_of_rounding, within
+from lpgd.gradients.base import GradientInfo
+from lpgd.gradients.closed_form import ClosedForm
+from lpgd.gradients.implicit.method import ImplicitKKT
+from lpgd.gradients.rounding import both_gradients, random_signs, share_of_change, within
 from lpgd.problems.base import Data, Point, maximum_norm
 from lpgd.problems.node.solution import NodeSolution
 from lpgd.problems.node.structure import NodePoint
 from lpgd.problems.solution import AnySolution
 from lpgd.solvers.base import AnySolver
 
-__all__ = ["with_exact", "without_derivative"]
+__all__ = ["node_difference", "with_exact"]
 
 DROWNED = 2e-5
 """Differences of which one draw of rounding errors takes this share are left: other draws take more."""
@@ -29,58 +30,58 @@ BENT = 1e-4
 """A response that satisfies the linearised optimality conditions up to this share of the tilt is one of first order."""
 
 
-def without_derivative(
+def node_difference(
     solution: AnySolution,
     cotangent: Point,
     rho: float,
-    elements: list[int],
     ends: tuple[Point, Point],
     weight: Tensor,
-    gradient: Data,
-) -> list[int]:
-    """The elements of a node whose difference of perturbed solutions says too little of their derivative.
+    smooth: Tensor,
+) -> tuple[Data, Tensor]:
+    """``weight (∇_w L(plus) - ∇_w L(minus))``, and (E,) elements for which this says too little of a derivative.
+
+    Of ``½|y - w|²`` with w = 1e8 the difference is one of numbers of that size, in which a small step of y has no
+    digits.  The derivative at the middle has all of them, and differs by a term of third order: it is taken where
+    functions are smooth along a small step.
 
     Args:
-        solution: of the whole batch.
-        cotangent: (B, ·).
+        solution: of E elements.
+        cotangent: (E, ·).
         rho: of the augmentation.
-        elements: E elements that have a difference.
         ends: perturbed solutions, plus and minus, (E, ·) each.
-        weight: (E,) the difference is ``weight (plus - minus)``; zero for those that are not looked at.
-        gradient: their gradient by this difference.
+        weight: (E,).
+        smooth: (E,) elements whose functions are smooth along a small step; others are not doubted.
     """
-    if solution.problem.traits.conditions != "node" or not bool(weight.any()):
-        return []
-    index = as_index(elements, solution.x.device)
-    chosen, tilt = cast(NodeSolution, solution), cotangent
-    if len(elements) < solution.batch_size:
-        chosen, tilt = chosen.select(index), cotangent.select(index)
-    lost = (weight > 0) & _is_no_derivative(chosen, tilt, rho, ends, weight, gradient)
-    return integers(index[lost])
+    problem, (plus, minus) = solution.problem, ends
+    if not smooth.any():
+        return problem.gradient_difference(plus, minus, weight), smooth
+    weights = torch.where(smooth, weight, 0.0)
+    gradient, lost = _along(cast(NodeSolution, solution), cotangent, rho, ends, weights)
+    if smooth.all():
+        return gradient, lost
+    others = problem.gradient_difference(plus, minus, torch.where(smooth, 0.0, weight))
+    return gradient._make(one + other for one, other in zip(gradient, others, strict=True)), lost & smooth
 
 
-def _is_no_derivative(
-    solution: NodeSolution, cotangent: Point, rho: float, ends: tuple[Point, Point], weight: Tensor, gradient: Data
-) -> Tensor:
-    """(E,) whether rounding or curvature took the difference; arguments are those of :func:`without_derivative`."""
-    problem = solution.problem
-    base, (plus, minus), weight = solution.point, ends, weight.to(cotangent.x.dtype)[:, None]
-    change, middle, of_change, of_middle = (
+def _along(
+    solution: NodeSolution, cotangent: Point, rho: float, ends: tuple[Point, Point], weight: Tensor
+) -> tuple[Data, Tensor]:
+    """The derivative along the difference, and (E,) whether rounding or curvature took it."""
+    problem, (plus, minus), weight = solution.problem, ends, weight.to(cotangent.x.dtype)[:, None]
+    middle, change, of_middle, of_change = (
         NodePoint(*(combine(turn, one, other) for turn, (one, other) in enumerate(zip(plus, minus, strict=True))))
         for combine in (
-            lambda _, one, other: weight * (one - other),
             lambda _, one, other: 0.5 * (one + other),
-            lambda turn, one, other: weight * _error(one, other, 3 + turn),
+            lambda _, one, other: weight * (one - other),
             lambda turn, one, other: 0.5 * _error(one, other, turn),
+            lambda turn, one, other: weight * _error(one, other, 3 + turn),
         )
     )
-    drowned = share_of_rounding(problem, gradient, (middle, of_middle), (change, of_change), cotangent.x)
-    drowned = drowned > within(DROWNED, drowned.dtype)
-    left = problem.hessian_product(base)(change.x) + rho * change.x + cotangent.x.to(change.x.dtype)
-    multipliers = torch.cat([change.nu, change.lam], -1)
-    if multipliers.shape[-1]:
-        left = left + problem.jacobian_product(base.x)(multipliers)
-    return drowned | (maximum_norm(left) > within(BENT, left.dtype) * maximum_norm(cotangent.x))
+    gradient, slope, other = both_gradients(problem, (middle, of_middle), (change, of_change))
+    share = share_of_change(problem, gradient, other, cotangent.x, middle.x)
+    left = slope + rho * change.x + cotangent.x.to(slope.dtype)
+    bent = maximum_norm(left) > within(BENT, left.dtype) * maximum_norm(cotangent.x)
+    return gradient, (weight[:, 0] > 0) & (bent | (share > within(DROWNED, share.dtype)))
 
 
 def _error(one: Tensor, other: Tensor, turn: int) -> Tensor:
@@ -89,7 +90,7 @@ def _error(one: Tensor, other: Tensor, turn: int) -> Tensor:
 
 
 def with_exact(
-    method: GradientMethod,
+    rho: float,
     gradient: Data,
     elements: list[int],
     info: GradientInfo,
@@ -98,6 +99,7 @@ def with_exact(
     solver: AnySolver,
 ) -> Data:
     """The gradient of a batch with that of an exact method for these elements, on record."""
+    method = ClosedForm() if rho == 0.0 else ImplicitKKT(rho=rho)
     mask = torch.zeros(solution.batch_size, dtype=torch.bool, device=solution.x.device)
     mask[elements] = True
     chosen = cotangent._make(torch.where(mask[:, None], tensor, 0.0) for tensor in cotangent)

@@ -18,10 +18,13 @@ from lpgd.problems.base import Data
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.structure import NodePoint
 
-__all__ = ["NOTHING", "random_signs", "rounding", "share_of_rounding", "within"]
+__all__ = ["NOTHING", "both_gradients", "random_signs", "rounding", "share_of_change", "within"]
 
 NOTHING = 1e-6
 """A gradient that is worth less than this share of the largest one, each times its datum, is none."""
+
+SMALL = 2**12
+"""Elements with more numbers in their data are not copied."""
 
 
 def within(share: float, dtype: torch.dtype) -> float:
@@ -41,33 +44,48 @@ def rounding(point: NodePoint) -> NodePoint:
     )
 
 
-def share_of_rounding(
-    problem: NodeProblem,
-    gradient: Data,
-    point: tuple[NodePoint, NodePoint],
-    change: tuple[NodePoint, NodePoint],
-    cotangent: Tensor,
-) -> Tensor:
-    """(B,) the largest share of a datum's gradient that rounding may change.
+def both_gradients(
+    problem: NodeProblem, point: tuple[NodePoint, NodePoint], change: tuple[NodePoint, NodePoint]
+) -> tuple[Data, Tensor, Data]:
+    """The directional gradients in data and in x, and that in data with errors; point and change come with theirs.
+
+    Small elements are put through their functions once, as a batch of twice the size.
+    """
+    moved = [NodePoint(*(one + error for one, error in zip(*both, strict=True))) for both in (point, change)]
+    count = problem.batch_size
+    if sum(datum[0].numel() for datum in problem.data if len(datum)) > SMALL:
+        return *problem.directional_gradients(point[0], change[0]), problem.directional_gradient(*moved)
+    places = torch.arange(count, device=problem.device).repeat(2)
+    stacked = (
+        NodePoint(*(torch.cat(pair) for pair in zip(plain, other, strict=True)))
+        for plain, other in zip((point[0], change[0]), moved, strict=True)
+    )
+    gradients, slopes = problem.select(places).directional_gradients(*stacked)
+    return (
+        gradients._make(one[:count] for one in gradients),
+        slopes[:count],
+        gradients._make(one[count:] for one in gradients),
+    )
+
+
+def share_of_change(problem: NodeProblem, gradient: Data, other: Data, cotangent: Tensor, x: Tensor) -> Tensor:
+    """(B,) the largest share of a datum's gradient by which another one differs.
 
     Args:
         problem: B elements.
-        gradient: their gradient, that of the change at the point.
-        point, change: each with what is not known of it, (B, ·).
-        cotangent: (B, n) whose gradient it is.  With the minimisers it tells which gradients are zero to rounding.
+        gradient, other: both.
+        cotangent, x: (B, n) whose gradient it is, and minimisers: they tell which gradients are zero to rounding.
     """
-    moved = [NodePoint(*(one + error for one, error in zip(*both, strict=True))) for both in (point, change)]
-    other = problem.directional_gradient(*moved)
     sizes = [_largest(datum) for datum in problem.data]
     found = [_largest(one) for one in gradient]
     worth = torch.stack([one * size for one, size in zip(found, sizes, strict=True)]).amax(0)
-    none = torch.finfo(worth.dtype).eps ** 0.6 * _largest(cotangent) * _largest(point[0].x)
+    none = torch.finfo(worth.dtype).eps ** 0.6 * _largest(cotangent) * _largest(x)
     least = torch.maximum(NOTHING * worth, none.to(worth.dtype))
     shares: list[Tensor] = []
     for value, again, size, largest in zip(gradient, other, sizes, found, strict=True):
         floor = least / torch.where(size > 0, size, 1.0)
-        change_of = _largest(cast(Any, again) - value)
-        shares.append(torch.where(change_of > 0, change_of / torch.maximum(largest, floor), 0.0))
+        difference = _largest(cast(Any, again) - value)
+        shares.append(torch.where(difference > 0, difference / torch.maximum(largest, floor), 0.0))
     return torch.stack(shares).amax(0)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from lpgd.status import silent, warn
 if TYPE_CHECKING:
     from lpgd.gradients.lpgd import LPGD
 
-__all__ = ["check_small_steps", "difference", "is_doubtful"]
+__all__ = ["check_small_steps", "is_doubtful"]
 
 SMALL_TILT, AGREEMENT, ONE_SIDED = 1e-3, 1e-4, 1e-2
 """A step up to the first size is meant to approach the exact gradient, and should do so up to the second, or the third
@@ -76,28 +76,6 @@ def _is_faint(method: LPGD, problem: AnyProblem, cotangent: Point, found: Pertur
         move = maximum_norm(plus - minus)
         faint |= (move > 0) & (move < FAINT * (1.0 + maximum_norm(plus)))
     return faint
-
-
-def difference(problem: AnyProblem, plus: Point, minus: Point, weight: Tensor, smooth: Tensor) -> Any:
-    """``weight (∇_w L(plus) - ∇_w L(minus))``, for small steps of nodes by a derivative along them.
-
-    Of ``½|y - w|²`` with w = 1e8 the difference is one of numbers of that size, in which a small step of y has no
-    digits.  The derivative at the middle has all of them, and differs by a term of third order.
-
-    Args:
-        problem: of E elements.
-        plus, minus, weight: theirs.
-        smooth: (E,) whose functions are smooth along a small step.
-    """
-    if problem.traits.conditions != "node" or not smooth.any():
-        return problem.gradient_difference(plus, minus, weight)
-    middle = plus._make(0.5 * (one + other) for one, other in zip(plus, minus, strict=True))
-    change = cast(Any, plus.minus(minus)).scaled(torch.where(smooth, weight, 0.0).to(plus.x.dtype))
-    along = cast(Any, problem).directional_gradient(middle, change)
-    if smooth.all():
-        return along
-    differences = problem.gradient_difference(plus, minus, torch.where(smooth, 0.0, weight))
-    return along._make(one + other for one, other in zip(along, differences, strict=True))
 
 
 def check_small_steps(

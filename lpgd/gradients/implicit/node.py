@@ -11,7 +11,7 @@ from torch import Tensor
 from lpgd.arrays import as_index, elements_where, flags, integers, rows_where
 from lpgd.gradients.base import GradientInfo
 from lpgd.gradients.formula import by_formula
-from lpgd.gradients.rounding import NOTHING, rounding, share_of_rounding, within
+from lpgd.gradients.rounding import NOTHING, rounding, share_of_change, within
 from lpgd.problems.base import Data, Point, maximum_norm
 from lpgd.problems.node.multipliers import active_rows
 from lpgd.problems.node.problem import NodeProblem
@@ -145,7 +145,12 @@ def _mended(
     known = gradient._make(one[unsure] for one in gradient)
     noise = NodePoint(*(one + other for one, other in zip(noise, rounding(change), strict=True)))
     point = chosen.point
-    share = share_of_rounding(chosen.problem, known, (point, rounding(point)), (change, noise), cotangent.x[unsure])
+    moved = (
+        NodePoint(*(one + error for one, error in zip(*both, strict=True)))
+        for both in ((point, rounding(point)), (change, noise))
+    )
+    other = chosen.problem.directional_gradient(*moved)
+    share = share_of_change(chosen.problem, known, other, cotangent.x[unsure], point.x)
     info.doubt = torch.full((len(info.used),), torch.nan, dtype=torch.float64)
     info.doubt[unsure.cpu()] = share.double().cpu()
     regular = torch.tensor([info.used[element] == "implicit" for element in integers(unsure)], device=share.device)

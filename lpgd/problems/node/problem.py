@@ -284,8 +284,17 @@ class NodeProblem(Centered):
         Raises:
             SolverError: the change of some elements is not finite, as a second derivative of f, h or g is not.
         """
+        return self.data._make(self._along(point, change, tuple(range(len(self.data)))))
+
+    def directional_gradients(self, point: NodePoint, change: NodePoint) -> tuple[Data, Tensor]:
+        """The same, and ``∇_x <∇_z L(point), change>``, (B, n): the linearised optimality conditions."""
+        *in_data, in_x = self._along(point, change, tuple(range(len(self.data) + 1)))
+        return self.data._make(in_data), in_x
+
+    def _along(self, point: NodePoint, change: NodePoint, wanted: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """The gradients of ``<∇_z L(point), change>`` in data and x, which is the last one, those that are wanted."""
         if not point.x.shape[0]:  # of none a node may not know how many constraints it has
-            return self.data._make(torch.zeros_like(tensor) for tensor in self.data)
+            return tuple(torch.zeros_like((*self.data, point.x)[place]) for place in wanted)
         good = torch.stack([torch.isfinite(tensor).all(-1) for tensor in change]).all(0)
         if not good.all():
             failed = elements_where(~good)
@@ -295,15 +304,16 @@ class NodeProblem(Centered):
                 indices=failed,
             )
 
-        def along(data: tuple[Tensor, ...]) -> Tensor:
-            slope = torch.func.grad(lambda x: self.lagrangian(point._replace(x=x), data).sum())(point.x)
+        def along(*inputs: Tensor) -> Tensor:
+            *data, x = inputs
+            slope = torch.func.grad(lambda x: self.lagrangian(point._replace(x=x), data).sum())(x)
             value = (slope * change.x).sum()
             if change.nu.shape[-1] or change.lam.shape[-1]:
-                h, g = self.constraints(point.x, data)
+                h, g = self.constraints(x, data)
                 value = value + (h * change.nu).sum() + (g * change.lam).sum()
             return value
 
-        return self._in_data(along)
+        return torch.func.grad(along, argnums=wanted)(*self.data, point.x)
 
     def mixed_product(self, point: NodePoint, tangent: Data) -> NodePoint:
         """``∇_z <∇_w L(point), tangent>``: the tilt of forward mode."""
