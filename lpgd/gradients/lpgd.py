@@ -32,7 +32,7 @@ from lpgd.arrays import as_index, elements_where, flags, integers, rows_where
 from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
 from lpgd.gradients.implicit.method import ImplicitKKT
 from lpgd.gradients.losses import BatchRows, Loss, PosedLoss, Reading, plain_readings, weighed
-from lpgd.gradients.node_steps import node_difference, with_exact
+from lpgd.gradients.node_steps import difference, with_exact
 from lpgd.gradients.perturbed import Perturbed, perturb
 from lpgd.gradients.sides import Envelope
 from lpgd.gradients.small_steps import check_small_steps, is_doubtful
@@ -133,7 +133,8 @@ class LPGD(GradientMethod):
         pair = _Perturbed(self, solution, cotangent, solver, executor)
         gradient = problem.zero_gradient()
         if pair.elements:
-            found, lost = pair.difference(solution, cotangent)
+            ends, steps = (pair.plus, pair.minus), (pair.weight, pair.smooth)
+            found, lost = difference(pair.problem, solution, cotangent, self.rho, pair.elements, ends, *steps)
             gradient = found if pair.is_whole else problem.scatter(as_index(pair.elements, problem.device), found)
             if elements := [pair.elements[place] for place in elements_where(lost)]:
                 gradient = with_exact(self.rho, gradient, elements, pair.info, solution, cotangent, solver)
@@ -258,16 +259,6 @@ class _Perturbed:
     @property
     def is_whole(self) -> bool:
         return len(self.elements) == self.whole.batch_size
-
-    def difference(self, solution: AnySolution, cotangent: Point) -> tuple[Data, Tensor]:
-        """The gradient of the elements that have one, and which of a node's say too little of a derivative."""
-        if self.problem.traits.conditions != "node":
-            return self.problem.gradient_difference(self.plus, self.minus, self.weight), self.smooth & False
-        if not self.is_whole:
-            index = as_index(self.elements, self.whole.device)
-            solution, cotangent = solution.select(index), cotangent.select(index)
-        pair = self.plus, self.minus
-        return node_difference(solution, cotangent, self.method.rho, pair, self.weight, self.smooth)
 
     def is_still(self, cotangent: Point) -> bool:
         """Whether there were perturbed solutions of a linear program, and none moved that could have."""

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from lpgd.arrays import as_index
 from lpgd.gradients.base import GradientInfo
 from lpgd.gradients.closed_form import ClosedForm
 from lpgd.gradients.implicit.method import ImplicitKKT
@@ -19,10 +20,10 @@ from lpgd.gradients.rounding import both_gradients, random_signs, share_of_chang
 from lpgd.problems.base import Data, Point, maximum_norm
 from lpgd.problems.node.solution import NodeSolution
 from lpgd.problems.node.structure import NodePoint
-from lpgd.problems.solution import AnySolution
+from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
 
-__all__ = ["node_difference", "with_exact"]
+__all__ = ["difference", "with_exact"]
 
 DROWNED = 2e-5
 """Differences of which one draw of rounding errors takes this share are left: other draws take more."""
@@ -30,31 +31,38 @@ BENT = 1e-4
 """A response that satisfies the linearised optimality conditions up to this share of the tilt is one of first order."""
 
 
-def node_difference(
+def difference(
+    problem: AnyProblem,
     solution: AnySolution,
     cotangent: Point,
     rho: float,
+    elements: list[int],
     ends: tuple[Point, Point],
     weight: Tensor,
     smooth: Tensor,
 ) -> tuple[Data, Tensor]:
-    """``weight (∇_w L(plus) - ∇_w L(minus))``, and (E,) elements for which this says too little of a derivative.
+    """``weight (∇_w L(plus) - ∇_w L(minus))`` of E elements, and (E,) for which it says too little of a derivative.
 
     Of ``½|y - w|²`` with w = 1e8 the difference is one of numbers of that size, in which a small step of y has no
-    digits.  The derivative at the middle has all of them, and differs by a term of third order: it is taken where
-    functions are smooth along a small step.
+    digits.  The derivative at the middle has all of them, and differs by a term of third order: for nodes it is taken
+    where functions are smooth along a small step, and doubted there.
 
     Args:
-        solution: of E elements.
-        cotangent: (E, ·).
+        problem: of E elements.
+        solution: of the whole batch.
+        cotangent: (B, ·).
         rho: of the augmentation.
-        ends: perturbed solutions, plus and minus, (E, ·) each.
+        elements: the E elements, that have perturbed solutions.
+        ends: these, plus and minus, (E, ·) each.
         weight: (E,).
-        smooth: (E,) elements whose functions are smooth along a small step; others are not doubted.
+        smooth: (E,) whose functions are smooth along a small step.
     """
-    problem, (plus, minus) = solution.problem, ends
-    if not smooth.any():
-        return problem.gradient_difference(plus, minus, weight), smooth
+    plus, minus = ends
+    if problem.traits.conditions != "node" or not smooth.any():
+        return problem.gradient_difference(plus, minus, weight), smooth & False
+    if len(elements) < solution.batch_size:
+        index = as_index(elements, solution.x.device)
+        solution, cotangent = solution.select(index), cotangent.select(index)
     weights = torch.where(smooth, weight, 0.0)
     gradient, lost = _along(cast(NodeSolution, solution), cotangent, rho, ends, weights)
     if smooth.all():
