@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import FloatArray, as_index, elements_where, flags, from_numpy, rows_where
-from lpgd.execution.tasks import SerialExecutor, run_tasks
+from lpgd.execution.tasks import SerialExecutor, run_tasks, split
+from lpgd.execution.threads import bounded_blas
 from lpgd.gradients.base import GradientInfo
 from lpgd.gradients.implicit.findings import Findings
 from lpgd.gradients.implicit.located import Located, known_point
@@ -32,9 +33,10 @@ from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.problems.conic.units import Units
 from lpgd.solvers.interior_point.derivative import is_batchable, kept_response, polyhedral_response
+from lpgd.solvers.kkt.faces import FaceTask, respond_in_faces
 from lpgd.solvers.kkt.points import Points
 from lpgd.solvers.kkt.rank import DOUBT, ROUNDING
-from lpgd.solvers.kkt.reduced import has_dense_rows
+from lpgd.solvers.kkt.reduced import has_dense_rows, held
 from lpgd.solvers.kkt.refinement import KeptFactor, complementary
 from lpgd.solvers.kkt.schur import MixedSystem, Part, System
 from lpgd.solvers.kkt.system import KKTPoints, KKTResponse, Known, is_quick, respond
@@ -106,6 +108,7 @@ def response(
         and bool(left.any())
     ):
         _by_factors(located, left, answer, findings)
+        _in_faces(located, left, answer, findings, executor)
     remaining = elements_where(located.weak | left)
     if remaining:
         if executor is None and is_quick(chosen_problem.structure, len(remaining)):
@@ -193,6 +196,42 @@ def _by_factors(located: Located, left: Tensor, answer: ConicPoint, findings: Fi
         whole[solved] = values[exact]
     left[solved] = False
     findings.doubt[solved.numpy()] = doubt[exact.numpy()]
+
+
+def _in_faces(
+    located: Located, left: Tensor, answer: ConicPoint, findings: Findings, executor: Executor | None
+) -> None:
+    """The same of linear programs with a shared A whose solutions are inside faces."""
+    problem, structure = located.problem, located.problem.structure
+    A = structure.constraint.to_dense(problem.data.A.detach()).numpy() if problem.data.A.ndim == 1 else None
+    largest = np.zeros(0) if A is None else np.abs(A).max(1, initial=0.0)
+    if A is None or not largest.all() or bool(problem.symmetric_P.any()):
+        return
+    point, tilt = located.point, located.tilt
+    at_bound = held(*(tensor.numpy() for tensor in (point.x, point.z, *problem.full_bounds())))
+    active = (point.y - located.slack).numpy() >= 0
+    active[:, : structure.cones.zero] = True
+    inside = (~at_bound).sum(1) > active.sum(1)
+    elements = np.flatnonzero(left.numpy() & inside & active.any(1))
+    if not elements.size:
+        return
+    scaled = A / largest[:, None]
+    with bounded_blas():
+        square = scaled @ scaled.T
+    known = Known(located.error.numpy(), located.lipschitz)
+    tasks = []
+    for chunk in split(elements.size, executor, per_worker=1):
+        few = elements[chunk]
+        g_x, g_y, g_z = (direction.numpy()[few] for direction in tilt)
+        tasks.append(FaceTask(A, square, at_bound[few], active[few], g_x, g_y, g_z, known.select(few)))
+    results = run_tasks(respond_in_faces, tasks, executor)
+    found = KKTResponse.joined([response for response, _ in results])
+    solved = np.concatenate([taken for _, taken in results])
+    taken = elements[solved]
+    for whole, values in zip(answer, found[:3], strict=True):
+        whole[from_numpy(taken)] = from_numpy(values[solved])
+    left[from_numpy(taken)] = False
+    findings.add(taken.tolist(), found.select(solved))
 
 
 def _by_system(system: System, located: Located) -> tuple[ConicPoint, Tensor, FloatArray]:

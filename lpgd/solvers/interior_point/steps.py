@@ -16,7 +16,9 @@ from lpgd.solvers.interior_point.newton_system import Factor
 __all__ = ["Iterate", "State", "assess", "homogeneous_step", "largest", "plain_step"]
 
 STEP = 0.995
-"""The share of the way to the boundary that a step takes."""
+"""The share of the way to the boundary that a step takes at least."""
+LEAST_SHORT = 1e-4
+"""The least share of the way that is left by a step of the plain method, which leaves the mean complementarity."""
 TRUSTED, MOST_REFINEMENTS = 1e-6, 5
 """The relative residual to which steps by a rough factor are refined, and how often at most."""
 CAUTIOUS_STEP = 0.9
@@ -101,7 +103,9 @@ def plain_step(
     e = program.equalities
     z_cone, r = z[:, e:], -state.r_x[:, None]
     total, lengths = _dot(s, z_cone), _LENGTHS[program.P is None]
-    share = torch.where(cautious, CAUTIOUS_STEP, STEP)
+    # The nearer to a solution, the nearer to the boundary, or every step would end at the same share of the last one.
+    short_of = (total / max(s.shape[1], 1)).clamp(LEAST_SHORT, 1.0 - STEP)
+    share = torch.where(cautious, CAUTIOUS_STEP, 1.0 - short_of)
 
     t = -state.r_z
     t[:, e:] += s

@@ -19,7 +19,7 @@ import scipy.linalg
 from lpgd.arrays import BoolArray, FloatArray, IntArray, random_direction
 from lpgd.solvers.kkt.rank import DOUBT, RESIDUAL, ROUNDING, Known, One
 
-__all__ = ["is_flat", "solve_flat"]
+__all__ = ["doubt_of", "is_clear", "is_flat", "solve_flat"]
 
 WELL_CONDITIONED = 1e-4
 """The least singular value of B, relative to the largest entry of a column, from which its square is factorised."""
@@ -68,8 +68,8 @@ def solve_flat(matrix: FloatArray, scale: FloatArray, right: FloatArray, primal:
         factor = scipy.linalg.cho_factor(B.T @ B, lower=True, check_finite=False)
     except scipy.linalg.LinAlgError:
         return None
-    doubt = _doubt(factor, float(np.linalg.norm(B)), right.size, known)
-    if not doubt < CLEAR * DOUBT:
+    doubt = doubt_of(factor, float(np.linalg.norm(B)), right.size, known)
+    if not is_clear(doubt):
         return None
     both = np.stack([B.T @ right[wide], factors * right[narrow]], axis=1)
     solved = scipy.linalg.cho_solve(factor, both, check_finite=False)
@@ -84,8 +84,20 @@ def solve_flat(matrix: FloatArray, scale: FloatArray, right: FloatArray, primal:
     return answer, null, False, not within_face, consistent, doubt
 
 
-def _doubt(factor: tuple[FloatArray, bool], size: float, count: int, known: Known) -> float:
-    """The share of the answer that K's error may change; infinite where B is not well conditioned."""
+def is_clear(doubt: float) -> bool:
+    """Whether B's rank is plainly full."""
+    return doubt < CLEAR * DOUBT
+
+
+def doubt_of(factor: tuple[FloatArray, bool], size: float, count: int, known: Known) -> float:
+    """The share of the answer that K's error may change; infinite where B is not well conditioned.
+
+    Args:
+        factor: of ``BᵀB``, columns of B with largest entries of 1.
+        size: Frobenius norm of B.
+        count: unknowns.
+        known: how well this element's point is known.
+    """
     probe, growth = random_direction(factor[0].shape[0]), np.inf
     for _ in range(POWERS):
         probe = scipy.linalg.cho_solve(factor, probe / np.linalg.norm(probe), check_finite=False)
