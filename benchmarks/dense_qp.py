@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import lpgd
+from lpgd.execution.threads import bounded_blas
 
 from .exact import solve_qps_exactly
 from .harness import Case, Settings, Side, compare
@@ -30,12 +31,14 @@ def draw_qps(n: int, batch: int, seed: int) -> tuple[Tensor, ...]:
     generator = np.random.default_rng(seed)
     equalities = max(n // 5, 1)
     root = generator.standard_normal((batch, n, n))
-    P = root @ root.swapaxes(-1, -2) / n + 0.1 * np.eye(n)
-    q = generator.standard_normal((batch, n))
-    A, G = (generator.standard_normal((batch, rows, n)) / np.sqrt(n) for rows in (equalities, n))
-    inside = generator.standard_normal((batch, n, 1))
-    h = (G @ inside)[..., 0] + generator.uniform(0.05, 1.0, (batch, n))
-    return tuple(torch.from_numpy(value) for value in (P, q, A, (A @ inside)[..., 0], G, h))
+    with bounded_blas():  # OpenBLAS's threads keep the other cores busy for some 25 ms after their last work
+        P = root @ root.swapaxes(-1, -2) / n + 0.1 * np.eye(n)
+        q = generator.standard_normal((batch, n))
+        A, G = (generator.standard_normal((batch, rows, n)) / np.sqrt(n) for rows in (equalities, n))
+        inside = generator.standard_normal((batch, n, 1))
+        h = (G @ inside)[..., 0] + generator.uniform(0.05, 1.0, (batch, n))
+        b = (A @ inside)[..., 0]
+    return tuple(torch.from_numpy(value) for value in (P, q, A, b, G, h))
 
 
 def judge_qps(data: Sequence[Tensor], points: Tensor, elements: Sequence[int]) -> tuple[NDArray[np.float64], float]:
