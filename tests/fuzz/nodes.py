@@ -40,9 +40,12 @@ def draw_inputs(rng: np.random.Generator, case: NodeCase, values: str) -> tuple[
         parts.append(case.make(int(rng.integers(2**31))))
     inputs = [torch.cat(rows)[:CHUNK].clone() for rows in zip(*parts, strict=True)]
     first = inputs[0]
-    scale = {"large": 1e6, "small": 1e-6}.get(values, 1.0)
+    # Pendulums begin at up to fifteen turns: from 1e5 on no controls are found, and that takes a minute.
+    largest = 1e2 if isinstance(case.node, lpgd.nodes.OptimalControl) else 1e9
+    scale = {"large": min(1e6, largest), "small": 1e-6}.get(values, 1.0)
     if values == "mixed":
-        scale = torch.from_numpy(10.0 ** rng.integers(-8, 9, CHUNK)).reshape(-1, *(1,) * (first.ndim - 1))
+        drawn = np.minimum(10.0 ** rng.integers(-8, 9, CHUNK), largest)
+        scale = torch.from_numpy(drawn).reshape(-1, *(1,) * (first.ndim - 1))
     if values == "rounded":
         first = first.round(decimals=int(rng.integers(0, 2)))
     if values == "equal":
