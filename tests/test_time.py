@@ -17,6 +17,7 @@ from torch import Tensor
 import lpgd
 from lpgd import SerialExecutor, SolverError, Status
 from lpgd.execution import progress
+from tests.node_cases import NODES
 
 ONE = lpgd.SparsityPattern.from_matrix(np.eye(1))
 SOLVERS = lpgd.available(lpgd.ConicStructure(ONE, ONE, lpgd.Cones(nonnegative=1)))
@@ -94,6 +95,35 @@ def test_nodes_end_at_their_limit() -> None:
     torch.testing.assert_close(generous(x), x / x.norm(dim=-1, keepdim=True), rtol=0, atol=1e-9)
     with pytest.raises(ValueError, match="time_limit is 0"):
         lpgd.NodeSolver(time_limit=0.0)
+
+
+ITERATING = [
+    name
+    for name, case in NODES.items()
+    if name.split(",")[0] in ("control", "pose", "unconstrained", "sphere", "quadratic on a simplex")
+    or name.startswith("pose of")
+    or ("pooling" in name and "quadratic" not in name)
+    or (name.startswith("principal vector,") and "lanczos" not in name)
+    or "descent" in name
+]
+"""Rows of the table that take more than one look; on matrices as small as theirs others decompose."""
+
+
+@pytest.mark.parametrize("name", ITERATING)
+def test_solvers_of_nodes_that_iterate_end_at_their_limit(name: str) -> None:
+    node, inputs = NODES[name].node, NODES[name].inputs(requires_grad=False)
+    limited = lpgd.NodeLayer(node, solver=lpgd.NodeSolver(time_limit=1e-9), on_error="nan").solve(*inputs)
+    assert limited.statuses == (Status.TIME_LIMIT,) * limited.batch_size
+    generous = lpgd.NodeLayer(node, solver=lpgd.NodeSolver(time_limit=600.0)).solve(*inputs)
+    assert torch.equal(generous.x, lpgd.NodeLayer(node).solve(*inputs).x)
+
+
+@pytest.mark.parametrize("node", [lpgd.nodes.PrincipalVector(), lpgd.nodes.EigenDecomposition(2, method="iteration")])
+def test_nodes_that_iterate_on_large_matrices_end_at_their_limit(node: Any) -> None:
+    matrix = torch.randn(2, 150, 150, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = matrix + matrix.mT
+    limited = lpgd.NodeLayer(node, solver=lpgd.NodeSolver(time_limit=1e-9), on_error="nan").solve(matrix)
+    assert limited.statuses == (Status.TIME_LIMIT,) * 2
 
 
 @pytest.mark.parametrize("loss", [False, True])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lpgd import linalg
 from lpgd.arrays import elements_where
+from lpgd.execution.deadline import is_over
 from lpgd.nodes.base import BaseNode, NodeAnswer
 from lpgd.nodes.leading import Leading, is_worth_iterating, leading_eigenvectors, leading_response
 from lpgd.status import Status, warn
@@ -316,18 +317,25 @@ class EigenDecomposition(BaseNode):
         size, count = inputs[0].shape[-1], len(inputs[0])
         k = size if self.k is None else self.k
         aux = self._iterated(inputs[0], k, start)
+        if aux is None and is_over() and self._iterates(inputs[0], k):
+            nothing = inputs[0].new_full((count, size, k), torch.nan)
+            return NodeAnswer(nothing, [Status.ITERATION_LIMIT] * count, [0] * count)
         aux = tuple(eigen_decomposition(inputs[0], self.largest, start)) if aux is None else aux
         return NodeAnswer(aux[1][:, :, :k].to(inputs[0].dtype), [Status.SOLVED] * count, [1] * count, aux=aux)
 
     def _iterated(self, matrix: Tensor, k: int, start: Tensor | None) -> tuple[Tensor, ...] | None:
         """The eigenvalues and vectors by iteration in float64, and what their derivative takes; None to decompose."""
-        chosen = matrix.dtype == torch.float64 and is_worth_iterating(matrix.shape[-1], k)
-        if not chosen if self.method is None else self.method == "decomposition":
+        if not self._iterates(matrix, k):
             return None
         known = leading_eigenvectors(self._side() * symmetric_part(matrix.double()), k, _double(start))
         if known is None:
             return None
         return (self._side() * known.values, oriented(known.vectors, _double(start)), known.factor)
+
+    def _iterates(self, matrix: Tensor, k: int) -> bool:
+        if self.method is not None:
+            return self.method != "decomposition"
+        return matrix.dtype == torch.float64 and is_worth_iterating(matrix.shape[-1], k)
 
     def _side(self) -> float:
         """The smallest eigenvalues are the largest ones of -X."""

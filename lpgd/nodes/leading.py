@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lpgd import linalg
+from lpgd.execution.deadline import is_over
 
 __all__ = ["Leading", "is_worth_iterating", "leading_eigenvectors", "leading_response"]
 
@@ -88,6 +89,8 @@ def _of_order_one(matrix: Tensor, count: int, start: Tensor | None) -> Leading |
     identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     wider, before = 1.0, torch.full_like(norm, torch.inf)
     for _ in range(SHIFTS):
+        if is_over():
+            return None
         margin = torch.maximum(0.5 * (values[:, 0] - values[:, count - 1]), 2.0 * left[:, 0])
         margin = wider * torch.maximum(margin, 1e-6 * norm)
         factor, info = linalg.cholesky_ex((values[:, 0] + margin)[:, None, None] * identity - matrix)

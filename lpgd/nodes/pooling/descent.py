@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lpgd import linalg
 from lpgd.arrays import rows_where
+from lpgd.execution.deadline import is_over
 from lpgd.nodes.base import Tilt
 from lpgd.nodes.pooling.end import finish, slope_noise
 from lpgd.nodes.pooling.penalties import PenaltyFunction, Slope, Sums, hessian
@@ -276,7 +277,7 @@ def descend(function: NumberSum | VectorSum, u: Tensor) -> Descent:
             ends.radius[ended_elements] = (current.radius - length)[ended]
             elements, u, noise, *fields = (tensor[left] for tensor in (elements, u, noise, *current))
             current = Step(*fields)
-        if not len(elements):
+        if not len(elements) or is_over():
             break
         ends.iterations[elements] += 1
         value, slope, newton, mean, *_ = current
@@ -344,7 +345,7 @@ def find_root(function: NumberSum, u: Tensor) -> Root:
             whole[ended_elements], converged[ended_elements] = torch.clamp(u + newton, low, high)[ended], True
             state = (elements, u, slope, newton, length, low, high, move, noise)
             elements, u, slope, newton, length, low, high, move, noise = (tensor[left] for tensor in state)
-        if not len(elements):
+        if not len(elements) or is_over():
             break
         iterations[elements] += 1
         to = u + newton

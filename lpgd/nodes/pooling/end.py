@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lpgd import linalg
+from lpgd.execution.deadline import is_over
 from lpgd.nodes.base import Tilt
 from lpgd.nodes.pooling.penalties import PenaltyFunction, hessian
 
@@ -71,6 +72,8 @@ def finish(penalty: PenaltyFunction, x: Tensor, u: Tensor, tilt: Tilt | None) ->
     longest = (x.amax(1) - x.amin(1)).amax(-1) + penalty.alpha
     reach = 1e6 * (longest + x.abs().amax((1, 2)))
     for _ in range(LIMIT):
+        if is_over():
+            break
         sums = _sums(penalty, x, u, tilt)
         values, vectors = linalg.eigh(sums.hessian)
         small = linalg.vector_norm(sums.slope, dim=-1) <= ROUNDING * sums.noise

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lpgd import linalg
 from lpgd.arrays import FloatArray, integers, rows_where
+from lpgd.execution.deadline import is_over
 from lpgd.nodes.base import BaseNode, NodeAnswer, fixed_number
 from lpgd.nodes.pose.errors import Sight, pose_system
 from lpgd.nodes.pose.refine import Refined, positive_definite, refine, values_at
@@ -215,6 +216,9 @@ class PerspectivePose(BaseNode):
         weights = inputs[-1]
         R, t, missing = torch.zeros_like(rays[:, :3]), torch.zeros_like(sight.world[:, 0]), list[int]()
         for element in range(len(weights)):
+            if is_over():
+                missing.append(element)
+                continue
             element_data = (rays[element], sight.world[element], weights[element])
             seen, world, known = _heaviest(*element_data) if self.all_pairs else _arrays(*element_data)
             pose = by_ransac(seen, world, known, self.threshold)
@@ -225,7 +229,7 @@ class PerspectivePose(BaseNode):
         R[missing], t[missing] = torch.eye(3).to(R), torch.nan  # an error of infinity: no descent starts there
         found = refine(sight, R, t, self.iterations)
         left = rows_where(~(found.converged & found.regular))
-        if not len(left):
+        if not len(left) or is_over():
             return found
         again = self._searched(tuple(tensor[left] for tensor in inputs), sight.select(left), rays[left])
         return Refined(*(old.index_copy(0, left, new) for old, new in zip(found, again, strict=True)))
@@ -313,7 +317,7 @@ class PerspectivePose(BaseNode):
 def _outcomes(found: Refined) -> Tensor:
     """Statuses as numbers."""
     left = torch.where(found.converged, int(Status.NUMERICAL_ERROR), int(Status.ITERATION_LIMIT))
-    left = torch.where(found.value.isfinite(), left, int(Status.INFEASIBLE))
+    left = torch.where(found.value.isfinite(), left, int(Status.ITERATION_LIMIT if is_over() else Status.INFEASIBLE))
     return torch.where(found.converged & found.regular, int(Status.SOLVED), left)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lpgd import linalg
 from lpgd.arrays import rows_where
+from lpgd.execution.deadline import is_over
 from lpgd.nodes.pose.errors import Sight, pose_system
 from lpgd.nodes.pose.rotations import rotation_matrix
 
@@ -66,7 +67,7 @@ def refine(sight: Sight, rotation: Tensor, shift: Tensor, max_iterations: int = 
     noise = torch.finfo(value.dtype).eps ** 2 * _unit(sight)
     going = rows_where(torch.isfinite(value))
     for _ in range(max_iterations):
-        if not len(going):
+        if not len(going) or is_over():
             break
         sights = sight if len(going) == len(t) else sight.select(going)
         turned, p = sights.seen(R[going], t[going])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lpgd import linalg
 from lpgd.arrays import rows_where
+from lpgd.execution.deadline import is_over
 from lpgd.nodes.principal.lanczos import SMALL, decomposed, leading_eigenvector
 
 __all__ = [
@@ -120,6 +121,8 @@ def _iterate(
     spent = torch.zeros(count, dtype=torch.int64, device=matrix.device)
     active = torch.arange(count, device=matrix.device)
     for _ in range(-(-iterations // STEPS)):
+        if is_over():
+            break
         matrices, basis, sigma = double[active], block[active], shift[active, None, None]
         for _ in range(STEPS):
             basis = matrices @ basis + sigma * basis

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lpgd import linalg
+from lpgd.execution.deadline import is_over
 
 __all__ = ["SMALL", "Leading", "decomposed", "leading_eigenvector"]
 
@@ -69,6 +70,9 @@ def leading_eigenvector(matrix: Tensor, start: Tensor, tolerance: float) -> Lead
     proven, count, enough = torch.ones_like(value, dtype=torch.bool), STEPS, 0.1 * tolerance * norm
     running, matrices, going = torch.arange(len(matrix), device=matrix.device), matrix, proven
     for _ in range(ROUNDS):
+        if is_over():
+            proven[running] = False
+            break
         above = torch.maximum(2.0 * length, 1e-3 * (top - second))[running] + 1e-12 * norm[running]
         factor, info = linalg.cholesky_ex((value[running] + above)[:, None, None] * identity - matrices)
         proven[running] &= info == 0

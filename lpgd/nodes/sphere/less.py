@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lpgd.execution.deadline import is_over
 from lpgd.nodes.sphere.secular import SphereSolution, half_quadratic, normalised, product
 
 __all__ = ["LessDescent", "Search", "descend_as_published"]
@@ -127,7 +128,7 @@ def descend_as_published(
         before, value = value, half_quadratic(u, pushed, vector)
         iterations += active
         active = active & ((value - before).abs() >= options.tolerance)
-        if not active.any():
+        if not active.any() or is_over():
             break
     return SphereSolution(u, iterations, ~active & u.isfinite().all(-1))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lpgd import linalg
+from lpgd.execution.deadline import is_over
 
 __all__ = ["SphereSolution", "half_quadratic", "normalised", "product", "solve_secular"]
 
@@ -71,7 +72,7 @@ def solve_secular(
     iterations = torch.zeros(len(vector), dtype=torch.int64, device=gram.device)
     active = _secular_norm(c, gaps, delta)[0].norm(dim=-1) > 1.0
     for _ in range(max_iterations):
-        if not active.any():
+        if not active.any() or is_over():
             break
         p, denominator = _secular_norm(c, gaps, delta)
         length = p.norm(dim=-1)

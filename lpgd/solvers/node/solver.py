@@ -57,8 +57,10 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
         barrier: μ > 0 of that, in units of the objective.
         time_limit, batch_time_limit: seconds; as elements are solved side by side, the shorter one ends them all.  What
             has not converged by then has ``Status.TIME_LIMIT``.  Forward and each perturbed solve count for themselves.
-            Generic solvers, optimal control, transport and descent on the sphere end there; direct methods, as of
-            eigenvalues, are not interrupted.
+            Generic solvers end there, and nodes' own that iterate: optimal control, transport, pooling, poses, on the
+            sphere, powers, Lanczos and other iterations for eigenvectors.  Closed formulas and decompositions (least
+            squares, projections, rotations, spectral functions, total variation, the whole of a spectrum, a truncated
+            quadratic) are not interrupted.
         max_iterations: of one element (of each round, where there are constraints); None is 200 for Newton's method,
             2000 for the others.
 
