@@ -95,6 +95,27 @@ def test_infeasible_elements_are_proven_and_change_no_bit_of_the_others() -> Non
     assert torch.equal(found.x[others], fine.x[others])
 
 
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e-4])
+@pytest.mark.parametrize("gradient", [ImplicitKKT(), lpgd.LPGD(tau=0.1)], ids=["exact", "LPGD"])
+def test_an_element_has_the_bits_that_it_has_alone_in_its_units_too(size: float, gradient: GradientMethod) -> None:
+    data = programs(8, shared=False)
+    data["q"] = data["q"] * size * torch.linspace(0.5, 50.0, BATCH, dtype=torch.float64)[:, None]
+
+    def answers(chosen: slice) -> list[Tensor]:
+        leaves = {name: values[chosen].clone().requires_grad_() for name, values in data.items()}
+        rows: Any = {name: leaves[name] for name in "AbGh"}
+        output = QPLayer("DAQP", gradient=gradient).forward(leaves["P"], leaves["q"], **rows)
+        output.x.square().sum().backward()
+        gradients = [leaf.grad for leaf in leaves.values()]
+        assert all(values is not None for values in gradients)
+        return [output.x.detach(), output.z.detach(), *(values for values in gradients if values is not None)]
+
+    whole = answers(slice(None))
+    for element in (0, 7, BATCH - 1):
+        for values, alone in zip(whole, answers(slice(element, element + 1)), strict=True):
+            assert torch.equal(values[element], alone[0])
+
+
 def _problem(data: dict[str, Tensor]) -> ConicProblem:
     return solve(data).problem
 

@@ -283,7 +283,7 @@ def vector_units(
         if factors is not None:
             scaled |= (repeated(factors, size) != 1.0).any(-1).cpu().numpy()
     length, cost = _snapped(length, e_q, e_P, exponents, np.where(scaled, 0.0, float(MODERATE)))
-    if structure.quadratic.nnz and (data.P.ndim == 1 or row_count(data.P) < size):
+    if structure.quadratic.nnz:  # also where no element shares its P: alone it is what all share
         cost = _on_grid(length, cost, np.where(scaled | (np.abs(e_P) > MODERATE), e_P, 0.0))
     return _factors(length, data.q), _factors(cost, data.q)
 
@@ -333,10 +333,6 @@ def _on_grid(length: FloatArray, cost: FloatArray, e_P: FloatArray) -> FloatArra
     first = -np.nan_to_num(e_P, nan=0.0)
     steps = (cost + 2 * length - first) / (2 * MODERATE)
     return first + 2 * MODERATE * np.round(steps) - 2 * length
-
-
-def row_count(datum: Tensor) -> int:
-    return 1 if datum.ndim == 1 else datum.shape[0]
 
 
 def times(datum: Tensor, factor: Tensor, size: int) -> Tensor:
