@@ -101,7 +101,8 @@ class SpectralDerivative:
         result = columns * self.scales[:, None]
         for group in self.groups:
             turned = group.basis.swapaxes(1, 2) @ columns[group.rows]  # a product for each block, see `apply`
-            result[group.rows] = turned * self.scales[group.rows][:, :, None]
+            turned *= self.scales[group.rows][:, :, None]
+            result[group.rows] = turned
         return result
 
     def turned_back(self, vector: FloatArray, *, absolute: bool = False) -> FloatArray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from lpgd import linalg
 from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy, random_direction
@@ -25,6 +26,8 @@ Change = tuple[FloatArray, FloatArray, FloatArray]
 
 ILL_CONDITIONED = 1e10
 """Equilibrated systems with a larger condition, as far as a random direction shows it, count as singular."""
+FEW_BYTES = 262_144
+"""What is needed for a moment only takes about so many bytes."""
 STACK_LIMIT = 2_000_000
 """So many entries of dense systems are made at once."""
 
@@ -112,14 +115,23 @@ class _Dense:
 
 
 class _LU:
-    """LU factors of equilibrated matrices (k, p, p), which are written to."""
+    """LU factors of equilibrated matrices (k, p, p), symmetric ones, in their place: new memory costs as much."""
 
     def __init__(self, matrices: FloatArray, idle: BoolArray) -> None:
-        self.scale = equilibration(np.abs(matrices).max(2, initial=0.0))
+        count, side, _ = matrices.shape
+        self.scale, size = np.empty((count, side)), np.empty(count)
+        for start in range(0, count, step := max(1, FEW_BYTES // (8 * side**2))):
+            chosen = slice(start, start + step)
+            absolute = np.abs(matrices[chosen])
+            scale = equilibration(absolute.max(2, initial=0.0))
+            self.scale[chosen] = scale
+            size[chosen] = (scale * (absolute @ scale[:, :, None])[:, :, 0]).max(1, initial=0.0)
         matrices *= self.scale[:, :, None]
         matrices *= self.scale[:, None, :]
-        size = np.abs(matrices).sum(2).max(1, initial=0.0)
-        self.factors, self.pivots, info = linalg.lu_factor_ex(from_numpy(matrices))
+        # Columns of the transposed matrices lie together, as LAPACK has them; the matrices are symmetric.
+        transposed = from_numpy(np.ascontiguousarray(matrices)).mT
+        self.pivots, info = torch.empty(count, side, dtype=torch.int32), torch.empty(count, dtype=torch.int32)
+        self.factors = linalg.lu_factor_ex(transposed, out=(transposed, self.pivots, info)).LU
         direction = self._solved(np.where(idle, 0.0, random_direction(idle.shape[1])))
         with np.errstate(over="ignore", invalid="ignore"):
             self.inverse = np.where(info.numpy() == 0, np.linalg.norm(direction, axis=1), np.inf)

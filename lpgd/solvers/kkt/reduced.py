@@ -142,9 +142,13 @@ def reduce_rows(
             else involves them.
     """
     n = structure.n
-    quadratic, constraint = structure.quadratic.dense_matrices(P), structure.constraint.dense_matrices(A)
-    if np.any(rho):
-        quadratic[:, range(n), range(n)] += rho
+    constraint = structure.constraint.dense_matrices(A)
+    if structure.quadratic.nnz or np.any(rho):
+        quadratic = structure.quadratic.dense_matrices(P)
+        if np.any(rho):
+            quadratic[:, range(n), range(n)] += rho
+    else:
+        quadratic = np.broadcast_to(0.0, (len(P), n, n))  # no memory
     if structure.cones.is_polyhedral:
         derivative, turned = None, constraint
         active = v >= 0
@@ -154,8 +158,11 @@ def reduce_rows(
         active = derivative.present.reshape(v.shape)
         turned = derivative.turned(constraint.reshape(v.size, n)).reshape(constraint.shape)
     order = np.argsort(~active, axis=1, kind="stable")[:, : int(active.sum(1).max(initial=0))]
-    rows = np.take_along_axis(turned, order[:, :, None], axis=1)
-    rows_active = np.take_along_axis(active, order, axis=1)
+    if (order == np.arange(order.shape[1])).all():
+        rows, rows_active = turned[:, : order.shape[1]], active[:, : order.shape[1]]
+    else:
+        rows = np.take_along_axis(turned, order[:, :, None], axis=1)
+        rows_active = np.take_along_axis(active, order, axis=1)
     free = ~at_bound
     loose = (quadratic[:, range(n), range(n)] == 0) & free  # without a diagonal P has no column
     if g is not None and loose.any():
@@ -277,6 +284,8 @@ def reduce_blocks(
 
 
 def _product(matrices: FloatArray, vectors: FloatArray) -> FloatArray:
+    if not matrices.strides[2]:  # zero
+        return np.zeros((len(vectors), matrices.shape[1]))
     return (matrices @ vectors[:, :, None])[:, :, 0]
 
 
