@@ -56,7 +56,7 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
       objective, needs no tuning, and is accurate; then SCS, for the cones that Clarabel lacks, and last ECOS.
     - Linear and quadratic programs on another device than the CPU: the interior-point method in torch, which stays
       on it.
-    - Quadratic programs of up to 60 variables and rows together, where P has its whole diagonal: Moreau, which takes a
+    - Quadratic programs of up to 20 variables and rows together, where P has its whole diagonal: Moreau, which takes a
       batch in one call; up to 400 it comes after DAQP.
     - Small linear and quadratic programs: DAQP, whose perturbed solves start from the active set of the solution.
       Small is up to 200 variables and rows together, 250 with a quadratic objective; where P has its whole diagonal
@@ -115,7 +115,7 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
         rules: list[tuple[bool, type[ConicSolver], str]] = [
             (not on_cpu, InteriorPoint, f"it stays on the device {situation.device}"),
             (
-                on_cpu and curved and size <= _MINUTE,
+                on_cpu and curved and size <= _SHORTEST,
                 Moreau,
                 "the fastest for tiny quadratic programs, batches in one call",
             ),
@@ -161,7 +161,17 @@ def _fitting(structure: ConicStructure, situation: Situation | None, cores: int)
 
 _LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS)
 _QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS)
-_MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 400, 1000, 3000, 5000, 0.1, 4
+_SHORTEST, _MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = (
+    20,
+    60,
+    200,
+    400,
+    1000,
+    3000,
+    5000,
+    0.1,
+    4,
+)
 _EPIGRAPH, _MANY_ROWS = 250, 100
 
 _DEFAULT_NAMES = {"DIFFCP"}  # the standard layer's own default, which names no solver in particular
