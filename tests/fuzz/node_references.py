@@ -37,7 +37,8 @@ def distance(node: BaseNode, inputs: tuple[Tensor, ...], y: Tensor) -> FloatArra
         size = np.maximum(np.abs(expected).max(1), 1e-300)
         return np.abs(y.numpy().reshape(len(y), -1) - expected).max(1) / size
     if isinstance(node, lpgd.nodes.RobustPooling) and node.penalty == "truncated_quadratic" and inputs[0].ndim == 2:
-        return truncated_gap(inputs[0].numpy(), y.numpy(), node.alpha)
+        alpha = inputs[1].numpy() if node.alpha == "input" else np.full(len(y), float(node.alpha))
+        return truncated_gap(inputs[0].numpy(), y.numpy(), alpha)
     if isinstance(node, lpgd.nodes.Rotation):
         return rotation_gap(y.numpy(), *(tensor.numpy() for tensor in inputs))
     return stationarity(node, inputs, y)
@@ -127,7 +128,7 @@ def least_squares(node: Any, data: dict[str, FloatArray]) -> FloatArray:
     return np.array(found).reshape(len(A), unknowns, *b.shape[2:]).reshape(len(A), -1)
 
 
-def truncated_gap(x: FloatArray, y: FloatArray, alpha: float) -> FloatArray:
+def truncated_gap(x: FloatArray, y: FloatArray, alpha: FloatArray) -> FloatArray:
     """(B,) how far a pooled number is from the nearest of the best means of windows of sorted numbers.
 
     All windows are tried.  A step from y says nothing of the objective's slope there: points leave the window.
@@ -137,10 +138,10 @@ def truncated_gap(x: FloatArray, y: FloatArray, alpha: float) -> FloatArray:
     pairs = [(low, high) for low in range(count) for high in range(low + 1, count + 1)]
     means = np.stack([x[:, low:high].mean(1) for low, high in pairs], 1)
     away = np.abs(x[:, :, None] - means[:, None, :])
-    costs = np.minimum(away, alpha) ** 2
+    costs = np.minimum(away, alpha[:, None, None]) ** 2
     costs = costs.sum(1)
     best = costs.min(1, keepdims=True)
-    good = costs <= best + 1e-9 * alpha**2
+    good = costs <= best + 1e-9 * alpha[:, None] ** 2
     nearest = np.where(good, np.abs(means - y.reshape(-1, 1)), np.inf).min(1)
     return nearest / np.maximum(np.abs(x).max(1), 1e-300)
 
@@ -159,7 +160,12 @@ def stationarity(node: BaseNode, inputs: tuple[Tensor, ...], y: Tensor) -> Float
     count = len(y)
     point = y.detach().clone().requires_grad_()
     slope, rows = derivative(node.objective(point, *inputs), point), []
-    nearby, moved = (y * (1.0 + 1e-3)).requires_grad_(), 1e-3 * y.abs().reshape(count, -1).amax(1).numpy()
+    length = y.abs().reshape(count, -1).amax(1)
+    # Pooled numbers have the rounding errors of all, also where their mean is zero.
+    least = 1e-6 * inputs[0].abs().reshape(count, -1).amax(1) * isinstance(node, lpgd.nodes.RobustPooling)
+    further = torch.where(length < least, least, 0.0).reshape(-1, *(1,) * (y.ndim - 1))
+    length = torch.maximum(length, least).numpy()
+    nearby, moved = (y + 1e-3 * (y + further)).requires_grad_(), 1e-3 * length
     change = np.abs(derivative(node.objective(nearby, *inputs), nearby) - slope).max(1, initial=0.0)
     outside, basis = np.zeros(count), np.zeros((0, 0))
     for function, is_equality in ((node.equality, True), (node.inequality, False)):
@@ -187,7 +193,7 @@ def stationarity(node: BaseNode, inputs: tuple[Tensor, ...], y: Tensor) -> Float
                 columns.append(chosen - basis @ (basis.T @ chosen) if basis.size else chosen)
         matrix = np.concatenate(columns, axis=1)
         left[element] = scipy.optimize.nnls(matrix, right)[1] if matrix.size else np.linalg.norm(right)
-    length = np.maximum(np.abs(y.numpy()).reshape(count, -1).max(1, initial=0.0), 1e-300)
+    length = np.maximum(length, 1e-300)
     rate = np.where(moved > 0, change / np.maximum(moved, 1e-300), 1.0)
     return np.maximum(left / np.maximum(rate * length, 1e-300), outside / np.maximum(length, 1e-300))
 

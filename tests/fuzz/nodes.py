@@ -204,5 +204,7 @@ def gradient_errors(
     middle = (slopes[0] + slopes[1]) / 2, (slopes[2] + slopes[3]) / 2
     agreed = np.abs(middle[0] - middle[1]) <= 1e-5 * size
     agreed &= np.abs(slopes[0] - slopes[1]) <= 1e-2 * size  # on both sides: it is no kink
-    error = np.abs(along - middle[0]) / size
+    # At a kink whose sides are nearly alike, what lies between them is a right answer.
+    error = np.abs(along - np.clip(along, np.minimum(*slopes[:2]), np.maximum(*slopes[:2]))) / size
+    error = np.minimum(error, np.abs(along - middle[0]) / size)
     return np.where(agreed & usable, error, 0.0)
