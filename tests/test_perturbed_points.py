@@ -152,3 +152,16 @@ def test_refinements_last_factorisation_serves_the_exact_backward_pass(
     assert info.used == ["implicit" if own else "zero cotangent" for own in refined.tolist()]
     for own, other in zip(change, expected, strict=True):
         torch.testing.assert_close(own, other, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("guess", ["nearly right", "far off", "not finite"])
+def test_a_guess_of_the_derivative_only_saves_steps(guess: str) -> None:
+    case = by_name("every cone")
+    solution, tilt = lpgd.SCS(tolerance=1e-10).solve(case.problem), tilt_of(case)
+    expected, record = ImplicitKKT().response(solution, tilt)
+    factor = {"nearly right": 1.0 + 1e-6, "far off": -30.0, "not finite": float("nan")}[guess]
+    near = ConicPoint(*(factor * values for values in expected))
+    found, other = ImplicitKKT().response(solution, tilt, near=near)
+    assert other.used == record.used
+    for values, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(values, right, atol=1e-8, rtol=1e-8)

@@ -174,16 +174,21 @@ class Run:
         crossing = torch.full_like(self.error, torch.inf)
         if self.active is None:
             return crossing, torch.zeros_like(self.error, dtype=torch.bool)
-        noise = self.noise(self.base_error, self.active.size())
-        ends = [self.active]
+        ends: list[ActiveSet] = []
         for sign, result in results.items():
             end = result.active_set(self.problem)
             assert end is not None, "both ends have an active set, or none"
             if not bool(solved[sign].all()):
                 end = end.where(solved[sign], self.active)
-            crossing = torch.minimum(crossing, self.active.crossing(end, noise))
             ends.append(end)
-        return crossing, ends[-1].unequal(ends[-2]).any(-1)
+        crossed = [end for end in ends if bool(self.active.unequal(end).any())]
+        if not crossed:
+            return crossing, torch.zeros_like(self.error, dtype=torch.bool)
+        noise = self.noise(self.base_error, self.active.size())
+        for end in crossed:
+            crossing = torch.minimum(crossing, self.active.crossing(end, noise))
+        first, second = [self.active, *ends][-2:]
+        return crossing, second.unequal(first).any(-1)
 
     def skew(self, plus: Point, minus: Point, both: Tensor, fields: slice = PRIMAL) -> Tensor:
         """(E,) ``|z₊ + z₋ - 2 z₀| / |z₊ - z₋|`` of some fields; 0 within the solver's error and without ``both``."""

@@ -53,8 +53,9 @@ KNOWN = 1e-12
 """Solutions that are known less well, relative to their size, are none to start from: they are degenerate."""
 ROUNDING, ACCURACY = 1e-12, 1e-4
 """What may be left of F relative to the point, and to the tilt."""
-ENOUGH = 1e-15
-"""With no more left than this, relative to the point, nothing is gained by another step."""
+ENOUGH, ENOUGH_CURVED = 1e-15, 1e-14
+"""With no more left than this, relative to the point, nothing is gained by another step; projections onto curved cones
+round."""
 CHORDS, FALL = 8, 0.3
 """Steps with the first system, and the share to which each has to reduce |F|."""
 STEPS = 4
@@ -280,10 +281,13 @@ class PerturbedPoints:
         # Of linear and quadratic programs with the same active set there is nothing but rounding to take away.
         going = wanted & (error > ENOUGH * size) & (curved | (changes == 0))
         moves = [torch.where(wanted[:, None], steps[:, None] * torch.cat([d_xi, d_v], 1), 0.0)]
+        enough = ENOUGH_CURVED if curved else ENOUGH
+        going &= error > enough * size
         for _ in range(CHORDS if curved else 1):
             if not bool(going.any()):
                 break
-            move = self._broyden(slope, row_error, moves)
+            left = [torch.where(going[:, None], tensor, 0.0) for tensor in (slope, row_error)]
+            move = self._broyden(*left, moves)
             move = torch.where((going & torch.isfinite(move).all(-1))[:, None], move, 0.0)
             new = xi + move[:, : xi.shape[1]], v + move[:, xi.shape[1] :]
             found = points.residual(*new)
@@ -295,7 +299,7 @@ class PerturbedPoints:
             error = torch.where(better, found[0], error)
             moves.append(move)
             taken += better.long()
-            going = better & (error > ENOUGH * size)
+            going = better & (error > enough * size)
         solved = wanted & (error <= accepted)
         limit = max(
             CHANGES, SHARE * (structure.cones.nonnegative + len(structure.lower_index) + len(structure.upper_index))

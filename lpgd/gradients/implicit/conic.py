@@ -59,6 +59,7 @@ def response(
     active: Sequence[int],
     info: GradientInfo,
     executor: Executor | None,
+    near: ConicPoint | None = None,
 ) -> ConicPoint:
     """The derivative of the solution along a tilt for the elements ``active``, zero for others; ``info`` is filled.
 
@@ -68,6 +69,7 @@ def response(
         active: elements with a solution and a tilt.
         info: the record.
         executor: where the work runs.
+        near: a difference that it is to be compared with, of B elements: :meth:`Points.response`.
     """
     problem = solution.problem
     change = ConicPoint(*(torch.zeros_like(tensor) for tensor in solution.point))
@@ -79,6 +81,7 @@ def response(
     if len(active) < problem.batch_size:
         chosen_problem, point, slack = problem.select(elements), point.select(elements), slack[elements]
         chosen_tilt = tilt.select(elements)
+        near = None if near is None else near.select(elements)
     units = chosen_problem.units
     located = known_point(
         units.apply(chosen_problem),
@@ -86,6 +89,7 @@ def response(
         units.slack_in(chosen_problem, slack),
         units.tilt_in(chosen_problem, chosen_tilt),
     )
+    near = None if near is None else units.point_in(chosen_problem, near)
     rho = _curvature(method.rho, chosen_problem, units)
     answer = ConicPoint(*(torch.zeros_like(tensor) for tensor in located.point))
     left = ~located.weak
@@ -93,7 +97,7 @@ def response(
     plain = units.plain(len(active)).to(left.device)
     if solution.systems and method.rho == 0.0 and bool(plain.any()):
         apart, left = left & ~plain, left & plain
-        _by_kept_systems(solution, located, tilt, elements, left, answer, findings)
+        _by_kept_systems(solution, located, tilt, elements, left, answer, findings, near)
         left |= apart
     if is_batchable(located.problem, method.rho):
         chosen = left if method.rho == 0.0 else left & plain
@@ -152,6 +156,7 @@ def _by_kept_systems(
     left: Tensor,
     answer: ConicPoint,
     findings: Findings,
+    near: ConicPoint | None,
 ) -> None:
     """Write the response of elements whose systems the solver, or refinement, has left; those are left no more."""
     place = torch.full((solution.batch_size,), -1, dtype=torch.int64, device=elements.device)
@@ -175,7 +180,7 @@ def _by_kept_systems(
     chosen = torch.cat([part.elements for part in parts]).sort().values
     parts = [part._replace(elements=torch.searchsorted(chosen, part.elements)) for part in parts]
     system = MixedSystem(parts, chosen.shape[0])
-    response, exact, doubt = _by_system(system, located.select(chosen))
+    response, exact, doubt = _by_system(system, located.select(chosen), None if near is None else near.select(chosen))
     for whole, values in zip(answer, response, strict=True):
         whole[chosen[exact]] = values[exact]
     left[chosen[exact]] = False
@@ -234,10 +239,12 @@ def _in_faces(
     findings.add(taken.tolist(), found.select(solved))
 
 
-def _by_system(system: System, located: Located) -> tuple[ConicPoint, Tensor, FloatArray]:
+def _by_system(
+    system: System, located: Located, near: ConicPoint | None = None
+) -> tuple[ConicPoint, Tensor, FloatArray]:
     """The response by systems at the points or near them, for which elements it is exact, and its doubt."""
     points = Points(located.problem)
-    response, exact = points.response(system, *points.start(located.point, located.slack), located.tilt)
+    response, exact = points.response(system, *points.start(located.point, located.slack), located.tilt, near)
     with np.errstate(invalid="ignore"):  # of singular systems: NaN, which is no small doubt
         error = located.lipschitz * system.inverse * located.error.numpy()
         doubt = ROUNDING * system.condition + system.inverse * error

@@ -131,12 +131,16 @@ class ImplicitKKT(GradientMethod):
         return formula(self, solution, data, outputs, cotangent)
 
     def response(
-        self, solution: AnySolution, tilt: Point, executor: Executor | None = None
+        self, solution: AnySolution, tilt: Point, executor: Executor | None = None, *, near: Point | None = None
     ) -> tuple[Point, GradientInfo]:
-        """The derivative of the solution along a tilt ``<g, point>`` of the Lagrangian, (B, ·) each."""
+        """The derivative of the solution along a tilt ``<g, point>`` of the Lagrangian, (B, ·) each.
+
+        ``near`` is a difference of a conic program's solutions that it is to be compared with: ten digits will do.
+        """
         info = GradientInfo.blank(self, solution)
         active = relevant_elements(solution, tilt)
-        return _conditions(solution.problem).response(self, solution, tilt, active, info, executor), info
+        guess = {} if near is None else {"near": near}
+        return _conditions(solution.problem).response(self, solution, tilt, active, info, executor, **guess), info
 
 
 _ZERO_GRADIENT = (

@@ -202,6 +202,8 @@ class ConicProblem:
         """
         dx, dy = weight[:, None] * (plus.x - minus.x), weight[:, None] * (plus.y - minus.y)
         x_mid, y_mid = 0.5 * (plus.x + minus.x), 0.5 * (plus.y + minus.y)
+        if not self.structure.has_bounds:
+            return self.bilinear_gradient(dx, dy, x_mid, y_mid, plus.z, plus.z)
         d_upper = weight[:, None] * (minus.z.clamp(min=0) - plus.z.clamp(min=0))
         d_lower = weight[:, None] * ((-plus.z).clamp(min=0) - (-minus.z).clamp(min=0))
         return self.bilinear_gradient(dx, dy, x_mid, y_mid, d_lower, d_upper)
@@ -319,7 +321,7 @@ class ConicProblem:
             ((b, A * x), cotangent.y),
             ((x,), cotangent.z),
         ):
-            if direction.shape[-1]:
+            if bool(direction.any()):
                 size_of_terms = torch.stack([term.expand(size) for term in terms]).amax(0)
                 size_of_terms = torch.where(size_of_terms > 0, size_of_terms, 1.0)
                 units = torch.minimum(units, size_of_terms / maximum_norm(direction))

@@ -152,7 +152,7 @@ class _Sparse:
         self.reduced = reduced
         count, matrix = len(reduced.at_bound), reduced.matrix
         self.inverse, self.condition = np.full((2, count), np.inf)
-        self.factors: list[tuple[IntArray, FloatArray, Any, Any] | None] = []
+        self.factors: list[tuple[IntArray, FloatArray, Any] | None] = []
         for element, (places, block) in enumerate(blocks_of(matrix.row, matrix.col, matrix.data, reduced.owner, count)):
             pause()
             scale = equilibration(largest_of_rows(block))
@@ -164,14 +164,14 @@ class _Sparse:
             except RuntimeError:  # singular
                 self.factors.append(None)
                 continue
-            self.factors.append((places, scale, scaled, factor))
+            self.factors.append((places, scale, factor))
             with np.errstate(over="ignore", invalid="ignore"):
                 self.inverse[element] = np.linalg.norm(factor.solve(random_direction(places.size)))
                 self.condition[element] = self.inverse[element] * np.asarray(abs(scaled).sum(1)).max(initial=0.0)
 
     @property
     def entries(self) -> int:
-        return sum(int(one[3].nnz) + 2 * int(one[2].nnz) for one in self.factors if one is not None)
+        return sum(int(one[2].nnz) for one in self.factors if one is not None)
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
         right = self.reduced.right(g_x, g_y, g_z)
@@ -180,11 +180,10 @@ class _Sparse:
             if one is None:
                 singular[element] = True
                 continue
-            places, scale, scaled, factor = one
-            own = scale * right[places]
-            found = factor.solve(own)
-            found += factor.solve(own - scaled @ found)
-            answer[places] = scale * found
+            places, scale, factor = one
+            scaled_right = scale * right[places]
+            if scaled_right.any():
+                answer[places] = scale * factor.solve(scaled_right)
         change = self.reduced.change(answer, g_x, g_z)
         for values in change:
             values[singular] = np.nan

@@ -29,6 +29,9 @@ WORST = 1e13
 """Steps by systems with a larger condition are damped."""
 CORRECTIONS, LEFT = 8, 1e-13
 """How often a response by the system of a point nearby is corrected, and what may then be left of its equations."""
+CLOSE, COMPARED = 1e-3, 1e-10
+"""A guess of a response is taken if it leaves less than the first share of its equations; the second share is enough to
+be compared with."""
 AHEAD = 5
 """So many steps are looked ahead."""
 
@@ -174,11 +177,14 @@ class Points:
             d_xi[left], d_v[left] = self.select(left).step(xi[left], v[left], error[left], slope[left], row_error[left])
         return d_xi, d_v, factored
 
-    def response(self, factored: System, xi: Tensor, v: Tensor, tilt: ConicPoint) -> tuple[ConicPoint, Tensor]:
+    def response(
+        self, factored: System, xi: Tensor, v: Tensor, tilt: ConicPoint, near: ConicPoint | None = None
+    ) -> tuple[ConicPoint, Tensor]:
         """The derivative of a solution (ξ, v) along a tilt, and (B,) whether it is exact to rounding.
 
         By the system of a point nearby: what that leaves of the derivative of F here is solved for again.  Where it is
-        singular nothing is exact.
+        singular nothing is exact.  ``near`` is a difference that the derivative is to be compared with: it is where the
+        steps start, if it leaves little, and ten digits are enough.
         """
         cones, count = self.problem.structure.cones, self.problem.batch_size
         v_array, (g_x, g_y, g_z) = v.numpy(), (direction.numpy() for direction in tilt)
@@ -191,13 +197,18 @@ class Points:
         size = np.max([_norms(direction) for direction in (g_x, g_y, g_z)], axis=0)
         regular = factored.regular
         exact, finite = ~regular, np.ones((count, 1), dtype=np.bool_)
-        d_xi, d_v = np.zeros_like(g_x), np.zeros_like(v_array)
+        d_xi, d_v, enough = np.zeros_like(g_x), np.zeros_like(v_array), LEFT
+        if near is not None:
+            Ax = self.problem.structure.constraint.matvec(self.problem.data.A, near.x)
+            d_xi, d_v, enough = (near.x + near.z).numpy(), (near.y + tilt.y + Ax).numpy(), COMPARED
+            d_v[:, : cones.zero] = near.y.numpy()[:, : cones.zero]
         change, right = tilt, (g_x, g_y, g_z)
         for number in range(CORRECTIONS):
-            more_xi, more_v = self._chord(factored, *right)
+            judged = near is not None and number == 0
+            more_xi, more_v = (d_xi, d_v) if judged else self._chord(factored, *right)
             with np.errstate(over="ignore", invalid="ignore"):  # of systems that are singular
                 going = ~exact[:, None]  # the others stay as they are, whatever becomes of these
-                finite &= np.isfinite(more_xi).all(-1, keepdims=True) | ~going
+                finite &= np.isfinite(more_xi).all(-1, keepdims=True) | ~going | judged
                 if number:
                     more_xi, more_v = d_xi + more_xi, d_v + more_v
                 d_xi = np.where(going, np.where(finite, more_xi, 0.0), d_xi)
@@ -211,10 +222,14 @@ class Points:
                 row_error[:, cones.zero :] += (dy - d_v)[:, cones.zero :]
                 error = np.maximum(_norms(slope), _norms(row_error))
                 largest = np.maximum(size, np.maximum(_norms(d_xi), _norms(d_v)))
-                exact |= finite[:, 0] & (error <= LEFT * largest)
+                exact |= finite[:, 0] & (error <= enough * largest)
             if exact.all():
                 break
             right = slope, row_error, np.zeros_like(slope)
+            if judged:
+                fine = (error <= CLOSE * largest)[:, None]  # false for NaN
+                d_xi, d_v = np.where(fine, d_xi, 0.0), np.where(fine, d_v, 0.0)
+                right = np.where(fine, slope, g_x), np.where(fine, row_error, g_y), np.where(fine, 0.0, g_z)
         return change, from_numpy(exact & regular)
 
     def step(self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, row_error: Tensor) -> tuple[Tensor, Tensor]:

@@ -144,6 +144,13 @@ class SchurFactor:
         return cls(root, white, fine.expand(size), bounded, structure.m, structure.cones.zero)
 
     @cached_property
+    def pivots(self) -> tuple[FloatArray, FloatArray]:
+        """(R,) the least and the largest of L."""
+        n, count = self.white.shape[2], self.white.shape[0]
+        least, largest = (values.expand(count).numpy() for values in _extremes(self.root.lower[:, :n, :n]))
+        return least, largest
+
+    @cached_property
     def gram(self) -> FloatArray | None:
         """(R, k, k) ``M Mᵀ``, from which active sets are picked; None where there are many more rows than variables."""
         wide, n = self.white.shape[1:]
@@ -252,10 +259,8 @@ class ActiveSystem:
         self, factor: SchurFactor, active: BoolArray, owners: IntArray | None = None, *, several: bool = False
     ) -> None:
         self.factor, self.several, (count, wide) = factor, several, active.shape
-        n, period = factor.white.shape[2], factor.white.shape[0]
-        owners = np.arange(count) % period if owners is None else owners
-        least, largest = _extremes(factor.root.lower[:, :n, :n])
-        least, largest = (values.expand(period).numpy()[owners] for values in (least, largest))
+        owners = np.arange(count) % factor.white.shape[0] if owners is None else owners
+        least, largest = (values[owners] for values in factor.pivots)
         with np.errstate(divide="ignore", over="ignore"):  # of elements whose P is not definite
             fine, inverse = factor.fine.numpy()[owners], least**-2.0
         order = np.argsort(~active, axis=1, kind="stable")
