@@ -60,6 +60,9 @@ CHORDS, FALL = 8, 0.3
 """Steps with the first system, and the share to which each has to reduce |F|."""
 STEPS = 4
 """Steps with systems of their own."""
+EQUALITIES = 0.5
+"""Equalities for such a share of bounded variables leave a solver that is quick again little to do, and every system of
+Newton's method large: 150 programs of 64 variables, both sides, take 0.02 s by DAQP, and 0.12 s by active sets."""
 CHANGES, SHARE = 2, 0.1
 """Newton's method is tried where so many inequalities change, or a share of all of them."""
 
@@ -127,6 +130,8 @@ class PerturbedPoints:
             return None
         augmented = cast(ConicProblem, augmented)
         structure = augmented.structure
+        if solver.is_quick_again and structure.has_bounds and structure.cones.zero >= EQUALITIES * structure.n:
+            return None
         if solution.known_to is None or structure.has_integers or augmented.device.type != "cpu" or not structure.n:
             return None
         if structure.n + structure.m > LARGEST and not is_cheap(structure):

@@ -27,6 +27,8 @@ __all__ = ["Factor", "NewtonSystem", "Precision", "newton_system"]
 
 SHARED_BATCH = 16
 """From this batch size, weighted products of a shared matrix are one product with its row products."""
+ALIKE_BATCH = 3
+"""From this batch size, conjugate gradients for diagonals of zeros and ones cost less than factors of all."""
 SHARED_BYTES = 2**28
 """Row products larger than this are not formed."""
 WIDTH = 64
@@ -218,8 +220,12 @@ class NormalEquations(NewtonSystem):
         if precision > Precision.DOUBLE and program.m >= SINGLE_ROWS and h.dtype == torch.float64:
             # Relative to its largest entry, so that no range of the data leaves single precision's.
             scale = inverse.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-            if precision == Precision.SHARED and not inequalities and program.A.shape[0] == 1 < SHARED_BATCH <= len(h):
-                return _SharedFactor(program, weights, inverse, SharedSolver(program, inverse / scale), scale)
+            if precision == Precision.SHARED and not inequalities and program.A.shape[0] == 1 < ALIKE_BATCH <= len(h):
+                relative = inverse / scale
+                near_identity = bool(((relative == 0) | (relative == 1)).all())  # of active sets of projections
+                if near_identity or len(h) >= SHARED_BATCH:
+                    solver = SharedSolver(program, relative, near_identity)
+                    return _SharedFactor(program, weights, inverse, solver, scale)
             product = self.product((inverse / scale).float())
             added = regularization.clamp(min=SINGLE_REGULARIZATION).float()
             factors, failed = _cholesky(product, (diagonal / scale).clamp(max=LARGEST).float(), added)

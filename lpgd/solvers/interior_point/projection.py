@@ -28,13 +28,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lpgd import linalg
 from lpgd.arrays import rows_where
 from lpgd.execution.interrupts import pause
-from lpgd.execution.memo import TensorMemo
 from lpgd.solvers.interior_point.active_set import ActiveSet, is_suitable
 from lpgd.solvers.interior_point.box_program import BoxProgram
-from lpgd.solvers.interior_point.shared_factor import LEAST_DIAGONAL
+from lpgd.solvers.interior_point.shared_factor import inverse_of, shared_inverse, single
 
 __all__ = ["NearSets", "is_projection", "near_active_sets"]
 
@@ -54,8 +52,6 @@ ASCENT = 1e-3
 """The share of the ascent that the slope promises which a step must reach."""
 ROUNDING = 1e-13
 """The relative error of θ."""
-
-_memo = TensorMemo()
 
 
 def is_projection(program: BoxProgram) -> bool:
@@ -161,21 +157,12 @@ class _Projection(NamedTuple):
         largest = P.amax()
         p = P / largest
 
-        def inverse() -> Tensor | None:
-            matrix = (A / p) @ A.mT
-            matrix.diagonal().mul_(1.0 + LEAST_DIAGONAL)
-            factor, info = linalg.cholesky_ex(matrix[None])
-            if bool(info.any()) or not bool(torch.isfinite(factor).all()):
-                return None
-            return torch.cholesky_inverse(factor[0]).float()
-
-        known = _memo(program.A, "inverse", inverse) if bool((p == 1).all()) else inverse()
+        known = shared_inverse(program.A) if bool((p == 1).all()) else inverse_of((A / p) @ A.mT)
         if known is None:
             return None
         target = -program.q / (program.cost * P)
         lower, upper = program.full_limits()
-        single = _memo(program.A, "single", lambda: A.float())
-        return cls(A, single, known, p, target, lower, upper, program.b[:, : program.m])
+        return cls(A, single(program.A), known, p, target, lower, upper, program.b[:, : program.m])
 
     def select(self, elements: Tensor) -> _Projection:
         """Those of these elements."""

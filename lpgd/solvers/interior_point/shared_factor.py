@@ -14,7 +14,7 @@ from lpgd import linalg
 from lpgd.execution.memo import TensorMemo
 from lpgd.solvers.interior_point.box_program import BoxProgram
 
-__all__ = ["SharedSolver"]
+__all__ = ["SharedSolver", "inverse_of", "shared_inverse", "single"]
 
 ACCURACY = 1e-4
 """The residual, relative to that of the start in the norm of the factor, at which the iterations end."""
@@ -23,7 +23,26 @@ WORTH = 10
 LEAST_DIAGONAL = 1e-12
 """Relative regularisation of the shared factor."""
 
-_single = TensorMemo()
+_memo = TensorMemo()
+
+
+def single(A: Tensor) -> Tensor:
+    """(m, n) a shared A (1, m, n) in single precision."""
+    return _memo(A, "single", lambda: A[0].float())
+
+
+def shared_inverse(A: Tensor) -> Tensor | None:
+    """(m, m) the inverse of ``A Aᵀ`` in single precision, worked out once; None where rows depend on each other."""
+    return _memo(A, "inverse", lambda: inverse_of(A[0] @ A[0].mT))
+
+
+def inverse_of(matrix: Tensor) -> Tensor | None:
+    """The inverse of a positive definite matrix (m, m), in single precision; None where its factor breaks down."""
+    matrix.diagonal().mul_(1.0 + LEAST_DIAGONAL)
+    factor, info = linalg.cholesky_ex(matrix[None])
+    if bool(info.any()) or not bool(torch.isfinite(factor).all()):
+        return None
+    return torch.cholesky_inverse(factor[0]).float()
 
 
 class SharedSolver:
@@ -32,23 +51,20 @@ class SharedSolver:
     Args:
         program: shares its A, all rows of which are equalities.
         diagonal: (B, n) D, nonnegative, with largest entries of 1.
+        near_identity: D is one nearly everywhere: the inverse of ``A Aᵀ`` is near enough, and known.
 
     Attributes:
         failed: whether the shared factor broke down.
         lost: whether conjugate gradients did not converge for some element; later answers then mean nothing.
     """
 
-    def __init__(self, program: BoxProgram, diagonal: Tensor) -> None:
+    def __init__(self, program: BoxProgram, diagonal: Tensor, near_identity: bool = False) -> None:
         A = program.A[0]
-        self.A: Tensor = _single(program.A, "single", lambda: A.float())
+        self.A: Tensor = single(program.A)
         self.diagonal = diagonal.float()
-        mean = diagonal.double().mean(0)
-        matrix = (A * mean) @ A.mT
-        matrix.diagonal().mul_(1.0 + LEAST_DIAGONAL)
-        factor, info = linalg.cholesky_ex(matrix[None])
-        self.failed = bool(info.any()) or not bool(torch.isfinite(factor).all())
-        self.lost = self.failed
-        self.inverse = self.A.new_zeros(0) if self.failed else torch.cholesky_inverse(factor[0]).float()
+        inverse = shared_inverse(program.A) if near_identity else inverse_of((A * diagonal.double().mean(0)) @ A.mT)
+        self.failed = self.lost = inverse is None
+        self.inverse: Tensor = self.A.new_zeros(0) if inverse is None else inverse
 
     def solve(self, right: Tensor) -> Tensor:
         """For right-hand sides (B, count, m)."""

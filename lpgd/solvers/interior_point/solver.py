@@ -21,6 +21,7 @@ from lpgd.solvers.base import Capabilities
 from lpgd.solvers.interior_point.active_set import ActiveSet, is_suitable
 from lpgd.solvers.interior_point.box_program import BoxProgram, Scaling
 from lpgd.solvers.interior_point.predictor_corrector import Answers, Limits, solve_programs
+from lpgd.solvers.interior_point.projection import is_projection
 from lpgd.status import Status
 
 __all__ = ["InteriorPoint"]
@@ -33,7 +34,8 @@ CHUNKED = 2e8
 """A batch is cut from so many operations an iteration, into chunks of so many at least: whoever works on them, as the
 last bits depend on who shares a chunk."""
 CHUNK = 32
-"""A chunk has so many elements at least, unless there are two: fewer share less of what they have in common."""
+"""A chunk has so many elements at least, unless there are two: fewer share less of what they have in common.  Fewer
+projections (:mod:`lpgd.solvers.interior_point.projection`), which share nearly everything, stay one chunk."""
 THREADED = 1e9
 """A batch too small to be cut uses torch's own threads from so many operations an iteration."""
 
@@ -133,10 +135,12 @@ class InteriorPoint(BatchedSolver):
         if task.program.q.device.type != "cpu":
             return _solve_task(task)
         distinct = size if task.start is None else task.start.rows.shape[0]
-        if distinct < 2 or work < CHUNKED:
+        # What projections have in common is most of their work.
+        least = 1 if is_projection(task.program) else 2
+        count = max(least, min(distinct // CHUNK, int(work / CHUNKED)))
+        if distinct < 2 or work < CHUNKED or count == 1:
             with all_torch_threads() if work > THREADED and workers > 1 else nullcontext():
                 return _solve_task(task)
-        count = max(2, min(distinct // CHUNK, int(work / CHUNKED)))
         edges = [round(place * distinct / count) for place in range(count + 1)]
         chunks = [torch.arange(*ends) for ends in pairwise(edges)]
         # The copies of an element stay together.
