@@ -37,8 +37,8 @@ def solvers(monkeypatch: pytest.MonkeyPatch) -> list[SharedSolver]:
     made: list[SharedSolver] = []
 
     class Recorded(SharedSolver):
-        def __init__(self, program: BoxProgram, diagonal: torch.Tensor) -> None:
-            super().__init__(program, diagonal)
+        def __init__(self, program: BoxProgram, diagonal: torch.Tensor, near_identity: bool = False) -> None:
+            super().__init__(program, diagonal, near_identity)
             made.append(self)
 
     monkeypatch.setattr(newton_system, "SharedSolver", Recorded)
