@@ -204,7 +204,10 @@ def gradient_errors(
     middle = (slopes[0] + slopes[1]) / 2, (slopes[2] + slopes[3]) / 2
     agreed = np.abs(middle[0] - middle[1]) <= 1e-5 * size
     agreed &= np.abs(slopes[0] - slopes[1]) <= 1e-2 * size  # on both sides: it is no kink
-    # At a kink whose sides are nearly alike, what lies between them is a right answer.
-    error = np.abs(along - np.clip(along, np.minimum(*slopes[:2]), np.maximum(*slopes[:2]))) / size
-    error = np.minimum(error, np.abs(along - middle[0]) / size)
+    # At a kink whose sides are nearly alike, what lies between them is a right answer.  Of a smooth function the gap
+    # between the sides shrinks with the step.
+    first, second = np.abs(slopes[0] - slopes[1]), np.abs(slopes[2] - slopes[3])
+    kinked = np.abs(first - second) <= 0.1 * np.maximum(first, second)
+    between = np.clip(along, np.minimum(*slopes[:2]), np.maximum(*slopes[:2]))
+    error = np.abs(along - np.where(kinked, between, middle[0])) / size
     return np.where(agreed & usable, error, 0.0)
