@@ -252,3 +252,20 @@ def test_masked_scores_are_exact_zeros_of_the_simplex() -> None:
     assert not gradient[1].any()
     with pytest.raises(lpgd.SolverError, match="element 0 of 1"):  # nothing is left
         lpgd.NodeLayer(lpgd.nodes.Projection("simplex"))(torch.full((1, 3), -torch.inf))
+
+
+@pytest.mark.parametrize("method", [lpgd.ImplicitKKT(), lpgd.LPGD()], ids=["ImplicitKKT", "LPGD"])
+@pytest.mark.parametrize("unit", [1e-10, 1e-6, 1.0, 1e6])
+def test_a_point_inside_a_ball_is_inside_in_any_unit(unit: float, method: lpgd.GradientMethod) -> None:
+    """Outside y = r x / |x|, inside y = x: the radius has the gradient <w, x> / |x|, and none."""
+    x = unit * torch.tensor([[0.3, -0.4, 1.2], [0.3, -0.4, 1.2]], dtype=torch.float64)
+    radius = (unit * torch.tensor([1.0, 1.5], dtype=torch.float64)).requires_grad_()
+    w = torch.tensor([1.0, 2.0, -0.5], dtype=torch.float64)
+    points = x.clone().requires_grad_()
+    y = lpgd.NodeLayer(lpgd.nodes.Projection("l2_ball", radius=None), gradient=method)(points, radius)
+    (y * w).sum().backward()
+    direction = x[0] / x[0].norm()
+    slope = direction @ w
+    outside = radius[0].detach() / x[0].norm() * (w - slope * direction)
+    torch.testing.assert_close(points.grad, torch.stack([outside, w]), atol=1e-7, rtol=0)
+    torch.testing.assert_close(radius.grad, torch.stack([slope, 0 * slope]), atol=1e-7, rtol=0)

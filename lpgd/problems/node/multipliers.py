@@ -18,12 +18,18 @@ __all__ = ["LARGE", "active_rows", "estimate_multipliers"]
 LARGE = 2**26
 """Matrices of more numbers than this, for the whole batch, are not formed."""
 
+SMALL = 1e-2
+"""Data that are all smaller are in units of their own."""
+
 SLOW = 2**17
 """A matrix of more numbers than this has a slow pseudo-inverse."""
 
 
 def active_rows(problem: NodeProblem, x: Tensor, lam: Tensor | None = None, tolerance: float | None = None) -> Tensor:
     """(B, r) whether each inequality is active: ``g ≥ -tolerance (1 + |y|)``, or its multiplier exceeds ``-g``.
+
+    Where y and all inputs are small (``SMALL``), the limit is what a change of y by ``tolerance`` times the largest of
+    them does to g: the same whatever the units are.
 
     Args:
         problem: B elements.
@@ -33,8 +39,21 @@ def active_rows(problem: NodeProblem, x: Tensor, lam: Tensor | None = None, tole
     """
     g = problem.constraints(x)[1]
     reach = torch.finfo(x.dtype).eps ** 0.5 if tolerance is None else tolerance
-    near = g >= -reach * (1 + maximum_norm(x)[:, None])
+    near = g >= -reach * _sizes(problem, x, g)
     return near if lam is None else near | (lam > -g)
+
+
+def _sizes(problem: NodeProblem, x: Tensor, g: Tensor) -> Tensor:
+    """(B, 1) or (B, r) the sizes of y, or of inequalities, by which their activity is measured."""
+    length = maximum_norm(x)[:, None]
+    sizes = 1 + length
+    inputs = torch.stack([datum.detach().abs().reshape(len(x), -1).amax(-1) for datum in problem.data if datum.numel()])
+    scale = torch.maximum(length, inputs.amax(0)[:, None])
+    small = (scale > 0) & (scale < SMALL)
+    if not g.shape[-1] or not small.any() or x.shape[0] * g.shape[-1] * x.shape[-1] > LARGE:
+        return sizes
+    slopes = problem.jacobian(x).detach()[:, -g.shape[-1] :].abs().sum(-1)
+    return torch.where(small, scale * slopes.clamp(max=1.0), sizes)
 
 
 def estimate_multipliers(problem: NodeProblem, x: Tensor) -> tuple[Tensor, Tensor]:
