@@ -43,7 +43,7 @@ def test_a_batch_ends_at_its_limit(solver: str) -> None:
     statuses = layer.solve(**data).statuses
     assert statuses.count(Status.TIME_LIMIT) >= (336 if solver == "MOREAU" else 380)  # MOREAU takes 64 at once
     assert set(statuses) <= {Status.TIME_LIMIT, Status.SOLVED, Status.INACCURATE}
-    if solver in ("DAQP", "CLARABEL", "PIQP"):
+    if solver in ("CLARABEL", "PIQP"):  # what DAQP does for a whole batch beforehand takes as long as its solves
         started = time.perf_counter()
         lpgd.QPLayer(solver, executor=SerialExecutor())(**data)
         assert limited < 0.8 * (time.perf_counter() - started)
@@ -181,7 +181,7 @@ def test_a_bar_counts_the_elements(
 ) -> None:
     data = programs(6) | {"q": programs(6)["q"].requires_grad_()}
     # So large a step is left to the solver.
-    lpgd.QPLayer(solver, progress=True, gradient=lpgd.LPGD(tau=10.0))(**data).x.sum().backward()
+    lpgd.QPLayer(solver, progress=True, gradient=lpgd.LPGD(tau=1e4))(**data).x.sum().backward()
     assert counts[:1] == [("solve", 6)]
     assert counts[1][0] == "differentiate"
     assert counts[1][1] in (6, 12)

@@ -20,7 +20,8 @@ from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.problems.solution import AnySolution
 from lpgd.solvers.kkt.refinement import is_cheap
-from lpgd.solvers.posed import Posed, better_lengths, judged, left_by_draft, pose
+from lpgd.solvers.lengths import better_lengths, with_constraints_kept
+from lpgd.solvers.posed import Posed, judged, left_by_draft, pose
 from lpgd.solvers.rescue import is_settled, merged, settled
 from lpgd.status import MissingPackageError, Status
 
@@ -194,13 +195,13 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
         posed = pose(problem, states)
         answer = self._judged(posed, executor)
         lengths = better_lengths(posed, answer, self.tolerance)
-        if lengths is None:
-            return answer
-        elements = rows_where(lengths.isfinite())
-        posed = pose(problem.select(elements), (), lengths[elements])
-        again = self._judged(posed, executor)
-        taken = [status is Status.SOLVED for status in again.statuses]
-        return merged(answer, integers(elements), again, taken, keep_states=True)
+        if lengths is not None:
+            elements = rows_where(lengths.isfinite())
+            smaller = pose(problem.select(elements), (), lengths[elements])
+            again = self._judged(smaller, executor)
+            taken = [status is Status.SOLVED for status in again.statuses]
+            answer = merged(answer, integers(elements), again, taken, keep_states=True)
+        return with_constraints_kept(posed, answer, lambda smaller: self._judged(smaller, executor))
 
     def _judged(self, posed: Posed, executor: Executor | None) -> ConicSolution:
         structure = posed.problem.structure

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import as_index, elements_where, flags
-from lpgd.problems.base import State, States, maximum_norm
+from lpgd.problems.base import State, States
 from lpgd.problems.conic.magnitudes import INFINITE
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.residuals import Products, Residuals, residuals_of
@@ -28,7 +28,7 @@ from lpgd.solvers.kkt.reduced import is_dense
 from lpgd.solvers.kkt.refinement import complementary, is_cheap, refine
 from lpgd.status import Status
 
-__all__ = ["VERDICTS", "Posed", "better_lengths", "judged", "left_by_draft", "pose"]
+__all__ = ["ACCEPTED", "EXACT", "VERDICTS", "Posed", "judged", "left_by_draft", "pose"]
 
 EXACT = 1e-12
 """A point at which no more than this is left of the optimality conditions is not refined."""
@@ -173,26 +173,6 @@ def _states_out(states: States, units: Units) -> States:
         None if state is None else _State(length, cost, state)
         for state, (length, cost) in zip(states, exponents, strict=True)
     )
-
-
-def better_lengths(posed: Posed, answer: ConicSolution, tolerance: float) -> Tensor | None:
-    """(B,) exponents of units for another try: where a point is so small that its residuals say little about it.
-
-    NaN for other elements; None where there is none.
-    """
-    size = maximum_norm(posed.units.point_in(posed.problem, answer.point).x)
-    residual = answer.residuals.worst
-    # A point at zero, which an absolute gap may pass for a solution, is as far from one as its slope says.
-    zero = (size == 0) & (residual > EXACT)
-    size = torch.where(zero, residual, size)
-    # Larger points are none of this: in units of theirs the right-hand sides would be too small to count.
-    vague = answer.usable & (size > 0) & (size < 1) & (residual > max(ACCEPTED, 10 * tolerance) * size)
-    if posed.problem.structure.has_integers or not bool(vague.any()):
-        return None
-    length = torch.ones_like(size) if posed.units.length is None else posed.units.length[:, 0]
-    reached = torch.where(zero, length * residual, maximum_norm(answer.x / posed.units.variable_of(posed.problem)))
-    exponents = torch.frexp(reached).exponent.double()
-    return torch.where(vague, exponents, torch.nan)
 
 
 # -- answers ------------------------------------------------------------------------------------------------------

@@ -104,9 +104,11 @@ class Points:
             free = (xi <= self.upper) & (xi >= self.lower) & (self.lower < self.upper)
         count = active.sum(1)
         singular = count > free.sum(1)
-        flat = free & (self._curvature() == 0)
+        flat = free & (per_element(self._curvature(), len(xi)) == 0)
         if bool(((flat.sum(1) > count) & ~singular).any()):
             entries = (structure.constraint.to_dense(problem.data.A) != 0).float()
+            if entries.ndim == 3 and len(entries) < len(xi):  # matrices repeat
+                entries = entries.repeat(len(xi) // len(entries), 1, 1)
             involved = (active.float()[:, None] @ entries)[:, 0] > 0
             singular |= (flat & involved).sum(1) > count
         return singular

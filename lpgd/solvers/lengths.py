@@ -1,0 +1,174 @@
+"""Units of length for another try: where an answer's residuals, which are relative to the largest number, say little.
+
+A point is known relative to the unit of length, which the largest right-hand side sets.  Two things are then hidden by
+small residuals: a solution that is far smaller, and the constraints of small right-hand sides beside one that is loose
+and large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpgd.arrays import FloatArray, as_index, flags
+from lpgd.problems.base import maximum_norm
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.solution import ConicSolution
+from lpgd.problems.conic.structure import ConicPoint, per_element
+from lpgd.solvers.posed import ACCEPTED, EXACT, Posed, pose
+from lpgd.solvers.rescue import merged
+from lpgd.status import Status
+
+__all__ = ["better_lengths", "constraint_errors", "with_constraints_kept"]
+
+WIDE, DEEPEST = 2.0**-12, 2.0**-60
+"""Right-hand sides below the first share of a larger one have another unit; those below the second are rounding."""
+MOST = 3
+"""How many units of an element are tried."""
+FAINT = 1e-6
+"""Multipliers below this share of the cost's gradient are none."""
+NEARER, BROKEN = 0.1, 1e-3
+"""An answer in other units counts where the error of its constraints is below this share of the first one's; a
+solution with a larger error than the second is none."""
+
+
+def better_lengths(posed: Posed, answer: ConicSolution, tolerance: float) -> Tensor | None:
+    """(B,) exponents of units for another try: where a point is so small that its residuals say little about it.
+
+    NaN for other elements; None where there is none.
+    """
+    size = maximum_norm(posed.units.point_in(posed.problem, answer.point).x)
+    residual = answer.residuals.worst
+    # A point at zero, which an absolute gap may pass for a solution, is as far from one as its slope says.
+    zero = (size == 0) & (residual > EXACT)
+    size = torch.where(zero, residual, size)
+    # Larger points are none of this: in units of theirs the right-hand sides would be too small to count.
+    vague = answer.usable & (size > 0) & (size < 1) & (residual > max(ACCEPTED, 10 * tolerance) * size)
+    if posed.problem.structure.has_integers or not bool(vague.any()):
+        return None
+    length = torch.ones_like(size) if posed.units.length is None else posed.units.length[:, 0]
+    reached = torch.where(zero, length * residual, maximum_norm(answer.x / posed.units.variable_of(posed.problem)))
+    exponents = torch.frexp(reached).exponent.double()
+    return torch.where(vague, exponents, torch.nan)
+
+
+def with_constraints_kept(
+    posed: Posed, answer: ConicSolution, solve: Callable[[Posed], ConicSolution]
+) -> ConicSolution:
+    """The answer, in which constraints of small right-hand sides beside large ones are kept, or INACCURATE.
+
+    Args:
+        posed: the batch, and its units.
+        answer: a solver's, judged.
+        solve: the same of elements in other units.
+    """
+    spread = _spread_of(posed)
+    if spread is None:
+        return answer
+    errors = _errors(posed, answer, spread.least)
+    for exponents in spread.exponents.unbind(1):
+        wanted = (errors > ACCEPTED) & exponents.isfinite().cpu().numpy()
+        elements = [int(element) for element in np.flatnonzero(wanted)]
+        if not elements:
+            continue
+        chosen, index = posed.select(elements), as_index(elements, posed.problem.device)
+        again = solve(pose(chosen.problem, (), exponents[index]))
+        fresh = _errors(chosen, again, spread.least[index])
+        taken = [bool(better) for better in np.array(flags(again.usable)) & (fresh < NEARER * errors[elements])]
+        answer = merged(answer, elements, again, taken, keep_states=True)
+        errors[elements] = np.where(taken, fresh, errors[elements])
+    statuses = tuple(
+        Status.INACCURATE if status is Status.SOLVED and error > BROKEN else status
+        for status, error in zip(answer.statuses, errors, strict=True)
+    )
+    return answer if statuses == answer.statuses else replace(answer, statuses=statuses)
+
+
+def _errors(posed: Posed, answer: ConicSolution, least: Tensor) -> FloatArray:
+    """(B,) errors of the constraints in the posed units; 0 of elements without a solution."""
+    errors = constraint_errors(posed.inside, posed.units.point_in(posed.problem, answer.point), least)
+    return np.where(flags(answer.usable), errors, 0.0)
+
+
+class _Spread(NamedTuple):
+    """The sizes of right-hand sides, in groups that are far from each other.
+
+    Attributes:
+        exponents: (B, MOST) of two, of the unit of length that the largest of each smaller group makes; NaN where there
+            are no more.
+        least: (B,) the smallest of these units, in those of the posed problem.
+    """
+
+    exponents: Tensor
+    least: Tensor
+
+
+def _spread_of(posed: Posed) -> _Spread | None:
+    """The groups of right-hand sides and bounds of a posed batch; None where each element has one."""
+    inside = posed.inside
+    size = inside.batch_size
+    sides = [per_element(inside.data.b.detach().abs(), size)]
+    sides += [per_element(bound.detach().abs(), size) for bound in (inside.data.lower, inside.data.upper)]
+    sizes = torch.cat([side for side in sides if side.shape[-1]], 1) if any(side.shape[-1] for side in sides) else None
+    if sizes is None or inside.structure.has_integers:
+        return None
+    sizes = torch.where(sizes.isfinite(), sizes, 0.0)
+    top, found, least = sizes.amax(1), [], torch.full((size,), torch.nan, dtype=sizes.dtype, device=sizes.device)
+    limit = DEEPEST * top
+    for _ in range(MOST):
+        smaller = torch.where((sizes < WIDE * top[:, None]) & (sizes > limit[:, None]), sizes, 0.0)
+        top = smaller.amax(1)
+        found.append(torch.where(top > 0, torch.frexp(top).exponent.double(), torch.nan))
+        least = torch.where(top > 0, top, least)
+    if not bool((found[0].isfinite()).any()):
+        return None
+    length = torch.ones_like(least) if posed.units.length is None else posed.units.length[:, 0]
+    return _Spread(torch.stack(found, 1) + torch.log2(length)[:, None], least)
+
+
+def constraint_errors(problem: ConicProblem, point: ConicPoint, least: Tensor) -> FloatArray:
+    """(B,) the largest error of one constraint, relative to its own terms.
+
+    That is how far it is violated, or how far its slack and its multiplier are from being complementary.
+
+    Args:
+        problem: B elements in units of order 1.
+        point: their points.
+        least: (B,) lengths below which nothing counts.
+    """
+    structure, size, cones = problem.structure, problem.batch_size, problem.structure.cones
+    A, constraint = problem.data.A.detach(), structure.constraint
+    x, y, z = (tensor.detach() for tensor in point)
+    b = per_element(problem.data.b.detach(), size)
+    slack = b - constraint.matvec(A, x)
+    terms = constraint.matvec(A.abs(), x.abs()) + b.abs() + least[:, None]
+    gradient = torch.maximum(maximum_norm(per_element(problem.data.q.detach(), size)), maximum_norm(y))
+    faint = FAINT * gradient[:, None]
+    linear = cones.zero + cones.nonnegative
+    violation = torch.where(torch.arange(structure.m, device=x.device) < cones.zero, slack.abs(), (-slack).clamp(min=0))
+    errors = [violation[:, :linear] / terms[:, :linear]]
+    products, sizes = slack * y, terms * y.abs()
+    inequalities = slice(cones.zero, linear)
+    errors.append((products.abs() / (sizes + faint * terms))[:, inequalities])
+    blocks = torch.from_numpy(np.asarray(cones.blocks)).to(x.device)
+    if structure.m > linear:
+        count = int(blocks[-1]) + 1
+        index = blocks.expand(size, -1)
+        zeros = x.new_zeros(size, count)
+        total = zeros.scatter_add(1, index, products).abs()
+        whole = zeros.scatter_add(1, index, sizes + faint * terms)
+        errors.append((total / whole.clamp(min=torch.finfo(x.dtype).tiny))[:, int(blocks[linear]) :])
+    if structure.has_bounds:
+        lower, upper = problem.full_bounds()
+        for ends, force in ((upper, z), (lower, -z)):
+            there = ends.isfinite()
+            distance = torch.where(there, (ends - x).abs(), 0.0)
+            near = x.abs() + torch.where(there, ends.abs(), 0.0) + least[:, None]
+            pushed = force.clamp(min=0)
+            errors.append(distance * pushed / (near * (pushed + faint)))
+    return torch.cat(errors, 1).nan_to_num(nan=0.0).amax(1).cpu().numpy()
