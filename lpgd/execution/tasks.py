@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 from lpgd.execution.interrupts import abandon, hear, hearing, stoppable
-from lpgd.execution.threads import bounded_blas, torch_threads
+from lpgd.execution.threads import bounded_blas, find_blas, torch_threads
 from lpgd.status import warn
 
 __all__ = ["SerialExecutor", "core_count", "default_executor", "run_tasks", "split", "worker_count"]
@@ -134,22 +134,8 @@ def _finished(
     in_this_process = executor is None or type(executor) is ThreadPoolExecutor
     signals = _Signals(threading.Event(), threading.Event()) if in_this_process else None
     futures: list[Future[Any]] = []
-    try:
-        for call in calls:
-            futures.append((executor or default_executor()).submit(call[0], signals, *call[1:]))
-            if away is not None and not in_this_process:
-                futures[-1].add_done_callback(partial(_tell, away, call[-1]))
-        if listens:
-            hear(futures, signals and signals.begin)
-        elif signals is not None:
-            signals.begin.set()
-        return [future.result() for future in futures]
-    except BrokenProcessPool:
-        for number, future in enumerate(futures):
-            if kept is not None and future.done() and not future.cancelled() and future.exception() is None:
-                kept[number] = future.result()
-        raise
-    finally:
+
+    def end() -> None:
         left = not all(future.done() for future in futures)
         if signals is not None:
             if left:
@@ -157,6 +143,30 @@ def _finished(
             signals.begin.set()  # whoever still waits to begin stops at once
         if left:
             abandon(futures, signals and signals.stop)
+
+    if in_this_process:
+        find_blas()
+    try:
+        try:
+            for call in calls:
+                futures.append((executor or default_executor()).submit(call[0], signals, *call[1:]))
+                if away is not None and not in_this_process:
+                    futures[-1].add_done_callback(partial(_tell, away, call[-1]))
+            if listens:
+                hear(futures, signals and signals.begin)
+            elif signals is not None:
+                signals.begin.set()
+            return [future.result() for future in futures]
+        except BrokenProcessPool:
+            for number, future in enumerate(futures):
+                if kept is not None and future.done() and not future.cancelled() and future.exception() is None:
+                    kept[number] = future.result()
+            raise
+        finally:
+            end()
+    except KeyboardInterrupt:  # a second one, while work was ended, leaves no worker behind with its settings
+        end()
+        raise
 
 
 _fresh: WeakKeyDictionary[ProcessPoolExecutor, ProcessPoolExecutor] = WeakKeyDictionary()

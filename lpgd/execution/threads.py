@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from threadpoolctl import OpenBLASController, ThreadpoolController
 
-__all__ = ["all_torch_threads", "bounded_blas", "one_torch_thread", "torch_threads", "without_autocast"]
+__all__ = ["all_torch_threads", "bounded_blas", "find_blas", "one_torch_thread", "torch_threads", "without_autocast"]
 
 _outside = threading.local()
 
@@ -120,14 +120,22 @@ class _BlasBound:
         self.limiter: Any = None
         self.controller: ThreadpoolController | None = None
 
+    def found(self) -> ThreadpoolController:
+        """The libraries of this process, looked for once, which takes a while."""
+        if self.controller is None:
+            self.controller = ThreadpoolController().select(user_api="blas")
+        return self.controller
+
     def enter(self, worker: object) -> None:
         with self.lock:
             self.workers.add(worker)
             if self.limiter is None:
-                if self.controller is None:
-                    self.controller = ThreadpoolController()
+                controller = self.found()
                 _take_control()
-                self.limiter = self.controller.limit(limits=1, user_api="blas")
+                # First what is to be restored, then the limit: an interrupt may come in between.
+                self.limiter = controller.limit(limits=None)
+                for library in controller.lib_controllers:
+                    library.set_num_threads(1)
 
     def leave(self, worker: object) -> None:
         with self.lock:
@@ -150,7 +158,16 @@ def bounded_blas() -> Generator[None]:
         bound.enter(worker)
         yield
     finally:
-        bound.leave(worker)
+        try:
+            bound.leave(worker)
+        except BaseException:  # an interrupt in the middle: what was begun is ended
+            bound.leave(worker)
+            raise
+
+
+def find_blas() -> None:
+    """Look for the libraries of BLAS now, in the calling thread, not in workers that an interrupt is to end soon."""
+    _blas_bound.found()
 
 
 def _reset_after_fork() -> None:
