@@ -147,6 +147,6 @@ def _refined(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> _Refine
     units = problem.units
     near, own_slack = units.point_in(problem, point), units.slack_in(problem, slack)
     every = torch.arange(problem.batch_size, device=problem.device)
-    found = refine(units.apply(problem), near, own_slack, every, steps=STEPS)
+    found = refine(units.apply(problem), near, own_slack, every, steps=STEPS, rounded=0.0)
     size = found.point.largest().clamp(min=1.0)
     return _Refined(units.point_out(problem, found.point), units.slack_out(problem, found.slack), found.after, size)

@@ -104,6 +104,7 @@ def refine(
     steps: int | Tensor = 3,
     keep: bool = False,
     regular_only: bool = False,
+    rounded: float = ROUNDED,
 ) -> Refined:
     """Newton's method from a point, for some elements of a batch.
 
@@ -113,6 +114,7 @@ def refine(
         elements: which to refine.
         steps: at most, of all or (E,) of each; no chords follow where as many were taken, chords included.
         keep: the systems of the last steps, for the derivative of the solutions.
+        rounded: where |F|, relative to the point, is taken for rounding that no chord reduces; 0 tries every step.
         regular_only: elements whose system is singular, or nearly so, are left at once.
     """
     kept: list[KeptFactor] = []
@@ -123,7 +125,7 @@ def refine(
     error, slope, row_error = points.residual(xi, v)
     before, taken = error.clone(), torch.zeros(elements.shape[0], dtype=torch.int64, device=problem.device)
     # Rounding is that of the terms of F, which are as large as the point is.
-    enough = ENOUGH * torch.maximum(maximum_norm(xi), maximum_norm(v)).clamp(min=1.0, max=LARGE)
+    enough = ENOUGH * torch.maximum(maximum_norm(xi), maximum_norm(v)).clamp(min=1.0, max=LARGE if rounded else 1.0)
     left = error > enough  # false for NaN
     stuck, isolated = torch.zeros_like(left), torch.zeros_like(left)
     limit = torch.full_like(taken, steps) if isinstance(steps, int) else steps
@@ -175,7 +177,7 @@ def refine(
             ends = going & ~fallen
             if bool(ends.any()):
                 size = torch.maximum(maximum_norm(xi[todo]), maximum_norm(v[todo])).clamp(min=1.0)
-                left[todo] &= ~ends | (error[todo] > ROUNDED * size)
+                left[todo] &= ~ends | (error[todo] > rounded * size)
             going = better & fallen
             moved = todo[better]
             for whole, fresh in zip((xi, v, error, slope, row_error), (new_xi, new_v, *found), strict=True):
