@@ -228,6 +228,20 @@ def test_a_plane_that_touches_a_ball_is_said(method: Any, at_kink: bool) -> None
             np.testing.assert_allclose(value.grad.numpy(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("eliminate", [True, False])
+@pytest.mark.parametrize(
+    "bound", [lambda u: cp.abs(u) <= 0.5, lambda u: cp.norm_inf(u) <= 0.5, lambda u: cp.norm1(u) <= 5]
+)
+def test_a_loose_epigraph_is_no_kink(bound: Any, eliminate: bool) -> None:
+    # min |u - c|² inside of the constraint has u = c; its epigraph's variable, which is CVXPY's own, is loose.
+    u, c = cp.Variable(3), cp.Parameter(3)
+    layer = CvxpyLayer(cp.Problem(cp.Minimize(cp.sum_squares(u - c)), [bound(u)]), [c], [u], eliminate=eliminate)
+    value = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    (layer(value)[0] * weights).sum().backward()  # a warning would be an error
+    torch.testing.assert_close(value.grad, weights, atol=1e-8, rtol=0)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_doubled_exponential_constraints(seed: int) -> None:
     # min |x - p|² over exp(x₁) ≤ x₂: dx/dp along the curve's tangent t = (1, e^{x₁}), with its curvature.

@@ -325,7 +325,9 @@ def _one_by_one(
         sides = [_responses(located, chosen, rho, side, executor) for side in (1.0, -1.0)]
         tilt = located.tilt.x.abs().amax(-1) if located.tilt.x.shape[1] else located.error
         size = NOTHING * tilt.cpu().numpy()[chosen]
-        differ = _differences(sides[0].x, sides[1].x, size)
+        # How CVXPY's own variables move is nobody's gradient: a loose epigraph is always at a kink.
+        above, below = (np.delete(side.x, located.problem.structure.silent_columns, 1) for side in sides)
+        differ = _differences(above, below, size)
         found = found.copy()
         for index, k in enumerate(at_kink):
             (above, below), shared = (side.y[index] for side in sides), sides[0].shared[index] | sides[1].shared[index]

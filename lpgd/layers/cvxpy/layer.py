@@ -265,6 +265,7 @@ def _structure(program: CanonicalProgram) -> ConicStructure:
         program.upper_index,
         program.integer_index,
         _constant_rows(program),
+        silent_columns=_silent_columns(program),
     )
 
 
@@ -274,6 +275,25 @@ def _constant_rows(program: CanonicalProgram) -> IntArray:
     for affine, rows in ((program.A, program.constraint.rows), (program.b, np.arange(program.cones.rows))):
         constant[rows[np.diff(affine.matrix[:, :-1].tocsr().indptr) > 0]] = False
     return np.flatnonzero(constant)
+
+
+def _silent_columns(program: CanonicalProgram) -> IntArray:
+    """CVXPY's own variables, such as those of epigraphs, whose data no parameter reaches."""
+    silent = np.ones(program.n, dtype=bool)
+    places = (
+        (program.P, program.quadratic.rows),
+        (program.P, program.quadratic.columns),
+        (program.q, np.arange(program.n)),
+        (program.A, program.constraint.columns),
+        (program.lower, program.lower_index),
+        (program.upper, program.upper_index),
+    )
+    for affine, columns in places:
+        silent[columns[np.diff(affine.matrix[:, :-1].tocsr().indptr) > 0]] = False
+    for matrix in (matrix for layout in program.variables for matrix in (layout.primal, layout.lower, layout.upper)):
+        if matrix is not None:
+            silent[matrix.indices] = False
+    return np.flatnonzero(silent)
 
 
 def _readers(program: CanonicalProgram) -> list[_Reader]:

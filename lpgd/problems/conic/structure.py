@@ -62,6 +62,8 @@ class ConicStructure:
         two_sided: how many rows have two ends: the last of the zero cone are ``g x - w = b``, with the last variables
             w, which enter nothing else and have the ends as bounds.  Solvers that know such rows see them without w
             (:attr:`with_ends`).
+        silent_columns: variables that nobody asks about, and whose bounds and entries of P, q and A are always the
+            same: how they move is nobody's gradient.
 
     Raises:
         ValueError: the sizes do not fit, or the pattern of P is not symmetric.
@@ -75,6 +77,7 @@ class ConicStructure:
     integer_index: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     constant_rows: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     two_sided: int = 0
+    silent_columns: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
         m, n = self.constraint.shape
@@ -233,6 +236,7 @@ class ConicStructure:
             self.upper_index[self.upper_index < variables],
             self.integer_index,
             self.constant_rows,
+            silent_columns=self.silent_columns[self.silent_columns < variables],
         )
 
     @cached_property
