@@ -19,6 +19,8 @@ from tests.test_gradients import difference, planted_solution, random_cotangent
     [
         ({"tau": 0.0}, "tau is 0.0; it must be positive"),
         ({"tau": float("nan")}, "tau is nan"),
+        ({"tau": "x"}, "tau is 'x'; it must be positive"),
+        ({"rho": "x"}, "rho is 'x'; it must be nonnegative"),
         ({"rho": -1.0}, "rho is -1.0; it must be nonnegative"),
         ({"envelope": "middle"}, "envelope is 'middle'; it must be one of average, lower, upper"),
     ],

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, SupportsFloat, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from lpgd.problems.base import FEW, Data, Point, Traits, is_surely_finite
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
 
-__all__ = ["GradientInfo", "GradientMethod", "check_compatible", "check_cotangent"]
+__all__ = ["GradientInfo", "GradientMethod", "check_compatible", "check_cotangent", "is_number"]
 
 
 @dataclass(eq=False, repr=False)
@@ -187,6 +187,11 @@ _CAPABILITIES = {
     "is_smooth": "the smooth functions of a declarative node",
     "is_continuous": "a solution that moves with small changes (tau=None chooses a small step: give tau)",
 }
+
+
+def is_number(value: object) -> bool:
+    """Whether an option can be compared with numbers."""
+    return isinstance(value, SupportsFloat)
 
 
 def check_compatible(method: GradientMethod, traits: Traits) -> None:

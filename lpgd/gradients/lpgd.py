@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import as_index, elements_where, flags, integers, rows_where
-from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
+from lpgd.gradients.base import GradientInfo, GradientMethod, is_number, relevant_elements
 from lpgd.gradients.implicit.method import ImplicitKKT
 from lpgd.gradients.losses import BatchRows, Loss, PosedLoss, Reading, plain_readings, weighed
 from lpgd.gradients.node_steps import difference, with_exact
@@ -85,10 +85,10 @@ class LPGD(GradientMethod):
     needs: ClassVar[frozenset[str]] = frozenset({"can_tilt"})
 
     def __post_init__(self) -> None:
-        if self.tau is not None and not 0 < self.tau < math.inf:
-            raise ValueError(f"tau is {self.tau}; it must be positive and finite, or None to be chosen.")
-        if not 0 <= self.rho < math.inf:
-            raise ValueError(f"rho is {self.rho}; it must be nonnegative and finite.")
+        if self.tau is not None and not (is_number(self.tau) and 0 < self.tau < math.inf):
+            raise ValueError(f"tau is {self.tau!r}; it must be positive and finite, or None to be chosen.")
+        if not (is_number(self.rho) and 0 <= self.rho < math.inf):
+            raise ValueError(f"rho is {self.rho!r}; it must be nonnegative and finite.")
         if self.envelope not in get_args(Envelope):
             raise ValueError(f"envelope is {self.envelope!r}; it must be one of {', '.join(get_args(Envelope))}.")
         if self.loss is None:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import as_index, elements_where, flags
-from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
+from lpgd.gradients.base import GradientInfo, GradientMethod, is_number, relevant_elements
 from lpgd.gradients.sides import SIDES, Envelope
 from lpgd.problems.base import Data, Point
 from lpgd.problems.solution import AnySolution
@@ -69,8 +69,8 @@ class LagrangianMirrorDescent(GradientMethod):
     needs: ClassVar[frozenset[str]] = frozenset({"can_tilt", "has_kkt"})
 
     def __post_init__(self) -> None:
-        if not 0 < self.tau < math.inf:
-            raise ValueError(f"tau is {self.tau}; it must be positive and finite.")
+        if not (is_number(self.tau) and 0 < self.tau < math.inf):
+            raise ValueError(f"tau is {self.tau!r}; it must be positive and finite.")
         if self.envelope not in get_args(Envelope):
             raise ValueError(f"envelope is {self.envelope!r}; it must be one of {', '.join(get_args(Envelope))}.")
 

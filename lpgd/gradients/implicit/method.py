@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from lpgd.gradients.base import GradientInfo, GradientMethod, relevant_elements
+from lpgd.gradients.base import GradientInfo, GradientMethod, is_number, relevant_elements
 from lpgd.gradients.implicit import conic, node
 from lpgd.problems.base import Data, Point
 from lpgd.problems.solution import AnyProblem, AnySolution
@@ -79,10 +79,11 @@ class ImplicitKKT(GradientMethod):
     needs: ClassVar[frozenset[str]] = frozenset({"has_kkt"})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rho < np.inf:
-            raise ValueError(f"rho is {self.rho}; it must be nonnegative and finite.")
-        if self.active_tolerance is not None and not 0 <= self.active_tolerance < np.inf:
-            raise ValueError(f"active_tolerance is {self.active_tolerance}; it must be finite, at least 0, or None.")
+        if not (is_number(self.rho) and 0 <= self.rho < np.inf):
+            raise ValueError(f"rho is {self.rho!r}; it must be nonnegative and finite.")
+        near = self.active_tolerance
+        if near is not None and not (is_number(near) and 0 <= near < np.inf):
+            raise ValueError(f"active_tolerance is {near!r}; it must be finite, at least 0, or None.")
 
     @property
     def required(self) -> frozenset[str]:
