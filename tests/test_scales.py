@@ -16,7 +16,10 @@ import pytest
 import torch
 
 from lpgd import ECOS, LPGD, ConicSolution, CvxpyLayer, ImplicitKKT, SerialExecutor, Status
+from lpgd.cones.product import Cones
 from lpgd.problems import ConicData, ConicPoint, ConicProblem
+from lpgd.problems.conic.sparsity import SparsityPattern
+from lpgd.problems.conic.structure import ConicStructure
 from lpgd.problems.conic.units import Units
 from lpgd.solvers import ConicSolver, choose_solver
 from lpgd.solvers.choose import Situation
@@ -143,3 +146,16 @@ def test_an_inaccurate_answer_that_is_large_is_no_solution_in_larger_units(digit
     found, least = (float(np.square(F @ point - g).sum()) for point in (output[0].numpy(), best))
     assert output.info.statuses == (Status.SOLVED,)
     assert found == pytest.approx(least, rel=1e-8)
+
+
+@pytest.mark.parametrize("elements", [1, 3])
+def test_a_moderate_objective_stays_as_it_is(elements: int) -> None:
+    """A coarse grid, on which elements that share P share a factor of it, must not make it smaller: it did, by 16."""
+    dense = SparsityPattern.dense(2, 2)
+    structure = ConicStructure(dense, dense, Cones(nonnegative=2))
+    P = torch.tensor([3.7e-3, 1e-3, 1e-3, 3e-3], dtype=torch.float64).repeat(elements, 1)
+    q = torch.tensor([9e-3, -2e-2], dtype=torch.float64).repeat(elements, 1)
+    A, b = torch.ones(elements, 4, dtype=torch.float64), torch.ones(elements, 2, dtype=torch.float64)
+    nothing = torch.zeros(0, dtype=torch.float64)
+    problem = ConicProblem(structure, ConicData(P, q, A, b, nothing, nothing), elements)
+    assert problem.units.is_trivial

@@ -115,7 +115,9 @@ def test_solvers_of_nodes_that_iterate_end_at_their_limit(name: str) -> None:
     limited = lpgd.NodeLayer(node, solver=lpgd.NodeSolver(time_limit=1e-9), on_error="nan").solve(*inputs)
     assert limited.statuses == (Status.TIME_LIMIT,) * limited.batch_size
     generous = lpgd.NodeLayer(node, solver=lpgd.NodeSolver(time_limit=600.0)).solve(*inputs)
-    assert torch.equal(generous.x, lpgd.NodeLayer(node).solve(*inputs).x)
+    torch.testing.assert_close(
+        generous.x, lpgd.NodeLayer(node).solve(*inputs).x, atol=1e-12, rtol=0
+    )  # MKL rounds by where a matrix begins
 
 
 @pytest.mark.parametrize("node", [lpgd.nodes.PrincipalVector(), lpgd.nodes.EigenDecomposition(2, method="iteration")])

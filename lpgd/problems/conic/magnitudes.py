@@ -332,7 +332,8 @@ def _on_grid(length: FloatArray, cost: FloatArray, e_P: FloatArray) -> FloatArra
     """
     first = -np.nan_to_num(e_P, nan=0.0)
     steps = (cost + 2 * length - first) / (2 * MODERATE)
-    return first + 2 * MODERATE * np.round(steps) - 2 * length
+    on_grid = first + 2 * MODERATE * np.round(steps) - 2 * length
+    return np.where(cost + 2 * length == 0, cost, on_grid)  # what is left alone stays so
 
 
 def times(datum: Tensor, factor: Tensor, size: int) -> Tensor:
