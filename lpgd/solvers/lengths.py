@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, as_index, flags
+from lpgd.arrays import FloatArray, as_index, elements_where, flags, from_numpy
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
@@ -32,6 +32,8 @@ MOST = 3
 """How many units of an element are tried."""
 FAINT = 1e-6
 """Multipliers below this share of the cost's gradient are none."""
+SURE = 1e-9
+"""Where no more than this share of the smallest length is left of the optimality conditions, constraints are kept."""
 NEARER, BROKEN = 0.1, 1e-3
 """An answer in other units counts where the error of its constraints is below this share of the first one's; a
 solution with a larger error than the second is none."""
@@ -70,7 +72,13 @@ def with_constraints_kept(
     spread = _spread_of(posed)
     if spread is None:
         return answer
-    errors = _errors(posed, answer, spread.least)
+    # What is left of the optimality conditions bounds the error of every constraint.
+    exact = spread.least.isnan() if answer.known_to is None else answer.known_to <= SURE * spread.least
+    vague = elements_where(spread.least.isfinite() & ~exact & answer.usable)
+    if not vague:
+        return answer
+    errors, index = np.zeros(answer.batch_size), as_index(vague, posed.problem.device)
+    errors[vague] = _errors(posed.select(vague), answer.select(index), spread.least[index])
     for exponents in spread.exponents.unbind(1):
         wanted = (errors > ACCEPTED) & exponents.isfinite().cpu().numpy()
         elements = [int(element) for element in np.flatnonzero(wanted)]
@@ -109,26 +117,42 @@ class _Spread(NamedTuple):
 
 
 def _spread_of(posed: Posed) -> _Spread | None:
-    """The groups of right-hand sides and bounds of a posed batch; None where each element has one."""
-    inside = posed.inside
-    size = inside.batch_size
-    sides = [per_element(inside.data.b.detach().abs(), size)]
-    sides += [per_element(bound.detach().abs(), size) for bound in (inside.data.lower, inside.data.upper)]
-    sizes = torch.cat([side for side in sides if side.shape[-1]], 1) if any(side.shape[-1] for side in sides) else None
-    if sizes is None or inside.structure.has_integers:
+    """The groups of right-hand sides and bounds of a posed batch; None where each element has one.
+
+    In NumPy, as this is done in every call.
+    """
+    inside, size = posed.inside, posed.inside.batch_size
+    if inside.structure.has_integers:
         return None
-    sizes = torch.where(sizes.isfinite(), sizes, 0.0)
-    top, found, least = sizes.amax(1), [], torch.full((size,), torch.nan, dtype=sizes.dtype, device=sizes.device)
+    data = inside.data
+    sides = [
+        np.abs(np.atleast_2d(side.detach().cpu().numpy()))
+        for side in (data.b, data.lower, data.upper)
+        if side.shape[-1]
+    ]
+    if not sides or not size:
+        return None
+    tops, least = np.zeros(1), np.full(1, np.inf)
+    for side in sides:
+        present = np.isfinite(side)
+        top, small = side.max(1, initial=0.0, where=present), side.min(1, initial=np.inf, where=present & (side > 0.0))
+        count = max(len(top), len(tops))
+        tops = np.maximum(np.resize(tops, count), np.resize(top, count))
+        least = np.minimum(np.resize(least, count), np.resize(small, count))
+    if not (least < WIDE * tops).any():
+        return None
+    sizes = np.concatenate([np.tile(side, (size // len(side), 1)) for side in sides], 1)
+    sizes = np.where(np.isfinite(sizes), sizes, 0.0)
+    top, found, smallest = sizes.max(1), list[FloatArray](), np.full(size, np.nan)
     limit = DEEPEST * top
     for _ in range(MOST):
-        smaller = torch.where((sizes < WIDE * top[:, None]) & (sizes > limit[:, None]), sizes, 0.0)
-        top = smaller.amax(1)
-        found.append(torch.where(top > 0, torch.frexp(top).exponent.double(), torch.nan))
-        least = torch.where(top > 0, top, least)
-    if not bool((found[0].isfinite()).any()):
-        return None
-    length = torch.ones_like(least) if posed.units.length is None else posed.units.length[:, 0]
-    return _Spread(torch.stack(found, 1) + torch.log2(length)[:, None], least)
+        smaller = np.where((sizes < WIDE * top[:, None]) & (sizes > limit[:, None]), sizes, 0.0)
+        top = smaller.max(1)
+        found.append(np.where(top > 0, np.frexp(top)[1], np.nan))
+        smallest = np.where(top > 0, top, smallest)
+    exponents, lengths = from_numpy(np.stack(found, 1)), from_numpy(smallest)
+    unit = torch.zeros_like(lengths) if posed.units.length is None else torch.log2(posed.units.length[:, 0]).cpu()
+    return _Spread((exponents + unit[:, None]).to(posed.problem.device), lengths.to(posed.problem.device))
 
 
 def constraint_errors(problem: ConicProblem, point: ConicPoint, least: Tensor) -> FloatArray:
