@@ -59,7 +59,10 @@ def _nine_large(settings: Settings) -> Iterator[Result | Target]:
     result = compare(case, [side for side in sides if side.mode != "SCS LPGD" or side.library != "lpgd"], once)
     part_case, part = conic_case("sudoku", program, PART)
     exact = conic_sides(replace(program, modes=(SCS_EXACT,)), part, slow=(SCS_EXACT,))
-    (entry,) = compare(part_case, [side for side in exact if side.library != "lpgd"], once).entries
+    slowest = [
+        side for side in exact if side.library != "lpgd" and side.mode == "SCS exact"
+    ]  # Moreau is among ``sides``
+    (entry,) = compare(part_case, slowest, once).entries
     times = LARGE // PART
     entry.mode += f" ({times} × batch {PART})"
     entry.timing.forward = [times * seconds for seconds in entry.timing.forward]
