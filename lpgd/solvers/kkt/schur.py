@@ -328,7 +328,7 @@ class ActiveSystem:
         factor, bounded = self.factor, self.factor.bounded.numpy()
         g = np.concatenate([g_y, g_z[:, bounded]], axis=1) if bounded.size else g_y
         h = factor.forward(from_numpy(g_x)).numpy()
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # of elements that are not regular
             u = self.multipliers(g - factor.whitened(h))
             moved = h + factor.whitened_back(u)
         dx = -factor.backward(from_numpy(moved)).numpy()

@@ -247,7 +247,7 @@ class TiltedSolutions:
         """
         elements = left % self.count
         right, w = scale * self.rate.take(elements, axis=0) - way, scale * self.h.take(elements, axis=0)
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # of singular systems, whose points are then not taken
             if fixed is not None and fixed.any():
                 more = self._on(self.factor.whitened_back, fixed, left)
                 right, w = right - self._on(self.factor.whitened, more, left), w + more
@@ -264,7 +264,7 @@ class TiltedSolutions:
         """The same changes, of x as well, to rounding."""
         elements = left % self.count
         g_x, g = (scale * values.take(elements, axis=0) for values in (self.g_x, self.g))
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # of singular systems, whose points are then not taken
             x = -self._back(w, left)
             size = np.maximum(_largest(g_x), _largest(g))
             slope, place, miss, error = self._left(u, x, g_x, g, active, way, left)
