@@ -36,3 +36,35 @@ def test_new_matrices_are_taken_in_place(solver: ElementwiseSolver, monkeypatch:
     assert updated.iterations.tolist() == fresh.iterations.tolist()
     torch.testing.assert_close(updated.x, fresh.x, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(updated.y, fresh.y, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_one_workspace_serves_matrices_until_they_come_back(
+    solver: ElementwiseSolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspaces.clear()
+    made, updated = [], []
+    prepare, prepared_type = type(solver).prepare, []
+
+    def counted(own: ElementwiseSolver, form: object) -> object:
+        made.append(form)
+        found = prepare(own, form)
+        prepared_type.append(type(found))
+        return found
+
+    monkeypatch.setattr(type(solver), "prepare", counted)
+    serial = SerialExecutor()
+    cases = [planted("step", CONES, 8, seed=400 + element).problem for element in range(2)]
+    batch = [problem.select(torch.tensor([0])) for problem in cases]
+    for problem in batch:  # no matrix is known yet
+        solver.solve(problem, executor=serial)
+    assert len(made) == 1
+    monkeypatch.setattr(
+        prepared_type[0],
+        "update",
+        lambda own, form, update=prepared_type[0].update: updated.append(1) or update(own, form),
+    )
+    for _ in range(3):
+        for problem in batch:  # known: each gets a workspace of its own, and then has it
+            solver.solve(problem, executor=serial)
+    assert len(made) + len(updated) <= 1 + len(batch)

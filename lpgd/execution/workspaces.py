@@ -34,7 +34,9 @@ class Habits:
     """Whether matrices come back, by solver and structure: where they are new in every call, no workspace is kept.
 
     Workspaces are kept until a few calls in a row have found none of theirs.  Then only fingerprints are, of the last
-    batches, and once one of them comes back so are workspaces.
+    batches, and once one of them comes back so are workspaces.  Where a workspace takes new matrices in place, only
+    fingerprints are kept from the beginning: to set one up for matrices that come back once costs less than to set up
+    one for each matrix of a few calls.
     """
 
     PATIENCE = 3
@@ -45,10 +47,10 @@ class Habits:
         self.missed: OrderedDict[Hashable, int] = OrderedDict()
         self.seen: OrderedDict[Hashable, Hashable] = OrderedDict()
 
-    def keeps(self, kind: Hashable, prints: Sequence[Fingerprint]) -> bool:
-        """Whether to keep the workspaces of a call with these matrices."""
+    def keeps(self, kind: Hashable, prints: Sequence[Fingerprint], in_place: bool = False) -> bool:
+        """Whether to keep the workspaces of a call with these matrices; ``in_place`` if they take new ones."""
         with self.lock:
-            if self.missed.get(kind, 0) < self.PATIENCE:
+            if self.missed.get(kind, self.PATIENCE if in_place else 0) < self.PATIENCE:
                 return True
             keys = [(kind, one) for one in prints]
             if any(one in self.seen for one in keys):

@@ -108,7 +108,8 @@ class ElementwiseSolver(ConicSolver):
             executor = SerialExecutor()
             if self.forgets:
                 chunks = [[element for chunk in chunks for element in chunk]]
-        kept = view.distinct < len(view.valid) or workspaces.habits.keeps(key, pairs.fingerprints)
+        habits = workspaces.habits
+        kept = view.distinct < len(view.valid) or habits.keeps(key, pairs.fingerprints, self.updates_matrices)
         tasks = [
             _task(self, view, pairs, elements, states, None if self.forgets else slot, kept)
             for slot, elements in enumerate(chunks)
@@ -119,7 +120,7 @@ class ElementwiseSolver(ConicSolver):
         results = run_tasks(solve_elements, tasks, executor, aside, _count)
         found = sum(result.found for result in results)
         if found or (kept and view.distinct >= len(view.valid)):
-            workspaces.habits.record(key, found)
+            habits.record(key, found)
         _remember(key, sum(result.seconds for result in results) / len(view.valid))
         solution = _assemble(problem, tasks, results)
         report(self.name, solution, found)
