@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from types import ModuleType
-from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar
 
 from lpgd.arrays import integers, rows_where
 from lpgd.problems.base import States
@@ -25,7 +25,7 @@ from lpgd.solvers.posed import Posed, judged, left_by_draft, pose
 from lpgd.solvers.rescue import is_settled, merged, settled
 from lpgd.status import MissingPackageError, Status
 
-__all__ = ["AnySolver", "Capabilities", "ConicSolver", "Solver", "rescue_by"]
+__all__ = ["AnySolver", "Begun", "Capabilities", "ConicSolver", "Solver", "rescue_by"]
 
 POLYHEDRAL = frozenset({"zero", "nonnegative"})
 """The cones of linear and quadratic programs."""
@@ -50,6 +50,16 @@ class Capabilities:
     releases_gil: bool = True
     time_limit: bool = True
     integer: bool = False
+
+
+class Begun(NamedTuple):
+    """An answer to a batch as it was given, whose units are 1, and what :func:`~lpgd.solvers.posed.judged` makes of it.
+
+    ``judged`` is None where that is not known yet.
+    """
+
+    answer: ConicSolution
+    judged: ConicSolution | None
 
 
 ProblemT_contra = TypeVar("ProblemT_contra", contravariant=True)
@@ -192,8 +202,14 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
 
     def attempt(self, problem: ConicProblem, states: States = (), executor: Executor | None = None) -> ConicSolution:
         """This solver's own answer, judged; verdicts without a proof are its claims (``ConicSolution.proofs``)."""
+        begun = None if len(states) or not self.refine else self.at_once(problem, executor)
+        if begun is not None and begun.judged is not None:
+            return begun.judged
         posed = pose(problem, states)
-        answer = self._judged(posed, executor)
+        if begun is None:
+            answer = self._judged(posed, executor)
+        else:
+            answer = judged(posed, begun.answer, self.tolerance, self.name)
         lengths = better_lengths(posed, answer, self.tolerance)
         if lengths is not None:
             elements = rows_where(lengths.isfinite())
@@ -202,6 +218,10 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
             taken = [status is Status.SOLVED for status in again.statuses]
             answer = merged(answer, integers(elements), again, taken, keep_states=True)
         return with_constraints_kept(posed, answer, lambda smaller: self._judged(smaller, executor))
+
+    def at_once(self, problem: ConicProblem, executor: Executor | None) -> Begun | None:
+        """Its answer to a batch that needs no posing, and what is left to be done about it; None for other batches."""
+        return None
 
     def _judged(self, posed: Posed, executor: Executor | None) -> ConicSolution:
         structure = posed.problem.structure

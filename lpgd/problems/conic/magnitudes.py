@@ -34,6 +34,8 @@ DIGITS = 40
 """Entries of a row that are so many exponents of two below its largest one, after scaling, are rounding."""
 MODERATE = 6
 """Exponents of two up to this size are left alone: a factor of 64."""
+LEAST_MODERATE, LARGEST_MODERATE = 0.5**MODERATE / 2, 2.0**MODERATE
+"""Sizes from the first to below the second have such exponents."""
 SWEEPS, DAMPING = 30, 0.7
 """Alternating steps of the fit of rows and variables, and the part of a step of variables that is taken."""
 ROUNDING = 1e-30
@@ -152,7 +154,7 @@ def _is_wide(sizes: Tensor) -> Tensor:
 def _are_moderate(sizes: Tensor) -> bool:
     """Whether all sizes are positive and none is wide."""
     least, largest = torch.aminmax(sizes) if sizes.numel() else (0.0, 0.0)
-    return float(least) >= 0.5**MODERATE / 2 and float(largest) < 2.0**MODERATE
+    return float(least) >= LEAST_MODERATE and float(largest) < LARGEST_MODERATE
 
 
 def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor, wide: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -16,10 +16,11 @@ from lpgd.problems.base import State, States
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
+from lpgd.solvers.backends.flawless import answered, judged_flawless
 from lpgd.solvers.backends.forms import Form, IntervalForm, IntervalPoint, IntervalVectors
 from lpgd.solvers.backends.null_space import solved_in_null_space
 from lpgd.solvers.backends.whitened import SolveOne, WhiteAnswer, solved_in_white
-from lpgd.solvers.base import POLYHEDRAL, Capabilities
+from lpgd.solvers.base import POLYHEDRAL, Begun, Capabilities
 from lpgd.status import SetUpError, Status
 
 __all__ = ["DAQP"]
@@ -89,6 +90,11 @@ class DAQP(ElementwiseSolver):
             )
 
         return solved_in_null_space(problem, states, whitened)
+
+    def at_once(self, problem: ConicProblem, executor: Executor | None) -> Begun | None:
+        limited = self if self.shortest == self.time_limit else replace(self, time_limit=self.shortest)
+        answer = answered(problem, executor, limited)
+        return None if answer is None else Begun(answer, judged_flawless(answer, self.name))
 
     def solver_in_white(self, n: int, m: int, zero: int) -> SolveOne:
         return _Whitened(self, n, m, zero)
@@ -291,7 +297,8 @@ class _Whitened:
         x, _, flag, info = self.solve(self.P, q, rows, upper, lower, sense, **self.settings)
         if flag <= 0:  # what shows it is lost in such a call
             return self._in_workspace(rows, q, lower, upper)
-        return WhiteAnswer(_STATUSES[flag], x, info["lam"], info["iterations"], _State(x, info["lam"]))
+        multipliers = info["lam"]
+        return _STATUSES[flag], x, multipliers, info["iterations"], _State(x, multipliers)
 
     def _in_workspace(self, rows: FloatArray, q: FloatArray, lower: FloatArray, upper: FloatArray) -> WhiteAnswer:
         """The same, from a cold start, with the last point where there is no solution."""
@@ -299,11 +306,11 @@ class _Whitened:
         model.settings = self.settings
         ends = np.zeros(self.sense.size)
         if model.setup(self.P, np.zeros(q.size), rows, ends, ends, self.sense.copy())[0] == _NOT_CONVEX:
-            return WhiteAnswer(Status.NUMERICAL_ERROR, None, None, 0)
+            return Status.NUMERICAL_ERROR, None, None, 0, None
         flag = model.update(f=q, bupper=upper, blower=lower, sense=self.sense.copy())
         if flag < 0:
-            return WhiteAnswer(_STATUSES.get(flag, Status.NUMERICAL_ERROR), None, None, 0)
+            return _STATUSES.get(flag, Status.NUMERICAL_ERROR), None, None, 0, None
         x, _, flag, info = model.solve()
         status = _STATUSES.get(flag, Status.NUMERICAL_ERROR)
         state = _State(x, info["lam"]) if status is Status.SOLVED else None
-        return WhiteAnswer(status, x, info["lam"], info["iterations"], state)
+        return status, x, info["lam"], info["iterations"], state

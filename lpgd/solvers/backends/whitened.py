@@ -34,23 +34,16 @@ from lpgd.solvers.convexity import is_definite
 from lpgd.solvers.kkt.schur import SchurFactor
 from lpgd.status import Status
 
-__all__ = ["WhiteAnswer", "WhiteSolver", "solved_in_white"]
+__all__ = ["WhiteAnswer", "WhiteSolver", "solved_in_white", "white_solution"]
 
 THREADED = 5000
 """Elements with so many entries of A go to threads.  Of fewer, two threads take turns at the interpreter: with DAQP,
 batch 64, they took 0.7 of one thread's time at n 50 (60 rows), twice as long at n 20, and 0.55 at n 100."""
 
 
-class WhiteAnswer(NamedTuple):
-    """What a solver made of one whitened element: x and the multipliers of its rows, None where there are none."""
-
-    status: Status
-    x: FloatArray | None
-    y: FloatArray | None
-    iterations: int
-    state: State = None
-
-
+WhiteAnswer = tuple[Status, FloatArray | None, FloatArray | None, int, State]
+"""What a solver made of one whitened element: the status, x and the multipliers of its rows, None where there are none,
+the iterations, and a warm-start state."""
 SolveOne = Callable[[FloatArray, FloatArray, FloatArray, FloatArray, State], WhiteAnswer]
 """Rows (m, n), q (n,), lower and upper ends of the rows (m,), each row by row and to be read only, and a state."""
 
@@ -139,28 +132,41 @@ class _Results(NamedTuple):
 def _whitened(
     problem: ConicProblem, factor: SchurFactor, states: States, executor: Executor | None, solver: WhiteSolver
 ) -> ConicSolution:
+    finite = flags(problem.finite())
+    valid = [element for element in range(problem.batch_size) if finite[element]]
+    return white_solution(problem, factor, states, executor, solver, valid)
+
+
+def white_solution(
+    problem: ConicProblem,
+    factor: SchurFactor,
+    states: States,
+    executor: Executor | None,
+    solver: WhiteSolver,
+    valid: Sequence[int],
+) -> ConicSolution:
+    """The answers of a solver to a batch whose factors are fine; ``valid`` are the elements with finite data."""
     size, (_, m, n) = problem.batch_size, factor.white.shape
     q = factor.forward(per_element(problem.data.q, size)).numpy()
     b, rows = per_element(problem.data.b, size).numpy(), factor.white.numpy()
-    finite, period = flags(problem.finite()), len(rows)
-    valid = [element for element in range(size) if finite[element]]
+    period = len(rows)
     if (executor is None or isinstance(executor, ThreadPoolExecutor)) and m * n < THREADED:
-        executor = SerialExecutor()
+        executor = _HERE
     deadline, progress = solver.deadline(), current()
-    chunks = [valid[chunk.start : chunk.stop] for chunk in split(len(valid), executor)]
-    tasks: list[_Task] = []
-    for chunk in chunks:
-        whole = slice(chunk[0], chunk[-1] + 1)
-        its: Any = whole if whole.stop - whole.start == len(chunk) else chunk
-        its_rows = rows if period == 1 else rows[its] if period == size else rows[[i % period for i in chunk]]
-        its_states = [states[i % len(states)] for i in chunk] if len(states) else [None] * len(chunk)
-        tasks.append(_Task(solver, factor.zero, its_rows, q[its], b[its], its_states, deadline, progress))
-    results = run_tasks(_solve, tasks, executor, away=_count)
-    if len(results) == 1 and len(valid) == size:
-        found = results[0]
+    if executor is _HERE and len(valid) == size and period == size:
+        its_states = [states[i % len(states)] for i in range(size)] if len(states) else [None] * size
+        found = _solve(_Task(solver, factor.zero, rows, q, b, its_states, deadline, progress))
     else:
         found = _nothing(size, n, m)
-        for chunk, result in zip(chunks, results, strict=True):
+        chunks = [valid[chunk.start : chunk.stop] for chunk in split(len(valid), executor)]
+        tasks: list[_Task] = []
+        for chunk in chunks:
+            whole = slice(chunk[0], chunk[-1] + 1)
+            its: Any = whole if whole.stop - whole.start == len(chunk) else chunk
+            its_rows = rows if period == 1 else rows[its] if period == size else rows[[i % period for i in chunk]]
+            its_states = [states[i % len(states)] for i in chunk] if len(states) else [None] * len(chunk)
+            tasks.append(_Task(solver, factor.zero, its_rows, q[its], b[its], its_states, deadline, progress))
+        for chunk, result in zip(chunks, run_tasks(_solve, tasks, executor, away=_count), strict=True):
             for name in ("x", "y", "iterations", "seconds"):
                 getattr(found, name)[chunk] = getattr(result, name)
             for element, status, state in zip(chunk, result.statuses, result.states, strict=True):
@@ -169,7 +175,7 @@ def _whitened(
     if m > factor.zero:
         with np.errstate(over="ignore", invalid="ignore"):  # of points that are none: they are judged later
             values = (found.x.reshape(-1, period, 1, n) @ rows.swapaxes(1, 2)).reshape(size, m)
-            slack[:, factor.zero :] = np.maximum(b - values, 0.0)[:, factor.zero :]
+            np.maximum((b - values)[:, factor.zero :], 0.0, out=slack[:, factor.zero :])
         slack[:, : factor.zero][np.isnan(found.x[:, 0])] = np.nan
     solution = ConicSolution(
         problem,
@@ -185,6 +191,9 @@ def _whitened(
     )
     report(solver.name, solution, 0)
     return solution
+
+
+_HERE = SerialExecutor()
 
 
 def _nothing(count: int, n: int, m: int) -> _Results:
@@ -204,20 +213,23 @@ def _solve(task: _Task) -> _Results:
     found, clock, deadline = _nothing(count, n, m), time.perf_counter, task.deadline
     statuses, states, x, y, iterations, seconds = found
     every_rows = task.rows if period == count else itertools.cycle(task.rows)
-    started = clock()
+    counts, ends_at = [0] * count, [0.0] * count
+    began = ended = clock()
     for place, (q, b, ends, rows, state) in enumerate(
         zip(task.q, task.b, lower, every_rows, task.states, strict=False)
     ):
         pause()
         if deadline is not None and time.time() >= deadline:
-            statuses[place] = Status.TIME_LIMIT
+            statuses[place], ends_at[place] = Status.TIME_LIMIT, ended
             continue
-        statuses[place], its_x, its_y, iterations[place], states[place] = solve_one(rows, q, ends, b, state)
+        statuses[place], its_x, its_y, counts[place], states[place] = solve_one(rows, q, ends, b, state)
         if its_x is not None and its_y is not None:
             x[place], y[place] = its_x, its_y
-        ended = clock()
-        seconds[place], started = ended - started, ended
-        advance(task.progress)
+        ends_at[place] = ended = clock()
+        if task.progress is not None:
+            advance(task.progress)
+    iterations[:] = counts
+    seconds[:] = np.diff(ends_at, prepend=began)
     return found
 
 

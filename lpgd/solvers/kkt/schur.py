@@ -93,6 +93,11 @@ class SchurFactor:
     row_count: int
     zero: int
 
+    @cached_property
+    def all_fine(self) -> bool:
+        """Whether all elements have them."""
+        return bool(self.fine.all())
+
     @classmethod
     def of(cls, problem: ConicProblem, executor: Executor | None = _HERE) -> SchurFactor | None:
         """The factor of a batch in units of order 1; None where it is of no use: no P is surely definite, say.

@@ -1,0 +1,124 @@
+"""The short way of dense quadratic programs has the general way's bits, and is left where an element is unusual."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import lpgd
+from lpgd.solvers.backends.daqp import DAQP
+from lpgd.solvers.base import Begun
+
+pytest.importorskip("daqp")
+
+
+def draw(seed: int, n: int, batch: int, shared: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    generator = np.random.default_rng(seed)
+    equalities = max(n // 5, 1)
+    root = generator.standard_normal((batch, n, n))
+    data = {
+        "P": root @ root.swapaxes(-1, -2) / n + 0.1 * np.eye(n),
+        "q": generator.standard_normal((batch, n)),
+        "A": generator.standard_normal((batch, equalities, n)) / np.sqrt(n),
+        "G": generator.standard_normal((batch, n, n)) / np.sqrt(n),
+    }
+    inside = generator.standard_normal((batch, n, 1))
+    for name in shared:
+        data[name] = data[name][0]
+    data["b"] = (data["A"] @ inside)[..., 0]
+    data["h"] = (data["G"] @ inside)[..., 0] + generator.uniform(0.05, 1.0, (batch, n))
+    return {name: torch.from_numpy(value).requires_grad_() for name, value in data.items()}
+
+
+def results(data: dict[str, Tensor]) -> tuple[lpgd.ConicSolution, list[Tensor]]:
+    output = lpgd.QPLayer("DAQP")(data["P"], data["q"], A=data["A"], b=data["b"], G=data["G"], h=data["h"])
+    weights = torch.from_numpy(np.random.default_rng(1).standard_normal(output.x.shape))
+    gradients = torch.autograd.grad((weights * output.x).sum() + output.z.square().sum(), list(data.values()))
+    return output.info.solution, [*output, *gradients]
+
+
+@pytest.mark.parametrize("n", [3, 10, 24])
+@pytest.mark.parametrize("shared", [(), ("P",), ("A", "G"), ("P", "A", "G", "q")])
+def test_the_short_way_has_the_bits_of_the_general_way(
+    n: int, shared: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Begun | None] = []
+    at_once = DAQP.at_once
+
+    def watched(self: DAQP, problem: lpgd.ConicProblem, executor: None) -> Begun | None:
+        taken.append(at_once(self, problem, executor))
+        return taken[-1]
+
+    monkeypatch.setattr(DAQP, "at_once", watched)
+    solution, quick = results(draw(n, n, 16, shared))
+    assert taken[0] is not None
+    assert taken[0].judged is not None
+    monkeypatch.setattr(DAQP, "at_once", lambda self, problem, executor: None)
+    expected, general = results(draw(n, n, 16, shared))
+    for found, one in zip(quick, general, strict=True):
+        assert torch.equal(found, one)
+    for name in ("known_to", "known_before", "refined", "isolated", "slack", "x", "y", "z"):
+        assert torch.equal(getattr(solution, name), getattr(expected, name))
+    for name in ("statuses", "solvers", "proofs", "asked"):
+        assert getattr(solution, name) == getattr(expected, name)
+    assert solution.residuals.worst.max() == expected.residuals.worst.max()
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e9])
+@pytest.mark.parametrize("name", ["P", "q", "A", "h"])
+def test_data_that_are_not_of_order_one_are_solved_in_their_units(name: str, factor: float) -> None:
+    data = draw(5, 6, 4)
+    scaled = {key: value.detach().clone() for key, value in data.items()}
+    changed = {"A": ("A", "b"), "P": ("P", "q"), "q": ("q", "P"), "h": ("G", "h")}[name]
+    for key in changed:  # rows, and the objective, times a number: the same minimiser
+        scaled[key][1] *= factor
+    x = lpgd.QPLayer("DAQP")(data["P"], data["q"], A=data["A"], b=data["b"], G=data["G"], h=data["h"]).x
+    other = lpgd.QPLayer("DAQP")(scaled["P"], scaled["q"], A=scaled["A"], b=scaled["b"], G=scaled["G"], h=scaled["h"])
+    torch.testing.assert_close(other.x, x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["P", "q", "A", "G", "b", "h"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_an_element_that_is_not_finite_is_found_among_others(name: str, value: float) -> None:
+    if (name, value) == ("h", torch.inf):
+        pytest.skip("an absent row")
+    data = {key: tensor.detach().clone() for key, tensor in draw(5, 6, 4).items()}
+    data[name].flatten(1)[2, -1] = value
+    with pytest.raises(lpgd.SolverError, match="2"):
+        lpgd.QPLayer("DAQP")(data["P"], data["q"], A=data["A"], b=data["b"], G=data["G"], h=data["h"])
+
+
+def test_an_indefinite_element_and_an_infeasible_one_are_found_among_others() -> None:
+    data = {key: tensor.detach().clone() for key, tensor in draw(5, 6, 4).items()}
+    data["P"][1] -= 5.0 * torch.eye(6)
+    data["G"][3, 1], data["h"][3, 1] = -data["G"][3, 0], -data["h"][3, 0] - 1.0
+    layer = lpgd.QPLayer("DAQP", on_error="nan")
+    output = layer(data["P"], data["q"], A=data["A"], b=data["b"], G=data["G"], h=data["h"])
+    names = [status.name for status in output.info.statuses]
+    assert names == ["SOLVED", "NOT_CONVEX", "SOLVED", "INFEASIBLE"]
+
+
+def test_a_wrong_answer_is_not_flawless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer in which a multiplier is off goes the general way, which mends it."""
+    data = draw(7, 6, 4)
+    _, expected = results(data)
+    at_once = DAQP.at_once
+
+    def spoilt(self: DAQP, problem: lpgd.ConicProblem, executor: None) -> Begun | None:
+        begun = at_once(self, problem, executor)
+        assert begun is not None
+        answer = replace(begun.answer, y=begun.answer.y * (1.0 + 1e-7))
+        from lpgd.solvers.backends.flawless import judged_flawless
+
+        assert judged_flawless(answer, "DAQP") is None
+        return Begun(answer, None)
+
+    monkeypatch.setattr(DAQP, "at_once", spoilt)
+    solution, found = results(draw(7, 6, 4))
+    assert solution.refined is not None
+    assert bool((solution.refined > 0).all())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
