@@ -75,6 +75,28 @@ def _qp(n: int, batch: int, shared: bool) -> _Task:
     )
 
 
+def _bounded_qp(n: int, batch: int, rows: int) -> _Task:
+    """A P for each element and bounds of every variable: a box, or with one row the points of a capped simplex."""
+
+    def draw(size: int, seed: int) -> tuple[Tensor, ...]:
+        rng = np.random.default_rng(seed)
+        root = rng.standard_normal((size, n, n // 4 if rows else n))
+        P = root @ root.swapaxes(1, 2) / n + 1e-2 * np.eye(n)
+        return torch.from_numpy(P), torch.from_numpy(rng.standard_normal((size, n)))
+
+    ones = torch.ones(rows, n, dtype=torch.float64)
+    equality: dict[str, Any] = {"A": ones, "b": ones[:, 0]} if rows else {}
+    kind = "on a simplex" if rows else "in a box"
+    return _Task(
+        f"{'simplex' if rows else 'box'}{n}",
+        f"dense QP n {n} {kind}",
+        (batch, min(batch, 8)),
+        draw,
+        lpgd.QPLayer,
+        lambda data: (tuple(data), {"lb": 0.0, "ub": 0.1, **equality}),
+    )
+
+
 def _lp(n: int, batch: int, rows: int, filled: float = 1.0) -> _Task:
     """Costs for each element; shared rows, a share of them filled, with a point inside, in a box."""
 
@@ -172,6 +194,9 @@ def tasks(quick: bool) -> Iterator[_Task]:
     yield _qp(50, 64, False)
     yield _qp(100, 32, False)
     yield _qp(200, 8, False)
+    yield _qp(500, 4, False)
+    yield _bounded_qp(120, 16, 0)
+    yield _bounded_qp(250, 16, 1)
     yield _lp(100, 16, 50)
     yield _lp(600, 4, 300, 0.01)
     yield _sparse_qp(500, 4)

@@ -12,13 +12,16 @@ import pytest
 from lpgd import (
     DAQP,
     ECOS,
+    PIQP,
     SCS,
     Clarabel,
+    InteriorPoint,
     MissingPackageError,
     Moreau,
     available,
 )
 from lpgd.cones.product import Cones
+from lpgd.execution.tasks import core_count
 from lpgd.problems import ConicStructure, SparsityPattern
 from lpgd.solvers import SOLVERS, Situation, choose_solver, preference
 from tests.problem_table import CASES
@@ -96,6 +99,13 @@ def test_a_known_situation_chooses_by_class_size_and_device() -> None:
         SparsityPattern((100, 100), rows[50:100], rows[50:100]), program.constraint, program.cones
     )
     assert preference(epigraph, cpu)[0] is DAQP
+    assert preference(dense(1000, 1200), cpu)[0] is DAQP
+    boxed = dataclasses.replace(dense(250, 1), lower_index=np.arange(250))
+    assert choose_solver(boxed, situation=cpu) == (PIQP() if PIQP.is_installed() and core_count() <= 4 else DAQP())
+    assert preference(dataclasses.replace(dense(600, 1), lower_index=np.arange(600)), cpu)[:2] in (
+        (PIQP, InteriorPoint),
+        (InteriorPoint, DAQP),
+    )
     for structure in structures.values():
         assert set(preference(structure, cpu)) == set(SOLVERS)
         assert preference(structure, cpu)[-1] is ECOS

@@ -32,6 +32,9 @@ SUPPORTED = [
 ]
 
 
+QP_SOLVERS = [case.values[1].name for case in SUPPORTED if case.values[0].name == "qp"]
+
+
 @pytest.mark.parametrize(("case", "solver"), SUPPORTED)
 def test_every_solution_of_a_regular_problem_leaves_nothing_but_rounding(case: Case, solver: ConicSolver) -> None:
     solution = solver.solve(case.problem)
@@ -43,6 +46,34 @@ def test_every_solution_of_a_regular_problem_leaves_nothing_but_rounding(case: C
     assert solution.known_to is not None
     assert bool((solution.known_to <= solution.known_before).all())
     torch.testing.assert_close(point.x, case.point.x, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("redundant", [False, True])
+@pytest.mark.parametrize("solver", QP_SOLVERS)
+def test_larger_dense_programs_are_refined_as_well(solver: str, redundant: bool) -> None:
+    n, rows, active = 200, 150, 60
+    rng = np.random.default_rng(0)
+    root, G, x = rng.normal(size=(n, n)), rng.normal(size=(rows, n)), rng.normal(size=n)
+    P, y = root @ root.T / n + 0.1 * np.eye(n), np.where(np.arange(rows) < active, rng.uniform(0.5, 1.5, rows), 0.0)
+    h = G @ x + np.where(y > 0, 0.0, rng.uniform(0.5, 1.5, rows))
+    q = -(P @ x + G.T @ y)
+    if redundant:
+        G, h = np.concatenate([G, G[:10]]), np.concatenate([h, h[:10]])
+    output = lpgd.QPLayer(solver)(*map(torch.from_numpy, (P, q)), G=torch.from_numpy(G), h=torch.from_numpy(h))
+    torch.testing.assert_close(output.x, torch.from_numpy(x), atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("solver", ["CLARABEL", "SCS", "ECOS", "MOREAU"])
+def test_larger_cones_are_refined_as_well(solver: str) -> None:
+    if solver not in lpgd.available():
+        pytest.skip(f"{solver} is not installed")
+    n = 320
+    x, c, F = cp.Variable(n), cp.Parameter(n), cp.Parameter((n, n))
+    layer = lpgd.CvxpyLayer(cp.Problem(cp.Minimize(c @ x), [cp.norm(F @ x) <= 1]), [c, F], [x], solver=solver)
+    costs, root = normal(n), normal(n, n, seed=1) / n**0.5 + 2 * torch.eye(n).double()
+    (found,) = layer(costs, root)
+    way = torch.linalg.solve(root.mT, costs)
+    torch.testing.assert_close(found, -torch.linalg.solve(root, way / way.norm()), atol=1e-11, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["qp", "socp", "exponential", "sdp"])

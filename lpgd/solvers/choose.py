@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
+import numpy as np
+
 from lpgd.execution.tasks import core_count
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.backends.clarabel import Clarabel
@@ -58,9 +60,12 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
       on it.
     - Quadratic programs of up to 20 variables and rows together, where P has its whole diagonal: Moreau, which takes a
       batch in one call; up to 400 it comes after DAQP.
+    - Quadratic programs of more than 100 variables, at least half of which have bounds, where P has its whole
+      diagonal: many bounds are active, which DAQP takes one by one.  PIQP where there are few cores; the interior-point
+      method in torch for more than 400 variables; then DAQP.
     - Small linear and quadratic programs: DAQP, whose perturbed solves start from the active set of the solution.
       Small is up to 200 variables and rows together, 250 with a quadratic objective; where P has its whole diagonal
-      400, and 1000 for dense rows.
+      400, and 3000 for dense rows.
     - Dense linear programs of 400 to 3000 variables and rows together, 100 of them rows: the interior-point method in
       torch, which takes a batch of eight of 729 variables and 249 rows in a sixth to a fourteenth of HiGHS' time.
     - Sparse linear programs that no gradient method augments: HiGHS, whose simplex starts from the basis.
@@ -85,6 +90,10 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
     QP 50, 64                      0.87  1.4   1.7     2.2       4.1       6.8    3.2   1.7   0.68
     QP 100, 32                     1.6   3.7   4.3     9.6       22        38     6.8   6.7   2.0
     QP 200, 8                      6.1   13    11      37        93        280    32    25    14
+    QP 500, 4                      33    193   95      148
+    QP in a box, 120, 16           2.8   2.4   4.2     3.1       7.8              5.8   6.0   5.0
+    QP in a box, 250, 16           12    9.5   16      13        26               17    18    26
+    QP on a simplex, 250, 16       23    18    49      57        62               39    58    40
     LP 10, 150                     0.20  0.23          0.36      0.33      0.41   5.8   0.84  0.27
     LP 100, 16                     2.4   3.7           4.9       6.5       2.9    910   11    5.9
     LP 600, 1 % of A, 4            120   31            87        38        9.4    2900  1400  64
@@ -112,6 +121,11 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
         on_cpu, simplex = situation.device == "cpu", linear and situation.augmented is False
         few = structure.n <= _MEDIUM and core_count() <= _FEW_CORES
         curved = structure.with_diagonal is structure
+        boxed = (
+            curved
+            and structure.n > _OF_BOUNDS
+            and 2 * np.union1d(structure.lower_index, structure.upper_index).size >= structure.n
+        )
         rules: list[tuple[bool, type[ConicSolver], str]] = [
             (not on_cpu, InteriorPoint, f"it stays on the device {situation.device}"),
             (
@@ -119,8 +133,14 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
                 Moreau,
                 "the fastest for tiny quadratic programs, batches in one call",
             ),
+            (on_cpu and boxed and few, PIQP, "the fastest for quadratic programs with many bounds, on few cores"),
             (
-                size <= ((_MIDDLE if filled else _SMALL) if curved else _TINY if linear else _EPIGRAPH),
+                on_cpu and boxed and structure.n > _SMALL and size <= _LARGE,
+                InteriorPoint,
+                "fast for quadratic programs with many bounds, in batches",
+            ),
+            (
+                size <= ((_LARGE if filled else _SMALL) if curved else _TINY if linear else _EPIGRAPH),
                 DAQP,
                 "the fastest for small linear and quadratic programs",
             ),
@@ -133,7 +153,7 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
             (simplex and not dense, HiGHS, "the fastest for sparse linear programs without an added quadratic term"),
             (few and not (dense and linear and size > _TINY), PIQP, "fast on few cores"),
             (few and dense and not linear, ProxQP, "fast for dense quadratic programs on few cores"),
-            (filled and not linear and size <= _MIDDLE / 2, DAQP, "fast for dense quadratic programs"),
+            (filled and not linear and size <= _MIDDLE, DAQP, "fast for dense quadratic programs"),
             (simplex and size > _MINUTE, HiGHS, "fast for linear programs without an added quadratic term"),
             (size <= _MINUTE, Clarabel, "fast for tiny programs"),
             (curved and on_cpu and size <= _SMALL, SCS, "fast for small quadratic programs"),
@@ -161,8 +181,8 @@ def _fitting(structure: ConicStructure, situation: Situation | None, cores: int)
 
 _LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS)
 _QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS)
-_MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 400, 1000, 3000, 5000, 0.1, 4
-_SHORTEST = 20
+_MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 400, 500, 3000, 5000, 0.1, 4
+_SHORTEST, _OF_BOUNDS = 20, 100
 _EPIGRAPH, _MANY_ROWS = 250, 100
 
 _DEFAULT_NAMES = {"DIFFCP"}  # the standard layer's own default, which names no solver in particular

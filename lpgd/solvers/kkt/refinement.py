@@ -27,12 +27,16 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.residuals import Products
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure
 from lpgd.solvers.kkt.points import ENOUGH, Points
+from lpgd.solvers.kkt.reduced import is_dense
 from lpgd.solvers.kkt.schur import System
 
 __all__ = ["KeptFactor", "Refined", "complementary", "is_cheap", "is_small", "optimality_residual", "refine"]
 
 DENSE, SPARSE, FILLED = 300, 50_000, 20
 """Steps are cheap up to so many variables and rows, or so many entries with so many in a row on average."""
+FACTORISED = 3000
+"""Of systems that are factorised densely, those with so many variables and rows: one step, which serves derivatives and
+perturbed points too, takes a tenth of a solver's time or less (dense quadratic programs n 300 to 700, all solvers)."""
 LENGTHS = (1.0, 0.5, 0.25)
 """The lengths at which a step is tried."""
 CHORDS, CLOSE, FALL = 6, 1e-2, 0.1
@@ -212,12 +216,21 @@ def is_small(structure: ConicStructure) -> bool:
 
 
 def is_cheap(structure: ConicStructure) -> bool:
-    """Whether a step takes no longer than an iteration of an interior-point method on a small problem."""
+    """Whether a step takes no longer than an iteration of an interior-point method."""
     size = structure.n + structure.m
-    if is_small(structure):
+    if is_small(structure) or _is_factorised(structure):
         return True
     filled = structure.constraint.nnz + structure.quadratic.nnz
     return filled <= SPARSE and filled <= FILLED * size
+
+
+def _is_factorised(structure: ConicStructure) -> bool:
+    """Whether a dense system is larger than a small one and still cheaper than a solver by far.
+
+    It is no linear program: those of this size have solvers whose answers are vertices.
+    """
+    size, linear = structure.n + structure.m, structure.cones.is_polyhedral and not structure.quadratic.nnz
+    return DENSE < size <= FACTORISED and not linear and is_dense(structure)
 
 
 def complementary(
