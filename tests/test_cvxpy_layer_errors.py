@@ -59,7 +59,7 @@ CONSTRUCTION = {
             minimise(cp.sum_squares(cp.Variable(2, boolean=True, name="k"))), [], [], None, lpgd.LPGD(tau=1.0)
         ),
         ValueError,
-        r"HIGHS has no quadratic objective with integer variables.*Integer programs need",
+        r"^this integer program has a quadratic objective.*Integer programs need.*HIGHS has no quadratic objective",
     ),
     "geometric": (lambda: build(gp=True), ValueError, "not a geometric program"),
     "unknown solver": (lambda: build(solver="GUROBI"), ValueError, "GUROBI.*CLARABEL, SCS, INTERIOR"),
@@ -104,8 +104,12 @@ CALLS = {
     "shape": (lambda: LAYER(torch.zeros(5, 2), ONE), ValueError, r"cost has shape \(5, 2\); expected \(\*batch, 3\)"),
     "too flat": (lambda: LAYER(ONE, ONE), ValueError, r"cost has shape \(\); expected"),
     "batches": (lambda: LAYER(torch.zeros(5, 3), torch.ones(4)), ValueError, r"broadcast: cost \(5,\), limit \(4,\)"),
-    "numpy": (lambda: LAYER(np.zeros(3), ONE), TypeError, "cost is a ndarray; pass a torch tensor"),
-    "float": (lambda: LAYER(THREE, 1.0), TypeError, "limit is a float; pass a torch tensor"),
+    "numpy": (
+        lambda: LAYER(np.zeros(3), ONE),
+        TypeError,
+        r"cost is a NumPy array; pass a torch tensor: torch\.as_tensor\(cost\)",
+    ),
+    "float": (lambda: LAYER(1.0, ONE), TypeError, r"cost is a float; pass a torch tensor of shape \(\*batch, 3\)"),
     "integers": (
         lambda: LAYER(THREE, torch.tensor(1)),
         TypeError,
@@ -117,6 +121,14 @@ CALLS = {
     "option": (lambda: LAYER(THREE, ONE, solver_args={"epsilon": 1}), TypeError, "'epsilon'.*its options are"),
     "method": (lambda: LAYER(THREE, ONE, solver_args={"solve_method": "LP"}), ValueError, "'LP' is not a solver"),
 }
+
+
+def test_a_number_is_a_constant_for_a_parameter_that_is_one() -> None:
+    double = torch.zeros(2, 3, dtype=torch.float64)
+    for cost in (THREE, double):
+        (found,), (expected,) = LAYER(cost, 1), LAYER(cost, ONE.to(cost.dtype))
+        assert found.dtype == cost.dtype
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(

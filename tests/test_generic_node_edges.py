@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -341,7 +342,31 @@ def test_an_error_in_the_shape_says_what_it_was_called_with():
     node = lpgd.Node(lambda A, b, y: (A @ y - b).square().sum(), shape=lambda A, b: (A[1],))
     with pytest.raises(IndexError) as error:  # ndims=(2, 1) was forgotten
         lpgd.NodeLayer(node)(random(0, 7, 4, 3), random(1, 7, 4))
-    assert "called for one element with A (3,), b (4,). Node's ndims=" in error.value.__notes__[0]
+    (note,) = error.value.__notes__
+    assert "called for one element with A (3,), b (4,). If an input should have other dimensions, type Node(" in note
+    assert "one number for each of A, b: 0 for a number, 1 for a vector, 2 for a matrix; here they are (1, 1)" in note
+
+
+def test_an_input_with_too_few_dimensions_says_what_to_type():
+    node = lpgd.Node(lambda A, b, y: (A @ y - b).square().sum(), shape=(3,), ndims=(2, 1))
+    with pytest.raises(ValueError, match=r"A has shape \(3,\).*2 dimensions.*type so: Node\(\.\.\., ndims=\(1, 1\)\)"):
+        lpgd.NodeLayer(node)(random(0, 3), random(1, 4))
+    with pytest.raises(
+        ValueError, match=r"ndims is \(2,\); type one number for each of the inputs A, b, such as ndims"
+    ):
+        lpgd.Node(lambda A, b, y: (A @ y - b).square().sum(), ndims=(2,))
+
+
+def test_a_number_is_a_constant_where_one_element_has_one_number():
+    layer = lpgd.NodeLayer(lpgd.nodes.TotalVariationDenoising())
+    x = random(0, 2, 5).float()
+    found = layer(x, 0.25)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, layer(x, torch.tensor(0.25)))
+    with pytest.raises(TypeError, match="b is a float; pass a torch tensor"):
+        lpgd.NodeLayer(lpgd.nodes.LeastSquares())(torch.eye(3), 1.0)
+    with pytest.raises(TypeError, match=r"A is a NumPy array; pass a torch tensor: torch\.as_tensor\(A\)"):
+        lpgd.NodeLayer(lpgd.nodes.LeastSquares())(np.eye(3), torch.ones(3))  # pyright: ignore[reportArgumentType]
 
 
 ONES = torch.ones(2, 3, dtype=torch.float64)

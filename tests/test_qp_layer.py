@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import cvxpy as cp
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -206,3 +207,21 @@ def test_infinite_bounds_are_data() -> None:
     (gradient,) = torch.autograd.grad(weighted(output), upper)
     assert not gradient[mask].any()
     assert gradient.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_one_number_stands_for_a_vector_of_it(dtype: torch.dtype) -> None:
+    """Of ``½|x|² - <q, x>`` with ``-1 ≤ <1, x> ≤ 1`` the solution is q less its mean excess."""
+    q = torch.tensor([[2.0, 1.0], [-2.0, -3.0]], dtype=dtype)
+    end = torch.tensor(1.0, dtype=dtype, requires_grad=True)
+    eye, ones = torch.eye(2, dtype=dtype), torch.ones(1, 2, dtype=dtype)
+    expected = q - 0.5 * (q.sum(-1, keepdim=True) - torch.tensor([[1.0], [-1.0]], dtype=dtype))
+    layer = lpgd.QPLayer()
+    for h, l in ((1, -1), (end, -end), (np.float32(1.0), torch.full((1,), -1.0, dtype=dtype))):
+        output = layer(eye, -q, G=ones, h=h, l=l)
+        assert output.x.dtype == dtype
+        torch.testing.assert_close(output.x, expected)
+    layer(eye, -q, G=ones, h=end).x.sum().backward()  # the first element alone is held, with <1, x> = h
+    torch.testing.assert_close(end.grad, torch.ones((), dtype=dtype))
+    equal = layer(eye, -q, A=ones, b=1.0).x.sum(-1)
+    torch.testing.assert_close(equal, torch.ones(2, dtype=dtype))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from torch import Tensor
 
@@ -85,12 +86,12 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "on_error": (lambda: lpgd.LPLayer(on_error="skip"), ValueError, "'skip'.*raise, nan, warn"),  # pyright: ignore[reportArgumentType]
     "executor": (lambda: lpgd.LPLayer(executor=4), TypeError, "concurrent.futures.Executor"),  # pyright: ignore[reportArgumentType]
     "gradient": (lambda: lpgd.QPLayer(gradient=lpgd.LPGD), TypeError, "gradient method such as"),  # pyright: ignore[reportArgumentType]
-    "no quadratic": (lambda: QP(None, V2), TypeError, "P is a NoneType; pass a torch tensor"),
+    "no quadratic": (lambda: QP(None, V2), TypeError, r"P is None; pass a torch tensor of shape \(\*batch, 2, 2\)"),
     "not square": (lambda: QP(ROW, V2), ValueError, r"P has shape \(1, 2\); expected \(\*batch, 2, 2\)"),
     "flat": (lambda: QP(V2, V2), ValueError, r"P has shape \(2,\); expected \(\*batch, 2, 2\)"),
     "no cost": (lambda: QP(I2, ONE[0]), ValueError, r"q has shape \(\); expected \(\*batch, n\)"),
     "empty": (lambda: LP(torch.zeros(0)), ValueError, r"c has shape \(0,\): there is nothing"),
-    "cost": (lambda: LP([1.0, 2.0]), TypeError, "c is a list; pass a torch tensor"),
+    "cost": (lambda: LP([1.0, 2.0]), TypeError, r"c is a list; pass a torch tensor: torch\.as_tensor\(c\)"),
     "columns": (
         lambda: QP(I2, V2, A=torch.ones(1, 3), b=ONE),
         ValueError,
@@ -114,10 +115,17 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "h alone": (lambda: LP(V2, h=ONE), ValueError, "h is given but G is not"),
     "bound": (lambda: LP(V2, lb=torch.zeros(3)), ValueError, r"lb has shape \(3,\); expected \(\*batch, 2\)"),
     "bound kind": (lambda: LP(V2, ub="1"), TypeError, "ub is a str"),
+    "end kind": (lambda: LP(V2, G=ROW, h="1"), TypeError, "h is a str; pass a torch tensor of shape"),
+    "end array": (lambda: LP(V2, G=ROW, h=np.ones(1)), TypeError, "h is a NumPy array; pass a torch tensor: torch"),
+    "SciPy": (
+        lambda: QP(scipy.sparse.eye(2), V2),
+        TypeError,
+        r"P is a .* of SciPy; .* torch\.sparse_csr_tensor\(P\.ind",
+    ),
     "bound switch": (lambda: LP(V2, ub=True), TypeError, "ub is a bool"),
     "integers": (lambda: LP(torch.tensor([1, 2])), TypeError, "c is torch.int64; it must be float64, float32"),
     "complex": (lambda: QP(I2 + 0j, V2), TypeError, "P is torch.complex64"),
-    "numpy": (lambda: QP(np.eye(2), V2), TypeError, "P is a ndarray; pass a torch tensor"),
+    "numpy": (lambda: QP(np.eye(2), V2), TypeError, r"P is a NumPy array; pass a torch tensor: torch\.as_tensor\(P\)"),
     "devices": (lambda: QP(I2.to("meta"), V2), ValueError, "q on cpu, P on meta.*move them to one"),
     "batches": (
         lambda: QP(torch.ones(3, 2, 2), torch.ones(4, 2)),

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["HALF", "MATRIX_LAYOUTS", "Batch", "Expected", "Inputs", "batch_inputs", "check_inputs", "refuse_positional"]
+__all__ = [
+    "HALF",
+    "MATRIX_LAYOUTS",
+    "Batch",
+    "Expected",
+    "Inputs",
+    "batch_inputs",
+    "check_inputs",
+    "is_number",
+    "no_tensor",
+    "refuse_positional",
+    "with_numbers",
+]
 
 MATRIX_LAYOUTS = (torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 
@@ -114,7 +129,7 @@ class Inputs(Batch):
     tensors: tuple[Tensor, ...]
 
 
-def batch_inputs(parameters: Sequence[_Named], tensors: Sequence[Tensor]) -> Inputs:
+def batch_inputs(parameters: Sequence[_Named], tensors: Sequence[Tensor | float]) -> Inputs:
     """Check the tensors of a call against the parameters they stand for.
 
     Raises:
@@ -125,9 +140,10 @@ def batch_inputs(parameters: Sequence[_Named], tensors: Sequence[Tensor]) -> Inp
         names = ", ".join(f"{parameter.name} {parameter.shape}" for parameter in parameters) or "none"
         raise ValueError(f"the layer takes {len(parameters)} tensors ({names}); it was called with {len(tensors)}.")
     expected = [Expected(parameter.name, parameter.shape) for parameter in parameters]
-    batch = check_inputs(expected, tensors, "the value of parameter ")
+    values = with_numbers(tensors, (len(parameter.shape) for parameter in parameters))
+    batch = check_inputs(expected, values, "the value of parameter ")
     flattened = tuple(
-        batch.flatten(tensor, len(parameter.shape)) for parameter, tensor in zip(parameters, tensors, strict=True)
+        batch.flatten(value, len(parameter.shape)) for parameter, value in zip(parameters, values, strict=True)
     )
     return Inputs(batch.batch_shape, batch.dtype, batch.device, flattened)
 
@@ -145,8 +161,9 @@ def check_inputs(expected: Sequence[Expected], tensors: Sequence[Tensor], prefix
         _check_kind(item, tensor, prefix)
         leading = tensor.ndim - len(item.shape)
         if leading < 0 or tuple(tensor.shape[leading:]) != item.shape:
-            wanted = "(*batch, " + ", ".join(str(size) for size in item.shape) + ")" if item.shape else "(*batch,)"
-            raise ValueError(f"{prefix}{item.name} has shape {tuple(tensor.shape)}; expected {wanted}.")
+            raise ValueError(
+                f"{prefix}{item.name} has shape {tuple(tensor.shape)}; expected {_shape_in_words(item.shape)}."
+            )
         batch_shapes.append(tuple(tensor.shape[:leading]))
         dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
     devices = {tensor.device for tensor in tensors}
@@ -165,7 +182,7 @@ def check_inputs(expected: Sequence[Expected], tensors: Sequence[Tensor], prefix
 
 def _check_kind(item: Expected, tensor: Tensor, prefix: str) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{prefix}{item.name} is a {type(tensor).__name__}; pass a torch tensor (torch.as_tensor).")
+        raise TypeError(f"{prefix}{no_tensor(item.name, tensor, item.shape)}")
     if tensor.dtype not in FLOATS:
         raise TypeError(
             f"{prefix}{item.name} is {tensor.dtype}; "
@@ -174,6 +191,55 @@ def _check_kind(item: Expected, tensor: Tensor, prefix: str) -> None:
     if tensor.layout not in item.layouts:
         hint = "a dense tensor" if len(item.layouts) == 1 else "a dense, COO, CSR or CSC tensor"
         raise TypeError(f"{prefix}{item.name} is {tensor.layout}; pass {hint} (tensor.to_dense()).")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, of Python or of NumPy, and neither a truth value nor an array."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def with_numbers(values: Sequence[Any], ndims: Iterable[int]) -> list[Any]:
+    """Numbers among a call's values as constant tensors, where one element's value has no dimensions.
+
+    Args:
+        values: of a call; tensors stay as they are, and so does what is refused later.
+        ndims: how many dimensions each has for one element.
+    """
+    places = [
+        place for place, (value, ndim) in enumerate(zip(values, ndims, strict=False)) if not ndim and is_number(value)
+    ]
+    answer = list(values)
+    if places:
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors] or [torch.get_default_dtype()])
+        for place in places:
+            answer[place] = torch.full((), float(answer[place]), dtype=dtype, device=device)
+    return answer
+
+
+def no_tensor(name: str, value: Any, shape: tuple[int | str, ...] | None) -> str:
+    """What to say of an argument that is no tensor: what it is, and what to type.
+
+    Args:
+        name: of the argument.
+        value: what was passed.
+        shape: of one element, where it is known.
+    """
+    wanted = "a torch tensor" if shape is None else f"a torch tensor of shape {_shape_in_words(shape)}"
+    if value is None:
+        return f"{name} is None; pass {wanted}."
+    kind = "NumPy array" if isinstance(value, np.ndarray) else type(value).__name__
+    if is_number(value) or isinstance(value, str | bool):
+        return f"{name} is a {kind}; pass {wanted}."
+    if hasattr(value, "tocsr"):
+        parts = ", ".join(f"{name}.{attribute}" for attribute in ("indptr", "indices", "data", "shape"))
+        return f"{name} is a {kind} of SciPy; pass a torch tensor: torch.sparse_csr_tensor({parts}) of its .tocsr()."
+    return f"{name} is a {kind}; pass a torch tensor: torch.as_tensor({name})."
+
+
+def _shape_in_words(shape: tuple[int | str, ...]) -> str:
+    return "(*batch, " + ", ".join(str(size) for size in shape) + ")" if shape else "(*batch,)"
 
 
 def refuse_positional(name: str, call: str, misplaced: Sequence[Any]) -> None:

@@ -15,7 +15,7 @@ from lpgd.gradients import ClosedForm, GradientMethod
 from lpgd.gradients.losses import identity
 from lpgd.layers.base import BaseLayer, CallOptions, WarmStart
 from lpgd.layers.eager import eager, signature_of
-from lpgd.layers.inputs import HALF, Batch, Expected, check_inputs
+from lpgd.layers.inputs import HALF, Batch, Expected, check_inputs, no_tensor, with_numbers
 from lpgd.layers.oracle import TensorOutput, record
 from lpgd.nodes.base import BaseNode, refuse_learned_options
 from lpgd.nodes.user import Node
@@ -106,12 +106,13 @@ class NodeLayer(BaseLayer):
         return f"node={self._node}, gradient={self.gradient}"
 
     @eager
-    def forward(self, *inputs: Tensor | None, warm_start: WarmStart = False) -> TensorOutput:
+    def forward(self, *inputs: Tensor | float | None, warm_start: WarmStart = False) -> TensorOutput:
         """Solve for these inputs.
 
         Args:
-            *inputs: the node's inputs, (*batch, *shape) each; batch dimensions broadcast.  None, or left out at the
-                end, where the node says what it takes instead.
+            *inputs: the node's inputs, (*batch, *shape) each; batch dimensions broadcast.  A number is a constant
+                where one element has one number.  None, or left out at the end, where the node says what it takes
+                instead.
             warm_start: a previous result for inputs of these shapes, or True for this thread's last one if it fits.
 
         Returns:
@@ -130,7 +131,7 @@ class NodeLayer(BaseLayer):
         @signature_of(forward)
         def __call__(self, *args: Any, **keywords: Any) -> Any: ...
 
-    def solve(self, *inputs: Tensor | None, warm_start: WarmStart = False) -> NodeSolution:
+    def solve(self, *inputs: Tensor | float | None, warm_start: WarmStart = False) -> NodeSolution:
         """The solver's whole answer, not differentiable: minimisers x (B, n), multipliers (``point``), statuses, times.
 
         Arguments are those of a call.  Elements without a solution do not raise.
@@ -138,16 +139,17 @@ class NodeLayer(BaseLayer):
         with torch.no_grad():
             return cast(NodeSolution, self._plain(*self._problem(inputs), warm_start))
 
-    def _problem(self, inputs: tuple[Tensor | None, ...]) -> tuple[NodeProblem, Batch, CallOptions]:
+    def _problem(self, inputs: tuple[Any, ...]) -> tuple[NodeProblem, Batch, CallOptions]:
         node = self._node
         names = self._names
         missing = len(names) - len(inputs)
         if not 0 <= missing <= node.optional:
             count = f"{len(names)}" if not node.optional else f"{len(names) - node.optional} to {len(names)}"
             raise ValueError(f"{node.name} takes {count} inputs ({', '.join(names)}); it got {len(inputs)}.")
+        inputs = tuple(with_numbers(inputs, self._ndims))
         for place, (name, tensor) in enumerate(zip(names, inputs, strict=False)):
             if not isinstance(tensor, Tensor) and not (tensor is None and place >= len(names) - node.optional):
-                raise TypeError(f"{name} is a {type(tensor).__name__}; pass a torch tensor (torch.as_tensor).")
+                raise TypeError(no_tensor(name, tensor, None))
         given = reduce(torch.promote_types, {tensor.dtype for tensor in inputs if tensor is not None})
         inputs = (*inputs, *(None,) * missing)
         arranged = node.arrange(*(_whole(tensor) if given in HALF else tensor for tensor in inputs))
@@ -176,7 +178,10 @@ class NodeLayer(BaseLayer):
         expected = []
         for name, tensor, ndim in zip(self._names, arranged, self._ndims, strict=True):
             if tensor.ndim < ndim:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected (*batch, {ndim} dimensions).")
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}; one element of it has {ndim} dimensions, and those of "
+                    f"the batch come before.{self._node.about_ndims(name)}"
+                )
             expected.append(Expected(name, tuple(tensor.shape[tensor.ndim - ndim :])))
         batch = check_inputs(expected, arranged)
         structure = NodeStructure(self._node, tuple(cast("tuple[int, ...]", item.shape) for item in expected))

@@ -15,7 +15,7 @@ from lpgd.execution.threads import one_torch_thread
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
 from lpgd.layers.explanations import Argument, explanation
-from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs
+from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs, is_number
 from lpgd.layers.matrices import Pattern, join, plan, read_matrix
 from lpgd.problems.conic.solution import Violation
 from lpgd.problems.conic.structure import ConicData, ConicStructure
@@ -55,6 +55,7 @@ class _Call(NamedTuple):
 
 
 Bound = Tensor | float | None
+"""A vector, one number for all of its entries, or nothing."""
 
 
 class ProgramLayer(OptimizationLayer):
@@ -81,12 +82,12 @@ class ProgramLayer(OptimizationLayer):
         self,
         objective: dict[str, Tensor],
         A: Tensor | None,
-        b: Tensor | None,
+        b: Bound,
         G: Tensor | None,
-        h: Tensor | None,
+        h: Bound,
         lb: Bound,
         ub: Bound,
-        l: Tensor | None,
+        l: Bound,
     ) -> _Call:
         """Check the arguments and put them together.
 
@@ -115,9 +116,11 @@ class ProgramLayer(OptimizationLayer):
             row_count = _size(matrix, -2, symbol)
             expected.append(Expected(name, (row_count, n), MATRIX_LAYOUTS))
             expected += [Expected(vector_name, (row_count,)) for vector_name in given]
-            tensors |= {name: matrix, **given}
+            tensors |= {name: matrix}
+            for vector_name, vector in given.items():
+                tensors[vector_name] = _filled(vector, row_count, objective[cost])
         for name, bound in (("lb", lb), ("ub", ub)):
-            if isinstance(bound, Tensor) or not (bound is None or _is_number(bound)):
+            if isinstance(bound, Tensor) or not (bound is None or is_number(bound)):
                 scalar = isinstance(bound, Tensor) and bound.ndim == 0
                 expected.append(Expected(name, () if scalar else (n,)))
                 tensors[name] = bound
@@ -208,8 +211,15 @@ def _size(tensor: Any, dim: int, symbol: str) -> int | str:
     return tensor.shape[dim] if isinstance(tensor, Tensor) and tensor.ndim >= -dim else symbol
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _filled(value: Any, size: int | str, like: Any) -> Any:
+    """One number for all rows as a vector of them; what is a vector, or is refused later, stays as it is."""
+    if not isinstance(size, int):
+        return value
+    if isinstance(value, Tensor):
+        return value if value.ndim else value.expand(size)
+    if not (is_number(value) and isinstance(like, Tensor) and like.is_floating_point()):
+        return value
+    return torch.full((size,), float(value), dtype=like.dtype, device=like.device)
 
 
 def _bound(bound: Bound, n: int, batch: Batch, nothing: Tensor) -> Tensor:

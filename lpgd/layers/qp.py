@@ -81,12 +81,12 @@ class QPLayer(ProgramLayer):
         q: Tensor,
         *misplaced: Never,
         A: Tensor | None = None,
-        b: Tensor | None = None,
+        b: Bound = None,
         G: Tensor | None = None,
-        h: Tensor | None = None,
+        h: Bound = None,
         lb: Bound = None,
         ub: Bound = None,
-        l: Tensor | None = None,
+        l: Bound = None,
         solver_args: Mapping[str, object] | None = None,
         warm_start: WarmStart = False,
     ) -> ProgramOutput:
@@ -99,7 +99,9 @@ class QPLayer(ProgramLayer):
             G, h: (*batch, k, n) and (*batch, k), or None for both; entries of h may be +inf.
             l: (*batch, k), or None; entries may be -inf.  With it, h may be None.  Solvers that know rows with two ends
                 get them as they are, others ``G x - w = 0`` with bounds on w.
-            lb, ub: (*batch, n), one number for all variables, or None; entries may be infinite.
+            lb, ub: (*batch, n), or None; entries may be infinite.
+            b, h, l, lb and ub may also be one number for all entries: a Python number, which is a constant, or a tensor
+                without dimensions.
             solver_args: options for this call, over those of the layer.
             warm_start: start from a previous result of problems of the same structure and a batch of this size: an
                 output or a Solution; True takes this thread's last one of this layer, if it fits.  Solvers without
@@ -126,12 +128,12 @@ class QPLayer(ProgramLayer):
         q: Tensor,
         *misplaced: Never,
         A: Tensor | None = None,
-        b: Tensor | None = None,
+        b: Bound = None,
         G: Tensor | None = None,
-        h: Tensor | None = None,
+        h: Bound = None,
         lb: Bound = None,
         ub: Bound = None,
-        l: Tensor | None = None,
+        l: Bound = None,
         solver_args: Mapping[str, object] | None = None,
         warm_start: WarmStart = False,
     ) -> ConicSolution:
@@ -187,12 +189,12 @@ class LPLayer(ProgramLayer):
         c: Tensor,
         *misplaced: Never,
         A: Tensor | None = None,
-        b: Tensor | None = None,
+        b: Bound = None,
         G: Tensor | None = None,
-        h: Tensor | None = None,
+        h: Bound = None,
         lb: Bound = None,
         ub: Bound = None,
-        l: Tensor | None = None,
+        l: Bound = None,
         solver_args: Mapping[str, object] | None = None,
         warm_start: WarmStart = False,
     ) -> ProgramOutput:
@@ -210,12 +212,12 @@ class LPLayer(ProgramLayer):
         c: Tensor,
         *misplaced: Never,
         A: Tensor | None = None,
-        b: Tensor | None = None,
+        b: Bound = None,
         G: Tensor | None = None,
-        h: Tensor | None = None,
+        h: Bound = None,
         lb: Bound = None,
         ub: Bound = None,
-        l: Tensor | None = None,
+        l: Bound = None,
         solver_args: Mapping[str, object] | None = None,
         warm_start: WarmStart = False,
     ) -> ConicSolution:
@@ -232,12 +234,12 @@ def solve_qp(
     q: Tensor,
     *misplaced: Never,
     A: Tensor | None = None,
-    b: Tensor | None = None,
+    b: Bound = None,
     G: Tensor | None = None,
-    h: Tensor | None = None,
+    h: Bound = None,
     lb: Bound = None,
     ub: Bound = None,
-    l: Tensor | None = None,
+    l: Bound = None,
     solver: ConicSolver | str | None = None,
     gradient: GradientMethod | None = None,
     solver_args: Mapping[str, object] | None = None,
@@ -259,12 +261,12 @@ def solve_lp(
     c: Tensor,
     *misplaced: Never,
     A: Tensor | None = None,
-    b: Tensor | None = None,
+    b: Bound = None,
     G: Tensor | None = None,
-    h: Tensor | None = None,
+    h: Bound = None,
     lb: Bound = None,
     ub: Bound = None,
-    l: Tensor | None = None,
+    l: Bound = None,
     solver: ConicSolver | str | None = None,
     gradient: GradientMethod | None = None,
     solver_args: Mapping[str, object] | None = None,

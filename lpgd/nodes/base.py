@@ -122,6 +122,10 @@ class BaseNode(ABC):
         """What to say of the shape of y where solutions are not unique; nothing where it was given on purpose."""
         return ""
 
+    def about_ndims(self, name: str) -> str:
+        """What to say of an input with too few dimensions; nothing where the node itself fixes how many it has."""
+        return ""
+
     def arrange(self, *inputs: Any) -> tuple[Tensor, ...]:
         """Look at the tensors of a call as they arrive, and move dimensions so that each element's are the last ones.
 

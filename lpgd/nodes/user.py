@@ -75,7 +75,10 @@ class Node(BaseNode):
         names = _input_names(objective)
         dimensions = (ndims,) * len(names) if isinstance(ndims, int) else tuple(ndims)
         if len(dimensions) != len(names) or any(ndim < 0 for ndim in dimensions):
-            raise ValueError(f"ndims is {ndims}; the inputs are {', '.join(names)}: one number of dimensions for each.")
+            raise ValueError(
+                f"ndims is {ndims}; type one number for each of the inputs {', '.join(names)}, such as "
+                f"ndims={(1,) * len(names)}: 0 for a number, 1 for a vector, 2 for a matrix."
+            )
         self._inputs = dict(zip(names, dimensions, strict=True))
         self.name = name or str(getattr(objective, "__name__", type(objective).__name__))
         self.is_exact = solve is None
@@ -110,7 +113,14 @@ class Node(BaseNode):
             return ""
         return (
             f" Since shape= was not given, y has the shape of the first input, {shape}: if it should have another one, "
-            "with fewer entries, name it (Node(shape=...))."
+            "with fewer entries, type it: Node(..., shape=(k,)) for k entries."
+        )
+
+    def about_ndims(self, name: str) -> str:
+        fewer = {**self._inputs, name: max(self._inputs[name] - 1, 0)}
+        return (
+            f" If it should have fewer, type so: Node(..., ndims={tuple(fewer.values())}), in the order "
+            f"{', '.join(fewer)}."
         )
 
     def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -176,8 +186,10 @@ class Node(BaseNode):
             whole = self._batched and role != "shape"
             error.add_note(
                 f"In the {role} of {self.name}, called for {'a batch' if whole else 'one element'} with {given}. "
-                "Node's ndims= says how many dimensions an input has for one element, shape= what those of y are"
-                f"{' (of the first input if it is not given, as here)' if self._shape is None else ''}."
+                f"If an input should have other dimensions, type Node(..., ndims=(...)) with one number for each of "
+                f"{', '.join(self._inputs)}: 0 for a number, 1 for a vector, 2 for a matrix; here they are "
+                f"{tuple(self._inputs.values())}. If y should have another shape, type Node(..., shape=(...))"
+                f"{', for without it y has that of the first input' if self._shape is None else ''}."
             )
             raise
 

@@ -19,7 +19,7 @@ from lpgd.solvers.backends.osqp import OSQP
 from lpgd.solvers.backends.piqp import PIQP
 from lpgd.solvers.backends.proxqp import ProxQP
 from lpgd.solvers.backends.scs import SCS
-from lpgd.solvers.base import ConicSolver, rescue_by
+from lpgd.solvers.base import POLYHEDRAL, ConicSolver, rescue_by
 from lpgd.solvers.interior_point.solver import InteriorPoint
 from lpgd.status import MissingPackageError
 
@@ -165,7 +165,7 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
         ranked.setdefault(solver, reason)
     tail = SOLVERS if not polyhedral else _LINEAR_TAIL if linear else _QUADRATIC_TAIL
     for solver in (*tail, *SOLVERS):
-        ranked.setdefault(solver, "the first that takes such problems")
+        ranked.setdefault(solver, _IN_ORDER)
     return list(ranked.items())
 
 
@@ -179,6 +179,9 @@ def _fitting(structure: ConicStructure, situation: Situation | None, cores: int)
     )
 
 
+_IN_ORDER = (
+    "no solver is known to be faster on such problems, so it is the first in lpgd's order of those that can solve them"
+)
 _LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS)
 _QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS)
 _MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 400, 500, 3000, 5000, 0.1, 4
@@ -232,8 +235,7 @@ def choose_solver(
         installed = (candidate for candidate in fitting if candidate.is_installed())
         first = next(installed, None)
         if not fitting:
-            reasons = (str(_default(candidate).unsupported(structure)) for candidate in SOLVERS)
-            raise ValueError("; ".join(reasons) + "." + advice)
+            raise ValueError(_of_none(structure))
         if first is None:
             commands = " or ".join(f"pip install {candidate.pip_name}" for candidate in fitting)
             raise MissingPackageError(f"no installed solver can solve this problem: {commands}")
@@ -244,8 +246,11 @@ def choose_solver(
     chosen = chosen.with_options(options or {})
     reason = chosen.unsupported(structure)
     if reason is not None:
-        fitting_names = ", ".join(available(structure)) or "none"
-        raise ValueError(f"{reason}; installed solvers that can solve this problem: {fitting_names}.{advice}")
+        names = ", ".join(available(structure))
+        others = (
+            f"installed solvers that can solve this problem: {names}" if names else "nor can others solve this problem"
+        )
+        raise ValueError(f"{reason}; {others}.{advice}")
     chosen.module()
     return chosen
 
@@ -287,6 +292,19 @@ _INTEGER_ADVICE = (
     " Integer programs need a linear objective, linear constraints and HIGHS: write a product of binary variables as a "
     "variable of its own (x² = x), an absolute value or a maximum as inequalities."
 )
+
+
+def _of_none(structure: ConicStructure) -> str:
+    """What to say of problems that no solver takes: what is wrong, what to do, and then what each solver lacks."""
+    lacking = "; ".join(str(_default(candidate).unsupported(structure)) for candidate in SOLVERS)
+    if not structure.has_integers:
+        return f"no solver takes this problem with all of its cones ({structure.cones}): {lacking}."
+    kinds = [f"{kind.replace('_', '-')} cones" for kind in sorted(structure.cones.kinds - POLYHEDRAL)]
+    found = ["a quadratic objective"] * bool(structure.quadratic.nnz) + kinds
+    return (
+        f"this integer program has {' and '.join(found)}, which no solver takes together with integer variables."
+        f"{_INTEGER_ADVICE} Each solver: {lacking}."
+    )
 
 
 def _by_name(name: str) -> ConicSolver | None:

@@ -123,7 +123,7 @@ class CvxpyLayer(OptimizationLayer):
     @eager
     def forward(
         self,
-        *params: Tensor,
+        *params: Tensor | float,
         solver_args: Mapping[str, object] | None = None,
         warm_start: WarmStart = False,
     ) -> LayerOutput:
@@ -150,7 +150,7 @@ class CvxpyLayer(OptimizationLayer):
 
         def listed() -> list[Argument]:
             known = zip(self.parameter_layouts, params, strict=True)
-            return [Argument(f"parameter {layout.name}", tensor, len(layout.shape)) for layout, tensor in known]
+            return [Argument(f"parameter {one.name}", torch.as_tensor(value), len(one.shape)) for one, value in known]
 
         start, why = self._as_solved(warm_start, posed.structure, inputs), explanation(listed, inputs)
         point, info = self._solve(posed.data, posed.structure, inputs, solver_args, start, why)
@@ -168,7 +168,7 @@ class CvxpyLayer(OptimizationLayer):
 
     def solve(
         self,
-        *params: Tensor,
+        *params: Tensor | float,
         solver_args: Mapping[str, object] | None = None,
         warm_start: WarmStart = False,
     ) -> ConicSolution:

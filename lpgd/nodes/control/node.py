@@ -101,7 +101,10 @@ class OptimalControl(BaseNode):
                 raise ValueError(f"{role} is {getattr(self, role)!r}; it must be a whole number of at least 1.")
         names, dimensions = self._parameters, self.ndims
         if not isinstance(dimensions, int) and len(dimensions) != len(names):
-            raise ValueError(f"ndims is {dimensions}; the parameters are {', '.join(names) or 'none'}: one for each.")
+            raise ValueError(
+                f"ndims is {dimensions}; type one number for each of the parameters {', '.join(names) or '(none)'}, "
+                f"such as ndims={(1,) * len(names)}: 0 for a number, 1 for a vector, 2 for a matrix."
+            )
         if unknown := set(self.varying) - set(names):
             raise ValueError(f"varying names {', '.join(sorted(unknown))}; the parameters are {', '.join(names)}.")
         if "state" in names:
