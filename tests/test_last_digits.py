@@ -63,6 +63,20 @@ def test_larger_dense_programs_are_refined_as_well(solver: str, redundant: bool)
     torch.testing.assert_close(output.x, torch.from_numpy(x), atol=1e-11, rtol=0)
 
 
+@pytest.mark.parametrize("solver", ["HIGHS", "CLARABEL", "INTERIOR", "PIQP", "DAQP", "ECOS"])
+def test_vertices_of_larger_linear_programs_are_refined_as_well(solver: str) -> None:
+    if solver not in lpgd.available():
+        pytest.skip(f"{solver} is not installed")
+    n, rows, active = 250, 100, 40
+    rng = np.random.default_rng(0)
+    G, y = rng.normal(size=(rows, n)), np.where(np.arange(rows) < active, rng.uniform(0.5, 1.5, rows), 0.0)
+    x = np.where(np.arange(n) < active, rng.uniform(0.2, 0.8, n), rng.integers(0, 2, n))
+    z = np.where(np.arange(n) < active, 0.0, (2 * x - 1) * rng.uniform(0.5, 1.5, n))
+    h, c = G @ x + np.where(y > 0, 0.0, rng.uniform(0.5, 1.5, rows)), -(G.T @ y + z)
+    found = lpgd.LPLayer(solver)(torch.from_numpy(c), G=torch.from_numpy(G), h=torch.from_numpy(h), lb=0.0, ub=1.0)
+    torch.testing.assert_close(found.x, torch.from_numpy(x), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("solver", ["CLARABEL", "SCS", "ECOS", "MOREAU"])
 def test_larger_cones_are_refined_as_well(solver: str) -> None:
     if solver not in lpgd.available():

@@ -25,7 +25,7 @@ from lpgd.problems.conic.units import Units
 from lpgd.solvers.certificates import MARGIN, proves_infeasible, proves_unbounded
 from lpgd.solvers.convexity import is_convex
 from lpgd.solvers.kkt.reduced import is_dense
-from lpgd.solvers.kkt.refinement import complementary, is_cheap, refine
+from lpgd.solvers.kkt.refinement import complementary, has_vertices, is_cheap, refine
 from lpgd.status import Status
 
 __all__ = ["ACCEPTED", "EXACT", "VERDICTS", "Posed", "judged", "left_by_draft", "pose"]
@@ -278,8 +278,9 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool, draft: bool) -
         return replace(answer, known_to=known_to, refined=taken), products if bool(exact.all()) else None
     chosen = as_index(elements, problem.device)
     steps = torch.tensor([STEPS if answer.statuses[element].usable else FEW for element in elements])
+    regular = draft or has_vertices(structure)
     found = refine(
-        problem, answer.point, answer.slack, chosen, steps=steps.to(chosen.device), keep=True, regular_only=draft
+        problem, answer.point, answer.slack, chosen, steps=steps.to(chosen.device), keep=True, regular_only=regular
     )
     better = found.after < found.before
     improved = torch.tensor(elements, device=problem.device)[better]

@@ -30,7 +30,16 @@ from lpgd.solvers.kkt.points import ENOUGH, Points
 from lpgd.solvers.kkt.reduced import is_dense
 from lpgd.solvers.kkt.schur import System
 
-__all__ = ["KeptFactor", "Refined", "complementary", "is_cheap", "is_small", "optimality_residual", "refine"]
+__all__ = [
+    "KeptFactor",
+    "Refined",
+    "complementary",
+    "has_vertices",
+    "is_cheap",
+    "is_small",
+    "optimality_residual",
+    "refine",
+]
 
 DENSE, SPARSE, FILLED = 300, 50_000, 20
 """Steps are cheap up to so many variables and rows, or so many entries with so many in a row on average."""
@@ -131,6 +140,8 @@ def refine(
     # Rounding is that of the terms of F, which are as large as the point is.
     enough = ENOUGH * torch.maximum(maximum_norm(xi), maximum_norm(v)).clamp(min=1.0, max=LARGE if rounded else 1.0)
     left = error > enough  # false for NaN
+    if regular_only and has_vertices(problem.structure) and bool(left.any()):
+        left &= ~points.plainly_singular(xi, v)
     stuck, isolated = torch.zeros_like(left), torch.zeros_like(left)
     limit = torch.full_like(taken, steps) if isinstance(steps, int) else steps
     for number in range(int(limit.max()) if limit.numel() else 0):
@@ -225,12 +236,13 @@ def is_cheap(structure: ConicStructure) -> bool:
 
 
 def _is_factorised(structure: ConicStructure) -> bool:
-    """Whether a dense system is larger than a small one and still cheaper than a solver by far.
+    """Whether a dense system is larger than a small one and still cheaper than a solver by far."""
+    return DENSE < structure.n + structure.m <= FACTORISED and is_dense(structure)
 
-    It is no linear program: those of this size have solvers whose answers are vertices.
-    """
-    size, linear = structure.n + structure.m, structure.cones.is_polyhedral and not structure.quadratic.nnz
-    return DENSE < size <= FACTORISED and not linear and is_dense(structure)
+
+def has_vertices(structure: ConicStructure) -> bool:
+    """Whether these are larger dense linear programs, of whose degenerate vertices the systems are singular."""
+    return _is_factorised(structure) and structure.cones.is_polyhedral and not structure.quadratic.nnz
 
 
 def complementary(
