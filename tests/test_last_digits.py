@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import cvxpy as cp
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from torch import Tensor
 
@@ -74,6 +75,20 @@ def test_vertices_of_larger_linear_programs_are_refined_as_well(solver: str) -> 
     z = np.where(np.arange(n) < active, 0.0, (2 * x - 1) * rng.uniform(0.5, 1.5, n))
     h, c = G @ x + np.where(y > 0, 0.0, rng.uniform(0.5, 1.5, rows)), -(G.T @ y + z)
     found = lpgd.LPLayer(solver)(torch.from_numpy(c), G=torch.from_numpy(G), h=torch.from_numpy(h), lb=0.0, ub=1.0)
+    torch.testing.assert_close(found.x, torch.from_numpy(x), atol=1e-12, rtol=0)
+
+
+def test_a_membrane_on_a_grid_is_refined_as_well() -> None:
+    side = 120
+    fall = scipy.sparse.diags([1.0, -1.0], [0, 1], shape=(side, side))
+    line, still = fall.T @ fall, scipy.sparse.eye(side)
+    P = (scipy.sparse.kron(line, still) + scipy.sparse.kron(still, line) + 0.1 * scipy.sparse.eye(side**2)).tocoo()
+    rng = np.random.default_rng(0)
+    touches = rng.random(side**2) < 0.3
+    x = np.where(touches, -0.1, rng.uniform(0.0, 1.0, side**2))
+    q = -(P @ x) + np.where(touches, rng.uniform(0.1, 1.0, side**2), 0.0)
+    matrix = torch.sparse_coo_tensor(np.stack([P.row, P.col]), P.data, P.shape, check_invariants=True)
+    found = lpgd.QPLayer()(matrix, torch.from_numpy(q), lb=-0.1)
     torch.testing.assert_close(found.x, torch.from_numpy(x), atol=1e-12, rtol=0)
 
 

@@ -42,7 +42,7 @@ FINISHED = 1e-10
 curvature is small its iterate may be far away at a residual that another solver's solutions have."""
 USELESS = 1e-2
 """A point with a larger relative residual is no solution."""
-KEPT_BYTES = 4e6
+KEPT_BYTES = 6.4e7
 """Refinement's last systems are kept for implicit differentiation if an element's takes no more than about this."""
 MOST_KEPT_BYTES = 5e8
 """Nor if a batch's take more: the one rule by which the number of elements may decide on an element's last bits."""

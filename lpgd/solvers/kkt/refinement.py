@@ -41,8 +41,10 @@ __all__ = [
     "refine",
 ]
 
-DENSE, SPARSE, FILLED = 300, 50_000, 20
+DENSE, SPARSE, FILLED = 300, 1_000_000, 20
 """Steps are cheap up to so many variables and rows, or so many entries with so many in a row on average."""
+VERTICES = 50_000
+"""Of linear programs, up to so many entries: of their degenerate vertices systems are singular."""
 FACTORISED = 3000
 """Of systems that are factorised densely, those with so many variables and rows: one step, which serves derivatives and
 perturbed points too, takes a tenth of a solver's time or less (dense quadratic programs n 300 to 700, all solvers)."""
@@ -232,7 +234,7 @@ def is_cheap(structure: ConicStructure) -> bool:
     if is_small(structure) or _is_factorised(structure):
         return True
     filled = structure.constraint.nnz + structure.quadratic.nnz
-    return filled <= SPARSE and filled <= FILLED * size
+    return filled <= (VERTICES if _is_linear(structure) else SPARSE) and filled <= FILLED * size
 
 
 def _is_factorised(structure: ConicStructure) -> bool:
@@ -242,7 +244,11 @@ def _is_factorised(structure: ConicStructure) -> bool:
 
 def has_vertices(structure: ConicStructure) -> bool:
     """Whether these are larger dense linear programs, of whose degenerate vertices the systems are singular."""
-    return _is_factorised(structure) and structure.cones.is_polyhedral and not structure.quadratic.nnz
+    return _is_factorised(structure) and _is_linear(structure)
+
+
+def _is_linear(structure: ConicStructure) -> bool:
+    return structure.cones.is_polyhedral and not structure.quadratic.nnz
 
 
 def complementary(
