@@ -250,7 +250,7 @@ def test_bounds_that_meet_fix_a_variable_and_crossed_ones_are_infeasible(solver:
     torch.testing.assert_close(solution.z[0], torch.tensor([0.0, -1.0]).double(), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("solver", (one for one in BY_NAME.values() if one.capabilities.quadratic), ids=repr)
+@pytest.mark.parametrize("solver", [one for one in BY_NAME.values() if one.capabilities.quadratic], ids=repr)
 def test_two_matrices_of_rows_beside_four_of_curvatures(solver: ConicSolver) -> None:
     # min ½ c |x|² over a x = 1, x >= 0 is at a / |a|², whatever c is.
     eye = SparsityPattern.from_matrix(np.eye(2))

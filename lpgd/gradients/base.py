@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self, SupportsFloat, cast
 
 import torch
@@ -96,13 +96,19 @@ class GradientInfo:
         return dict(Counter(self.used))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GradientMethod(ABC):
     """How to get the action of a solution map's derivative.  Methods hold options only and are shared freely."""
 
     needs: ClassVar[frozenset[str]]
     """Which :class:`~lpgd.problems.base.Traits` problems must have: ``can_tilt``, ``can_augment``, ``has_kkt``,
     ``is_continuous``, ``is_smooth``, ``takes_losses``."""
+
+    def __repr__(self) -> str:
+        """With the options that are not the defaults: messages begin with it."""
+        values = ((option, getattr(self, option.name)) for option in fields(self))
+        named = [f"{option.name}={value!r}" for option, value in values if value is not option.default != value]
+        return f"{type(self).__name__}({', '.join(named)})"
 
     @property
     def required(self) -> frozenset[str]:

@@ -21,7 +21,7 @@ from lpgd.solvers.base import AnySolver
 __all__ = ["ClosedForm"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ClosedForm(GradientMethod):
     """The exact gradient of a node by its own formula, or by ``ImplicitKKT()`` where it has none: a node's default.
 

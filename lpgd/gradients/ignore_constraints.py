@@ -30,7 +30,7 @@ from lpgd.status import warn
 __all__ = ["IgnoreConstraints"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class IgnoreConstraints(GradientMethod):
     """An approximate gradient: that of the unconstrained problem, taken at the constrained solution ([APX]).
 

@@ -102,11 +102,6 @@ class LPGD(GradientMethod):
                 f"a loss has an envelope of its own at a given tau: LPGD(tau, loss=...), not {type(self).__name__}."
             )
 
-    def __repr__(self) -> str:
-        more = f", loss={self.loss}" if self.loss is not None else ""
-        more += ", separate=True" if self.separate else ""
-        return f"{type(self).__name__}(tau={self.tau!r}, rho={self.rho!r}, envelope={self.envelope!r}{more})"
-
     @property
     def required(self) -> frozenset[str]:
         more = {"can_augment": self.rho > 0, "is_continuous": self.tau is None, "takes_losses": self.loss is not None}
@@ -236,13 +231,15 @@ class _Perturbed:
             solution, cotangent, solver, executor, envelope=method.envelope, rho=method.rho, steps=steps, loss=loss
         )
         self.still = ~found.moved
-        _record(self.info, active, found, _tied(solution, active))
+        tied = _tied(solution, active)
+        _record(self.info, active, found, tied)
         keep = found.above | found.below
         doubtful = is_doubtful(method, problem, cotangent, found)
         if bool(doubtful.any()):
             lost = check_small_steps(method, solution, cotangent, found, active, executor, self.info, doubtful)
             keep = keep & ~lost
             self.lost = {active[position] for position in elements_where(lost)}
+        _warn_of_jumps(self.info, active, found, tied)
         self.weight = torch.where(keep, 1.0 / (found.tau * (found.above.double() + found.below.double()).clamp(1)), 0.0)
         self.weight = self.weight if scale is None else scale * self.weight
         self.plus, self.minus = found.plus, found.minus
@@ -365,8 +362,13 @@ def _record(info: GradientInfo, active: list[int], found: Perturbed, tied: list[
         info.notices |= dict.fromkeys(("A", "b", "lower", "upper"), f"{method}: elements {unsure[:10]} {_UNCLEAR}")
     if tied:
         warn(f"{method}: the solutions of elements {tied[:10]} {_TIED}")
-    if jumped := [element for element in named(found.jumped) if element not in tied]:
-        warn(f"{method}: the solutions of elements {jumped[:10]} {_JUMP}")
+
+
+def _warn_of_jumps(info: GradientInfo, active: list[int], found: Perturbed, tied: list[int]) -> None:
+    """Name the elements that jumped, but those of which more is known: why solutions are not unique."""
+    known = {*tied, *([] if info.doubt is None else elements_where(info.doubt.isposinf()))}
+    if jumped := [active[position] for position in elements_where(found.jumped) if active[position] not in known]:
+        warn(f"{info.method}: the solutions of elements {jumped[:10]} {_JUMP}")
 
 
 _KINK = (

@@ -48,7 +48,7 @@ ACCURACY = 1e-4
 """Perturbed problems are solved to this accuracy, relative to the step."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LagrangianMirrorDescent(GradientMethod):
     """Lagrangian mirror descent ([LPGD] C.2), for objectives that are smooth and strongly convex.
 

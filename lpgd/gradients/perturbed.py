@@ -260,8 +260,9 @@ def _jumps(run: Run, tau: Tensor, unit: Tensor, sides: Sides, small: float) -> T
         chosen_run, both = run.select(elements), picked(sides, elements)
         if not (both.above & both.below).all():
             both = replace(chosen_run, envelope="average").sides(tau[elements])
-        bend = maximum_norm((both.plus.x - chosen_run.base.x) + (both.minus.x - chosen_run.base.x))
-        mirrored = (bend <= 0.5 * maximum_norm(both.plus.x - both.minus.x)) | ~(both.above & both.below)
+        base, plus, minus = _asked_of_x(chosen_run, both)
+        bend = maximum_norm((plus - base) + (minus - base))
+        mirrored = (bend <= 0.5 * maximum_norm(plus - minus)) | ~(both.above & both.below)
         share = _reach(chosen_run, chosen_run.sides(0.1 * tau[elements])) / far[elements]
         jumped[elements] = ~(mirrored & (share > 0.05) & (share < 0.2))
     return jumped
@@ -269,8 +270,13 @@ def _jumps(run: Run, tau: Tensor, unit: Tensor, sides: Sides, small: float) -> T
 
 def _reach(run: Run, sides: Sides) -> Tensor:
     """(E,) how far solutions move, relative to ``1 + |x|``."""
-    change = torch.maximum(maximum_norm(sides.plus.x - run.base.x), maximum_norm(sides.minus.x - run.base.x))
-    return change / (1.0 + maximum_norm(run.base.x))
+    base, plus, minus = _asked_of_x(run, sides)
+    return torch.maximum(maximum_norm(plus - base), maximum_norm(minus - base)) / (1.0 + maximum_norm(base))
+
+
+def _asked_of_x(run: Run, sides: Sides) -> list[Tensor]:
+    """What anybody asks of x: at the solutions, and at both ends."""
+    return [run.problem.asked(point, run.base, own_units=False).x for point in (run.base, sides.plus, sides.minus)]
 
 
 def _error(solution: AnySolution | None, solver: AnySolver, problem: AnyProblem) -> Tensor:

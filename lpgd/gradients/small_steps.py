@@ -112,9 +112,10 @@ def check_small_steps(
     change = cast(ConicPoint, answer)
     unique = torch.tensor([[used == "implicit"] for used in info.used], device=weight.device)
     # Multipliers are compared where they are unique.
+    whole = [problem.in_own_units(point) for point in (moves, change)]
+    asked_x = [problem.asked(point, chosen.point).x for point in (moves, change)]
     step, exact = (
-        torch.cat([point.x, torch.where(unique, point.y, 0.0)], 1)
-        for point in map(problem.in_own_units, (moves, change))
+        torch.cat([x, torch.where(unique, point.y, 0.0)], 1) for x, point in zip(asked_x, whole, strict=True)
     )
     size = torch.maximum(maximum_norm(step), maximum_norm(exact))
     floor = 1e-6 * (1.0 + maximum_norm(problem.in_own_units(chosen.point).x)) / found.unit[index]
@@ -126,8 +127,8 @@ def check_small_steps(
     far &= ~loose.to(far.device) & torch.tensor(["one-sided" not in used for used in info.used], device=far.device)
     if method.tau is None:
         smooth = (info.doubt <= AGREEMENT).to(far.device) & ~(found.kinked | found.unclear | found.jumped)[index]
-        moves, change = problem.in_own_units(moves), problem.in_own_units(change)
-        lost[index] = smooth & torch.where(unique[:, 0], _differ(moves, change), _is_rough(problem, moves, change))
+        rough = _is_rough(problem, whole[0], whole[1], asked_x[0], asked_x[1])
+        lost[index] = smooth & torch.where(unique[:, 0], _differ(whole[0], whole[1]), rough)
         far &= ~lost[index]
     doubt = (maximum_norm(step - exact) / torch.maximum(size, floor)).double().cpu()
     record.doubt = torch.full((len(record.used),), torch.nan, dtype=torch.float64)
@@ -157,14 +158,17 @@ def _differ(step: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
     return torch.stack(differs).any(0)
 
 
-def _is_rough(problem: ConicProblem, step: ConicPoint, exact: ConicPoint) -> Tensor:
+def _is_rough(problem: ConicProblem, step: ConicPoint, exact: ConicPoint, step_x: Tensor, exact_x: Tensor) -> Tensor:
     """(E,) whether a step is near the exact one, and not quite there, where multipliers are not unique.
+
+    ``step_x``, ``exact_x`` are what is asked of x.
 
     Those of rows that depend on each other are the solver's choice; the force Aᵀy of all rows together is not.
     """
     scaled = problem.units.apply(problem)
     moves, right = (
-        (point.x, scaled.structure.constraint.rmatvec(scaled.data.A, point.y), point.z) for point in (step, exact)
+        (x, scaled.structure.constraint.rmatvec(scaled.data.A, point.y), point.z)
+        for x, point in ((step_x, step), (exact_x, exact))
     )
     near = torch.ones(problem.batch_size, dtype=torch.bool, device=problem.device)
     for mine, theirs in zip(moves[1:], right[1:], strict=True):

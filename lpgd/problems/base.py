@@ -215,6 +215,10 @@ class Centered:
         """The point itself: all variables have one unit."""
         return point
 
+    def asked(self, point: PointT, at: PointT, *, own_units: bool = True) -> PointT:
+        """All of the point: all variables are the user's."""
+        return self.in_own_units(point) if own_units else point
+
     def stays_still(self, cotangent: Point, change: Point) -> bool:
         """No: an exact gradient of zero is expected of linear programs alone."""
         return False
@@ -278,6 +282,16 @@ class Problem(Protocol[DataT, PointT]):
 
     def in_own_units(self, point: PointT) -> PointT:
         """A point in units in which its parts can be compared with each other."""
+        ...
+
+    def asked(self, point: PointT, at: PointT, *, own_units: bool = True) -> PointT:
+        """What anybody asks of a point, or of a change of one, at a solution: of the user's variables, say.
+
+        Args:
+            point: (B, ·) each.
+            at: the solution.
+            own_units: whether it is in units in which its parts can be compared with each other.
+        """
         ...
 
     def gradient_difference(self, plus: PointT, minus: PointT, weight: Tensor) -> DataT:

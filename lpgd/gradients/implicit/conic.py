@@ -14,42 +14,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, as_index, elements_where, flags, from_numpy, rows_where
+from lpgd.arrays import FloatArray, as_index, elements_where, from_numpy, rows_where
 from lpgd.execution.tasks import SerialExecutor, run_tasks, split
 from lpgd.execution.threads import bounded_blas
 from lpgd.gradients.base import GradientInfo
 from lpgd.gradients.implicit.findings import Findings
 from lpgd.gradients.implicit.located import Located, known_point
-from lpgd.gradients.implicit.multipliers import other_multipliers
-from lpgd.problems.conic.elements import ElementView
+from lpgd.gradients.implicit.one_by_one import one_by_one
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
-from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
+from lpgd.problems.conic.structure import ConicData, ConicPoint
 from lpgd.problems.conic.units import Units
 from lpgd.solvers.interior_point.derivative import is_batchable, kept_response, polyhedral_response
 from lpgd.solvers.kkt.faces import FaceTask, respond_in_faces
 from lpgd.solvers.kkt.points import Points
 from lpgd.solvers.kkt.rank import DOUBT, ROUNDING
 from lpgd.solvers.kkt.reduced import has_dense_rows, held
-from lpgd.solvers.kkt.refinement import KeptFactor, complementary
+from lpgd.solvers.kkt.refinement import KeptFactor
 from lpgd.solvers.kkt.schur import MixedSystem, Part, System
-from lpgd.solvers.kkt.system import KKTPoints, KKTResponse, Known, is_quick, respond
+from lpgd.solvers.kkt.system import KKTResponse, Known, is_quick
 
 if TYPE_CHECKING:
     from lpgd.gradients.implicit.method import ImplicitKKT
 
 __all__ = ["in_data", "response"]
-
-STEADY = 1e-5
-"""Answers with other multipliers that differ by a smaller share are one."""
-NOTHING = 1e-7
-"""Changes of x by a smaller multiple of the tilt, in units of order 1, are none."""
 
 
 def response(
@@ -88,6 +82,7 @@ def response(
         units.point_in(chosen_problem, point),
         units.slack_in(chosen_problem, slack),
         units.tilt_in(chosen_problem, chosen_tilt),
+        units.ones_out(chosen_problem),
     )
     near = None if near is None else units.point_in(chosen_problem, near)
     rho = _curvature(method.rho, chosen_problem, units)
@@ -117,7 +112,7 @@ def response(
     if remaining:
         if executor is None and is_quick(chosen_problem.structure, len(remaining)):
             executor = SerialExecutor()
-        _one_by_one(located, remaining, rho, answer, findings, executor)
+        one_by_one(located, remaining, rho, answer, findings, executor)
     moved = units.point_out(chosen_problem, answer)
     for whole, values in zip(change, moved, strict=True):
         whole[elements] = values
@@ -138,11 +133,8 @@ def _curvature(rho: float, problem: ConicProblem, units: Units) -> FloatArray | 
     """ρ in these units: ``σ β² D² ρ`` for each variable of each element."""
     if rho == 0.0 or units.is_trivial:
         return rho
-    ones = torch.ones(problem.batch_size, problem.structure.n, dtype=torch.float64, device=problem.device)
-    point = ConicPoint(ones, ones.new_zeros(problem.batch_size, problem.structure.m), torch.zeros_like(ones))
     # A tilt by ρ dx for dx = β D.
-    lengths = units.point_out(problem, point).x
-    return (rho * units.tilt_in(problem, point._replace(x=lengths)).x).cpu().numpy()
+    return (rho * units.tilt_in(problem, units.ones_out(problem)).x).cpu().numpy()
 
 
 # -- whole batches ------------------------------------------------------------------------------------------------
@@ -236,7 +228,8 @@ def _in_faces(
     for whole, values in zip(answer, found[:3], strict=True):
         whole[from_numpy(taken)] = from_numpy(values[solved])
     left[from_numpy(taken)] = False
-    findings.add(taken.tolist(), found.select(solved))
+    told = np.array([not findings.concerns(rows) for rows in found.shared[solved]])
+    findings.add(taken.tolist(), found.select(solved), told)
 
 
 def _by_system(
@@ -262,125 +255,3 @@ def _at_once(located: Located, left: Tensor, rho: float, answer: ConicPoint) -> 
     for whole, values in zip(answer, response, strict=True):
         whole[elements[exact]] = values[exact]
     left[elements[exact]] = False
-
-
-# -- one by one ---------------------------------------------------------------------------------------------------
-
-
-class _Task(NamedTuple):
-    structure: ConicStructure
-    rho: FloatArray | float
-    P: FloatArray
-    A: FloatArray
-    points: KKTPoints
-    known: Known
-
-
-def _respond(task: _Task) -> KKTResponse:
-    return respond(*task)
-
-
-def _responses(
-    located: Located, elements: Sequence[int], rho: FloatArray | float, side: float, executor: Executor | None
-) -> KKTResponse:
-    """The responses of some elements, increasing, with what is at a kink brought to one side."""
-    problem, point, slack = located.problem, located.point, located.slack
-    if side:
-        v, xi = point.y - slack + side * located.v_side, point.x + point.z + side * located.xi_side
-        moved = ConicPoint(xi, torch.where(v.isnan(), 0.0, v), torch.zeros_like(xi))
-        # ξ and v as a point whose complementary one is meant.
-        point, slack, *_ = complementary(problem, moved, torch.zeros_like(v))
-    view = ElementView(problem)
-    lower, upper = problem.full_bounds()
-    tensors = (*point, slack, *located.tilt, lower, upper)
-    arrays = [tensor.detach().cpu().numpy() for tensor in tensors]
-    error = located.error.cpu().numpy()
-    tasks, order = [], []
-    for chunk in view.groups(list(elements), executor, per_worker=1):
-        matrices = (view.rows(name, chunk) for name in ("P", "A"))
-        P, A = (np.broadcast_to(matrix, (len(chunk), matrix.shape[1])) for matrix in matrices)
-        points = KKTPoints(*(array[chunk] for array in arrays))
-        chunk_rho = rho[chunk] if isinstance(rho, np.ndarray) else rho
-        tasks.append(_Task(problem.structure, chunk_rho, P, A, points, Known(error[chunk], located.lipschitz[chunk])))
-        order += chunk
-    results = run_tasks(_respond, tasks, executor)
-    back = np.argsort(order)  # elements are increasing
-    return KKTResponse.joined(results).select(back)
-
-
-def _one_by_one(
-    located: Located,
-    elements: list[int],
-    rho: FloatArray | float,
-    answer: ConicPoint,
-    findings: Findings,
-    executor: Executor | None,
-) -> None:
-    """Write the response of some elements, and what there is to say about each."""
-    found = _responses(located, elements, rho, 0.0, executor)
-    weak = flags(located.weak)
-    at_kink = [k for k, element in enumerate(elements) if weak[element]]
-    if at_kink:
-        chosen = [elements[k] for k in at_kink]
-        sides = [_responses(located, chosen, rho, side, executor) for side in (1.0, -1.0)]
-        tilt = located.tilt.x.abs().amax(-1) if located.tilt.x.shape[1] else located.error
-        size = NOTHING * tilt.cpu().numpy()[chosen]
-        # How CVXPY's own variables move is nobody's gradient: a loose epigraph is always at a kink.
-        above, below = (np.delete(side.x, located.problem.structure.silent_columns, 1) for side in sides)
-        differ = _differences(above, below, size)
-        found = found.copy()
-        for index, k in enumerate(at_kink):
-            (above, below), shared = (side.y[index] for side in sides), sides[0].shared[index] | sides[1].shared[index]
-            findings.kink(elements[k], float(differ[index]), above, below, shared)
-            if not all(side.unique[index] for side in sides):
-                findings.freed.add(elements[k])
-            elif not all(side.consistent[index] for side in sides):
-                findings.torn.add(elements[k])
-            better = next((side for side in sides if side.exact[index]), None)
-            if better is not None and not found.exact[k]:
-                for whole, values in zip(found, better, strict=True):
-                    whole[k] = values[index]
-    for k, element in enumerate(elements):
-        singular = found.unique[k] and not found.exact[k] and findings.is_curved(found.shared[k])
-        if singular and _is_steady(located, element, rho, found.x[k], findings.concerns(found.shared[k])):
-            findings.steady.add(element)
-    for whole, values in zip(answer, found[:3], strict=True):
-        whole[elements] = from_numpy(values).to(whole.device)
-    findings.add(elements, found)
-
-
-def _is_steady(located: Located, element: int, rho: FloatArray | float, dx: FloatArray, with_constraints: bool) -> bool:
-    """Whether x moves alike with other multipliers of the same solution.
-
-    ``with_constraints`` says that gradients of the constraints themselves may be asked for: where planes share
-    multipliers with curved ones those depend on more than x.
-    """
-    index = torch.tensor([element], device=located.error.device)
-    problem, point, slack = located.problem.select(index), located.point.select(index), located.slack[index]
-    A = problem.structure.constraint.dense_matrices(np.atleast_2d(problem.data.A.detach().cpu().numpy()))[0]
-    lower, upper = (bound[0] for bound in problem.full_bounds())
-    x, z = point.x[0], point.z[0]
-    held = ((z > upper - x) | (-z > x - lower) | (lower >= upper)).cpu().numpy()
-    others, coupled = other_multipliers(
-        problem.structure.cones, A[:, ~held], point.y[0].cpu().numpy(), slack[0].cpu().numpy()
-    )
-    if coupled and with_constraints:
-        return False
-    element_rho = rho[[element]] if isinstance(rho, np.ndarray) else rho
-    for other in others:
-        relocated = located._replace(
-            problem=problem, point=point._replace(y=from_numpy(other)[None].to(point.y)), slack=slack,
-            tilt=located.tilt.select(index), error=located.error[index], lipschitz=located.lipschitz[[element]],
-        )  # fmt: skip
-        again = _responses(relocated, [0], element_rho, 0.0, SerialExecutor()).x[0]
-        if np.abs(again - dx).max() > STEADY * max(np.abs(dx).max(), np.abs(again).max(), 1e-300):
-            return False
-    return bool(others)
-
-
-def _differences(first: FloatArray, second: FloatArray, size: FloatArray) -> FloatArray:
-    """(k,) relative differences of rows in the maximum norm."""
-    if first.shape[1] == 0:
-        return np.zeros(len(first))
-    largest = np.maximum(np.abs(first).max(1), np.abs(second).max(1))
-    return np.abs(first - second).max(1) / np.maximum(largest, np.maximum(size, 1e-300))

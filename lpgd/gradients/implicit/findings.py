@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lpgd.arrays import BoolArray, FloatArray, from_numpy
+from lpgd.arrays import BoolArray, from_numpy
 from lpgd.gradients.base import GradientInfo, GradientMethod
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.rank import DOUBT
@@ -42,27 +42,29 @@ class Findings:
         self.sided: set[int] = set()  # multipliers that move differently on both sides
         self.torn: set[int] = set()  # tilts that the system of a side cannot follow
 
-    def kink(self, element: int, primal: float, above: FloatArray, below: FloatArray, shared: BoolArray) -> None:
-        """An element at a kink: by how much the changes of x on its two sides differ, and the changes of y there.
+    def kink(self, element: int, primal: float, sided: bool, concerns: bool) -> None:
+        """An element at a kink.
 
-        ``shared`` (m,) has the rows whose multipliers are not unique on a side: of a row that holds nothing but fixed
-        variables the minimum-norm answer is zero, as it is on the other side.
+        Args:
+            element: which one.
+            primal: by how much the changes of x on its two sides differ.
+            sided: whether those of y do, or are not unique on a side: of a row that holds nothing but fixed variables
+                the minimum-norm answer is zero, as it is on the other side.
+            concerns: whether anybody may ask for the gradient with respect to such rows.
         """
-        differ = np.abs(above - below) > SAME * max(np.abs(above).max(initial=0.0), np.abs(below).max(initial=1e-300))
-        differ |= shared
         if primal > SAME:
             self.one_sided.append(element)
             self.doubt[element] = primal
-        elif differ.any():
+        elif sided:
             self.sided.add(element)
-            if self.concerns(differ):
+            if concerns:
                 self.dependent.append(element)
 
-    def add(self, elements: Sequence[int], found: KKTResponse) -> None:
-        """What the systems of some elements say."""
-        kinds = (found.exact, found.unique, found.consistent, found.doubt, found.shared)
+    def add(self, elements: Sequence[int], found: KKTResponse, told: BoolArray) -> None:
+        """What the systems of some elements say, and whether what is asked of their multipliers is unique."""
+        kinds = (found.exact, found.unique, found.consistent, found.doubt, found.shared, told)
         sided = self.sided | set(self.one_sided)
-        for element, fine, single, follows, size, shared in zip(elements, *kinds, strict=True):
+        for element, fine, single, follows, size, shared, known in zip(elements, *kinds, strict=True):
             self.doubt[element] = max(self.doubt[element], size)
             if element in self.freed and element not in self.one_sided:
                 self.used[element] = "implicit, regularised"
@@ -92,7 +94,7 @@ class Findings:
             elif curved:
                 self.curved.append(element)
                 self.doubt[element] = np.inf
-            elif self.concerns(shared):
+            elif not known:
                 self.dependent.append(element)
 
     def is_curved(self, rows: BoolArray) -> bool:
@@ -101,7 +103,8 @@ class Findings:
 
     def concerns(self, rows: BoolArray) -> bool:
         """Whether anybody may ask for the gradient with respect to one of these rows (m,)."""
-        return bool(np.delete(rows, self.structure.constant_rows).any())
+        asked = self.structure.asked
+        return bool(rows.any() if asked is None else rows[asked.of_y.touched].any())
 
     def record(self, method: GradientMethod, active: Sequence[int], info: GradientInfo) -> None:
         """Fill the record, and warn of what the answer depends on."""

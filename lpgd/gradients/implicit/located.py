@@ -33,6 +33,7 @@ class Located(NamedTuple):
         lipschitz: (E,) Lipschitz constant of the projection's derivative.
         weak: (E,) elements at a kink.
         xi_side, v_side: (E, n) and (E, m) steps that bring whatever is at a kink to its active side.
+        unit: what a point of ones in those units is in the problem's own.
     """
 
     problem: ConicProblem
@@ -44,6 +45,7 @@ class Located(NamedTuple):
     weak: Tensor
     xi_side: Tensor
     v_side: Tensor
+    unit: ConicPoint
 
     def select(self, elements: Tensor) -> Located:
         """The same of some elements."""
@@ -53,15 +55,16 @@ class Located(NamedTuple):
             self.problem.select(elements), self.point.select(elements), self.slack[elements],
             self.tilt.select(elements), self.error[elements], self.lipschitz[elements.cpu().numpy()],
             self.weak[elements], self.xi_side[elements], self.v_side[elements],
+            self.unit.select(elements),
         )  # fmt: skip
 
 
-def known_point(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint) -> Located:
+def known_point(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint, unit: ConicPoint) -> Located:
     """Points in units of order 1, with their kinks, refined where they are not known well enough."""
     tilt = ConicPoint(*(tensor.to(point.x.dtype) for tensor in tilt))
     curved = not problem.structure.cones.is_polyhedral
     error = optimality_residual(problem, point, slack)
-    located = _locate(problem, point, slack, tilt, error)
+    located = _locate(problem, point, slack, tilt, error, unit)
     rough = error > KNOWN_WELL if curved else (error > KNOWN) | (located.weak & (error > KNOWN_WELL))
     if not bool(rough.any()):
         return located
@@ -70,10 +73,12 @@ def known_point(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: C
     point, slack = ConicPoint(*(tensor.clone() for tensor in point)), slack.clone()
     for whole, values in zip((*point, slack, error), (*refined.point, refined.slack, refined.after), strict=True):
         whole[elements] = values
-    return _locate(problem, point, slack, tilt, error)
+    return _locate(problem, point, slack, tilt, error, unit)
 
 
-def _locate(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint, error: Tensor) -> Located:
+def _locate(
+    problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint, error: Tensor, unit: ConicPoint
+) -> Located:
     """The kinks nearby."""
     structure, cones = problem.structure, problem.structure.cones
     tolerance = (100 * error).clamp(KINK, 1e-3)[:, None]
@@ -96,4 +101,4 @@ def _locate(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: Conic
     if bool(weak.any()):
         direction = from_numpy(interior_direction(cones)).to(v.device)
         v_side = torch.where(near, 2 * tolerance * direction, 0.0)
-    return Located(problem, point, slack, tilt, error, lipschitz, weak, xi_side, v_side)
+    return Located(problem, point, slack, tilt, error, lipschitz, weak, xi_side, v_side, unit)

@@ -44,7 +44,7 @@ def _conditions(problem: AnyProblem) -> _Conditions:
     return _CLASSES[problem.traits.conditions]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImplicitKKT(GradientMethod):
     """The exact derivative of the solution map at regular points, by one linear solve for each element.
 

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import IntArray, from_numpy
+from lpgd.arrays import from_numpy
 from lpgd.autograd import CallInfo
 from lpgd.gradients import GradientMethod
 from lpgd.gradients.losses import Reading
 from lpgd.layers.absent import without_absent_rows
 from lpgd.layers.base import LayerOutput, OptimizationLayer, WarmStart
+from lpgd.layers.cvxpy.asked import asked_of
 from lpgd.layers.cvxpy.attributes import check_attributes
 from lpgd.layers.cvxpy.elimination import NO_PIVOTS, find_pivots
 from lpgd.layers.cvxpy.layout import CanonicalProgram, VariableLayout
@@ -111,7 +112,7 @@ class CvxpyLayer(OptimizationLayer):
         substitution = Substitution(whole, pivots) if pivots.rows.size else None
         self._substitution = None if substitution is None or substitution.loses_digits() else substitution
         program = self._substitution.program if self._substitution is not None else whole
-        structure = _structure(program)
+        structure = _structure(program, self._substitution)
         super().__init__(structure, True, solver, gradient, solver_args, on_error, executor, verbose, progress)
         self.structure = structure
         self.parameter_layouts = program.parameters
@@ -256,7 +257,8 @@ class _Posed(NamedTuple):
     terms: Terms | None
 
 
-def _structure(program: CanonicalProgram) -> ConicStructure:
+def _structure(program: CanonicalProgram, substitution: Substitution | None = None) -> ConicStructure:
+    squared = np.zeros(0, dtype=np.int64) if substitution is None else substitution.squared
     return ConicStructure(
         program.quadratic,
         program.constraint,
@@ -264,36 +266,8 @@ def _structure(program: CanonicalProgram) -> ConicStructure:
         program.lower_index,
         program.upper_index,
         program.integer_index,
-        _constant_rows(program),
-        silent_columns=_silent_columns(program),
+        asked=asked_of(program, squared),
     )
-
-
-def _constant_rows(program: CanonicalProgram) -> IntArray:
-    """The rows of A and b that no parameter reaches."""
-    constant = np.ones(program.cones.rows, dtype=bool)
-    for affine, rows in ((program.A, program.constraint.rows), (program.b, np.arange(program.cones.rows))):
-        constant[rows[np.diff(affine.matrix[:, :-1].tocsr().indptr) > 0]] = False
-    return np.flatnonzero(constant)
-
-
-def _silent_columns(program: CanonicalProgram) -> IntArray:
-    """CVXPY's own variables, such as those of epigraphs, whose data no parameter reaches."""
-    silent = np.ones(program.n, dtype=bool)
-    places = (
-        (program.P, program.quadratic.rows),
-        (program.P, program.quadratic.columns),
-        (program.q, np.arange(program.n)),
-        (program.A, program.constraint.columns),
-        (program.lower, program.lower_index),
-        (program.upper, program.upper_index),
-    )
-    for affine, columns in places:
-        silent[columns[np.diff(affine.matrix[:, :-1].tocsr().indptr) > 0]] = False
-    for matrix in (matrix for layout in program.variables for matrix in (layout.primal, layout.lower, layout.upper)):
-        if matrix is not None:
-            silent[matrix.indices] = False
-    return np.flatnonzero(silent)
 
 
 def _readers(program: CanonicalProgram) -> list[_Reader]:

@@ -90,6 +90,7 @@ class Substitution:
 
     Attributes:
         program: what is left; of P and q it has the parts P_KK and q_K, on the patterns of P' and q'.
+        squared: variables whose part of P' or q' depends on parameters through what is substituted.
     """
 
     def __init__(self, program: CanonicalProgram, pivots: Pivots) -> None:
@@ -147,6 +148,8 @@ class Substitution:
             DataMap(shift),
             DataMap(scaled(program.q, pivots.variables)),
         ]
+        reaching = any(map_.reaching for map_ in (*self._term_maps, *(block.map for block in self._blocks)))
+        self.squared = np.unique(W.columns) if reaching else np.zeros(0, dtype=np.int64)
         self._is_shifted = bool(shift.matrix.nnz) and self._squares.nnz > 0
         self._is_linear = self._is_shifted or bool(program.q.matrix[pivots.variables].nnz)
         self._fixed = self._fixed_quadratic()

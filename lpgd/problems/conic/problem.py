@@ -303,6 +303,17 @@ class ConicProblem:
         """A point, (B, ·) each, in which all variables count alike: in :attr:`units`."""
         return self.units.point_in(self, point)
 
+    def asked(self, point: ConicPoint, at: ConicPoint, *, own_units: bool = True) -> ConicPoint:
+        """What anybody asks of x and y, (B, ·), with z: see :class:`~lpgd.problems.conic.asked.Asked`."""
+        values, asked = self.in_own_units(point) if own_units else point, self.structure.asked
+        if asked is None:
+            return values
+        unit = self.units.ones_out(self)
+        if not own_units:
+            unit = ConicPoint(*(torch.ones_like(tensor) for tensor in unit))
+        x = asked.in_x(values.x, self.in_own_units(at).y, unit.x)
+        return ConicPoint(x, asked.of_y(values.y, unit.y), values.z)
+
     def tilt_unit(self, point: ConicPoint, cotangent: ConicPoint) -> Tensor:
         """(B,) the step at which a tilt is as large as the terms that it changes, in the maximum norm in own units.
 

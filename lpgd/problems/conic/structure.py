@@ -15,6 +15,7 @@ from lpgd.arrays import IntArray, from_numpy
 from lpgd.cones.product import Cones
 from lpgd.cones.projections import cone_blocks
 from lpgd.problems.base import PointOperations, Traits
+from lpgd.problems.conic.asked import Asked
 from lpgd.problems.conic.sparsity import SparsityPattern
 
 __all__ = ["ConicData", "ConicPoint", "ConicSizes", "ConicStructure"]
@@ -57,13 +58,10 @@ class ConicStructure:
         lower_index: variables that have a lower bound, increasing; the data ``lower`` belong to these.
         upper_index: the same for upper bounds.
         integer_index: variables that take whole numbers only, increasing; a binary one has the bounds 0 and 1.
-        constant_rows: rows of A and b that are always the same, increasing: nobody asks for a gradient with respect to
-            them.
         two_sided: how many rows have two ends: the last of the zero cone are ``g x - w = b``, with the last variables
             w, which enter nothing else and have the ends as bounds.  Solvers that know such rows see them without w
             (:attr:`with_ends`).
-        silent_columns: variables that nobody asks about, and whose bounds and entries of P, q and A are always the
-            same: how they move is nobody's gradient.
+        asked: what anybody asks of x and y; None for all of it.
 
     Raises:
         ValueError: the sizes do not fit, or the pattern of P is not symmetric.
@@ -75,9 +73,8 @@ class ConicStructure:
     lower_index: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     upper_index: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     integer_index: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    constant_rows: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     two_sided: int = 0
-    silent_columns: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    asked: Asked | None = None
 
     def __post_init__(self) -> None:
         m, n = self.constraint.shape
@@ -235,8 +232,6 @@ class ConicStructure:
             self.lower_index[self.lower_index < variables],
             self.upper_index[self.upper_index < variables],
             self.integer_index,
-            self.constant_rows,
-            silent_columns=self.silent_columns[self.silent_columns < variables],
         )
 
     @cached_property

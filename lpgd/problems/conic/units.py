@@ -180,6 +180,14 @@ class Units:
         length, cost, D, E = self._length(problem), self._cost(problem), self.variable_of(problem), self._row(problem)
         return ConicPoint(point.x * (length * D), point.y * E / (cost * length), point.z / (cost * length * D))
 
+    def ones_out(self, problem: ConicProblem) -> ConicPoint:
+        """(B, ·) what a point of ones in these units is in the problem's own."""
+        like, shape = problem.data.q, (problem.batch_size, problem.structure.n)
+        ones = ConicPoint(
+            like.new_ones(shape), like.new_ones(problem.batch_size, problem.structure.m), like.new_ones(shape)
+        )
+        return self.point_out(problem, ones)
+
     def slack_in(self, problem: ConicProblem, slack: Tensor) -> Tensor:
         """A slack ``b - A x``, (B, m), in these units."""
         return slack if self.is_trivial else slack * self._row(problem) / self._length(problem)

@@ -1,0 +1,226 @@
+"""Implicit differentiation of conic programs one element at a time: kinks, and systems that are singular."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpgd.arrays import BoolArray, FloatArray, IntArray, as_index, flags, from_numpy
+from lpgd.execution.tasks import SerialExecutor, run_tasks
+from lpgd.gradients.implicit.findings import SAME, Findings
+from lpgd.gradients.implicit.located import Located
+from lpgd.gradients.implicit.multipliers import other_multipliers
+from lpgd.problems.conic.elements import ElementView
+from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
+from lpgd.solvers.kkt.refinement import complementary
+from lpgd.solvers.kkt.system import KKTPoints, KKTResponse, Known, respond
+
+__all__ = ["one_by_one"]
+
+STEADY = 1e-5
+"""Answers with other multipliers that differ by a smaller share are one."""
+NOTHING = 1e-7
+"""Changes of x by a smaller multiple of the tilt, in units of order 1, are none."""
+
+
+class _Task(NamedTuple):
+    structure: ConicStructure
+    rho: FloatArray | float
+    P: FloatArray
+    A: FloatArray
+    points: KKTPoints
+    known: Known
+
+
+def _respond(task: _Task) -> KKTResponse:
+    return respond(*task)
+
+
+def responses(
+    located: Located, elements: Sequence[int], rho: FloatArray | float, side: float, executor: Executor | None
+) -> KKTResponse:
+    """The responses of some elements, increasing, with what is at a kink brought to one side."""
+    problem, point, slack = located.problem, located.point, located.slack
+    if side:
+        v, xi = point.y - slack + side * located.v_side, point.x + point.z + side * located.xi_side
+        moved = ConicPoint(xi, torch.where(v.isnan(), 0.0, v), torch.zeros_like(xi))
+        # ξ and v as a point whose complementary one is meant.
+        point, slack, *_ = complementary(problem, moved, torch.zeros_like(v))
+    view = ElementView(problem)
+    lower, upper = problem.full_bounds()
+    tensors = (*point, slack, *located.tilt, lower, upper)
+    arrays = [tensor.detach().cpu().numpy() for tensor in tensors]
+    error = located.error.cpu().numpy()
+    tasks, order = [], []
+    for chunk in view.groups(list(elements), executor, per_worker=1):
+        matrices = (view.rows(name, chunk) for name in ("P", "A"))
+        P, A = (np.broadcast_to(matrix, (len(chunk), matrix.shape[1])) for matrix in matrices)
+        points = KKTPoints(*(array[chunk] for array in arrays))
+        chunk_rho = rho[chunk] if isinstance(rho, np.ndarray) else rho
+        tasks.append(_Task(problem.structure, chunk_rho, P, A, points, Known(error[chunk], located.lipschitz[chunk])))
+        order += chunk
+    results = run_tasks(_respond, tasks, executor)
+    back = np.argsort(order)  # elements are increasing
+    return KKTResponse.joined(results).select(back)
+
+
+def one_by_one(
+    located: Located,
+    elements: list[int],
+    rho: FloatArray | float,
+    answer: ConicPoint,
+    findings: Findings,
+    executor: Executor | None,
+) -> None:
+    """Write the response of some elements, and what there is to say about each."""
+    found, told = _judged(located, elements, rho, 0.0, executor)
+    weak = flags(located.weak)
+    at_kink = [k for k, element in enumerate(elements) if weak[element]]
+    if at_kink:
+        chosen = [elements[k] for k in at_kink]
+        (above, told_above), (below, told_below) = (
+            _judged(located, chosen, rho, side, executor) for side in (1.0, -1.0)
+        )
+        differ = _differences(located, chosen, above, below)
+        found = found.copy()
+        for index, k in enumerate(at_kink):
+            shared = bool((above.shared[index] | below.shared[index]).any())
+            known = bool(told_above[index] & told_below[index])
+            findings.kink(
+                elements[k],
+                float(differ.x[index]),
+                bool(differ.y[index]) or shared,
+                bool(differ.asked[index]) or not known,
+            )
+            if not above.unique[index] or not below.unique[index]:
+                findings.freed.add(elements[k])
+            elif not above.consistent[index] or not below.consistent[index]:
+                findings.torn.add(elements[k])
+            better = next((side for side in (above, below) if side.exact[index]), None)
+            if better is not None and not found.exact[k]:
+                told[k] = True
+                for whole, values in zip(found, better, strict=True):
+                    whole[k] = values[index]
+    for k, element in enumerate(elements):
+        singular = found.unique[k] and not found.exact[k] and findings.is_curved(found.shared[k])
+        if singular and _is_steady(located, element, rho, found.x[k], findings.concerns(found.shared[k])):
+            findings.steady.add(element)
+    for whole, values in zip(answer, found[:3], strict=True):
+        whole[elements] = from_numpy(values).to(whole.device)
+    findings.add(elements, found, told)
+
+
+def _judged(
+    located: Located, elements: list[int], rho: FloatArray | float, side: float, executor: Executor | None
+) -> tuple[KKTResponse, BoolArray]:
+    """Responses that are ``unique`` where what is asked of x is, and (k,) whether what is asked of y is.
+
+    A function ``r·x`` of the answers of a symmetric system ``K a = b`` is the same for all of them exactly where r is
+    orthogonal to K's null space, and ``K a = r`` has a solution.
+    """
+    found, asked = responses(located, elements, rho, side, executor), located.problem.structure.asked
+    told = np.array([not rows.any() for rows in found.shared])
+    if asked is None or found.exact.all():
+        return found, told
+    found = found.copy()
+
+    def has_answer(places: IntArray, of_x: bool) -> BoolArray:
+        chosen = located.select(as_index([elements[place] for place in places], located.error.device))
+        nothing = ConicPoint(*(torch.zeros_like(tensor) for tensor in chosen.point))
+        if of_x:
+            probe = nothing._replace(x=asked.probe_of_x(chosen.point.y, chosen.unit.x) * _involved(chosen))
+        else:
+            probe = nothing._replace(y=asked.of_y.probe(chosen.unit.y))
+        every = list(range(len(places)))
+        chosen_rho = rho[[elements[place] for place in places]] if isinstance(rho, np.ndarray) else rho
+        return responses(chosen._replace(tilt=probe), every, chosen_rho, side, executor).consistent
+
+    if (places := np.flatnonzero(~found.unique & ~found.exact)).size:
+        found.unique[places] = has_answer(places, of_x=True)
+    told |= ~found.shared[:, asked.of_y.touched].any(1)
+    if (places := np.flatnonzero(~told & found.unique & ~found.exact)).size:
+        told[places] = has_answer(places, of_x=False)
+    return found, told
+
+
+def _involved(located: Located) -> Tensor:
+    """(E, n) variables that have a curvature or stand in a row that may be active: others are left where they are."""
+    problem = located.problem
+    structure, size = problem.structure, problem.batch_size
+    linear = structure.cones.sections["nonnegative"]
+    active = torch.ones_like(located.slack, dtype=torch.bool)
+    v = located.point.y - located.slack
+    active[:, linear] = v[:, linear] >= -located.v_side[:, linear].abs()
+    entries = (per_element(problem.data.A, size) != 0) & active[:, from_numpy(structure.constraint.rows).to(v.device)]
+    involved = located.point.x.new_zeros(size, structure.n)
+    involved.index_add_(1, from_numpy(structure.constraint.columns).to(v.device), entries.to(involved.dtype))
+    curved = (per_element(problem.data.P, size) != 0).to(involved.dtype)
+    involved.index_add_(1, from_numpy(structure.quadratic.columns).to(v.device), curved)
+    return involved.clamp(max=1.0)
+
+
+def _is_steady(located: Located, element: int, rho: FloatArray | float, dx: FloatArray, with_constraints: bool) -> bool:
+    """Whether x moves alike with other multipliers of the same solution.
+
+    ``with_constraints`` says that gradients of the constraints themselves may be asked for: where planes share
+    multipliers with curved ones those depend on more than x.
+    """
+    index = torch.tensor([element], device=located.error.device)
+    problem, point, slack = located.problem.select(index), located.point.select(index), located.slack[index]
+    A = problem.structure.constraint.dense_matrices(np.atleast_2d(problem.data.A.detach().cpu().numpy()))[0]
+    lower, upper = (bound[0] for bound in problem.full_bounds())
+    x, z = point.x[0], point.z[0]
+    held = ((z > upper - x) | (-z > x - lower) | (lower >= upper)).cpu().numpy()
+    others, coupled = other_multipliers(
+        problem.structure.cones, A[:, ~held], point.y[0].cpu().numpy(), slack[0].cpu().numpy()
+    )
+    if coupled and with_constraints:
+        return False
+    element_rho = rho[[element]] if isinstance(rho, np.ndarray) else rho
+    for other in others:
+        relocated = located._replace(
+            problem=problem, point=point._replace(y=from_numpy(other)[None].to(point.y)), slack=slack,
+            tilt=located.tilt.select(index), error=located.error[index], lipschitz=located.lipschitz[[element]],
+        )  # fmt: skip
+        again = responses(relocated, [0], element_rho, 0.0, SerialExecutor()).x[0]
+        if np.abs(again - dx).max() > STEADY * max(np.abs(dx).max(), np.abs(again).max(), 1e-300):
+            return False
+    return bool(others)
+
+
+class _Differences(NamedTuple):
+    """By how much two answers of k elements differ.
+
+    Attributes:
+        x: (k,) relative, of what is asked of x.
+        y: (k,) whether any multipliers do.
+        asked: (k,) whether what is asked of y does.
+    """
+
+    x: FloatArray
+    y: BoolArray
+    asked: BoolArray
+
+
+def _differences(located: Located, elements: list[int], first: KKTResponse, second: KKTResponse) -> _Differences:
+    asked, index = located.problem.structure.asked, as_index(elements, located.error.device)
+    tilt = located.tilt.x[index].abs().amax(-1) if located.tilt.x.shape[1] else located.error[index]
+    least = np.maximum(NOTHING * tilt.cpu().numpy(), 1e-300)
+    xs, ys = (first.x, second.x), (first.y, second.y)
+    size = np.maximum(*(np.abs(y).max(1, initial=0.0) for y in ys))
+    apart = np.abs(ys[0] - ys[1]) > SAME * np.maximum(size, 1e-300)[:, None]
+    differ = apart.any(1)
+    asked_differ = differ
+    if asked is not None:
+        # How CVXPY's own variables move is nobody's gradient: a loose epigraph is always at a kink.
+        unit, y = located.unit.select(index), located.point.y[index].cpu()
+        xs = [asked.in_x(from_numpy(x), y, unit.x.cpu()).numpy() for x in xs]
+        ys = [asked.of_y(from_numpy(y), unit.y.cpu()).numpy() for y in ys]
+        asked_differ = (np.abs(ys[0] - ys[1]) > SAME * np.maximum(size, 1e-300)[:, None]).any(1)
+    largest = np.maximum(*(np.abs(x).max(1, initial=0.0) for x in xs))
+    return _Differences(np.abs(xs[0] - xs[1]).max(1, initial=0.0) / np.maximum(largest, least), differ, asked_differ)

@@ -1,0 +1,51 @@
+"""What a layer's outputs and its parameters' gradients ask of a canonical program's solutions."""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse as sp
+
+from lpgd.arrays import IntArray, SparseArray
+from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram
+from lpgd.problems.conic.asked import Asked, Readout
+
+__all__ = ["asked_of"]
+
+
+def asked_of(program: CanonicalProgram, squared: IntArray) -> Asked:
+    """What is asked of x and of y.
+
+    Args:
+        program: of n variables and m rows.
+        squared: variables whose part of P or q depends on parameters in ways that the program's maps do not tell.
+    """
+    quadratic, constraint, n = program.quadratic, program.constraint, program.n
+    curved = _reached(program.P)
+    entries = np.concatenate([quadratic.rows[curved], quadratic.columns[curved], squared])
+    of_x = [layout.primal for layout in program.variables if layout.primal is not None]
+    of_x += [_coefficients(program.q), _units(entries, n)]
+    moved = _reached(program.A)
+    of_y = [_coefficients(program.b), _units(constraint.rows[moved], program.cones.rows)]
+    return Asked(
+        Readout.of(sp.vstack(of_x, format="csr")),
+        Readout.of(sp.vstack(of_y, format="csr")),
+        constraint.rows[moved],
+        constraint.columns[moved],
+    )
+
+
+def _reached(affine: AffineMap) -> IntArray:
+    """The data that a parameter reaches."""
+    return np.flatnonzero(np.diff(affine.matrix[:, :-1].tocsr().indptr))
+
+
+def _coefficients(affine: AffineMap) -> SparseArray:
+    """For each parameter what the data's changes are multiplied by in its gradient: the transpose of the map."""
+    coefficients: SparseArray = affine.matrix[:, :-1].T.tocsr()
+    coefficients.eliminate_zeros()
+    return coefficients
+
+
+def _units(entries: IntArray, size: int) -> SparseArray:
+    entries = np.unique(entries)
+    return sp.csr_array((np.ones(entries.size), (np.arange(entries.size), entries)), shape=(entries.size, size))

@@ -1,0 +1,133 @@
+"""What anybody asks of the solutions of a conic program: the functions of x and y that warnings may speak of.
+
+A modelling language adds variables and rows of its own, such as those of epigraphs.  They need not be unique, nor move
+smoothly, where all is unique and smooth that a loss sees and that gradients of the parameters θ are made of,
+
+    dℓ/dθ = Σ ∂q/∂θ · dx - Σ ∂b/∂θ · dy + Σ ∂A/∂θ · (y dxᵀ + dy xᵀ) + ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpgd.arrays import IntArray, SparseArray, from_numpy, random_direction
+
+__all__ = ["Asked", "Readout"]
+
+NOTHING = 1e-9
+"""A multiplier of this size, in units of order 1, is zero."""
+
+
+class _Combinations(NamedTuple):
+    """The entries of a sparse matrix."""
+
+    row: Tensor
+    column: Tensor
+    factor: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """Functions of a vector: some of its entries, and linear combinations of several.
+
+    Args:
+        entries: (k,) which entries, increasing.
+        combinations: (l, n) the others, one a row.
+    """
+
+    entries: IntArray
+    combinations: SparseArray
+
+    @classmethod
+    def of(cls, matrix: SparseArray) -> Readout:
+        """The functions that are rows of a matrix (r, n); what is known by single entries is not asked again."""
+        matrix = matrix.tocsr()
+        lengths = np.diff(matrix.indptr)
+        entries = np.unique(matrix.indices[np.repeat(lengths == 1, lengths)]).astype(np.int64)
+        known = np.zeros(matrix.shape[1], dtype=bool)
+        known[entries] = True
+        row = np.repeat(np.arange(lengths.size), lengths)
+        unknown = np.bincount(row, weights=~known[matrix.indices], minlength=lengths.size)
+        return cls(entries, matrix[unknown > 0])
+
+    @property
+    def count(self) -> int:
+        """K + l."""
+        return self.entries.size + int(self.combinations.shape[0])
+
+    @cached_property
+    def touched(self) -> IntArray:
+        """The entries that any function depends on."""
+        return np.union1d(self.entries, self.combinations.indices)
+
+    @cached_property
+    def _combinations(self) -> _Combinations:
+        matrix = self.combinations.tocoo()
+        row, column = (from_numpy(index.astype(np.int64)) for index in matrix.coords)
+        return _Combinations(row, column, from_numpy(matrix.data.astype(np.float64)))
+
+    def _factors(self, unit: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, columns and values (B, ·) of the combinations, relative to what entries of 1 could make of them."""
+        row, column, factor = (tensor.to(device) for tensor in self._combinations)
+        factors = factor * unit[:, column]
+        size = factors.new_zeros(unit.shape[0], self.combinations.shape[0]).index_add_(1, row, factors.abs())
+        return row, column, factors / size.clamp(min=1e-300)[:, row]
+
+    def __call__(self, vectors: Tensor, unit: Tensor) -> Tensor:
+        """(B, n) to (B, k + l), of vectors in which 1 stands for ``unit`` (B, n)."""
+        chosen = vectors[:, from_numpy(self.entries).to(vectors.device)]
+        if not self.combinations.shape[0]:
+            return chosen
+        row, column, factors = self._factors(unit, vectors.device)
+        sums = factors.new_zeros(vectors.shape[0], self.combinations.shape[0])
+        return torch.cat([chosen, sums.index_add_(1, row, factors * vectors[:, column])], 1)
+
+    def probe(self, unit: Tensor) -> Tensor:
+        """(B, n) a random sum of all functions, as a vector: it is in a subspace where all of them are."""
+        weights = from_numpy(random_direction(self.count).copy()).to(unit.device)
+        vectors = torch.zeros_like(unit)
+        vectors[:, from_numpy(self.entries).to(unit.device)] = weights[: self.entries.size]
+        if self.combinations.shape[0]:
+            row, column, factors = self._factors(unit, unit.device)
+            vectors.index_add_(1, column, factors * weights[self.entries.size :][row])
+        return vectors
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked of x and y.
+
+    Args:
+        of_x: the user's variables, and what gradients of the objective depend on.
+        of_y: what gradients of the rows depend on.
+        rows, columns: the entries of A that parameters reach: they matter as far as their rows have multipliers.
+    """
+
+    of_x: Readout
+    of_y: Readout
+    rows: IntArray
+    columns: IntArray
+
+    def reached(self, y: Tensor) -> Tensor:
+        """(B, n) 1 for variables whose changes gradients of A depend on, with the multipliers y (B, m)."""
+        held = (y[:, from_numpy(self.rows).to(y.device)].abs() > NOTHING).to(y.dtype)
+        count = y.new_zeros(y.shape[0], self.of_x.combinations.shape[1])
+        return count.index_add_(1, from_numpy(self.columns).to(y.device), held).clamp(max=1.0)
+
+    def in_x(self, vectors: Tensor, y: Tensor, unit: Tensor) -> Tensor:
+        """(B, n) changes of x at multipliers y (B, m), as changes of what is asked, (B, ·)."""
+        values = self.of_x(vectors, unit)
+        return torch.cat([values, self.reached(y) * vectors], 1) if self.rows.size else values
+
+    def probe_of_x(self, y: Tensor, unit: Tensor) -> Tensor:
+        """(B, n) a random sum of all that is asked of x."""
+        probe = self.of_x.probe(unit)
+        if not self.rows.size:
+            return probe
+        return probe + self.reached(y) * from_numpy(random_direction(probe.shape[1]).copy()).to(y.device)

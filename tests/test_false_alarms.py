@@ -1,0 +1,117 @@
+"""Warnings where what was asked for depends on it, and nowhere else: CVXPY's own variables may be anything.
+
+Constraints far away leave ``min |x - c|²`` at x = c, whatever becomes of their epigraphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cvxpy as cp
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import lpgd
+from lpgd import LPGD, CvxpyLayer, ImplicitKKT
+from lpgd.gradients import GradientMethod
+
+pytestmark = pytest.mark.filterwarnings("error::lpgd.LpgdWarning")
+
+C = np.array([1.0, -0.7, 0.4])
+W = np.array([0.9, -0.5, 0.3])
+METHODS = [ImplicitKKT(), LPGD(), LPGD(tau=0.01), LPGD(tau=0.01, envelope="lower")]
+ATOMS: dict[str, Callable[[Any], Any]] = {
+    "max": cp.max,
+    "negative min": lambda x: -cp.min(x),
+    "sum_largest": lambda x: cp.sum_largest(x, 2),
+    "negative sum_smallest": lambda x: -cp.sum_smallest(x, 2),
+    "abs": lambda x: cp.sum(cp.abs(x)),
+    "norm1": cp.norm1,
+    "norm_inf": cp.norm_inf,
+    "pos": lambda x: cp.sum(cp.pos(x)),
+    "huber": lambda x: cp.sum(cp.huber(x, 0.3)),
+    "maximum": lambda x: cp.maximum(x[0], x[1], x[2]),
+    "cummax": lambda x: cp.max(cp.cummax(x)),
+    "tv": cp.tv,
+    "lambda_max": lambda x: cp.lambda_max(cp.bmat([[x[0], x[1]], [x[1], x[2]]])),
+    "norm2": cp.norm2,
+}
+PIECEWISE = ["max", "negative min", "sum_largest", "negative sum_smallest", "abs", "norm_inf", "maximum", "tv"]
+
+
+def gradients(problem: cp.Problem, method: GradientMethod, x: Any, inputs: dict[Any, Any], **more: Any) -> list[Tensor]:
+    """Of W·x with respect to the parameters' values."""
+    values = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in inputs.values()]
+    layer = CvxpyLayer(problem, list(inputs), [x], gradient=method, **more)
+    (layer(*values)[0] * torch.from_numpy(W)).sum().backward()
+    return [torch.zeros_like(value) if value.grad is None else value.grad for value in values]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("name", ATOMS)
+def test_constraints_that_are_loose(name: str, method: GradientMethod) -> None:
+    x, c, bound, weight = cp.Variable(3), cp.Parameter(3), cp.Parameter(), cp.Parameter(nonneg=True)
+    for eliminate in (True, False):
+        atom = ATOMS[name](x)
+        x.value = C
+        value = float(np.sum(atom.value))
+        cases: list[tuple[Any, dict[Any, Any]]] = [
+            (atom <= value + 0.3, {}),
+            (atom <= bound, {bound: value + 3.0}),
+            (weight * atom <= abs(value) + 1.0, {weight: 0.3}),
+        ]
+        for constraint, more in cases:
+            problem = cp.Problem(cp.Minimize(cp.sum_squares(x - c)), [constraint])
+            of_c, *others = gradients(problem, method, x, {c: C, **more}, eliminate=eliminate)
+            np.testing.assert_allclose(of_c.numpy(), W, atol=1e-5)
+            for other in others:
+                np.testing.assert_allclose(other.numpy(), 0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["DAQP", "PROXQP", "CLARABEL"])
+@pytest.mark.parametrize("method", METHODS[:2], ids=str)
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_terms_whose_pieces_are_clear(name: str, method: GradientMethod, solver: str) -> None:
+    """x = c - ½ t g, with the gradient g of the term's piece; which numbers make up the term's value is not unique."""
+    x, c, t = cp.Variable(3), cp.Parameter(3), cp.Parameter(nonneg=True)
+    slope = {
+        "max": [1, 0, 0], "maximum": [1, 0, 0], "norm_inf": [1, 0, 0], "negative min": [0, -1, 0],
+        "sum_largest": [1, 0, 1], "negative sum_smallest": [0, -1, -1], "abs": [1, -1, 1], "tv": [1, -2, 1],
+    }[name]  # fmt: skip
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - c) + t * ATOMS[name](x)))
+    of_c, of_t = gradients(problem, method, x, {c: C, t: 0.1}, solver=solver)
+    np.testing.assert_allclose(of_c.numpy(), W, atol=1e-5)
+    assert float(of_t) == pytest.approx(-0.5 * W @ slope, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS[:2], ids=str)
+def test_a_constraint_that_is_stated_twice_with_one_parameter(method: GradientMethod) -> None:
+    """Which of both has the multiplier is not unique; their sum, which the parameter's gradient takes, is."""
+    x, c, bound = cp.Variable(3), cp.Parameter(3), cp.Parameter()
+    constraints: list[Any] = [cp.sum(x) <= bound, cp.sum(x) <= bound]
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - c)), constraints)
+    of_c, of_bound = gradients(problem, method, x, {c: C, bound: 0.1})
+    np.testing.assert_allclose(of_c.numpy(), W - W.mean(), atol=1e-6)
+    assert float(of_bound) == pytest.approx(W.mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("atom", [cp.max, lambda x: cp.sum_largest(x, 2)], ids=["max", "sum_largest"])
+def test_ties_are_kinks_still(atom: Callable[[Any], Any]) -> None:
+    x, c = cp.Variable(3), cp.Parameter(3)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - c)), [atom(x) <= float(np.sum(atom(cp.Constant(C)).value))])
+    for method in METHODS[:2]:
+        with pytest.warns(lpgd.LpgdWarning, match="kink"):
+            gradients(problem, method, x, {c: C})
+
+
+def test_messages_begin_with_the_options_that_are_not_the_defaults() -> None:
+    assert str(ImplicitKKT()) == "ImplicitKKT()"
+    assert str(LPGD()) == "LPGD()"
+    assert str(LPGD(0.1, envelope="lower")) == "LPGD(tau=0.1, envelope='lower')"
+    assert str(lpgd.BlackboxBackprop(2.0)) == "BlackboxBackprop(tau=2.0)"
+    assert str(LPGD(1.0, separate=True)) == "LPGD(tau=1.0, separate=True)"
+    for method in (ImplicitKKT(rho=0.5), LPGD(tau=0.1, rho=0.2), lpgd.Domke(), lpgd.LagrangianMirrorDescent(0.5)):
+        assert eval(str(method), vars(lpgd)) == method
