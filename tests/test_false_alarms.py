@@ -38,6 +38,7 @@ ATOMS: dict[str, Callable[[Any], Any]] = {
     "tv": cp.tv,
     "lambda_max": lambda x: cp.lambda_max(cp.bmat([[x[0], x[1]], [x[1], x[2]]])),
     "norm2": cp.norm2,
+    "exp": lambda x: cp.sum(cp.exp(x)),
 }
 PIECEWISE = ["max", "negative min", "sum_largest", "negative sum_smallest", "abs", "norm_inf", "maximum", "tv"]
 
@@ -59,7 +60,7 @@ def test_constraints_that_are_loose(name: str, method: GradientMethod) -> None:
         x.value = C
         value = float(np.sum(atom.value))
         cases: list[tuple[Any, dict[Any, Any]]] = [
-            (atom <= value + 0.3, {}),
+            (atom <= value + (0.3 if getattr(method, "tau", None) else 0.001), {}),  # farther than a given step reaches
             (atom <= bound, {bound: value + 3.0}),
             (weight * atom <= abs(value) + 1.0, {weight: 0.3}),
         ]

@@ -247,7 +247,7 @@ def flat_node(mended: bool) -> Answer:
     return theta.grad, [[2 * 2 / 4.5]]
 
 
-@case(r"shape= was not given, y has the shape of the first input, \(3,\).*name it \(Node\(shape=")
+@case(r"shape= was not given, y has the shape of the first input, \(3,\).*type it: Node\(\.\.\., shape=")
 def node_without_its_shape(mended: bool) -> Answer:
     """Of three numbers θ the mean, whose shape is ()."""
     shape = () if mended else None

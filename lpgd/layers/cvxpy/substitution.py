@@ -149,7 +149,8 @@ class Substitution:
             DataMap(scaled(program.q, pivots.variables)),
         ]
         reaching = any(map_.reaching for map_ in (*self._term_maps, *(block.map for block in self._blocks)))
-        self.squared = np.unique(W.columns) if reaching else np.zeros(0, dtype=np.int64)
+        weighted = np.union1d(self._squares.rows, np.flatnonzero(np.diff(program.q.matrix[pivots.variables].indptr)))
+        self.squared = np.unique(W.columns[np.isin(W.rows, weighted)]) if reaching else np.zeros(0, dtype=np.int64)
         self._is_shifted = bool(shift.matrix.nnz) and self._squares.nnz > 0
         self._is_linear = self._is_shifted or bool(program.q.matrix[pivots.variables].nnz)
         self._fixed = self._fixed_quadratic()
