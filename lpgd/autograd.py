@@ -95,6 +95,7 @@ class Call:
     info: CallInfo
     explain: Explain | None = None
     progress: bool = False
+    known: AnySolution | None = None
 
 
 def solve(
@@ -108,6 +109,7 @@ def solve(
     info: CallInfo | None = None,
     explain: Explain | None = None,
     progress: bool = False,
+    known: AnySolution | None = None,
 ) -> Any:
     """Solve a batch of problems of any class, differentiably in all their data.
 
@@ -124,6 +126,7 @@ def solve(
         info: filled with the record of this call.
         explain: what messages say of an element without a solution beside its status.
         progress: whether to show a progress bar where it takes long.
+        known: the solution, if there is one already.
 
     Returns:
         The solutions: those parts of a point of the problem's class that losses see (``Solution.outputs``).
@@ -134,7 +137,7 @@ def solve(
     if on_error not in ON_ERROR:
         raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(ON_ERROR)}.")
     info = info or CallInfo()
-    call = Call(solver, gradient, on_error, executor, states, info, explain, progress)
+    call = Call(solver, gradient, on_error, executor, states, info, explain, progress, known)
     *outputs, usable = _SolveFunction.apply(call, problem, *problem.data, *getattr(problem, "attached", ()))
     info.usable = usable
     return info.solution.outputs._make(outputs)
@@ -152,7 +155,9 @@ class _SolveFunction(QuickFunction):
         if tensors[count:]:
             problem = cast(Any, problem).with_attached([plain(tensor) for tensor in tensors[count:]])
         with _threads(call.solver), progress(call.progress, "solve", problem.batch_size):
-            solution = call.solver.solve(problem, call.states, call.executor)
+            solution = call.known
+            if solution is None:
+                solution = call.solver.solve(problem, call.states, call.executor)
             if call.on_error == "relax":
                 solution = relax(solution, call.solver, call.executor)
         check_solution(solution, call.on_error, call.explain)

@@ -19,9 +19,11 @@ from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
 from lpgd.gradients.losses import Reading, identity
 from lpgd.layers.absent import without_absent_rows
+from lpgd.layers.balanced import balanced, in_own_coordinates, is_of_other_coordinates
 from lpgd.layers.inputs import Batch
 from lpgd.layers.standard_options import StandardOptions
 from lpgd.problems.base import States, Structure, Traits
+from lpgd.problems.conic.balance import Balance
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.relaxed import RelaxedPoint
 from lpgd.problems.conic.solution import ConicSolution
@@ -111,8 +113,9 @@ class BaseLayer(torch.nn.Module, ABC):
         call: CallOptions,
         warm_start: WarmStart,
         explain: Explain | None = None,
+        known: AnySolution | None = None,
     ) -> tuple[Any, CallInfo]:
-        """Solve a batch, differentiably: the outputs and the record."""
+        """Solve a batch, differentiably, unless its solution is known: the outputs and the record."""
         info = CallInfo(choice=call.choice)
         outputs = solve(
             problem,
@@ -124,6 +127,7 @@ class BaseLayer(torch.nn.Module, ABC):
             info=info,
             explain=explain,
             progress=self.progress,
+            known=known,
         )
         self._remember(info.solution, batch, call.solver)
         return outputs, info
@@ -149,6 +153,8 @@ class BaseLayer(torch.nn.Module, ABC):
         if not isinstance(previous, Solution):
             raise TypeError(f"warm_start is {type(warm_start).__name__}; it takes True, an output or a Solution.")
         other = previous.problem.structure
+        if is_of_other_coordinates(previous, structure, batch.batch_size):
+            return ()
         if previous.batch_size != batch.batch_size or other.digest != structure.digest:
             raise ValueError(
                 f"warm_start is a result of {previous.batch_size} elements with {other.summary}; this call has "
@@ -182,6 +188,11 @@ class CallOptions(NamedTuple):
     gradient: GradientMethod
     choice: object
     """Whose text says which solver it is, and why."""
+
+
+def _is_augmented(method: Any) -> bool:
+    """Whether a gradient method adds a square or a loss to the objective."""
+    return getattr(method, "rho", 0.0) > 0 or getattr(method, "loss", None) is not None
 
 
 def _exact(structure: ConicStructure) -> GradientMethod:
@@ -263,11 +274,14 @@ class OptimizationLayer(BaseLayer):
         call, size = self._call_options(structure, solver_args, data.q.device), batch.batch_size
         call = call._replace(gradient=call.gradient.bound(lambda: self._readings(structure), batch.rows_of_loss))
         data, absent = without_absent_rows(structure, data, size)
-        problem = ConicProblem(structure, data, size)
-        found, info = self._differentiable(problem, batch, call, warm_start, explain)
+        balance, known = self._balance(structure, data, batch, call, warm_start)
+        problem = ConicProblem(structure, data, size) if balance is None else balance.problem(data)
+        found, info = self._differentiable(problem, batch, call, warm_start, explain, known)
         if isinstance(found, RelaxedPoint):
             info.violation = found.violation(structure)
         point = ConicPoint(*found[:3])
+        if balance is not None:
+            point = balance.point_out(point)
         if absent is not None:
             absent = per_element(absent, size) & ~torch.isnan(point.y)
             point = point._replace(y=torch.where(absent, 0.0, point.y))
@@ -284,7 +298,27 @@ class OptimizationLayer(BaseLayer):
         """Solve a batch: the solver's whole answer."""
         call = self._call_options(structure, solver_args, data.q.device)
         data, _ = without_absent_rows(structure, data, batch.batch_size)
-        return self._plain(ConicProblem(structure, data, batch.batch_size), batch, call, warm_start)
+        problem = ConicProblem(structure, data, batch.batch_size)
+        balance, known = self._balance(structure, data, batch, call, warm_start)
+        if balance is None or known is None:
+            return self._plain(problem, batch, call, warm_start)
+        return in_own_coordinates(known, problem, balance)
+
+    def _balance(
+        self, structure: ConicStructure, data: ConicData, batch: Batch, call: CallOptions, warm_start: WarmStart
+    ) -> tuple[Balance | None, ConicSolution | None]:
+        """The coordinates in which a call is solved, and the solution there, where its data can be looked at.
+
+        Violations of relaxed programs are measured in their own coordinates.
+        """
+        if self.on_error == "relax":
+            return None, None
+        size = batch.batch_size
+
+        def solve(problem: ConicProblem) -> ConicSolution:
+            return self._plain(problem, batch, call, warm_start if problem.batch_size == size else False)
+
+        return balanced(structure, data, size, solve, augmented=_is_augmented(call.gradient))
 
     def _readings(self, structure: ConicStructure) -> Sequence[Reading]:
         """How primal outputs are read off the variables of a program."""
@@ -295,9 +329,7 @@ class OptimizationLayer(BaseLayer):
         return self._solver
 
     def _situation(self, device: torch.device | None = None) -> Situation:
-        method: Any = self.gradient
-        augmented = getattr(method, "rho", 0.0) > 0 or getattr(method, "loss", None) is not None
-        return Situation(device.type if device is not None else "cpu", augmented)
+        return Situation(device.type if device is not None else "cpu", _is_augmented(self.gradient))
 
     def _call_options(
         self, structure: ConicStructure, solver_args: Mapping[str, object] | None, device: torch.device

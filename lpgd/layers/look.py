@@ -8,9 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-__all__ = ["look_at"]
+from lpgd.problems.lanes import joined, separated
 
-_transforms_are_active: Callable[[], bool] = cast(Any, torch._C)._are_functorch_transforms_active
+__all__ = ["look_at", "made_of", "transforms_are_active"]
+
+Making = Callable[[Sequence[Tensor], int], "tuple[Tensor, ...] | None"]
+
+transforms_are_active: Callable[[], bool] = cast(Any, torch._C)._are_functorch_transforms_active
 
 
 def look_at(function: Callable[[Sequence[Tensor]], object], tensors: Sequence[Tensor], ndims: Sequence[int]) -> None:
@@ -21,10 +25,33 @@ def look_at(function: Callable[[Sequence[Tensor]], object], tensors: Sequence[Te
         tensors: of any batch dimensions that it takes itself; those of ``torch.func.vmap`` are made one with them.
         ndims: how many dimensions each has for one element.
     """
-    if _transforms_are_active():
+    if transforms_are_active():
         _Look.apply(function, tuple(ndims), *(tensor.detach() for tensor in tensors))
     else:
         function(tensors)
+
+
+def made_of(function: Making, tensors: Sequence[Tensor], size: int) -> tuple[Tensor, ...] | None:
+    """What a function makes of the values of a batch's tensors, which has no derivative; None where it makes nothing.
+
+    Args:
+        function: takes vectors, or tensors with as many rows as a divisor of the number of elements, and this number;
+            returns tensors with one row or one for each element.  Lanes of ``torch.func.vmap`` are elements for it.
+        tensors: of the batch.
+        size: how many elements the batch has.
+    """
+    plain = [tensor.detach() for tensor in tensors]
+    if not transforms_are_active():
+        return function(plain, size)
+    found = list[bool]()
+
+    def making(shown: Sequence[Tensor], count: int) -> tuple[Tensor, ...] | None:
+        made = function(shown, count)
+        found.append(made is not None)
+        return made
+
+    made = _Made.apply(making, size, *plain)
+    return made if any(found) else None
 
 
 class _Look(torch.autograd.Function):
@@ -45,3 +72,28 @@ class _Look(torch.autograd.Function):
             for tensor, dim, ndim in zip(tensors, in_dims[2:], ndims, strict=True)
         ]
         return _Look.apply(function, ndims, *shown), None
+
+
+class _Made(torch.autograd.Function):
+    @staticmethod
+    def forward(function: Making, size: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        made = function(tensors, size)
+        if made is None:
+            return (torch.zeros(size, 1, device=tensors[0].device),)
+        return tuple(tensor.expand(size, -1).contiguous() for tensor in made)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        """There is no derivative."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        function, size, *tensors = inputs
+        lanes = info.batch_size
+        shown = [joined(tensor, dim, lanes, size, 1) for tensor, dim in zip(tensors, in_dims[2:], strict=True)]
+        made = _Made.apply(function, lanes * size, *shown)
+        return tuple(separated(tensor, lanes) for tensor in made), (0,) * len(made)

@@ -1,0 +1,122 @@
+"""Automorphisms of cones: linear maps of a cone onto itself, by their exponents of two.
+
+zero, nonnegative   a factor for each row
+second-order        a factor e, and a hyperbolic rotation of the first two rows: ``s₀ + s₁`` and ``s₀ - s₁``, whose
+                    product bounds the other rows, are multiplied by ``e k`` and ``e / k``
+semidefinite        ``S → V S V`` with a diagonal V
+exponential         a factor e, and ``(u, v, w) → (u + c v, v, exp(c) w)``
+power               factors of the rows with ``e_u^a e_v^(1 - a) = e_w``
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from lpgd.arrays import FloatArray, IntArray, SparseArray, from_numpy
+from lpgd.cones.product import Cones, svec_indices
+
+__all__ = ["Mixed", "exponents_of", "in_pairs", "paired_rows", "rotated"]
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """Entries of a vector of values that automorphisms mix.
+
+    Attributes:
+        first, second: of the first two rows of rotated second-order cones, side by side.
+        sheared, sheared_by: of the first rows of exponential cones, and those of the second rows that are added.
+        cone: which exponential cone these belong to.
+    """
+
+    first: IntArray
+    second: IntArray
+    sheared: IntArray
+    sheared_by: IntArray
+    cone: IntArray
+
+
+def rotated(values: Tensor, factors: Tensor, entries: Mixed) -> Tensor:
+    """Values times factors; where two are mixed, their sum and their difference are multiplied."""
+    scaled = values * factors
+    if not entries.first.size:
+        return scaled
+    first, second = (from_numpy(index).to(values.device) for index in (entries.first, entries.second))
+    plus, minus = factors[..., first], factors[..., second]
+    total = 0.5 * plus * (values[..., first] + values[..., second])
+    difference = 0.5 * minus * (values[..., first] - values[..., second])
+    same = plus == minus  # sums of both would be rounded
+    scaled = scaled.index_copy(-1, first, torch.where(same, scaled[..., first], total + difference))
+    return scaled.index_copy(-1, second, torch.where(same, scaled[..., second], total - difference))
+
+
+def paired_rows(cones: Cones, rows: IntArray, columns: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """The second-order cones whose first two rows have one pattern, by the first row, and the entries of both rows."""
+    starts = cones.sections["second_order"].start + np.cumsum([0, *cones.second_order])[:-1]
+    starts = starts.astype(np.int64)[np.array(cones.second_order, dtype=np.int64) >= 3]
+    order = np.argsort(rows, kind="stable")
+    ends = np.searchsorted(rows[order], np.arange(cones.rows + 1))
+    turned, entries = list[int](), ([np.zeros(0, np.int64)], [np.zeros(0, np.int64)])
+    for row in starts.tolist():
+        first, second = (order[ends[number] : ends[number + 1]] for number in (row, row + 1))
+        if np.array_equal(columns[first], columns[second]):
+            turned.append(row)
+            entries[0].append(first)
+            entries[1].append(second)
+    return np.array(turned, dtype=np.int64), np.concatenate(entries[0]), np.concatenate(entries[1])
+
+
+def exponents_of(cones: Cones, turned: frozenset[int]) -> tuple[SparseArray, list[int]]:
+    """The exponents of rows as linear functions of parameters (m, parameters), and which of these are no factors."""
+    entries, turning, row, count = list[tuple[int, int, float]](), list[int](), 0, 0
+
+    def add(rows: range, parameter: int, value: float = 1.0) -> None:
+        entries.extend((number, parameter, value) for number in rows)
+
+    def factor(size: int) -> None:
+        nonlocal row, count
+        add(range(row, row + size), count)
+        row, count = row + size, count + 1
+
+    for _ in range(cones.zero + cones.nonnegative):
+        factor(1)
+    for size in cones.second_order:
+        factor(size)
+        if row - size in turned:
+            first = row - size
+            entries.extend([(first, count, 1.0), (first + 1, count, -1.0)])
+            turning.append(count)
+            count += 1
+    for side in cones.semidefinite:
+        for i, j in zip(*svec_indices(side), strict=True):
+            entries.extend([(row, count + int(i), 1.0), (row, count + int(j), 1.0)])
+            row += 1
+        count += side
+    for number in range(cones.exponential + cones.dual_exponential):
+        factor(3)
+        if number < cones.exponential:
+            entries.append((row - 1, count, 1.0))
+            turning.append(count)
+            count += 1
+    for exponent in cones.power:
+        factor(3)
+        entries.extend([(row - 3, count, 1.0 - abs(exponent)), (row - 2, count, -abs(exponent))])
+        turning.append(count)
+        count += 1
+    rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())
+    matrix = sp.csr_array((np.array(values, dtype=np.float64), (rows, columns)), shape=(cones.rows, count))
+    return matrix, turning
+
+
+def in_pairs(values: FloatArray, entries: Mixed) -> FloatArray:
+    """Values in which sums and differences stand for the entries of two rows."""
+    if not entries.first.size:
+        return values
+    values = values.copy()
+    first, second = values[:, entries.first], values[:, entries.second]
+    values[:, entries.first], values[:, entries.second] = first + second, first - second
+    return values

@@ -1,0 +1,357 @@
+"""Coordinates of cones and variables in which the data of a conic program are of one size, where a batch needs them.
+
+What CVXPY makes of ``|x|² ≤ R`` is ``(1 + t, 1 - t, 2x)`` in a second-order cone and ``t ≤ R``.  With R of 1e12 the 1
+is rounding beside t.  But a cone has automorphisms T that bring both to one size: linear maps of the cone onto itself.
+With them and positive factors D of the variables, ``x = D x̂``, ``s = T⁻¹ ŝ``, ``y = Tᵀ ŷ`` and
+
+    P̂ = D P D,   q̂ = D q,   Â = T A D,   b̂ = T b,   bounds / D
+
+are the data of the same program.  Where the data say that a cone needs it, the whole program is solved in these
+coordinates: solution, multipliers, perturbations and derivatives are all found there.
+
+The exponents of both (:mod:`lpgd.problems.conic.automorphisms`) minimise ``Σ |log|entry||`` over the entries of Â, b̂,
+σ q̂, σ P̂ and the bounds, nearly.  That is a linear program in the exponents: data whose sizes differ only by units are
+all brought to 1, and where a few constraints are loose the others decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from scipy.sparse.linalg import splu
+from torch import Tensor
+
+from lpgd.arrays import BoolArray, FloatArray, SparseArray, from_numpy
+from lpgd.execution.memo import TensorMemo
+from lpgd.problems.conic.automorphisms import Mixed, exponents_of, in_pairs, paired_rows, rotated
+from lpgd.problems.conic.magnitudes import INFINITE
+from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.sparsity import SparsityPattern
+from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure, per_element
+
+__all__ = ["Balance", "Balancing", "balancing_of"]
+
+WIDE, ROUGH = 12.0, 3.0
+"""Cones whose rows want factors that differ by the first exponent of two are balanced.  They are looked at where least
+squares, which take next to no time, want the second."""
+SWEEPS, NEAR = 12, 2.0
+"""Least squares with weights that make them a sum of magnitudes, and the residual below which they stay squares."""
+RIDGE, TURNED = 1e-6, 1e-3
+"""What is added to squares for the exponents of factors, and for those of other automorphisms, so that nothing is
+turned that factors can do as well."""
+LARGEST = 60.0
+"""The largest exponent of a parameter."""
+LOOSE = 0.1
+"""What an inequality counts whose right-hand side is larger than the rest, if such constraints may be loose."""
+DENSE = 400
+"""Fits of so many unknowns are dense."""
+KEPT = 8
+"""So many factors of least squares are kept, for data with different zeros."""
+
+Factors = tuple[Tensor, Tensor, Tensor]
+"""Of variables and rows, and the shifts, of a :class:`Balance`."""
+_A, _B = ConicData._fields.index("A"), ConicData._fields.index("b")
+_memo = TensorMemo()
+
+
+@dataclass(frozen=True, eq=False)
+class Balance:
+    """The coordinates of a batch of B elements; with one row of factors they are those of all elements.
+
+    Attributes:
+        balancing: what they are coordinates of.
+        size: B.
+        variable: (1 or B, n) factors D.
+        row: (1 or B, m) factors of the rows; of a rotated second-order cone those of ``s₀ + s₁`` and of ``s₀ - s₁``
+            stand in the first two.
+        shift: (1 or B, exponential cones) the numbers c.
+    """
+
+    balancing: Balancing
+    size: int
+    variable: Tensor
+    row: Tensor
+    shift: Tensor
+
+    @property
+    def structure(self) -> ConicStructure:
+        """Of the program in these coordinates."""
+        return self.balancing.wider
+
+    def problem(self, data: ConicData) -> ConicProblem:
+        """The batch in these coordinates."""
+        return ConicProblem(self.structure, self.apply(data), self.size)
+
+    def for_rows_alone(self) -> Balance:
+        """The same with variables as they are."""
+        return replace(self, variable=torch.ones_like(self.variable))
+
+    def plain(self) -> Balance:
+        """The coordinates that the batch has by itself, on the wider pattern."""
+        return replace(
+            self,
+            variable=torch.ones_like(self.variable),
+            row=torch.ones_like(self.row),
+            shift=torch.zeros_like(self.shift),
+        )
+
+    def where(self, elements: list[int], other: Balance) -> Balance:
+        """These coordinates, and other ones for some elements."""
+
+        def chosen(factors: Tensor, others: Tensor) -> Tensor:
+            factors = per_element(factors, self.size).clone()
+            factors[elements] = per_element(others, self.size)[elements]
+            return factors
+
+        return replace(
+            self,
+            variable=chosen(self.variable, other.variable),
+            row=chosen(self.row, other.row),
+            shift=chosen(self.shift, other.shift),
+        )
+
+    def apply(self, data: ConicData) -> ConicData:
+        """The data in these coordinates, differentiably; what is shared stays so if the factors are."""
+        structure, device = self.structure, data.q.device
+        if self.row.shape[0] > 1:
+            data = ConicData(*(per_element(datum, self.size) for datum in data))
+        P, q, A, b, lower, upper = data
+        if structure is not self.balancing.structure:
+            places = from_numpy(self.balancing.places).to(device)
+            A = A.new_zeros(*A.shape[:-1], structure.constraint.nnz).index_copy(-1, places, A)
+        constraint, quadratic = structure.constraint, structure.quadratic
+        columns, rows, first, second = (
+            from_numpy(index).to(device)
+            for index in (constraint.columns, constraint.rows, quadratic.rows, quadratic.columns)
+        )
+        D, E = self._like(self.variable, A), self._like(self.row, A)
+        P_factors, q_factors = (self._like(self.variable, datum) for datum in (P, q))
+        return ConicData(
+            P * P_factors[..., first] * P_factors[..., second],
+            q * q_factors,
+            self._turned(A * D[..., columns], E[..., rows], self.balancing.entries),
+            self._turned(b, self._like(self.row, b), self.balancing.firsts),
+            lower / self._like(self.variable, lower)[..., structure.index("lower_index", device)],
+            upper / self._like(self.variable, upper)[..., structure.index("upper_index", device)],
+        )
+
+    def point_out(self, point: ConicPoint) -> ConicPoint:
+        """A point in these coordinates as one of the program itself, differentiably."""
+        x, y, z = point
+        if self.balancing.triples.size:
+            first, second = (from_numpy(self.balancing.triples + number).to(y.device) for number in (0, 1))
+            y = y.index_add(-1, second, self.shift * (self.row * y)[..., first] / self.row[..., second])
+        return ConicPoint(x * self.variable, rotated(y, self.row, self.balancing.firsts), z / self.variable)
+
+    def slack_out(self, slack: Tensor) -> Tensor:
+        """A slack in these coordinates as one of the program itself."""
+        slack = rotated(slack, 1.0 / self.row, self.balancing.firsts)
+        if self.balancing.triples.size:
+            first, second = (from_numpy(self.balancing.triples + number).to(slack.device) for number in (0, 1))
+            slack = slack.index_add(-1, first, -self.shift * slack[..., second])
+        return slack
+
+    def _turned(self, values: Tensor, factors: Tensor, entries: Mixed) -> Tensor:
+        """``T`` times values, of A or of b."""
+        if entries.sheared.size:
+            onto, of, cone = (
+                from_numpy(index).to(values.device) for index in (entries.sheared, entries.sheared_by, entries.cone)
+            )
+            values = values.index_add(-1, onto, self._like(self.shift, values)[..., cone] * values[..., of])
+        return rotated(values, factors, entries)
+
+    @staticmethod
+    def _like(factors: Tensor, datum: Tensor) -> Tensor:
+        """Factors as a vector where the datum is shared."""
+        return factors[0] if datum.ndim == 1 else factors
+
+
+class Balancing:
+    """Finds the coordinates of programs of one structure.
+
+    Attributes:
+        structure: of the programs.
+        wider: of the programs in other coordinates: in an exponential cone the second row is added to the first.
+        places: where the entries of A stand among those of the wider A.
+    """
+
+    def __init__(self, structure: ConicStructure) -> None:
+        self.structure = structure
+        cones, constraint, m = structure.cones, structure.constraint, structure.m
+        section = cones.sections["exponential"]
+        self.triples = np.arange(section.start, section.stop, 3)
+        keys = constraint.columns * m + constraint.rows
+        wider = np.union1d(keys, keys[np.isin(constraint.rows, self.triples + 1)] - 1)
+        columns, rows = np.divmod(wider, max(m, 1))
+        self.places = np.searchsorted(wider, keys)
+        self.wider = structure
+        if wider.size > keys.size:
+            self.wider = replace(structure, constraint=SparsityPattern(constraint.shape, rows, columns))
+        self.turned, first, second = paired_rows(cones, rows, columns)
+        by = np.flatnonzero(np.isin(rows, self.triples + 1))
+        onto = self.wider.constraint.positions(rows[by] - 1, columns[by])
+        self.entries = Mixed(first, second, onto, by, (rows[by] - section.start) // 3)
+        numbers = np.arange(self.triples.size)
+        self.firsts = Mixed(self.turned, self.turned + 1, self.triples, self.triples + 1, numbers)
+        self.exponents, turning = exponents_of(cones, frozenset(self.turned.tolist()))
+        self._ridge = np.full(structure.n + self.exponents.shape[1] + 1, RIDGE)
+        self._ridge[structure.n + np.array(turning, dtype=np.int64)] = TURNED
+        self._equations = self._logarithmic()
+        self._solvers: dict[bytes, Callable[[FloatArray], FloatArray]] = {}
+
+    @property
+    def is_of_use(self) -> bool:
+        """Whether a cone has automorphisms beside factors."""
+        cones = self.structure.cones
+        has_some = self.turned.size or self.triples.size or cones.power or any(side > 1 for side in cones.semidefinite)
+        return bool(has_some) and not self.structure.has_integers
+
+    def _logarithmic(self) -> list[SparseArray]:
+        """What exponents of variables, parameters, and the objective's add to logarithms, of each datum's entries."""
+        structure, count = self.structure, self.exponents.shape[1]
+        n, constraint, quadratic = structure.n, self.wider.constraint, structure.quadratic
+        identity: SparseArray = sp.eye_array(n, format="csr")
+        rows: SparseArray = self.exponents
+
+        def equations(variables: SparseArray, parameters: SparseArray | None, objective: float) -> SparseArray:
+            height = variables.shape[0]
+            middle = sp.csr_array((height, count)) if parameters is None else parameters
+            return sp.csr_array(sp.hstack([variables, middle, sp.csr_array(np.full((height, 1), objective))]))
+
+        return [
+            equations(identity[quadratic.rows] + identity[quadratic.columns], None, 1.0),
+            equations(identity, None, 1.0),
+            equations(identity[constraint.columns], rows[constraint.rows], 0.0),
+            equations(sp.csr_array((structure.m, n)), rows, 0.0),
+            equations(-identity[structure.lower_index], None, 0.0),
+            equations(-identity[structure.upper_index], None, 0.0),
+        ]
+
+    def __call__(self, data: Sequence[Tensor], size: int, *, loose: bool = False) -> Factors | None:
+        """The factors and shifts of a :class:`Balance`; None where no element needs other coordinates than it has.
+
+        Args:
+            data: plain tensors, in the order of :class:`ConicData`.
+            size: of the batch.
+            loose: inequalities whose right-hand sides are large are taken for loose ones.
+        """
+        if not size:
+            return None
+        logarithms = [self._logarithms(number, datum) for number, datum in enumerate(data)]
+        count = max(len(values) for values in logarithms)
+        n, parameters, found = self.structure.n, self.exponents.shape[1], dict[int, FloatArray]()
+        for element in np.flatnonzero(self._is_wide(self._rough_fit(logarithms), ROUGH)).tolist():
+            known = [values[element % len(values)] for values in logarithms]
+            sides = self._sides(data, element) if loose else None
+            fit = self._fit(known, sides)
+            if self._is_wide(fit[None], WIDE)[0]:
+                found[element] = fit[: n + parameters].round().clip(-LARGEST, LARGEST)
+        if not found:
+            return None
+        exponents = np.zeros((count, n + parameters))
+        exponents[list(found)] = list(found.values())
+        is_shared = bool((exponents == exponents[:1]).all())
+        exponents = exponents[:1] if is_shared else np.tile(exponents, (size // count, 1))
+        row = self._rows(exponents)
+        shift = np.log(2.0) * (row[:, self.triples + 2] - row[:, self.triples])
+        variable, row, shift = (
+            from_numpy(np.ascontiguousarray(values)).to(data[0].device) for values in (exponents[:, :n], row, shift)
+        )
+        return torch.exp2(variable), torch.exp2(row), shift
+
+    def _rows(self, fits: FloatArray) -> FloatArray:
+        """(k, m) exponents of rows."""
+        n, parameters = self.structure.n, self.exponents.shape[1]
+        return np.ascontiguousarray((self.exponents @ fits[:, n : n + parameters].T).T)
+
+    def _logarithms(self, number: int, datum: Tensor) -> FloatArray:
+        """(R, ·) exponents of two of a datum, NaN for entries that are none, with rows of cones in pairs."""
+
+        def compute() -> FloatArray:
+            values = np.atleast_2d(datum.detach().cpu().numpy())
+            if number == _A:
+                widened = np.zeros((len(values), self.wider.constraint.nnz))
+                widened[:, self.places] = values
+                values = in_pairs(widened, self.entries)
+            elif number == _B:
+                values = in_pairs(values, self.firsts)
+            values = np.abs(values)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return np.where((values > 0.0) & (values < INFINITE), np.log2(values), np.nan)
+
+        return _memo(datum, ("balance", number, self.structure.digest), compute)
+
+    def _rough_fit(self, logarithms: list[FloatArray]) -> FloatArray:
+        """(R, unknowns) least squares, with those entries that the first element has."""
+        present = [np.isfinite(values[0]) for values in logarithms]
+        key = b"".join(there.tobytes() for there in present)
+        solve = self._solvers.get(key)
+        if solve is None:
+            G: SparseArray = sp.vstack(
+                [block[np.flatnonzero(there)] for block, there in zip(self._equations, present, strict=True)]
+            )
+            solve = _solver(G.T @ G, self._ridge)
+            if len(self._solvers) >= KEPT:
+                self._solvers.clear()
+            self._solvers[key] = solve
+        sums = np.zeros((1, self._equations[0].shape[1]))
+        for block, values, there in zip(self._equations, logarithms, present, strict=True):
+            product = (block.T @ np.where(there & np.isfinite(values), values, 0.0).T).T
+            count = max(len(sums), len(product))
+            sums = np.resize(sums, (count, sums.shape[1])) - np.resize(product, (count, sums.shape[1]))
+        return solve(np.ascontiguousarray(sums.T)).T
+
+    def _sides(self, data: Sequence[Tensor], element: int) -> BoolArray:
+        """Which entries of all data bound something that may be zero."""
+        own = [datum if datum.ndim == 1 else datum[element % len(datum)] for datum in data]
+        P, q, _, b, lower, upper = (datum.cpu() for datum in own)
+        nonnegative = torch.zeros(len(b), dtype=torch.bool)
+        nonnegative[self.structure.cones.sections["nonnegative"]] = True
+        nothing = torch.zeros(len(P) + len(q) + self.wider.constraint.nnz, dtype=torch.bool)
+        return torch.cat([nothing, nonnegative & (b > 0), lower < 0, upper > 0]).numpy()
+
+    def _fit(self, logarithms: list[FloatArray], sides: BoolArray | None) -> FloatArray:
+        """(unknowns,) the exponents that minimise the sum of magnitudes of an element, nearly."""
+        right = -np.concatenate(logarithms)
+        present = np.flatnonzero(np.isfinite(right))
+        G: SparseArray = sp.csr_array(sp.vstack(self._equations))[present]
+        right = right[present]
+        weights, fit = np.ones(len(right)), np.zeros(G.shape[1])
+        for _ in range(SWEEPS):
+            weighted: SparseArray = sp.diags_array(weights) @ G
+            fit = _solver(G.T @ weighted, self._ridge)(weighted.T @ right)
+            left = G @ fit - right
+            weights = 1.0 / np.maximum(np.abs(left), NEAR)
+            if sides is not None:
+                weights[sides[present] & (left > 0.0)] *= LOOSE
+        return fit
+
+    def _is_wide(self, fits: FloatArray, limit: float) -> BoolArray:
+        """(k,) whether the factors of the rows of one cone are far from each other."""
+        rows, starts = self._rows(fits), np.flatnonzero(np.diff(self.structure.cones.blocks, prepend=-1))
+        spread = np.maximum.reduceat(rows, starts, axis=1) - np.minimum.reduceat(rows, starts, axis=1)
+        return np.asarray((spread >= limit).any(1))
+
+
+def balancing_of(structure: ConicStructure) -> Balancing | None:
+    """What finds coordinates for a structure; None where no cone has other ones."""
+    if structure.cones.is_polyhedral:
+        return None
+    known = structure.row_patterns
+    if "balancing" not in known:
+        found = Balancing(structure)
+        known["balancing"] = found if found.is_of_use else None
+    return known["balancing"]
+
+
+def _solver(matrix: SparseArray, ridge: FloatArray) -> Callable[[FloatArray], FloatArray]:
+    """Solves systems of this matrix and a ridge: exponents of which nothing is said are small."""
+    matrix = sp.csc_array(matrix + sp.diags_array(ridge))
+    if matrix.shape[0] > DENSE:
+        return splu(matrix).solve
+    inverse = np.linalg.inv(matrix.toarray())
+    return lambda right: inverse @ right
