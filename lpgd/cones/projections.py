@@ -105,6 +105,20 @@ class SpectralDerivative:
             result[group.rows] = turned
         return result
 
+    def rotated(self, columns: FloatArray) -> FloatArray:
+        """``Uᵀ w`` for the columns w of (m, c)."""
+        result = columns.copy()
+        for group in self.groups:
+            result[group.rows] = group.basis.swapaxes(1, 2) @ columns[group.rows]  # a product for each block
+        return result
+
+    def rotated_back(self, vector: FloatArray) -> FloatArray:
+        """``U c`` for c of shape (m,)."""
+        result = vector.copy()
+        for group in self.groups:
+            result[group.rows] = (group.basis @ vector[group.rows][:, :, None])[:, :, 0]
+        return result
+
     def turned_back(self, vector: FloatArray, *, absolute: bool = False) -> FloatArray:
         """``Tᵀu``, or ``|T|ᵀu`` with the absolute values of T's entries, for u of shape (m,)."""
         scaled = vector * self.scales

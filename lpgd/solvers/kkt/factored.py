@@ -15,6 +15,7 @@ from lpgd import linalg
 from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy, random_direction
 from lpgd.execution.interrupts import pause
 from lpgd.problems.conic.structure import ConicStructure
+from lpgd.solvers.kkt.condensed import Condensed, is_condensed
 from lpgd.solvers.kkt.factor import blocks_of, equilibration, largest_of_rows, scaled_by
 from lpgd.solvers.kkt.packed import Packed, packed
 from lpgd.solvers.kkt.reduced import ReducedBlocks, ReducedRows, held, is_dense, reduce_blocks, reduce_rows
@@ -62,14 +63,17 @@ class Factored:
         at_bound = held(x, z, lower, upper)
         size, count = structure.n + structure.m, len(x)
         stack = max(1, STACK_LIMIT // max(size, 1) ** 2) if is_dense(structure) else max(count, 1)
-        self._stacks: list[tuple[slice, _Dense | _Sparse]] = []
+        self._stacks: list[tuple[slice, _Dense | _Curved | _Sparse]] = []
         self.inverse, self.condition = np.full(count, np.inf), np.full(count, np.inf)
         for start in range(0, count, stack):
             pause()
             chosen = slice(start, start + stack)
             chosen_rho = rho[chosen] if isinstance(rho, np.ndarray) else rho
             data = structure, chosen_rho, P[chosen], A[chosen], v[chosen], at_bound[chosen]
-            factor = _Dense(reduce_rows(*data)) if is_dense(structure) else _Sparse(reduce_blocks(*data))
+            if not is_dense(structure):
+                factor = _Sparse(reduce_blocks(*data))
+            else:
+                factor = _Curved(Condensed(*data)) if is_condensed(structure) else _Dense(reduce_rows(*data))
             self._stacks.append((chosen, factor))
             self.inverse[chosen], self.condition[chosen] = factor.inverse, factor.condition
         self.regular = self.condition < ILL_CONDITIONED  # false for NaN
@@ -112,6 +116,17 @@ class _Dense:
         for stack, lu in self.stacks:
             stack.spread(lu.solve(stack.vectors(right)), answer)
         return _undetermined(self.reduced.change(answer, g_x, g_z), self.reduced, g_x)
+
+
+class _Curved:
+    """A stack of dense systems of programs with curved cones."""
+
+    def __init__(self, condensed: Condensed) -> None:
+        self.condensed = condensed
+        self.inverse, self.condition, self.entries = condensed.inverse, condensed.condition, condensed.entries
+
+    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
+        return _undetermined(self.condensed.solve(g_x, g_y, g_z), self.condensed, g_x)
 
 
 class _LU:
@@ -190,7 +205,7 @@ class _Sparse:
         return _undetermined(change, self.reduced, g_x)
 
 
-def _undetermined(change: Change, reduced: ReducedRows | ReducedBlocks, g_x: FloatArray) -> Change:
+def _undetermined(change: Change, reduced: ReducedRows | ReducedBlocks | Condensed, g_x: FloatArray) -> Change:
     """The change, NaN in x where a tilt moves a variable that nothing determines."""
     if reduced.loose.any():
         change[0][reduced.loose & (g_x != 0)] = np.nan

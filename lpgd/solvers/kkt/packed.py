@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray
 
-__all__ = ["Packed", "packed", "packed_size"]
+__all__ = ["Packed", "packed", "packed_size", "packed_sizes"]
 
 Scalar = TypeVar("Scalar", np.float64, np.bool_)
 
@@ -25,6 +25,11 @@ STEP = 8
 def packed_size(count: int) -> int:
     """The side of the matrix for so many rows that count."""
     return -(-count // STEP) * STEP
+
+
+def packed_sizes(counts: IntArray) -> IntArray:
+    """The same for several."""
+    return -(-counts // STEP) * STEP
 
 
 class Packed(NamedTuple):
@@ -69,7 +74,7 @@ def packed(matrices: FloatArray, idle: BoolArray) -> list[Packed]:
     They may be the stack itself, and have ones on the diagonal.
     """
     counts = (~idle).sum(1)
-    sizes = -(-counts // STEP) * STEP
+    sizes = packed_sizes(counts)
     found: list[Packed] = []
     for side in np.unique(sizes[sizes > 0]):
         elements = np.flatnonzero(sizes == side)

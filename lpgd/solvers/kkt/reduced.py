@@ -17,7 +17,16 @@ from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray
 from lpgd.cones.projections import SpectralDerivative, projection_derivative
 from lpgd.problems.conic.structure import ConicStructure
 
-__all__ = ["ReducedBlocks", "ReducedRows", "held", "is_dense", "reduce_blocks", "reduce_rows"]
+__all__ = [
+    "ReducedBlocks",
+    "ReducedRows",
+    "dense_quadratic",
+    "held",
+    "is_dense",
+    "product",
+    "reduce_blocks",
+    "reduce_rows",
+]
 
 Scalar = TypeVar("Scalar", np.float64, np.bool_)
 
@@ -88,7 +97,7 @@ class ReducedRows:
         """The right-hand sides (k, t) of a tilt."""
         fixed = np.where(self.at_bound, -g_z, 0.0)
         if fixed.any():
-            g_x, g_y = g_x + _product(self.quadratic, fixed), g_y + _product(self.constraint, fixed)
+            g_x, g_y = g_x + product(self.quadratic, fixed), g_y + product(self.constraint, fixed)
         if self.derivative is not None:
             g_y = self.derivative.turned(g_y.reshape(-1, 1)).reshape(g_y.shape)
         tilt = np.concatenate([_taken(g_x, self.columns), np.take_along_axis(g_y, self.order, axis=1)], axis=1)
@@ -105,7 +114,7 @@ class ReducedRows:
         dy = self._of_rows(answer, absolute=False)
         if not self.at_bound.any():
             return dx, dy, np.zeros_like(dx)
-        slope = g_x + _product(self.quadratic, dx) + _product(self.constraint.swapaxes(1, 2), dy)
+        slope = g_x + product(self.quadratic, dx) + product(self.constraint.swapaxes(1, 2), dy)
         return dx, dy, np.where(self.at_bound, -slope, 0.0)
 
     def of_rows(self, answer: FloatArray) -> FloatArray:
@@ -143,12 +152,7 @@ def reduce_rows(
     """
     n = structure.n
     constraint = structure.constraint.dense_matrices(A)
-    if structure.quadratic.nnz or np.any(rho):
-        quadratic = structure.quadratic.dense_matrices(P)
-        if np.any(rho):
-            quadratic[:, range(n), range(n)] += rho
-    else:
-        quadratic = np.broadcast_to(0.0, (len(P), n, n))  # no memory
+    quadratic = dense_quadratic(structure, rho, P)
     if structure.cones.is_polyhedral:
         derivative, turned = None, constraint
         active = v >= 0
@@ -167,7 +171,7 @@ def reduce_rows(
     loose = (quadratic[:, range(n), range(n)] == 0) & free  # without a diagonal P has no column
     if g is not None and loose.any():
         fixed = np.where(at_bound, -g[2], 0.0)
-        loose &= (g[0] + _product(quadratic, fixed) if fixed.any() else g[0]) == 0
+        loose &= (g[0] + product(quadratic, fixed) if fixed.any() else g[0]) == 0
     if loose.any():
         loose &= ~((rows != 0) & rows_active[:, :, None]).any(1)
         free &= ~loose
@@ -197,6 +201,17 @@ def reduce_rows(
         matrices *= solved[:, :, None]
         matrices *= solved[:, None, :]
     return ReducedRows(matrices, solved, split, quadratic, constraint, derivative, order, columns, at_bound, loose)
+
+
+def dense_quadratic(structure: ConicStructure, rho: FloatArray | float, P: FloatArray) -> FloatArray:
+    """``P + ρI`` as (k, n, n) matrices; a zero that takes no memory where there is none."""
+    n = structure.n
+    if not structure.quadratic.nnz and not np.any(rho):
+        return np.broadcast_to(0.0, (len(P), n, n))
+    quadratic = structure.quadratic.dense_matrices(P)
+    if np.any(rho):
+        quadratic[:, range(n), range(n)] += rho
+    return quadratic
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,7 +298,8 @@ def reduce_blocks(
     return ReducedBlocks(matrix, owner, primal, quadratic, constraint, T, free, at_bound, loose, structure.m)
 
 
-def _product(matrices: FloatArray, vectors: FloatArray) -> FloatArray:
+def product(matrices: FloatArray, vectors: FloatArray) -> FloatArray:
+    """(k, r) the products of matrices (k, r, c) and vectors (k, c)."""
     if not matrices.strides[2]:  # zero
         return np.zeros((len(vectors), matrices.shape[1]))
     return (matrices @ vectors[:, :, None])[:, :, 0]
