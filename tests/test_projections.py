@@ -385,3 +385,14 @@ def test_the_derivative_at_several_points_has_one_block_for_each(dual: bool) -> 
     factor, rest = stacked.factor()
     np.testing.assert_allclose((factor.T @ factor).toarray(), expected, rtol=0, atol=1e-13)
     assert rest.size == factor.shape[0]
+
+
+def test_derivatives_have_their_bits_whoever_is_beside_them() -> None:
+    cones = Cones(zero=1, nonnegative=1, second_order=(5, 4), semidefinite=(3, 8), exponential=2, dual_exponential=1)
+    v, moves = np.random.default_rng(0).standard_normal((2, 5, cones.rows))
+    together = projection_derivative(cones, v, dual=True)
+    assert all(group.basis.flags.c_contiguous for group in together.groups)  # products round by the order in memory
+    changes = together.apply(moves.ravel()).reshape(moves.shape)
+    for element in range(len(v)):
+        alone = projection_derivative(cones, v[element : element + 1], dual=True)
+        np.testing.assert_array_equal(alone.apply(moves[element]), changes[element])

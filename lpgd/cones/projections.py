@@ -387,8 +387,10 @@ def _semidefinite_spectrum(points: FloatArray, side: int) -> tuple[FloatArray, F
     positive, negative = np.maximum(larger, 0.0), np.maximum(-smaller, 0.0)
     eigenvalues = np.where(larger > 0, positive / np.where(larger > 0, positive + negative, 1.0), 0.0)
     weights = np.where(rows == columns, 1.0, np.sqrt(2.0))
-    left, right = vectors[:, :, rows], vectors[:, :, columns]
-    products = left[:, rows] * right[:, columns] + left[:, columns] * right[:, rows]
+    # `take` keeps the order in memory; products of matrices round by it, and with an index it depends on the batch.
+    left, right = vectors.take(rows, axis=2), vectors.take(columns, axis=2)
+    products = left.take(rows, axis=1) * right.take(columns, axis=1)
+    products += left.take(columns, axis=1) * right.take(rows, axis=1)
     basis = 0.5 * weights[:, None] * weights * products
     uniform = (values[:, 0] > 0) | (values[:, -1] <= 0)
     basis[uniform] = np.eye(rows.size)

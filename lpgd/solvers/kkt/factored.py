@@ -19,6 +19,7 @@ from lpgd.solvers.kkt.condensed import Condensed, is_condensed
 from lpgd.solvers.kkt.factor import blocks_of, equilibration, largest_of_rows, scaled_by
 from lpgd.solvers.kkt.packed import Packed, packed
 from lpgd.solvers.kkt.reduced import ReducedBlocks, ReducedRows, held, is_dense, reduce_blocks, reduce_rows
+from lpgd.solvers.kkt.standard import Standard, is_standard
 from lpgd.solvers.kkt.superlu import superlu
 
 __all__ = ["Factored"]
@@ -70,11 +71,7 @@ class Factored:
             chosen = slice(start, start + stack)
             chosen_rho = rho[chosen] if isinstance(rho, np.ndarray) else rho
             data = structure, chosen_rho, P[chosen], A[chosen], v[chosen], at_bound[chosen]
-            if not is_dense(structure):
-                factor = _Sparse(reduce_blocks(*data))
-            else:
-                factor = _Curved(Condensed(*data)) if is_condensed(structure) else _Dense(reduce_rows(*data))
-            self._stacks.append((chosen, factor))
+            self._stacks.append((chosen, factor := _factor(*data)))
             self.inverse[chosen], self.condition[chosen] = factor.inverse, factor.condition
         self.regular = self.condition < ILL_CONDITIONED  # false for NaN
 
@@ -92,6 +89,24 @@ class Factored:
             return changes[0]
         dx, dy, dz = (np.concatenate(columns) for columns in zip(*changes, strict=True))
         return dx, dy, dz
+
+
+def _factor(
+    structure: ConicStructure,
+    rho: FloatArray | float,
+    P: FloatArray,
+    A: FloatArray,
+    v: FloatArray,
+    at_bound: BoolArray,
+) -> _Dense | _Curved | _Sparse:
+    """The factors in the way that suits the structure."""
+    if not is_dense(structure):
+        return _Sparse(reduce_blocks(structure, rho, P, A, v, at_bound))
+    if is_standard(structure) and not np.any(rho):
+        return _Curved(Standard(structure, A, v))
+    if is_condensed(structure):
+        return _Curved(Condensed(structure, rho, P, A, v, at_bound))
+    return _Dense(reduce_rows(structure, rho, P, A, v, at_bound))
 
 
 class _Dense:
@@ -121,12 +136,12 @@ class _Dense:
 class _Curved:
     """A stack of dense systems of programs with curved cones."""
 
-    def __init__(self, condensed: Condensed) -> None:
-        self.condensed = condensed
-        self.inverse, self.condition, self.entries = condensed.inverse, condensed.condition, condensed.entries
+    def __init__(self, system: Condensed | Standard) -> None:
+        self.system = system
+        self.inverse, self.condition, self.entries = system.inverse, system.condition, system.entries
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
-        return _undetermined(self.condensed.solve(g_x, g_y, g_z), self.condensed, g_x)
+        return _undetermined(self.system.solve(g_x, g_y, g_z), self.system, g_x)
 
 
 class _LU:
@@ -205,7 +220,9 @@ class _Sparse:
         return _undetermined(change, self.reduced, g_x)
 
 
-def _undetermined(change: Change, reduced: ReducedRows | ReducedBlocks | Condensed, g_x: FloatArray) -> Change:
+def _undetermined(
+    change: Change, reduced: ReducedRows | ReducedBlocks | Condensed | Standard, g_x: FloatArray
+) -> Change:
     """The change, NaN in x where a tilt moves a variable that nothing determines."""
     if reduced.loose.any():
         change[0][reduced.loose & (g_x != 0)] = np.nan
