@@ -64,6 +64,22 @@ def test_larger_dense_programs_are_refined_as_well(solver: str, redundant: bool)
     torch.testing.assert_close(output.x, torch.from_numpy(x), atol=1e-11, rtol=0)
 
 
+@pytest.mark.parametrize("solver", ["SCS", "OSQP"])
+def test_larger_ill_conditioned_programs_are_right_by_methods_of_first_order(solver: str) -> None:
+    n, count = 200, 4
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.normal(size=(count, n, n)))
+    P = basis @ (np.logspace(-7, 0, n)[:, None] * basis.swapaxes(1, 2))
+    G, x = rng.normal(size=(count, n, n)), rng.normal(size=(count, n))
+    y = np.where(np.arange(n) < 30, rng.uniform(0.5, 1.5, (count, n)), 0.0)
+    values, slope = (G @ x[..., None])[..., 0], (P @ x[..., None] + G.swapaxes(1, 2) @ y[..., None])[..., 0]
+    h = values + np.where(y > 0, 0.0, rng.uniform(0.5, 1.5, (count, n)))
+    data = {"P": (P + P.swapaxes(1, 2)) / 2, "q": -slope, "G": G, "h": h}
+    with pytest.warns(lpgd.LpgdWarning, match=f"{solver} left .* of 4 elements .* by CLARABEL"):
+        found = lpgd.QPLayer(solver)(**{name: torch.from_numpy(array) for name, array in data.items()})
+    torch.testing.assert_close(found.x, torch.from_numpy(x), atol=1e-8, rtol=0)
+
+
 @pytest.mark.parametrize("solver", ["HIGHS", "CLARABEL", "INTERIOR", "PIQP", "DAQP", "ECOS"])
 def test_vertices_of_larger_linear_programs_are_refined_as_well(solver: str) -> None:
     if solver not in lpgd.available():
