@@ -348,8 +348,10 @@ def _second_order_spectrum(points: FloatArray) -> tuple[FloatArray, FloatArray]:
     length = np.linalg.norm(vector, axis=-1)
     interior, polar = bound > length, bound <= -length
     eigenvalues = np.where(interior[:, None], 1.0, np.zeros((1, size)))
-    basis = np.tile(np.eye(size), (count, 1, 1))
+    basis = np.zeros((count, size, size))
     outside = np.flatnonzero(~(interior | polar))  # there |u| > 0, so size > 1
+    if outside.size < count:
+        basis[interior | polar] = np.eye(size)
     if outside.size:
         eigenvalues[outside, 0] = 1.0
         eigenvalues[outside, 2:] = 0.5 * (1.0 + bound[outside] / length[outside])[:, None]
@@ -358,13 +360,14 @@ def _second_order_spectrum(points: FloatArray) -> tuple[FloatArray, FloatArray]:
         mirror = direction.copy()
         mirror[:, 0] += np.copysign(1.0, mirror[:, 0])
         mirror *= np.sqrt(2.0) / np.linalg.norm(mirror, axis=-1, keepdims=True)
-        reflection = np.eye(size - 1) - mirror[:, :, None] * mirror[:, None, :]
-        rotated = np.zeros((outside.size, size, size))
+        rotated = basis if outside.size == count else np.zeros((outside.size, size, size))  # new memory takes long
         rotated[:, 0, :2] = np.sqrt(0.5)
         rotated[:, 1:, 0] = np.sqrt(0.5) * direction
         rotated[:, 1:, 1] = -np.sqrt(0.5) * direction
-        rotated[:, 1:, 2:] = reflection[:, :, 1:]
-        basis[outside] = rotated
+        np.multiply(mirror[:, :, None], -mirror[:, None, 1:], out=rotated[:, 1:, 2:])
+        rotated.reshape(outside.size, -1)[:, 2 * (size + 1) :: size + 1] += 1.0
+        if rotated is not basis:
+            basis[outside] = rotated
     return eigenvalues, basis
 
 

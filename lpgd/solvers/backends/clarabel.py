@@ -37,7 +37,7 @@ _STATUSES = {
     "Unsolved": Status.NUMERICAL_ERROR,
 }
 
-DRAFT, ROUGH_DRAFT = 1e-7, 1e-6
+DRAFT, ROUGH_DRAFT = 3e-8, 1e-6
 """The tolerance of drafts, on symmetric and on other cones: with larger ones Newton's method needs more time than the
 solver saves."""
 
