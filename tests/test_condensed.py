@@ -103,3 +103,11 @@ def test_the_condition_is_that_of_the_whole_system() -> None:
         scale = 1.0 / np.sqrt(np.abs(K).max(1))
         inverse = np.linalg.norm(np.linalg.inv(scale[:, None] * K * scale), 2)
         assert 0.01 * inverse < system.inverse[element] <= inverse * (1 + 1e-12)
+
+
+def test_a_variable_that_is_in_no_row_and_has_no_curvature_is_loose() -> None:
+    structure = _structure(quadratic=False)
+    P, A, v, at_bound = _data(quadratic=False)
+    A.reshape(COUNT, N, CONES.rows)[[1, 2], [4, 7]] = 0.0  # the first is at a bound
+    loose = Condensed(structure, 0.0, P, A, v, at_bound).loose
+    assert np.argwhere(loose).tolist() == [[2, 7]]

@@ -73,10 +73,7 @@ class Condensed:
         kept: BoolArray = d > KEPT
         self.weights: FloatArray = np.where(present & ~kept, d / np.where(kept, 1.0, 1.0 - d), 0.0)
         rotated = self.derivative.rotated(self.constraint.reshape(v.size, n)).reshape(count, m, n)
-        self.loose: BoolArray = (self.quadratic[:, range(n), range(n)] == 0) & ~at_bound  # P has no such column
-        if self.loose.any():
-            self.loose &= ~((rotated != 0) & present[:, :, None]).any(1)
-        idle = at_bound | self.loose
+        self.loose: BoolArray = np.zeros_like(at_bound)
         free_sizes = np.minimum(-(-(~at_bound).sum(1) // STEP) * STEP, n)
         kept_sizes = np.minimum(packed_sizes(kept.sum(1)), m)
         self.inverse, self.condition = np.zeros((2, count))
@@ -86,8 +83,9 @@ class Condensed:
             columns = np.argsort(at_bound[elements], axis=1, kind="stable")[:, :free_size]
             rows = np.argsort(~kept[elements], axis=1, kind="stable")[:, :kept_size]
             places = _Places(elements, (elements[:, None], columns), (elements[:, None], rows), rows)
-            stack = _Stack(self.quadratic, rotated, d, scales, self.weights, idle, kept, places)
+            stack = _Stack(self.quadratic, rotated, d, scales, self.weights, at_bound, kept, places)
             self.inverse[elements], self.condition[elements] = stack.inverse, stack.condition
+            self.loose[places.free] = stack.loose
             self.stacks.append(stack)
 
     @property
@@ -129,7 +127,7 @@ class _Stack:
     Args:
         quadratic, rotated: (E, n, n) P and (E, m, n) B.
         d, scales, weights: (E, m) the eigenvalues, √d and w.
-        idle, kept: (E, n) variables that do not move, (E, m) rows that stay.
+        at_bound, kept: (E, n) variables that do not move, (E, m) rows that stay.
         places: of the unknowns.
     """
 
@@ -140,14 +138,14 @@ class _Stack:
         d: FloatArray,
         scales: FloatArray,
         weights: FloatArray,
-        idle: BoolArray,
+        at_bound: BoolArray,
         kept: BoolArray,
         places: _Places,
     ) -> None:
         elements, columns = places.elements, places.free[1]
         (count, f), c = columns.shape, places.rows.shape[1]
         self.places, self.weights = places, weights[elements]
-        self.idle, self.idle_rows = idle[places.free], ~kept[places.kept]
+        self.idle, self.idle_rows = at_bound[places.free], ~kept[places.kept]
         self.kept_scales: FloatArray = np.where(self.idle_rows, 0.0, scales[places.kept])
         scales, corner = scales[elements], 1.0 - d[elements]
         corner[scales == 0] = 0.0
@@ -166,6 +164,8 @@ class _Stack:
         largest = sizes.max(1, initial=0.0)
         if squares is not None:
             largest = np.maximum(largest, np.abs(squares).max(2, initial=0.0))
+        self.loose: BoolArray = (largest == 0) & ~self.idle
+        self.idle |= self.loose
         scale, row_scale = equilibration(largest), equilibration(np.maximum(sizes.max(2, initial=0.0), corner))
         norm = (row_scale[:, None, :] @ sizes)[:, 0]
         if squares is not None:
