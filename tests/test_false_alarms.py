@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import lpgd
-from lpgd import LPGD, CvxpyLayer, ImplicitKKT
+from lpgd import LPGD, CvxpyLayer, ImplicitKKT, QPLayer
 from lpgd.gradients import GradientMethod
 
 pytestmark = pytest.mark.filterwarnings("error::lpgd.LpgdWarning")
@@ -106,6 +106,53 @@ def test_ties_are_kinks_still(atom: Callable[[Any], Any]) -> None:
     for method in METHODS[:2]:
         with pytest.warns(lpgd.LpgdWarning, match="kink"):
             gradients(problem, method, x, {c: C})
+
+
+QP = {"P": torch.eye(2, dtype=torch.float64), "q": torch.tensor([-2.0, -0.5], dtype=torch.float64)}
+
+
+def doubled(method: GradientMethod, which: str, solver: str) -> None:
+    """The point nearest to (2, ½) with x₁ ≤ 1, which a row states and a bound too: each alone may move away freely."""
+    G, ends = (
+        torch.tensor([[1.0, 0.0]]).double(),
+        {"h": torch.ones(1).double(), "ub": torch.tensor([1.0, 9.0]).double()},
+    )
+    ends[which].requires_grad_()
+    QPLayer(solver, method)(**QP, G=G, **ends).x.sum().backward()
+
+
+@pytest.mark.parametrize("solver", ["DAQP", "CLARABEL"])
+@pytest.mark.parametrize("which", ["h", "ub"])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_bound_that_a_row_states_too_has_no_gradient_alone(method: GradientMethod, which: str, solver: str) -> None:
+    with pytest.warns(lpgd.LpgdWarning, match="not unique"):
+        doubled(method, which, solver)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_bounds_beside_constraints_of_other_variables_have_gradients(method: GradientMethod) -> None:
+    """x₁ = u at its bound; x₂ + x₁ = 1, stated twice, follows it, and x₃ is free."""
+    u = torch.tensor([0.25, 9.0, 9.0], dtype=torch.float64, requires_grad=True)
+    A = torch.tensor([[1.0, 1.0, 0.0]]).double().expand(2, 3)
+    q = torch.tensor([-2.0, -0.5, 1.0]).double()
+    found = QPLayer("CLARABEL", method)(torch.eye(3).double(), q, A=A, b=torch.ones(2).double(), ub=u)
+    (found.x @ torch.tensor([3.0, 1.0, 1.0]).double()).backward()
+    torch.testing.assert_close(u.grad, torch.tensor([2.0, 0.0, 0.0]).double(), atol=1e-5, rtol=0)
+
+
+def test_a_step_that_rounding_hides_is_named() -> None:
+    """With numbers of 1e6, a step of 1e-6 tilts the objective by 1e-12 of itself."""
+    rng = np.random.default_rng(1)
+    F, A = rng.normal(size=(4, 4)), torch.tensor(rng.normal(size=(2, 4)))
+    P, q = torch.tensor(1e6 * (F @ F.T + np.eye(4))), torch.tensor(1e6 * rng.normal(size=4))
+    for tau, short in ((1e-6, True), (1.0, False)):
+        b = torch.tensor([0.5, -1.0], dtype=torch.float64, requires_grad=True)
+        x = QPLayer("CLARABEL", LPGD(tau=tau))(P, q, A=A, b=b).x
+        if short:
+            with pytest.warns(lpgd.LpgdWarning, match="the step is too short"):
+                (x @ torch.from_numpy(rng.normal(size=4))).backward()
+        else:
+            (x @ torch.from_numpy(rng.normal(size=4))).backward()
 
 
 def test_messages_begin_with_the_options_that_are_not_the_defaults() -> None:

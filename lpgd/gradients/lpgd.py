@@ -330,9 +330,8 @@ def _record(info: GradientInfo, active: list[int], found: Perturbed, tied: list[
     for name in ("tau", "unit", "moved", "crossed", "jumped", "kinked", "newton"):
         whole, values = getattr(info, name), getattr(found, name)
         whole[places] = values.cpu().to(whole.dtype)
-    unclear = found.unclear | found.overdetermined
     assert info.unclear is not None
-    info.unclear[places] = unclear.cpu()
+    info.unclear[places] = (found.unclear | found.shared_rows).cpu()
     info.tolerance, info.iterations = found.tolerance, found.iterations
     method: Any = info.method
     names = {(True, True): "average", (True, False): "lower", (False, True): "upper"}
@@ -358,8 +357,9 @@ def _record(info: GradientInfo, active: list[int], found: Perturbed, tied: list[
 
     if kinked := named(found.kinked & (found.above | found.below)):
         warn(f"{method}: elements {kinked[:10]} {_KINK}")
-    if unsure := named(unclear):
-        info.notices |= dict.fromkeys(("A", "b", "lower", "upper"), f"{method}: elements {unsure[:10]} {_UNCLEAR}")
+    for names_of, shared in ((("A", "b"), found.shared_rows), (("lower", "upper"), found.shared_bounds)):
+        if unsure := named(found.unclear | shared):
+            info.notices |= dict.fromkeys(names_of, f"{method}: elements {unsure[:10]} {_UNCLEAR}")
     if tied:
         warn(f"{method}: the solutions of elements {tied[:10]} {_TIED}")
 

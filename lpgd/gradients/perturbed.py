@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from lpgd.arrays import IntArray, rows_where
 from lpgd.gradients.losses import PosedLoss
 from lpgd.gradients.sides import DUALS, SIDES, Envelope, Run, Sides, picked, replaced_elements
 from lpgd.problems.base import Point, maximum_norm
+from lpgd.problems.conic.activity import shares_multipliers
+from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
 from lpgd.solvers.perturbed_points import PerturbedPoints
@@ -63,8 +65,8 @@ class Perturbed:
         crossed: whether the active set of a side is not that of the solution.
         kinked: elements whose chosen step could not be made small enough for x to be smooth along it.
         unclear: the same for the multipliers alone.
-        overdetermined: elements with more active constraints than variables, of problems whose multipliers a step is
-            not meant to change.
+        shared_rows, shared_bounds: elements with more active constraints than variables, or with one that is stated
+            twice, of problems whose multipliers a step is not meant to change.
         jumped: elements of a local problem that found another solution.
         tolerance: of the solver of the perturbed problems.
         iterations: of the perturbed solves, together.
@@ -81,7 +83,8 @@ class Perturbed:
     crossed: Tensor
     kinked: Tensor
     unclear: Tensor
-    overdetermined: Tensor
+    shared_rows: Tensor
+    shared_bounds: Tensor
     jumped: Tensor
     tolerance: float
     iterations: IntArray
@@ -184,10 +187,12 @@ def _perturbed(
     kinked = unclear = jumped = torch.zeros_like(sides.above)
     if steps is None:
         run, tau, sides, kinked, unclear = _shortened(run, tau, unit, sides)
-    overdetermined = torch.zeros_like(sides.above)
+    shared_rows = shared_bounds = torch.zeros_like(sides.above)
     if run.active is not None and (steps is None or not problem.traits.is_linear_program):
         noise = run.noise(run.base_error, run.active.size())
-        overdetermined = run.active.is_overdetermined(solution.x.shape[-1], noise)
+        of_rows, of_bounds = shares_multipliers(cast(ConicProblem, problem), run.active, noise)
+        shared_bounds = run.active.is_overdetermined(solution.x.shape[-1], noise) | of_bounds
+        shared_rows = shared_bounds | of_rows
     moved = run.moved(sides)
     if problem.traits.is_local:
         jumped = _jumps(run, tau, unit, sides, SMALL_TILT)
@@ -201,7 +206,7 @@ def _perturbed(
         sides = sides._replace(plus=_at(sides.plus, run.base, free), minus=_at(sides.minus, run.base, free))
     return Perturbed(
         sides.plus, sides.minus, sides.above, sides.below, tau, unit, moved, sides.crossing <= 1.0, kinked,
-        unclear, overdetermined, jumped, perturbed_solver.tolerance, sides.iterations, sides.newton,
+        unclear, shared_rows, shared_bounds, jumped, perturbed_solver.tolerance, sides.iterations, sides.newton,
     )  # fmt: skip
 
 

@@ -33,6 +33,8 @@ __all__ = ["check_small_steps", "is_doubtful"]
 SMALL_TILT, AGREEMENT, ONE_SIDED = 1e-3, 1e-4, 1e-2
 """A step up to the first size is meant to approach the exact gradient, and should do so up to the second, or the third
 if it is given and one-sided."""
+SHORT = 1e-9
+"""Of shorter steps, as shares of their unit, rounding is more than a millionth of the response."""
 FAINT = 1e-10
 """Moves up to this size, relative to ``1 + |x|``, have less than about four digits."""
 FLOOR, NOTHING = 1e-8, 1e-10
@@ -43,7 +45,10 @@ ROUGH = 0.1
 
 def is_doubtful(method: LPGD, problem: AnyProblem, cotangent: Point, found: Perturbed) -> Tensor:
     """(E,) elements whose small steps are to be checked."""
-    return _may_be_singular(method, problem) | _is_faint(method, problem, cotangent, found)
+    doubtful = _may_be_singular(method, problem) | _is_faint(method, problem, cotangent, found)
+    if method.tau is not None and problem.traits.conditions == "conic" and not problem.traits.is_linear_program:
+        return doubtful | (found.tau < SHORT * found.unit)
+    return doubtful
 
 
 def _may_be_singular(method: LPGD, problem: AnyProblem) -> Tensor:

@@ -229,7 +229,7 @@ def _in_faces(
         whole[from_numpy(taken)] = from_numpy(values[solved])
     left[from_numpy(taken)] = False
     told = np.array([not findings.concerns(rows) for rows in found.shared[solved]])
-    findings.add(taken.tolist(), found.select(solved), told)
+    findings.add(taken.tolist(), found.select(solved), told, told)
 
 
 def _by_system(

@@ -35,6 +35,7 @@ class Findings:
         self.contradicted: list[int] = []  # tilts that a singular system cannot follow
         self.doubtful: list[int] = []
         self.dependent: list[int] = []  # multipliers that are not unique, and that the answer needs not
+        self.dependent_bounds: list[int] = []  # the same of bounds
         self.curved: list[int] = []  # the same at curved cones, whose curvature is weighted by them
         self.one_sided: list[int] = []
         self.steady: set[int] = set()  # elements whose x moves alike with other multipliers
@@ -42,7 +43,7 @@ class Findings:
         self.sided: set[int] = set()  # multipliers that move differently on both sides
         self.torn: set[int] = set()  # tilts that the system of a side cannot follow
 
-    def kink(self, element: int, primal: float, sided: bool, concerns: bool) -> None:
+    def kink(self, element: int, primal: float, sided: bool, *, rows: bool, bounds: bool) -> None:
         """An element at a kink.
 
         Args:
@@ -50,21 +51,21 @@ class Findings:
             primal: by how much the changes of x on its two sides differ.
             sided: whether those of y do, or are not unique on a side: of a row that holds nothing but fixed variables
                 the minimum-norm answer is zero, as it is on the other side.
-            concerns: whether anybody may ask for the gradient with respect to such rows.
+            rows, bounds: whether anybody may ask for the gradient with respect to such rows, or bounds.
         """
         if primal > SAME:
             self.one_sided.append(element)
             self.doubt[element] = primal
-        elif sided:
+        elif sided or bounds:
             self.sided.add(element)
-            if concerns:
-                self.dependent.append(element)
+            self.dependent += [element] * rows
+            self.dependent_bounds += [element] * bounds
 
-    def add(self, elements: Sequence[int], found: KKTResponse, told: BoolArray) -> None:
-        """What the systems of some elements say, and whether what is asked of their multipliers is unique."""
-        kinds = (found.exact, found.unique, found.consistent, found.doubt, found.shared, told)
+    def add(self, elements: Sequence[int], found: KKTResponse, rows: BoolArray, bounds: BoolArray) -> None:
+        """What the systems of some elements say, and whether gradients of rows and of bounds are unique."""
+        kinds = (found.exact, found.unique, found.consistent, found.doubt, found.shared, rows, bounds)
         sided = self.sided | set(self.one_sided)
-        for element, fine, single, follows, size, shared, known in zip(elements, *kinds, strict=True):
+        for element, fine, single, follows, size, shared, of_rows, of_bounds in zip(elements, *kinds, strict=True):
             self.doubt[element] = max(self.doubt[element], size)
             if element in self.freed and element not in self.one_sided:
                 self.used[element] = "implicit, regularised"
@@ -94,8 +95,9 @@ class Findings:
             elif curved:
                 self.curved.append(element)
                 self.doubt[element] = np.inf
-            elif not known:
-                self.dependent.append(element)
+            else:
+                self.dependent += [element] * (not of_rows)
+                self.dependent_bounds += [element] * (not of_bounds)
 
     def is_curved(self, rows: BoolArray) -> bool:
         """Whether one of these rows (m,) is of a curved cone."""
@@ -138,9 +140,9 @@ class Findings:
             )
         if self.curved:
             warn(f"{method}: the multipliers of elements {named(self.curved)} {CURVED}")
-        if self.dependent:
-            text = _MULTIPLIERS.format(method=method, elements=named(self.dependent))
-            info.notices |= dict.fromkeys(("A", "b"), text)
+        for places, names in ((self.dependent, ("A", "b")), (self.dependent_bounds, ("lower", "upper"))):
+            if places:
+                info.notices |= dict.fromkeys(names, _MULTIPLIERS.format(method=method, elements=named(places)))
 
 
 CURVED = (

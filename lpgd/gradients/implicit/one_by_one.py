@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import BoolArray, FloatArray, IntArray, as_index, flags, from_numpy
+from lpgd.arrays import BoolArray, FloatArray, IntArray, as_index, flags, from_numpy, random_direction
 from lpgd.execution.tasks import SerialExecutor, run_tasks
 from lpgd.gradients.implicit.findings import SAME, Findings
 from lpgd.gradients.implicit.located import Located
 from lpgd.gradients.implicit.multipliers import other_multipliers
+from lpgd.problems.conic.asked import Asked
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.solvers.kkt.refinement import complementary
@@ -90,12 +91,13 @@ def one_by_one(
         found = found.copy()
         for index, k in enumerate(at_kink):
             shared = bool((above.shared[index] | below.shared[index]).any())
-            known = bool(told_above[index] & told_below[index])
+            known = _Told(*(bool(one[index] & other[index]) for one, other in zip(told_above, told_below, strict=True)))
             findings.kink(
                 elements[k],
                 float(differ.x[index]),
-                bool(differ.y[index]) or shared,
-                bool(differ.asked[index]) or not known,
+                shared or bool(differ.y[index]),
+                rows=bool(differ.asked[index]) or not known.rows,
+                bounds=bool(differ.z[index]) or not known.bounds,
             )
             if not above.unique[index] or not below.unique[index]:
                 findings.freed.add(elements[k])
@@ -103,7 +105,7 @@ def one_by_one(
                 findings.torn.add(elements[k])
             better = next((side for side in (above, below) if side.exact[index]), None)
             if better is not None and not found.exact[k]:
-                told[k] = True
+                told.rows[k] = told.bounds[k] = True
                 for whole, values in zip(found, better, strict=True):
                     whole[k] = values[index]
     for k, element in enumerate(elements):
@@ -112,40 +114,69 @@ def one_by_one(
             findings.steady.add(element)
     for whole, values in zip(answer, found[:3], strict=True):
         whole[elements] = from_numpy(values).to(whole.device)
-    findings.add(elements, found, told)
+    findings.add(elements, found, told.rows, told.bounds)
+
+
+class _Told(NamedTuple):
+    """(k,) whether the changes of multipliers that gradients depend on are unique: of rows, and of bounds."""
+
+    rows: Any
+    bounds: Any
 
 
 def _judged(
     located: Located, elements: list[int], rho: FloatArray | float, side: float, executor: Executor | None
-) -> tuple[KKTResponse, BoolArray]:
-    """Responses that are ``unique`` where what is asked of x is, and (k,) whether what is asked of y is.
+) -> tuple[KKTResponse, _Told]:
+    """Responses that are ``unique`` where what is asked of x is, and whether what is asked of multipliers is.
 
     A function ``r·x`` of the answers of a symmetric system ``K a = b`` is the same for all of them exactly where r is
-    orthogonal to K's null space, and ``K a = r`` has a solution.
+    orthogonal to K's null space, and ``K a = r`` has a solution.  The multipliers of bounds are such functions too,
+    ``dz = -(g + P dx + Aᵀ dy)`` of the variables that they hold.
     """
     found, asked = responses(located, elements, rho, side, executor), located.problem.structure.asked
-    told = np.array([not rows.any() for rows in found.shared])
-    if asked is None or found.exact.all():
+    alone = np.array([not rows.any() for rows in found.shared])
+    told = _Told(alone, alone.copy())
+    if found.exact.all():
         return found, told
     found = found.copy()
 
-    def has_answer(places: IntArray, of_x: bool) -> BoolArray:
+    def has_answer(places: IntArray, probe: Callable[[Located], ConicPoint]) -> BoolArray:
         chosen = located.select(as_index([elements[place] for place in places], located.error.device))
-        nothing = ConicPoint(*(torch.zeros_like(tensor) for tensor in chosen.point))
-        if of_x:
-            probe = nothing._replace(x=asked.probe_of_x(chosen.point.y, chosen.unit.x) * _involved(chosen))
-        else:
-            probe = nothing._replace(y=asked.of_y.probe(chosen.unit.y))
         every = list(range(len(places)))
         chosen_rho = rho[[elements[place] for place in places]] if isinstance(rho, np.ndarray) else rho
-        return responses(chosen._replace(tilt=probe), every, chosen_rho, side, executor).consistent
+        return responses(chosen._replace(tilt=probe(chosen)), every, chosen_rho, side, executor).consistent
 
-    if (places := np.flatnonzero(~found.unique & ~found.exact)).size:
-        found.unique[places] = has_answer(places, of_x=True)
-    told |= ~found.shared[:, asked.of_y.touched].any(1)
-    if (places := np.flatnonzero(~told & found.unique & ~found.exact)).size:
-        told[places] = has_answer(places, of_x=False)
+    if asked is not None:
+        if (places := np.flatnonzero(~found.unique & ~found.exact)).size:
+            found.unique[places] = has_answer(places, lambda chosen: _of_x(chosen, asked))
+        told.rows[:] |= ~found.shared[:, asked.of_y.touched].any(1)
+        if (places := np.flatnonzero(~told.rows & found.unique & ~found.exact)).size:
+            told.rows[places] = has_answer(places, lambda chosen: _of_y(chosen, asked))
+    if (places := np.flatnonzero(~told.bounds & found.unique & ~found.exact)).size:
+        told.bounds[places] = has_answer(places, lambda chosen: _of_bounds(chosen, side))
     return found, told
+
+
+def _of_x(located: Located, asked: Asked) -> ConicPoint:
+    probe = asked.probe_of_x(located.point.y, located.unit.x) * _involved(located)
+    return ConicPoint(probe, torch.zeros_like(located.point.y), torch.zeros_like(probe))
+
+
+def _of_y(located: Located, asked: Asked) -> ConicPoint:
+    nothing = torch.zeros_like(located.point.x)
+    return ConicPoint(nothing, asked.of_y.probe(located.unit.y), nothing)
+
+
+def _of_bounds(located: Located, side: float) -> ConicPoint:
+    problem, xi = located.problem, located.point.x + located.point.z + side * located.xi_side
+    lower, upper = problem.full_bounds()
+    weights = from_numpy(random_direction(problem.structure.n).copy()).to(xi)
+    forces = ((xi >= upper) | (xi <= lower)).to(xi.dtype) * weights
+    structure, data = problem.structure, problem.data
+    if structure.asked is not None:
+        forces = forces * from_numpy(structure.asked.bounded).to(forces)
+    of_x, of_y = structure.quadratic.matvec(problem.symmetric_P, forces), structure.constraint.matvec(data.A, forces)
+    return ConicPoint(of_x, of_y, torch.zeros_like(xi))
 
 
 def _involved(located: Located) -> Tensor:
@@ -198,12 +229,13 @@ class _Differences(NamedTuple):
 
     Attributes:
         x: (k,) relative, of what is asked of x.
-        y: (k,) whether any multipliers do.
+        y, z: (k,) whether any multipliers of rows, or of bounds, do.
         asked: (k,) whether what is asked of y does.
     """
 
     x: FloatArray
     y: BoolArray
+    z: BoolArray
     asked: BoolArray
 
 
@@ -215,6 +247,9 @@ def _differences(located: Located, elements: list[int], first: KKTResponse, seco
     size = np.maximum(*(np.abs(y).max(1, initial=0.0) for y in ys))
     apart = np.abs(ys[0] - ys[1]) > SAME * np.maximum(size, 1e-300)[:, None]
     differ = apart.any(1)
+    pushes = np.maximum(np.abs(first.z).max(1, initial=0.0), size)
+    moved = np.abs(first.z - second.z) * (1.0 if asked is None else asked.bounded)
+    bounds_differ = (moved > SAME * np.maximum(pushes, 1e-300)[:, None]).any(1)
     asked_differ = differ
     if asked is not None:
         # How CVXPY's own variables move is nobody's gradient: a loose epigraph is always at a kink.
@@ -223,4 +258,6 @@ def _differences(located: Located, elements: list[int], first: KKTResponse, seco
         ys = [asked.of_y(from_numpy(y), unit.y.cpu()).numpy() for y in ys]
         asked_differ = (np.abs(ys[0] - ys[1]) > SAME * np.maximum(size, 1e-300)[:, None]).any(1)
     largest = np.maximum(*(np.abs(x).max(1, initial=0.0) for x in xs))
-    return _Differences(np.abs(xs[0] - xs[1]).max(1, initial=0.0) / np.maximum(largest, least), differ, asked_differ)
+    return _Differences(
+        np.abs(xs[0] - xs[1]).max(1, initial=0.0) / np.maximum(largest, least), differ, bounds_differ, asked_differ
+    )

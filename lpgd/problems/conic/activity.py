@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import from_numpy
+from lpgd.arrays import from_numpy, random_direction
 from lpgd.cones.regions import regions
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.structure import ConicPoint
+from lpgd.problems.conic.structure import ConicPoint, per_element
 
-__all__ = ["ActiveSet", "active_set"]
+__all__ = ["ActiveSet", "active_set", "shares_multipliers"]
+
+SAME, ALIKE = 1e-12, 1e-9
+"""Images of constraints that differ by a smaller share are one, and what parameters make of them is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,3 +133,50 @@ def active_set(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> Activ
         from_numpy(depths).to(place.device),
         torch.cat([blocks, bounds]).to(place.device),
     )
+
+
+def shares_multipliers(problem: ConicProblem, active: ActiveSet, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) whether two linear constraints are active that are one and the same: their multipliers are not unique.
+
+    Of two rows, and of a row and a bound.
+
+    Rows that are multiples of each other, or of a bound, have one image of a random vector but for their length.  Where
+    parameters move both alike, as far as what is asked of multipliers tells, their gradients are unique.
+
+    Args:
+        problem: B elements.
+        active: their active sets.
+        noise: (B,) multipliers and slacks of this size are zero.
+    """
+    structure, data, size = problem.structure, problem.data, problem.batch_size
+    linear = structure.cones.zero + structure.cones.nonnegative
+    ends = np.concatenate([structure.lower_index, structure.upper_index])
+    if linear + ends.size < 2:
+        nothing = torch.zeros(size, dtype=torch.bool, device=problem.device)
+        return nothing, nothing
+    direction = from_numpy(random_direction(structure.n).copy()).to(data.q)
+    vectors = direction.expand(data.A.shape[0] if data.A.ndim == 2 else 1, -1)
+    image = structure.constraint.matvec(data.A, vectors)[:, :linear]
+    length = structure.constraint.matvec(data.A.square(), torch.ones_like(vectors))[:, :linear].sqrt()
+    image, length = (per_element(values, size) for values in (image, length))
+    of_bounds = direction[from_numpy(ends).to(problem.device)].expand(size, -1)
+    images = torch.cat([image / length, of_bounds], 1)
+    place = torch.cat([active.place[:, :linear], active.place[:, structure.m :]], 1)
+    lower, upper = problem.full_bounds()
+    fixed = (lower == upper)[:, structure.index("upper_index", problem.device)]  # one constraint with two ends
+    there = (place > -noise[:, None]) & images.isfinite()
+    there[:, linear + structure.lower_index.size :] &= ~fixed
+    # What is not active is far from everything else.
+    apart = 2.0 + torch.arange(images.shape[1], device=problem.device)
+    values, order = torch.where(there, images.abs(), apart).sort(1)
+    same = values[:, 1:] - values[:, :-1] <= SAME * values[:, 1:]
+    bound = order >= linear
+    with_bound = bound[:, 1:] | bound[:, :-1]
+    if structure.asked is None or not bool(same.any()):
+        return (same & ~with_bound).any(1), (same & with_bound).any(1)
+    probe = structure.asked.of_y.probe(torch.ones_like(active.place[:, : structure.m]))[:, :linear]
+    bounded = from_numpy(structure.asked.bounded[ends]).to(of_bounds)
+    told = torch.cat([probe / length, (direction.sum() + 1.0) * bounded.expand(size, -1)], 1) * images.sign()
+    told = told.gather(1, order)
+    unlike = ~((told[:, 1:] - told[:, :-1]).abs() <= ALIKE * told[:, 1:].abs())
+    return (same & unlike & ~with_bound).any(1), (same & unlike & with_bound).any(1)

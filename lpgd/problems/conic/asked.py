@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import IntArray, SparseArray, from_numpy, random_direction
+from lpgd.arrays import FloatArray, IntArray, SparseArray, from_numpy, random_direction
 
 __all__ = ["Asked", "Readout"]
 
@@ -107,12 +107,14 @@ class Asked:
         of_x: the user's variables, and what gradients of the objective depend on.
         of_y: what gradients of the rows depend on.
         rows, columns: the entries of A that parameters reach: they matter as far as their rows have multipliers.
+        bounded: (n,) 1 for variables with a bound that parameters reach, 0 for others.
     """
 
     of_x: Readout
     of_y: Readout
     rows: IntArray
     columns: IntArray
+    bounded: FloatArray
 
     def reached(self, y: Tensor) -> Tensor:
         """(B, n) 1 for variables whose changes gradients of A depend on, with the multipliers y (B, m)."""
