@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import lpgd
+from lpgd.autograd import CallInfo
+from lpgd.gradients.implicit import conic
 from lpgd.solvers.backends.daqp import DAQP
 from lpgd.solvers.base import Begun
 
@@ -34,11 +36,11 @@ def draw(seed: int, n: int, batch: int, shared: tuple[str, ...] = ()) -> dict[st
     return {name: torch.from_numpy(value).requires_grad_() for name, value in data.items()}
 
 
-def results(data: dict[str, Tensor]) -> tuple[lpgd.ConicSolution, list[Tensor]]:
+def results(data: dict[str, Tensor]) -> tuple[CallInfo, list[Tensor]]:
     output = lpgd.QPLayer("DAQP")(data["P"], data["q"], A=data["A"], b=data["b"], G=data["G"], h=data["h"])
     weights = torch.from_numpy(np.random.default_rng(1).standard_normal(output.x.shape))
     gradients = torch.autograd.grad((weights * output.x).sum() + output.z.square().sum(), list(data.values()))
-    return output.info.solution, [*output, *gradients]
+    return output.info, [*output, *gradients]
 
 
 @pytest.mark.parametrize("n", [3, 10, 24])
@@ -54,11 +56,13 @@ def test_the_short_way_has_the_bits_of_the_general_way(
         return taken[-1]
 
     monkeypatch.setattr(DAQP, "at_once", watched)
-    solution, quick = results(draw(n, n, 16, shared))
+    info, quick = results(draw(n, n, 16, shared))
     assert taken[0] is not None
     assert taken[0].judged is not None
     monkeypatch.setattr(DAQP, "at_once", lambda self, problem, executor: None)
-    expected, general = results(draw(n, n, 16, shared))
+    monkeypatch.setattr(conic, "regular_response", lambda *arguments: None)
+    expected_info, general = results(draw(n, n, 16, shared))
+    solution, expected = info.solution, expected_info.solution
     for found, one in zip(quick, general, strict=True):
         assert torch.equal(found, one)
     for name in ("known_to", "known_before", "refined", "isolated", "slack", "x", "y", "z"):
@@ -66,6 +70,28 @@ def test_the_short_way_has_the_bits_of_the_general_way(
     for name in ("statuses", "solvers", "proofs", "asked"):
         assert getattr(solution, name) == getattr(expected, name)
     assert solution.residuals.worst.max() == expected.residuals.worst.max()
+    (gradient,), (expected_gradient,) = info.gradients, expected_info.gradients
+    assert gradient.used == expected_gradient.used == ["implicit"] * 16
+    assert gradient.doubt is not None
+    assert expected_gradient.doubt is not None
+    assert torch.equal(gradient.doubt, expected_gradient.doubt)
+    assert (gradient.fallbacks, gradient.notices) == (expected_gradient.fallbacks, expected_gradient.notices)
+
+
+def test_kinks_and_dependent_rows_go_the_general_way() -> None:
+    """An inequality that is active without a multiplier in one element, and one that is there twice in another."""
+    data = {key: tensor.detach().clone() for key, tensor in draw(5, 6, 4).items()}
+    layer = lpgd.QPLayer("DAQP")
+    free = layer(data["P"], data["q"], A=data["A"], b=data["b"], G=data["G"], h=data["h"])
+    loose = int((data["h"][0] - data["G"][0] @ free.x[0]).argmax())
+    data["h"][0, loose] = data["G"][0, loose] @ free.x[0]
+    tight, other = int(free.z[2].argmax()), int(free.z[2].argmin())
+    data["G"][2, other], data["h"][2, other] = data["G"][2, tight], data["h"][2, tight]
+    q = data["q"].clone().requires_grad_()
+    output = layer(data["P"], q, A=data["A"], b=data["b"], G=data["G"], h=data["h"])
+    with pytest.warns(lpgd.LpgdWarning, match="kink"):
+        output.x.sum().backward()
+    assert [used == "implicit" for used in output.info.gradients[0].used] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("factor", [1e-9, 1e9])
@@ -118,7 +144,8 @@ def test_a_wrong_answer_is_not_flawless(monkeypatch: pytest.MonkeyPatch) -> None
         return Begun(answer, None)
 
     monkeypatch.setattr(DAQP, "at_once", spoilt)
-    solution, found = results(draw(7, 6, 4))
+    info, found = results(draw(7, 6, 4))
+    solution = info.solution
     assert solution.refined is not None
     assert bool((solution.refined > 0).all())
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)

@@ -69,6 +69,11 @@ def stoppable(event: threading.Event | None) -> Generator[None]:
         _told.event = before
 
 
+def may_be_stopped() -> bool:
+    """Whether anything can tell this thread's task to stop, so that it has to :func:`pause`."""
+    return _told.event is not None
+
+
 def pause() -> None:
     """Where a task can stop: between two elements, or two steps of a batch.
 

@@ -50,8 +50,10 @@ def is_settled(attempt: ConicSolution, refined: bool) -> bool:
 def _vague(solution: ConicSolution) -> list[int]:
     """Elements that are solved, and known less well than refinement makes them where it has worked."""
     problem, structure = solution.problem, solution.problem.structure
+    if solution.known_to is None or not bool((solution.known_to > VAGUE).any()):
+        return []
     polyhedral = structure.cones.is_polyhedral and not structure.has_integers
-    if solution.known_to is None or not polyhedral:
+    if not polyhedral:
         return []
     if not is_small(structure) and not (structure.quadratic.nnz and is_cheap(structure)):
         return []

@@ -27,6 +27,7 @@ from lpgd.gradients.base import GradientInfo
 from lpgd.gradients.implicit.findings import Findings
 from lpgd.gradients.implicit.located import Located, known_point
 from lpgd.gradients.implicit.one_by_one import one_by_one
+from lpgd.gradients.implicit.regular import regular_response
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint
@@ -66,6 +67,9 @@ def response(
         near: a difference that it is to be compared with, of B elements: :meth:`Points.response`.
     """
     problem = solution.problem
+    found = regular_response(solution, tilt, active, info) if method.rho == 0.0 and near is None else None
+    if found is not None:
+        return found
     change = ConicPoint(*(torch.zeros_like(tensor) for tensor in solution.point))
     info.doubt = torch.full((problem.batch_size,), torch.nan, dtype=torch.float64)
     if not active:

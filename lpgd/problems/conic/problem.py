@@ -218,23 +218,26 @@ class ConicProblem:
         """
         structure = self.structure
         row_counts = {name: datum.shape[0] if datum.ndim == 2 else None for name, datum in self.data._asdict().items()}
-        P = self.data.P.new_zeros(self.data.P.shape)
         if structure.quadratic.nnz:
             P = structure.plus_transposed(structure.quadratic.outer(0.5 * dx, x, row_counts["P"]))
+        else:
+            P = torch.zeros_like(self.data.P)
         # Both terms in one product: elements B + i belong to the row of i.
         A = structure.constraint.outer(torch.cat([dy, y]), torch.cat([x, dx]), row_counts["A"])
-        lower_index, upper_index = (structure.index(name, self.device) for name in _BOUND_INDICES)
+
+        def of_bounds(bound: Tensor, change: Tensor, name: str) -> Tensor:
+            if not bound.shape[-1]:
+                return torch.zeros_like(bound)
+            index = structure.index(f"{name}_index", self.device)
+            return torch.where(torch.isfinite(bound), _sum_rows(change[:, index], row_counts[name]), 0.0)
+
         return ConicData(
             P=P,
             q=_sum_rows(dx, row_counts["q"]),
             A=A,
             b=_sum_rows(-dy, row_counts["b"]),
-            lower=torch.where(
-                torch.isfinite(self.data.lower), _sum_rows(d_lower[:, lower_index], row_counts["lower"]), 0.0
-            ),
-            upper=torch.where(
-                torch.isfinite(self.data.upper), _sum_rows(d_upper[:, upper_index], row_counts["upper"]), 0.0
-            ),
+            lower=of_bounds(self.data.lower, d_lower, "lower"),
+            upper=of_bounds(self.data.upper, d_upper, "upper"),
         )
 
     def mixed_product(self, point: ConicPoint, tangent: ConicData) -> ConicPoint:
@@ -298,6 +301,11 @@ class ConicProblem:
     def units(self) -> Units:
         """The units in which the data are of order 1."""
         return Units.of(self)
+
+    @property
+    def has_plain_units(self) -> bool:
+        """Whether the units are known already, and all of them are 1."""
+        return "units" in self.__dict__ and self.units.is_trivial
 
     def in_own_units(self, point: ConicPoint) -> ConicPoint:
         """A point, (B, ·) each, in which all variables count alike: in :attr:`units`."""

@@ -124,6 +124,11 @@ class ConicStructure:
     def has_bounds(self) -> bool:
         return self.lower_index.size + self.upper_index.size > 0
 
+    @cached_property
+    def bounded_index(self) -> IntArray:
+        """Variables that have a bound."""
+        return np.union1d(self.lower_index, self.upper_index)
+
     @property
     def has_integers(self) -> bool:
         return self.integer_index.size > 0

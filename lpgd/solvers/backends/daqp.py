@@ -97,7 +97,7 @@ class DAQP(ElementwiseSolver):
         return None if answer is None else Begun(answer, judged_flawless(answer, self.name))
 
     def solver_in_white(self, n: int, m: int, zero: int) -> SolveOne:
-        return _Whitened(self, n, m, zero)
+        return _whitened(self, n, m, zero)
 
     def prepare(self, form: IntervalForm) -> Prepared:
         return _PreparedDAQP(self, form)
@@ -314,3 +314,7 @@ class _Whitened:
         status = _STATUSES.get(flag, Status.NUMERICAL_ERROR)
         state = _State(x, info["lam"]) if status is Status.SOLVED else None
         return status, x, info["lam"], info["iterations"], state
+
+
+_whitened = lru_cache(maxsize=64)(_Whitened)
+"""One for all batches of these sizes: it keeps nothing of what it solves."""

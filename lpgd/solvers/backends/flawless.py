@@ -20,9 +20,8 @@ from lpgd.arrays import FloatArray, from_numpy
 from lpgd.problems.conic.magnitudes import LARGEST_MODERATE as LARGEST
 from lpgd.problems.conic.magnitudes import LEAST_MODERATE as LEAST
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.residuals import Products
 from lpgd.problems.conic.solution import ConicSolution
-from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
+from lpgd.problems.conic.structure import ConicStructure, per_element
 from lpgd.problems.conic.units import Units
 from lpgd.solvers.backends.whitened import WhiteSolver, white_solution
 from lpgd.solvers.convexity import SURELY
@@ -35,7 +34,7 @@ __all__ = ["answered", "judged_flawless"]
 
 
 FIRST = 8
-"""So many rows and columns are looked at first: one large entry each is all that is asked."""
+"""So many columns are looked at first for a large entry of each row: more is not asked."""
 
 
 def answered(problem: ConicProblem, executor: Executor | None, solver: WhiteSolver) -> ConicSolution | None:
@@ -59,12 +58,13 @@ def _fits(structure: ConicStructure) -> bool:
 def _has_moderate_rows(problem: ConicProblem) -> bool:
     """Whether the largest entries of all rows and columns of A are moderate, and finite all others."""
     n, m = problem.structure.n, problem.structure.m
-    values = np.atleast_2d(problem.data.A.detach().numpy())
-    if not (np.einsum("bi,bi->b", values, values) < LARGEST**2).all():  # also where there is a NaN
+    columns = problem.data.A.detach().numpy().reshape(-1, n, m)
+    # Sums of squares: no entry is larger than the root of one, and one entry is as large as the mean's.
+    of_columns = np.einsum("bnm,bnm->bn", columns, columns)
+    of_rows = np.einsum("bnm,bnm->bm", columns[:, :FIRST], columns[:, :FIRST])
+    if not (of_columns.sum(1) < LARGEST**2).all():  # also where there is a NaN
         return False
-    columns = values.reshape(-1, n, m)
-    of_rows, of_columns = np.abs(columns[:, :FIRST]).max(1), np.abs(columns[:, :, :FIRST]).max(2)
-    if of_rows.min() >= LEAST and of_columns.min() >= LEAST:
+    if of_columns.min() >= m * LEAST**2 and of_rows.min() >= min(n, FIRST) * LEAST**2:
         return True
     sizes = np.abs(columns)
     return bool(sizes.max(1).min() >= LEAST and sizes.max(2).min() >= LEAST)
@@ -78,7 +78,7 @@ def _has_moderate_vectors(problem: ConicProblem, factor: SchurFactor) -> bool:
     if not (np.abs(q).max() < LARGEST and curvature.min() >= LEAST and curvature.max() < LARGEST):
         return False
     least, _ = factor.pivots
-    definite = least**2 > SURELY * np.resize(curvature, len(least))
+    definite = least**2 > SURELY * (curvature if len(curvature) == len(least) else np.resize(curvature, len(least)))
     return bool(definite.all() and right.min() >= LEAST and right.max() < LARGEST)
 
 
@@ -99,8 +99,9 @@ def judged_flawless(answer: ConicSolution, solver: str) -> ConicSolution | None:
     y, slack = np.maximum(v, 0.0), np.maximum(-v, 0.0)
     y[:, :zero] = v[:, :zero] = answer.y.numpy()[:, :zero]
     slack[:, :zero] = 0.0
-    point = ConicPoint(answer.x, from_numpy(y), answer.z)
-    Px, Aty, Ax = (tensor.numpy() for tensor in Products.of(problem, point))
+    quadratic, constraint = problem.structure.quadratic, problem.structure.constraint
+    Px, A = quadratic.numpy_product(problem.symmetric_P.numpy(), x), problem.data.A.numpy()
+    Aty, Ax = constraint.numpy_product(A, y, transpose=True), constraint.numpy_product(A, x)
     known_to = np.maximum(_norms(Px + q + Aty), _norms(Ax + slack - b))
     curvature, cost, right = (np.einsum("bi,bi->b", *pair) for pair in ((x, Px), (x, q), (y, b)))
     gap = np.abs(curvature + cost + right)
@@ -112,7 +113,7 @@ def judged_flawless(answer: ConicSolution, solver: str) -> ConicSolution | None:
     nothing = torch.zeros(size, dtype=torch.int64)
     return replace(
         answer,
-        y=point.y,
+        y=from_numpy(y),
         slack=from_numpy(slack),
         known_to=from_numpy(known_to),
         known_before=from_numpy(known_to.copy()),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import FloatArray, IntArray, flags, from_numpy, integers, rows_where
-from lpgd.execution.interrupts import pause
+from lpgd.execution.interrupts import may_be_stopped, pause
 from lpgd.execution.progress import Key, advance, current
 from lpgd.execution.tasks import SerialExecutor, run_tasks, split
 from lpgd.problems.base import State, States
@@ -210,27 +210,35 @@ def _solve(task: _Task) -> _Results:
     solve_one = task.solver.solver_in_white(n, m, task.zero)
     lower = np.full((count, m), -np.inf)
     lower[:, : task.zero] = task.b[:, : task.zero]
-    found, clock, deadline = _nothing(count, n, m), time.perf_counter, task.deadline
-    statuses, states, x, y, iterations, seconds = found
+    clock, deadline, stops = time.perf_counter, task.deadline, may_be_stopped()
+    statuses: list[Status] = [Status.INVALID_DATA] * count
+    states: list[State] = [None] * count
+    x: list[FloatArray | None] = [None] * count
+    y: list[FloatArray | None] = [None] * count
+    iterations, ends_at = [0] * count, [0.0] * count
     every_rows = task.rows if period == count else itertools.cycle(task.rows)
-    counts, ends_at = [0] * count, [0.0] * count
     began = ended = clock()
     for place, (q, b, ends, rows, state) in enumerate(
         zip(task.q, task.b, lower, every_rows, task.states, strict=False)
     ):
-        pause()
+        if stops:
+            pause()
         if deadline is not None and time.time() >= deadline:
             statuses[place], ends_at[place] = Status.TIME_LIMIT, ended
             continue
-        statuses[place], its_x, its_y, counts[place], states[place] = solve_one(rows, q, ends, b, state)
-        if its_x is not None and its_y is not None:
-            x[place], y[place] = its_x, its_y
+        statuses[place], x[place], y[place], iterations[place], states[place] = solve_one(rows, q, ends, b, state)
         ends_at[place] = ended = clock()
         if task.progress is not None:
             advance(task.progress)
-    iterations[:] = counts
-    seconds[:] = np.diff(ends_at, prepend=began)
-    return found
+    times = np.array([began, *ends_at])
+    points = _stacked(x, n), _stacked(y, m)
+    return _Results(statuses, states, *points, np.array(iterations, dtype=np.int64), times[1:] - times[:-1])
+
+
+def _stacked(vectors: Sequence[FloatArray | None], size: int) -> FloatArray:
+    """Vectors as the rows of one array, NaN where there is none."""
+    known = [np.full(size, np.nan) if vector is None else vector for vector in vectors]
+    return np.concatenate(known).reshape(len(known), size)
 
 
 def _count(task: _Task) -> None:

@@ -84,6 +84,7 @@ class SchurFactor:
         bounded: variables that have a bound, the last of the k rows.
         row_count: of A.
         zero: how many of them are equalities.
+        pivots: (R,) the least and the largest of L.
     """
 
     root: Root
@@ -92,6 +93,7 @@ class SchurFactor:
     bounded: Tensor
     row_count: int
     zero: int
+    pivots: tuple[FloatArray, FloatArray]
 
     @cached_property
     def all_fine(self) -> bool:
@@ -120,16 +122,16 @@ class SchurFactor:
     def _made(cls, problem: ConicProblem, executor: Executor | None) -> SchurFactor | None:
         structure, data = problem.structure, problem.data
         root = root_of(problem)
-        bounded = from_numpy(np.union1d(structure.lower_index, structure.upper_index))
+        bounded = from_numpy(structure.bounded_index)
         count = max((datum.shape[0] for datum in (data.P, data.A) if datum.ndim == 2), default=1)
         wide, n = structure.m + bounded.shape[0], structure.n
         if root is None or count * max(wide, n) * n > ROOM:
             return None
-        least, largest = _extremes(root.lower[:, :n, :n])
-        fine = root.exists & (least > DEFINITE * largest)
+        least, largest = _extremes(root, n)
+        fine: BoolArray = root.exists.numpy() & (least > DEFINITE * largest)
         C = structure.constraint.to_dense(torch.atleast_2d(data.A))
         sizes = {root.lower.shape[0], C.shape[0], 1}
-        if len(sizes) > 2 or not bool(fine.any()):
+        if len(sizes) > 2 or not fine.any():
             return None
         size = max(sizes)
         white = C.new_empty(size, wide, n)
@@ -145,15 +147,12 @@ class SchurFactor:
             white[elements] = rows[:, :wide, :n]
 
         long = size * wide * n**2 > LONG and (executor is None or isinstance(executor, ThreadPoolExecutor))
-        run_tasks(whiten, split(size, executor if long else _HERE, per_worker=1), executor if long else _HERE)
-        return cls(root, white, fine.expand(size), bounded, structure.m, structure.cones.zero)
-
-    @cached_property
-    def pivots(self) -> tuple[FloatArray, FloatArray]:
-        """(R,) the least and the largest of L."""
-        n, count = self.white.shape[2], self.white.shape[0]
-        least, largest = (values.expand(count).numpy() for values in _extremes(self.root.lower[:, :n, :n]))
-        return least, largest
+        if long:
+            run_tasks(whiten, split(size, executor, per_worker=1), executor)
+        else:
+            whiten(range(size))
+        pivots, every = (np.resize(least, size), np.resize(largest, size)), from_numpy(np.resize(fine, size))
+        return cls(root, white, every, bounded, structure.m, structure.cones.zero, pivots)
 
     @cached_property
     def gram(self) -> FloatArray | None:
@@ -172,7 +171,10 @@ class SchurFactor:
             return tensor if tensor.shape[0] == 1 else tensor[elements % tensor.shape[0]]
 
         root = Root(chosen(self.root.lower), chosen(self.root.exists))
-        return replace(self, root=root, white=chosen(self.white), fine=chosen(self.fine))
+        white = chosen(self.white)
+        index = elements.numpy() % len(self.white) if len(self.white) > 1 else np.zeros(1, dtype=np.int64)
+        pivots = self.pivots[0][index], self.pivots[1][index]
+        return replace(self, root=root, white=white, fine=chosen(self.fine), pivots=pivots)
 
     def at(self, pieces: Tensor) -> ActiveSystem:
         """The system of the active sets ``pieces`` (B, ·), as :meth:`Points.pieces` has them."""
@@ -201,10 +203,12 @@ class SchurFactor:
 
     def _solved(self, vectors: Tensor, transposed: bool) -> Tensor:
         lower, n = self.root.lower, vectors.shape[1]
-        right = padded(vectors, lower.shape[1])[:, :, None]
+        right = padded(vectors, lower.shape[1]).unsqueeze(2)
         shared = lower.shape[0] == 1 and vectors.shape[0] > 1
         matrix, period = (self._copies, PART) if shared else (lower, lower.shape[0])
         matrix = matrix.mT if transposed else matrix
+        if period == vectors.shape[0]:
+            return linalg.solve_triangular(matrix, right, upper=transposed)[:, :n, 0]
         found = [
             linalg.solve_triangular(matrix[: chunk.shape[0]], chunk, upper=transposed)[:, :n, 0]
             for chunk in right.split(period)
@@ -272,17 +276,19 @@ class ActiveSystem:
         counts = active.sum(1)
         sizes = packed_size(1) * 2 * -(-counts // (2 * packed_size(1)))  # few sizes: each is a stack of its own
         self.stacks: list[_Stack] = []
-        for side in np.unique(sizes[sizes > 0]):
-            elements, width = np.flatnonzero(sizes == side), min(int(side), wide)
+        for side in sorted({size for size in sizes.tolist() if size}):
+            elements, width = np.flatnonzero(sizes == side), min(side, wide)
             rows = order[elements, :width]
             if width < side:
-                rows = np.concatenate([rows, np.zeros((elements.size, int(side) - width), dtype=np.int64)], axis=1)
+                rows = np.concatenate([rows, np.zeros((elements.size, side - width), dtype=np.int64)], axis=1)
             idle = np.arange(side) >= counts[elements][:, None]
-            gram = self._gram(rows, idle, owners[elements])
-            small, info = linalg.cholesky_ex(from_numpy(gram))
-            pivots = small.diagonal(dim1=-2, dim2=-1).numpy()
-            smallest = np.where(idle, np.inf, pivots).min(1)
-            regular = (info == 0).numpy() & (smallest > DEFINITE * np.where(idle, 0.0, pivots).max(1))
+            # In place, as LAPACK has them: the matrices are symmetric.
+            small, info = from_numpy(self._gram(rows, idle, owners[elements])).mT, torch.empty(0, dtype=torch.int32)
+            linalg.cholesky_ex(small, out=(small, info))
+            pivots = small.numpy().diagonal(axis1=1, axis2=2)
+            smallest = pivots.min(1, where=~idle, initial=np.inf)
+            largest_pivot = pivots.max(1, where=~idle, initial=0.0)
+            regular = (info.numpy() == 0) & (smallest > DEFINITE * largest_pivot)
             with np.errstate(divide="ignore", invalid="ignore"):
                 inverse[elements] += smallest**-2.0
             fine[elements] &= regular
@@ -293,20 +299,20 @@ class ActiveSystem:
 
     def _gram(self, rows: IntArray, idle: BoolArray, owners: IntArray) -> FloatArray:
         """(k, p, p) ``M_a M_aᵀ``, with ones on the diagonal of idle rows."""
-        whole, side = self.factor.gram if self.several else None, range(rows.shape[1])
+        whole = self.factor.gram if self.several else None
         if whole is not None:
             wide = whole.shape[1]
             first = (owners * wide**2)[:, None] + rows * wide
-            gram = whole.take(first[:, :, None] + rows[:, None, :])
+            gram: FloatArray = whole.take(first[:, :, None] + rows[:, None, :])
             gram[idle] = 0.0
             gram.swapaxes(1, 2)[idle] = 0.0
         else:
             _, wide, n = self.factor.white.shape
             chosen = self.factor.white.numpy().reshape(-1, n).take(rows + (owners * wide)[:, None], axis=0)
-            chosen[idle] = 0.0
             with np.errstate(over="ignore", invalid="ignore"):  # of elements whose P is not definite
+                chosen *= ~idle[:, :, None]
                 gram = chosen @ chosen.swapaxes(1, 2)
-        gram[:, side, side] += idle
+        np.einsum("bii->bi", gram)[...] += idle
         return gram
 
     @property
@@ -321,11 +327,9 @@ class ActiveSystem:
             places = elements[:, None], rows
             with np.errstate(over="ignore", invalid="ignore"):  # of elements that are not regular
                 values = np.where(idle, 0.0, right[places])
-                u = torch.cholesky_solve(from_numpy(values[:, :, None]), small)[:, :, 0].numpy()
-            if rows.shape[1] <= right.shape[1]:
-                found[places] = np.where(idle, 0.0, u)
-            else:  # idle rows more than there are
-                np.add.at(found, places, np.where(idle, 0.0, u))
+                u = _solved_twice(small, values)
+            width = right.shape[1]  # behind are idle rows more than there are
+            found[elements[:, None], rows[:, :width]] = np.where(idle, 0.0, u)[:, :width]
         return found
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
@@ -340,6 +344,12 @@ class ActiveSystem:
         dz = np.zeros_like(g_z)
         dz[:, bounded] = u[:, factor.row_count :]
         return dx, u[:, : factor.row_count], dz
+
+
+def _solved_twice(lower: Tensor, right: FloatArray) -> FloatArray:
+    """``(L Lᵀ)⁻¹ v`` for vectors (k, p): torch's ``cholesky_solve`` copies L, which takes longer (torch 2.13)."""
+    half = linalg.solve_triangular(lower, from_numpy(right[:, :, None]), upper=False)
+    return linalg.solve_triangular(lower.mT, half, upper=True)[:, :, 0].numpy()
 
 
 def _products(matrices: FloatArray, vectors: FloatArray) -> FloatArray:
@@ -390,7 +400,7 @@ class MixedSystem:
         return changes
 
 
-def _extremes(lower: Tensor) -> tuple[Tensor, Tensor]:
-    """(R,) the least and the largest pivot of triangular factors."""
-    pivots = lower.diagonal(dim1=-2, dim2=-1)
-    return pivots.amin(-1), pivots.amax(-1)
+def _extremes(root: Root, n: int) -> tuple[FloatArray, FloatArray]:
+    """(R,) the least and the largest pivot of triangular factors of order n."""
+    pivots = root.lower.numpy().diagonal(axis1=1, axis2=2)[:, :n]
+    return pivots.min(1), pivots.max(1)
