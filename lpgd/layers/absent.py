@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import from_numpy
-from lpgd.layers.look import look_at
+from lpgd.layers.look import are_surely_below, look_at
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.magnitudes import INFINITE
 from lpgd.problems.conic.structure import ConicData, ConicStructure, per_element
@@ -23,6 +23,8 @@ __all__ = ["without_absent_rows"]
 def without_absent_rows(structure: ConicStructure, data: ConicData, batch_size: int) -> tuple[ConicData, Tensor | None]:
     """The data with absent rows of the nonnegative cone made harmless, and which these are: (m,) or (R, m), or None."""
     section = structure.cones.sections["nonnegative"]
+    if section.stop == section.start or are_surely_below(data.b, section, INFINITE):
+        return data, None
     right_sides = data.b[..., section]
     found = [False, False]
 

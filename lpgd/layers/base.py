@@ -338,7 +338,8 @@ class OptimizationLayer(BaseLayer):
         if not solver_args and layer_solver is not None and self._fixed:
             choice = Choice(layer_solver, structure, self._situation(), self._named)
             return CallOptions(layer_solver, self.executor, self.gradient, choice)
-        standard, situation = StandardOptions.parse(solver_args), self._situation(device)
+        standard = StandardOptions.parse(solver_args) if solver_args else StandardOptions()
+        situation = self._situation(device)
         if standard.solver is None:
             solver = choose_solver(structure, layer_solver, {**self._options, **standard.options}, situation)
         else:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lpgd.problems.lanes import joined, separated
 
-__all__ = ["look_at", "made_of", "transforms_are_active"]
+__all__ = ["are_surely_below", "look_at", "made_of", "transforms_are_active"]
 
 Making = Callable[[Sequence[Tensor], int], "tuple[Tensor, ...] | None"]
 
@@ -52,6 +52,13 @@ def made_of(function: Making, tensors: Sequence[Tensor], size: int) -> tuple[Ten
 
     made = _Made.apply(making, size, *plain)
     return made if any(found) else None
+
+
+def are_surely_below(tensor: Tensor, section: slice, limit: float) -> bool:
+    """Whether all entries in a section of the last dimension are below a limit, as far as a quick look tells."""
+    if transforms_are_active() or tensor.device.type != "cpu" or not tensor.numel():
+        return False
+    return bool(tensor.detach().resolve_neg().numpy()[..., section].max() < limit)  # false for NaN
 
 
 class _Look(torch.autograd.Function):

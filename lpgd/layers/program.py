@@ -16,7 +16,7 @@ from lpgd.gradients import GradientMethod
 from lpgd.layers.base import OptimizationLayer, Recorded, WarmStart
 from lpgd.layers.explanations import Argument, explanation
 from lpgd.layers.inputs import MATRIX_LAYOUTS, Batch, Expected, check_inputs, is_number
-from lpgd.layers.matrices import Pattern, join, plan, read_matrix
+from lpgd.layers.matrices import Pattern, Plan, join, plan, read_matrix
 from lpgd.problems.conic.solution import Violation
 from lpgd.problems.conic.structure import ConicData, ConicStructure
 from lpgd.solvers import ConicSolver
@@ -52,6 +52,18 @@ class _Call(NamedTuple):
     data: ConicData
     sizes: tuple[int, int]  # m, k
     explain: Explain
+
+
+class _Frame(NamedTuple):
+    """What tensors of the same kinds and shapes have in common."""
+
+    batch: Batch
+    plan: Plan | None
+
+
+KEPT_FRAMES = 64
+"""So many of them are known."""
+_frames: dict[Any, _Frame] = {}
 
 
 Bound = Tensor | float | None
@@ -101,11 +113,7 @@ class ProgramLayer(OptimizationLayer):
         if self._integer and isinstance(n, int) and self._integer[-1] >= n:
             raise ValueError(f"integer holds {self._integer[-1]}, but {cost} has {n} entries.")
         tensors: dict[str, Any] = dict(objective)
-        expected = [Expected(cost, (n,)), *(Expected(name, (n, n), MATRIX_LAYOUTS) for name in list(objective)[1:])]
-        for (name, matrix), symbol, vectors in (
-            (("A", A), "m", {"b": b}),
-            (("G", G), "k", {"h": h} if l is None else {"h": h, "l": l}),
-        ):
+        for (name, matrix), vectors in ((("A", A), {"b": b}), (("G", G), {"h": h} if l is None else {"h": h, "l": l})):
             given = {vector_name: vector for vector_name, vector in vectors.items() if vector is not None}
             if matrix is None and not given:
                 continue
@@ -113,30 +121,64 @@ class ProgramLayer(OptimizationLayer):
                 one, other = (" or ".join(vectors), name) if matrix is None else (name, " or ".join(vectors))
                 one = " and ".join(given) if matrix is None else one
                 raise ValueError(f"{one} is given but {other} is not: constraints need both, or neither.")
-            row_count = _size(matrix, -2, symbol)
-            expected.append(Expected(name, (row_count, n), MATRIX_LAYOUTS))
-            expected += [Expected(vector_name, (row_count,)) for vector_name in given]
-            tensors |= {name: matrix}
+            tensors[name], row_count = matrix, _size(matrix, -2, name)
             for vector_name, vector in given.items():
                 tensors[vector_name] = _filled(vector, row_count, objective[cost])
         for name, bound in (("lb", lb), ("ub", ub)):
             if isinstance(bound, Tensor) or not (bound is None or is_number(bound)):
-                scalar = isinstance(bound, Tensor) and bound.ndim == 0
-                expected.append(Expected(name, () if scalar else (n,)))
                 tensors[name] = bound
-        batch = check_inputs(expected, list(tensors.values()))
+        frame = self._frame(n, tensors, lb is not None, ub is not None)
         with one_torch_thread():  # several wait for more work for a while, on the cores that solvers are to have next
-            return self._assemble(int(n), batch, cost, tensors, {"lb": lb, "ub": ub})
+            return self._assemble(int(n), frame, cost, tensors, {"lb": lb, "ub": ub})
 
-    def _assemble(self, n: int, batch: Batch, cost: str, tensors: dict[str, Tensor], bounds: dict[str, Bound]) -> _Call:
+    def _frame(self, n: int | str, tensors: dict[str, Any], has_lower: bool, has_upper: bool) -> _Frame:
+        """What these tensors have in common, once they are checked, and their plan where no matrix is sparse."""
+        try:
+            key = (
+                self._integer,
+                has_lower,
+                has_upper,
+                *[(name, t.shape, t.dtype, t.layout, t.device) for name, t in tensors.items()],
+            )
+        except AttributeError:  # something is no tensor
+            key = None
+        frame = None if key is None else _frames.get(key)
+        if frame is None:
+            expected = _expected(n, tensors)
+            batch = check_inputs(expected, list(tensors.values()))
+            matrices = {name: tensors[name] for name in ("P", "A", "G") if name in tensors}
+            chosen = None
+            if all(matrix.layout is torch.strided for matrix in matrices.values()):
+                patterns = {name: Pattern((m.shape[-2], m.shape[-1])) for name, m in matrices.items()}
+                chosen = self._plan(int(n), tensors, patterns, has_lower, has_upper)
+            frame = _Frame(batch, chosen)
+            if key is not None:
+                if len(_frames) >= KEPT_FRAMES:
+                    _frames.clear()
+                _frames[key] = frame
+        return frame
+
+    def _plan(
+        self, n: int, tensors: dict[str, Tensor], patterns: Mapping[str, Pattern], has_lower: bool, has_upper: bool
+    ) -> Plan:
+        m, k = (tensors[name].shape[-2] if name in tensors else 0 for name in ("A", "G"))
+        with_ends = k if "l" in tensors else 0
+        blocks = tuple(patterns[name] for name in ("A", "G") if name in patterns) or (Pattern((0, n)),)
+        cones = Cones(m + with_ends, k - with_ends)
+        return plan(n, cones, patterns.get("P"), blocks, has_lower, has_upper, self._integer, with_ends)
+
+    def _assemble(
+        self, n: int, frame: _Frame, cost: str, tensors: dict[str, Tensor], bounds: dict[str, Bound]
+    ) -> _Call:
+        batch, chosen = frame
         matrices = {name: read_matrix(name, tensors[name], batch) for name in ("P", "A", "G") if name in tensors}
         blocks = [matrices[name] for name in ("A", "G") if name in matrices]
         m, k = (tensors[name].shape[-2] if name in tensors else 0 for name in ("A", "G"))
-        P, with_ends = matrices.get("P"), k if "l" in tensors else 0
-        patterns = tuple(block.pattern for block in blocks) or (Pattern((0, n)),)
-        has_lower, has_upper = (bound is not None for bound in bounds.values())
-        cones = Cones(m + with_ends, k - with_ends)
-        chosen = plan(n, cones, P and P.pattern, patterns, has_lower, has_upper, self._integer, with_ends)
+        P, with_ends = matrices.get("P"), "l" in tensors
+        if chosen is None:
+            patterns = {name: matrix.pattern for name, matrix in matrices.items()}
+            has_lower, has_upper = (bound is not None for bound in bounds.values())
+            chosen = self._plan(n, tensors, patterns, has_lower, has_upper)
         nothing = torch.empty(0, dtype=torch.float64, device=batch.device)
         lower, upper = (_bound(tensors.get(name, bound), n, batch, nothing) for name, bound in bounds.items())
         q, right = (
@@ -172,6 +214,23 @@ class ProgramLayer(OptimizationLayer):
             info.violation = _own_violation(info.violation, call).restored(restore)
         output.info, output.batch_shape = info, call.batch.batch_shape
         return output
+
+
+def _expected(n: int | str, tensors: dict[str, Any]) -> list[Expected]:
+    """What each argument is to be, in order."""
+    shapes: dict[str, tuple[int | str, ...]] = dict.fromkeys(("q", "c", "lb", "ub"), (n,))
+    shapes |= {"P": (n, n)}
+    for name, count, vectors in (("A", "m", ("b",)), ("G", "k", ("h", "l"))):
+        row_count = _size(tensors.get(name), -2, count)
+        shapes |= {name: (row_count, n), **dict.fromkeys(vectors, (row_count,))}
+    for name in ("lb", "ub"):
+        bound = tensors.get(name)
+        if isinstance(bound, Tensor) and bound.ndim == 0:
+            shapes[name] = ()
+    return [
+        Expected(name, shapes[name], MATRIX_LAYOUTS) if name in ("P", "A", "G") else Expected(name, shapes[name])
+        for name in tensors
+    ]
 
 
 def _own_violation(violation: Violation, call: _Call) -> Violation:

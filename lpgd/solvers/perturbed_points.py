@@ -35,9 +35,10 @@ from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.conic.units import Units
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver, ConicSolver
+from lpgd.solvers.kkt.mixed import MixedSystem, Part
 from lpgd.solvers.kkt.points import Points
 from lpgd.solvers.kkt.refinement import KeptFactor, is_cheap
-from lpgd.solvers.kkt.schur import MixedSystem, Part, SchurFactor, System
+from lpgd.solvers.kkt.schur import SchurFactor, System
 from lpgd.solvers.kkt.tilts import TiltedSolutions
 from lpgd.solvers.rescue import merged
 from lpgd.status import Status

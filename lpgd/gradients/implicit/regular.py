@@ -35,7 +35,7 @@ def regular_response(
         info: the record, which is filled only where there is an answer.
     """
     problem = solution.problem
-    if len(active) < problem.batch_size or not _fits(solution):
+    if not active or len(active) < problem.batch_size or not _fits(solution):
         return None
     zero, n = problem.structure.cones.zero, problem.structure.n
     g_x, g_y = tilt.x.numpy(), tilt.y.numpy()

@@ -99,6 +99,9 @@ class DAQP(ElementwiseSolver):
     def solver_in_white(self, n: int, m: int, zero: int) -> SolveOne:
         return _whitened(self, n, m, zero)
 
+    def white_state(self, x: FloatArray, y: FloatArray) -> State:
+        return _State(x, y)
+
     def prepare(self, form: IntervalForm) -> Prepared:
         return _PreparedDAQP(self, form)
 
@@ -297,8 +300,7 @@ class _Whitened:
         x, _, flag, info = self.solve(self.P, q, rows, upper, lower, sense, **self.settings)
         if flag <= 0:  # what shows it is lost in such a call
             return self._in_workspace(rows, q, lower, upper)
-        multipliers = info["lam"]
-        return _STATUSES[flag], x, multipliers, info["iterations"], _State(x, multipliers)
+        return _STATUSES[flag], x, info["lam"], info["iterations"]
 
     def _in_workspace(self, rows: FloatArray, q: FloatArray, lower: FloatArray, upper: FloatArray) -> WhiteAnswer:
         """The same, from a cold start, with the last point where there is no solution."""
@@ -306,14 +308,12 @@ class _Whitened:
         model.settings = self.settings
         ends = np.zeros(self.sense.size)
         if model.setup(self.P, np.zeros(q.size), rows, ends, ends, self.sense.copy())[0] == _NOT_CONVEX:
-            return Status.NUMERICAL_ERROR, None, None, 0, None
+            return Status.NUMERICAL_ERROR, None, None, 0
         flag = model.update(f=q, bupper=upper, blower=lower, sense=self.sense.copy())
         if flag < 0:
-            return _STATUSES.get(flag, Status.NUMERICAL_ERROR), None, None, 0, None
+            return _STATUSES.get(flag, Status.NUMERICAL_ERROR), None, None, 0
         x, _, flag, info = model.solve()
-        status = _STATUSES.get(flag, Status.NUMERICAL_ERROR)
-        state = _State(x, info["lam"]) if status is Status.SOLVED else None
-        return status, x, info["lam"], info["iterations"], state
+        return _STATUSES.get(flag, Status.NUMERICAL_ERROR), x, info["lam"], info["iterations"]
 
 
 _whitened = lru_cache(maxsize=64)(_Whitened)

@@ -41,9 +41,9 @@ THREADED = 5000
 batch 64, they took 0.7 of one thread's time at n 50 (60 rows), twice as long at n 20, and 0.55 at n 100."""
 
 
-WhiteAnswer = tuple[Status, FloatArray | None, FloatArray | None, int, State]
+WhiteAnswer = tuple[Status, FloatArray | None, FloatArray | None, int]
 """What a solver made of one whitened element: the status, x and the multipliers of its rows, None where there are none,
-the iterations, and a warm-start state."""
+and the iterations."""
 SolveOne = Callable[[FloatArray, FloatArray, FloatArray, FloatArray, State], WhiteAnswer]
 """Rows (m, n), q (n,), lower and upper ends of the rows (m,), each row by row and to be read only, and a state."""
 
@@ -58,6 +58,10 @@ class WhiteSolver(Protocol):
 
         An answer depends on the element and its state alone.
         """
+        ...
+
+    def white_state(self, x: FloatArray, y: FloatArray) -> State:
+        """The warm-start state of an element that is solved: it is known from its point."""
         ...
 
     def deadline(self) -> float | None: ...
@@ -122,11 +126,26 @@ class _Results(NamedTuple):
     """The results of a task, in the order of its elements; NaN where there is nothing."""
 
     statuses: list[Status]
-    states: list[State]
     x: FloatArray
     y: FloatArray
     iterations: IntArray
     seconds: FloatArray
+
+
+class WhiteStates(Sequence[State]):
+    """The warm-start states of B elements, which are made as they are asked for; None where one is not solved."""
+
+    def __init__(self, solver: WhiteSolver, found: _Results) -> None:
+        self.solver, self.found = solver, found
+
+    def __len__(self) -> int:
+        return len(self.found.statuses)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[element] for element in range(*index.indices(len(self))))
+        statuses, x, y, *_ = self.found
+        return self.solver.white_state(x[index], y[index]) if statuses[index] is Status.SOLVED else None
 
 
 def _whitened(
@@ -169,8 +188,8 @@ def white_solution(
         for chunk, result in zip(chunks, run_tasks(_solve, tasks, executor, away=_count), strict=True):
             for name in ("x", "y", "iterations", "seconds"):
                 getattr(found, name)[chunk] = getattr(result, name)
-            for element, status, state in zip(chunk, result.statuses, result.states, strict=True):
-                found.statuses[element], found.states[element] = status, state
+            for element, status in zip(chunk, result.statuses, strict=True):
+                found.statuses[element] = status
     x, slack = factor.backward(from_numpy(found.x)), np.zeros((size, m))
     if m > factor.zero:
         with np.errstate(over="ignore", invalid="ignore"):  # of points that are none: they are judged later
@@ -187,7 +206,7 @@ def white_solution(
         iterations=found.iterations,
         setup_seconds=np.zeros(size),
         solve_seconds=found.seconds,
-        states=tuple(found.states),
+        states=WhiteStates(solver, found),
     )
     report(solver.name, solution, 0)
     return solution
@@ -197,10 +216,8 @@ _HERE = SerialExecutor()
 
 
 def _nothing(count: int, n: int, m: int) -> _Results:
-    statuses: list[Status] = [Status.INVALID_DATA] * count
-    states: list[State] = [None] * count
     x, y = np.full((count, n), np.nan), np.full((count, m), np.nan)
-    return _Results(statuses, states, x, y, np.zeros(count, dtype=np.int64), np.zeros(count))
+    return _Results([Status.INVALID_DATA] * count, x, y, np.zeros(count, dtype=np.int64), np.zeros(count))
 
 
 def _solve(task: _Task) -> _Results:
@@ -212,7 +229,6 @@ def _solve(task: _Task) -> _Results:
     lower[:, : task.zero] = task.b[:, : task.zero]
     clock, deadline, stops = time.perf_counter, task.deadline, may_be_stopped()
     statuses: list[Status] = [Status.INVALID_DATA] * count
-    states: list[State] = [None] * count
     x: list[FloatArray | None] = [None] * count
     y: list[FloatArray | None] = [None] * count
     iterations, ends_at = [0] * count, [0.0] * count
@@ -226,13 +242,13 @@ def _solve(task: _Task) -> _Results:
         if deadline is not None and time.time() >= deadline:
             statuses[place], ends_at[place] = Status.TIME_LIMIT, ended
             continue
-        statuses[place], x[place], y[place], iterations[place], states[place] = solve_one(rows, q, ends, b, state)
+        statuses[place], x[place], y[place], iterations[place] = solve_one(rows, q, ends, b, state)
         ends_at[place] = ended = clock()
         if task.progress is not None:
             advance(task.progress)
     times = np.array([began, *ends_at])
     points = _stacked(x, n), _stacked(y, m)
-    return _Results(statuses, states, *points, np.array(iterations, dtype=np.int64), times[1:] - times[:-1])
+    return _Results(statuses, *points, np.array(iterations, dtype=np.int64), times[1:] - times[:-1])
 
 
 def _stacked(vectors: Sequence[FloatArray | None], size: int) -> FloatArray:

@@ -17,8 +17,9 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.residuals import Products
 from lpgd.problems.conic.structure import ConicPoint, per_element
 from lpgd.solvers.kkt.factored import Factored
+from lpgd.solvers.kkt.mixed import MixedSystem, Part
 from lpgd.solvers.kkt.rank import NEAR
-from lpgd.solvers.kkt.schur import MixedSystem, Part, SchurFactor, System
+from lpgd.solvers.kkt.schur import SchurFactor, System
 from lpgd.solvers.kkt.system import KKTPoints, Known, respond
 
 __all__ = ["ENOUGH", "Points"]

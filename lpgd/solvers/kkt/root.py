@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lpgd import linalg
-from lpgd.arrays import from_numpy
+from lpgd.arrays import FloatArray, from_numpy
 from lpgd.execution.memo import TensorMemo
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.solvers.kkt.packed import packed_size
@@ -31,6 +31,11 @@ class Root(NamedTuple):
 
     lower: Tensor
     exists: Tensor
+
+    def pivots(self, n: int) -> tuple[FloatArray, FloatArray]:
+        """(R,) the least and the largest of the first n pivots of L."""
+        found = self.lower.numpy().diagonal(axis1=1, axis2=2)[:, :n]
+        return found.min(1), found.max(1)
 
 
 def padded(vectors: Tensor, size: int) -> Tensor:
@@ -65,7 +70,7 @@ def root_of(problem: ConicProblem) -> Root | None:
         # In place, and column by column, as LAPACK does: memory that is new costs a third of the time.
         array = np.zeros((count, size, size))
         array[:, :n, :n] = stored.mT.numpy()  # the same, as P is symmetric
-        array.reshape(count, -1)[:, n * (size + 1) :: size + 1] = 1.0
+        array.reshape(count, size * size)[:, n * (size + 1) :: size + 1] = 1.0
         columns, info = from_numpy(array).mT, torch.empty(0, dtype=torch.int32)
         linalg.cholesky_ex(columns, out=(columns, info))
         return Root(columns, info == 0)

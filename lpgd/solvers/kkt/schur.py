@@ -15,7 +15,6 @@ among others than alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,7 +35,7 @@ from lpgd.solvers.kkt.packed import packed_size
 from lpgd.solvers.kkt.reduced import is_dense
 from lpgd.solvers.kkt.root import Root, padded, root_of
 
-__all__ = ["ActiveSystem", "MixedSystem", "SchurFactor", "System"]
+__all__ = ["ActiveSystem", "SchurFactor", "System"]
 
 Change = tuple[FloatArray, FloatArray, FloatArray]
 
@@ -127,7 +126,7 @@ class SchurFactor:
         wide, n = structure.m + bounded.shape[0], structure.n
         if root is None or count * max(wide, n) * n > ROOM:
             return None
-        least, largest = _extremes(root, n)
+        least, largest = root.pivots(n)
         fine: BoolArray = root.exists.numpy() & (least > DEFINITE * largest)
         C = structure.constraint.to_dense(torch.atleast_2d(data.A))
         sizes = {root.lower.shape[0], C.shape[0], 1}
@@ -243,15 +242,27 @@ class _Stack(NamedTuple):
 
     Attributes:
         elements: (k,) of the batch.
-        rows: (k, p) which of their rows, the active ones first.
-        idle: (k, p) the others.
+        rows: (k, w) which of their rows, the active ones first; None where they are all rows in order.
+        idle: (k, p) those that are not active, and the p - w that are none.
         small: (k, p, p) the factor of ``M_a M_aᵀ``.
     """
 
     elements: IntArray
-    rows: IntArray
+    rows: IntArray | None
     idle: BoolArray
     small: Tensor
+
+    def solve(self, right: FloatArray, found: FloatArray) -> None:
+        """Write the multipliers (B, k) of its elements for the right-hand sides (B, k)."""
+        if self.rows is None:
+            places, width = self.elements, right.shape[1]
+        else:
+            places, width = (self.elements[:, None], self.rows), self.rows.shape[1]
+        values = np.zeros(self.idle.shape)
+        values[:, :width] = right[places]
+        values[self.idle] = 0.0
+        u = _solved_twice(self.small, values)
+        found[places] = np.where(self.idle, 0.0, u)[:, :width]
 
 
 class ActiveSystem:
@@ -272,16 +283,19 @@ class ActiveSystem:
         least, largest = (values[owners] for values in factor.pivots)
         with np.errstate(divide="ignore", over="ignore"):  # of elements whose P is not definite
             fine, inverse = factor.fine.numpy()[owners], least**-2.0
-        order = np.argsort(~active, axis=1, kind="stable")
-        counts = active.sum(1)
-        sizes = packed_size(1) * 2 * -(-counts // (2 * packed_size(1)))  # few sizes: each is a stack of its own
+        counts, step = active.sum(1), 2 * packed_size(1)
+        sizes = step * -(-counts // step)  # few sizes: each is a stack of its own
+        order = None
         self.stacks: list[_Stack] = []
         for side in sorted({size for size in sizes.tolist() if size}):
-            elements, width = np.flatnonzero(sizes == side), min(side, wide)
-            rows = order[elements, :width]
-            if width < side:
-                rows = np.concatenate([rows, np.zeros((elements.size, side - width), dtype=np.int64)], axis=1)
-            idle = np.arange(side) >= counts[elements][:, None]
+            elements, rows = np.flatnonzero(sizes == side), None
+            if side < wide:
+                order = np.argsort(~active, axis=1, kind="stable") if order is None else order
+                rows = order[elements, :side]
+                idle = np.arange(side) >= counts[elements][:, None]
+            else:
+                idle = np.ones((elements.size, side), dtype=np.bool_)
+                idle[:, :wide] = ~active[elements]
             # In place, as LAPACK has them: the matrices are symmetric.
             small, info = from_numpy(self._gram(rows, idle, owners[elements])).mT, torch.empty(0, dtype=torch.int32)
             linalg.cholesky_ex(small, out=(small, info))
@@ -297,20 +311,29 @@ class ActiveSystem:
         self.inverse: FloatArray = np.where(fine, inverse, np.inf)
         self.condition: FloatArray = self.inverse * (1.0 + largest**2)
 
-    def _gram(self, rows: IntArray, idle: BoolArray, owners: IntArray) -> FloatArray:
-        """(k, p, p) ``M_a M_aᵀ``, with ones on the diagonal of idle rows."""
+    def _gram(self, rows: IntArray | None, idle: BoolArray, owners: IntArray) -> FloatArray:
+        """(k, p, p) ``M_a M_aᵀ``, with ones on the diagonal of idle rows; see :class:`_Stack`."""
         whole = self.factor.gram if self.several else None
+        _, wide, n = self.factor.white.shape
+        count, side = idle.shape
         if whole is not None:
-            wide = whole.shape[1]
-            first = (owners * wide**2)[:, None] + rows * wide
-            gram: FloatArray = whole.take(first[:, :, None] + rows[:, None, :])
+            if rows is None:
+                gram = np.zeros((count, side, side))
+                gram[:, :wide, :wide] = whole[owners]
+            else:
+                first = (owners * wide**2)[:, None] + rows * wide
+                gram = whole.take(first[:, :, None] + rows[:, None, :])
             gram[idle] = 0.0
             gram.swapaxes(1, 2)[idle] = 0.0
         else:
-            _, wide, n = self.factor.white.shape
-            chosen = self.factor.white.numpy().reshape(-1, n).take(rows + (owners * wide)[:, None], axis=0)
+            white = self.factor.white.numpy()
             with np.errstate(over="ignore", invalid="ignore"):  # of elements whose P is not definite
-                chosen *= ~idle[:, :, None]
+                if rows is None:
+                    chosen = np.zeros((count, side, n))
+                    np.multiply(white[owners], ~idle[:, :wide, None], out=chosen[:, :wide])
+                else:
+                    chosen = white.reshape(-1, n).take(rows + (owners * wide)[:, None], axis=0)
+                    chosen *= ~idle[:, :, None]
                 gram = chosen @ chosen.swapaxes(1, 2)
         np.einsum("bii->bi", gram)[...] += idle
         return gram
@@ -323,13 +346,9 @@ class ActiveSystem:
     def multipliers(self, right: FloatArray) -> FloatArray:
         """(B, k) u with ``(M Mᵀ)_aa u_a = right_a``, zero in rows that are not active."""
         found = np.zeros(right.shape)
-        for elements, rows, idle, small in self.stacks:
-            places = elements[:, None], rows
-            with np.errstate(over="ignore", invalid="ignore"):  # of elements that are not regular
-                values = np.where(idle, 0.0, right[places])
-                u = _solved_twice(small, values)
-            width = right.shape[1]  # behind are idle rows more than there are
-            found[elements[:, None], rows[:, :width]] = np.where(idle, 0.0, u)[:, :width]
+        with np.errstate(over="ignore", invalid="ignore"):  # of elements that are not regular
+            for stack in self.stacks:
+                stack.solve(right, found)
         return found
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
@@ -358,49 +377,3 @@ def _products(matrices: FloatArray, vectors: FloatArray) -> FloatArray:
     grouped = vectors.reshape(groups, len(matrices), 1, size)
     with np.errstate(over="ignore", invalid="ignore"):  # of elements whose P is not definite
         return (grouped @ matrices).reshape(len(vectors), matrices.shape[2])
-
-
-class Part(NamedTuple):
-    """The system of some ``elements`` of a batch: ``places`` of one that was made for more of them, None for all."""
-
-    elements: Tensor
-    system: System
-    places: Tensor | None = None
-
-
-class MixedSystem:
-    """Systems of a batch, some elements in one and some in another; see :class:`System`."""
-
-    def __init__(self, parts: Sequence[Part], count: int) -> None:
-        self.parts, self.regular = parts, np.zeros(count, dtype=bool)
-        self.inverse, self.condition = np.zeros((2, count))
-        for elements, system, places in parts:
-            for name in ("regular", "inverse", "condition"):
-                values = getattr(system, name)
-                getattr(self, name)[elements.numpy()] = values if places is None else values[places.numpy()]
-
-    @property
-    def entries(self) -> int:
-        return sum(part.system.entries for part in self.parts)
-
-    def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
-        """The change (dx, dy, dz) of the points under a tilt, (B, ·) each."""
-        changes = np.empty_like(g_x), np.empty_like(g_y), np.empty_like(g_z)
-        for elements, system, places in self.parts:
-            chosen = elements.numpy()
-            if places is None:
-                found = system.solve(g_x[chosen], g_y[chosen], g_z[chosen])
-            else:  # the others get a tilt of zero
-                tilts = [np.zeros((len(system.regular), tilt.shape[1])) for tilt in (g_x, g_y, g_z)]
-                for tilt, whole in zip(tilts, (g_x, g_y, g_z), strict=True):
-                    tilt[places.numpy()] = whole[chosen]
-                found = tuple(change[places.numpy()] for change in system.solve(*tilts))
-            for whole, values in zip(changes, found, strict=True):
-                whole[chosen] = values
-        return changes
-
-
-def _extremes(root: Root, n: int) -> tuple[FloatArray, FloatArray]:
-    """(R,) the least and the largest pivot of triangular factors of order n."""
-    pivots = root.lower.numpy().diagonal(axis1=1, axis2=2)[:, :n]
-    return pivots.min(1), pivots.max(1)
