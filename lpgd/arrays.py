@@ -22,6 +22,7 @@ __all__ = [
     "floats",
     "from_numpy",
     "integers",
+    "is_symmetric",
     "plain",
     "random_direction",
     "rows_where",
@@ -70,6 +71,14 @@ def flags(mask: Tensor) -> list[bool]:
 def floats(vector: Tensor) -> list[float]:
     """The entries of a vector."""
     return cast("list[float]", cast(Any, vector).tolist())
+
+
+def is_symmetric(matrices: Tensor) -> bool:
+    """Whether matrices (..., n, n) that have no graph are equal to their transposes."""
+    if matrices.device.type != "cpu":
+        return torch.equal(matrices, matrices.mT)
+    array = matrices.detach().numpy()
+    return bool((array == array.swapaxes(-1, -2)).all())
 
 
 def from_numpy(array: NDArray[Any]) -> Tensor:

@@ -127,10 +127,14 @@ def response(
 
 def in_data(solution: ConicSolution, change: ConicPoint) -> ConicData:
     """What a change of the solutions is worth in the data; elements without a solution get zero."""
-    problem, point, usable = solution.problem, solution.point, solution.usable[:, None]
-    x, y = (torch.where(usable, values, 0.0) for values in (point.x, point.y))
-    d_upper = torch.where(point.z > 0, -change.z, 0.0)
-    d_lower = torch.where(point.z < 0, -change.z, 0.0)
+    problem, (x, y, z) = solution.problem, solution.point
+    if solution.failed:
+        usable = solution.usable[:, None]
+        x, y = (torch.where(usable, values, 0.0) for values in (x, y))
+    d_lower = d_upper = change.z
+    if problem.structure.has_bounds:
+        d_upper = torch.where(z > 0, -change.z, 0.0)
+        d_lower = torch.where(z < 0, -change.z, 0.0)
     return problem.bilinear_gradient(change.x, change.y, x, y, d_lower, d_upper)
 
 

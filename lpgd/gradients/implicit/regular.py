@@ -8,6 +8,7 @@ numbers are the same to the last bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,10 +16,10 @@ from lpgd.arrays import FloatArray, from_numpy
 from lpgd.gradients.base import GradientInfo
 from lpgd.gradients.implicit.located import KINK
 from lpgd.problems.conic.solution import ConicSolution
-from lpgd.problems.conic.structure import ConicPoint
+from lpgd.problems.conic.structure import ConicPoint, ConicStructure
 from lpgd.solvers.kkt.points import LEFT
 from lpgd.solvers.kkt.rank import DOUBT, ROUNDING
-from lpgd.solvers.kkt.reduced import is_dense
+from lpgd.solvers.kkt.reduced import has_dense_rows
 from lpgd.solvers.kkt.schur import ActiveSystem, SchurFactor
 
 __all__ = ["regular_response"]
@@ -74,14 +75,16 @@ def regular_response(
 
 def _fits(solution: ConicSolution) -> bool:
     """Whether these are known answers to dense quadratic programs in units that are 1, without bounds."""
-    problem, structure = solution.problem, solution.problem.structure
-    if structure.has_bounds or not structure.m or solution.systems or problem.device.type != "cpu":
+    problem, known_to = solution.problem, solution.known_to
+    if known_to is None or solution.systems or problem.device.type != "cpu" or not problem.has_plain_units:
         return False
-    if not (structure.quadratic.is_dense and structure.constraint.is_dense and structure.cones.is_polyhedral):
-        return False
-    if not is_dense(structure) or not problem.has_plain_units or solution.known_to is None:
-        return False
-    return bool((solution.known_to.numpy() <= KNOWN).all())
+    return _is_dense_without_bounds(problem.structure) and bool((known_to.numpy() <= KNOWN).all())
+
+
+@lru_cache(maxsize=64)
+def _is_dense_without_bounds(structure: ConicStructure) -> bool:
+    dense = structure.quadratic.is_dense and structure.constraint.is_dense and has_dense_rows(structure)
+    return dense and structure.m > 0 and not structure.has_bounds
 
 
 KNOWN = 1e-10

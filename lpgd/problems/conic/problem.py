@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import from_numpy
+from lpgd.arrays import from_numpy, is_symmetric
 from lpgd.execution.memo import TensorMemo
 from lpgd.problems.base import Traits, maximum_norm
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure, per_element
@@ -98,7 +98,7 @@ class ConicProblem:
         P = self.data.P
         if self.structure.quadratic.is_dense and not P.requires_grad:
             square = P.reshape(*P.shape[:-1], self.structure.n, self.structure.n)
-            if torch.equal(square, square.mT):  # as most are: nothing is written
+            if is_symmetric(square):  # as most are: nothing is written
                 return P
         return _memo(P, self.structure.digest, lambda: self.structure.plus_transposed(0.5 * P))
 
@@ -219,7 +219,7 @@ class ConicProblem:
         structure = self.structure
         row_counts = {name: datum.shape[0] if datum.ndim == 2 else None for name, datum in self.data._asdict().items()}
         if structure.quadratic.nnz:
-            P = structure.plus_transposed(structure.quadratic.outer(0.5 * dx, x, row_counts["P"]))
+            P = structure.symmetric_outer(0.5 * dx, x, row_counts["P"])
         else:
             P = torch.zeros_like(self.data.P)
         # Both terms in one product: elements B + i belong to the row of i.

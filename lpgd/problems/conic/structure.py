@@ -216,6 +216,13 @@ class ConicStructure:
             return (square + square.mT).reshape(values.shape)
         return values + self.transposed(values)
 
+    def symmetric_outer(self, y: Tensor, x: Tensor, rows: int | None) -> Tensor:
+        """Values of ``Σ (y xᵀ + x yᵀ)`` on P's pattern: see :meth:`SparsityPattern.outer`."""
+        if not (self.quadratic.is_dense and rows == y.shape[0]):
+            return self.plus_transposed(self.quadratic.outer(y, x, rows))
+        # Both products are written as they lie: to read one across takes four times as long.
+        return self.quadratic.outer(y, x, rows).add_(self.quadratic.outer(x, y, rows))
+
     def index(self, name: str, device: torch.device) -> Tensor:
         """``lower_index``, ``upper_index``, ``integer_index`` or ``transpose_position`` as a tensor."""
         return from_numpy(getattr(self, name)).to(device)

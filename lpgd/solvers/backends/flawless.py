@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from concurrent.futures import Executor
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ def answered(problem: ConicProblem, executor: Executor | None, solver: WhiteSolv
     return white_solution(problem, factor, (), executor, solver, range(problem.batch_size))
 
 
+@lru_cache(maxsize=64)
 def _fits(structure: ConicStructure) -> bool:
     dense = structure.quadratic.is_dense and structure.constraint.is_dense and structure.cones.is_polyhedral
     return dense and structure.m > 0 and not structure.has_bounds and not structure.has_integers

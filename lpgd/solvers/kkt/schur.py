@@ -46,6 +46,8 @@ ROOM = 16_000_000
 TALL, BROAD = 3, 80
 """Products of all rows are formed where there are no more than so many times the variables, and no more than that: at
 n 100, 120 rows, they took LPGD's backward pass from 32 to 60 ms (batch 64), more than half of it for new memory."""
+BUFFER = 131_072
+"""So many entries of rows are whitened at once: what stays in a core's cache."""
 LONG = 20_000_000
 """So many products are worth a second thread."""
 PART, COPIED = 64, 1_000_000
@@ -136,14 +138,21 @@ class SchurFactor:
         white = C.new_empty(size, wide, n)
         lower, C = root.lower.expand(size, -1, -1), C.expand(size, -1, -1)
 
+        step = max(1, BUFFER // (packed_size(wide) * lower.shape[1]))
+
         def whiten(chunk: range) -> None:
-            elements = slice(chunk.start, chunk.stop)
-            rows = C.new_zeros(len(chunk), packed_size(wide), lower.shape[1])
-            rows[:, : structure.m, :n] = C[elements]
-            rows[:, structure.m + torch.arange(bounded.shape[0]), bounded] = 1.0
-            columns = rows.mT
-            linalg.solve_triangular(lower[elements], columns, upper=False, out=columns)
-            white[elements] = rows[:, :wide, :n]
+            # In memory that is used again: new pages take as long as the arithmetic.
+            buffer = C.new_zeros(min(step, len(chunk)), packed_size(wide), lower.shape[1])
+            for start in range(chunk.start, chunk.stop, step):
+                elements = slice(start, min(start + step, chunk.stop))
+                rows = buffer[: elements.stop - start]
+                rows[:, : structure.m, :n] = C[elements]
+                if bounded.shape[0]:
+                    rows[:, structure.m : wide] = 0.0
+                    rows[:, structure.m + torch.arange(bounded.shape[0]), bounded] = 1.0
+                columns = rows.mT
+                linalg.solve_triangular(lower[elements], columns, upper=False, out=columns)
+                white[elements] = rows[:, :wide, :n]
 
         long = size * wide * n**2 > LONG and (executor is None or isinstance(executor, ThreadPoolExecutor))
         if long:
