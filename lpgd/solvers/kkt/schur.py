@@ -138,7 +138,7 @@ class SchurFactor:
         white = C.new_empty(size, wide, n)
         lower, C = root.lower.expand(size, -1, -1), C.expand(size, -1, -1)
 
-        step = max(1, BUFFER // (packed_size(wide) * lower.shape[1]))
+        step = max(1, BUFFER // max(packed_size(wide) * lower.shape[1], 1))
 
         def whiten(chunk: range) -> None:
             # In memory that is used again: new pages take as long as the arithmetic.
