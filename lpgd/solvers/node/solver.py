@@ -28,8 +28,16 @@ from lpgd.problems.solution import Rows
 from lpgd.solvers.base import Solver
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
 from lpgd.solvers.node.barrier import minimise_with_barrier
-from lpgd.solvers.node.constrained import Minimise, is_minimiser, method_of_multipliers, polish, warm_point
+from lpgd.solvers.node.constrained import (
+    ConstrainedResult,
+    Minimise,
+    is_minimiser,
+    method_of_multipliers,
+    polish,
+    warm_point,
+)
 from lpgd.solvers.node.descent import Descent, lbfgs, newton
+from lpgd.solvers.node.lengths import solve_in_lengths
 from lpgd.solvers.node.scipy_minimise import scipy_minimise
 from lpgd.solvers.node.sparse import Sparsity, find_sparsity
 from lpgd.solvers.node.sparse_newton import sparse_newton
@@ -186,19 +194,23 @@ class NodeSolver(Solver[NodeProblem, NodeSolution]):
         minimise: Minimise = (
             self._minimise if sparsity is None else functools.partial(self._minimise_sparse, sparsity=sparsity)
         )
-        if not known:
-            found = method_of_multipliers(problem, x, minimise, sparsity=sparsity)
-            return _from_codes(problem, found.point.x, found.status, found.iterations, found.point.nu, found.point.lam)
-        point, status, iterations = polish(problem, warm_point(problem, x), sparsity=sparsity)
-        fine = (status == int(Status.SOLVED)) & is_minimiser(problem, point, sparsity)
-        failed = rows_where(~fine)
-        if len(failed):
-            again = method_of_multipliers(problem.select(failed), x[failed], minimise, sparsity=sparsity)
-            for tensor, new in zip(point, again.point, strict=True):
-                tensor[failed] = new
-            status[failed] = again.status
-            iterations[failed] += again.iterations
-        return _from_codes(problem, point.x, status, iterations, point.nu, point.lam)
+
+        def cold(problem: NodeProblem, x: Tensor) -> ConstrainedResult:
+            return method_of_multipliers(problem, x, minimise, sparsity=sparsity)
+
+        def warm(problem: NodeProblem, x: Tensor) -> ConstrainedResult:
+            answer = polish(problem, warm_point(problem, x), sparsity=sparsity)
+            fine = (answer.status == int(Status.SOLVED)) & is_minimiser(problem, answer.point, sparsity)
+            failed = rows_where(~fine)
+            if len(failed):
+                again = cold(problem.select(failed), x[failed])
+                for tensor, new in zip((*answer.point, answer.status), (*again.point, again.status), strict=True):
+                    tensor[failed] = new
+                answer.iterations[failed] += again.iterations
+            return answer
+
+        (x, nu, lam), status, iterations = solve_in_lengths(warm if known else cold, warm, problem, x)
+        return _from_codes(problem, x, status, iterations, nu, lam)
 
     def _minimise(self, function: AugmentedLagrangian, x: Tensor) -> Descent:
         if self._is_newton(x):
