@@ -251,7 +251,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "vector": (lambda: LAYER(*CALL[:3], torch.ones(4)), ValueError, r"b has shape \(4,\); expected \(\*batch, 3\)"),
     "columns": (lambda: LAYER(None, torch.ones(3), *CALL[2:]), ValueError, r"A has shape \(3, 2\); expected .* 3, 3\)"),
     "quadratic": (lambda: LAYER(torch.ones(2), *CALL[1:]), ValueError, r"P has shape \(2,\); expected \(\*batch, 2, 2"),
-    "nothing": (lambda: LAYER(*CALL[:2], None, CALL[3]), TypeError, "A is a NoneType"),
+    "nothing": (lambda: LAYER(*CALL[:2], None, CALL[3]), TypeError, "A is None; pass a torch tensor of shape"),
     "empty": (lambda: LAYER(None, torch.ones(0), *CALL[2:]), ValueError, "nothing to solve for"),
     "option": (lambda: LAYER(*CALL, solver_args={"epsilon": 1}), TypeError, "'epsilon' is not an option"),
     "warm start": (lambda: LAYER(*CALL, warm_start=1), TypeError, "int; it takes True"),

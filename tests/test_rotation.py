@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -111,3 +112,24 @@ def test_inputs_that_do_not_fit_are_named():
         Rotation(points=True).variable_shape((4, 3), (5, 3))
     with pytest.raises(ValueError, match="weights has 5 entries for 4 points"):
         Rotation(points=True, weighted=True).variable_shape((4, 3), (4, 3), (5,))
+
+
+@pytest.mark.parametrize("unit", [2.0**-27, 2.0**-13, 2.0**13, 2.0**27])
+@pytest.mark.parametrize("envelope", ["average", "lower", "upper"])
+def test_small_steps_are_right_in_all_units(envelope: Any, unit: float) -> None:
+    """R does not change with the length of source or target: gradients are those of ClosedForm over the unit."""
+    node = lpgd.nodes.Rotation(points=True)
+    source, target, weight = random(0, 2, 6, 3), random(1, 2, 6, 3), random(2, 2, 3, 3)
+
+    def gradients(method: lpgd.LPGD | lpgd.ClosedForm, *units: float) -> list[Tensor]:
+        data = [(size * one).requires_grad_() for size, one in zip(units, (source, target), strict=True)]
+        (lpgd.NodeLayer(node, method)(*data) * weight).sum().backward()
+        return [size * torch.as_tensor(one.grad) for size, one in zip(units, data, strict=True)]
+
+    expected = gradients(lpgd.ClosedForm(), 1.0, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for units in ((unit, 1.0), (1.0, unit)):
+            found = gradients(lpgd.LPGD(envelope=envelope), *units)
+            for one, right in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, right, rtol=0, atol=1e-4 * float(right.abs().max()))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import mpmath
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -175,3 +179,53 @@ def test_points_without_a_second_derivative_are_named(layer, inputs, message):
     (gradient,) = torch.autograd.grad((y * random(1, *y.shape)).sum(), inputs[:1], create_graph=True)
     with pytest.raises(RuntimeError, match=message):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e8])
+def test_second_derivatives_of_wide_ridge_regression_are_right_at_any_scale(scale: float) -> None:
+    """Against differences, with 80 digits, of ``r sᵀ - (A s) yᵀ``, ``A s`` and ``-y·s``."""
+    A, b, v = scale * random(0, 3, 5), random(1, 3), random(2, 5)
+    ridge = torch.tensor(0.7, dtype=torch.float64)
+    ways = scale * random(3, 3, 5), random(4, 3), random(5, 1)[0]
+    with mpmath.workdps(80):
+        exact = [mpmath.matrix(tensor.reshape(len(tensor), -1).tolist()) for tensor in (A, b, v, *ways[:2])]
+        step = mpmath.mpf(10) ** -25
+
+        def gradient(turn: int) -> list[Any]:
+            matrix, target = exact[0] + turn * step * exact[3], exact[1] + turn * step * exact[4]
+            system = matrix.T * matrix + (mpmath.mpf(0.7) + turn * step * float(ways[2])) * mpmath.eye(5)
+            y, s = mpmath.lu_solve(system, matrix.T * target), mpmath.lu_solve(system, exact[2])
+            moved = matrix * s
+            return [(target - matrix * y) * s.T - moved * y.T, moved, -(y.T * s)]
+
+        differences = [(one - other) / (2 * step) for one, other in zip(gradient(1), gradient(-1), strict=True)]
+        expected = [np.array(one.tolist(), dtype=np.float64) for one in differences]
+    data = tuple(tensor.clone().requires_grad_() for tensor in (A, b, ridge))
+    y = lpgd.NodeLayer(lpgd.nodes.LeastSquares(ridge=True))(*data)
+    first = torch.autograd.grad((y * v).sum(), data, create_graph=True)
+    along = torch.stack([(one * way).sum() for one, way in zip(first, ways, strict=True)]).sum()
+    for found, right in zip(torch.autograd.grad(along, data), expected, strict=True):
+        wanted = torch.as_tensor(right).reshape(found.shape)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
+
+
+def test_second_derivatives_of_wide_ridge_regression_exist_at_weights_of_zero() -> None:
+    """Those of an element with a weight of zero are those without the row, and the neighbour's are its own."""
+    A, b, weights = random(0, 2, 3, 5), random(1, 2, 3), random(2, 2, 3).abs() + 0.3
+    weights[1, 0] = 0.0
+    ridge = torch.tensor([0.7, 0.4], dtype=torch.float64)
+
+    def second(*data: Tensor) -> tuple[Tensor, ...]:
+        layer = lpgd.NodeLayer(lpgd.nodes.LeastSquares(weighted=True, ridge=True))
+        data = tuple(tensor.clone().requires_grad_() for tensor in data)
+        first = torch.autograd.grad(layer(*data).square().sum(), (data[1], data[3]), create_graph=True)
+        return torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), data)
+
+    whole = second(A, b, weights, ridge)
+    fewer = second(A[1:, 1:], b[1:, 1:], weights[1:, 1:], ridge[1:])
+    alone = second(A[:1], b[:1], weights[:1], ridge[:1])
+    for found, smaller, own in zip(whole, fewer, alone, strict=True):
+        assert torch.isfinite(found).all()
+        torch.testing.assert_close(found[:1], own, rtol=1e-12, atol=1e-12)
+        kept = found[1:, 1:] if found.ndim > 1 else found[1:]
+        torch.testing.assert_close(kept, smaller, rtol=1e-9, atol=1e-12)

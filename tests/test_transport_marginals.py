@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
+import mpmath
 import pytest
 import torch
 from torch import Tensor
 
 import lpgd
 from lpgd.nodes.transport.node import OptimalTransport
+from tests.node_cases import random
 from tests.test_nodes import NO_CUDA
 from tests.test_nodes_transport import draw
 
@@ -50,7 +54,7 @@ def test_calls_with_too_many_or_too_few_marginals_are_refused():
         LAYER(cost, rows, columns, columns)
     with pytest.raises(ValueError, match="takes 1 to 3 inputs"):
         LAYER()
-    with pytest.raises(TypeError, match="cost is a NoneType"):
+    with pytest.raises(TypeError, match="cost is None; pass"):
         LAYER(None, rows, columns)
     with pytest.raises(TypeError, match="rows is a list"):
         LAYER(cost, [1.0])  # pyright: ignore[reportArgumentType]
@@ -188,3 +192,80 @@ def test_forward_mode_and_residuals_with_empty_bins():
     # Changes of the marginals that keep their sums equal; the last column takes the difference.
     both = sum((part * tangent).sum() for part, tangent in zip(backward, tangents, strict=True))
     torch.testing.assert_close((change * weights).sum(), both, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [lpgd.ClosedForm(), lpgd.LPGD()])
+def test_gradients_for_marginals_of_a_plan_near_a_permutation_warn(method):
+    """Each row has a column of its own; the gradient for the cost is right, and nothing is said of it."""
+    cost, weight = random(0, 1, 4, 4), random(1, 1, 4, 4)
+    uniform = torch.full((1, 4), 0.25, dtype=torch.float64, requires_grad=True)
+    layer = lpgd.NodeLayer(lpgd.nodes.OptimalTransport(gamma=100.0), method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (layer(cost.requires_grad_()) * weight).sum().backward()
+        lpgd.NodeLayer(lpgd.nodes.OptimalTransport(gamma=2.0), method)(cost, uniform, uniform).sum().backward()
+    with pytest.warns(lpgd.LpgdWarning, match=r"elements \[0\]: the plan is so sharp.*detach rows and columns"):
+        (layer(cost, uniform, uniform.detach()) * weight).sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["vertex", "offset", "ties"])
+def test_gradients_of_costs_of_1e6_are_those_of_sixty_digits(kind: str) -> None:
+    """Newton's method on the potentials, and the system of eqs. 139-146, with 60 digits."""
+    gamma, scale = 10.0, 1e6
+    drawn, weight = random(0, 4, 5), random(30, 4, 5)
+    ties = torch.randint(0, 2, (4, 5), generator=torch.Generator().manual_seed(0)).double()
+    cost = {
+        "vertex": scale * drawn, "offset": scale * (random(50, 4, 1) + random(60, 1, 5)) + 0.1 * drawn,
+        "ties": scale * ties + 0.1 * drawn,
+    }[kind]  # fmt: skip
+    rows, columns = random(10, 4).softmax(-1), random(20, 5).softmax(-1)
+    if kind == "ties":
+        rows, columns = torch.full((4,), 0.25, dtype=torch.float64), torch.full((5,), 0.2, dtype=torch.float64)
+    start = lpgd.NodeLayer(lpgd.nodes.OptimalTransport(gamma)).solve(cost, rows, columns).aux[0][0]
+    expected = _with_sixty_digits(cost, rows, columns, gamma, weight, start)
+    for method in (lpgd.ClosedForm(), lpgd.ImplicitKKT()):
+        data = [tensor.clone().requires_grad_() for tensor in (cost, rows, columns)]
+        (lpgd.NodeLayer(lpgd.nodes.OptimalTransport(gamma), method)(*data) * weight).sum().backward()
+        for tensor, right, size in zip(data, expected, (gamma, 1.0, 1.0), strict=True):
+            # Exponents of 1e7 have rounding errors of 1e-9; at a vertex the gradient for the cost is below 1e-50.
+            torch.testing.assert_close(tensor.grad, right, rtol=0, atol=5e-9 * size)
+
+
+def _with_sixty_digits(
+    cost: Tensor, rows: Tensor, columns: Tensor, gamma: float, weight: Tensor, g: Tensor
+) -> list[Tensor]:
+    m, n = cost.shape
+    with mpmath.workdps(60):
+        M, V = mpmath.matrix(cost.tolist()), mpmath.matrix(weight.tolist())
+        r, c, g = ([mpmath.mpf(value) for value in tensor.tolist()] for tensor in (rows, columns, g))
+        c = [value * sum(r) / sum(c) for value in c]
+        P = mpmath.matrix(m, n)
+        for _ in range(60):
+            for i in range(m):
+                terms = [c[j] * mpmath.exp(g[j] - gamma * M[i, j]) for j in range(n)]
+                for j in range(n):
+                    P[i, j] = r[i] * terms[j] / sum(terms)
+            left = [c[j] - sum(P[i, j] for i in range(m)) for j in range(n)]
+            if max(map(abs, left)) < mpmath.mpf(10) ** -50:
+                break
+            system = mpmath.matrix(n - 1, n - 1)
+            for a in range(n - 1):
+                for b in range(n - 1):
+                    mass = sum(P[i, a] for i in range(m)) if a == b else 0
+                    system[a, b] = mass - sum(P[i, a] * P[i, b] / r[i] for i in range(m))
+            step = mpmath.lu_solve(system, mpmath.matrix(left[:-1]))
+            damping = min(1, 1 / max(map(abs, step)))
+            g = [value + damping * change for value, change in zip(g, [*step, 0], strict=True)]
+        system, right = mpmath.matrix(m + n - 1, m + n - 1), mpmath.matrix(m + n - 1, 1)
+        for i in range(m):
+            system[i, i], right[i] = r[i], sum(P[i, j] * V[i, j] for j in range(n))
+            for j in range(n - 1):
+                system[i, m + j] = system[m + j, i] = P[i, j]
+        for j in range(n - 1):
+            system[m + j, m + j], right[m + j] = c[j], sum(P[i, j] * V[i, j] for i in range(m))
+        solution = [*mpmath.lu_solve(system, right), mpmath.mpf(0)]
+        alpha, beta = solution[:m], solution[m:]
+        on_cost = [[-gamma * P[i, j] * (V[i, j] - alpha[i] - beta[j]) for j in range(n)] for i in range(m)]
+        return [torch.tensor([[float(v) for v in row] for row in on_cost], dtype=torch.float64)] + [
+            torch.tensor([float(v) for v in values], dtype=torch.float64) for values in (alpha, beta)
+        ]

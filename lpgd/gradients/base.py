@@ -82,7 +82,7 @@ class GradientInfo:
         used = ["zero cotangent"] * solution.batch_size
         for element in solution.failed:
             used[element] = "no solution"
-        return cls(method, used, **more)
+        return cls(method, used, notices=dict(solution.notices), **more)
 
     def __repr__(self) -> str:
         descriptions = [f"{number} {name}" for name, number in self.counts.items()]

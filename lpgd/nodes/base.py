@@ -118,6 +118,20 @@ class BaseNode(ABC):
         """(B,) whether there are several solutions that are equally good to rounding; None where that is not known."""
         return None
 
+    def without_digits(self, inputs: tuple[Tensor, ...], y: Tensor) -> tuple[Tensor | None, Mapping[str, str]]:
+        """(B,) elements whose gradients for some inputs have no digits, and for each of these inputs the reason.
+
+        A layer warns of those inputs whose gradient is asked for.
+        """
+        return None, {}
+
+    def tilt_size(self, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        """(B,) how large a tilt is that moves y by about its length; None: as large as ``∇f`` or ``∇²L y``.
+
+        For objectives with terms that are constant on the constraints, which say nothing of it.
+        """
+        return None
+
     def about_shape(self, shape: tuple[int, ...]) -> str:
         """What to say of the shape of y where solutions are not unique; nothing where it was given on purpose."""
         return ""

@@ -150,6 +150,10 @@ class Rotation(BaseNode):
         excess = y.mT @ y - torch.eye(size, dtype=y.dtype, device=y.device)
         return excess[:, first, second] * torch.where(first == second, 0.5, 1.0).to(y.dtype)
 
+    def tilt_size(self, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        # <R, M> alone resists a tilt: |R|² and |R a|² are constant on rotations.
+        return self._matrix(inputs).abs().amax((-2, -1))
+
     def initial(self, shape: tuple[int, ...], *inputs: Tensor) -> Tensor:
         return torch.eye(shape[0], dtype=inputs[0].dtype, device=inputs[0].device).repeat(len(inputs[0]), 1, 1)
 

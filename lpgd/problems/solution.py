@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, TypeVar, cast
@@ -96,6 +96,11 @@ class Solution(Generic[ProblemT_co, PointT_co]):
     """(B,) how far, relatively, the point is from exact; NaN, or None, where that is not known."""
     asked: str = ""
     """The name of the solver that was asked, where another one may have answered."""
+
+    @property
+    def notices(self) -> Mapping[str, str]:
+        """For a datum's name, what a user who asks for its gradient should know, whatever the method."""
+        return {}
 
     @property
     def rescued(self) -> dict[str, int]:

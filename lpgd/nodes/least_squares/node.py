@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,14 @@ from lpgd.nodes.least_squares.minimum_norm import (
     minimum_norm_constraint,
     solve_minimum_norm,
 )
-from lpgd.nodes.least_squares.wide import WideFactor, differentiate_wide, is_wide, solve_wide, wide_factor
+from lpgd.nodes.least_squares.wide import (
+    WideFactor,
+    differentiate_wide,
+    differentiate_wide_again,
+    is_wide,
+    solve_wide,
+    wide_factor,
+)
 from lpgd.status import Status
 
 __all__ = ["LeastSquares"]
@@ -159,11 +166,19 @@ class LeastSquares(BaseNode):
         if self.minimum_norm:
             basis = minimum_norm_basis(data, self.rank_tolerance)
             return self._in_inputs(inputs, differentiate_minimum_norm_again(data, y, basis, cotangent))
-        R = factor(data)
-        # One step of refinement with a constant R: nothing in value, and the derivative of (DᵀWD + diag p) s = v.
-        s = inverse_product(R, cotangent).detach()
-        s = s + inverse_product(R, cotangent - normal_product(data, s))
-        return self._in_inputs(inputs, outer_products(data, y, s))
+        if not is_wide(data, self.bias):
+            return self._in_inputs(inputs, _differentiate_again(data, y, cotangent))
+        weights = data.weights
+        zero = None if weights is None else (weights == 0.0).any(-1)
+        if zero is None or weights is None or not bool(zero.any()):
+            return self._in_inputs(inputs, differentiate_wide_again(data, self.bias, cotangent))
+        # The root of a weight has no derivative at zero: those elements go by the normal equations.
+        positive = data._replace(weights=torch.where(zero[:, None], 1.0, weights))
+        by_dual = differentiate_wide_again(positive, self.bias, cotangent)
+        *others, for_penalty = _differentiate_again(data, y, cotangent)
+        n = data.design.shape[-1] - self.bias
+        by_normal = *others, for_penalty[:, :n].sum(-1, keepdim=True)
+        return self._in_inputs(inputs, _chosen(zero.expand(len(cotangent)), by_normal, by_dual))
 
     def _with_ridge(
         self, data: Regression, basis: Basis, cotangent: Tensor, found: tuple[Tensor, ...]
@@ -177,11 +192,7 @@ class LeastSquares(BaseNode):
         by_dual = differentiate_wide(data, wide_factor(data, self.bias), self.bias, cotangent)
         n = data.design.shape[-1] - self.bias
         by_norm = *found[:-1], found[-1][:, :n].sum(-1, keepdim=True)
-        chosen = unique.expand(len(cotangent))
-        return tuple(
-            torch.where(chosen.reshape(-1, *(1,) * (one.ndim - 1)), one, other)
-            for one, other in zip(by_dual, by_norm, strict=True)
-        )
+        return _chosen(unique.expand(len(cotangent)), by_dual, by_norm)
 
     def _as_columns(self, y: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """The solutions and the cotangent, where b is a vector as matrices of one column."""
@@ -241,6 +252,23 @@ class LeastSquares(BaseNode):
             for fine, full in zip(flags(valid), flags(regular.expand(batch)), strict=True)
         ]
         return NodeAnswer(y if self.columns else y[..., 0], statuses, [1] * batch, aux, nu)
+
+
+def _differentiate_again(data: Regression, y: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
+    """The gradients as functions of data, solution and cotangent, by the normal equations."""
+    R = factor(data)
+    # One step of refinement with a constant R: nothing in value, and the derivative of (DᵀWD + diag p) s = v.
+    s = inverse_product(R, cotangent).detach()
+    s = s + inverse_product(R, cotangent - normal_product(data, s))
+    return outer_products(data, y, s)
+
+
+def _chosen(mask: Tensor, ones: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The first gradients where ``mask`` (B,) is set, the others elsewhere."""
+    return tuple(
+        torch.where(mask.reshape(-1, *(1,) * (one.ndim - 1)), one, other)
+        for one, other in zip(ones, others, strict=True)
+    )
 
 
 def _once(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lpgd import linalg
 from lpgd.nodes.least_squares.factored import Regression
 
-__all__ = ["WideFactor", "differentiate_wide", "is_wide", "solve_wide", "wide_factor"]
+__all__ = ["WideFactor", "differentiate_wide", "differentiate_wide_again", "is_wide", "solve_wide", "wide_factor"]
 
 
 class WideFactor(NamedTuple):
@@ -95,6 +95,44 @@ def differentiate_wide(
     return for_design, moved, (bare[0] * bare[1]).sum(-1), for_penalty
 
 
+def differentiate_wide_again(
+    data: Regression, has_free: bool, cotangent: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of :func:`differentiate_wide` as functions of data and cotangent c, for one penalty p of all.
+
+    With ``B = √w D``, ``K = B Bᵀ + p``, ``u = K⁻¹(√w b - e t)`` and ``q = K⁻¹(B c + e τ)``, where ``eᵀu = 0`` and
+    ``eᵀq = c_t``, residuals are ``p u`` and responses ``(c - Bᵀq)/p``: in their products the powers of p cancel, and
+
+        dD = √w (u (c - Bᵀq)ᵀ - q (Bᵀu)ᵀ),   db = √w q,   dw = p u q / w,   dp = -u·q.
+
+    Weights are positive.
+    """
+    design, targets, weights, penalty = data
+    assert penalty is not None
+    n = design.shape[-1] - has_free
+    p = torch.where(penalty > 0, penalty, 1.0)[:, :1, None]
+    root = torch.ones_like(p) if weights is None else weights.sqrt()[..., None]
+    with torch.no_grad():
+        triangle = p.sqrt() * wide_factor(data, has_free).triangle
+    rows, free = root * design[..., :n], root * torch.ones_like(design[..., :1])
+
+    def inverse(right: Tensor) -> Tensor:
+        # One step of refinement with a constant factor: nothing in value, and the derivative of the system's solution.
+        found = _by_triangle(triangle, right).detach()
+        return found + _by_triangle(triangle, right - p * found - rows @ (rows.mT @ found))
+
+    u, q = inverse(root * targets), inverse(rows @ cotangent[:, :n])
+    if has_free:
+        toward = inverse(free)
+        size = free.mT @ toward
+        u = u - toward * ((free.mT @ u) / size)
+        q = q + toward * ((cotangent[:, n:] - free.mT @ q) / size)
+    left = cotangent[:, :n] - rows.mT @ q
+    for_design = root * (u @ left.mT - q @ (rows.mT @ u).mT)
+    for_design = torch.nn.functional.pad(for_design, (0, int(has_free)))  # nobody asks for that of the intercept's ones
+    return for_design, root * q, (p * u * q).sum(-1) / root[..., 0] ** 2, -(u * q).sum((-2, -1))[:, None]
+
+
 def _minimiser(data: Regression, factor: WideFactor, has_free: bool, targets: Tensor, linear: Tensor | None) -> _Found:
     weights, n = data.weights, data.design.shape[-1] - has_free
     right = targets if weights is None else weights.sqrt()[..., None] * targets
@@ -115,7 +153,11 @@ def _minimiser(data: Regression, factor: WideFactor, has_free: bool, targets: Te
 
 
 def _inverse(factor: WideFactor, right: Tensor) -> Tensor:
-    R = factor.triangle
+    return _by_triangle(factor.triangle, right)
+
+
+def _by_triangle(R: Tensor, right: Tensor) -> Tensor:
+    """``R⁻¹ R⁻ᵀ right``."""
     return linalg.solve_triangular(R, linalg.solve_triangular(R.mT, right, upper=False), upper=True)
 
 

@@ -329,6 +329,10 @@ class OptimalTransport(BaseNode):
         g = self._potential(inputs, y) if aux is None else aux[0]
         return _of_empty_bins(inputs, self.gamma, cotangent, found, g)
 
+    def without_digits(self, inputs: tuple[Tensor, ...], y: Tensor) -> tuple[Tensor | None, Mapping[str, str]]:
+        sharp = _hardly_shares(y) | _hardly_shares(y.mT)
+        return sharp, {"rows": _SHARP, "columns": _SHARP} if bool(sharp.any()) else {}
+
     def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         found = _vjp(y, self.gamma, cotangent, partial(solve_smaller_side, factorise=linalg.cholesky_ex))
         if _are_positive(inputs):
@@ -343,6 +347,23 @@ class OptimalTransport(BaseNode):
         self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor, aux: Any
     ) -> tuple[Tensor | None, ...]:
         return transport_vjp_approximate(y, inputs[1], inputs[2], self.gamma, cotangent)
+
+
+SHARED = 0.68
+"""Multipliers of rows that share less than this power of the precision of their mass have five digits or less."""
+_SHARP = (
+    "the plan is so sharp that rows or columns share hardly any mass with others, and rounding took the digits of "
+    "gradients for the marginals (those for the cost are right): lower gamma, or detach rows and columns."
+)
+
+
+def _hardly_shares(plan: Tensor) -> Tensor:
+    """(B,) whether the mass of some row stands in columns that others have next to nothing of."""
+    mass, of_columns = plan.sum(-1), plan.sum(-2)
+    others = (of_columns[:, None, :] - plan).clamp(min=0.0) / positive_or_one(of_columns)[:, None, :]
+    shared = (plan * others).sum(-1)
+    several = (mass > 0).sum(-1) > 1
+    return several & ((mass > 0) & (shared < torch.finfo(plan.dtype).eps ** SHARED * mass)).any(-1)
 
 
 def _constraint_places(columns: Tensor) -> Tensor:

@@ -261,10 +261,15 @@ class NodeProblem(Centered):
         return replace(whole, square=added if self.square is None else self.square + added)
 
     def tilt_unit(self, point: NodePoint, cotangent: Point) -> Tensor:
-        """(B,) ``max(|∇f|, |∇²L x|) / |g|`` in the maximum norm; a numerator of 0 counts as 1, g = 0 gives infinity."""
-        slope = torch.func.grad(lambda x: self.objective(x).sum())(point.x)
-        curved = self.hessian_product(point)(point.x) if self.traits.has_kkt else slope
-        size = torch.maximum(maximum_norm(slope), maximum_norm(curved))
+        """(B,) ``max(|∇f|, |∇²L x|) / |g|`` in the maximum norm, or what the node says in the place of the numerator.
+
+        A numerator of 0 counts as 1; g = 0 gives infinity.
+        """
+        size = self.node.tilt_size(tuple(self.data), self.shaped(point.x)) if self.is_plain else None
+        if size is None:
+            slope = torch.func.grad(lambda x: self.objective(x).sum())(point.x)
+            curved = self.hessian_product(point)(point.x) if self.traits.has_kkt else slope
+            size = torch.maximum(maximum_norm(slope), maximum_norm(curved))
         return torch.where((size > 0) & torch.isfinite(size), size, 1.0) / maximum_norm(cotangent.x)
 
     # -- derivatives in the data ------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, IntArray, rows_where
+from lpgd.arrays import FloatArray, IntArray, elements_where, rows_where
 from lpgd.problems.base import Data, States, maximum_norm
 from lpgd.problems.node.multipliers import estimate_multipliers
 from lpgd.problems.node.problem import NodeProblem
@@ -54,6 +54,12 @@ class NodeSolution(Solution[NodeProblem, NodePoint]):
     @property
     def domain(self) -> str:
         return self.problem.node.domain
+
+    @property
+    def notices(self) -> Mapping[str, str]:
+        mask, reasons = self.problem.node.without_digits(tuple(self.problem.data), self.problem.shaped(self.x))
+        places = [] if mask is None else elements_where(mask.expand(self.batch_size) & self.usable)
+        return {name: f"elements {places[:10]}: {reason}" for name, reason in reasons.items()} if places else {}
 
     @property
     def outputs(self) -> NodeOutput:
