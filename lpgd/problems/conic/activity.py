@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import from_numpy, random_direction
+from lpgd.arrays import IntArray, from_numpy, random_direction
 from lpgd.cones.regions import regions
+from lpgd.execution.memo import TensorMemo
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, per_element
@@ -151,13 +153,14 @@ def shares_multipliers(problem: ConicProblem, active: ActiveSet, noise: Tensor) 
     structure, data, size = problem.structure, problem.data, problem.batch_size
     linear = structure.cones.zero + structure.cones.nonnegative
     ends = np.concatenate([structure.lower_index, structure.upper_index])
+    nothing = torch.zeros(size, dtype=torch.bool, device=problem.device)
     if linear + ends.size < 2:
-        nothing = torch.zeros(size, dtype=torch.bool, device=problem.device)
+        return nothing, nothing
+    key = (structure.constraint.digest, linear, ends.tobytes())
+    image, length, alike = _memo(data.A, key, partial(_images, problem, linear, ends))
+    if not alike:  # as of most
         return nothing, nothing
     direction = from_numpy(random_direction(structure.n).copy()).to(data.q)
-    vectors = direction.expand(data.A.shape[0] if data.A.ndim == 2 else 1, -1)
-    image = structure.constraint.matvec(data.A, vectors)[:, :linear]
-    length = structure.constraint.matvec(data.A.square(), torch.ones_like(vectors))[:, :linear].sqrt()
     image, length = (per_element(values, size) for values in (image, length))
     of_bounds = direction[from_numpy(ends).to(problem.device)].expand(size, -1)
     images = torch.cat([image / length, of_bounds], 1)
@@ -180,3 +183,18 @@ def shares_multipliers(problem: ConicProblem, active: ActiveSet, noise: Tensor) 
     told = told.gather(1, order)
     unlike = ~((told[:, 1:] - told[:, :-1]).abs() <= ALIKE * told[:, 1:].abs())
     return (same & unlike & ~with_bound).any(1), (same & unlike & with_bound).any(1)
+
+
+_memo = TensorMemo()
+
+
+def _images(problem: ConicProblem, linear: int, ends: IntArray) -> tuple[Tensor, Tensor, bool]:
+    """(1 or R, linear) images of rows and their lengths, and whether any constraints are alike, active or not."""
+    constraint, A = problem.structure.constraint, problem.data.A.detach()
+    direction = from_numpy(random_direction(problem.structure.n).copy()).to(A)
+    vectors = direction.expand(A.shape[0] if A.ndim == 2 else 1, -1)
+    image = constraint.matvec(A, vectors)[:, :linear]
+    length = constraint.matvec(A.square(), torch.ones_like(vectors))[:, :linear].sqrt()
+    bounds = direction[from_numpy(np.unique(ends)).to(A.device)].expand(vectors.shape[0], -1)
+    values = torch.cat([image / length, bounds], 1).abs().sort(1).values
+    return image, length, bool((values[:, 1:] - values[:, :-1] <= SAME * values[:, 1:]).any())
