@@ -132,6 +132,35 @@ def test_squares_that_are_loose(far: float) -> None:
     np.testing.assert_allclose(output[0], [0.0, 1.0], atol=1e-9)
 
 
+@pytest.mark.parametrize("far", [1e6, 1e9, 1e12])
+def test_bounds_that_are_loose_beside_squares(far: float) -> None:
+    """1ᵀx over |x|² ≤ R is least at -√(R / 3); x ≥ -far is said of each entry, and active or far away."""
+    x, radius, bound = cp.Variable(3), cp.Parameter(nonneg=True), cp.Parameter()
+    problem = cp.Problem(cp.Minimize(cp.sum(x)), [cp.sum_squares(x) <= radius, x >= bound])
+    layer, radii = lpgd.CvxpyLayer(problem, [radius, bound], [x]), double([10.0, 1e7, 1e10])
+    output = layer(radii, double(-far))
+    for element, (size, status) in enumerate(zip(radii, output.info.statuses, strict=True)):
+        root = float(size / 3) ** 0.5
+        if status is Status.INACCURATE and far > 1e9 * root:  # it says so
+            continue
+        assert status is Status.SOLVED
+        np.testing.assert_allclose(output[0][element] / root, [-1.0] * 3, atol=1e-9)
+
+
+@pytest.mark.parametrize("radius", [1e-12, 1e-4, 1e2, 1e6, 1e10, 1e14])
+def test_squares_beside_an_active_bound(radius: float) -> None:
+    """(1, -2, 2)ᵀx over |x|² ≤ R, x₁ ≥ -l, with l a tenth of √R or 0.05."""
+    root = radius**0.5
+    for bound in (0.1 * root, 0.05):
+        x, low = cp.Variable(3), min(bound, root / 3)
+        size, limit = cp.Parameter(nonneg=True), cp.Parameter()
+        problem = cp.Problem(cp.Minimize(np.array(COST) @ x), [cp.sum_squares(x) <= size, x[0] >= limit])
+        output = lpgd.CvxpyLayer(problem, [size, limit], [x])(double(radius), double(-bound))
+        left = (radius - low**2) ** 0.5 / 2**0.5
+        assert output.info.statuses == (Status.SOLVED,)
+        np.testing.assert_allclose(output[0] / root, np.array([-low, left, -left]) / root, atol=1e-8)
+
+
 WEIGHTS, Q = np.array([1.0, 2.0, 3.0]), np.array([[2.0, 0.5, 0.0], [0.5, 1.0, 0.2], [0.0, 0.2, 3.0]])
 ATOMS: dict[str, tuple[Callable[[Any, Any], cp.Problem], float]] = {
     "norm squared": (lambda x, p: cp.Problem(cp.Minimize(np.array(COST) @ x), [cp.norm(x) ** 2 <= p]), 2.0),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from lpgd.arrays import as_index, plain
 from lpgd.layers.look import made_of, transforms_are_active
 from lpgd.problems.conic.balance import Balance, balancing_of
@@ -13,6 +15,9 @@ from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicStructure
 from lpgd.solvers.rescue import merged
 from lpgd.status import Status
+
+SMALL = 2.0**-12
+"""Solutions below this are small in coordinates in which the data are of order 1."""
 
 __all__ = ["balanced", "in_own_coordinates", "is_of_other_coordinates"]
 
@@ -28,7 +33,8 @@ def balanced(
     """The coordinates in which a batch is solved, and its solution there; None for its own.
 
     Elements that are not solved in coordinates in which all data are of one size are solved once more in those where
-    large right-hand sides belong to constraints that are loose.
+    large right-hand sides belong to constraints that are loose; those whose solutions are small, in coordinates of
+    their size, and they are INACCURATE if that fails.
 
     Args:
         structure, data, size: of the batch.
@@ -50,18 +56,31 @@ def balanced(
         return balance, None
     values = data._make(plain(datum) for datum in data)
     solution = solve(balance.problem(values))
-    elements = [element for element, status in enumerate(solution.statuses) if status is not Status.SOLVED]
+    # A point that is far smaller than its coordinates is known no better than they are.
+    largest = solution.x.abs().amax(1).cpu()
+    unfit = [
+        status is not Status.SOLVED or float(length) < SMALL
+        for status, length in zip(solution.statuses, largest, strict=True)
+    ]
+    elements = [element for element, is_unfit in enumerate(unfit) if is_unfit]
     if not elements:
         return balance, solution
-    factors = balancing(values, size, loose=True)
+    solved = torch.tensor([status is Status.SOLVED for status in solution.statuses])[:, None]
+    own = balance.point_out(solution.point).x.cpu()
+    factors = balancing(values, size, near=torch.where(solved, own, torch.nan).numpy())
     other = balance.plain() if factors is None else Balance(balancing, size, *factors)
     other = other.for_rows_alone() if augmented else other
     index = as_index(elements, solution.x.device)
     again = solve(other.problem(values).select(index))
     taken = [
-        status is Status.SOLVED or solution.statuses[element] not in (Status.INACCURATE, status)
+        status is Status.SOLVED or (status.usable and not solution.statuses[element].usable)
         for element, status in zip(elements, again.statuses, strict=True)
     ]
+    statuses = list(solution.statuses)
+    for element, is_taken in zip(elements, taken, strict=True):
+        if statuses[element] is Status.SOLVED and not is_taken:
+            statuses[element] = Status.INACCURATE
+    solution = replace(solution, statuses=tuple(statuses))
     if not any(taken):
         return balance, solution
     balance = balance.where([element for element, is_taken in zip(elements, taken, strict=True) if is_taken], other)

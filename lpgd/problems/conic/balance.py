@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -35,25 +36,34 @@ from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure,
 
 __all__ = ["Balance", "Balancing", "balancing_of"]
 
-WIDE, ROUGH = 12.0, 3.0
+WIDE, ROUGH = 12.0, 8.0
 """Cones whose rows want factors that differ by the first exponent of two are balanced.  They are looked at where least
 squares, which take next to no time, want the second."""
-SWEEPS, NEAR = 12, 2.0
-"""Least squares with weights that make them a sum of magnitudes, and the residual below which they stay squares."""
+SWEEPS, NEAR, STILL = 12, 2.0, 0.25
+"""Least squares with weights that make them a sum of magnitudes, at most; the residual below which they stay squares;
+the change after which no more follow."""
 RIDGE, TURNED = 1e-6, 1e-3
 """What is added to squares for the exponents of factors, and for those of other automorphisms, so that nothing is
 turned that factors can do as well."""
 LARGEST = 60.0
 """The largest exponent of a parameter."""
+SMALL = 1e-6
+"""Smaller entries of a point, relative to its largest one, say nothing of sizes."""
 LOOSE = 0.1
 """What an inequality counts whose right-hand side is larger than the rest, if such constraints may be loose."""
+MOST = 100_000
+"""Programs with more entries of A and P are left as they are."""
 DENSE = 400
 """Fits of so many unknowns are dense."""
+EXPLICIT = 1_000_000
+"""Solutions of least squares with so many entries are kept as matrices."""
 KEPT = 8
 """So many factors of least squares are kept, for data with different zeros."""
 
 Factors = tuple[Tensor, Tensor, Tensor]
 """Of variables and rows, and the shifts, of a :class:`Balance`."""
+_Rough = tuple[list[Any], Callable[[FloatArray], FloatArray] | None]
+"""Matrices that take logarithms of each datum to exponents of rows, or to right-hand sides of what is solved then."""
 _A, _B = ConicData._fields.index("A"), ConicData._fields.index("b")
 _memo = TensorMemo()
 
@@ -201,14 +211,15 @@ class Balancing:
         self._ridge = np.full(structure.n + self.exponents.shape[1] + 1, RIDGE)
         self._ridge[structure.n + np.array(turning, dtype=np.int64)] = TURNED
         self._equations = self._logarithmic()
-        self._solvers: dict[bytes, Callable[[FloatArray], FloatArray]] = {}
+        self._sizes: SparseArray = -sp.eye_array(structure.n, self._equations[0].shape[1], format="csr")
+        self._known: dict[bytes, _Rough] = {}
 
     @property
     def is_of_use(self) -> bool:
         """Whether a cone has automorphisms beside factors."""
         cones = self.structure.cones
         has_some = self.turned.size or self.triples.size or cones.power or any(side > 1 for side in cones.semidefinite)
-        return bool(has_some) and not self.structure.has_integers
+        return bool(has_some)
 
     def _logarithmic(self) -> list[SparseArray]:
         """What exponents of variables, parameters, and the objective's add to logarithms, of each datum's entries."""
@@ -231,24 +242,29 @@ class Balancing:
             equations(-identity[structure.upper_index], None, 0.0),
         ]
 
-    def __call__(self, data: Sequence[Tensor], size: int, *, loose: bool = False) -> Factors | None:
+    def __call__(self, data: Sequence[Tensor], size: int, *, near: FloatArray | None = None) -> Factors | None:
         """The factors and shifts of a :class:`Balance`; None where no element needs other coordinates than it has.
 
         Args:
             data: plain tensors, in the order of :class:`ConicData`.
             size: of the batch.
-            loose: inequalities whose right-hand sides are large are taken for loose ones.
+            near: (B, n) points whose sizes count as data do; where there is none, inequalities whose right-hand sides
+                are large are taken for loose ones.
         """
         if not size:
             return None
         logarithms = [self._logarithms(number, datum) for number, datum in enumerate(data)]
         count = max(len(values) for values in logarithms)
         n, parameters, found = self.structure.n, self.exponents.shape[1], dict[int, FloatArray]()
-        for element in np.flatnonzero(self._is_wide(self._rough_fit(logarithms), ROUGH)).tolist():
+        for element in np.flatnonzero(self._is_wide(self._rough_rows(logarithms), ROUGH)).tolist():
             known = [values[element % len(values)] for values in logarithms]
-            sides = self._sides(data, element) if loose else None
-            fit = self._fit(known, sides)
-            if self._is_wide(fit[None], WIDE)[0]:
+            if near is None:
+                fit = self._fit(known)
+            elif np.isfinite(near[element]).all():
+                fit = self._fit([*known, _sizes(near[element])])
+            else:
+                fit = self._fit(known, self._sides(data, element))
+            if self._is_wide(self._rows(fit[None]), WIDE)[0]:
                 found[element] = fit[: n + parameters].round().clip(-LARGEST, LARGEST)
         if not found:
             return None
@@ -285,25 +301,41 @@ class Balancing:
 
         return _memo(datum, ("balance", number, self.structure.digest), compute)
 
-    def _rough_fit(self, logarithms: list[FloatArray]) -> FloatArray:
-        """(R, unknowns) least squares, with those entries that the first element has."""
+    def _rough_rows(self, logarithms: list[FloatArray]) -> FloatArray:
+        """(R, m) exponents of rows by least squares, with those entries that the first element has."""
         present = [np.isfinite(values[0]) for values in logarithms]
         key = b"".join(there.tobytes() for there in present)
-        solve = self._solvers.get(key)
-        if solve is None:
-            G: SparseArray = sp.vstack(
-                [block[np.flatnonzero(there)] for block, there in zip(self._equations, present, strict=True)]
-            )
-            solve = _solver(G.T @ G, self._ridge)
-            if len(self._solvers) >= KEPT:
-                self._solvers.clear()
-            self._solvers[key] = solve
-        sums = np.zeros((1, self._equations[0].shape[1]))
-        for block, values, there in zip(self._equations, logarithms, present, strict=True):
-            product = (block.T @ np.where(there & np.isfinite(values), values, 0.0).T).T
-            count = max(len(sums), len(product))
-            sums = np.resize(sums, (count, sums.shape[1])) - np.resize(product, (count, sums.shape[1]))
-        return solve(np.ascontiguousarray(sums.T)).T
+        known = self._known.get(key)
+        if known is None:
+            known = self._factorised(present)
+            if len(self._known) >= KEPT:
+                self._known.clear()
+            self._known[key] = known
+        matrices, finish = known
+        total = np.zeros((1, 1))
+        for matrix, values, there in zip(matrices, logarithms, present, strict=True):
+            if matrix is None:
+                continue
+            product = np.where(there & np.isfinite(values), values, 0.0) @ matrix
+            count = max(len(total), len(product))
+            total = np.resize(total, (count, total.shape[1])) - np.resize(product, (count, product.shape[1]))
+        return total if finish is None else self._rows(finish(np.ascontiguousarray(total.T)).T)
+
+    def _factorised(self, present: list[BoolArray]) -> _Rough:
+        """Least squares for entries that are there: their solution, or what leads to it where that is large."""
+        G: SparseArray = sp.vstack(
+            [block[np.flatnonzero(there)] for block, there in zip(self._equations, present, strict=True)]
+        )
+        solve = _solver(G.T @ G, self._ridge)
+        if G.shape[0] * self.structure.m > EXPLICIT:
+            return [
+                block if there.any() else None for block, there in zip(self._equations, present, strict=True)
+            ], solve
+        solutions = [
+            np.ascontiguousarray(self._rows(solve(block.T.toarray()).T)) if there.any() else None
+            for block, there in zip(self._equations, present, strict=True)
+        ]
+        return solutions, None
 
     def _sides(self, data: Sequence[Tensor], element: int) -> BoolArray:
         """Which entries of all data bound something that may be zero."""
@@ -314,32 +346,40 @@ class Balancing:
         nothing = torch.zeros(len(P) + len(q) + self.wider.constraint.nnz, dtype=torch.bool)
         return torch.cat([nothing, nonnegative & (b > 0), lower < 0, upper > 0]).numpy()
 
-    def _fit(self, logarithms: list[FloatArray], sides: BoolArray | None) -> FloatArray:
-        """(unknowns,) the exponents that minimise the sum of magnitudes of an element, nearly."""
+    def _fit(self, logarithms: list[FloatArray], sides: BoolArray | None = None) -> FloatArray:
+        """(unknowns,) the exponents that minimise the sum of magnitudes of an element, nearly.
+
+        Args:
+            logarithms: of its data, and of its variables, where these are known.
+            sides: which of the data belong to inequalities that may be loose.
+        """
         right = -np.concatenate(logarithms)
         present = np.flatnonzero(np.isfinite(right))
-        G: SparseArray = sp.csr_array(sp.vstack(self._equations))[present]
+        G: SparseArray = sp.csr_array(sp.vstack([*self._equations, self._sizes][: len(logarithms)]))[present]
         right = right[present]
-        weights, fit = np.ones(len(right)), np.zeros(G.shape[1])
+        weights, fit = np.ones(len(right)), np.full(G.shape[1], np.inf)
         for _ in range(SWEEPS):
             weighted: SparseArray = sp.diags_array(weights) @ G
-            fit = _solver(G.T @ weighted, self._ridge)(weighted.T @ right)
+            before, fit = fit, _solver(G.T @ weighted, self._ridge)(weighted.T @ right)
+            if np.abs(fit - before).max(initial=0.0) < STILL:
+                break
             left = G @ fit - right
-            weights = 1.0 / np.maximum(np.abs(left), NEAR)
+            weights = 1.0 / np.maximum(np.abs(left) / NEAR, 1.0)
             if sides is not None:
                 weights[sides[present] & (left > 0.0)] *= LOOSE
         return fit
 
-    def _is_wide(self, fits: FloatArray, limit: float) -> BoolArray:
-        """(k,) whether the factors of the rows of one cone are far from each other."""
-        rows, starts = self._rows(fits), np.flatnonzero(np.diff(self.structure.cones.blocks, prepend=-1))
+    def _is_wide(self, rows: FloatArray, limit: float) -> BoolArray:
+        """(k,) whether exponents (k, m) of the rows of one cone are far from each other."""
+        starts = np.flatnonzero(np.diff(self.structure.cones.blocks, prepend=-1))
         spread = np.maximum.reduceat(rows, starts, axis=1) - np.minimum.reduceat(rows, starts, axis=1)
         return np.asarray((spread >= limit).any(1))
 
 
 def balancing_of(structure: ConicStructure) -> Balancing | None:
     """What finds coordinates for a structure; None where no cone has other ones."""
-    if structure.cones.is_polyhedral:
+    entries = structure.constraint.nnz + structure.quadratic.nnz
+    if structure.cones.is_polyhedral or structure.has_integers or entries > MOST:
         return None
     known = structure.row_patterns
     if "balancing" not in known:
@@ -348,10 +388,18 @@ def balancing_of(structure: ConicStructure) -> Balancing | None:
     return known["balancing"]
 
 
+def _sizes(point: FloatArray) -> FloatArray:
+    """Exponents of two of a point's entries, NaN for those that are small beside others."""
+    size = np.abs(point)
+    with np.errstate(divide="ignore"):
+        return np.where(size > SMALL * size.max(initial=0.0), np.log2(size), np.nan)
+
+
 def _solver(matrix: SparseArray, ridge: FloatArray) -> Callable[[FloatArray], FloatArray]:
     """Solves systems of this matrix and a ridge: exponents of which nothing is said are small."""
     matrix = sp.csc_array(matrix + sp.diags_array(ridge))
     if matrix.shape[0] > DENSE:
-        return splu(matrix).solve
+        options = {"SymmetricMode": True}
+        return splu(matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options).solve
     inverse = np.linalg.inv(matrix.toarray())
     return lambda right: inverse @ right
