@@ -20,7 +20,10 @@ from torch import Tensor
 from lpgd.arrays import FloatArray, IntArray, SparseArray, from_numpy
 from lpgd.cones.product import Cones, svec_indices
 
-__all__ = ["Mixed", "exponents_of", "in_pairs", "paired_rows", "rotated"]
+__all__ = ["Mixed", "exponents_of", "in_pairs", "paired_rows", "rotated", "sizes_of"]
+
+SMALL = 1e-6
+"""Smaller entries of a point, relative to its largest one, say nothing of sizes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,3 +123,10 @@ def in_pairs(values: FloatArray, entries: Mixed) -> FloatArray:
     first, second = values[:, entries.first], values[:, entries.second]
     values[:, entries.first], values[:, entries.second] = first + second, first - second
     return values
+
+
+def sizes_of(point: FloatArray) -> FloatArray:
+    """Exponents of two of a point's entries, NaN for those that are small beside others."""
+    size = np.abs(point)
+    with np.errstate(divide="ignore"):
+        return np.where(size > SMALL * size.max(initial=0.0), np.log2(size), np.nan)

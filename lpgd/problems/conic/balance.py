@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lpgd.arrays import BoolArray, FloatArray, SparseArray, from_numpy
 from lpgd.execution.memo import TensorMemo
-from lpgd.problems.conic.automorphisms import Mixed, exponents_of, in_pairs, paired_rows, rotated
+from lpgd.problems.conic.automorphisms import Mixed, exponents_of, in_pairs, paired_rows, rotated, sizes_of
 from lpgd.problems.conic.magnitudes import INFINITE
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.sparsity import SparsityPattern
@@ -47,8 +47,6 @@ RIDGE, TURNED = 1e-6, 1e-3
 turned that factors can do as well."""
 LARGEST = 60.0
 """The largest exponent of a parameter."""
-SMALL = 1e-6
-"""Smaller entries of a point, relative to its largest one, say nothing of sizes."""
 LOOSE = 0.1
 """What an inequality counts whose right-hand side is larger than the rest, if such constraints may be loose."""
 MOST = 100_000
@@ -261,7 +259,7 @@ class Balancing:
             if near is None:
                 fit = self._fit(known)
             elif np.isfinite(near[element]).all():
-                fit = self._fit([*known, _sizes(near[element])])
+                fit = self._fit([*known, sizes_of(near[element])])
             else:
                 fit = self._fit(known, self._sides(data, element))
             if self._is_wide(self._rows(fit[None]), WIDE)[0]:
@@ -386,13 +384,6 @@ def balancing_of(structure: ConicStructure) -> Balancing | None:
         found = Balancing(structure)
         known["balancing"] = found if found.is_of_use else None
     return known["balancing"]
-
-
-def _sizes(point: FloatArray) -> FloatArray:
-    """Exponents of two of a point's entries, NaN for those that are small beside others."""
-    size = np.abs(point)
-    with np.errstate(divide="ignore"):
-        return np.where(size > SMALL * size.max(initial=0.0), np.log2(size), np.nan)
 
 
 def _solver(matrix: SparseArray, ridge: FloatArray) -> Callable[[FloatArray], FloatArray]:
