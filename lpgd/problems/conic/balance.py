@@ -286,7 +286,7 @@ class Balancing:
         """(R, ·) exponents of two of a datum, NaN for entries that are none, with rows of cones in pairs."""
 
         def compute() -> FloatArray:
-            values = np.atleast_2d(datum.detach().cpu().numpy())
+            values = np.atleast_2d(datum.detach().resolve_neg().cpu().numpy())
             if number == _A:
                 widened = np.zeros((len(values), self.wider.constraint.nnz))
                 widened[:, self.places] = values
