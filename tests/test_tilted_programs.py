@@ -68,7 +68,7 @@ def tilted(data: Program, tau: float, elements: list[int]) -> tuple[PerturbedPoi
 @pytest.mark.parametrize("tau", [1e-6, 1e-3, 3e-2])
 def test_both_sides_are_what_a_solver_finds(tau: float, shared: bool, bounded: bool) -> None:
     near, found, expected = tilted(program(shared=shared, bounded=bounded), tau, list(range(BATCH)))
-    assert near.__dict__["_straight"] is not None
+    assert near.__dict__["straight"] is not None
     assert int(found.by_newton.sum()) >= 2 * BATCH - 4
     assert float(found.residuals.worst.max()) <= 1e-12
     for values, others in zip(found.point, expected.point, strict=True):
@@ -107,7 +107,7 @@ def test_an_element_that_is_not_definite_leaves_the_others_alone() -> None:
     flat = data | {"P": data["P"].clone()}
     flat["P"][2, 0] = flat["P"][2, :, 0] = 0.0  # x₀ has equal bounds
     near, found, _ = tilted(flat, 1e-3, list(range(BATCH)))
-    assert near.__dict__["_straight"].factor.fine.tolist() == [element != 2 for element in range(BATCH)]
+    assert near.__dict__["straight"].factor.fine.tolist() == [element != 2 for element in range(BATCH)]
     others = [element for element in range(2 * BATCH) if element % BATCH != 2]
     assert found.by_newton.all()
     assert torch.equal(found.x[others], expected.x[others])

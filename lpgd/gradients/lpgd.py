@@ -33,7 +33,9 @@ from lpgd.gradients.base import GradientInfo, GradientMethod, is_number, relevan
 from lpgd.gradients.implicit.method import ImplicitKKT
 from lpgd.gradients.losses import BatchRows, Loss, PosedLoss, Reading, plain_readings, weighed
 from lpgd.gradients.node_steps import difference, with_exact
-from lpgd.gradients.perturbed import Perturbed, perturb
+from lpgd.gradients.perturbed import perturb
+from lpgd.gradients.quadratic_steps import quadratic_steps
+from lpgd.gradients.records import blank, record, tied_elements, warn_of_jumps
 from lpgd.gradients.sides import Envelope
 from lpgd.gradients.small_steps import check_small_steps, is_doubtful
 from lpgd.problems.base import Data, Point
@@ -122,9 +124,22 @@ class LPGD(GradientMethod):
         solver: AnySolver,
         executor: Executor | None = None,
     ) -> tuple[Data, GradientInfo]:
-        problem = solution.problem
         if self.separate and any(bool(tensor.any()) for tensor in tuple(cotangent)[1:]):
             return self._of_both(solution, cotangent, solver, executor)
+        direct = quadratic_steps(self, solution, cotangent, solver)
+        if direct is None:
+            return self._by_ends(solution, cotangent, solver, executor)
+        if direct.is_whole:
+            return direct.gradient, direct.info(self)
+        gradient, info = self._by_ends(solution, direct.without(cotangent), solver, executor)
+        direct.add_to(info)
+        return gradient._make(a + b for a, b in zip(gradient, direct.gradient, strict=True)), info
+
+    def _by_ends(
+        self, solution: AnySolution, cotangent: Point, solver: AnySolver, executor: Executor | None
+    ) -> tuple[Data, GradientInfo]:
+        """The gradient by the perturbed problems' solutions, whatever the problem."""
+        problem = solution.problem
         pair = _Perturbed(self, solution, cotangent, solver, executor)
         gradient = problem.zero_gradient()
         if pair.elements:
@@ -210,7 +225,7 @@ class _Perturbed:
         executor: Executor | None,
     ) -> None:
         self.method, self.whole = method, solution.problem
-        self.info = _blank(method, solution)
+        self.info = blank(method, solution)
         loss = scale = None
         if method.loss is not None:
             loss, scale, cotangent = weighed(_posed(method.loss, solution), solution, cotangent, method)
@@ -231,15 +246,15 @@ class _Perturbed:
             solution, cotangent, solver, executor, envelope=method.envelope, rho=method.rho, steps=steps, loss=loss
         )
         self.still = ~found.moved
-        tied = _tied(solution, active)
-        _record(self.info, active, found, tied)
+        tied = tied_elements(solution, active)
+        record(self.info, active, found, tied)
         keep = found.above | found.below
         doubtful = is_doubtful(method, problem, cotangent, found)
         if bool(doubtful.any()):
             lost = check_small_steps(method, solution, cotangent, found, active, executor, self.info, doubtful)
             keep = keep & ~lost
             self.lost = {active[position] for position in elements_where(lost)}
-        _warn_of_jumps(self.info, active, found, tied)
+        warn_of_jumps(self.info, active, found, tied)
         self.weight = torch.where(keep, 1.0 / (found.tau * (found.above.double() + found.below.double()).clamp(1)), 0.0)
         self.weight = self.weight if scale is None else scale * self.weight
         self.plus, self.minus = found.plus, found.minus
@@ -304,93 +319,6 @@ def _posed(loss: Loss | PosedLoss, solution: AnySolution) -> PosedLoss:
     return loss.select(torch.arange(solution.batch_size, device=solution.x.device))
 
 
-def _blank(method: LPGD, solution: AnySolution) -> GradientInfo:
-    """The record before anything is solved."""
-    size = solution.batch_size
-    no, unknown = torch.zeros(size, dtype=torch.bool), torch.full((size,), torch.nan)
-    return GradientInfo.blank(
-        method, solution, tau=unknown, unit=unknown.clone(), moved=no, crossed=no.clone(), jumped=no.clone(),
-        kinked=no.clone(), unclear=no.clone(), newton=no.long(),
-    )  # fmt: skip
-
-
-def _tied(solution: AnySolution, active: list[int]) -> list[int]:
-    """The elements whose node has several solutions that are equally good, whatever the step."""
-    node = getattr(solution.problem, "node", None)
-    if node is None or not active:
-        return []
-    tied = node.tied(tuple(solution.problem.data))
-    marked = [] if tied is None else flags(tied)
-    return [element for element in active if marked and marked[element % len(marked)]]
-
-
-def _record(info: GradientInfo, active: list[int], found: Perturbed, tied: list[int]) -> None:
-    """Put perturbed solves on record, and warn of those that are not what they should be."""
-    places = slice(None) if len(active) == len(info.used) else torch.tensor(active)
-    for name in ("tau", "unit", "moved", "crossed", "jumped", "kinked", "newton"):
-        whole, values = getattr(info, name), getattr(found, name)
-        whole[places] = values.cpu().to(whole.dtype)
-    assert info.unclear is not None
-    info.unclear[places] = (found.unclear | found.shared_rows).cpu()
-    info.tolerance, info.iterations = found.tolerance, found.iterations
-    method: Any = info.method
-    names = {(True, True): "average", (True, False): "lower", (False, True): "upper"}
-    if method.envelope == "average" and bool((found.above & found.below).all()):  # as of most
-        for element in active:
-            info.used[element] = "average"
-    else:
-        for element, above, below in zip(active, flags(found.above), flags(found.below), strict=True):
-            info.used[element] = names.get((above, below), "none")
-            if info.used[element] != method.envelope:
-                info.fallbacks.append(element)
-    one_sided = [element for element in info.fallbacks if info.used[element] != "none"]
-    if one_sided:
-        warn(
-            f"{method}: the perturbed problem of elements {one_sided[:10]} has no solution on a side that was asked "
-            "for; their gradients come from the other side. A smaller tau may have both."
-        )
-
-    def named(mask: Tensor) -> list[int]:
-        if not bool(mask.any()):
-            return []
-        return [element for element, marked in zip(active, flags(mask), strict=True) if marked]
-
-    if kinked := named(found.kinked & (found.above | found.below)):
-        warn(f"{method}: elements {kinked[:10]} {_KINK}")
-    for names_of, shared in ((("A", "b"), found.shared_rows), (("lower", "upper"), found.shared_bounds)):
-        if unsure := named(found.unclear | shared):
-            info.notices |= dict.fromkeys(names_of, f"{method}: elements {unsure[:10]} {_UNCLEAR}")
-    if tied:
-        warn(f"{method}: the solutions of elements {tied[:10]} {_TIED}")
-
-
-def _warn_of_jumps(info: GradientInfo, active: list[int], found: Perturbed, tied: list[int]) -> None:
-    """Name the elements that jumped, but those of which more is known: why solutions are not unique."""
-    known = {*tied, *([] if info.doubt is None else elements_where(info.doubt.isposinf()))}
-    if jumped := [active[position] for position in elements_where(found.jumped) if active[position] not in known]:
-        warn(f"{info.method}: the solutions of elements {jumped[:10]} {_JUMP}")
-
-
-_KINK = (
-    "have no derivative that a step could find: however short it is, an active constraint changes along it (the "
-    "solution is at a kink, or too badly scaled for its solver), and their gradients are means of what lies on the "
-    "sides of the step. A tau of the order of output.info.gradients[-1].unit gives a smoothed gradient; ImplicitKKT "
-    "takes one side."
-)
-_UNCLEAR = (
-    "have multipliers that are not unique, or change abruptly (as where constraints are redundant): the gradient "
-    "with respect to single constraints is not well defined there. That of what moves the redundant constraints "
-    "together is, and so are those with respect to the objective."
-)
-_JUMP = (
-    "jumped: a small tilt moved them far, and not in proportion to it, to another one of several nearly equal "
-    "solutions. Their gradients say nothing of small changes. A smaller tau stays with one solution, unless they are "
-    "equal."
-)
-_TIED = (
-    "are not unique: eigenvalues are equal to rounding, and a tilt, however small, chooses among their eigenvectors. "
-    "Gradients are right only for losses that depend on their span; ClosedForm leaves out what lies between them."
-)
 _ZERO_GRADIENT = (
     "LPGD(tau=None) takes a step that is small enough for the exact gradient, and no solution of this linear program "
     "moved with it: what reaches its cost through the solver is zero (a direct dependence of the loss on the cost is "

@@ -22,7 +22,19 @@ from torch import Tensor
 
 from lpgd.arrays import IntArray, rows_where
 from lpgd.gradients.losses import PosedLoss
-from lpgd.gradients.sides import DUALS, SIDES, Envelope, Run, Sides, picked, replaced_elements
+from lpgd.gradients.sides import (
+    DUALS,
+    FINEST,
+    JUMP,
+    SIDES,
+    SMALL_TILT,
+    TINY_TILT,
+    Envelope,
+    Run,
+    Sides,
+    picked,
+    replaced_elements,
+)
 from lpgd.problems.base import Point, maximum_norm
 from lpgd.problems.conic.activity import shares_multipliers
 from lpgd.problems.conic.problem import ConicProblem
@@ -45,11 +57,6 @@ LOUDEST = 1e-2
 """Nor is it where the solver's error would be more than this share of the response."""
 CURVED = 1e-2
 """Sides that mirror each other up to this share of their difference give a central difference good to its square."""
-FINEST = 1e-14
-"""No solution is known better than this."""
-JUMP, SMALL_TILT, TINY_TILT = 0.01, 0.1, 1e-3
-"""A solution that moves by this share of ``1 + |x|``, and ten times more than a tilt of at most the second size (of a
-conic program, the third), may jump."""
 
 
 @dataclass(eq=False)

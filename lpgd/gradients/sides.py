@@ -28,6 +28,11 @@ SIDES: dict[str, tuple[float, ...]] = {"average": (1.0, -1.0), "lower": (1.0,), 
 
 NOISE = 30.0
 """Changes of this many times a solver's error, relative to ``1 + |x|``, are real."""
+JUMP, SMALL_TILT, TINY_TILT = 0.01, 0.1, 1e-3
+"""A solution that moves by this share of ``1 + |x|``, and ten times more than a tilt of at most the second size (of a
+conic program, the third), may jump."""
+FINEST = 1e-14
+"""No solution is known better than this."""
 PRIMAL, DUALS = slice(0, 1), slice(1, None)
 """Fields of points."""
 ERRONEOUS = 3.0

@@ -150,7 +150,7 @@ class PerturbedPoints:
         if not solver.is_quick_again:
             return found
         # Such a solver is asked where each active set would take a factorisation of its own.
-        fine = fit & found._fine
+        fine = fit & found.fine
         if torch.equal(fine, fit):
             return found
         return replace(found, fit=fine) if bool(fine.any()) else None
@@ -167,8 +167,7 @@ class PerturbedPoints:
         """The solutions of ``tilted``, the problem tilted by ``steps`` (k E,), by Newton's method or by the solver."""
         solver = self.solver
         copies = steps.shape[0] // max(self.problem.batch_size, 1)
-        largest = torch.where(self._fine, FARTHEST, LARGEST_TILT) * self.unit
-        wanted = self.fit.repeat(copies) & (steps.abs() <= largest.repeat(copies))
+        wanted = self.fit.repeat(copies) & (steps.abs() <= self.longest.repeat(copies))
         if not bool(wanted.any()):
             return solver.solve(tilted, states, executor)
         found = self._found(steps, wanted)
@@ -185,22 +184,22 @@ class PerturbedPoints:
     # -- in units of order 1 --------------------------------------------------------------------------------------
 
     @cached_property
-    def _units(self) -> Units:
+    def units(self) -> Units:
         return self.problem.units
 
     @cached_property
     def _inside(self) -> ConicProblem:
-        return self._units.apply(self.problem)
+        return self.units.apply(self.problem)
 
     @cached_property
     def _tilt(self) -> ConicPoint:
-        return self._units.tilt_in(self.problem, self.cotangent)
+        return self.units.tilt_in(self.problem, self.cotangent)
 
     @cached_property
     def _start(self) -> tuple[Tensor, Tensor]:
         """(ξ, v) of the solutions."""
-        point = self._units.point_in(self.problem, self.point)
-        xi, v = Points(self._inside).start(point, self._units.slack_in(self.problem, self.slack))
+        point = self.units.point_in(self.problem, self.point)
+        xi, v = Points(self._inside).start(point, self.units.slack_in(self.problem, self.slack))
         return torch.where(self.fit[:, None], xi, 0.0), torch.where(self.fit[:, None], v, 0.0)
 
     @cached_property
@@ -209,7 +208,7 @@ class PerturbedPoints:
         return SchurFactor.of(self._inside)
 
     @property
-    def _fine(self) -> Tensor:
+    def fine(self) -> Tensor:
         """(E,) elements that have one."""
         if self._factor is None:
             return torch.zeros_like(self.fit)
@@ -217,12 +216,12 @@ class PerturbedPoints:
         return fine.repeat(self.fit.shape[0] // fine.shape[0])
 
     @cached_property
-    def _straight(self) -> TiltedSolutions | None:
+    def straight(self) -> TiltedSolutions | None:
+        """The solutions along the tilt of elements with a definite P; None where there is no factor for them."""
         inside, factor = self._inside, self._factor
         if factor is None:
             return None
-        point, slack = Points(inside).point(*self._start)
-        return TiltedSolutions(inside, factor, point, slack, self._tilt, self.known)
+        return TiltedSolutions(inside, factor, *self._start, self._tilt, self.known)
 
     @cached_property
     def _system(self) -> System:
@@ -250,20 +249,25 @@ class PerturbedPoints:
         return torch.where(regular, d_xi, torch.nan), torch.where(regular, d_v, torch.nan)
 
     def _found(self, steps: Tensor, wanted: Tensor) -> _Found:
-        straight = self._straight
+        straight = self.straight
         if straight is None:
             return self._followed(steps, wanted)
         copies = wanted.shape[0] // self.problem.batch_size
-        accepted = self._accepted(steps, from_numpy(straight.size))
+        accepted = self.accepted(steps, from_numpy(straight.size))
         reached = straight.after(steps, wanted & straight.regular.repeat(copies), accepted)
         found = _Found(reached.point, reached.slack, reached.error, reached.solved, reached.taken)
-        others = rows_where(self.fit & ~self._fine)
+        others = rows_where(self.fit & ~self.fine)
         if others.shape[0]:
             places = torch.arange(steps.shape[0]).reshape(-1, self.problem.batch_size)[:, others].ravel()
             found = found.replaced(places, self.select(others)._followed(steps[places], wanted[places]))
         return found
 
-    def _accepted(self, steps: Tensor, size: Tensor) -> Tensor:
+    @property
+    def longest(self) -> Tensor:
+        """(E,) the longest steps that Newton's method is tried for."""
+        return torch.where(self.fine, FARTHEST, LARGEST_TILT) * self.unit
+
+    def accepted(self, steps: Tensor, size: Tensor) -> Tensor:
         """(k E,) what may be left of F, at points of a size (E,) or (k E,)."""
         share = (steps.abs().reshape(-1, self.problem.batch_size) / self.unit).clamp(max=1.0)
         return (size.reshape(-1, self.problem.batch_size) * (ACCURACY * share).clamp(max=ROUNDING)).ravel()
@@ -280,7 +284,7 @@ class PerturbedPoints:
         changes = (Points(self._inside).pieces(*self._start).repeat(copies, 1) != points.pieces(xi, v)).sum(-1)
         error, slope, row_error = points.residual(xi, v)
         size = torch.maximum(maximum_norm(xi), maximum_norm(v)).clamp(min=1.0)
-        accepted = self._accepted(steps, size)
+        accepted = self.accepted(steps, size)
         taken = wanted.long()
         structure = self._inside.structure
         curved = not structure.cones.is_polyhedral
@@ -370,8 +374,8 @@ class PerturbedPoints:
         points, slacks = [], []
         for start in range(0, size, count):
             side = slice(start, start + count)
-            points.append(self._units.point_out(self.problem, ConicPoint(*(tensor[side] for tensor in found.point))))
-            slacks.append(self._units.slack_out(self.problem, found.slack[side]))
+            points.append(self.units.point_out(self.problem, ConicPoint(*(tensor[side] for tensor in found.point))))
+            slacks.append(self.units.slack_out(self.problem, found.slack[side]))
         point = ConicPoint(*(torch.cat(columns) for columns in zip(*points, strict=True)))
         nothing = np.zeros(size)
         return ConicSolution(

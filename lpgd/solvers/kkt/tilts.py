@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,7 @@ class Reached(NamedTuple):
         error: (K,) the maximum norm of F.
         solved: (K,) whether the active set of the point is the one that it was worked out for.
         taken: (K,) active sets that were tried.
+        pieces: (K, k) the active sets, as :attr:`TiltedSolutions.pieces` has them.
     """
 
     point: ConicPoint
@@ -52,6 +54,7 @@ class Reached(NamedTuple):
     error: Tensor
     solved: Tensor
     taken: Tensor
+    pieces: Pieces
 
 
 class _Change(NamedTuple):
@@ -115,49 +118,111 @@ class TiltedSolutions:
     Args:
         problem: in units of order 1.
         factor: its elements' factor; what is found where that is not ``fine`` means nothing.
-        point, slack: the solutions, complementary.
+        xi, v: the solutions: (E, n) and (E, m) of :mod:`lpgd.solvers.kkt.refinement`.
         tilt: (E, ·) each.
         error: (E,) what is left of F at the solutions.
     """
 
     def __init__(
-        self, problem: ConicProblem, factor: SchurFactor, point: ConicPoint, slack: Tensor, tilt: ConicPoint,
-        error: Tensor,
-    ) -> None:  # fmt: skip
+        self, problem: ConicProblem, factor: SchurFactor, xi: Tensor, v: Tensor, tilt: ConicPoint, error: Tensor
+    ) -> None:
         self.problem, self.factor, self.error = problem, factor, error.numpy()
-        self.bounded, self.count = factor.bounded.numpy(), problem.batch_size
-        self.x, self.g_x = point.x.numpy(), tilt.x.numpy()
-        lower, upper, x = np.empty((3, self.count, 0))
-        u, g = point.y.numpy(), tilt.y.numpy()
+        self.bounded, self.count, zero = factor.bounded.numpy(), problem.batch_size, problem.structure.cones.zero
+        self.x, self.g_x, self.g = xi.numpy(), tilt.x.numpy(), tilt.y.numpy()
+        self.start, lower, upper, x = v.numpy(), *np.empty((3, self.count, 0))
+        u, slack = np.maximum(self.start, 0.0), np.maximum(-self.start, 0.0)
+        u[:, :zero], slack[:, :zero] = self.start[:, :zero], 0.0
         if self.bounded.size:
             lower, upper = (bound.numpy()[:, self.bounded] for bound in problem.full_bounds())
-            x = self.x[:, self.bounded]
-            u, g = (np.concatenate([rows, z.numpy()[:, self.bounded]], 1) for rows, z in ((u, point.z), (g, tilt.z)))
-        self.g = g
-        self.rows = _Rows(u, slack.numpy(), x, lower, upper, problem.structure.cones.zero)
+            places = self.x[:, self.bounded]
+            x, self.x = np.minimum(np.maximum(places, lower), upper), self.x.copy()
+            self.x[:, self.bounded] = x
+            self.start = np.concatenate([self.start, places], 1)
+            u, self.g = (
+                np.concatenate(pair, 1) for pair in ((u, places - x), (self.g, tilt.z.numpy()[:, self.bounded]))
+            )
+        self.rows = _Rows(u, slack, x, lower, upper, zero)
+        self.is_primal = not self.g.any()
         self.h = self._forward(self.g_x)
-        self.rate = self.g - factor.whitened(self.h)
-        self.start = self.rows.start()
+        self.rate = -factor.whitened(self.h)
+        if not self.is_primal:
+            self.rate += self.g
         self.pieces = self.rows.pieces(self.start, slice(None))
         self.size = np.maximum(np.maximum(_largest(self.x), _largest(self.start)), 1.0)
         active = self.pieces != 0
         self.system = ActiveSystem(factor, active, several=True)
-        whole, scale, nothing = np.arange(self.count), np.ones((self.count, 1)), np.zeros(active.shape)
-        u, w = self._solved(whole, scale, nothing, None, self.system)
-        self.direction = self._settled(whole, scale, active, nothing, u, w, self.system)
+        with np.errstate(over="ignore", invalid="ignore"):  # of singular systems, whose points are then not taken
+            u = self.system.multipliers(self.rate)
+            w = self.h + factor.whitened_back(u)
+        whole = np.arange(self.count)
+        self.direction = self._settled(whole, self.g_x, self.g, active, np.zeros((1, 1)), u, w, self.system)
 
-    @property
+    @cached_property
     def regular(self) -> Tensor:
         """(E,) whose system at the solution is regular, so that there is a direction."""
         change = self.direction
         finite = np.isfinite(change.u).all(1) & np.isfinite(change.x).all(1)
         return from_numpy(self.system.regular & finite)
 
+    @cached_property
+    def rates(self) -> FloatArray:
+        """(E, k) how fast :attr:`start` moves along the tilt."""
+        return np.where(self.pieces != 0, self.direction.u, self.direction.place)
+
+    def change(self) -> ConicPoint:
+        """How the solutions move along the tilt."""
+        m, (u, x) = self.problem.structure.m, self.direction[:2]
+        z = np.zeros_like(x)
+        if self.bounded.size:
+            x, held = x.copy(), self.pieces[:, m:] != 0
+            x[:, self.bounded] = np.where(held, -self.g[:, m:], x[:, self.bounded])
+            z[:, self.bounded] = u[:, m:]
+        return ConicPoint(from_numpy(x), from_numpy(np.ascontiguousarray(u[:, :m])), from_numpy(z))
+
+    def is_straight(self, tau: FloatArray) -> BoolArray:
+        """(E,) whether no active set changes along steps up to τ (E,), to either side."""
+        m, rows = self.problem.structure.m, self.rows
+        way = tau[:, None] * np.abs(self.rates)
+        inside: BoolArray = way[:, rows.zero : m] < np.abs(self.start[:, rows.zero : m])  # false for NaN
+        if self.bounded.size:
+            places = self.start[:, m:]
+            room = np.minimum(np.abs(places - rows.lower), np.abs(places - rows.upper))
+            inside = np.concatenate([inside, (way[:, m:] < room) | (rows.lower >= rows.upper)], 1)
+        return np.logical_and.reduce(inside, axis=1)
+
+    def places(self, point: ConicPoint, slack: Tensor) -> FloatArray:
+        """(K, k) which rows of points are active, and how clearly, in the words of :attr:`start`."""
+        places = point.y.numpy() - slack.numpy()
+        if not self.bounded.size:
+            return places
+        return np.concatenate([places, (point.x.numpy() + point.z.numpy())[:, self.bounded]], 1)
+
+    @cached_property
+    def _distances(self) -> list[FloatArray]:
+        """How far inequalities are from their bounds, (E, ·) each; positive for active ones."""
+        m, rows = self.problem.structure.m, self.rows
+        found = [self.start[:, rows.zero : m]]
+        return [*found, rows.lower - self.start[:, m:], self.start[:, m:] - rows.upper] if self.bounded.size else found
+
+    @cached_property
+    def largest_distance(self) -> FloatArray:
+        """(E,) the largest of these, of bounds that there are."""
+        if not self.bounded.size:
+            return _largest(self._distances[0])
+        found = [np.where(np.isfinite(values), np.abs(values), 0.0).max(1, initial=0.0) for values in self._distances]
+        return np.max(found, axis=0)
+
+    def is_overdetermined(self, noise: FloatArray) -> BoolArray:
+        """(E,) whether more constraints are active, or might be within a noise (E,), than there are variables."""
+        counts = [(values > -noise[:, None]).sum(1) for values in self._distances]
+        active: IntArray = np.sum(counts, axis=0) + self.rows.zero
+        return np.greater(active, self.x.shape[1])
+
     def after(self, steps: Tensor, wanted: Tensor, accepted: Tensor) -> Reached:
         """The points after steps (K,), K a multiple of E, where they are ``wanted`` (K,); so much may be left of F."""
         count, total = self.count, steps.shape[0]
         step, direction = steps.numpy().reshape(-1, count, 1), self.direction
-        places = self.start + step * np.where(self.pieces != 0, direction.u, direction.place)
+        places = self.start + step * self.rates
         pieces = self.rows.pieces(places, slice(None))
         changed = (pieces != self.pieces).any(2).ravel()
         u, x, place = (
@@ -187,7 +252,8 @@ class TiltedSolutions:
         left = np.flatnonzero(solved & changed)
         if left.size:
             elements, tried = left % count, pieces[left]
-            found = self._settled(left, scale[left], tried != 0, way[left], u[left], w[left])
+            g_x, g = (scale[left] * values.take(elements, axis=0) for values in (self.g_x, self.g))
+            found = self._settled(left, g_x, g, tried != 0, way[left], u[left], w[left])
             u[left], x[left], place[left] = found.u, found.x, found.place
             error[left] = self.error[elements] + found.error
             pieces[left] = self._ends(elements, tried != 0, way[left], found.u, found.place)
@@ -220,7 +286,8 @@ class TiltedSolutions:
                 held = np.where(there, bounds[whole] - tilted, x[:, self.bounded])
                 x[:, self.bounded] = held
         point = ConicPoint(from_numpy(x), from_numpy(np.ascontiguousarray(multipliers[:, :m])), from_numpy(z))
-        return Reached(point, from_numpy(slack), from_numpy(change.error), from_numpy(solved), from_numpy(taken))
+        tensors = slack, change.error, solved, taken
+        return Reached(point, *(from_numpy(values) for values in tensors), pieces=pieces)
 
     # -- one active set -------------------------------------------------------------------------------------------
 
@@ -258,12 +325,11 @@ class TiltedSolutions:
         return (u if fixed is None else u + fixed), w
 
     def _settled(
-        self, left: IntArray, scale: FloatArray, active: BoolArray, way: FloatArray, u: FloatArray, w: FloatArray,
-        system: ActiveSystem | None = None,
+        self, left: IntArray, g_x: FloatArray, g: FloatArray, active: BoolArray, way: FloatArray, u: FloatArray,
+        w: FloatArray, system: ActiveSystem | None = None,
     ) -> _Change:  # fmt: skip
-        """The same changes, of x as well, to rounding."""
+        """The same changes under tilts g, of x as well, to rounding."""
         elements = left % self.count
-        g_x, g = (scale * values.take(elements, axis=0) for values in (self.g_x, self.g))
         with np.errstate(over="ignore", invalid="ignore"):  # of singular systems, whose points are then not taken
             x = -self._back(w, left)
             size = np.maximum(_largest(g_x), _largest(g))
@@ -287,19 +353,20 @@ class TiltedSolutions:
         left: IntArray,
     ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:  # fmt: skip
         """``P x + Cᵀu + g_x``, ``C x + g``, what active rows miss, and the maximum norm of the first and the last."""
-        structure, data, m = self.problem.structure, self.problem.data, self.problem.structure.m
+        structure, m = self.problem.structure, self.problem.structure.m
         quadratic, constraint = structure.quadratic, structure.constraint
-        P, A = self.problem.symmetric_P.numpy(), data.A.numpy()
-        slope = g_x + self._on(lambda values: quadratic.numpy_product(P, values), x, left)
-        place = g
+        P, A = self.problem.symmetric_P.numpy(), self.problem.data.A.numpy()
+        slope = self._on(lambda values: quadratic.numpy_product(P, values), x, left)
+        slope += g_x
+        place = np.zeros((len(x), m))
         if constraint.nnz:
             slope += self._on(lambda values: constraint.numpy_product(A, values, transpose=True), u[:, :m], left)
-            place = g.copy()
-            place[:, :m] += self._on(lambda values: constraint.numpy_product(A, values), x, left)
+            place = self._on(lambda values: constraint.numpy_product(A, values), x, left)
         if self.bounded.size:
             slope[:, self.bounded] += u[:, m:]
-            place = g.copy() if place is g else place
-            place[:, m:] += x[:, self.bounded]
+            place = np.concatenate([place, x[:, self.bounded]], 1)
+        if not self.is_primal:
+            place = place + g
         miss = np.where(active, place - way, 0.0)
         return slope, place, miss, np.maximum(_largest(slope), _largest(miss))
 
