@@ -141,13 +141,14 @@ class LPGD(GradientMethod):
         """The gradient by the perturbed problems' solutions, whatever the problem."""
         problem = solution.problem
         pair = _Perturbed(self, solution, cotangent, solver, executor)
-        gradient = problem.zero_gradient()
         if pair.elements:
             ends, steps = (pair.plus, pair.minus), (pair.weight, pair.smooth)
             found, lost = difference(pair.problem, solution, cotangent, self.rho, pair.elements, ends, *steps)
             gradient = found if pair.is_whole else problem.scatter(as_index(pair.elements, problem.device), found)
             if elements := [pair.elements[place] for place in elements_where(lost)]:
                 gradient = with_exact(self.rho, gradient, elements, pair.info, solution, cotangent, solver)
+        else:
+            gradient = problem.zero_gradient()
         if pair.unsolved:
             fallback_gradient, info = pair.fallback().vjp(solution, pair.of_unsolved(cotangent), solver, executor)
             pair.record_fallback(info)

@@ -20,6 +20,7 @@ from lpgd.arrays import BoolArray, FloatArray, from_numpy, integers
 from lpgd.gradients.base import GradientInfo, relevant_elements
 from lpgd.gradients.sides import FINEST, JUMP, NOISE, SIDES, TINY_TILT
 from lpgd.problems.base import Point
+from lpgd.problems.conic.activity import shares_multipliers
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint
 from lpgd.problems.solution import AnySolution

@@ -69,15 +69,17 @@ def _rows_definite(problem: ConicProblem) -> Tensor:
         dense = pattern.shape[0] <= DENSE_LIMIT or pattern.nnz > 0.2 * pattern.shape[0] ** 2
         if not pattern.is_dense and np.unique(pattern.rows).size < pattern.shape[0]:  # a variable without curvature
             return known.new_zeros(len(known), dtype=torch.bool)
-        largest, by_factors = maximum_norm(curvatures(problem)), _by_cholesky if dense else _by_pivots
+        by_factors = _by_cholesky if dense else _by_pivots
         root = root_of(problem) if pattern.is_dense else None
         if root is None:
-            return by_factors(pattern, known, -DEFINITE * largest)
-        pivots = root.lower[:, : pattern.shape[0]].diagonal(dim1=-2, dim2=-1)
+            return by_factors(pattern, known, -DEFINITE * maximum_norm(curvatures(problem)))
+        n = pattern.shape[0]
+        pivots = root.lower[:, :n].diagonal(dim1=-2, dim2=-1)
+        largest = known[:, :: n + 1].amax(-1)  # no entry of a semidefinite matrix is larger than all of its diagonal
         definite = root.exists & (pivots.amin(-1) ** 2 > SURELY * largest)
         left = rows_where(~definite)
         if left.shape[0]:
-            definite[left] = by_factors(pattern, known[left], -DEFINITE * largest[left])
+            definite[left] = by_factors(pattern, known[left], -DEFINITE * maximum_norm(curvatures(problem))[left])
         return definite
 
     return _memo(problem.data.P, ("definite", pattern.digest), compute)

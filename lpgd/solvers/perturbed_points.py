@@ -36,7 +36,7 @@ from lpgd.problems.conic.units import Units
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver, ConicSolver
 from lpgd.solvers.kkt.mixed import MixedSystem, Part
-from lpgd.solvers.kkt.points import Points
+from lpgd.solvers.kkt.points import Points, share_along
 from lpgd.solvers.kkt.refinement import KeptFactor, is_cheap
 from lpgd.solvers.kkt.schur import SchurFactor, System
 from lpgd.solvers.kkt.tilts import TiltedSolutions
@@ -137,7 +137,9 @@ class PerturbedPoints:
             return None
         if structure.n + structure.m > LARGEST and not is_cheap(structure):
             return None
-        fit = solution.known_to <= KNOWN * solution.problem.in_own_units(solution.point).largest().clamp(min=1.0)
+        fit = solution.known_to <= KNOWN
+        if not bool(fit.all()):
+            fit = solution.known_to <= KNOWN * solution.problem.in_own_units(solution.point).largest().clamp(min=1.0)
         if solution.statuses.count(Status.SOLVED) < solution.batch_size:
             fit = fit & torch.tensor([status is Status.SOLVED for status in solution.statuses])
         if not bool(fit.any()):
@@ -341,8 +343,8 @@ class PerturbedPoints:
         ]
         move = torch.cat(chords)
         for last, new in pairwise(moves):
-            move = move + new * _share(last, move)
-        return move / (1.0 - _share(moves[-1], move))
+            move = move + new * share_along(last, move)
+        return move / (1.0 - share_along(moves[-1], move))
 
     def _newton(
         self, points: Points, todo: Tensor, xi: Tensor, v: Tensor, error: Tensor, accepted: Tensor, size: Tensor,
@@ -394,8 +396,3 @@ class PerturbedPoints:
             known_before=found.error.clone(),
             refined=found.taken,
         )
-
-
-def _share(first: Tensor, second: Tensor) -> Tensor:
-    """(k, 1) the part of a vector along another one, in units of that."""
-    return (first * second).sum(-1, keepdim=True) / first.square().sum(-1, keepdim=True).clamp(min=1e-300)

@@ -332,18 +332,18 @@ class ConicProblem:
         problem = self.units.apply(self)
         point, cotangent = self.units.point_in(self, point), self.units.tilt_in(self, cotangent)
         data, size = problem.data, problem.batch_size
-        x, Aty = maximum_norm(point.x), problem.structure.constraint.rmatvec(data.A, point.y)
-        q, b, P, A = (_norms(datum, size) for datum in (data.q, data.b, problem.symmetric_P, data.A))
+        x = maximum_norm(point.x)
         units = torch.full((size,), torch.inf, dtype=x.dtype, device=self.device)
-        for terms, direction in (
-            ((q, P * x, maximum_norm(Aty), maximum_norm(point.z)), cotangent.x),
-            ((b, A * x), cotangent.y),
-            ((x,), cotangent.z),
-        ):
-            if bool(direction.any()):
-                size_of_terms = torch.stack([term.expand(size) for term in terms]).amax(0)
-                size_of_terms = torch.where(size_of_terms > 0, size_of_terms, 1.0)
-                units = torch.minimum(units, size_of_terms / maximum_norm(direction))
+        if bool(cotangent.x.any()):
+            force = maximum_norm(problem.structure.constraint.rmatvec(data.A, point.y))
+            terms = [_norms(data.q, size), _norms(problem.symmetric_P, size) * x, force]
+            if problem.structure.has_bounds:
+                terms.append(maximum_norm(point.z))
+            units = _share(terms, cotangent.x)
+        if bool(cotangent.y.any()):
+            units = torch.minimum(units, _share([_norms(data.b, size), _norms(data.A, size) * x], cotangent.y))
+        if bool(cotangent.z.any()):
+            units = torch.minimum(units, _share([x], cotangent.z))
         return units
 
     def stays_still(self, cotangent: ConicPoint, change: ConicPoint) -> bool:
@@ -384,9 +384,21 @@ def _finite_rows(datum: Tensor) -> Tensor:
 _BOUND_INDICES = ("lower_index", "upper_index")
 
 
+def _share(terms: list[Tensor], direction: Tensor) -> Tensor:
+    """(B,) the largest of terms, (B,) or (1,), over the norm of a direction (B, ·)."""
+    largest = terms[0]
+    for term in terms[1:]:
+        largest = torch.maximum(largest, term)
+    return torch.where(largest > 0, largest, 1.0) / maximum_norm(direction)
+
+
 def _norms(datum: Tensor, size: int) -> Tensor:
     """(B,) the largest magnitude of a datum of each element, or (1,) where it is shared."""
-    norms = torch.atleast_1d(maximum_norm(datum))
+    if datum.device.type == "cpu" and datum.shape[-1] and not datum.requires_grad:
+        values = np.atleast_2d(datum.numpy())  # twice read, and nothing written
+        norms = from_numpy(np.maximum(values.max(-1), -values.min(-1)))
+    else:
+        norms = torch.atleast_1d(maximum_norm(datum))
     return norms if norms.shape[0] in (1, size) else norms.repeat(size // norms.shape[0])
 
 

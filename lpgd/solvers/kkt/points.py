@@ -22,7 +22,7 @@ from lpgd.solvers.kkt.rank import NEAR
 from lpgd.solvers.kkt.schur import SchurFactor, System
 from lpgd.solvers.kkt.system import KKTPoints, Known, respond
 
-__all__ = ["ENOUGH", "Points"]
+__all__ = ["ENOUGH", "Points", "share_along"]
 
 ENOUGH = 1e-14
 """Points whose F is no larger than this are left alone."""
@@ -313,3 +313,8 @@ class Points:
 def _norms(vectors: FloatArray) -> FloatArray:
     """(B,) the largest magnitude in each row."""
     return np.abs(vectors).max(-1, initial=0.0)
+
+
+def share_along(first: Tensor, second: Tensor) -> Tensor:
+    """(k, 1) the part of a vector along another one, in units of that."""
+    return (first * second).sum(-1, keepdim=True) / first.square().sum(-1, keepdim=True).clamp(min=1e-300)

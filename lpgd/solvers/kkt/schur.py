@@ -50,8 +50,9 @@ BUFFER = 131_072
 """So many entries of rows are whitened at once: what stays in a core's cache."""
 LONG = 20_000_000
 """So many products are worth a second thread."""
-PART, COPIED = 64, 1_000_000
-"""A factor that elements share is copied for so many of them at once; up to so many entries of it are kept."""
+PART, COPIED = 16, 1_000_000
+"""A factor that elements share is copied for so many of them at once: so few stay in a core's cache.  Up to so many
+entries of it are kept."""
 
 
 _HERE = SerialExecutor()
