@@ -9,7 +9,7 @@ import torch
 
 import lpgd
 from lpgd.gradients import ImplicitKKT
-from lpgd.gradients.implicit import conic
+from lpgd.gradients.implicit import one_by_one
 from lpgd.problems import ConicPoint
 from lpgd.problems.conic.solution import NEWTON
 from lpgd.solvers import ConicSolver
@@ -146,7 +146,7 @@ def test_refinements_last_factorisation_serves_the_exact_backward_pass(
     def refuse(*arguments: Any) -> Any:
         raise AssertionError("a second factorisation")
 
-    monkeypatch.setattr(conic, "respond", refuse)
+    monkeypatch.setattr(one_by_one, "respond", refuse)
     monkeypatch.setattr(points, "Factored", refuse)
     change, info = ImplicitKKT().response(solution, tilt)
     assert info.used == ["implicit" if own else "zero cotangent" for own in refined.tolist()]
