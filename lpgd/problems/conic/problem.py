@@ -21,7 +21,7 @@ Models (arXiv 2407.05920).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 
 import numpy as np
 import torch
@@ -335,16 +335,12 @@ class ConicProblem:
         x = maximum_norm(point.x)
         units = torch.full((size,), torch.inf, dtype=x.dtype, device=self.device)
         if bool(cotangent.x.any()):
-            force = maximum_norm(problem.structure.constraint.rmatvec(data.A, point.y))
-            terms = [_norms(data.q, size), _norms(problem.symmetric_P, size) * x, force]
-            if problem.structure.has_bounds:
-                terms.append(maximum_norm(point.z))
+            force, z = problem.structure.constraint.rmatvec(data.A, point.y), maximum_norm(point.z)
+            terms = [_norms(data.q, size), _norms(problem.symmetric_P, size) * x, maximum_norm(force), z]
             units = _share(terms, cotangent.x)
         if bool(cotangent.y.any()):
             units = torch.minimum(units, _share([_norms(data.b, size), _norms(data.A, size) * x], cotangent.y))
-        if bool(cotangent.z.any()):
-            units = torch.minimum(units, _share([x], cotangent.z))
-        return units
+        return torch.minimum(units, _share([x], cotangent.z)) if bool(cotangent.z.any()) else units
 
     def stays_still(self, cotangent: ConicPoint, change: ConicPoint) -> bool:
         """Whether this is a linear program whose solution does not move with its cost, though a loss would like it to.
@@ -386,19 +382,15 @@ _BOUND_INDICES = ("lower_index", "upper_index")
 
 def _share(terms: list[Tensor], direction: Tensor) -> Tensor:
     """(B,) the largest of terms, (B,) or (1,), over the norm of a direction (B, ·)."""
-    largest = terms[0]
-    for term in terms[1:]:
-        largest = torch.maximum(largest, term)
-    return torch.where(largest > 0, largest, 1.0) / maximum_norm(direction)
+    return torch.where((largest := reduce(torch.maximum, terms)) > 0, largest, 1.0) / maximum_norm(direction)
 
 
 def _norms(datum: Tensor, size: int) -> Tensor:
     """(B,) the largest magnitude of a datum of each element, or (1,) where it is shared."""
-    if datum.device.type == "cpu" and datum.shape[-1] and not datum.requires_grad:
-        values = np.atleast_2d(datum.numpy())  # twice read, and nothing written
+    norms = torch.atleast_1d(maximum_norm(datum)) if datum.device.type != "cpu" or not datum.shape[-1] else None
+    if norms is None:
+        values = np.atleast_2d(datum.detach().numpy())  # twice read, and nothing written
         norms = from_numpy(np.maximum(values.max(-1), -values.min(-1)))
-    else:
-        norms = torch.atleast_1d(maximum_norm(datum))
     return norms if norms.shape[0] in (1, size) else norms.repeat(size // norms.shape[0])
 
 
