@@ -212,10 +212,12 @@ def _change(
     tilt, far = step / near.unit.numpy(), reach / (1.0 + _largest(point.x))
     # Whether far moves are jumps is for smaller steps to say; of multipliers that are not unique there is more to say.
     done &= ~((tilt <= TINY_TILT) & (far > JUMP) & (far > 10 * tilt)) & ~straight.is_overdetermined(noise)
-    active = solution.active_set(problem)
-    assert active is not None, "there are no integers"
-    of_rows, of_bounds = shares_multipliers(problem, active, from_numpy(noise))
-    done &= ~(of_rows | of_bounds).numpy()
+    # Two rows that are one, and both active, make a singular system: only where one may be active or not is there a look.
+    if any((np.abs(values) <= noise[:, None]).any() for values in straight.distances):
+        active = solution.active_set(problem)
+        assert active is not None, "there are no integers"
+        of_rows, of_bounds = shares_multipliers(problem, active, from_numpy(noise))
+        done &= ~(of_rows | of_bounds).numpy()
     d_lower = d_upper = z
     if problem.structure.has_bounds:
         weight = 1.0 / (sides * along)

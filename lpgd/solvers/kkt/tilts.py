@@ -198,7 +198,7 @@ class TiltedSolutions:
         return np.concatenate([places, (point.x.numpy() + point.z.numpy())[:, self.bounded]], 1)
 
     @cached_property
-    def _distances(self) -> list[FloatArray]:
+    def distances(self) -> list[FloatArray]:
         """How far inequalities are from their bounds, (E, ·) each; positive for active ones."""
         m, rows = self.problem.structure.m, self.rows
         found = [self.start[:, rows.zero : m]]
@@ -208,13 +208,13 @@ class TiltedSolutions:
     def largest_distance(self) -> FloatArray:
         """(E,) the largest of these, of bounds that there are."""
         if not self.bounded.size:
-            return _largest(self._distances[0])
-        found = [np.where(np.isfinite(values), np.abs(values), 0.0).max(1, initial=0.0) for values in self._distances]
+            return _largest(self.distances[0])
+        found = [np.where(np.isfinite(values), np.abs(values), 0.0).max(1, initial=0.0) for values in self.distances]
         return np.max(found, axis=0)
 
     def is_overdetermined(self, noise: FloatArray) -> BoolArray:
         """(E,) whether more constraints are active, or might be within a noise (E,), than there are variables."""
-        counts = [(values > -noise[:, None]).sum(1) for values in self._distances]
+        counts = [(values > -noise[:, None]).sum(1) for values in self.distances]
         active: IntArray = np.sum(counts, axis=0) + self.rows.zero
         return np.greater(active, self.x.shape[1])
 
