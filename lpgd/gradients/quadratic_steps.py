@@ -212,7 +212,7 @@ def _change(
     tilt, far = step / near.unit.numpy(), reach / (1.0 + _largest(point.x))
     # Whether far moves are jumps is for smaller steps to say; of multipliers that are not unique there is more to say.
     done &= ~((tilt <= TINY_TILT) & (far > JUMP) & (far > 10 * tilt)) & ~straight.is_overdetermined(noise)
-    # Two rows that are one, and both active, make a singular system: only where one may be active or not is there a look.
+    # Two rows that are one, both active, make a singular system: a look is for those that may be active or not.
     if any((np.abs(values) <= noise[:, None]).any() for values in straight.distances):
         active = solution.active_set(problem)
         assert active is not None, "there are no integers"
