@@ -220,7 +220,7 @@ def test_captured_tensors_that_would_lose_their_gradient_are_refused_by_name():
         (lambda: lpgd.Node(3), TypeError, "objective is 3"),
         (lambda: lpgd.Node(lambda y: y), TypeError, "at least one input"),
         (lambda: lpgd.Node(lambda *inputs: inputs), TypeError, "name its arguments"),
-        (lambda: lpgd.Node(squared_distance, ndims=(1, 2)), ValueError, "the inputs are x"),
+        (lambda: lpgd.Node(squared_distance, ndims=(1, 2)), ValueError, "for each of the inputs x"),
         (lambda: lpgd.NodeLayer(squared_distance), TypeError, "declarative node"),
         (lambda: lpgd.NodeLayer(lpgd.nodes.LeastSquares), TypeError, r"such as LeastSquares\(...\)"),
         (lambda: lpgd.NodeLayer(lpgd.Node(squared_distance), solver="newton"), TypeError, "lpgd.NodeSolver"),

@@ -37,12 +37,16 @@ MET = 1e-6
 """A constraint is met where its value is below this share of its derivative times the length."""
 ALIKE = 64.0
 """Units of constraints that differ from one by less make no difference."""
+FAR = 2.0**16
+"""Units that differ by more are taken from the beginning."""
 AGAIN = (Status.NUMERICAL_ERROR, Status.ITERATION_LIMIT, Status.INACCURATE, Status.INFEASIBLE)
 
 
 def solve_in_lengths(solve: Solve, refine: Solve, problem: NodeProblem, x: Tensor) -> ConstrainedResult:
     """The answer of a solver, of problems in other units where it needs them.
 
+    Where constraints are far from one, units of theirs and of the start come first: a method of multipliers takes
+    minutes to find out.
     Elements without an answer are solved again in their own length with other units of constraints, and then in the
     length of their data.
 
@@ -52,7 +56,7 @@ def solve_in_lengths(solve: Solve, refine: Solve, problem: NodeProblem, x: Tenso
         problem: B elements.
         x: (B, n) where it starts.
     """
-    answer = solve(problem, x)
+    answer = _first(solve, problem, x)
     lengths = _of_answers(problem, answer)
     again = rows_where(lengths > 0)
     if len(again):
@@ -64,6 +68,24 @@ def solve_in_lengths(solve: Solve, refine: Solve, problem: NodeProblem, x: Tenso
             break
         _replace(solve, problem, x, again, other_lengths, answer)
     return answer
+
+
+def _first(solve: Solve, problem: NodeProblem, x: Tensor) -> ConstrainedResult:
+    far = _Posed.of(problem, x, torch.ones_like(x[:, :1])).is_far
+    if not bool(far.any()):
+        return solve(problem, x)
+    places = rows_where(far)
+    size = maximum_norm(x[places])[:, None]
+    length = torch.where((size > 0) & torch.isfinite(size), _power_of_two(size), 1.0)
+    posed = _Posed.of(problem.select(places), x[places], length)
+    answers = [posed.restored(solve(posed.problem, x[places] / length))]
+    near = rows_where(~far)
+    if len(near):
+        answers.append(solve(problem.select(near), x[near]))
+    order = torch.argsort(torch.cat([places, near]))
+    points, status, iterations = zip(*answers, strict=True)
+    point = NodePoint(*(torch.cat(parts)[order] for parts in zip(*points, strict=True)))
+    return ConstrainedResult(point, torch.cat(status)[order], torch.cat(iterations)[order])
 
 
 def _replace(
@@ -130,7 +152,7 @@ class _InUnits(BaseNode):
 
     @property
     def inputs(self) -> Mapping[str, int]:
-        return {**self.node.inputs, "length": 0, "equality_units": 1, "inequality_units": 1}
+        return {**self.node.inputs, "unit_of_length": 0, "units_of_equalities": 1, "units_of_inequalities": 1}
 
     def variable_shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         return self.node.variable_shape(*shapes[:-3])
@@ -205,6 +227,12 @@ class _Posed:
         """(B,) whether it is another problem than it was."""
         units = torch.cat(self.units, -1)
         return (self.length[:, 0] != 1.0) | ((units > ALIKE) | (units < 1.0 / ALIKE)).any(-1)
+
+    @property
+    def is_far(self) -> Tensor:
+        """(B,) whether units of constraints differ from one by far."""
+        units = torch.cat(self.units, -1)
+        return ((units > FAR) | (units < 1.0 / FAR)).any(-1)
 
     def select(self, elements: Tensor) -> _Posed:
         """The problems of these elements."""
