@@ -121,7 +121,8 @@ def in_pairs(values: FloatArray, entries: Mixed) -> FloatArray:
         return values
     values = values.copy()
     first, second = values[:, entries.first], values[:, entries.second]
-    values[:, entries.first], values[:, entries.second] = first + second, first - second
+    with np.errstate(invalid="ignore"):  # of infinite ends: NaN is no size
+        values[:, entries.first], values[:, entries.second] = first + second, first - second
     return values
 
 
