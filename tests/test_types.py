@@ -41,7 +41,7 @@ BAD = {
     "lpgd.QPLayer()(P, q, P, q)": "reportArgumentType",  # constraints have names
     "lpgd.QPLayer()(P, q, M=P)": "reportCallIssue",
     "lpgd.LPLayer()(3.0)": "reportArgumentType",
-    "lpgd.NodeLayer(lpgd.nodes.Projection())(1.0)": "reportArgumentType",
+    "lpgd.NodeLayer(lpgd.nodes.Projection())([1.0])": "reportArgumentType",
     "lpgd.QPLayer()(P, q).w": "reportAttributeAccessIssue",
     "lpgd.QPLayer(on_error='skip')": "reportArgumentType",
 }

@@ -27,7 +27,7 @@ from lpgd.problems.solution import AnySolution
 from lpgd.solvers.base import AnySolver
 from lpgd.solvers.convexity import is_definite
 from lpgd.solvers.kkt.tilts import TiltedSolutions
-from lpgd.solvers.perturbed_points import PerturbedPoints
+from lpgd.solvers.perturbed_points import ROUNDING, PerturbedPoints
 
 if TYPE_CHECKING:
     from lpgd.gradients.lpgd import LPGD
@@ -45,7 +45,7 @@ class QuadraticSteps:
         is_whole: whether these are all elements of the batch.
         tau, unit, moved, crossed: (k,), see :class:`~lpgd.gradients.base.GradientInfo`.
         sides: how many ends a step has.
-        tolerance: of the solver that was not asked.
+        tolerance: to which the ends are known; no solver was asked.
     """
 
     gradient: ConicData
@@ -69,15 +69,17 @@ class QuadraticSteps:
         count = self.tau.shape[0]
         no = torch.zeros(4, count, dtype=torch.bool)
         return GradientInfo(
-            method, [method.envelope] * count, tau=self.tau, unit=self.unit, moved=self.moved, crossed=self.crossed,
-            jumped=no[0], kinked=no[1], unclear=no[2], newton=torch.full((count,), self.sides),
+            method, [method.envelope] * count, tau=self.tau.float(), unit=self.unit.float(),
+            moved=self.moved, crossed=self.crossed, jumped=no[0], kinked=no[1], unclear=no[2],
+            newton=torch.full((count,), self.sides),
             tolerance=self.tolerance, iterations=np.zeros(count, dtype=np.int64),
         )  # fmt: skip
 
     def add_to(self, info: GradientInfo) -> None:
         """Put the elements that were found on a record of the others."""
         for name in ("tau", "unit", "moved", "crossed"):
-            getattr(info, name)[self.elements] = getattr(self, name)
+            whole = getattr(info, name)
+            whole[self.elements] = getattr(self, name).to(whole.dtype)
         assert info.newton is not None
         info.newton[self.elements] = self.sides
         if info.iterations is None:
@@ -121,7 +123,8 @@ def quadratic_steps(method: LPGD, solution: AnySolution, cotangent: Point, solve
         chosen = from_numpy(np.flatnonzero(done))
         places, tau, unit, moved, crossed = (tensor[chosen] for tensor in (places, tau, unit, moved, crossed))
     is_whole, sides = places.shape[0] == whole.batch_size, len(SIDES[method.envelope])
-    return QuadraticSteps(gradient, places, is_whole, tau, unit, moved, crossed, sides, solver.tolerance)
+    tolerance = min(solver.tolerance, ROUNDING)
+    return QuadraticSteps(gradient, places, is_whole, tau, unit, moved, crossed, sides, tolerance)
 
 
 class _Arrays(NamedTuple):

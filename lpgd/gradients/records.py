@@ -20,7 +20,7 @@ __all__ = ["blank", "record", "tied_elements", "warn_of_jumps"]
 def blank(method: GradientMethod, solution: AnySolution) -> GradientInfo:
     """The record before anything is solved."""
     size = solution.batch_size
-    no, unknown = torch.zeros(size, dtype=torch.bool), torch.full((size,), torch.nan, dtype=torch.float64)
+    no, unknown = torch.zeros(size, dtype=torch.bool), torch.full((size,), torch.nan)
     return GradientInfo.blank(
         method, solution, tau=unknown, unit=unknown.clone(), moved=no, crossed=no.clone(), jumped=no.clone(),
         kinked=no.clone(), unclear=no.clone(), newton=no.long(),

@@ -43,7 +43,7 @@ from lpgd.solvers.kkt.tilts import TiltedSolutions
 from lpgd.solvers.rescue import merged
 from lpgd.status import Status
 
-__all__ = ["PerturbedPoints"]
+__all__ = ["ROUNDING", "PerturbedPoints"]
 
 LARGEST_TILT, FARTHEST = 0.1, 10.0
 """Tilts by a larger share of the terms that they change are left to the solver: they are meant to find other points.
