@@ -16,13 +16,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from lpgd import linalg
-from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy, random_direction
+from lpgd.arrays import BoolArray, FloatArray, IntArray, random_direction
 from lpgd.cones.projections import projection_derivative
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.factor import equilibration
+from lpgd.solvers.kkt.lu import ScaledLU
 from lpgd.solvers.kkt.packed import packed_size, packed_sizes
 from lpgd.solvers.kkt.reduced import dense_quadratic, product
 
@@ -175,8 +174,8 @@ class _Stack:
         # The system itself.
         side = packed_size(f + c)
         kept_row_scale: FloatArray = np.where(self.idle_rows, 1.0, np.take_along_axis(row_scale, places.rows, axis=1))
-        self.scale = np.ones((count, side))
-        self.scale[:, :f], self.scale[:, f : f + c] = scale, kept_row_scale
+        system_scale = np.ones((count, side))
+        system_scale[:, :f], system_scale[:, f : f + c] = scale, kept_row_scale
         matrices = np.zeros((count, side, side))
         matrices[:, :f, :f] = (self.B * self.weights[:, :, None]).swapaxes(1, 2) @ self.B
         if squares is not None:
@@ -188,12 +187,7 @@ class _Stack:
         diagonal[:, :f] += self.idle
         diagonal[:, f : f + c] = np.where(self.idle_rows, 1.0, -np.take_along_axis(corner, places.rows, axis=1))
         diagonal[:, f + c :] = 1.0
-        matrices *= self.scale[:, :, None]
-        matrices *= self.scale[:, None, :]
-        # Columns of the transposed matrices lie together, as LAPACK has them; the matrices are symmetric.
-        transposed = from_numpy(matrices).mT
-        self.pivots, info = torch.empty(count, side, dtype=torch.int32), torch.empty(count, dtype=torch.int32)
-        self.factors = linalg.lu_factor_ex(transposed, out=(transposed, self.pivots, info)).LU
+        self.lu = ScaledLU(matrices, system_scale)
         # The norm of the whole system's inverse.
         direction = random_direction(f + len(d[0]))
         right: FloatArray = np.where(self.idle, 0.0, direction[:f] / scale)
@@ -206,21 +200,19 @@ class _Stack:
             others = np.where(eliminated, scales * product(self.B, x) / np.where(eliminated, corner, 1.0) - shares, 0.0)
             parts = x / scale, u / kept_row_scale, others / row_scale
             squared = sum(((values**2).sum(1) for values in parts), np.zeros(count))
-            self.inverse = np.where(info.numpy() == 0, np.sqrt(squared), np.inf)
+            self.inverse = np.where(self.lu.regular, np.sqrt(squared), np.inf)
             self.condition = self.inverse * size
 
     @property
     def entries(self) -> int:
-        return self.factors.numel() + self.B.size
+        return self.lu.entries + self.B.size
 
     def _solved(self, right: FloatArray, right_rows: FloatArray) -> tuple[FloatArray, FloatArray]:
         """(k, f) and (k, c), for such right-hand sides."""
         f, c = right.shape[1], right_rows.shape[1]
-        scaled = np.zeros(self.scale.shape)
-        scaled[:, :f], scaled[:, f : f + c] = right, right_rows
-        scaled *= self.scale
-        answer = linalg.lu_solve(self.factors, self.pivots, from_numpy(scaled)[:, :, None])[:, :, 0].numpy()
-        answer *= self.scale
+        whole = np.zeros(self.lu.scale.shape)
+        whole[:, :f], whole[:, f : f + c] = right, right_rows
+        answer = self.lu.solve(whole)
         return answer[:, :f], answer[:, f : f + c]
 
     def solve(self, slope: FloatArray, tilt: FloatArray, dx: FloatArray, dy: FloatArray) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
-from lpgd import linalg
-from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy, random_direction
+from lpgd.arrays import BoolArray, FloatArray, IntArray, random_direction
 from lpgd.execution.interrupts import pause
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.condensed import Condensed, is_condensed
 from lpgd.solvers.kkt.factor import blocks_of, equilibration, largest_of_rows, scaled_by
+from lpgd.solvers.kkt.lu import ScaledLU
 from lpgd.solvers.kkt.packed import Packed, packed
 from lpgd.solvers.kkt.reduced import ReducedBlocks, ReducedRows, held, is_dense, reduce_blocks, reduce_rows
 from lpgd.solvers.kkt.standard import Standard, is_standard
@@ -123,7 +122,7 @@ class _Dense:
 
     @property
     def entries(self) -> int:
-        return 2 * sum(lu.factors.numel() for _, lu in self.stacks)
+        return 2 * sum(lu.entries for _, lu in self.stacks)
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> Change:
         right = self.reduced.right(g_x, g_y, g_z)
@@ -144,35 +143,23 @@ class _Curved:
         return _undetermined(self.system.solve(g_x, g_y, g_z), self.system, g_x)
 
 
-class _LU:
-    """LU factors of equilibrated matrices (k, p, p), symmetric ones, in their place: new memory costs as much."""
+class _LU(ScaledLU):
+    """Symmetric matrices (k, p, p), which it equilibrates, with estimates of their inverses and conditions."""
 
     def __init__(self, matrices: FloatArray, idle: BoolArray) -> None:
         count, side, _ = matrices.shape
-        self.scale, size = np.empty((count, side)), np.empty(count)
+        scales, size = np.empty((count, side)), np.empty(count)
         for start in range(0, count, step := max(1, FEW_BYTES // (8 * side**2))):
             chosen = slice(start, start + step)
             absolute = np.abs(matrices[chosen])
             scale = equilibration(absolute.max(2, initial=0.0))
-            self.scale[chosen] = scale
+            scales[chosen] = scale
             size[chosen] = (scale * (absolute @ scale[:, :, None])[:, :, 0]).max(1, initial=0.0)
-        matrices *= self.scale[:, :, None]
-        matrices *= self.scale[:, None, :]
-        # Columns of the transposed matrices lie together, as LAPACK has them; the matrices are symmetric.
-        transposed = from_numpy(np.ascontiguousarray(matrices)).mT
-        self.pivots, info = torch.empty(count, side, dtype=torch.int32), torch.empty(count, dtype=torch.int32)
-        self.factors = linalg.lu_factor_ex(transposed, out=(transposed, self.pivots, info)).LU
-        direction = self._solved(np.where(idle, 0.0, random_direction(idle.shape[1])))
+        super().__init__(matrices, scales)
+        direction = self.solve_scaled(np.where(idle, 0.0, random_direction(idle.shape[1])))
         with np.errstate(over="ignore", invalid="ignore"):
-            self.inverse = np.where(info.numpy() == 0, np.linalg.norm(direction, axis=1), np.inf)
+            self.inverse = np.where(self.regular, np.linalg.norm(direction, axis=1), np.inf)
             self.condition = self.inverse * size
-
-    def solve(self, right: FloatArray) -> FloatArray:
-        """The answers (k, p) to right-hand sides (k, p)."""
-        return self.scale * self._solved(self.scale * right)
-
-    def _solved(self, right: FloatArray) -> FloatArray:
-        return linalg.lu_solve(self.factors, self.pivots, from_numpy(right)[:, :, None])[:, :, 0].numpy()
 
 
 class _Sparse:

@@ -19,13 +19,12 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-import torch
 
-from lpgd import linalg
-from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy, random_direction
+from lpgd.arrays import BoolArray, FloatArray, IntArray, random_direction
 from lpgd.cones.projections import projection_derivative
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.factor import equilibration
+from lpgd.solvers.kkt.lu import ScaledLU
 from lpgd.solvers.kkt.packed import packed_size
 from lpgd.solvers.kkt.reduced import product
 
@@ -100,8 +99,8 @@ class Standard:
         size = np.max([norm.max(1, initial=0.0) for norm in norms], axis=0)
         # The system itself; large d have ones.
         side = packed_size(n + first)
-        self.scale = np.ones((count, side))
-        self.scale[:, :n], self.scale[:, n : n + first] = np.where(self.small, scale, 1.0), linear_scale
+        scales = np.ones((count, side))
+        scales[:, :n], scales[:, n : n + first] = np.where(self.small, scale, 1.0), linear_scale
         matrices = np.zeros((count, side, side))
         few = self.E * self.small[:, None]
         matrices[:, n : n + first, :n], matrices[:, :n, n : n + first] = few, few.swapaxes(1, 2)
@@ -110,12 +109,7 @@ class Standard:
         corner[:, :n] = np.where(self.small, self.w, 1.0)
         corner[:, n : n + first] -= ~self.active
         corner[:, n + first :] = 1.0
-        matrices *= self.scale[:, :, None]
-        matrices *= self.scale[:, None, :]
-        # Columns of the transposed matrices lie together, as LAPACK has them; the matrices are symmetric.
-        transposed = from_numpy(matrices).mT
-        self.pivots, info = torch.empty(count, side, dtype=torch.int32), torch.empty(count, dtype=torch.int32)
-        self.factors = linalg.lu_factor_ex(transposed, out=(transposed, self.pivots, info)).LU
+        self.lu = ScaledLU(matrices, scales)
         # The norm of the whole system's inverse.
         direction = random_direction(2 * n + first)
         right, right_rows = direction[:n] / scale, np.where(d > 0, direction[n : 2 * n] / row_scale, 0.0)
@@ -127,13 +121,13 @@ class Standard:
             rows = np.where(self.small, root * x - right_rows, right - pull) / pivot
             parts = x / scale, np.where(d > 0, rows, 0.0) / row_scale, u / linear_scale
             squared = sum(((values**2).sum(1) for values in parts), np.zeros(count))
-            self.inverse = np.where(info.numpy() == 0, np.sqrt(squared), np.inf)
+            self.inverse = np.where(self.lu.regular, np.sqrt(squared), np.inf)
             self.condition = self.inverse * size
 
     @property
     def entries(self) -> int:
         """How many numbers it holds."""
-        return sum(group.basis.size for group in self.derivative.groups) + self.E.size + self.factors.numel()
+        return sum(group.basis.size for group in self.derivative.groups) + self.E.size + self.lu.entries
 
     def solve(self, g_x: FloatArray, g_y: FloatArray, g_z: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         """The change (dx, dy, dz) of the points under a tilt, (k, ·) each."""
@@ -163,12 +157,10 @@ class Standard:
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
         """x̃, u and ``Ẽᵀu``, with ``w x̃ + Ẽᵀu = dual``, ``x̃ = start - ω Ẽᵀu`` and ``Ẽ x̃ = linear``."""
         n, first = dual.shape[1], self.first
-        right = np.zeros(self.scale.shape)
+        right = np.zeros(self.lu.scale.shape)
         right[:, :n] = np.where(self.small, dual, 0.0)
         right[:, n : n + first] = linear - product(self.E, start)
-        right *= self.scale
-        answer = linalg.lu_solve(self.factors, self.pivots, from_numpy(right)[:, :, None])[:, :, 0].numpy()
-        answer *= self.scale
+        answer = self.lu.solve(right)
         u = answer[:, n : n + first]
         pull = (u[:, None] @ self.E)[:, 0]
         return np.where(self.small, answer[:, :n], start - self.omega * pull), u, pull
