@@ -71,21 +71,31 @@ def solve_in_lengths(solve: Solve, refine: Solve, problem: NodeProblem, x: Tenso
 
 
 def _first(solve: Solve, problem: NodeProblem, x: Tensor) -> ConstrainedResult:
-    far = _Posed.of(problem, x, torch.ones_like(x[:, :1])).is_far
+    lengths = _of_start(problem, x)
+    far = (lengths != 1.0) | _Posed.of(problem, x, torch.ones_like(x[:, :1])).is_far
     if not bool(far.any()):
         return solve(problem, x)
-    places = rows_where(far)
-    size = maximum_norm(x[places])[:, None]
-    length = torch.where((size > 0) & torch.isfinite(size), _power_of_two(size), 1.0)
+    places, near = rows_where(far), rows_where(~far)
+    length = lengths[places, None]
     posed = _Posed.of(problem.select(places), x[places], length)
     answers = [posed.restored(solve(posed.problem, x[places] / length))]
-    near = rows_where(~far)
     if len(near):
         answers.append(solve(problem.select(near), x[near]))
     order = torch.argsort(torch.cat([places, near]))
     points, status, iterations = zip(*answers, strict=True)
     point = NodePoint(*(torch.cat(parts)[order] for parts in zip(*points, strict=True)))
     return ConstrainedResult(point, torch.cat(status)[order], torch.cat(iterations)[order])
+
+
+def _of_start(problem: NodeProblem, x: Tensor) -> Tensor:
+    """(B,) the lengths of starts that are far from one; of zeros the data's, where constraints are far from there."""
+    size = maximum_norm(x)
+    values = torch.cat(problem.constraints(x), -1).abs()
+    if values.shape[-1] and values.numel() * x.shape[-1] <= LARGE and bool((size == 0).any()):
+        slopes = problem.jacobian(_probe(x, torch.ones_like(x[:, :1]))).abs().sum(-1)
+        size = torch.where((size == 0) & (values > FAR * slopes).any(-1), _of_data(problem), size)
+    length = torch.where((size > 0) & torch.isfinite(size), _power_of_two(size), 1.0)
+    return torch.where((length > FAR) | (length < 1.0 / FAR), length, 1.0)
 
 
 def _replace(
@@ -134,6 +144,12 @@ def _violates(problem: NodeProblem, point: NodePoint, length: Tensor) -> Tensor:
     slopes = problem.jacobian(point.x).abs().sum(-1)
     share = max(MET, torch.finfo(values.dtype).eps ** 0.5)
     return ((violation > share * slopes * length[:, None]) & (slopes > 0)).any(-1)
+
+
+def _probe(x: Tensor, length: Tensor) -> Tensor:
+    """A place so far from x, in no special direction."""
+    pattern = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    return x + length * ((pattern.square() * math.sqrt(2)).frac() + 0.5)
 
 
 def _power_of_two(tensor: Tensor) -> Tensor:
@@ -194,9 +210,7 @@ class _Posed:
         ones = torch.ones_like(torch.cat([h, g], -1))
         units = ones
         if ones.shape[-1] and ones.numel() * x.shape[-1] <= LARGE:
-            pattern = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
-            direction = (pattern.square() * math.sqrt(2)).frac() + 0.5
-            sizes = [length * problem.jacobian(x + step * length * direction).abs().sum(-1) for step in (0.0, 1.0)]
+            sizes = [length * problem.jacobian(place).abs().sum(-1) for place in (x, _probe(x, length))]
             size = torch.stack([torch.where(torch.isfinite(one), one, 0.0) for one in sizes]).amax(0)
             units = torch.where(size > 0, _power_of_two(torch.where(size > 0, size, 1.0)), 1.0)
         equality_units, inequality_units = units[:, : h.shape[-1]], units[:, h.shape[-1] :]
