@@ -12,6 +12,7 @@ import torch
 
 import lpgd
 from lpgd.cones.product import Cones
+from lpgd.problems.conic.balancing import balancing_of
 from lpgd.solvers import ConicSolver
 from lpgd.status import Status
 from tests.solver_table import SOLVER_TABLE
@@ -66,6 +67,22 @@ def test_a_batch_of_radii_has_the_bits_of_its_elements() -> None:
     together = layer(double(RADII), double(COST))[0]
     for radius, x in zip(RADII, together, strict=True):
         assert torch.equal(layer(double(radius), double(COST))[0], x)
+
+
+def test_a_look_at_a_batch_is_one_at_each_element() -> None:
+    """Whatever zeros the others have."""
+    structure = squares()(double([1.0, 1.0]), double([COST] * 2)).info.solution.problem.structure
+    balancing, size = balancing_of(structure), 4
+    assert balancing is not None
+    numbers = torch.rand(5, size, 40, generator=torch.Generator().manual_seed(0)).double()
+    fields = (structure.quadratic.nnz, structure.n, structure.constraint.nnz, structure.m, 0, 0)
+    data = [numbers[index % 5, :, :count] * 1e6 ** (index % 3) for index, count in enumerate(fields)]
+    data[1][0, 0], data[2][2, 1], data[3][2, 0] = 0.0, 0.0, 0.0
+    together = balancing._rough_rows([balancing._logarithms(number, datum) for number, datum in enumerate(data)])
+    for element in range(size):
+        one = [datum[element : element + 1] for datum in data]
+        alone = balancing._rough_rows([balancing._logarithms(number, datum) for number, datum in enumerate(one)])
+        np.testing.assert_allclose(together[element], alone[0], atol=1e-12)
 
 
 @pytest.mark.parametrize("transform", ["vmap", "vmap of jacrev", "jacfwd"])

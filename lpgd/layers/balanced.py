@@ -9,7 +9,8 @@ import torch
 
 from lpgd.arrays import as_index, plain
 from lpgd.layers.look import made_of, transforms_are_active
-from lpgd.problems.conic.balance import Balance, balancing_of
+from lpgd.problems.conic.balance import Balance
+from lpgd.problems.conic.balancing import balancing_of
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicStructure
