@@ -129,11 +129,12 @@ class LPGD(GradientMethod):
         direct = quadratic_steps(self, solution, cotangent, solver)
         if direct is None:
             return self._by_ends(solution, cotangent, solver, executor)
-        if direct.is_whole:
-            return direct.gradient, direct.info(self)
-        gradient, info = self._by_ends(solution, direct.without(cotangent), solver, executor)
+        gradient, info = direct.gradient, blank(self, solution)
+        if not direct.is_whole:
+            found, info = self._by_ends(solution, direct.without(cotangent), solver, executor)
+            gradient = found._make(a + b for a, b in zip(found, gradient, strict=True))
         direct.add_to(info)
-        return gradient._make(a + b for a, b in zip(gradient, direct.gradient, strict=True)), info
+        return gradient, info
 
     def _by_ends(
         self, solution: AnySolution, cotangent: Point, solver: AnySolver, executor: Executor | None

@@ -64,19 +64,8 @@ class QuadraticSteps:
         mask[self.elements] = False
         return cotangent._make(torch.where(mask, tensor, 0.0) for tensor in cotangent)
 
-    def info(self, method: LPGD) -> GradientInfo:
-        """The record, where all elements were found."""
-        count = self.tau.shape[0]
-        no = torch.zeros(4, count, dtype=torch.bool)
-        return GradientInfo(
-            method, [method.envelope] * count, tau=self.tau.float(), unit=self.unit.float(),
-            moved=self.moved, crossed=self.crossed, jumped=no[0], kinked=no[1], unclear=no[2],
-            newton=torch.full((count,), self.sides),
-            tolerance=self.tolerance, iterations=np.zeros(count, dtype=np.int64),
-        )  # fmt: skip
-
     def add_to(self, info: GradientInfo) -> None:
-        """Put the elements that were found on a record of the others."""
+        """Put the elements that were found on a record, of the others or a blank one."""
         for name in ("tau", "unit", "moved", "crossed"):
             whole = getattr(info, name)
             whole[self.elements] = getattr(self, name).to(whole.dtype)
