@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-import numpy as np
-
 from lpgd.execution.tasks import core_count
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.backends.clarabel import Clarabel
@@ -121,11 +119,7 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
         on_cpu, simplex = situation.device == "cpu", linear and situation.augmented is False
         few = structure.n <= _MEDIUM and core_count() <= _FEW_CORES
         curved = structure.with_diagonal is structure
-        boxed = (
-            curved
-            and structure.n > _OF_BOUNDS
-            and 2 * np.union1d(structure.lower_index, structure.upper_index).size >= structure.n
-        )
+        boxed = curved and structure.n > _OF_BOUNDS and 2 * structure.bounded_index.size >= structure.n
         rules: list[tuple[bool, type[ConicSolver], str]] = [
             (not on_cpu, InteriorPoint, f"it stays on the device {situation.device}"),
             (

@@ -310,7 +310,7 @@ class IntervalFrame(Frame):
         self.whole, self.structure = structure, structure.with_ends if self.count else structure
         self.zero = self.structure.cones.zero
         self.with_ends = slice(self.zero, self.zero + self.count)
-        self.bounded = np.union1d(self.structure.lower_index, self.structure.upper_index)
+        self.bounded = self.structure.bounded_index
 
     def vectors(self, vectors: Vectors) -> IntervalVectors:
         whole, n = self.whole, self.structure.n
