@@ -61,6 +61,12 @@ class AffineMatrix:
         fields = (place[self.row[inside]], self.column[inside], self.parameter[inside], self.value[inside])
         return AffineMatrix((rows.size, self.shape[1]), self.width, *fields)
 
+    def without_rows(self, rows: IntArray) -> AffineMatrix:
+        """The same matrix with zeros in these rows."""
+        inside = ~np.isin(self.row, rows)
+        fields = (self.row[inside], self.column[inside], self.parameter[inside], self.value[inside])
+        return AffineMatrix(self.shape, self.width, *fields)
+
     def symmetrised(self) -> AffineMatrix:
         """``½ (M + Mᵀ)``."""
         side = self.shape[0]

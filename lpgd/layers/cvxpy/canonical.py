@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import cvxpy as cp
@@ -36,6 +36,7 @@ from cvxpy.utilities.psd_utils import TriangleKind
 from lpgd.arrays import FloatArray, IntArray, SparseArray
 from lpgd.cones.product import Cones
 from lpgd.layers.cvxpy.affine import AffineMatrix, Bounds, bound_map, consecutive_rows, reordered, selection, tightened
+from lpgd.layers.cvxpy.implied import implied_rows, loosened, never_negative
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
 
 __all__ = ["canonicalise"]
@@ -122,26 +123,24 @@ def canonicalise(
     squares = sp.coo_array((n * n, width)) if program.P is None else reordered(program.P, order)
     P = AffineMatrix.from_tensor(squares, (n, n), width)
     boolean, whole = (np.array(i, np.int64).ravel() for i in (program.x.boolean_idx, program.x.integer_idx))
+    cones = Cones(dims.zero, dims.nonneg, tuple(dims.soc), tuple(dims.psd), dims.exp, power=tuple(dims.p3d))
+    inequalities, heads = cones.sections["nonnegative"], never_negative(cones)
+    implied = implied_rows(A, b, heads, np.arange(inequalities.start, inequalities.stop))
+    lower = tightened(bound_map(program.lb_tensor, program.lower_bounds, order), boolean, 0.0, (n, width))
+    upper = tightened(bound_map(program.ub_tensor, program.upper_bounds, order), boolean, 1.0, (n, width))
     bounds = Bounds.find(
-        A,
+        A.without_rows(implied),
         b,
-        slice(dims.zero, dims.zero + dims.nonneg),
-        tightened(bound_map(program.lb_tensor, program.lower_bounds, order), boolean, 0.0, (n, width)),
-        tightened(bound_map(program.ub_tensor, program.upper_bounds, order), boolean, 1.0, (n, width)),
+        inequalities,
+        loosened(lower, A, b, heads, -np.inf),
+        loosened(upper, A, b, heads, np.inf),
     )
-    kept = np.setdiff1d(np.arange(m), bounds.rows)
+    kept = np.setdiff1d(np.arange(m), np.concatenate([bounds.rows, implied]))
     constraint, A_values = A.select_rows(kept).compress()
     quadratic, P_values = P.symmetrised().compress()
     return CanonicalProgram(
         n=n,
-        cones=Cones(
-            zero=dims.zero,
-            nonnegative=dims.nonneg - bounds.rows.size,
-            second_order=tuple(dims.soc),
-            semidefinite=tuple(dims.psd),
-            exponential=dims.exp,
-            power=tuple(dims.p3d),
-        ),
+        cones=replace(cones, nonnegative=int(np.isin(kept, np.arange(m)[inequalities]).sum())),
         quadratic=quadratic,
         constraint=constraint,
         lower_index=bounds.lower_index,

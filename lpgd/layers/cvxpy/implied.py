@@ -1,0 +1,106 @@
+"""Bounds and inequalities that a cone states already, such as ``x >= 0`` beside ``entr(x)`` or ``log(x)``.
+
+The cone of ``entr(x)`` has x itself in a row that is never negative.  Where x is 1e-7, a solver's answer cannot say
+whether ``x >= 0`` is active as well: a smooth solution would look like a kink.  So the inequality is left out, and its
+multiplier is zero: the cone's has the rest.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse as sp
+
+from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray
+from lpgd.cones.product import Cones, svec_size
+from lpgd.layers.cvxpy.affine import AffineMatrix
+
+__all__ = ["implied_rows", "loosened", "never_negative"]
+
+
+def never_negative(cones: Cones) -> IntArray:
+    """The rows that are never negative anywhere in their curved cone."""
+    found: list[IntArray] = []
+    start = cones.sections["second_order"].start
+    sizes = np.array(cones.second_order, dtype=np.int64)
+    found.append(start + np.cumsum(sizes) - sizes)
+    start = cones.sections["semidefinite"].start
+    for side in cones.semidefinite:
+        lengths = np.arange(side, 0, -1)  # columns of the lower triangle, each of which begins on the diagonal
+        found.append(start + np.cumsum(lengths) - lengths)
+        start += svec_size(side)
+    exponential, power = cones.sections["exponential"], cones.sections["power"]
+    triples = np.arange(exponential.start, exponential.stop, 3)
+    found += [triples + 1, triples + 2]
+    triples = np.arange(power.start, power.stop, 3)[np.array(cones.power) > 0]
+    found += [triples, triples + 1]
+    return np.sort(np.concatenate(found)).astype(np.int64)
+
+
+def implied_rows(A: AffineMatrix, b: sp.csr_array, heads: IntArray, rows: IntArray) -> IntArray:
+    """Which of these rows are a positive multiple of one of the heads, with as much room or more.
+
+    Args:
+        A: (m, n).
+        b: (m, p + 1), the map to the right-hand side.
+        heads: rows that are never negative in their cone.
+        rows: of the nonnegative cone.
+    """
+    place = A.column * A.width + A.parameter
+    order = np.lexsort((place, A.row))
+    places, values = place[order], A.value[order]
+    lengths = np.bincount(A.row, minlength=A.shape[0])
+    starts = np.cumsum(lengths) - lengths
+    heads, rows = heads[lengths[heads] > 0], rows[lengths[rows] > 0]
+    rows = rows[np.isin(lengths[rows], lengths[heads])]
+    sizes = np.ones(A.shape[0])
+    sizes[lengths > 0] = np.abs(values[starts[lengths > 0]])
+
+    def direction(row: int) -> tuple[bytes, bytes]:
+        entries = slice(starts[row], starts[row] + lengths[row])
+        return places[entries].tobytes(), (values[entries] / sizes[row]).tobytes()
+
+    known = {direction(head): head for head in heads.tolist()} if rows.size else {}
+    of_rows = [(row, known.get(direction(row))) for row in rows.tolist()]
+    pairs = [(row, head) for row, head in of_rows if head is not None]
+    if not pairs:
+        return np.zeros(0, dtype=np.int64)
+    there, at = (np.array(side, dtype=np.int64) for side in zip(*pairs, strict=True))
+    return there[_is_at_least(_divided(b[there], sizes[there]), _divided(b[at], sizes[at]))]
+
+
+def loosened(
+    stated: sp.csr_array | None, A: AffineMatrix, b: sp.csr_array, heads: IntArray, infinite: float
+) -> sp.csr_array | None:
+    """Stated bounds of variables, infinite where a head with one constant entry implies them.
+
+    Args:
+        stated: the map (n, p + 1) to the bounds, infinite in the last column where there is none; or None.
+        A, b, heads: as above.
+        infinite: ``-inf`` for lower bounds, ``inf`` for upper ones.
+    """
+    if stated is None:
+        return None
+    sign = float(np.sign(infinite))
+    inside = np.isin(A.row, heads) & (np.bincount(A.row, minlength=A.shape[0])[A.row] == 1)
+    entries = np.flatnonzero(inside & (A.parameter == A.width - 1) & (sign * A.value > 0))
+    column, row = A.column[entries], A.row[entries]
+    ends = _divided(b[row], sign * A.value[entries])
+    implied = column[_is_at_least(sp.csr_array(sign * stated[column]), ends)]
+    if not implied.size:
+        return stated
+    constants = stated[:, [A.width - 1]].toarray().ravel()
+    constants[implied] = infinite
+    return sp.csr_array(sp.hstack([stated[:, : A.width - 1], constants[:, None]], format="csr"))
+
+
+def _divided(rows: sp.csr_array, sizes: FloatArray) -> sp.csr_array:
+    return sp.csr_array(sp.diags_array(1.0 / sizes) @ rows)
+
+
+def _is_at_least(left: SparseArray, right: SparseArray) -> BoolArray:
+    """(k,) which rows of a map are surely no smaller than those of another: their difference has no parameter."""
+    last = left.shape[1] - 1
+    difference: SparseArray = sp.csr_array(left[:, :last] - right[:, :last])
+    difference.eliminate_zeros()
+    larger = left[:, [last]].toarray() >= right[:, [last]].toarray()
+    return (np.diff(difference.indptr) == 0) & larger.ravel()

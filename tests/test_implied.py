@@ -1,0 +1,102 @@
+"""Inequalities that a cone states already: x >= 0 beside entr(x) is no kink, however small x is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cvxpy as cp
+import pytest
+import torch
+
+import lpgd
+from lpgd.layers.cvxpy.canonical import canonicalise
+
+N = 12
+COSTS = torch.linspace(0.0, 30.0, N, dtype=torch.float64)
+"""softmax(-COSTS) goes from 1 down to 1e-13."""
+
+
+def _entropic(stated: str) -> tuple[cp.Variable, cp.Parameter, list[Any]]:
+    x, cost = cp.Variable(N, nonneg=stated == "attribute"), cp.Parameter(N)
+    inequality: list[Any] = {"rows": [x >= 0], "scaled": [3.0 * x >= -1e-3], "attribute": []}[stated]
+    return x, cost, [cp.sum(x) == 1, *inequality]
+
+
+@pytest.mark.parametrize("stated", ["rows", "scaled", "attribute"])
+def test_small_entries_of_an_entropic_solution_are_no_kink(stated: str) -> None:
+    x, cost, constraints = _entropic(stated)
+    layer = lpgd.CvxpyLayer(cp.Problem(cp.Minimize(cost @ x - cp.sum(cp.entr(x))), constraints), [cost], [x])
+    values, expected = COSTS.clone().requires_grad_(), COSTS.clone().requires_grad_()
+    weights = torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (found,) = layer(values)  # a warning is an error in tests
+    right = torch.softmax(-expected, 0)
+    (weights * found).sum().backward()
+    (weights * right).sum().backward()
+    torch.testing.assert_close(found, right, rtol=0, atol=1e-12)
+    torch.testing.assert_close(values.grad, expected.grad, rtol=0, atol=1e-12)
+
+
+def test_transport_plans_beside_nonnegativity() -> None:
+    n = 8
+    generator = torch.Generator().manual_seed(0)
+    plan, cost, temperature = cp.Variable((n, n)), cp.Parameter((n, n)), 0.05
+    uniform = torch.full((n,), 1.0 / n, dtype=torch.float64)
+    constraints: list[Any] = [
+        cp.sum(plan, axis=0) == uniform.numpy(),
+        cp.sum(plan, axis=1) == uniform.numpy(),
+        plan >= 0,
+    ]
+    objective = cp.Minimize(cp.sum(cp.multiply(cost, plan)) - temperature * cp.sum(cp.entr(plan)))
+    layer = lpgd.CvxpyLayer(cp.Problem(objective, constraints), [cost], [plan])
+    costs = torch.rand(3, n, n, dtype=torch.float64, generator=generator)
+    (found,) = layer(costs)
+    scaled = torch.log_softmax(-(costs / temperature).flatten(1), 1).view_as(costs)
+    for _ in range(20_000):  # Sinkhorn's method
+        scaled = scaled - torch.logsumexp(scaled, 1, keepdim=True) + uniform.log()[None, None]
+        scaled = scaled - torch.logsumexp(scaled, 2, keepdim=True) + uniform.log()[None, :, None]
+    torch.testing.assert_close(found, scaled.exp(), rtol=0, atol=1e-12)
+
+
+def test_rows_of_several_variables_and_upper_ends() -> None:
+    x, a = cp.Variable(3), cp.Parameter()
+    total = x[0] + 2.0 * x[1] + a
+    problem = cp.Minimize(-cp.entr(total) + cp.sum_squares(x) - cp.sum(cp.entr(1 - x)))
+    kept: list[Any] = [x <= 0.5, x[0] + 2.0 * x[1] <= 4]
+    implied: list[Any] = [total >= 0, 0.5 * total >= -1, x <= 1]
+    program = canonicalise(cp.Problem(problem, implied + kept), [a], [x])
+    plain = canonicalise(cp.Problem(problem, kept), [a], [x])
+    assert program.cones == plain.cones
+    assert program.cones.nonnegative == 1
+    assert list(program.upper_index) == list(plain.upper_index)
+
+
+def test_what_no_cone_implies_stays() -> None:
+    x, a = cp.Variable(3), cp.Parameter()
+    cases: list[tuple[Any, int, int]] = [
+        (x >= 0, 0, 3),
+        (x >= a, 0, 3),
+        (x[0] + x[1] >= 0, 1, 0),
+        (x >= -1, 0, 0),
+        (x <= 1, 0, 0),
+    ]
+    for constraint, rows, lower in cases:
+        constraints: list[Any] = [constraint, cp.norm(x) <= 1, cp.sum(x) <= a]
+        program = canonicalise(cp.Problem(cp.Minimize(-cp.sum(cp.entr(x + 1))), constraints), [a], [x])
+        assert program.cones.nonnegative == 1 + rows
+        assert program.lower_index.size == lower
+        assert program.upper_index.size == 1 + 3 * (constraint is cases[-1][0])  # one of the norm
+
+
+def test_their_multipliers_are_zero() -> None:
+    x, cost, constraints = _entropic("rows")
+    duals = [constraint.dual_variables[0] for constraint in constraints]
+    problem = cp.Problem(cp.Minimize(cost @ x - cp.sum(cp.entr(x))), constraints)
+    layer = lpgd.CvxpyLayer(problem, [cost], [x, *duals])
+    values = COSTS.clone().requires_grad_()
+    _, of_sum, of_rows = layer(values)
+    (of_sum.sum() + of_rows.sum()).backward()
+    assert of_rows.shape == (N,)
+    assert not of_rows.any()
+    # cost + log x + 1 + λ = 0, so λ = log Σ exp(-cost) - 1.
+    torch.testing.assert_close(of_sum, torch.logsumexp(-COSTS, 0) - 1.0, rtol=0, atol=1e-10)
+    torch.testing.assert_close(values.grad, -torch.softmax(-COSTS, 0), rtol=0, atol=1e-10)
