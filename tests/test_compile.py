@@ -53,6 +53,24 @@ def test_a_full_graph_is_refused_in_one_sentence(layer: Any, _: Any) -> None:
         model(COSTS)
 
 
+class _Model(torch.nn.Module):
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, c: Tensor) -> Tensor:
+        return self.layer(2 * c)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize(("layer", "_"), CASES.values(), ids=CASES)
+def test_traces_and_exports_are_refused_in_one_sentence(layer: Any, _: Any) -> None:
+    with pytest.raises(RuntimeError, match="cannot be traced or exported; save the module"):
+        torch.jit.trace(_Model(layer), COSTS)
+    with pytest.raises(RuntimeError, match="cannot be traced or exported; save the module"):
+        torch.export.export(_Model(layer), (COSTS,), strict=False)
+
+
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_model_under_autocast() -> None:

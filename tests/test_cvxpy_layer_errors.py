@@ -118,6 +118,7 @@ CALLS = {
     "complex": (lambda: LAYER(THREE.cfloat(), ONE), TypeError, "cost is torch.complex64"),
     "sparse": (lambda: LAYER(THREE.to_sparse(), ONE), TypeError, "cost is torch.sparse_coo; pass a dense tensor"),
     "devices": (lambda: LAYER(THREE.to("meta"), ONE), ValueError, "cost on meta, limit on cpu.*move them to one"),
+    "meta": (lambda: LAYER(THREE.to("meta"), ONE.to("meta")), ValueError, "on the meta device, where they have no val"),
     "option": (lambda: LAYER(THREE, ONE, solver_args={"epsilon": 1}), TypeError, "'epsilon'.*its options are"),
     "method": (lambda: LAYER(THREE, ONE, solver_args={"solve_method": "LP"}), ValueError, "'LP' is not a solver"),
 }

@@ -192,6 +192,17 @@ def test_a_layer_is_a_module() -> None:
     assert sequential(normal(4, 2)).shape == (4, 2)
 
 
+def test_module_hooks_leave_the_outputs_as_they_are() -> None:
+    layer, values, seen = Projection().layer, normal(3, 2).requires_grad_(), []
+    (expected,) = layer(values)
+    (gradient,) = torch.autograd.grad(expected.sum(), values)
+    layer.register_full_backward_hook(lambda _, inputs, outputs: seen.append((inputs[0].shape, outputs[0].shape)))
+    (found,) = layer(values)  # PyTorch makes a new tuple of it, by one argument for each tensor
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.autograd.grad(found.sum(), values)[0], gradient)
+    assert seen == [(values.shape, expected.shape)]
+
+
 # Warm starts
 
 

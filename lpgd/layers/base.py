@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -50,7 +50,15 @@ class Recorded:
 
 
 class LayerOutput(tuple[Tensor, ...], Recorded):
-    """The tensors a layer returns, as a plain tuple, with the record of the call beside them."""
+    """The tensors a layer returns, as a plain tuple, with the record of the call beside them.
+
+    PyTorch's module hooks put a tuple together again as a named one is, by one argument for each of its tensors.
+    """
+
+    def __new__(cls, *tensors: Any) -> Self:
+        """Of an iterable of tensors, as ``tuple`` is made, or of the tensors."""
+        is_iterable = len(tensors) == 1 and not isinstance(tensors[0], Tensor)
+        return super().__new__(cls, tensors[0] if is_iterable else tensors)
 
 
 # For torch.func, which takes outputs apart and puts them together again, without the record.

@@ -10,6 +10,11 @@ import torch
 
 __all__ = ["eager", "signature_of"]
 
+NO_GRAPH = (
+    "an optimization layer calls solvers, which no graph of tensor operations can hold: it cannot be "
+    "traced or exported; save the module itself (torch.save, pickle), or export the modules before and behind it"
+)
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -22,10 +27,14 @@ def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
     @wraps(function)
     def call(*args: Arguments.args, **keywords: Arguments.kwargs) -> Result:
+        if torch.compiler.is_exporting():
+            raise RuntimeError(NO_GRAPH)
         if torch.compiler.is_compiling():
             from lpgd.layers.uncompiled import run
 
             return run(function, args, keywords)
+        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            raise RuntimeError(NO_GRAPH)
         return function(*args, **keywords)
 
     return call

@@ -170,6 +170,8 @@ def check_inputs(expected: Sequence[Expected], tensors: Sequence[Tensor], prefix
     if len(devices) > 1:
         places = ", ".join(f"{item.name} on {tensor.device}" for item, tensor in zip(expected, tensors, strict=True))
         raise ValueError(f"the tensors are on several devices ({places}); move them to one.")
+    if torch.device("meta") in devices:
+        raise ValueError("the tensors are on the meta device, where they have no values: nothing can be solved there.")
     distinct = set(batch_shapes) - {()}
     try:
         # One shape, which shared data leave as it is, is the usual case; torch.broadcast_shapes is slow.
