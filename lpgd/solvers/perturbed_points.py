@@ -8,8 +8,9 @@ solution,
 are the solutions of both sides exactly as long as no active set changes and all cones are polyhedral, and up to O(τ²)
 where cones curve: a few of Broyden's steps, by the same factorisation, take that away.  Where an active set changes
 along the step, Newton's method with a system of its own follows it, for a few changes; of quadratic programs with a
-definite P one factorisation serves all active sets (:mod:`lpgd.solvers.kkt.schur`).  A point counts where F is down to
-rounding, and its system is regular: it is then the solution.  Whatever else there is, is left to a solver.
+definite P one factorisation serves all active sets (:mod:`lpgd.solvers.kkt.schur`), of linear programs one of the
+basis all vertices along the tilt (:mod:`lpgd.solvers.kkt.vertices`).  A point counts where F is down to rounding, and
+its system is regular: it is then the solution.  Whatever else there is, is left to a solver.
 
 Each element is looked at for itself, and nothing depends on time: what is found does not depend on the batch.
 """
@@ -21,7 +22,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,11 +36,13 @@ from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.conic.units import Units
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver, ConicSolver
+from lpgd.solvers.kkt.found import Found
 from lpgd.solvers.kkt.mixed import MixedSystem, Part
 from lpgd.solvers.kkt.points import Points, share_along
 from lpgd.solvers.kkt.refinement import KeptFactor, is_cheap
 from lpgd.solvers.kkt.schur import SchurFactor, System
 from lpgd.solvers.kkt.tilts import TiltedSolutions
+from lpgd.solvers.kkt.vertices import TiltedVertices
 from lpgd.solvers.rescue import merged
 from lpgd.status import Status
 
@@ -66,27 +69,6 @@ EQUALITIES = 0.5
 Newton's method large: 150 programs of 64 variables, both sides, take 0.02 s by DAQP, and 0.12 s by active sets."""
 CHANGES, SHARE = 2, 0.1
 """Newton's method is tried where so many inequalities change, or a share of all of them."""
-
-
-class _Found(NamedTuple):
-    """Points of tilted problems, in units of order 1; they mean nothing where they are not ``solved``."""
-
-    point: ConicPoint
-    slack: Tensor
-    error: Tensor
-    solved: Tensor
-    taken: Tensor
-
-    def replaced(self, places: Tensor, others: _Found) -> _Found:
-        """With other ones in these places."""
-
-        def put(whole: Tensor, values: Tensor) -> Tensor:
-            whole = whole.clone()
-            whole[places] = values
-            return whole
-
-        point = ConicPoint(*(put(*pair) for pair in zip(self.point, others.point, strict=True)))
-        return _Found(point, *(put(*pair) for pair in zip(self[1:], others[1:], strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,19 +232,27 @@ class PerturbedPoints:
         regular = from_numpy(self._system.regular)[:, None]
         return torch.where(regular, d_xi, torch.nan), torch.where(regular, d_v, torch.nan)
 
-    def _found(self, steps: Tensor, wanted: Tensor) -> _Found:
-        straight = self.straight
+    def _found(self, steps: Tensor, wanted: Tensor) -> Found:
+        straight, vertices = self.straight, self._vertices
+        if vertices is not None:
+            return vertices.after(steps, wanted, self.accepted)
         if straight is None:
             return self._followed(steps, wanted)
         copies = wanted.shape[0] // self.problem.batch_size
         accepted = self.accepted(steps, from_numpy(straight.size))
         reached = straight.after(steps, wanted & straight.regular.repeat(copies), accepted)
-        found = _Found(reached.point, reached.slack, reached.error, reached.solved, reached.taken)
+        found = Found(reached.point, reached.slack, reached.error, reached.solved, reached.taken)
         others = rows_where(self.fit & ~self.fine)
         if others.shape[0]:
             places = torch.arange(steps.shape[0]).reshape(-1, self.problem.batch_size)[:, others].ravel()
             found = found.replaced(places, self.select(others)._followed(steps[places], wanted[places]))
         return found
+
+    @cached_property
+    def _vertices(self) -> TiltedVertices | None:
+        """The vertices along the tilt of small dense linear programs."""
+        fits = TiltedVertices.fits(self._inside, self._tilt)
+        return TiltedVertices(self._inside, *self._start, self._tilt) if fits else None
 
     @property
     def longest(self) -> Tensor:
@@ -274,7 +264,7 @@ class PerturbedPoints:
         share = (steps.abs().reshape(-1, self.problem.batch_size) / self.unit).clamp(max=1.0)
         return (size.reshape(-1, self.problem.batch_size) * (ACCURACY * share).clamp(max=ROUNDING)).ravel()
 
-    def _followed(self, steps: Tensor, wanted: Tensor) -> _Found:
+    def _followed(self, steps: Tensor, wanted: Tensor) -> Found:
         """The points by Newton's method in (ξ, v), whatever the cones."""
         copies = steps.shape[0] // self.problem.batch_size
         points = Points(self._inside.tilt(steps, self._tilt))
@@ -322,7 +312,7 @@ class PerturbedPoints:
         todo = worth.nonzero()[:, 0]
         if todo.shape[0]:
             self._newton(points, todo, xi, v, error, accepted, size, solved, taken)
-        return _Found(*points.point(xi, v), error, solved, taken)
+        return Found(*points.point(xi, v), error, solved, taken)
 
     def _broyden(self, slope: Tensor, row_error: Tensor, moves: Sequence[Tensor]) -> Tensor:
         """The next step (k E, n + m) of Broyden's method, from what is left of F and the steps so far.
@@ -370,7 +360,7 @@ class PerturbedPoints:
             if not todo.shape[0]:
                 return
 
-    def _solution(self, tilted: ConicProblem, found: _Found) -> ConicSolution:
+    def _solution(self, tilted: ConicProblem, found: Found) -> ConicSolution:
         """What was found, as a solution of the tilted problems; NaN where nothing was."""
         count, size = self.problem.batch_size, tilted.batch_size
         points, slacks = [], []
