@@ -1,9 +1,9 @@
 """From a parametrised CVXPY problem to affine maps onto the data of a conic program.
 
-The one file that touches CVXPY's insides.  CVXPY's own chain of reductions is run once, towards a target that
-never solves anything (:class:`_Target`), without parameter values; what comes out are sparse tensors from the
-parameters to the problem's data.  Here they are split, put into the row order of :class:`lpgd.cones.product.Cones`, and
-rows that only bound a variable become bounds.
+With :mod:`lpgd.layers.cvxpy.restated`, the one file that touches CVXPY's insides.  CVXPY's own chain of reductions is
+run once, towards a target that never solves anything (:class:`_Target`), without parameter values; what comes out are
+sparse tensors from the parameters to the problem's data.  Here they are split, put into the row order of
+:class:`lpgd.cones.product.Cones`, and rows that only bound a variable become bounds.
 
 The way back is taken from CVXPY as well: its reductions map solutions of the reduced problem to solutions of
 the user's, each entry a multiple of one entry of the reduced solution.  :func:`lpgd.layers.cvxpy.affine.selection`
@@ -16,7 +16,7 @@ import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import cvxpy as cp
 import cvxpy.settings as cvxpy_settings
@@ -38,10 +38,9 @@ from lpgd.cones.product import Cones
 from lpgd.layers.cvxpy.affine import AffineMatrix, Bounds, bound_map, consecutive_rows, reordered, selection, tightened
 from lpgd.layers.cvxpy.implied import implied_rows, loosened, never_negative
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
+from lpgd.layers.cvxpy.restated import is_set, reducible, with_plain_forms
 
 __all__ = ["canonicalise"]
-
-_STRUCTURES = ("symmetric", "PSD", "NSD", "diag", "sparsity")
 
 
 class _Target(ConicSolver):
@@ -108,7 +107,7 @@ def canonicalise(
     _check_problem(problem, gp)
     _check_parameters(problem, parameters)
     owners = _check_variables(problem, variables)
-    reduced = _reduce(problem, gp)
+    reduced = _reduce(problem if gp else with_plain_forms(problem), gp)
     layouts, order = _parameter_layouts(parameters, reduced)
     boundaries = np.array([0, *(layout.columns.stop for layout in layouts)], dtype=np.int64)
 
@@ -176,7 +175,7 @@ def _check_problem(problem: cp.Problem, gp: bool) -> None:
         raise ValueError(
             f"The problem is not real ({fault}); model real and imaginary parts as separate real variables."
         )
-    rules: Any = problem  # a decorator of CVXPY's hides the arguments of is_dpp
+    rules: Any = problem if gp else with_plain_forms(problem)  # a decorator of CVXPY's hides the arguments of is_dpp
     if gp:
         if problem.is_mixed_integer():
             raise ValueError("A geometric program cannot have integer or boolean variables; relax them.")
@@ -309,19 +308,9 @@ class _Reduced:
         return _flat(value, "C")
 
 
-def _bounds(variable: cp.Variable) -> Sequence[Any]:
-    return cast("Sequence[Any] | None", variable.attributes["bounds"]) or ()
-
-
 def _reduce(problem: cp.Problem, gp: bool) -> _Reduced:
-    # CVXPY caches on the problem it reduces, so it gets one of its own.  Before 1.9.3 it reduces a square of a
-    # symmetric, diagonal or sparse variable wrongly, but not one of an expression such as -1 * -X.
-    structured = [v for v in problem.variables() if any(_is_set(v.attributes[name]) for name in _STRUCTURES)]
-    expressions = {id(variable): -1.0 * (-variable) for variable in structured}
-    objective = problem.objective.tree_copy(id_objects=expressions) if structured else problem.objective
-    reducible: Any = cp.Problem(objective, problem.constraints)
-    # Of such a variable CVXPY can keep only one bound for all entries; others must become rows.
-    target = _Target(bounded=all(np.ndim(bound) == 0 for v in structured for bound in _bounds(v)))
+    own, bounded = reducible(problem)
+    target = _Target(bounded)
     with warnings.catch_warnings(), contextlib.nullcontext() if gp else scopes.quad_form_dpp_scope():
         # CVXPY's reductions read values of sparse variables in the way it warns its users about.
         warnings.filterwarnings("ignore", message=".*sparse CVXPY expression", category=RuntimeWarning)
@@ -329,7 +318,7 @@ def _reduce(problem: cp.Problem, gp: bool) -> _Reduced:
         warnings.filterwarnings(
             "ignore", message=r"\s*You didn't specify the order of the flatten", category=FutureWarning
         )
-        data, chain, inverses = reducible.get_problem_data(solver=target, gp=gp, enforce_dpp=True, canon_backend="COO")
+        data, chain, inverses = own.get_problem_data(solver=target, gp=gp, enforce_dpp=True, canon_backend="COO")
     return _Reduced(data[cvxpy_settings.PARAM_PROB], chain.reductions[:-1], inverses[:-1])
 
 
@@ -358,7 +347,7 @@ def _parameter_layouts(
                 "parameters and give both the same tensor."
             )
         take = np.rint(np.concatenate([np.zeros(0), *taken.values()])).astype(np.int64)
-        attributes = frozenset(name for name, value in parameter.attributes.items() if _is_set(value))
+        attributes = frozenset(name for name, value in parameter.attributes.items() if is_set(value))
         columns = slice(start, start + take.size)
         log = not logarithms.isdisjoint(taken)
         layouts.append(ParameterLayout(parameter.name(), parameter.shape, columns, take, log, attributes))
@@ -366,12 +355,6 @@ def _parameter_layouts(
         start = columns.stop
     constant = np.array([reduced.program.q.shape[1] - 1])
     return tuple(layouts), np.concatenate([*order, constant]).astype(np.int64)
-
-
-def _is_set(attribute: Any) -> bool:
-    return (
-        attribute is not None and attribute is not False and not (isinstance(attribute, list | tuple) and not attribute)
-    )
 
 
 def _variable_layout(

@@ -109,6 +109,8 @@ class Substitution:
         shift = scaled(program.b, pivots.rows, 1.0 / pivots.coefficients)
 
         square_entries = np.flatnonzero((defined[P.rows] >= 0) & (defined[P.columns] >= 0))
+        order = np.lexsort((defined[P.rows[square_entries]], defined[P.columns[square_entries]]))
+        square_entries = square_entries[order]  # rows may define variables in any order
         self._squares = SparsityPattern((k, k), defined[P.rows[square_entries]], defined[P.columns[square_entries]])
         self._blocks = [kind(W, W_map, self._squares, rows) for kind, rows in split(W, self._squares)]
         left = np.flatnonzero((place[P.rows] >= 0) & (place[P.columns] >= 0))
