@@ -1,4 +1,4 @@
-"""Inequalities that a cone states already: x >= 0 beside entr(x) is no kink, however small x is."""
+"""Rows that others state already: x >= 0 beside entr(x), one of the sums of a transport plan."""
 
 from __future__ import annotations
 
@@ -100,3 +100,44 @@ def test_their_multipliers_are_zero() -> None:
     # cost + log x + 1 + λ = 0, so λ = log Σ exp(-cost) - 1.
     torch.testing.assert_close(of_sum, torch.logsumexp(-COSTS, 0) - 1.0, rtol=0, atol=1e-10)
     torch.testing.assert_close(values.grad, -torch.softmax(-COSTS, 0), rtol=0, atol=1e-10)
+
+
+def _balanced(cost: cp.Parameter, *more: Any, rows: Any = 0.25, columns: Any = 0.25) -> tuple[cp.Variable, cp.Problem]:
+    plan = cp.Variable((4, 4))
+    sums: list[Any] = [cp.sum(plan, axis=1) == rows, cp.sum(plan, axis=0) == columns]
+    objective = cp.sum(cp.multiply(cost, plan)) + 0.5 * cp.sum_squares(plan)
+    return plan, cp.Problem(cp.Minimize(objective), [*sums, *[one(plan) for one in more]])
+
+
+def test_one_of_the_sums_of_a_plan_is_left_out() -> None:
+    cost = cp.Parameter((4, 4))
+    plan, problem = _balanced(cost)
+    assert canonicalise(problem, [cost], [plan]).cones.zero == 7
+    costs = torch.randn(3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    output = lpgd.CvxpyLayer(problem, [cost], [plan])(costs)
+    weights = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (weights * output[0]).sum().backward()
+
+    def centred(matrix: torch.Tensor) -> torch.Tensor:
+        rows, columns = matrix.mean(-1, keepdim=True), matrix.mean(-2, keepdim=True)
+        return matrix - rows - columns + rows.mean(-2, keepdim=True)
+
+    torch.testing.assert_close(output[0], 1 / 16 - centred(costs.detach()), rtol=0, atol=1e-12)
+    torch.testing.assert_close(costs.grad, -centred(weights).expand(3, 4, 4), rtol=0, atol=1e-12)
+    assert output.info.gradients[0].counts == {"implicit": 3}
+
+
+def test_equalities_that_may_be_asked_for_or_contradict_stay() -> None:
+    cost, rows = cp.Parameter((4, 4)), cp.Parameter(4)
+    plan, problem = _balanced(cost, rows=rows)
+    assert canonicalise(problem, [cost, rows], [plan]).cones.zero == 8
+    plan, problem = _balanced(cost)
+    assert canonicalise(problem, [cost], [plan, problem.constraints[0].dual_variables[0]]).cones.zero == 8
+    plan, problem = _balanced(cost, lambda plan: plan[0, 0] + (1 + 1e-9) * plan[0, 1] == 0.125)
+    assert canonicalise(problem, [cost], [plan]).cones.zero == 8
+    plan, problem = _balanced(cost, lambda plan: 1e12 * plan[0, 0] == 1.0, lambda plan: 1e12 * plan[0, 0] == 1.0)
+    assert canonicalise(problem, [cost], [plan]).cones.zero == 8
+    plan, problem = _balanced(cost, columns=0.25 + 1e-6)
+    assert canonicalise(problem, [cost], [plan]).cones.zero == 8
+    with pytest.raises(lpgd.SolverError, match="INFEASIBLE"):
+        lpgd.CvxpyLayer(problem, [cost], [plan])(torch.zeros(4, 4))

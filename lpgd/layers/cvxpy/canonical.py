@@ -36,7 +36,7 @@ from cvxpy.utilities.psd_utils import TriangleKind
 from lpgd.arrays import FloatArray, IntArray, SparseArray
 from lpgd.cones.product import Cones
 from lpgd.layers.cvxpy.affine import AffineMatrix, Bounds, bound_map, consecutive_rows, reordered, selection, tightened
-from lpgd.layers.cvxpy.implied import implied_rows, loosened, never_negative
+from lpgd.layers.cvxpy.implied import dependent_rows, implied_rows, loosened, never_negative
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
 from lpgd.layers.cvxpy.restated import is_set, reducible, with_plain_forms
 
@@ -125,6 +125,8 @@ def canonicalise(
     cones = Cones(dims.zero, dims.nonneg, tuple(dims.soc), tuple(dims.psd), dims.exp, power=tuple(dims.p3d))
     inequalities, heads = cones.sections["nonnegative"], never_negative(cones)
     implied = implied_rows(A, b, heads, np.arange(inequalities.start, inequalities.stop))
+    if not any(variable.id in owners for variable in variables):
+        implied = np.concatenate([dependent_rows(A, b, np.arange(dims.zero)), implied])
     lower = tightened(bound_map(program.lb_tensor, program.lower_bounds, order), boolean, 0.0, (n, width))
     upper = tightened(bound_map(program.ub_tensor, program.upper_bounds, order), boolean, 1.0, (n, width))
     bounds = Bounds.find(
@@ -139,7 +141,11 @@ def canonicalise(
     quadratic, P_values = P.symmetrised().compress()
     return CanonicalProgram(
         n=n,
-        cones=replace(cones, nonnegative=int(np.isin(kept, np.arange(m)[inequalities]).sum())),
+        cones=replace(
+            cones,
+            zero=int((kept < dims.zero).sum()),
+            nonnegative=int(np.isin(kept, np.arange(m)[inequalities]).sum()),
+        ),
         quadratic=quadratic,
         constraint=constraint,
         lower_index=bounds.lower_index,

@@ -1,20 +1,33 @@
-"""Bounds and inequalities that a cone states already, such as ``x >= 0`` beside ``entr(x)`` or ``log(x)``.
+"""Rows and bounds that others state already, and that are left out.
 
-The cone of ``entr(x)`` has x itself in a row that is never negative.  Where x is 1e-7, a solver's answer cannot say
-whether ``x >= 0`` is active as well: a smooth solution would look like a kink.  So the inequality is left out, and its
-multiplier is zero: the cone's has the rest.
+**Inequalities that a cone implies**, such as ``x >= 0`` beside ``entr(x)`` or ``log(x)``.  The cone of ``entr(x)`` has
+x itself in a row that is never negative.  Where x is 1e-7, a solver's answer cannot say whether ``x >= 0`` is active as
+well: a smooth solution would look like a kink.  So the inequality is left out, and its multiplier is zero: the cone's
+has the rest.
+
+**Equalities that depend on others**, whatever the parameters are: one of the sums of rows and columns of a transport
+plan, one node's balance of a network.  With them every system of optimality conditions is singular, and every gradient
+takes the way of those.  Without them multipliers would look unique, so all of them stay where any are asked for.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import scipy.linalg
 import scipy.sparse as sp
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray
 from lpgd.cones.product import Cones, svec_size
 from lpgd.layers.cvxpy.affine import AffineMatrix
 
-__all__ = ["implied_rows", "loosened", "never_negative"]
+__all__ = ["dependent_rows", "implied_rows", "loosened", "never_negative"]
+
+WORK = 3e8
+"""Up to this product of equalities, squared, and variables, dependence is looked for: a tenth of a second."""
+EXACT = 1e-13
+"""What may be left of an entry, relative to the terms that cancel in it, of a row that depends on others."""
 
 
 def never_negative(cones: Cones) -> IntArray:
@@ -66,6 +79,40 @@ def implied_rows(A: AffineMatrix, b: sp.csr_array, heads: IntArray, rows: IntArr
         return np.zeros(0, dtype=np.int64)
     there, at = (np.array(side, dtype=np.int64) for side in zip(*pairs, strict=True))
     return there[_is_at_least(_divided(b[there], sizes[there]), _divided(b[at], sizes[at]))]
+
+
+def dependent_rows(A: AffineMatrix, b: sp.csr_array, rows: IntArray) -> IntArray:
+    """Which of these equalities follow from the others of them, whatever the parameters are.
+
+    Args:
+        A: (m, n).
+        b: (m, p + 1), the map to the right-hand side.
+        rows: of the zero cone.
+    """
+    nothing = np.zeros(0, dtype=np.int64)
+    constant = A.width - 1
+    rows = np.setdiff1d(rows, A.row[A.parameter != constant])
+    sides: SparseArray = b[rows]
+    parametric: SparseArray = sp.csr_array(sides[:, :constant])
+    rows, sides = rows[np.diff(parametric.indptr) == 0], sides[np.diff(parametric.indptr) == 0]
+    inside = np.isin(A.row, rows)
+    columns, column = np.unique(A.column[inside], return_inverse=True)
+    if not rows.size or not columns.size or rows.size**2 * columns.size > WORK:
+        return nothing
+    matrix = np.zeros((rows.size, columns.size + 1))
+    matrix[np.searchsorted(rows, A.row[inside]), column] = A.value[inside]
+    matrix[:, -1] = sides[:, [constant]].toarray().ravel()
+    size = np.abs(matrix[:, :-1]).max(1, initial=0.0)
+    matrix /= np.where(size > 0, size, 1.0)[:, None]
+    factors: Any = scipy.linalg.qr(matrix[:, :-1].T, mode="r", pivoting=True)
+    triangle, order = factors
+    pivots = np.abs(np.diag(triangle))
+    rank = int((pivots > 1e-10 * pivots.max(initial=1.0)).sum())
+    kept, others = matrix[order[:rank]], matrix[order[rank:]]
+    shares = scipy.linalg.solve_triangular(triangle[:rank, :rank], triangle[:rank, rank:]).T
+    shares = np.where(np.abs(shares) > EXACT * np.abs(shares).max(1, initial=0.0)[:, None], shares, 0.0)
+    left, terms = np.abs(others - shares @ kept), np.abs(others) + np.abs(shares) @ np.abs(kept)
+    return np.sort(rows[order[rank:][(left <= EXACT * terms).all(1)]])
 
 
 def loosened(

@@ -175,9 +175,9 @@ class CvxpyLayer(OptimizationLayer):
     ) -> ConicSolution:
         """The solver's whole answer, not differentiable: statuses, residuals, iterations, times, x, y, z and s.
 
-        It has all variables and rows that CVXPY's reductions lead to, those that were substituted, too.  Arguments are
-        those of a call; leading batch dimensions are flattened to one.  Elements without a solution
-        do not raise: see ``ConicSolution.statuses``.
+        It has all variables and rows that CVXPY's reductions lead to, those that were substituted, too, but for rows
+        that others imply (:mod:`lpgd.layers.cvxpy.implied`).  Arguments are those of a call; leading batch dimensions
+        are flattened to one.  Elements without a solution do not raise: see ``ConicSolution.statuses``.
         """
         inputs = batch_inputs(self.parameter_layouts, params)
         with torch.no_grad():
