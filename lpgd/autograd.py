@@ -29,6 +29,7 @@ from lpgd.problems.base import Data, Point, States
 from lpgd.problems.conic.solution import Violation
 from lpgd.problems.lanes import Lanes, QuickFunction, Source, joined, mapped, over_vectors, separated
 from lpgd.problems.solution import AnyProblem, AnySolution
+from lpgd.problems.wanted import gradients_of
 from lpgd.solvers.base import AnySolver
 from lpgd.solvers.failures import ON_ERROR, Explain, OnError, check_solution
 from lpgd.solvers.relaxed import relax
@@ -240,8 +241,9 @@ class _DerivativeFunction(QuickFunction):
     def forward(call: Call, source: Source, needed: frozenset[int] | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Reverse where ``needed`` says which data need a gradient, forward where it is None."""
         started, solution = time.perf_counter(), source.resolved()
-        bar = progress(call.progress, "differentiate")
-        with _threads(call.solver), without_autocast(solution.x.device.type), bar:
+        bar, names = progress(call.progress, "differentiate"), solution.problem.data._fields
+        wanted = gradients_of(None if needed is None else frozenset(names[place] for place in needed))
+        with _threads(call.solver), without_autocast(solution.x.device.type), bar, wanted:
             answer, info = _derivative(call, solution, needed is not None, [tensor.resolve_neg() for tensor in tensors])
         call.info.gradients.append(info)
         call.info.backward_seconds += time.perf_counter() - started

@@ -15,6 +15,7 @@ from lpgd.problems.base import Data, maximum_norm
 from lpgd.problems.conic.relaxed import RelaxedPoint, RelaxedSolution, relaxed_structure
 from lpgd.problems.conic.structure import ConicData, ConicPoint
 from lpgd.problems.solution import AnySolution
+from lpgd.problems.wanted import gradients_of
 from lpgd.solvers.base import AnySolver, ConicSolver
 from lpgd.solvers.relaxed import solver_of_relaxed
 from lpgd.status import warn
@@ -43,7 +44,8 @@ def vjp(
     total = ConicData(*gradient)
     for weighted_method, places in _by_weight(method, weights):
         chosen, tilts, weight = solution.found.select(places), tilt.select(places), weights[places]
-        found, found_info = weighted_method.vjp(chosen, tilts, inner, executor)
+        with gradients_of(None):  # which of its data are those of a problem is the structure's matter
+            found, found_info = weighted_method.vjp(chosen, tilts, inner, executor)
         scaled = ConicData(*(datum / weight[:, None] for datum in cast(ConicData, found)))
         in_data = structure.gradient(problem.select(places), scaled, weight)
         more = solution.problem.scatter(elements[places], in_data)

@@ -32,6 +32,7 @@ from lpgd.execution.memo import TensorMemo
 from lpgd.problems.base import Traits, maximum_norm
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure, per_element
 from lpgd.problems.conic.units import Units
+from lpgd.problems.wanted import is_wanted
 
 __all__ = ["ConicProblem", "per_element"]
 
@@ -214,16 +215,16 @@ class ConicProblem:
         """``<∇²_{wz} L(x, y), (dx, dy)>``: the gradient of the Lagrangian's data along a change of the point.
 
         ``dP = ½ (dx xᵀ + x dxᵀ)``, ``dq = dx``, ``dA = dy xᵀ + y dxᵀ``, ``db = -dy``; the bounds' parts are given.
-        Shapes: (B, n) or (B, m) each; the result has the shapes of the data, sums over shared ones included.
+        Shapes: (B, n) or (B, m) each; the result has those of the data, sums over shared ones included, and zeros in
+        matrices whose gradient is not wanted.
         """
         structure = self.structure
         row_counts = {name: datum.shape[0] if datum.ndim == 2 else None for name, datum in self.data._asdict().items()}
-        if structure.quadratic.nnz:
+        P, A = (datum.new_zeros(()).expand(datum.shape) for datum in (self.data.P, self.data.A))  # without memory
+        if structure.quadratic.nnz and is_wanted("P"):
             P = structure.symmetric_outer(0.5 * dx, x, row_counts["P"])
-        else:
-            P = torch.zeros_like(self.data.P)
-        # Both terms in one product: elements B + i belong to the row of i.
-        A = structure.constraint.outer(torch.cat([dy, y]), torch.cat([x, dx]), row_counts["A"])
+        if is_wanted("A"):  # both terms in one product: elements B + i belong to the row of i
+            A = structure.constraint.outer(torch.cat([dy, y]), torch.cat([x, dx]), row_counts["A"])
 
         def of_bounds(bound: Tensor, change: Tensor, name: str) -> Tensor:
             if not bound.shape[-1]:
@@ -232,13 +233,10 @@ class ConicProblem:
             return torch.where(torch.isfinite(bound), _sum_rows(change[:, index], row_counts[name]), 0.0)
 
         return ConicData(
-            P=P,
-            q=_sum_rows(dx, row_counts["q"]),
-            A=A,
-            b=_sum_rows(-dy, row_counts["b"]),
+            P, _sum_rows(dx, row_counts["q"]), A, _sum_rows(-dy, row_counts["b"]),
             lower=of_bounds(self.data.lower, d_lower, "lower"),
             upper=of_bounds(self.data.upper, d_upper, "upper"),
-        )
+        )  # fmt: skip
 
     def mixed_product(self, point: ConicPoint, tangent: ConicData) -> ConicPoint:
         """``∇_z <∇_w L(point), dw>`` for a tangent dw of the data: the tilt of forward mode.
