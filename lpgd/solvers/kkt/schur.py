@@ -202,6 +202,10 @@ class SchurFactor:
         """``Mᵀ u`` for vectors (B, k)."""
         return _products(self.white.numpy(), vectors)
 
+    def across(self, vectors: FloatArray) -> FloatArray:
+        """``M Mᵀ u`` for vectors (B, k)."""
+        return self.whitened(self.whitened_back(vectors)) if self.gram is None else _products(self.gram, vectors)
+
     def forward(self, vectors: Tensor) -> Tensor:
         """``L⁻¹ v`` for vectors (B, n)."""
         return self._solved(vectors, transposed=False)

@@ -234,7 +234,7 @@ class TiltedSolutions:
         taken = wanted.numpy().astype(np.int64)
         left = np.flatnonzero(wanted.numpy() & changed)
         scale = step.reshape(-1, 1)
-        w, way = np.empty_like(x), np.empty_like(u)
+        way = np.empty_like(u)
         for _ in range(STEPS):
             if not left.size:
                 break
@@ -242,8 +242,11 @@ class TiltedSolutions:
             active, way[left] = tried != 0, self.rows.way(tried, elements)
             fixed = np.where(active, 0.0, -self.rows.u[elements])
             system = ActiveSystem(self.factor, active, elements % len(self.factor.white), several=True)
-            u[left], w[left] = self._solved(left, scale[left], way[left], fixed, system)
-            reached = scale[left] * self.g[elements] - self._on(self.factor.whitened, w[left], left)
+            rate = scale[left] * self.rate.take(elements, axis=0)
+            with np.errstate(over="ignore", invalid="ignore"):  # of singular systems, whose points are then not taken
+                right = rate - way[left] - self._on(self.factor.across, fixed, left)
+                u[left] = fixed + system.multipliers(right)
+                reached = rate - self._on(self.factor.across, u[left], left)
             pieces[left] = self._ends(elements, active, way[left], u[left], reached)
             taken[left] += 1
             same = system.regular & (pieces[left] == tried).all(1)
@@ -252,8 +255,9 @@ class TiltedSolutions:
         left = np.flatnonzero(solved & changed)
         if left.size:
             elements, tried = left % count, pieces[left]
-            g_x, g = (scale[left] * values.take(elements, axis=0) for values in (self.g_x, self.g))
-            found = self._settled(left, g_x, g, tried != 0, way[left], u[left], w[left])
+            g_x, g, h = (scale[left] * values.take(elements, axis=0) for values in (self.g_x, self.g, self.h))
+            w = h + self._on(self.factor.whitened_back, u[left], left)
+            found = self._settled(left, g_x, g, tried != 0, way[left], u[left], w)
             u[left], x[left], place[left] = found.u, found.x, found.place
             error[left] = self.error[elements] + found.error
             pieces[left] = self._ends(elements, tried != 0, way[left], found.u, found.place)
@@ -292,37 +296,20 @@ class TiltedSolutions:
     # -- one active set -------------------------------------------------------------------------------------------
 
     def _ends(self, elements: IntArray, active: BoolArray, way: FloatArray, u: FloatArray, place: FloatArray) -> Pieces:
-        """(K, k) the pieces after changes of K points; see :meth:`_solved`."""
+        """(K, k) the pieces after changes of K points: of multipliers, and of ``C x + τ g`` in the other rows.
+
+        Args:
+            elements: (K,) of the batch.
+            active: (K, k) the rows that were made active.
+            way: (K, k) how far they were from their bounds; 0 in the others.
+            u, place: (K, k) the changes.
+        """
         m, rows = self.problem.structure.m, self.rows
         ends = np.where(active, rows.u[elements] + u, 0.0)
         ends[:, :m] -= np.where(active[:, :m], 0.0, rows.slack[elements] - place[:, :m])
         if self.bounded.size:
             ends[:, m:] += rows.x[elements] + np.where(active[:, m:], way[:, m:], place[:, m:])
         return rows.pieces(ends, elements)
-
-    def _solved(
-        self, left: IntArray, scale: FloatArray, way: FloatArray, fixed: FloatArray | None, system: ActiveSystem
-    ) -> tuple[FloatArray, FloatArray]:
-        """The changes of K points: Δu, and w.
-
-        Args:
-            left: (K,) which of several copies of the batch, one after the other.
-            scale: (K, 1) the steps.
-            way: (K, k) how far rows that are to be active are from their bounds; 0 in the others.
-            fixed: (K, k) the changes of multipliers of the others, None for none.
-            system: of these points.
-        """
-        elements = left % self.count
-        right, w = scale * self.rate.take(elements, axis=0) - way, scale * self.h.take(elements, axis=0)
-        with np.errstate(over="ignore", invalid="ignore"):  # of singular systems, whose points are then not taken
-            if fixed is not None and fixed.any():
-                more = self._on(self.factor.whitened_back, fixed, left)
-                right, w = right - self._on(self.factor.whitened, more, left), w + more
-            else:
-                fixed = None
-            u = system.multipliers(right)
-            w = w + self._on(self.factor.whitened_back, u, left)
-        return (u if fixed is None else u + fixed), w
 
     def _settled(
         self, left: IntArray, g_x: FloatArray, g: FloatArray, active: BoolArray, way: FloatArray, u: FloatArray,
