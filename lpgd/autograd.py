@@ -35,7 +35,7 @@ from lpgd.solvers.failures import ON_ERROR, Explain, OnError, check_solution
 from lpgd.solvers.relaxed import relax
 from lpgd.status import SolverError, Status, warn
 
-__all__ = ["CallInfo", "solve"]
+__all__ = ["CallInfo", "solve", "threads_of"]
 
 _log = logging.getLogger("lpgd")
 
@@ -144,7 +144,8 @@ def solve(
     return info.solution.outputs._make(outputs)
 
 
-def _threads(solver: AnySolver) -> AbstractContextManager[None]:
+def threads_of(solver: AnySolver) -> AbstractContextManager[None]:
+    """What a solve is to run within."""
     return isolated_torch() if solver.is_torch else one_torch_thread()
 
 
@@ -155,9 +156,9 @@ class _SolveFunction(QuickFunction):
         problem = problem.with_data(problem.data._make(plain(datum) for datum in tensors[:count]))
         if tensors[count:]:
             problem = cast(Any, problem).with_attached([plain(tensor) for tensor in tensors[count:]])
-        with _threads(call.solver), progress(call.progress, "solve", problem.batch_size):
+        with threads_of(call.solver), progress(call.progress, "solve", problem.batch_size):
             solution = call.known
-            if solution is None:
+            if solution is None or solution.batch_size != problem.batch_size:  # lanes of what was not in the data
                 solution = call.solver.solve(problem, call.states, call.executor)
             if call.on_error == "relax":
                 solution = relax(solution, call.solver, call.executor)
@@ -243,7 +244,7 @@ class _DerivativeFunction(QuickFunction):
         started, solution = time.perf_counter(), source.resolved()
         bar, names = progress(call.progress, "differentiate"), solution.problem.data._fields
         wanted = gradients_of(None if needed is None else frozenset(names[place] for place in needed))
-        with _threads(call.solver), without_autocast(solution.x.device.type), bar, wanted:
+        with threads_of(call.solver), without_autocast(solution.x.device.type), bar, wanted:
             answer, info = _derivative(call, solution, needed is not None, [tensor.resolve_neg() for tensor in tensors])
         call.info.gradients.append(info)
         call.info.backward_seconds += time.perf_counter() - started

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
 from lpgd.arrays import plain
-from lpgd.autograd import CallInfo, solve
+from lpgd.autograd import CallInfo, solve, threads_of
 from lpgd.execution.progress import progress
 from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
@@ -308,14 +308,14 @@ class OptimizationLayer(BaseLayer):
         data, _ = without_absent_rows(structure, data, batch.batch_size)
         problem = ConicProblem(structure, data, batch.batch_size)
         balance, known = self._balance(structure, data, batch, call, warm_start)
-        if balance is None or known is None:
+        if known is None:
             return self._plain(problem, batch, call, warm_start)
-        return in_own_coordinates(known, problem, balance)
+        return known if balance is None else in_own_coordinates(known, problem, balance)
 
     def _balance(
         self, structure: ConicStructure, data: ConicData, batch: Batch, call: CallOptions, warm_start: WarmStart
     ) -> tuple[Balance | None, ConicSolution | None]:
-        """The coordinates in which a call is solved, and the solution there, where its data can be looked at.
+        """The coordinates in which a call is solved, and the solution there; None where there are no other ones.
 
         Violations of relaxed programs are measured in their own coordinates.
         """
@@ -323,8 +323,11 @@ class OptimizationLayer(BaseLayer):
             return None, None
         size = batch.batch_size
 
-        def solve(problem: ConicProblem) -> ConicSolution:
-            return self._plain(problem, batch, call, warm_start if problem.batch_size == size else False)
+        def solve(problem: ConicProblem, *, cold: bool) -> ConicSolution:
+            with threads_of(call.solver):
+                return self._plain(
+                    problem, batch, call, warm_start if problem.batch_size == size and not cold else False
+                )
 
         return balanced(structure, data, size, solve, augmented=_is_augmented(call.gradient))
 

@@ -201,11 +201,12 @@ def judged(
     for element, status in posed.settled.items():
         statuses[element], proofs[element] = status, "data"
     units, problem = posed.units, posed.problem
-    point, slack, states = answer.point, answer.slack, answer.states
+    point, slack, states, rays = answer.point, answer.slack, answer.states, None
     nothing = [index for index, status in enumerate(statuses) if not status.has_iterate]
     if nothing:  # certificates are no points
         mask = torch.zeros(size, 1, dtype=torch.bool, device=problem.device)
         mask[nothing] = True
+        rays = units.point_out(problem, point)
         point = ConicPoint(*(torch.where(mask, torch.nan, tensor) for tensor in point))
         slack = torch.where(mask, torch.nan, slack)
         states = tuple(state if status.has_iterate else None for state, status in zip(states, statuses, strict=True))
@@ -222,6 +223,7 @@ def judged(
         asked=solver,
         solvers=(solver,) * size,
         proofs=tuple(proofs),
+        rays=rays,
     )
     if not nothing:
         result.__dict__["residuals"] = residuals  # what the cached property would compute

@@ -17,6 +17,7 @@ from lpgd.arrays import as_index, elements_where, flags
 from lpgd.problems.base import States
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
+from lpgd.problems.conic.structure import ConicPoint
 from lpgd.solvers.kkt.refinement import is_cheap, is_small
 from lpgd.solvers.posed import VERDICTS
 from lpgd.status import Status
@@ -199,6 +200,11 @@ def merged(
             continue
         changes[name] = getattr(solution, name).clone()
         changes[name][targets] = getattr(other, name)[places]
+    rays = [one.point if one.rays is None else one.rays for one in (solution, other)]
+    if solution.rays is not None or other.rays is not None:
+        changes["rays"] = ConicPoint(*(ray.clone() for ray in rays[0]))
+        for ray, better in zip(changes["rays"], rays[1], strict=True):
+            ray[targets] = better[places]
     states = list(solution.states)
     for place, target in zip(places, targets, strict=True):
         states[target] = other.states[place] if keep_states else None

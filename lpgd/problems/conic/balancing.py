@@ -26,10 +26,11 @@ import torch
 from scipy.sparse.linalg import splu
 from torch import Tensor
 
-from lpgd.arrays import BoolArray, FloatArray, SparseArray, from_numpy
+from lpgd.arrays import BoolArray, FloatArray, SparseArray
 from lpgd.execution.memo import TensorMemo
 from lpgd.problems.conic.automorphisms import Mixed, exponents_of, in_pairs, paired_rows, sizes_of
 from lpgd.problems.conic.magnitudes import INFINITE
+from lpgd.problems.conic.positions import Position
 from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicData, ConicStructure
 
@@ -44,6 +45,8 @@ the change after which no more follow."""
 RIDGE, TURNED = 1e-6, 1e-3
 """What is added to squares for the exponents of factors, and for those of other automorphisms, so that nothing is
 turned that factors can do as well."""
+HELD = 1e6
+"""The same for exponents that are given."""
 LARGEST = 60.0
 """The largest exponent of a parameter."""
 LOOSE = 0.1
@@ -57,8 +60,6 @@ EXPLICIT = 1_000_000
 KEPT = 8
 """So many factors of least squares are kept, for data with different zeros."""
 
-Factors = tuple[Tensor, Tensor, Tensor]
-"""Of variables and rows, and the shifts, of a :class:`~lpgd.problems.conic.balance.Balance`."""
 _Rough = tuple[list[Any], Callable[[FloatArray], FloatArray] | None]
 """Matrices that take logarithms of each datum to exponents of rows, or to right-hand sides of what is solved then."""
 _A, _B = ConicData._fields.index("A"), ConicData._fields.index("b")
@@ -72,6 +73,7 @@ class Balancing:
         structure: of the programs.
         wider: of the programs in other coordinates: in an exponential cone the second row is added to the first.
         places: where the entries of A stand among those of the wider A.
+        turning: (parameters,) which of them are no factors of a whole cone.
     """
 
     def __init__(self, structure: ConicStructure) -> None:
@@ -95,6 +97,9 @@ class Balancing:
         self.exponents, turning = exponents_of(cones, frozenset(self.turned.tolist()))
         self._ridge = np.full(structure.n + self.exponents.shape[1] + 1, RIDGE)
         self._ridge[structure.n + np.array(turning, dtype=np.int64)] = TURNED
+        self.turning = self._ridge[structure.n : -1] == TURNED
+        start = cones.zero + cones.nonnegative + len(cones.second_order) + len(self.turned)
+        self.turning[start : start + sum(cones.semidefinite)] = True
         self._equations = self._logarithmic()
         self._sizes: SparseArray = -sp.eye_array(structure.n, self._equations[0].shape[1], format="csr")
         self._known: dict[bytes, _Rough] = {}
@@ -127,8 +132,8 @@ class Balancing:
             equations(-identity[structure.upper_index], None, 0.0),
         ]
 
-    def __call__(self, data: Sequence[Tensor], size: int, *, near: FloatArray | None = None) -> Factors | None:
-        """The factors and shifts of coordinates; None where no element needs other ones than it has.
+    def __call__(self, data: Sequence[Tensor], size: int, *, near: FloatArray | None = None) -> FloatArray | None:
+        """(1 or B, n + parameters) the exponents of coordinates; None where no element needs other ones than it has.
 
         Args:
             data: plain tensors, in the order of :class:`ConicData`.
@@ -149,7 +154,7 @@ class Balancing:
                 fit = self._fit([*known, sizes_of(near[element])])
             else:
                 fit = self._fit(known, self._sides(data, element))
-            if self._is_wide(self._rows(fit[None]), WIDE)[0]:
+            if self._is_wide(self.rows_of(fit[None]), WIDE)[0]:
                 found[element] = fit[: n + parameters].round().clip(-LARGEST, LARGEST)
         if not found:
             return None
@@ -157,15 +162,30 @@ class Balancing:
         exponents[list(found)] = list(found.values())
         is_shared = bool((exponents == exponents[:1]).all())
         exponents = exponents[:1] if is_shared else np.tile(exponents, (size // count, 1))
-        row = self._rows(exponents)
-        shift = np.log(2.0) * (row[:, self.triples + 2] - row[:, self.triples])
-        variable, row, shift = (
-            from_numpy(np.ascontiguousarray(values)).to(data[0].device) for values in (exponents[:, :n], row, shift)
-        )
-        return torch.exp2(variable), torch.exp2(row), shift
+        return exponents
 
-    def _rows(self, fits: FloatArray) -> FloatArray:
-        """(k, m) exponents of rows."""
+    def around(self, data: Sequence[Tensor], element: int, position: Position) -> FloatArray:
+        """(n + parameters,) the exponents of coordinates in which a point stands in the middle of its cones.
+
+        What the point leaves open, variables and rows of no curved cone above all, is as A wants it, and b in rows
+        without variables.
+
+        Args:
+            data: as of a call.
+            element: whose point it is.
+            position: of the point in the program's own coordinates.
+        """
+        logarithms = [self._logarithms(number, datum) for number, datum in enumerate(data)]
+        known = [
+            values[element % len(values)] if number in (_A, _B) else np.full(values.shape[1], np.nan)
+            for number, values in enumerate(logarithms)
+        ]
+        known[_B] = np.where(np.bincount(self.structure.constraint.rows, minlength=self.structure.m), np.nan, known[_B])
+        fit = self._fit(known, held=position)
+        return fit[: self.structure.n + self.exponents.shape[1]].round().clip(-LARGEST, LARGEST)
+
+    def rows_of(self, fits: FloatArray) -> FloatArray:
+        """(k, m) exponents of rows, of those of variables and parameters."""
         n, parameters = self.structure.n, self.exponents.shape[1]
         return np.ascontiguousarray((self.exponents @ fits[:, n : n + parameters].T).T)
 
@@ -218,7 +238,7 @@ class Balancing:
             product = np.where(there, values, 0.0) @ matrix
             count = max(len(total), len(product))
             total = np.resize(total, (count, total.shape[1])) - np.resize(product, (count, product.shape[1]))
-        return total if finish is None else self._rows(finish(np.ascontiguousarray(total.T)).T)
+        return total if finish is None else self.rows_of(finish(np.ascontiguousarray(total.T)).T)
 
     def _factorised(self, present: list[BoolArray]) -> _Rough:
         """Least squares for entries that are there: their solution, or what leads to it where that is large."""
@@ -231,7 +251,7 @@ class Balancing:
                 block if there.any() else None for block, there in zip(self._equations, present, strict=True)
             ], solve
         solutions = [
-            np.ascontiguousarray(self._rows(solve(block.T.toarray()).T)) if there.any() else None
+            np.ascontiguousarray(self.rows_of(solve(block.T.toarray()).T)) if there.any() else None
             for block, there in zip(self._equations, present, strict=True)
         ]
         return solutions, None
@@ -245,13 +265,22 @@ class Balancing:
         nothing = torch.zeros(len(P) + len(q) + self.wider.constraint.nnz, dtype=torch.bool)
         return torch.cat([nothing, nonnegative & (b > 0), lower < 0, upper > 0]).numpy()
 
-    def _fit(self, logarithms: list[FloatArray], sides: BoolArray | None = None) -> FloatArray:
+    def _fit(
+        self, logarithms: list[FloatArray], sides: BoolArray | None = None, held: Position | None = None
+    ) -> FloatArray:
         """(unknowns,) the exponents that minimise the sum of magnitudes of an element, nearly.
 
         Args:
             logarithms: of its data, and of its variables, where these are known.
             sides: which of the data belong to inequalities that may be loose.
+            held: parameters that are to be what they are there.
         """
+        ridge, pull = self._ridge, np.zeros(self._ridge.size)
+        if held is not None:
+            index = self.structure.n + np.flatnonzero(held.known)
+            ridge = ridge.copy()
+            ridge[index] = HELD
+            pull[index] = HELD * held.parameters[held.known]
         right = -np.concatenate(logarithms)
         present = np.flatnonzero(np.isfinite(right))
         G: SparseArray = sp.csr_array(sp.vstack([*self._equations, self._sizes][: len(logarithms)]))[present]
@@ -259,7 +288,7 @@ class Balancing:
         weights, fit = np.ones(len(right)), np.full(G.shape[1], np.inf)
         for _ in range(SWEEPS):
             weighted: SparseArray = sp.diags_array(weights) @ G
-            before, fit = fit, _solver(G.T @ weighted, self._ridge)(weighted.T @ right)
+            before, fit = fit, _solver(G.T @ weighted, ridge)(weighted.T @ right + pull)
             if np.abs(fit - before).max(initial=0.0) < STILL:
                 break
             left = G @ fit - right

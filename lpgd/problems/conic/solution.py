@@ -69,6 +69,8 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
         known_before: (B,) the same of the solver's own answer, before it was refined.
         refined: (B,) how many of Newton's steps were taken from the solver's answer.
         isolated: (B,) whether these steps show that it is the only solution nearby.
+        rays: what solvers take for proofs, (B, ·) each: multipliers y of elements that are said to be infeasible, a
+            direction x of unbounded ones; None where there are no such elements.
     """
 
     problem: ConicProblem
@@ -89,6 +91,7 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     known_before: Tensor | None = None
     refined: Tensor | None = None
     isolated: Tensor | None = None
+    rays: ConicPoint | None = None
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds")
 
@@ -105,6 +108,7 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
         for name in ("known_to", "known_before", "refined", "isolated"):
             values = getattr(self, name)
             kept[name] = values if values is None else values[elements.to(values.device)]
+        kept["rays"] = None if self.rays is None else self.rays.select(elements.to(self.rays.x.device))
         systems = tuple(system.select(elements) for system in self.systems if hasattr(system, "select"))
         return replace(super().select(elements, problem), systems=systems, **kept)
 
@@ -122,7 +126,8 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
         for name in (*self._tensors, *self._tuples, "solvers", "proofs", "known_to", "known_before", "refined"):
             values = getattr(self, name)
             changes[name] = values if values is None else values[start:stop]
-        return replace(self, problem=self.problem.between(start, stop), systems=(), **changes)
+        rays = None if self.rays is None else ConicPoint(*(ray[start:stop] for ray in self.rays))
+        return replace(self, problem=self.problem.between(start, stop), systems=(), rays=rays, **changes)
 
     @property
     def rescued(self) -> dict[str, int]:
