@@ -18,7 +18,15 @@ import torch
 from lpgd.arrays import BoolArray, FloatArray, as_index, from_numpy
 from lpgd.problems.conic.balance import Balance
 from lpgd.problems.conic.balancing import Balancing
-from lpgd.problems.conic.positions import Found, Position, found_on_cones, position_of, position_of_ray, strain_there
+from lpgd.problems.conic.positions import (
+    Found,
+    Position,
+    found_on_cones,
+    position_of,
+    position_of_ray,
+    strain_there,
+    surely_known,
+)
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData
@@ -96,15 +104,14 @@ class Search:
         elements = self._doubtful(solution, list(range(self.size)))
         if not elements:
             return balance, solution
-        systems = solution.systems
+        before = balance, solution
         if balance is None:
             balance = self._of(np.zeros((1, self.balancing.structure.n + self.balancing.turning.size)))
-            systems = ()
-        solution = replace(solution, problem=balance.problem(self.data), systems=systems)
-        for _ in range(ROUNDS):
+            solution = replace(solution, problem=balance.problem(self.data), systems=())
+        for number in range(ROUNDS):
             other, elements = self._around(balance, solution, elements)
             if not elements:
-                return balance, solution
+                return (balance, solution) if number else before
             balance, solution, taken = self._again(balance, solution, other, elements, _is_nearer)
             elements = self._doubtful(solution, taken)
         return balance, _inaccurate(solution, self._around(balance, solution, elements)[1])
@@ -145,19 +152,18 @@ class Search:
         Points that are far from the middle may be known, but what is smaller than the rest is taken for zero by what
         looks for active sets and kinks.
         """
-        found, statuses = self._found(solution), solution.statuses
-        far = found.spread > FAR
+        statuses = solution.statuses
+        clear = surely_known(solution, self.balancing.turned, STRAINED, FAR)
         vague = [
             element
             for element in elements
-            if statuses[element].has_iterate and (far[element] or not found.strain[element] <= STRAINED)
+            if not clear[element] and statuses[element].has_iterate and statuses[element] is not Status.TIME_LIMIT
         ]
         if vague:
             some = solution.select(as_index(vague, solution.x.device))
-            strain = strain_there(some, self._found(some))
-            vague = [
-                element for element, left in zip(vague, strain, strict=True) if far[element] or not left <= STRAINED
-            ]
+            found = self._found(some)
+            doubt = (found.spread > FAR) | ~(np.minimum(found.strain, strain_there(some, found)) <= STRAINED)
+            vague = [element for element, is_doubtful in zip(vague, doubt.tolist(), strict=True) if is_doubtful]
         rays = [] if solution.rays is None else [element for element in elements if statuses[element] in VERDICTS]
         return vague + rays
 

@@ -18,7 +18,7 @@ from lpgd.problems.conic.residuals import Products
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure, per_element
 
-__all__ = ["Found", "Position", "found_on_cones", "position_of", "position_of_ray", "strain_there"]
+__all__ = ["Found", "Position", "found_on_cones", "position_of", "position_of_ray", "strain_there", "surely_known"]
 
 RELEVANT = 1e-10
 """Cones whose products are below this share of all are no matter."""
@@ -113,6 +113,36 @@ def strain_there(solution: ConicSolution, found: Found) -> FloatArray:
         np.abs(gaps * found.matters).max(1, initial=0.0) / np.maximum(found.product, _SMALLEST),
     )
     return np.nan_to_num(np.max(errors, axis=0), nan=np.inf)
+
+
+def surely_known(solution: ConicSolution, turned: IntArray, strain: float, spread: float) -> BoolArray:
+    """(B,) whether a look at all cones together shows that points are known, and nowhere near the ends of a cone.
+
+    This is done in every call, and bounds what :func:`found_on_cones` finds.
+    """
+    problem, cones = solution.problem, solution.problem.structure.cones
+    units, curved = problem.units, slice(cones.zero + cones.nonnegative, cones.rows)
+    error = (solution.residuals.worst if solution.known_to is None else solution.known_to).cpu().numpy()
+    slack = units.slack_in(problem, solution.slack).cpu().numpy()[:, curved]
+    y = units.point_in(problem, solution.point).y.cpu().numpy()[:, curved]
+    start, first = cones.sections["exponential"].start - curved.start, turned - curved.start
+    triples = slice(start, start + 3 * cones.exponential)
+    middle, last = slack[:, triples][:, 1::3], slack[:, triples][:, 2::3]
+    a, b = np.abs(slack), np.abs(y)
+    a[:, triples][:, ::3], b[:, triples][:, 1::3] = middle, 0.0
+    limit = 2.0**spread
+    with np.errstate(all="ignore"):
+        near = ((middle * limit > last) & (last * limit > middle)).all(1)
+        if first.size:
+            plus, minus = slack[:, first] + slack[:, first + 1], slack[:, first] - slack[:, first + 1]
+            near &= ((plus * limit > minus) & (minus * limit > plus)).all(1)
+            a[:, first], a[:, first + 1] = np.abs(plus), np.abs(minus)
+            b[:, first], b[:, first + 1] = (
+                0.5 * np.abs(y[:, first] + y[:, first + 1]),
+                0.5 * np.abs(y[:, first] - y[:, first + 1]),
+            )
+        length = np.maximum(a.max(1, initial=0.0), b.max(1, initial=0.0)) / np.einsum("ij,ij->i", a, b)
+        return near & (error * np.maximum(length, 1.0) <= strain)
 
 
 def found_on_cones(solution: ConicSolution, turned: IntArray) -> Found:
