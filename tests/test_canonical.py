@@ -346,7 +346,7 @@ def rejected(
 def faults() -> list[tuple[str, Callable[[], object], type[Exception], str]]:
     x, a, b = cp.Variable(2, name="x"), cp.Parameter(2, name="a"), cp.Parameter(2, name="b")
     stranger = cp.Variable(2, name="stranger")
-    switch, count = cp.Variable(boolean=True, bounds=[0, a[0]], name="switch"), cp.Variable(integer=True, name="count")
+    count = cp.Variable(integer=True, name="count")
     wave, P = cp.Variable(2, complex=True, name="wave"), cp.Parameter((2, 2), PSD=True)
     u, power = cp.Variable(pos=True), cp.Parameter(pos=True, name="power")
     problem = cp.Problem(cp.Minimize(a @ x), [x >= b])
@@ -366,7 +366,6 @@ def faults() -> list[tuple[str, Callable[[], object], type[Exception], str]]:
         ("dual", lambda: canonicalise(problem, [a, b], [elsewhere]), ValueError, "nor a dual variable"),
         ("idle", lambda: canonicalise(idle, [], [stranger]), ValueError, "stranger: .* no objective or constraint"),
         ("no variables", rejected(cp.Minimize(0.0), []), ValueError, "no variables"),
-        ("boolean", rejected(cp.Minimize(switch), []), ValueError, "bounds of a boolean variable hold a parameter"),
         ("integer gp", rejected(cp.Minimize(u), [u >= power, count >= 1], gp=True), ValueError, "cannot have integer"),
         ("complex", rejected(cp.Minimize(cp.norm(wave)), []), ValueError, "wave"),
         ("complex data", rejected(least, [cp.abs((1 + 2j) * x) <= 1]), ValueError, "complex constants"),

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from lpgd.arrays import FloatArray, IntArray
 from lpgd.problems.conic.sparsity import SparsityPattern
 
-__all__ = ["AffineMatrix", "Bounds", "bound_map", "consecutive_rows", "reordered", "selection"]
+__all__ = ["AffineMatrix", "Bounds", "consecutive_rows", "reordered", "selection", "switched"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,41 +174,20 @@ def consecutive_rows(tensor: sp.coo_array, start: int, stop: int, width: int) ->
     return sp.csr_array((tensor.data[inside], (row[inside] - start, column[inside])), shape=(stop - start, width))
 
 
-def bound_map(tensor: Any, values: FloatArray | None, order: IntArray) -> sp.csr_array | None:
-    """The map (n, p + 1) to bounds that are a tensor, or else constant values, or else absent."""
-    if tensor is not None:
-        return sp.csr_array(reordered(tensor, order))
-    if values is None:
-        return None
-    row, column = np.arange(values.size), np.full(values.size, order.size - 1)
-    return sp.csr_array((values, (row, column)), shape=(values.size, order.size))
-
-
-def tightened(stated: sp.csr_array | None, entries: IntArray, end: float, shape: tuple[int, int]) -> Any:
-    """Bounds of which those of ``entries`` are no wider than ``end``: 0 for lower ones, 1 for upper ones of booleans.
+def switched(boolean: IntArray, end: float, shape: tuple[int, int]) -> Any:
+    """The map (n, p + 1) to the bounds of boolean variables, infinite in the last column for the others; or None.
 
     Args:
-        stated: the map (n, p + 1) to the bounds, infinite in the last column where there is none; or None.
-        entries: variables.
-        end: what bounds them.
+        boolean: these variables.
+        end: 0 for lower bounds, 1 for upper ones.
         shape: (n, p + 1).
-
-    Raises:
-        ValueError: one of these bounds is a parameter.
     """
-    if not entries.size:
-        return stated
+    if not boolean.size:
+        return None
     n, width = shape
-    nothing, tighter = (np.inf, np.minimum) if end > 0 else (-np.inf, np.maximum)
-    parametric = sp.csr_array((n, width - 1)) if stated is None else stated[:, : width - 1]
-    if parametric[entries].nnz:
-        raise ValueError(
-            "The bounds of a boolean variable hold a parameter: state them as constraints, or declare the variable "
-            "integer."
-        )
-    constants = np.full(n, nothing) if stated is None else stated[:, [width - 1]].toarray().ravel()
-    constants[entries] = tighter(constants[entries], end)
-    return sp.csr_array(sp.hstack([parametric, constants[:, None]], format="csr"))
+    constants = np.full(n, np.inf if end > 0 else -np.inf)
+    constants[boolean] = end
+    return sp.csr_array((constants, (np.arange(n), np.full(n, width - 1))), shape=shape)
 
 
 def selection(probe: Callable[[FloatArray], FloatArray], size: int) -> sp.csr_array:

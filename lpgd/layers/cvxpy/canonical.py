@@ -35,8 +35,8 @@ from cvxpy.utilities.psd_utils import TriangleKind
 
 from lpgd.arrays import FloatArray, IntArray, SparseArray
 from lpgd.cones.product import Cones
-from lpgd.layers.cvxpy.affine import AffineMatrix, Bounds, bound_map, consecutive_rows, reordered, selection, tightened
-from lpgd.layers.cvxpy.implied import dependent_rows, implied_rows, loosened, never_negative
+from lpgd.layers.cvxpy.affine import AffineMatrix, Bounds, consecutive_rows, reordered, selection, switched
+from lpgd.layers.cvxpy.implied import dependent_rows, implied_rows, never_negative
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
 from lpgd.layers.cvxpy.restated import is_set, reducible, with_plain_forms
 
@@ -44,7 +44,11 @@ __all__ = ["canonicalise"]
 
 
 class _Target(ConicSolver):
-    """What CVXPY is to reduce problems to: quadratic objectives, variable bounds and the cones of `lpgd.cones`."""
+    """What CVXPY is to reduce problems to: quadratic objectives and the cones of `lpgd.cones`.
+
+    Bounds of variables are rows, as those of CVXPY's own variables are not to be trusted: of ``abs(c * (A @ x))``, A
+    with a zero and x without bounds, it concludes that it is between 0 and 0 (1.9.3).  :class:`Bounds` finds the rows.
+    """
 
     SUPPORTED_CONSTRAINTS: ClassVar = [*ConicSolver.SUPPORTED_CONSTRAINTS, SOC, SvecPSD, ExpCone, PowCone3D]
     EXP_CONE_ORDER: ClassVar = [0, 1, 2]
@@ -52,10 +56,6 @@ class _Target(ConicSolver):
     PSD_SQRT2_SCALING = True
     MIP_CAPABLE = True
     MI_SUPPORTED_CONSTRAINTS: ClassVar = SUPPORTED_CONSTRAINTS
-
-    def __init__(self, bounded: bool) -> None:
-        super().__init__()
-        self.BOUNDED_VARIABLES = bounded
 
     def name(self) -> str:
         return "LPGD"
@@ -127,14 +127,12 @@ def canonicalise(
     implied = implied_rows(A, b, heads, np.arange(inequalities.start, inequalities.stop))
     if not any(variable.id in owners for variable in variables):
         implied = np.concatenate([dependent_rows(A, b, np.arange(dims.zero)), implied])
-    lower = tightened(bound_map(program.lb_tensor, program.lower_bounds, order), boolean, 0.0, (n, width))
-    upper = tightened(bound_map(program.ub_tensor, program.upper_bounds, order), boolean, 1.0, (n, width))
     bounds = Bounds.find(
         A.without_rows(implied),
         b,
         inequalities,
-        loosened(lower, A, b, heads, -np.inf),
-        loosened(upper, A, b, heads, np.inf),
+        switched(boolean, 0.0, (n, width)),
+        switched(boolean, 1.0, (n, width)),
     )
     kept = np.setdiff1d(np.arange(m), np.concatenate([bounds.rows, implied]))
     constraint, A_values = A.select_rows(kept).compress()
@@ -315,8 +313,7 @@ class _Reduced:
 
 
 def _reduce(problem: cp.Problem, gp: bool) -> _Reduced:
-    own, bounded = reducible(problem)
-    target = _Target(bounded)
+    own, target = reducible(problem), _Target()
     with warnings.catch_warnings(), contextlib.nullcontext() if gp else scopes.quad_form_dpp_scope():
         # CVXPY's reductions read values of sparse variables in the way it warns its users about.
         warnings.filterwarnings("ignore", message=".*sparse CVXPY expression", category=RuntimeWarning)

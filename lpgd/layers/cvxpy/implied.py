@@ -1,4 +1,4 @@
-"""Rows and bounds that others state already, and that are left out.
+"""Rows that others state already, and that are left out.
 
 **Inequalities that a cone implies**, such as ``x >= 0`` beside ``entr(x)`` or ``log(x)``.  The cone of ``entr(x)`` has
 x itself in a row that is never negative.  Where x is 1e-7, a solver's answer cannot say whether ``x >= 0`` is active as
@@ -22,7 +22,7 @@ from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray
 from lpgd.cones.product import Cones, svec_size
 from lpgd.layers.cvxpy.affine import AffineMatrix
 
-__all__ = ["dependent_rows", "implied_rows", "loosened", "never_negative"]
+__all__ = ["dependent_rows", "implied_rows", "never_negative"]
 
 WORK = 3e8
 """Up to this product of equalities, squared, and variables, dependence is looked for: a tenth of a second."""
@@ -50,7 +50,7 @@ def never_negative(cones: Cones) -> IntArray:
 
 
 def implied_rows(A: AffineMatrix, b: sp.csr_array, heads: IntArray, rows: IntArray) -> IntArray:
-    """Which of these rows are a positive multiple of one of the heads, with as much room or more.
+    """Which of these rows are a positive multiple of one of the heads, with as much room or more, or ``0 <= b``.
 
     Args:
         A: (m, n).
@@ -63,6 +63,8 @@ def implied_rows(A: AffineMatrix, b: sp.csr_array, heads: IntArray, rows: IntArr
     places, values = place[order], A.value[order]
     lengths = np.bincount(A.row, minlength=A.shape[0])
     starts = np.cumsum(lengths) - lengths
+    idle = rows[lengths[rows] == 0]
+    idle = idle[_is_at_least(b[idle], sp.csr_array((idle.size, A.width)))]
     heads, rows = heads[lengths[heads] > 0], rows[lengths[rows] > 0]
     rows = rows[np.isin(lengths[rows], lengths[heads])]
     sizes = np.ones(A.shape[0])
@@ -76,9 +78,10 @@ def implied_rows(A: AffineMatrix, b: sp.csr_array, heads: IntArray, rows: IntArr
     of_rows = [(row, known.get(direction(row))) for row in rows.tolist()]
     pairs = [(row, head) for row, head in of_rows if head is not None]
     if not pairs:
-        return np.zeros(0, dtype=np.int64)
+        return idle
     there, at = (np.array(side, dtype=np.int64) for side in zip(*pairs, strict=True))
-    return there[_is_at_least(_divided(b[there], sizes[there]), _divided(b[at], sizes[at]))]
+    found = there[_is_at_least(_divided(b[there], sizes[there]), _divided(b[at], sizes[at]))]
+    return np.concatenate([idle, found])
 
 
 def dependent_rows(A: AffineMatrix, b: sp.csr_array, rows: IntArray) -> IntArray:
@@ -113,31 +116,6 @@ def dependent_rows(A: AffineMatrix, b: sp.csr_array, rows: IntArray) -> IntArray
     shares = np.where(np.abs(shares) > EXACT * np.abs(shares).max(1, initial=0.0)[:, None], shares, 0.0)
     left, terms = np.abs(others - shares @ kept), np.abs(others) + np.abs(shares) @ np.abs(kept)
     return np.sort(rows[order[rank:][(left <= EXACT * terms).all(1)]])
-
-
-def loosened(
-    stated: sp.csr_array | None, A: AffineMatrix, b: sp.csr_array, heads: IntArray, infinite: float
-) -> sp.csr_array | None:
-    """Stated bounds of variables, infinite where a head with one constant entry implies them.
-
-    Args:
-        stated: the map (n, p + 1) to the bounds, infinite in the last column where there is none; or None.
-        A, b, heads: as above.
-        infinite: ``-inf`` for lower bounds, ``inf`` for upper ones.
-    """
-    if stated is None:
-        return None
-    sign = float(np.sign(infinite))
-    inside = np.isin(A.row, heads) & (np.bincount(A.row, minlength=A.shape[0])[A.row] == 1)
-    entries = np.flatnonzero(inside & (A.parameter == A.width - 1) & (sign * A.value > 0))
-    column, row = A.column[entries], A.row[entries]
-    ends = _divided(b[row], sign * A.value[entries])
-    implied = column[_is_at_least(sp.csr_array(sign * stated[column]), ends)]
-    if not implied.size:
-        return stated
-    constants = stated[:, [A.width - 1]].toarray().ravel()
-    constants[implied] = infinite
-    return sp.csr_array(sp.hstack([stated[:, : A.width - 1], constants[:, None]], format="csr"))
 
 
 def _divided(rows: sp.csr_array, sizes: FloatArray) -> sp.csr_array:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 import cvxpy as cp
-import numpy as np
 from cvxpy.atoms.quad_form import QuadForm
 
 __all__ = ["is_set", "reducible", "with_plain_forms"]
@@ -41,21 +40,16 @@ def _forms(expression: Any) -> Iterator[Any]:
         yield from _forms(argument)
 
 
-def reducible(problem: cp.Problem) -> tuple[Any, bool]:
-    """A problem of its own for CVXPY, which caches on what it reduces, and whether bounds of variables may be kept.
+def reducible(problem: cp.Problem) -> Any:
+    """A problem of its own for CVXPY, which caches on what it reduces.
 
     Before 1.9.3 CVXPY reduces a square of a symmetric, diagonal or sparse variable wrongly, but not one of an
-    expression such as -1 * -X.  Of such a variable it can keep only one bound for all entries; others become rows.
+    expression such as -1 * -X.
     """
     structured = [v for v in problem.variables() if any(is_set(v.attributes[name]) for name in _STRUCTURES)]
     expressions = {id(variable): -1.0 * (-variable) for variable in structured}
     objective = problem.objective.tree_copy(id_objects=expressions) if structured else problem.objective
-    bounded = all(np.ndim(bound) == 0 for variable in structured for bound in _bounds(variable))
-    return cp.Problem(objective, problem.constraints), bounded
-
-
-def _bounds(variable: cp.Variable) -> Sequence[Any]:
-    return cast("Sequence[Any] | None", variable.attributes["bounds"]) or ()
+    return cp.Problem(objective, problem.constraints)
 
 
 def is_set(attribute: Any) -> bool:
