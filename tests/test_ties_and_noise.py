@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import cvxpy as cp
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.sparse as sp
 import torch
 from scipy.sparse.csgraph import structural_rank
 
 import lpgd
 from lpgd import LPGD, Clarabel, HiGHS, NodeLayer, QPLayer
-from lpgd.solvers.kkt.superlu import superlu
+from lpgd.solvers.kkt.superlu import has_transversal, superlu
 
 
 def matrices() -> torch.Tensor:
@@ -57,6 +59,44 @@ def test_singular_sparse_systems_print_nothing(capfd: pytest.CaptureFixture[str]
     assert refused == 62
     shown = capfd.readouterr()
     assert shown.out + shown.err == ""
+
+
+def test_a_transversal_is_found_where_there_is_one() -> None:
+    rng, counts = np.random.default_rng(0), [0, 0]
+    for _ in range(500):
+        size = int(rng.integers(1, 9))
+        matrix = sp.csc_matrix((rng.random((size, size)) < rng.uniform(0.05, 0.6)).astype(float))
+        found = has_transversal(matrix)
+        assert found == (structural_rank(matrix) == size)
+        counts[found] += 1
+    assert min(counts) > 100
+
+
+def test_the_system_of_a_long_horizon_is_factorised_at_once() -> None:
+    """SciPy's matchings do not end on this one."""
+    stages, states, controls, bound = 60, 6, 3, 0.5
+    rng = np.random.default_rng(0)
+    A, B = np.eye(states) + 0.1 * rng.standard_normal((states, states)), 0.3 * rng.standard_normal((states, controls))
+    X, U, start = cp.Variable((states, stages + 1)), cp.Variable((controls, stages)), cp.Parameter(states)
+    cost = cp.Minimize(cp.sum_squares(X) + 0.1 * cp.sum_squares(U))
+    steps = [X[:, 0] == start, X[:, 1:] == A @ X[:, :-1] + B @ U, cp.abs(U) <= bound]
+    layer = lpgd.CvxpyLayer(cp.Problem(cost, steps), [start], [U])
+    begun = np.random.default_rng(1).standard_normal((4, states))
+    (found,) = layer(torch.from_numpy(begun))
+    # The states as functions of the controls: least squares with bounds.
+    of_start, of_controls = np.eye(states), np.zeros((states, controls * stages))
+    rows, ends = [], []
+    for stage in range(stages):
+        of_controls = A @ of_controls
+        of_controls[:, stage * controls : (stage + 1) * controls] += B
+        of_start = A @ of_start
+        rows.append(of_controls)
+        ends.append(of_start)
+    F = np.concatenate([*rows, 0.1**0.5 * np.eye(controls * stages)])
+    for element, x in enumerate(begun):
+        g = np.concatenate([-np.concatenate(ends) @ x, np.zeros(controls * stages)])
+        expected = scipy.optimize.lsq_linear(F, g, (-bound, bound), method="bvls", tol=1e-14, max_iter=5000).x
+        np.testing.assert_allclose(found[element].numpy(), expected.reshape(stages, controls).T, atol=1e-9)
 
 
 def test_a_regular_system_is_factorised_as_ever() -> None:
