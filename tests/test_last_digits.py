@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -107,6 +108,50 @@ def test_a_membrane_on_a_grid_is_refined_as_well() -> None:
     matrix = torch.sparse_coo_tensor(np.stack([P.row, P.col]), P.data, P.shape, check_invariants=True)
     found = lpgd.QPLayer()(matrix, torch.from_numpy(q), lb=-0.1)
     torch.testing.assert_close(found.x, torch.from_numpy(x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("solver", [None, "CLARABEL", "SCS"])
+def test_programs_that_are_neither_dense_nor_sparse_are_refined_as_well(solver: str | None) -> None:
+    n, rows = 150, 250
+    rng = np.random.default_rng(0)
+    F = rng.normal(size=(rows, n)) * (rng.random((rows, n)) < 0.1)
+    x = np.where(rng.random(n) < 0.8, rng.normal(size=n), 0.0)
+    slope = np.where(x != 0, np.sign(x), rng.uniform(-0.9, 0.9, n))
+    wanted, observed = cp.Variable(n), cp.Parameter(rows)
+    problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(F @ wanted - observed) + 0.5 * cp.norm1(wanted)))
+    data = torch.from_numpy(F @ (x + np.linalg.solve(F.T @ F, 0.5 * slope))).requires_grad_()
+    (found,) = lpgd.CvxpyLayer(problem, [observed], [wanted], solver=solver)(data)
+    torch.testing.assert_close(found.detach(), torch.from_numpy(x), atol=1e-12, rtol=0)
+    (gradient,) = torch.autograd.grad(found.sum(), data)
+    columns = F[:, x != 0]  # where x moves: least squares on its support
+    expected = columns @ np.linalg.solve(columns.T @ columns, np.ones(columns.shape[1]))
+    torch.testing.assert_close(gradient, torch.from_numpy(expected), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("solver", sorted({"CLARABEL", "PIQP", "INTERIOR"} & {*lpgd.available()}))
+def test_active_sets_that_interior_points_leave_in_doubt_are_found_by_others(solver: str) -> None:
+    """Along a chain in units from 0.1 to 10 some multipliers are 1e-5 of the others."""
+    n, rows, count = 300, 150, 4
+    rng = np.random.default_rng(0)
+    units = scipy.sparse.diags(10 ** rng.uniform(-1, 1, n))
+    steps = rng.uniform(-0.4, 0.4, n - 1)
+    P = (units @ scipy.sparse.diags([steps, rng.uniform(1, 2, n), steps], [-1, 0, 1]) @ units).tocoo()
+    columns = np.stack([first + rng.choice(8, 4, replace=False) for first in np.linspace(0, n - 9, rows).astype(int)])
+    G = np.zeros((rows, n))
+    np.put_along_axis(G, columns, rng.normal(size=(rows, 4)), 1)
+    x = rng.normal(size=(count, n))
+    tight = rng.random((count, rows)) < 0.4
+    sizes = 10 ** rng.uniform(-6, 0, (count, rows))
+    h = x @ G.T + np.where(tight, 0.0, sizes)
+    q = -(x @ P.toarray() + np.where(tight, sizes, 0.0) @ G)
+    places = torch.from_numpy(np.stack([P.row, P.col]))
+    matrix = torch.sparse_coo_tensor(places, torch.from_numpy(P.data), P.shape, check_invariants=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lpgd.LpgdWarning)  # that others were asked
+        found = lpgd.QPLayer(solver)(
+            matrix, torch.from_numpy(q), G=torch.from_numpy(G).to_sparse(), h=torch.from_numpy(h)
+        )
+    torch.testing.assert_close(found.x, torch.from_numpy(x), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("solver", CONE_SOLVERS)

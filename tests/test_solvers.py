@@ -305,7 +305,7 @@ def test_a_solvers_word_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         check_solution(solution, "raise")
     rescued = Clarabel().solve(case.problem)
     assert rescued.statuses == (Status.SOLVED,) * 3
-    assert rescued.rescued == {"INTERIOR": 3}
+    assert rescued.rescued == {"DAQP": 3}
     torch.testing.assert_close(rescued.x, case.point.x, atol=1e-6, rtol=0)
 
 

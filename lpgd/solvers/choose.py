@@ -23,7 +23,7 @@ from lpgd.status import MissingPackageError
 
 __all__ = ["SOLVERS", "Choice", "Situation", "available", "choose_solver", "preference"]
 
-rescue_by((Clarabel, InteriorPoint, DAQP, PIQP, HiGHS, ProxQP, OSQP, ECOS, SCS))
+rescue_by((Clarabel, InteriorPoint, DAQP, PIQP, HiGHS, ProxQP, ECOS, SCS, OSQP))
 """Clarabel first, which has nearly every cone and hands over certificates."""
 
 SOLVERS: tuple[type[ConicSolver], ...] = (Clarabel, SCS, InteriorPoint, DAQP, HiGHS, PIQP, OSQP, ProxQP, Moreau, ECOS)

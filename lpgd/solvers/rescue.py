@@ -30,9 +30,10 @@ VAGUE, GAIN = 1e-12, 1e-2
 """Refined answers to linear and quadratic programs leave rounding of the optimality conditions, unless the solver was
 too far from the active set.  Of small programs a second solver is asked about those that leave more, relative to the
 point, and heard if it leaves a share of that."""
-ASTRAY, ASKED = 1e-8, 2
+ASTRAY, ASKED = 1e-10, 3
 """Of larger quadratic programs whose answers are refined, those that leave more were not near the active set, and x may
-be anywhere where P is ill-conditioned (at a condition of 1e6 SCS and OSQP were 10 % off); so many solvers are asked."""
+be anywhere where P is ill-conditioned (at a condition of 1e6 SCS and OSQP were 10 % off, at 1e4 PIQP 6e-5 with 2e-7
+left); so many solvers are asked."""
 
 
 class Attempting(Protocol):
@@ -68,7 +69,11 @@ def _vague(solution: ConicSolution) -> list[int]:
 
 
 def settled(
-    attempt: ConicSolution, others: Sequence[Attempting], executor: Executor | None = None, refined: bool = True
+    attempt: ConicSolution,
+    others: Sequence[Attempting],
+    sharpest: Sequence[Attempting] | None = None,
+    executor: Executor | None = None,
+    refined: bool = True,
 ) -> ConicSolution:
     """A solution in which every verdict is proven, by a certificate or by the consent of a second solver.
 
@@ -76,11 +81,13 @@ def settled(
         attempt: one solver's own answer (``ConicSolver.attempt``).
         others: the solvers to turn to, in order; none leaves elements as they are, but for verdicts without a proof,
             which become numerical errors.
+        sharpest: the same, in the order in which they are asked about points where no verdict is in question.
         executor: where they run.
         refined: whether answers were to be refined, so that one which is known less well is asked about, too.
     """
     claims = {element: {attempt.statuses[element]} for element in _unproven(attempt)}
-    for other in others:
+    sharpest = others if sharpest is None else sharpest
+    for other in others if claims else sharpest:
         elements = [element for element, status in enumerate(attempt.statuses) if status in _OPEN or element in claims]
         if not elements:
             break
@@ -114,7 +121,7 @@ def settled(
                 statuses[element] = Status.NUMERICAL_ERROR
         attempt = replace(attempt, statuses=tuple(statuses))
     attempt = _with_feasible_unbounded(attempt, others, executor)
-    return _sharpened(attempt, others, executor) if refined else attempt
+    return _sharpened(attempt, sharpest, executor) if refined else attempt
 
 
 def _sharpened(solution: ConicSolution, others: Sequence[Attempting], executor: Executor | None) -> ConicSolution:

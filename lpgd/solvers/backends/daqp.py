@@ -67,7 +67,9 @@ class DAQP(ElementwiseSolver):
     handover: ClassVar[float] = 4e-4
     asks_whether_definite: ClassVar[bool] = True
     reads_rows: ClassVar[bool] = True
-    capabilities: ClassVar[Capabilities] = Capabilities(cones=POLYHEDRAL, quadratic=True, warm_start=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        cones=POLYHEDRAL, quadratic=True, warm_start=True, dense=True, active_set=True
+    )
     aliases: ClassVar[dict[str, str]] = {
         "eps": "tolerance",
         "primal_tol": "tolerance",

@@ -59,7 +59,9 @@ class OSQP(ElementwiseSolver):
     finest_tolerance: ClassVar[float] = 1e-9
     takes_interrupts: ClassVar[bool] = True
     problem_form: ClassVar[type[Form]] = IntervalForm
-    capabilities: ClassVar[Capabilities] = Capabilities(cones=POLYHEDRAL, quadratic=True, warm_start=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        cones=POLYHEDRAL, quadratic=True, warm_start=True, active_set=True
+    )
     aliases: ClassVar[dict[str, str]] = {
         "eps": "tolerance",
         "eps_abs": "tolerance",

@@ -49,7 +49,13 @@ class ProxQP(ElementwiseSolver):
     problem_form: ClassVar[type[Form]] = IntervalForm
     forgets: ClassVar[bool] = False  # new matrices meet what the old ones left in it
     capabilities: ClassVar[Capabilities] = Capabilities(
-        cones=POLYHEDRAL, quadratic=True, warm_start=True, time_limit=False, releases_gil=False
+        cones=POLYHEDRAL,
+        quadratic=True,
+        warm_start=True,
+        time_limit=False,
+        releases_gil=False,
+        dense=True,
+        active_set=True,
     )
     aliases: ClassVar[dict[str, str]] = {
         "eps": "tolerance",

@@ -83,6 +83,7 @@ class SCS(ElementwiseSolver):
         ),
         quadratic=True,
         warm_start=True,
+        active_set=True,
     )
     aliases: ClassVar[dict[str, str]] = {
         "eps": "tolerance",

@@ -76,7 +76,7 @@ class InteriorPoint(BatchedSolver):
     pip_name: ClassVar[str] = "torch"
     finest_tolerance: ClassVar[float] = 1e-11
     capabilities: ClassVar[Capabilities] = Capabilities(
-        cones=frozenset({"zero", "nonnegative"}), quadratic=True, warm_start=True
+        cones=frozenset({"zero", "nonnegative"}), quadratic=True, warm_start=True, dense=True
     )
     aliases: ClassVar[dict[str, str]] = {
         "eps": "tolerance",

@@ -41,13 +41,14 @@ __all__ = [
     "refine",
 ]
 
-DENSE, SPARSE, FILLED = 300, 1_000_000, 20
-"""Steps are cheap up to so many variables and rows, or so many entries with so many in a row on average."""
+DENSE, SPARSE, FILLED = 300, 1_000_000, 100
+"""Steps are cheap up to so many variables and rows, or so many entries, of which larger programs have so many in a row
+on average."""
 VERTICES = 50_000
 """Of linear programs, up to so many entries: of their degenerate vertices systems are singular."""
 FACTORISED = 3000
-"""Of systems that are factorised densely, those with so many variables and rows: one step, which serves derivatives and
-perturbed points too, takes a tenth of a solver's time or less (dense quadratic programs n 300 to 700, all solvers)."""
+"""Of systems that are filled, those with so many variables and rows: one step, which serves derivatives and perturbed
+points too, takes a tenth of a solver's time or less (dense quadratic programs n 300 to 700, all solvers)."""
 LENGTHS = (1.0, 0.5, 0.25)
 """The lengths at which a step is tried."""
 CHORDS, CLOSE, FALL = 6, 1e-2, 0.1
@@ -234,7 +235,7 @@ def is_cheap(structure: ConicStructure) -> bool:
     if is_small(structure) or _is_factorised(structure):
         return True
     filled = structure.constraint.nnz + structure.quadratic.nnz
-    return filled <= (VERTICES if _is_linear(structure) else SPARSE) and filled <= FILLED * size
+    return filled <= (VERTICES if _is_linear(structure) else SPARSE) and (size <= FACTORISED or filled <= FILLED * size)
 
 
 def _is_factorised(structure: ConicStructure) -> bool:
