@@ -39,7 +39,7 @@ def has_transversal(matrix: Any) -> bool:
     ``structural_rank`` and matchings are quicker mostly, but visit dead ends again and again: on the system of an MPC
     of 60 stages, 954 rows and 7842 entries, they do not end within minutes (scipy 1.17).
     """
-    rows = sp.csr_array(matrix)
+    rows: Any = sp.csr_array(matrix)
     size, entries = rows.shape[0], rows.nnz
     last = 2 * size + 1
     columns, offsets = (index.astype(np.int32, copy=False) for index in (rows.indices, rows.indptr))
