@@ -32,6 +32,8 @@ Data = Sequence[Tensor]
 BOUND = 1.3
 EXTRAS = ("PIQP", "PROXQP", "MOREAU")
 """What a plain installation lacks."""
+ALWAYS = ("CLARABEL", "DAQP", "INTERIOR", "SCS")
+"""What no installation lacks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,9 +249,9 @@ def _judged(task: _Task, kind: str, gradient: Any, settings: Settings) -> Iterat
     yield Target(title, 0.9, 1.0, seconds[first] / seconds[plain], False, f"{plain}, {first}")
     worst, pair = 1.0, ""
     seconds.pop("ECOS", None)  # never chosen where there is another
-    always = list(seconds).index("INTERIOR") if "INTERIOR" in seconds else len(seconds)
+    always = next((place for place, name in enumerate(seconds) if name in ALWAYS), len(seconds))
     for before, after in combinations(seconds, 2):
-        if list(seconds).index(before) > always:  # INTERIOR needs torch alone, so that none after it is ever chosen
+        if list(seconds).index(before) > always:  # none after one that is always there is ever chosen
             break
         if seconds[before] / seconds[after] > worst:
             worst, pair = seconds[before] / seconds[after], f"where {before} is there and {after} is the best"

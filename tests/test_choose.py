@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 
 from lpgd import (
     DAQP,
     ECOS,
+    OSQP,
     PIQP,
     SCS,
     Clarabel,
@@ -91,6 +93,13 @@ def test_a_known_situation_chooses_by_class_size_and_device() -> None:
     sparse = ConicStructure(SparsityPattern.empty(n, n), SparsityPattern((n, n), rows, rows), Cones(nonnegative=n))
     assert choose_solver(sparse, situation=Situation(augmented=False)).name == "HIGHS"
     assert choose_solver(sparse, situation=Situation(augmented=True)).name in ("PIQP", "CLARABEL")
+    # Rows of neighbours along a chain, or of any three variables, whose factors fill up.
+    chain, ends = SparsityPattern((n, n), rows, rows), np.repeat(rows[:600], 3)
+    near, far = ends + np.tile([0, 1, 2], 600), np.random.default_rng(0).integers(0, n, 1800)
+    for columns, first in ((near, (PIQP, Clarabel)), (far, (OSQP,))):
+        joined = scipy.sparse.csc_array((np.ones(1800), (ends, columns)), shape=(600, n))
+        structure = ConicStructure(chain, SparsityPattern.from_matrix(joined), Cones(nonnegative=600))
+        assert preference(structure, cpu)[0] in first
     program = dense(100, 120)
     assert preference(program, cpu)[0] is DAQP
     assert preference(dense(200, 240), cpu)[0] is DAQP
