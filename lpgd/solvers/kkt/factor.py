@@ -24,6 +24,7 @@ import scipy.sparse as sp
 from lpgd.arrays import BoolArray, FloatArray, IntArray, random_direction
 from lpgd.execution.interrupts import pause
 from lpgd.execution.threads import bounded_blas
+from lpgd.solvers.kkt.filtered import FILTERED, by_filter
 from lpgd.solvers.kkt.flat import is_flat, solve_flat
 from lpgd.solvers.kkt.packed import packed
 from lpgd.solvers.kkt.rank import RESIDUAL, ROUNDING, Known, One, by_eigenvalues, is_judged_exact
@@ -44,7 +45,7 @@ __all__ = [
 UNTHREADED = 500
 """Dense systems up to this size are factorised by one thread each."""
 EIGEN_LIMIT = 1500
-"""Singular systems up to this size are decided by their eigenvalues."""
+"""Singular systems up to this size are decided by all of their eigenvalues, where a few do not do."""
 PROXIMAL = 1e-7
 """The diagonal that makes a large singular system regular, and the iterations that take it out of the answer again."""
 PROXIMAL_ITERATIONS = 60
@@ -250,12 +251,17 @@ def _factorised(system: System, options: dict[str, Any]) -> One:
 def _as_singular(system: System) -> One:
     K, known = system.sparse(), system.known.select(0)
     scale = equilibration(largest_of_rows(K))
-    if system.right.size > EIGEN_LIMIT:
-        return _by_proximal_steps(system, scale)
-    if not known.damped:
+    small = system.right.size <= EIGEN_LIMIT
+    if small and not known.damped:
         flat = _flat(K.toarray(), system.right, np.zeros_like(system.primal), system.primal, known)
         if flat is not None:
             return flat
+    if system.right.size > FILTERED:
+        found = by_filter(scaled_by(K, scale), scale, system.right, system.primal, known)
+        if found is not None:
+            return found
+    if not small:
+        return _by_proximal_steps(system, scale)
     return by_eigenvalues(scaled_by(K, scale).toarray(), scale, system.right, system.primal, known)
 
 

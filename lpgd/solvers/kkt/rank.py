@@ -5,13 +5,26 @@ The words are those of :mod:`lpgd.solvers.kkt.factor`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lpgd.arrays import BoolArray, FloatArray
 
-__all__ = ["DOUBT", "NEAR", "RESIDUAL", "ROUNDING", "Known", "One", "by_eigenvalues", "is_judged_exact", "rank"]
+__all__ = [
+    "DOUBT",
+    "NEAR",
+    "RANK_CUTOFF",
+    "RESIDUAL",
+    "ROUNDING",
+    "Known",
+    "One",
+    "by_eigenvalues",
+    "is_judged_exact",
+    "rank",
+    "without_null",
+]
 
 ROUNDING = 1e-15
 """Relative error of a factorisation in double precision."""
@@ -86,17 +99,37 @@ def by_eigenvalues(scaled: FloatArray, scale: FloatArray, right: FloatArray, pri
             np.inf,
         )
     kept, doubt, explained = rank(sizes, known)
-    null = vectors[:, ~kept] * scale[:, None]
-    null, _ = np.linalg.qr(null)
-    moved = right - null @ (null.T @ right)
     inverse = np.divide(1.0, eigenvalues, out=np.zeros_like(eigenvalues), where=kept)
-    answer = scale * (vectors @ (inverse * (vectors.T @ (scale * moved))))
+
+    def solve(side: FloatArray) -> FloatArray:
+        return vectors @ (inverse * (vectors.T @ side))
+
+    return without_null(solve, vectors[:, ~kept], scale, right, primal, doubt if explained else np.inf)
+
+
+def without_null(
+    solve: Callable[[FloatArray], FloatArray],
+    null: FloatArray,
+    scale: FloatArray,
+    right: FloatArray,
+    primal: BoolArray,
+    doubt: float,
+) -> One:
+    """The minimum-norm answer.
+
+    Args:
+        solve: by the pseudo-inverse of the equilibrated matrix.
+        null: the vectors of that matrix that do not count, in columns.
+        scale, right, primal: of the system.
+        doubt: the share of the answer that the matrix's error may change.
+    """
+    null, _ = np.linalg.qr(null * scale[:, None])
+    moved = right - null @ (null.T @ right)
+    answer = scale * solve(scale * moved)
     answer -= null @ (null.T @ answer)
     consistent = bool(np.abs(moved - right).max(initial=0.0) <= RESIDUAL * np.abs(right).max(initial=1e-300))
     dual_only = bool(np.sum(null[primal] ** 2) < 1e-6)
-    if not explained:
-        doubt = np.inf
-    regular = bool(kept.all()) and doubt < DOUBT
+    regular = not null.shape[1] and doubt < DOUBT
     return answer, np.linalg.norm(null, axis=1), regular, dual_only, consistent, doubt
 
 

@@ -1,0 +1,77 @@
+"""Large singular sparse systems, against dense linear algebra, without all of their eigenvalues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from lpgd.arrays import BoolArray, FloatArray
+from lpgd.solvers.kkt import factor
+from lpgd.solvers.kkt.rank import Known
+
+ROWS, COPIES = 150, 3
+
+
+def planted(variables: int, dependent: int) -> tuple[Any, FloatArray, BoolArray]:
+    """``[P Aᵀ; A 0]`` with a chain's P, sparse rows of which the last are sums of others, and a right-hand side."""
+    rng = np.random.default_rng(dependent)
+    off = np.full(variables - 1, -1.0)
+    chain = sp.diags_array(np.full(variables, 2.5)) + sp.diags_array(off, offsets=1) + sp.diags_array(off, offsets=-1)
+    blocks = np.arange(variables) * ROWS // variables
+    A = sp.csr_array((rng.uniform(0.5, 2.0, variables), (blocks, np.arange(variables))), shape=(ROWS, variables))
+    sums = [A[[3 * copy]] - 2.0 * A[[3 * copy + 1]] for copy in range(dependent)]
+    A = sp.vstack([A, *sums])
+    K: Any = sp.csc_array(sp.block_array([[chain, A.T], [A, None]]))
+    return K, K @ rng.standard_normal(K.shape[0]), np.arange(K.shape[0]) < variables
+
+
+def no_eigenvalues(*_: Any) -> Any:
+    pytest.fail("all eigenvalues were asked for")
+
+
+@pytest.mark.parametrize("limit", [0, 1500])
+@pytest.mark.parametrize("dependent", [COPIES, 40])
+def test_the_answer_of_a_singular_system_is_the_shortest(
+    limit: int, dependent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = 300
+    K, right, primal = planted(variables, dependent)
+    monkeypatch.setattr(factor, "EIGEN_LIMIT", limit)
+    monkeypatch.setattr(factor, "by_eigenvalues", no_eigenvalues)
+    monkeypatch.setattr(factor, "_by_proximal_steps", no_eigenvalues)
+    entries = K.tocoo()
+    known = Known(np.full(1, 1e-13), np.zeros(1))
+    owner = np.zeros(right.size, dtype=np.int64)
+    system = factor.System(entries.row, entries.col, entries.data, right, owner, primal, 1, known)
+    found = factor.solve_sparse(system)
+    expected, *_ = np.linalg.lstsq(K.toarray(), right, rcond=1e-11)
+    np.testing.assert_allclose(found.answer, expected, atol=1e-9 * np.abs(expected).max())
+    assert not found.exact[0]
+    assert found.unique[0]
+    assert found.consistent[0]
+    # Every copy and what it repeats, and no other row.
+    involved = np.zeros(right.size, dtype=bool)
+    involved[variables + ROWS :] = True
+    for copy in range(dependent):
+        involved[variables + 3 * copy : variables + 3 * copy + 2] = True
+    assert ((found.null > 1e-6) == involved).all()
+    unsolvable = right.copy()
+    unsolvable[-1] += 1.0
+    system = factor.System(entries.row, entries.col, entries.data, unsolvable, owner, primal, 1, known)
+    assert not factor.solve_sparse(system).consistent[0]
+
+
+def test_damped_steps_are_those_of_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    K, right, primal = planted(450, COPIES)
+    monkeypatch.setattr(factor, "by_eigenvalues", no_eigenvalues)
+    entries, error = K.tocoo(), 1e-3
+    owner, known = np.zeros(right.size, dtype=np.int64), Known(np.full(1, error), np.zeros(1), damped=True)
+    system = factor.System(entries.row, entries.col, entries.data, right, owner, primal, 1, known)
+    found = factor.solve_sparse(system)
+    scale = 1.0 / np.sqrt(abs(K).max(axis=1).toarray().ravel())
+    scaled = scale[:, None] * K.toarray() * scale
+    step = np.linalg.solve(scaled @ scaled + error**2 * np.eye(right.size), scaled @ (scale * right))
+    np.testing.assert_allclose(found.answer, scale * step, atol=1e-9 * np.abs(step).max())
