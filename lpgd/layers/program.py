@@ -144,7 +144,7 @@ class ProgramLayer(OptimizationLayer):
             key = None
         frame = None if key is None else _frames.get(key)
         if frame is None:
-            expected = _expected(n, tensors)
+            expected = _expected(_variables(n, tensors), tensors)
             batch = check_inputs(expected, list(tensors.values()))
             matrices = {name: tensors[name] for name in ("P", "A", "G") if name in tensors}
             chosen = None
@@ -214,6 +214,16 @@ class ProgramLayer(OptimizationLayer):
             info.violation = _own_violation(info.violation, call).restored(restore)
         output.info, output.batch_shape = info, call.batch.batch_shape
         return output
+
+
+def _variables(n: int | str, tensors: dict[str, Any]) -> int | str:
+    """How many variables there are: n, the last size of the cost; or that of all matrices where the cost is a column.
+
+    So it is the cost that is refused then, and not the matrices.
+    """
+    cost = next(iter(tensors.values()))
+    columns = {_size(tensors[name], -1, "n") for name in ("P", "A", "G") if name in tensors}
+    return columns.pop() if n == 1 and columns == {_size(cost, -2, "n")} else n
 
 
 def _expected(n: int | str, tensors: dict[str, Any]) -> list[Expected]:

@@ -338,7 +338,8 @@ def _sharpest_first(
     all, Clarabel none, PIQP and INTERIOR two thirds; on sparse matrices those for sparse ones are faster.  What the
     former leave is another matter: an ill-conditioned P, for which an interior-point method is asked first.
     """
-    if not structure.quadratic.nnz or not structure.cones.is_polyhedral:
+    inequalities = structure.cones.nonnegative + structure.lower_index.size + structure.upper_index.size
+    if not inequalities or not structure.quadratic.nnz or not structure.cones.is_polyhedral:
         return tuple(others)
     sharp = [other for other in others if other.capabilities.active_set]
     if not is_dense(structure):
