@@ -273,3 +273,39 @@ def test_nearly_parallel_rows_take_as_many_steps_as_they_need(solver: str) -> No
         error = np.abs(solution.x.numpy() - programs.x).max(1) / np.abs(programs.x).max(1)
         worst = max(worst, float(error[solution.usable.numpy()].max(initial=0.0)))
     assert worst < 1e-6  # the condition of their active rows is up to 4e9
+
+
+def test_a_landing_on_least_fuel_has_stages_without_thrust() -> None:
+    # With the costate p_t, a chord of the unit ball between stages 16 and 42, thrust is none where |p_t| < 1, the
+    # largest along p_t where |p_t| > 1, and along p_t of any size at the chord's ends.  An interior-point method's
+    # 1e-3 instead of none is on no face of the cones, and Newton's method finds none from there.
+    stages, first, last, largest, duration = 60, 16, 42, 18.0, 0.15
+    gravity = np.array([0.0, 0.0, -9.8])
+    ends = np.array([[-0.2, -0.3, 1.0], [-0.22, -0.25, 1.0]])
+    ends /= np.linalg.norm(ends, axis=1, keepdims=True)
+    costate = ends[0] + (np.arange(stages)[:, None] - first) / (last - first) * (ends[1] - ends[0])
+    size = np.linalg.norm(costate, axis=1, keepdims=True)
+    thrust = np.where(size > 1.0, largest * costate / size, 0.0)
+    thrust[first], thrust[last] = 5.7 * ends[0], 8.9 * ends[1]
+    speed, place = np.zeros(3), np.zeros(3)
+    for stage in reversed(range(stages)):
+        before = speed - duration * (thrust[stage] + gravity)
+        speed, place = before, place - 0.5 * duration * (speed + before)
+
+    p, v, u = (cp.Variable((stages + count, 3)) for count in (1, 1, 0))
+    p0, v0 = cp.Parameter(3), cp.Parameter(3)
+    moves: list[Any] = [
+        v[1:] == v[:-1] + duration * (u + gravity[None]),
+        p[1:] == p[:-1] + 0.5 * duration * (v[1:] + v[:-1]),
+    ]
+    limits: list[Any] = [p[0] == p0, v[0] == v0, p[stages] == 0, v[stages] == 0, cp.norm(u, 2, axis=1) <= largest]
+    problem = cp.Problem(cp.Minimize(cp.sum(cp.norm(u, 2, axis=1))), moves + limits)
+    layer = lpgd.CvxpyLayer(problem, [p0, v0], [u])
+    at = torch.tensor(place, requires_grad=True), torch.tensor(speed, requires_grad=True)
+    (found,) = layer(*at)
+    np.testing.assert_allclose(found.detach().numpy(), thrust, atol=1e-8)
+    # What the landing costs changes with p₀ as the costate does in a unit of time, with v₀ as it is at the beginning.
+    gradients = torch.autograd.grad(found.norm(dim=1)[found.detach().norm(dim=1) > 1e-6].sum(), at)
+    slope = costate[1] - costate[0]
+    np.testing.assert_allclose(gradients[0].numpy(), slope / duration**2, rtol=1e-6)
+    np.testing.assert_allclose(gradients[1].numpy(), -(costate[0] - 0.5 * slope) / duration, rtol=1e-6)

@@ -207,7 +207,9 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
         if deadline is not None:
             left = deadline - time.time()
             others = tuple(replace(other, batch_time_limit=left) for other in others) if left > 0 else ()
-        return settled(attempt, others, _sharpest_first(self, others, problem.structure), executor, self.refine)
+        finest = None if problem.structure.cones.is_polyhedral else _finest((self, *others) if self.rescue else ())
+        sharpest = _sharpest_first(self, others, problem.structure)
+        return settled(attempt, others, sharpest, executor, self.refine, finest)
 
     def attempt(self, problem: ConicProblem, states: States = (), executor: Executor | None = None) -> ConicSolution:
         """This solver's own answer, judged; verdicts without a proof are its claims (``ConicSolution.proofs``)."""
@@ -320,6 +322,8 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
         return replace(self, **changes) if changes else self
 
 
+FINEST = 1e-11
+"""The tolerance at which a second answer is asked for."""
 _RESCUERS: list[type[ConicSolver]] = []
 
 
@@ -347,6 +351,12 @@ def _sharpest_first(
     rest = [other for other in others if not other.capabilities.active_set]
     first = 1 if asked.capabilities.active_set else 0
     return (*rest[:first], *sharp, *rest[first:])
+
+
+def _finest(solvers: Sequence[ConicSolver]) -> ConicSolver | None:
+    """The first that is as accurate as an interior-point method can be, and asked for that."""
+    fine = [solver for solver in solvers if solver.finest_tolerance <= FINEST]
+    return fine[0].with_tolerance(FINEST) if fine else None
 
 
 _KINDS = {
