@@ -191,9 +191,9 @@ class _SolveFunction(QuickFunction):
         tensors = (*cotangents[:-1], *ctx.saved_tensors)
         gradient = over_vectors(_DerivativeFunction, (ctx.call, ctx.source, needed), tensors)
         notices = ctx.call.info.gradients[-1].notices
-        for name, needed in zip(data._fields, needs, strict=True):
-            if needed and name in notices:
-                warn(notices[name])
+        names = [name for name, is_asked in zip(data._fields, needs, strict=True) if is_asked and name in notices]
+        for text in dict.fromkeys(notices[name] for name in names):
+            warn(text)
         gradient = (datum_gradient if needed else None for datum_gradient, needed in zip(gradient, needs, strict=True))
         return None, None, *gradient, *(None,) * ctx.attached
 

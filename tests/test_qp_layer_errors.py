@@ -90,6 +90,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "not square": (lambda: QP(ROW, V2), ValueError, r"P has shape \(1, 2\); expected \(\*batch, 2, 2\)"),
     "flat": (lambda: QP(V2, V2), ValueError, r"P has shape \(2,\); expected \(\*batch, 2, 2\)"),
     "no cost": (lambda: QP(I2, ONE[0]), ValueError, r"q has shape \(\); expected \(\*batch, n\)"),
+    "column": (lambda: QP(I2, V2[:, None]), ValueError, r"q has shape \(2, 1\); expected \(\*batch, 2\)"),
     "empty": (lambda: LP(torch.zeros(0)), ValueError, r"c has shape \(0,\): there is nothing"),
     "cost": (lambda: LP([1.0, 2.0]), TypeError, r"c is a list; pass a torch tensor: torch\.as_tensor\(c\)"),
     "columns": (

@@ -521,3 +521,15 @@ def test_where_the_rank_is_not_plain_the_eigenvalues_decide() -> None:
     rough = rank.Known(np.array([1e-4]), np.ones(1))
     K, right = flat_system(0, 12, 5)
     assert flat.solve_flat(K, np.ones(17), right, primal, rough.select(0)) is None
+
+
+def test_a_feasible_point_is_one_of_many_and_said_once() -> None:
+    """Of p <= x <= p + 1 any point is a solution, and no constraint depends on another."""
+    x, p = cp.Variable(2), cp.Parameter(2)
+    layer = CvxpyLayer(cp.Problem(cp.Minimize(0), [x >= p, x <= p + 1]), [p], [x])
+    (found,) = layer(torch.zeros(2, dtype=torch.float64, requires_grad=True))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found.sum().backward()
+    (message,) = (str(warning.message) for warning in caught)
+    assert "their solutions are not unique" in message

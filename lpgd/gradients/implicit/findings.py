@@ -140,8 +140,9 @@ class Findings:
             )
         if self.curved:
             warn(f"{method}: the multipliers of elements {named(self.curved)} {CURVED}")
-        for places, names in ((self.dependent, ("A", "b")), (self.dependent_bounds, ("lower", "upper"))):
-            if places:
+        singular = {*self.loose, *self.contradicted}  # which says more
+        for dependent, names in ((self.dependent, ("A", "b")), (self.dependent_bounds, ("lower", "upper"))):
+            if places := [place for place in dependent if place not in singular]:
                 info.notices |= dict.fromkeys(names, _MULTIPLIERS.format(method=method, elements=named(places)))
 
 

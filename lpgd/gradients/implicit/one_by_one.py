@@ -180,7 +180,10 @@ def _of_bounds(located: Located, side: float) -> ConicPoint:
 
 
 def _involved(located: Located) -> Tensor:
-    """(E, n) variables that have a curvature or stand in a row that may be active: others are left where they are."""
+    """(E, n) variables that have a curvature or a tilt, or stand in a row that may be active.
+
+    Others are left where they are.
+    """
     problem = located.problem
     structure, size = problem.structure, problem.batch_size
     linear = structure.cones.sections["nonnegative"]
@@ -192,6 +195,7 @@ def _involved(located: Located) -> Tensor:
     involved.index_add_(1, from_numpy(structure.constraint.columns).to(v.device), entries.to(involved.dtype))
     curved = (per_element(problem.data.P, size) != 0).to(involved.dtype)
     involved.index_add_(1, from_numpy(structure.quadratic.columns).to(v.device), curved)
+    involved += (located.tilt.x != 0).to(involved.dtype)
     return involved.clamp(max=1.0)
 
 
