@@ -311,6 +311,27 @@ def test_cvxpy_layer_with_vmap_and_float32() -> None:
     )
 
 
+def test_small_solutions_are_found_beside_elements_that_are_relaxed() -> None:
+    """minimise Σ x subject to Σ log(x) ≥ p, w Σ x ≤ 1: x = exp(p / 3), or, at w = 2 and p = 0, there is none."""
+    x, p, w = cp.Variable(3), cp.Parameter(), cp.Parameter(nonneg=True)
+    problem = cp.Problem(cp.Minimize(cp.sum(x)), [cp.sum(cp.log(x)) >= p, w * cp.sum(x) <= 1])
+    layer = CvxpyLayer(problem, [p, w], [x], on_error="relax")
+    values = torch.tensor([-40.0, 0.0, -50.0], dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([0.0, 2.0, 0.0], dtype=torch.float64)
+    output = layer(values, weights)
+    (gradient,) = torch.autograd.grad(output[0].sum(), values)
+    assert output.info.solution.relaxed == [1]
+    solved = [0, 2]
+    expected = torch.exp(values.detach() / 3)
+    torch.testing.assert_close(output[0][solved], expected[solved, None].expand(2, 3), rtol=1e-7, atol=0)
+    torch.testing.assert_close(gradient[solved], expected[solved], rtol=1e-6, atol=0)
+    assert layer.solve(values, weights).relaxed == [1]
+    with torch.no_grad():
+        alone = layer(values[1:2], weights[1:2])
+    assert torch.equal(alone[0][0], output[0][1])
+    assert torch.equal(alone.info.violation.size[0], output.info.violation.size[1])
+
+
 def test_multipliers_of_relaxed_elements_have_no_gradient() -> None:
     data = program(3)
     data["q"] = data["q"].requires_grad_()

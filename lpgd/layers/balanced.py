@@ -15,6 +15,7 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicStructure
 from lpgd.solvers.centred import Search, Solve
+from lpgd.solvers.relaxed import RELAXED
 
 __all__ = ["balanced", "in_own_coordinates", "is_of_other_coordinates"]
 
@@ -26,6 +27,7 @@ def balanced(
     solve: Solve,
     *,
     augmented: bool,
+    relaxes: bool,
 ) -> tuple[Balance | None, ConicSolution | None]:
     """The coordinates in which a batch is solved, and its solution there.
 
@@ -33,6 +35,7 @@ def balanced(
         structure, data, size: of the batch.
         solve: of the call.
         augmented: the gradient method adds something to the objective, which is to be of the variables as they are.
+        relaxes: elements without a feasible point are to be in their own coordinates.
 
     Returns:
         Coordinates, None for the batch's own; and solution, None where there are no others.  Within transforms of
@@ -47,6 +50,8 @@ def balanced(
         values = ConicData(*(plain(datum) for datum in shown))
         search = Search(balancing, values, count, solve, augmented)
         balance, solution = search.centred(*search.from_data())
+        if relaxes:
+            balance, solution = search.plain_where(RELAXED, balance, solution)
         solutions.append(solution)
         if balance is None:
             return None

@@ -140,12 +140,14 @@ class BaseLayer(torch.nn.Module, ABC):
         self._remember(info.solution, batch, call.solver)
         return outputs, info
 
-    def _plain(self, problem: AnyProblem, batch: Batch, call: CallOptions, warm_start: WarmStart) -> Any:
-        """Solve a batch: the solver's whole answer."""
+    def _plain(
+        self, problem: AnyProblem, batch: Batch, call: CallOptions, warm_start: WarmStart, *, relaxes: bool = True
+    ) -> Any:
+        """Solve a batch: the solver's whole answer, relaxed where that is the layer's and ``relaxes``."""
         problem = problem.with_data(problem.data._make(plain(datum) for datum in problem.data))
         with progress(self.progress, "solve", problem.batch_size):
             solution = call.solver.solve(problem, self._states(warm_start, problem.structure, batch), call.executor)
-            if self.on_error == "relax":
+            if self.on_error == "relax" and relaxes:
                 solution = relax(solution, call.solver, call.executor)
         self._remember(solution, batch, call.solver)
         return solution
@@ -310,6 +312,8 @@ class OptimizationLayer(BaseLayer):
         balance, known = self._balance(structure, data, batch, call, warm_start)
         if known is None:
             return self._plain(problem, batch, call, warm_start)
+        if self.on_error == "relax":
+            known = relax(known, call.solver, call.executor)
         return known if balance is None else in_own_coordinates(known, problem, balance)
 
     def _balance(
@@ -317,19 +321,17 @@ class OptimizationLayer(BaseLayer):
     ) -> tuple[Balance | None, ConicSolution | None]:
         """The coordinates in which a call is solved, and the solution there; None where there are no other ones.
 
-        Violations of relaxed programs are measured in their own coordinates.
+        The solution is not relaxed yet, and what may be is in its own coordinates, in which violations are measured.
         """
-        if self.on_error == "relax":
-            return None, None
         size = batch.batch_size
 
         def solve(problem: ConicProblem, *, cold: bool) -> ConicSolution:
             with threads_of(call.solver):
-                return self._plain(
-                    problem, batch, call, warm_start if problem.batch_size == size and not cold else False
-                )
+                start = warm_start if problem.batch_size == size and not cold else False
+                return self._plain(problem, batch, call, start, relaxes=False)
 
-        return balanced(structure, data, size, solve, augmented=_is_augmented(call.gradient))
+        relaxes = self.on_error == "relax"
+        return balanced(structure, data, size, solve, augmented=_is_augmented(call.gradient), relaxes=relaxes)
 
     def _readings(self, structure: ConicStructure) -> Sequence[Reading]:
         """How primal outputs are read off the variables of a program."""

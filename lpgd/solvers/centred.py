@@ -8,7 +8,7 @@ it; until an answer is known well enough in coordinates of its own, or it is INA
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -115,6 +115,16 @@ class Search:
             balance, solution, taken = self._again(balance, solution, other, elements, _is_nearer)
             elements = self._doubtful(solution, taken)
         return balance, _inaccurate(solution, self._around(balance, solution, elements)[1])
+
+    def plain_where(
+        self, failures: Collection[Status], balance: Balance | None, solution: ConicSolution
+    ) -> tuple[Balance | None, ConicSolution]:
+        """The same with elements that end so, and have no point, in the coordinates that they have by themselves."""
+        elements = [element for element, status in enumerate(solution.statuses) if status in failures]
+        if balance is None or not elements:
+            return balance, solution
+        balance = balance.where(elements, balance.plain())
+        return balance, replace(solution, problem=balance.problem(self.data), systems=())
 
     def _of(self, exponents: FloatArray, origin: FloatArray | None = None) -> Balance:
         balance = Balance.of(self.balancing, self.size, exponents, origin).to(self.data.q.device)

@@ -26,7 +26,7 @@ from lpgd.solvers.choose import choose_solver
 from lpgd.solvers.kkt.refinement import refine
 from lpgd.status import Status
 
-__all__ = ["relax", "solver_of_relaxed"]
+__all__ = ["RELAXED", "relax", "solver_of_relaxed"]
 
 _log = logging.getLogger("lpgd")
 FIRST = 1e-3
