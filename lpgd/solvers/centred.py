@@ -108,13 +108,20 @@ class Search:
         if balance is None:
             balance = self._of(np.zeros((1, self.balancing.structure.n + self.balancing.turning.size)))
             solution = replace(solution, problem=balance.problem(self.data), systems=())
-        for number in range(ROUNDS):
+        moved = set[int]()
+        for _ in range(ROUNDS):
             other, elements = self._around(balance, solution, elements)
             if not elements:
-                return (balance, solution) if number else before
+                break
             balance, solution, taken = self._again(balance, solution, other, elements, _is_nearer)
+            moved.update(taken)
             elements = self._doubtful(solution, taken)
-        return balance, _inaccurate(solution, self._around(balance, solution, elements)[1])
+        else:
+            solution = _inaccurate(solution, self._around(balance, solution, elements)[1])
+        if any(solution.statuses[element].has_iterate for element in moved):
+            return balance, solution
+        # Who has no point needs no coordinates, and changes no bit of the others.
+        return before[0], replace(before[1], statuses=solution.statuses, proofs=solution.proofs)
 
     def plain_where(
         self, failures: Collection[Status], balance: Balance | None, solution: ConicSolution
