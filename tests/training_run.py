@@ -75,6 +75,7 @@ class Training:
 def main() -> None:
     folder, steps, events = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     warnings.simplefilter("ignore")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have commands in the background ignore it
     torch.set_num_threads(1)
     processes = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
     with processes if events != ["nothing"] else lpgd.SerialExecutor() as pool:
