@@ -40,3 +40,12 @@ def test_values_that_variables_have_do_not_matter() -> None:
     x.save_value(np.array([-1e-9, 0.5, 0.5]))  # as a solver leaves them
     (after,) = lpgd.CvxpyLayer(problem, [p], [x])(target)
     assert torch.equal(before, after)
+
+
+def test_bounds_of_a_boolean_variable_may_be_a_parameter() -> None:
+    a, costs = cp.Parameter(2), np.array([1.0, 2.0])
+    switch = cp.Variable(2, boolean=True, bounds=[np.zeros(2), a])
+    layer = lpgd.CvxpyLayer(cp.Problem(cp.Maximize(costs @ switch)), [a], [switch], gradient=lpgd.LPGD(tau=1.0))
+    ends = torch.tensor([[1.0, 0.5], [0.2, 1.5], [0.0, 0.9]], dtype=torch.float64)
+    (found,) = layer(ends)
+    torch.testing.assert_close(found, (ends >= 1.0).double(), atol=1e-9, rtol=0)  # 1 fits below its end, or it is 0
