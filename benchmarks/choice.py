@@ -30,9 +30,9 @@ __all__ = ["run"]
 Data = Sequence[Tensor]
 
 BOUND = 1.3
-EXTRAS = ("PIQP", "PROXQP", "MOREAU")
+EXTRAS = ("PROXQP", "MOREAU")
 """What a plain installation lacks."""
-ALWAYS = ("CLARABEL", "DAQP", "INTERIOR", "SCS")
+ALWAYS = ("CLARABEL", "DAQP", "INTERIOR", "PIQP", "SCS")
 """What no installation lacks."""
 
 
