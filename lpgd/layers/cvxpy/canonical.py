@@ -38,7 +38,7 @@ from lpgd.cones.product import Cones
 from lpgd.layers.cvxpy.affine import AffineMatrix, Bounds, consecutive_rows, reordered, selection, switched
 from lpgd.layers.cvxpy.implied import dependent_rows, implied_rows, never_negative
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
-from lpgd.layers.cvxpy.restated import is_set, reducible, with_plain_forms
+from lpgd.layers.cvxpy.restated import is_set, reducible, with_plain_forms, with_single_halves
 
 __all__ = ["canonicalise"]
 
@@ -107,7 +107,7 @@ def canonicalise(
     _check_problem(problem, gp)
     _check_parameters(problem, parameters)
     owners = _check_variables(problem, variables)
-    reduced = _reduce(problem if gp else with_plain_forms(problem), gp)
+    reduced = _reduce(problem if gp else with_single_halves(with_plain_forms(problem)), gp)
     layouts, order = _parameter_layouts(parameters, reduced)
     boundaries = np.array([0, *(layout.columns.stop for layout in layouts)], dtype=np.int64)
 
