@@ -34,13 +34,19 @@ DENSE_LIMIT, EMPTY_LIMIT, FILLED = 400, 200, 0.2
 """Systems up to this size are factorised densely, nearly empty ones up to the second, others where that is filled."""
 EMPTY_ROWS = 4
 """Entries of a row, on average, of a nearly empty system: one along a chain."""
+NARROW, NARROW_LIMIT = 8, 250
+"""Above the second size, systems with a nearly diagonal P and no more than an eighth as many rows, full or not, as
+variables are factorised sparsely: only the rows fill up."""
 
 
 def is_dense(structure: ConicStructure) -> bool:
     """Whether systems are factorised densely."""
+    size, quadratic = structure.n + structure.m, structure.quadratic.nnz
     filled = structure.mixed_entries > FILLED * max(structure.m * structure.n, 1)
-    size = structure.n + structure.m
-    empty = structure.quadratic.nnz + 2 * structure.constraint.nnz <= EMPTY_ROWS * size
+    empty = quadratic + 2 * structure.constraint.nnz <= EMPTY_ROWS * size
+    narrow = structure.n <= quadratic <= EMPTY_ROWS * structure.n and NARROW * structure.m <= structure.n
+    if narrow and size > NARROW_LIMIT:
+        return False
     return filled or size <= (EMPTY_LIMIT if empty else DENSE_LIMIT)
 
 
