@@ -17,6 +17,7 @@ from torch import Tensor
 import lpgd
 from lpgd import LPGD, CvxpyLayer, ImplicitKKT, QPLayer
 from lpgd.gradients import GradientMethod
+from lpgd.problems.conic.solution import ConicSolution
 
 pytestmark = pytest.mark.filterwarnings("error::lpgd.LpgdWarning")
 
@@ -163,3 +164,31 @@ def test_messages_begin_with_the_options_that_are_not_the_defaults() -> None:
     assert str(LPGD(1.0, separate=True)) == "LPGD(tau=1.0, separate=True)"
     for method in (ImplicitKKT(rho=0.5), LPGD(tau=0.1, rho=0.2), lpgd.Domke(), lpgd.LagrangianMirrorDescent(0.5)):
         assert eval(str(method), vars(lpgd)) == method
+
+
+def test_an_answer_that_another_solver_sharpens_is_no_solver_left_behind() -> None:
+    """Huber regression, whose residuals near the bend are in doubt: against Newton's method on the smooth objective."""
+    r = np.random.default_rng(10)
+    F, weights = r.standard_normal((200, 50)), np.r_[r.standard_normal(8), np.zeros(42)]
+    observed = F @ weights + 0.3 * r.standard_t(3, 200)
+    x, y = cp.Variable(50), cp.Parameter(200)
+    problem = cp.Problem(cp.Minimize(cp.sum(cp.huber(F @ x - y)) / 200 + 0.01 * cp.sum_squares(x)))
+    output = CvxpyLayer(problem, [y], [x])(torch.from_numpy(observed))
+    exact, slope = np.zeros(50), np.ones(50)
+
+    def value(point: np.ndarray) -> float:
+        size = np.abs(F @ point - observed)
+        return float(np.where(size <= 1.0, size**2, 2 * size - 1).sum() / 200 + 0.01 * point @ point)
+
+    while np.abs(slope).max() > 1e-13:
+        residual = F @ exact - observed
+        curved = np.abs(residual) <= 1.0
+        slope = F.T @ (2 * np.clip(residual, -1, 1)) / 200 + 0.02 * exact
+        step = np.linalg.solve(2 * (F[curved].T @ F[curved]) / 200 + 0.02 * np.eye(50), slope)
+        exact = min((exact - 0.5**power * step for power in range(12)), key=value)
+    np.testing.assert_allclose(output[0], exact, rtol=1e-9, atol=1e-12)
+    solution = output.info.solution
+    assert isinstance(solution, ConicSolution)
+    assert solution.rescued == {}
+    assert solution.sharpened is not None
+    assert (solution.solvers[0] != solution.asked) == bool(solution.sharpened[0])

@@ -248,13 +248,13 @@ def test_verdicts_that_are_right() -> None:
 
 def test_answers_of_order_one_are_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a logistic regression with points that are classified by far, and an entropy."""
-    calls, solve = list[int](), ConicSolver.solve
+    calls, attempt = list[int](), ConicSolver.attempt
 
     def counted(self: ConicSolver, problem: Any, *args: Any, **keywords: Any) -> Any:
         calls.append(problem.batch_size)
-        return solve(self, problem, *args, **keywords)
+        return attempt(self, problem, *args, **keywords)
 
-    monkeypatch.setattr(ConicSolver, "solve", counted)
+    monkeypatch.setattr(ConicSolver, "attempt", counted)
     numbers = np.random.default_rng(0)
     features, w, c = (
         numbers.normal(size=(40, 3)) * np.geomspace(0.1, 30.0, 40)[:, None],
@@ -269,3 +269,28 @@ def test_answers_of_order_one_are_solved_once(monkeypatch: pytest.MonkeyPatch) -
     problem = cp.Problem(cp.Maximize(cp.sum(cp.entr(x)) + c @ x), [whole == 1])
     lpgd.CvxpyLayer(problem, [c], [x])(double(numbers.normal(size=(5, 3))))
     assert calls == [5, 5]
+
+
+def test_other_coordinates_are_tried_before_other_solvers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Poisson regression on counts of 1e4, against Newton's method on its smooth objective."""
+
+    def asked(*_: object) -> None:
+        raise AssertionError("another solver is asked")
+
+    for other in (lpgd.SCS, lpgd.ECOS):
+        monkeypatch.setattr(other, "solve_posed", asked)
+    r = np.random.default_rng(25)
+    X = np.c_[0.4 * r.standard_normal((200, 10)), np.ones(200)]
+    counts = r.poisson(1e4 * np.exp(X[:, :10] @ r.standard_normal(10) / 2)).astype(float)
+    w, y = cp.Variable(11), cp.Parameter(200, nonneg=True)
+    objective = cp.sum(cp.exp(X @ w)) - y @ (X @ w) + 0.1 * cp.sum_squares(w)
+    values = torch.from_numpy(counts).requires_grad_()
+    (found,) = lpgd.CvxpyLayer(cp.Problem(cp.Minimize(objective)), [y], [w])(values)
+    exact = np.linalg.lstsq(X, np.log(counts + 1.0))[0]
+    for _ in range(30):
+        rates = np.exp(X @ exact)
+        hessian = (X.T * rates) @ X + 0.2 * np.eye(11)
+        exact -= np.linalg.solve(hessian, X.T @ (rates - counts) + 0.2 * exact)
+    np.testing.assert_allclose(found.detach(), exact, rtol=1e-9, atol=1e-9)
+    found[0].backward()
+    np.testing.assert_allclose(values.grad, X @ np.linalg.solve(hessian, np.eye(11)[0]), rtol=1e-7, atol=1e-12)

@@ -263,3 +263,19 @@ def test_determinants(trace: float) -> None:
     X, size, C = cp.Variable((2, 2), symmetric=True), cp.Parameter(nonneg=True), np.array([[2.0, 0.5], [0.5, 1.0]])
     layer = lpgd.CvxpyLayer(cp.Problem(cp.Maximize(cp.log_det(X)), [cp.trace(C @ X) <= size]), [size], [X])
     np.testing.assert_allclose(layer(double(trace))[0] / trace, np.linalg.inv(C) / 2, atol=1e-8)
+
+
+@pytest.mark.parametrize("side", [21, 24])
+def test_projection_onto_semidefinite_matrices_by_either_factorisation(side: int) -> None:
+    """Dense blocks of large matrices want another factorisation than all else; both are exact."""
+    r = np.random.default_rng(side)
+    given = r.standard_normal((side, side))
+    given += given.T
+    values, vectors = np.linalg.eigh(given)
+    X, Y = cp.Variable((side, side), PSD=True), cp.Parameter((side, side), symmetric=True)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(X - Y)))
+    for solver in (lpgd.Clarabel(), lpgd.Clarabel(direct_solve_method="qdldl")):
+        (found,) = lpgd.CvxpyLayer(problem, [Y], [X], solver=solver)(double(given))
+        np.testing.assert_allclose(found, (vectors * values.clip(0)) @ vectors.T, atol=1e-9)
+    assert lpgd.Clarabel().method_for(Cones(semidefinite=(2, side))) == ("faer" if side > 21 else "qdldl")
+    assert lpgd.Clarabel().method_for(Cones(second_order=(1000,))) == "qdldl"

@@ -49,7 +49,7 @@ def balanced(
     def making(shown: Sequence[Tensor], count: int) -> tuple[Tensor, ...] | None:
         values = ConicData(*(plain(datum) for datum in shown))
         search = Search(balancing, values, count, solve, augmented)
-        balance, solution = search.centred(*search.from_data())
+        balance, solution = search.found()
         if relaxes:
             balance, solution = search.plain_where(RELAXED, balance, solution)
         solutions.append(solution)

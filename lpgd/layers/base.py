@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -141,12 +141,21 @@ class BaseLayer(torch.nn.Module, ABC):
         return outputs, info
 
     def _plain(
-        self, problem: AnyProblem, batch: Batch, call: CallOptions, warm_start: WarmStart, *, relaxes: bool = True
+        self,
+        problem: AnyProblem,
+        batch: Batch,
+        call: CallOptions,
+        warm_start: WarmStart,
+        *,
+        relaxes: bool = True,
+        alone: bool = False,
     ) -> Any:
         """Solve a batch: the solver's whole answer, relaxed where that is the layer's and ``relaxes``."""
+        solver = cast(Any, call.solver)
+        solve = solver.solve_alone if alone else solver.solve
         problem = problem.with_data(problem.data._make(plain(datum) for datum in problem.data))
         with progress(self.progress, "solve", problem.batch_size):
-            solution = call.solver.solve(problem, self._states(warm_start, problem.structure, batch), call.executor)
+            solution = solve(problem, self._states(warm_start, problem.structure, batch), call.executor)
             if self.on_error == "relax" and relaxes:
                 solution = relax(solution, call.solver, call.executor)
         self._remember(solution, batch, call.solver)
@@ -325,10 +334,10 @@ class OptimizationLayer(BaseLayer):
         """
         size = batch.batch_size
 
-        def solve(problem: ConicProblem, *, cold: bool) -> ConicSolution:
+        def solve(problem: ConicProblem, *, cold: bool, alone: bool) -> ConicSolution:
             with threads_of(call.solver):
                 start = warm_start if problem.batch_size == size and not cold else False
-                return self._plain(problem, batch, call, start, relaxes=False)
+                return self._plain(problem, batch, call, start, relaxes=False, alone=alone)
 
         relaxes = self.on_error == "relax"
         return balanced(structure, data, size, solve, augmented=_is_augmented(call.gradient), relaxes=relaxes)

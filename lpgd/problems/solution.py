@@ -104,7 +104,7 @@ class Solution(Generic[ProblemT_co, PointT_co]):
 
     @property
     def rescued(self) -> dict[str, int]:
-        """How many elements were solved by another solver than the one that was asked, by its name."""
+        """How many elements were solved by another solver than the one that was asked and left them, by its name."""
         return {}
 
     @property

@@ -196,6 +196,17 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
         Every solver is asked, and its answer judged, in the same way (:mod:`lpgd.solvers.posed`): in units of order 1,
         with statuses that are shown by residuals and certificates.
         """
+        return self._with_others(problem, states, executor, alone=False)
+
+    def solve_alone(
+        self, problem: ConicProblem, states: States = (), executor: Executor | None = None
+    ) -> ConicSolution:
+        """The same without other solvers, for what is solved again elsewhere; verdicts without a proof are errors."""
+        return self._with_others(problem, states, executor, alone=True)
+
+    def _with_others(
+        self, problem: ConicProblem, states: States, executor: Executor | None, *, alone: bool
+    ) -> ConicSolution:
         reason = self.unsupported(problem.structure)
         if reason is not None:
             raise ValueError(f"{reason}; lpgd.available(structure) lists the solvers that can solve this problem.")
@@ -203,7 +214,7 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
         attempt = self.attempt(problem, states, executor)
         if is_settled(attempt, self.refine):
             return attempt
-        others = self.others(problem.structure) if self.rescue else ()
+        others = self.others(problem.structure) if self.rescue and not alone else ()
         if deadline is not None:
             left = deadline - time.time()
             others = tuple(replace(other, batch_time_limit=left) for other in others) if left > 0 else ()

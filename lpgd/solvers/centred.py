@@ -31,7 +31,7 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData
 from lpgd.solvers.posed import VERDICTS
-from lpgd.solvers.rescue import merged
+from lpgd.solvers.rescue import OPEN, merged
 from lpgd.status import Status
 
 __all__ = ["Search", "Solve"]
@@ -49,9 +49,9 @@ ROUNDS = 5
 
 
 class Solve(Protocol):
-    """Solves some elements, from the warm start of the call or cold."""
+    """Solves some elements, from the warm start of the call or cold; alone: without asking other solvers."""
 
-    def __call__(self, problem: ConicProblem, *, cold: bool) -> ConicSolution: ...
+    def __call__(self, problem: ConicProblem, *, cold: bool, alone: bool) -> ConicSolution: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +63,7 @@ class Search:
         data, size: of the batch, plain.
         solve: of the call.
         augmented: the gradient method adds something to the objective, which is to be of the variables as they are.
+        alone: no other solver is asked.
     """
 
     balancing: Balancing
@@ -70,6 +71,17 @@ class Search:
     size: int
     solve: Solve
     augmented: bool
+    alone: bool = False
+
+    def found(self) -> tuple[Balance | None, ConicSolution]:
+        """Coordinates, and the solution there; None for the batch's own.
+
+        What a solver leaves is looked at in other coordinates first, which takes milliseconds, and other solvers are
+        asked only where that leaves something: one of first order takes seconds to end at its limit.
+        """
+        quick = replace(self, alone=True)
+        found = quick.centred(*quick.from_data())
+        return self.centred(*self.from_data()) if any(status in OPEN for status in found[1].statuses) else found
 
     def from_data(self) -> tuple[Balance | None, ConicSolution]:
         """The coordinates that the data ask for, and the solution there; None for the batch's own.
@@ -80,9 +92,11 @@ class Search:
         """
         exponents = self.balancing(self.data, self.size)
         if exponents is None:
-            return None, self.solve(ConicProblem(self.balancing.structure, self.data, self.size), cold=False)
+            return None, self.solve(
+                ConicProblem(self.balancing.structure, self.data, self.size), cold=False, alone=self.alone
+            )
         balance = self._of(exponents)
-        solution = self.solve(balance.problem(self.data), cold=False)
+        solution = self.solve(balance.problem(self.data), cold=False, alone=self.alone)
         # A point that is far smaller than its coordinates is known no better than they are.
         largest = solution.x.abs().amax(1).cpu()
         unfit = [
@@ -150,7 +164,7 @@ class Search:
         Elements whose answers are not, and were SOLVED, are INACCURATE.
         """
         index = as_index(elements, solution.x.device)
-        again = self.solve(other.problem(self.data).select(index), cold=True)
+        again = self.solve(other.problem(self.data).select(index), cold=True, alone=self.alone)
         taken = [
             is_better(status, solution.statuses[element])
             for element, status in zip(elements, again.statuses, strict=True)

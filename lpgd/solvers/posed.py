@@ -224,6 +224,7 @@ def judged(
         solvers=(solver,) * size,
         proofs=tuple(proofs),
         rays=rays,
+        sharpened=torch.zeros(size, dtype=torch.bool),
     )
     if not nothing:
         result.__dict__["residuals"] = residuals  # what the cached property would compute

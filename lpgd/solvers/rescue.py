@@ -22,10 +22,11 @@ from lpgd.solvers.kkt.refinement import is_cheap, is_small
 from lpgd.solvers.posed import VERDICTS
 from lpgd.status import Status
 
-__all__ = ["is_settled", "merged", "settled"]
+__all__ = ["OPEN", "is_settled", "merged", "settled"]
 
 _log = logging.getLogger("lpgd")
-_OPEN = (Status.INACCURATE, Status.ITERATION_LIMIT, Status.NUMERICAL_ERROR)
+OPEN = (Status.INACCURATE, Status.ITERATION_LIMIT, Status.NUMERICAL_ERROR)
+"""What other solvers are asked about."""
 VAGUE, GAIN = 1e-12, 1e-2
 """Refined answers to linear and quadratic programs leave rounding of the optimality conditions, unless the solver was
 too far from the active set.  Of small programs a second solver is asked about those that leave more, relative to the
@@ -93,7 +94,7 @@ def settled(
     claims = {element: {attempt.statuses[element]} for element in _unproven(attempt)}
     sharpest = others if sharpest is None else sharpest
     for other in others if claims else sharpest:
-        elements = [element for element, status in enumerate(attempt.statuses) if status in _OPEN or element in claims]
+        elements = [element for element, status in enumerate(attempt.statuses) if status in OPEN or element in claims]
         if not elements:
             break
         again = other.attempt(attempt.problem.select(as_index(elements, attempt.x.device)), (), executor)
@@ -146,6 +147,7 @@ def _sharpened(solution: ConicSolution, others: Sequence[Attempting], executor: 
         assert again.known_to is not None
         better = flags(again.known_to < GAIN * solution.known_to[elements])
         taken = [good and status is Status.SOLVED for good, status in zip(better, again.statuses, strict=True)]
+        again = replace(again, sharpened=torch.ones_like(again.known_to, dtype=torch.bool))
         solution = merged(solution, elements, again, taken)
     return solution
 
@@ -208,7 +210,7 @@ def merged(
         for place, target in zip(places, targets, strict=True):
             values[target] = getattr(other, name)[place]
         changes[name] = tuple(values)
-    for name in ("known_to", "known_before", "refined", "isolated"):
+    for name in ("known_to", "known_before", "refined", "isolated", "sharpened"):
         if getattr(solution, name) is None or getattr(other, name) is None:
             changes[name] = None
             continue

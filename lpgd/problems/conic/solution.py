@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, IntArray
+from lpgd.arrays import FloatArray, IntArray, flags
 from lpgd.problems.base import States
 from lpgd.problems.conic.activity import ActiveSet, active_set
 from lpgd.problems.conic.problem import ConicProblem
@@ -69,6 +69,8 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
         known_before: (B,) the same of the solver's own answer, before it was refined.
         refined: (B,) how many of Newton's steps were taken from the solver's answer.
         isolated: (B,) whether these steps show that it is the only solution nearby.
+        sharpened: (B,) whether the solver that was asked solved the element, and another one's answer, which is known
+            far better, was taken.
         rays: what solvers take for proofs, (B, ·) each: multipliers y of elements that are said to be infeasible, a
             direction x of unbounded ones; None where there are no such elements.
     """
@@ -91,6 +93,7 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     known_before: Tensor | None = None
     refined: Tensor | None = None
     isolated: Tensor | None = None
+    sharpened: Tensor | None = None
     rays: ConicPoint | None = None
 
     _tensors: ClassVar[tuple[str, ...]] = ("x", "y", "z", "slack", "iterations", "setup_seconds", "solve_seconds")
@@ -105,7 +108,7 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
         kept: dict[str, Any] = {
             name: tuple(record[i] for i in elements) if record else record for name, record in records.items()
         }
-        for name in ("known_to", "known_before", "refined", "isolated"):
+        for name in ("known_to", "known_before", "refined", "isolated", "sharpened"):
             values = getattr(self, name)
             kept[name] = values if values is None else values[elements.to(values.device)]
         kept["rays"] = None if self.rays is None else self.rays.select(elements.to(self.rays.x.device))
@@ -123,7 +126,8 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
     def _between(self, start: int, stop: int) -> Self:
         """The solutions of these elements, which are views."""
         changes: dict[str, Any] = {}
-        for name in (*self._tensors, *self._tuples, "solvers", "proofs", "known_to", "known_before", "refined"):
+        names = ("solvers", "proofs", "known_to", "known_before", "refined", "sharpened")
+        for name in (*self._tensors, *self._tuples, *names):
             values = getattr(self, name)
             changes[name] = values if values is None else values[start:stop]
         rays = None if self.rays is None else ConicPoint(*(ray[start:stop] for ray in self.rays))
@@ -131,10 +135,12 @@ class ConicSolution(Solution[ConicProblem, ConicPoint]):
 
     @property
     def rescued(self) -> dict[str, int]:
-        """How many elements were solved by another solver than the one that was asked, by its name."""
+        """How many elements were solved by another solver than the one that was asked and left them, by its name."""
         if self.solvers.count(self.asked) == len(self.solvers):
             return {}
-        solved = (name for name, status in zip(self.solvers, self.statuses, strict=False) if status.usable)
+        left = [True] * len(self.solvers) if self.sharpened is None else flags(~self.sharpened)
+        every = zip(self.solvers, self.statuses, left, strict=False)
+        solved = (name for name, status, is_left in every if status.usable and is_left)
         return {name: count for name, count in Counter(solved).items() if name not in (self.asked, NEWTON)}
 
     @property

@@ -121,6 +121,7 @@ def judged_flawless(answer: ConicSolution, solver: str) -> ConicSolution | None:
         known_before=from_numpy(known_to.copy()),
         refined=nothing,
         isolated=nothing.bool(),
+        sharpened=nothing.bool(),
         asked=solver,
         solvers=(solver,) * size,
         proofs=("",) * size,
