@@ -186,6 +186,23 @@ def _sum_of_squares(n: int, batch: int) -> _Task:
     return _Task(f"cvxpy_qp{n}", f"CVXPY: dense QP n {n}", (batch, batch), draw, layer, lambda data: (tuple(data), {}))
 
 
+def _on_a_simplex(name: str, title: str, n: int, k: int, batch: int, deviations: bool) -> _Task:
+    """A point of a simplex as CVXPY sees it: k squares, with or without a curvature of each variable's own."""
+    x, F, mean = cp.Variable(n), cp.Parameter((k, n)), cp.Parameter(n)
+    own = 0.5 * cp.sum_squares(x) if deviations else 0.0
+    problem = cp.Problem(cp.Minimize(own + cp.sum_squares(F @ x) - mean @ x), [cp.sum(x) == 1, x >= 0])
+
+    def draw(size: int, seed: int) -> tuple[Tensor, ...]:
+        generator = np.random.default_rng(seed)
+        roots, means = generator.standard_normal((size, k, n)) / 5, generator.standard_normal((size, n)) / 20
+        return torch.from_numpy(roots), torch.from_numpy(means)
+
+    def layer(solver: str | None, gradient: Any) -> Any:
+        return lpgd.CvxpyLayer(problem, [F, mean], [x], solver=solver, gradient=gradient)
+
+    return _Task(name, title, (batch, batch), draw, layer, lambda data: (tuple(data), {}))
+
+
 def tasks(quick: bool) -> Iterator[_Task]:
     yield _qp(10, 64, True)
     yield _qp(10, 64, False)
@@ -204,6 +221,9 @@ def tasks(quick: bool) -> Iterator[_Task]:
     yield _sparse_qp(500, 4)
     yield _cvxpy("nnls", 32)
     yield _sum_of_squares(50, 64)
+    yield _on_a_simplex("factors", "CVXPY: risk of 10 factors and own, n 300", 300, 10, 16, True)
+    yield _on_a_simplex("squares", "CVXPY: risk by 250 squares of 250", 250, 250, 8, False)
+    yield _on_a_simplex("few_squares", "CVXPY: risk by 100 squares of 200", 200, 100, 8, False)
     yield _cvxpy("portfolio", 32)
     yield _cvxpy("logistic", 32)
     yield _cvxpy("sdp", 32)

@@ -84,6 +84,19 @@ def _risk(factors: int, n: int, batch: int) -> Build:
     return problem, (F, specific, mean), x, _normal((batch, factors, n), (batch, n), (batch, n))
 
 
+def _portfolio(n: int, batch: int) -> Build:
+    x, F, mean = cp.Variable(n), cp.Parameter((n, n)), cp.Parameter(n)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(F @ x) - mean @ x), [cp.sum(x) == 1, x >= 0])
+
+    def draw(seed: int) -> list[Tensor]:
+        generator = np.random.default_rng(seed)
+        returns = generator.standard_normal((batch, 2 * n, n)) / np.sqrt(2 * n)
+        roots = np.linalg.cholesky(returns.swapaxes(1, 2) @ returns).swapaxes(1, 2)
+        return [torch.from_numpy(0.3 * roots), torch.from_numpy(0.05 * generator.standard_normal((batch, n)))]
+
+    return problem, (F, mean), x, draw
+
+
 def _trend(n: int, batch: int) -> Build:
     x, y = cp.Variable(n), cp.Parameter(n)
     D = sp.diags([-np.ones(n - 1), np.ones(n - 1)], [0, 1], shape=(n - 1, n)).tocsc()
@@ -114,6 +127,7 @@ CASES: dict[str, Callable[[], Build]] = {
     "huber 60x20, batch 16": lambda: _huber(60, 20, 16),
     "risk, 10 factors of 50, batch 16": lambda: _risk(10, 50, 16),
     "risk, 5 factors of 100, batch 16": lambda: _risk(5, 100, 16),
+    **{f"covariance of {n}, batch 8": lambda n=n: _portfolio(n, 8) for n in (30, 100, 250)},
     "trend n 100, batch 16": lambda: _trend(100, 16),
     "trend n 400, batch 4": lambda: _trend(400, 4),
     "trend n 1000, batch 4": lambda: _trend(1000, 4),

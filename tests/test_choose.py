@@ -109,6 +109,15 @@ def test_a_known_situation_chooses_by_class_size_and_device() -> None:
     )
     assert preference(epigraph, cpu)[0] is DAQP
     assert preference(dense(1000, 1200), cpu)[0] is DAQP
+    # The same of more variables: a hundred rows of 200 go to DAQP, of 600 to the interior-point method.
+    for wide, first in ((300, DAQP), (700, InteriorPoint)):
+        squares = SparsityPattern((wide, wide), rows[:100], rows[:100])
+        full = SparsityPattern.from_matrix(scipy.sparse.csc_array(np.ones((100, wide))))
+        assert preference(ConicStructure(squares, full, Cones(zero=100)), cpu)[0] is first
+    # A diagonal objective, bounds and few rows: a projection onto a simplex.
+    simplex = SparsityPattern.from_matrix(scipy.sparse.csc_array(np.ones((1, n))))
+    projection = ConicStructure(chain, simplex, Cones(zero=1), lower_index=np.arange(n))
+    assert preference(projection, cpu)[0] is InteriorPoint
     boxed = dataclasses.replace(dense(250, 1), lower_index=np.arange(250))
     assert choose_solver(boxed, situation=cpu) == (PIQP() if PIQP.is_installed() and core_count() <= 4 else DAQP())
     assert preference(dataclasses.replace(dense(600, 1), lower_index=np.arange(600)), cpu)[:2] in (

@@ -23,6 +23,7 @@ from lpgd.solvers.backends.proxqp import ProxQP
 from lpgd.solvers.backends.scs import SCS
 from lpgd.solvers.base import POLYHEDRAL, ConicSolver, rescue_by
 from lpgd.solvers.interior_point.solver import InteriorPoint
+from lpgd.solvers.kkt.reduced import is_narrow
 from lpgd.solvers.kkt.refinement import is_cheap
 from lpgd.status import MissingPackageError
 
@@ -64,11 +65,14 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
     - Quadratic programs of up to 20 variables and rows together, where P has its whole diagonal: Moreau, which takes a
       batch in one call; up to 400 it comes after DAQP.
     - Quadratic programs of more than 100 variables, at least half of which have bounds, where P has its whole
-      diagonal: many bounds are active, which DAQP takes one by one.  PIQP where there are few cores; the interior-point
-      method in torch for more than 400 variables; then DAQP.
+      diagonal: many bounds are active, which DAQP takes one by one.  The interior-point method in torch where P has
+      little else, rows are few and variables more than 250, as in projections and models of a few factors; PIQP where
+      there are few cores; the interior-point method for more than 400 variables; then DAQP.
     - Small linear and quadratic programs: DAQP, whose perturbed solves start from the active set of the solution.
-      Small is up to 200 variables and rows together, 250 with a quadratic objective; where P has its whole diagonal
-      400, and 3000 for dense rows.
+      Small is up to 200 variables and rows together, 250 with a quadratic objective, 800 for many dense rows; where P
+      has its whole diagonal 400, and 3000 for dense rows.
+    - Larger dense quadratic programs, where P has not its whole diagonal: squares of full rows that are not
+      substituted, which PIQP takes for sparse.  The interior-point method in torch.
     - Larger sparse quadratic programs where P has its whole diagonal and factors fill up, as along no chain, grid or
       horizon: OSQP, which factorises once where interior-point methods do in each iteration; then SCS.
     - Dense linear programs of 400 to 3000 variables and rows together, 100 of them rows: the interior-point method in
@@ -103,6 +107,8 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
     LP 100, 16                     2.4   3.7           4.9       6.5       2.9    910   11    5.9
     LP 600, 1 % of A, 4            120   31            87        38        9.4    2900  1400  64
     QP 500, 0.6 % of A, 4          32    39    54      77        33        160    21    28    76
+    10 factors of 300, 16          15    4.2   25      2.4       5.2       6.3    7.0   4.9   18
+    250 squares of 250, 8          60    200   125     70        120       53     100   70    610
     CVXPY's form of NNLS, 32       0.66  0.68  0.80    0.80      0.93      1.5    2.5   1.7   0.52
     =============================  ====  ====  ======  ========  ========  =====  ====  ====  ======
     """
@@ -127,6 +133,12 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
         few = structure.n <= _MEDIUM and core_count() <= _FEW_CORES
         curved = structure.with_diagonal is structure
         boxed = curved and structure.n > _OF_BOUNDS and 2 * structure.bounded_index.size >= structure.n
+        if linear:
+            small = _TINY
+        elif curved:
+            small = _LARGE if filled else _SMALL
+        else:
+            small = _FULL if filled and 4 * structure.m >= structure.n else _EPIGRAPH
         fills = curved and not filled and size > _SMALL and is_cheap(structure) and _profile(structure) > _WIDE * size
         rules: list[tuple[bool, type[ConicSolver], str]] = [
             (not on_cpu, InteriorPoint, f"it stays on the device {situation.device}"),
@@ -135,6 +147,11 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
                 Moreau,
                 "the fastest for tiny quadratic programs, batches in one call",
             ),
+            (
+                on_cpu and boxed and is_narrow(structure),
+                InteriorPoint,
+                "the fastest for a nearly diagonal objective, bounds and few rows, in batches",
+            ),
             (on_cpu and boxed and few, PIQP, "the fastest for quadratic programs with many bounds, on few cores"),
             (
                 on_cpu and boxed and structure.n > _SMALL and size <= _LARGE,
@@ -142,9 +159,14 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
                 "fast for quadratic programs with many bounds, in batches",
             ),
             (
-                size <= ((_LARGE if filled else _SMALL) if curved else _TINY if linear else _EPIGRAPH),
+                size <= small,
                 DAQP,
                 "the fastest for small linear and quadratic programs",
+            ),
+            (
+                on_cpu and filled and not linear and not curved and size <= _LARGE,
+                InteriorPoint,
+                "the fastest for squares of full rows of this size",
             ),
             (on_cpu and curved and size <= _SMALL, Moreau, "fast for small quadratic programs"),
             (on_cpu and fills, OSQP, "the fastest for sparse quadratic programs whose factors fill up"),
@@ -208,7 +230,7 @@ _IN_ORDER = (
 _LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS)
 _QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS)
 _MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 400, 500, 3000, 5000, 0.1, 4
-_SHORTEST, _OF_BOUNDS, _WIDE = 20, 100, 0.05
+_SHORTEST, _OF_BOUNDS, _FULL, _WIDE = 20, 100, 800, 0.05
 _EPIGRAPH, _MANY_ROWS = 250, 100
 
 _DEFAULT_NAMES = {"DIFFCP"}  # the standard layer's own default, which names no solver in particular

@@ -35,14 +35,9 @@ entries get fewer by that.  Squares are not formed
   singular, or nearly so with a small ridge, and active-set methods take up to twice as long.  Huber's penalty is such
   a case, where each row has a variable of its own.
 
-- that fill P and have more entries than the rows that are left, in programs with linear constraints, unless there are
-  :data:`MORE` of them for each column and at most :data:`DECISIVE` of variables and rows are left: with nothing but a
-  diagonal in P the perturbed problems of LPGD are solved faster.  A lasso of 30 rows and 20 columns is such a case,
-  and so is a ridge regression of 60 rows and 50 columns.
-
-So ``sum_squares(F @ x - g)`` with a dense F of shape (k, n) is substituted where ``k >= 1.5 n``, and with many rows
-beside it where ``k >= n``; the few factors of a portfolio's risk stay.  Values that would lose digits are solved as the
-whole program (:mod:`lpgd.layers.cvxpy.conditioning`).  Measured in docs/decisions/elimination.md.
+So ``sum_squares(F @ x - g)`` with a dense F of shape (k, n) is substituted where ``k >= n``; the few factors of a
+portfolio's risk stay.  Values that would lose digits are solved as the whole program
+(:mod:`lpgd.layers.cvxpy.conditioning`).  Measured in docs/decisions/elimination.md.
 """
 
 from __future__ import annotations
@@ -83,9 +78,6 @@ LONGEST = 32
 """Of rows that are multiplied entry by entry."""
 SMALLER = 0.9
 """What share of variables and rows may be left."""
-DECISIVE, MORE = 0.5, 1.5
-"""Where full squares have more entries than the rows that are left: what share of variables and rows may be left, and
-how many squares there must be for each of their columns."""
 LARGE, MANY = 4000, 100_000
 """Up to how many variables and rows, and how many entries, programs are measured by their factor."""
 MOST_CLASSES = 24
@@ -239,7 +231,6 @@ class _Weights:
 
     def __init__(self, program: CanonicalProgram, pivots: Pivots) -> None:
         self.pivots, self.n, self.m = pivots, program.n, program.cones.rows
-        self.is_polyhedral = program.cones.is_polyhedral
         A, P = program.constraint, program.quadratic
         count = pivots.rows.size
         self.A: SparseArray = sp.csr_array((np.ones(A.nnz), (A.rows, A.columns)), shape=A.shape)
@@ -259,17 +250,10 @@ class _Weights:
         return affordable
 
     def definite(self, chosen: BoolArray) -> BoolArray:
-        """Those whose squares do not take curvature and spread it over more variables: (k,).
-
-        Full squares that are most of what is left must also leave much less: see the module's docstring.
-        """
+        """Those whose squares do not take curvature and spread it over more variables: (k,)."""
         definite = chosen.copy()
-        A = self._patterns(chosen)[2]
-        little = self.size(chosen) > DECISIVE * self.size(np.zeros_like(chosen))
         for members, columns in components(self.support, chosen & self.square):
-            filled = np.diff(self.support.indptr)[members].sum() >= FULL * members.size * columns.size
-            full = self.is_polyhedral and filled and columns.size > 1 and columns.size**2 > A.nnz
-            if members.size < (MORE if full else 1.0) * columns.size or (full and little):
+            if members.size < columns.size:
                 definite[members] = False
         return definite
 

@@ -23,6 +23,7 @@ __all__ = [
     "dense_quadratic",
     "held",
     "is_dense",
+    "is_narrow",
     "product",
     "reduce_blocks",
     "reduce_rows",
@@ -35,19 +36,24 @@ DENSE_LIMIT, EMPTY_LIMIT, FILLED = 400, 200, 0.2
 EMPTY_ROWS = 4
 """Entries of a row, on average, of a nearly empty system: one along a chain."""
 NARROW, NARROW_LIMIT = 8, 250
-"""Above the second size, systems with a nearly diagonal P and no more than an eighth as many rows, full or not, as
-variables are factorised sparsely: only the rows fill up."""
+"""Above the second size, systems with a nearly diagonal P and so many times as many variables as rows are factorised
+sparsely."""
 
 
 def is_dense(structure: ConicStructure) -> bool:
     """Whether systems are factorised densely."""
-    size, quadratic = structure.n + structure.m, structure.quadratic.nnz
-    filled = structure.mixed_entries > FILLED * max(structure.m * structure.n, 1)
-    empty = quadratic + 2 * structure.constraint.nnz <= EMPTY_ROWS * size
-    narrow = structure.n <= quadratic <= EMPTY_ROWS * structure.n and NARROW * structure.m <= structure.n
-    if narrow and size > NARROW_LIMIT:
+    if is_narrow(structure):
         return False
+    filled = structure.mixed_entries > FILLED * max(structure.m * structure.n, 1)
+    size = structure.n + structure.m
+    empty = structure.quadratic.nnz + 2 * structure.constraint.nnz <= EMPTY_ROWS * size
     return filled or size <= (EMPTY_LIMIT if empty else DENSE_LIMIT)
+
+
+def is_narrow(structure: ConicStructure) -> bool:
+    """Whether there are many variables, P is nearly diagonal, and rows, full or not, are few: only rows fill up."""
+    n, m = structure.n, structure.m
+    return n + m > NARROW_LIMIT and n <= structure.quadratic.nnz <= EMPTY_ROWS * n and NARROW * m <= n
 
 
 def has_dense_rows(structure: ConicStructure) -> bool:
