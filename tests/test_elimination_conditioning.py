@@ -149,10 +149,10 @@ def test_solve_warm_starts_and_copies() -> None:
 
 
 def test_the_whole_program_has_a_choice_of_its_own() -> None:
-    x, F = cp.Variable(100), cp.Parameter((150, 100))
+    x, F = cp.Variable(220), cp.Parameter((400, 220))
     problem = cp.Problem(cp.Minimize(cp.sum_squares(F @ x - 1)), [x >= 0])
     own, whole = (lpgd.CvxpyLayer(problem, [F], [x], eliminate=eliminate) for eliminate in (True, False))
-    value = normal(150, 100)
+    value = normal(400, 220)
     value[:, 1] = value[:, 0] + 1e-6 * value[:, 1]
     assert own(value).info.solver == whole(value).info.solver
     assert own.solver is not None
