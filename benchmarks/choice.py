@@ -203,6 +203,22 @@ def _on_a_simplex(name: str, title: str, n: int, k: int, batch: int, deviations:
     return _Task(name, title, (batch, batch), draw, layer, lambda data: (tuple(data), {}))
 
 
+def _scenarios(n: int, count: int, batch: int) -> _Task:
+    """The mean of the worst tenth of some scenarios: linear, with a variable of its own for each."""
+    x, level, returns = cp.Variable(n), cp.Variable(), cp.Parameter((count, n))
+    worst = level + cp.sum(cp.pos(-returns @ x - level)) / (0.1 * count)
+    problem = cp.Problem(cp.Minimize(worst), [cp.sum(x) == 1, x >= 0])
+
+    def draw(size: int, seed: int) -> tuple[Tensor, ...]:
+        return (torch.from_numpy(np.random.default_rng(seed).standard_normal((size, count, n)) + 0.1),)
+
+    def layer(solver: str | None, gradient: Any) -> Any:
+        return lpgd.CvxpyLayer(problem, [returns], [x], solver=solver, gradient=gradient)
+
+    title = f"CVXPY: CVaR of {n} assets, {count} scenarios"
+    return _Task("scenarios", title, (batch, batch), draw, layer, lambda data: (tuple(data), {}))
+
+
 def tasks(quick: bool) -> Iterator[_Task]:
     yield _qp(10, 64, True)
     yield _qp(10, 64, False)
@@ -224,6 +240,7 @@ def tasks(quick: bool) -> Iterator[_Task]:
     yield _on_a_simplex("factors", "CVXPY: risk of 10 factors and own, n 300", 300, 10, 16, True)
     yield _on_a_simplex("squares", "CVXPY: risk by 250 squares of 250", 250, 250, 8, False)
     yield _on_a_simplex("few_squares", "CVXPY: risk by 100 squares of 200", 200, 100, 8, False)
+    yield _scenarios(30, 200, 8)
     yield _cvxpy("portfolio", 32)
     yield _cvxpy("logistic", 32)
     yield _cvxpy("sdp", 32)

@@ -17,6 +17,7 @@ from lpgd import (
     PIQP,
     SCS,
     Clarabel,
+    HiGHS,
     InteriorPoint,
     MissingPackageError,
     Moreau,
@@ -124,6 +125,12 @@ def test_a_known_situation_chooses_by_class_size_and_device() -> None:
         (PIQP, InteriorPoint),
         (InteriorPoint, DAQP),
     )
+    # Scenarios with a variable of their own each, a seventh of A filled: no dense linear program.
+    joined = scipy.sparse.hstack([np.ones((201, 31)), scipy.sparse.eye_array(201)])
+    scenarios = ConicStructure(
+        SparsityPattern.empty(232, 232), SparsityPattern.from_matrix(joined.tocsc()), Cones(nonnegative=201)
+    )
+    assert preference(scenarios, Situation(augmented=False))[0] is HiGHS
     for structure in structures.values():
         assert set(preference(structure, cpu)) == set(SOLVERS)
         assert preference(structure, cpu)[-1] is ECOS

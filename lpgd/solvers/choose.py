@@ -75,8 +75,10 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
       substituted, which PIQP takes for sparse.  The interior-point method in torch.
     - Larger sparse quadratic programs where P has its whole diagonal and factors fill up, as along no chain, grid or
       horizon: OSQP, which factorises once where interior-point methods do in each iteration; then SCS.
-    - Dense linear programs of 400 to 3000 variables and rows together, 100 of them rows: the interior-point method in
-      torch, which takes a batch of eight of 729 variables and 249 rows in a sixth to a fourteenth of HiGHS' time.
+    - Dense linear programs of 600 to 3000 variables and rows together, 100 of them rows, with no more zeros than other
+      entries: the interior-point method in torch, which takes a batch of eight of 729 variables and 249 rows in a sixth
+      to a fourteenth of HiGHS' time.  Scenarios, each with a variable of its own, are not dense: HiGHS takes a third of
+      its time.  With a quadratic term that a gradient method adds, from 400 on and whatever the share of zeros.
     - Sparse linear programs that no gradient method augments: HiGHS, whose simplex starts from the basis.
     - Up to 5000 variables, where there are few cores, as they hold the interpreter's lock: PIQP, but for large dense
       linear programs, and for dense quadratic programs ProxQP; without these DAQP for up to 500 variables and rows.
@@ -133,6 +135,10 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
         few = structure.n <= _MEDIUM and core_count() <= _FEW_CORES
         curved = structure.with_diagonal is structure
         boxed = curved and structure.n > _OF_BOUNDS and 2 * structure.bounded_index.size >= structure.n
+        # Where every other entry is zero, and in smaller programs, the simplex method is as fast or faster.
+        large = _SMALL < size <= _LARGE and filled
+        if simplex:
+            large = large and size > _WHOLE and 2 * entries >= places
         if linear:
             small = _TINY
         elif curved:
@@ -172,7 +178,7 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
             (on_cpu and fills, OSQP, "the fastest for sparse quadratic programs whose factors fill up"),
             (on_cpu and fills, SCS, "fast for sparse quadratic programs whose factors fill up"),
             (
-                on_cpu and linear and filled and _SMALL < size <= _LARGE and structure.m >= _MANY_ROWS,
+                on_cpu and linear and large and structure.m >= _MANY_ROWS,
                 InteriorPoint,
                 "the fastest for dense linear programs of this size",
             ),
@@ -231,7 +237,7 @@ _LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS)
 _QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS)
 _MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 400, 500, 3000, 5000, 0.1, 4
 _SHORTEST, _OF_BOUNDS, _FULL, _WIDE = 20, 100, 800, 0.05
-_EPIGRAPH, _MANY_ROWS = 250, 100
+_EPIGRAPH, _MANY_ROWS, _WHOLE = 250, 100, 600
 
 _DEFAULT_NAMES = {"DIFFCP"}  # the standard layer's own default, which names no solver in particular
 
