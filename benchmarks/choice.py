@@ -32,7 +32,7 @@ Data = Sequence[Tensor]
 BOUND = 1.3
 EXTRAS = ("PROXQP", "MOREAU")
 """What a plain installation lacks."""
-ALWAYS = ("CLARABEL", "DAQP", "INTERIOR", "PIQP", "SCS")
+ALWAYS = ("CLARABEL", "DAQP", "HIGHS", "INTERIOR", "OSQP", "PIQP", "SCS")
 """What no installation lacks."""
 
 
