@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import cvxpy as cp
@@ -69,3 +70,87 @@ def test_a_far_row_beside_an_equality(solver: ConicSolver, curvature: float, far
         output = lpgd.solve_lp(q, **data, lb=0.0, solver=solver)
     assert output.info.statuses == (Status.SOLVED,)
     np.testing.assert_allclose(output.x.numpy(), [1.0, 0.0], atol=1e-6)
+
+
+def _far_things(kind: str, far: float) -> tuple[lpgd.CvxpyLayer, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A layer with a constraint far away, its parameter, its solution, and the gradient of Σ (1 + i) x_i."""
+    weights, name = torch.arange(1.0, 5.0, dtype=torch.float64), kind.split(", ")[0]
+    x, c = cp.Variable(4), cp.Parameter(4)
+    if name == "norm":  # √(1 + |x|²) - <c, x>
+        at = double([0.3, -0.5, 0.2, 0.4])
+        root = (1 - at.square().sum()).sqrt()
+        solution, gradient = at / root, weights / root + at * (at @ weights) / root**3
+        objective = cp.norm(cp.hstack([x, 1.0])) - c @ x
+    elif name == "power":  # Σ |x|³ / 3 - <c, x>
+        at = double([0.9, -0.7, 1.3, -0.4])
+        solution, gradient = at.sign() * at.abs().sqrt(), weights / (2 * at.abs().sqrt())
+        objective = cp.sum(cp.power(cp.abs(x), 3)) / 3 - c @ x
+    else:  # Σ x log x - <c, x>
+        at = double([0.5, -0.3, 1.1, 0.2])
+        solution = torch.exp(at - 1)
+        gradient, objective = weights * solution, -cp.sum(cp.entr(x)) - c @ x
+    loose = {"bounds": x <= far, "ball": cp.norm(x) <= far, "plane": cp.sum(x) <= far}[kind.split(", ")[1]]
+    return lpgd.CvxpyLayer(cp.Problem(cp.Minimize(objective), [loose]), [c], [x]), at, solution, gradient
+
+
+@pytest.mark.parametrize("far", FAR)
+@pytest.mark.parametrize(
+    "kind", [f"{name}, {way}" for name in ("norm", "power", "entropy") for way in ("bounds", "ball", "plane")]
+)
+def test_a_far_constraint_takes_no_digits_of_curved_cones(kind: str, far: float) -> None:
+    """Solutions and gradients are those without it, with no word of kinks or singular conditions."""
+    layer, at, solution, gradient = _far_things(kind, far)
+    weights = torch.arange(1.0, 5.0, dtype=torch.float64)
+    for method, accuracy in ((lpgd.ImplicitKKT(), 1e-9), (lpgd.LPGD(), 1e-6), (lpgd.LPGD(tau=1e-3, rho=0.1), None)):
+        layer.gradient = method
+        c = at.clone().requires_grad_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            output = layer(c)
+            (output[0] @ weights).backward()
+        np.testing.assert_allclose(output[0].detach().numpy(), solution.numpy(), rtol=0, atol=1e-9)
+        assert c.grad is not None
+        if accuracy is not None:
+            np.testing.assert_allclose(c.grad.numpy(), gradient.numpy(), rtol=0, atol=accuracy)
+
+
+@pytest.mark.parametrize("far", FAR)
+def test_a_far_constraint_makes_no_kinks_of_small_slacks(far: float) -> None:
+    """½|x|² - <c, x> is least at c, however near inactive bounds are."""
+    c = double([0.3, -0.2]).requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output = lpgd.solve_qp(
+            torch.eye(2).double(),
+            -c,
+            G=double([[1.0, 1.0]]),
+            h=double([far]),
+            lb=double([0.29, -0.21]),
+            ub=1.0,
+            solver="CLARABEL",
+        )
+        output.x[0].backward()
+    np.testing.assert_allclose(output.x.detach().numpy(), [0.3, -0.2], atol=1e-9)
+    assert c.grad is not None
+    np.testing.assert_allclose(c.grad.numpy(), [1.0, 0.0], atol=1e-9)
+
+
+@pytest.mark.parametrize("far", [1e3, 1e5, 1e7])
+def test_a_far_constraint_that_is_active(far: float) -> None:
+    """``x₁`` over ``|x| ≤ far, x₂ = p`` is largest at √(far² - p²), and Σ log x over ``Σ x ≤ far`` at far / 2."""
+    x, p = cp.Variable(2), cp.Parameter()
+    layer = lpgd.CvxpyLayer(cp.Problem(cp.Maximize(x[0]), [cp.norm(x) <= far, x[1] == p]), [p], [x])
+    one = double(1.0).requires_grad_()
+    (found,) = layer(one)
+    found[0].backward()
+    np.testing.assert_allclose(found.detach().numpy(), [np.sqrt(far**2 - 1), 1.0], rtol=1e-9)
+    assert one.grad is not None
+    np.testing.assert_allclose(one.grad.numpy(), -1.0 / np.sqrt(far**2 - 1), rtol=1e-5)
+    r = cp.Parameter()
+    layer = lpgd.CvxpyLayer(cp.Problem(cp.Maximize(cp.sum(cp.log(x))), [cp.sum(x) <= r]), [r], [x])
+    room = double(far).requires_grad_()
+    (found,) = layer(room)
+    found[0].backward()
+    np.testing.assert_allclose(found.detach().numpy(), [far / 2, far / 2], rtol=1e-7)
+    assert room.grad is not None
+    np.testing.assert_allclose(room.grad.numpy(), 0.5, rtol=1e-6)

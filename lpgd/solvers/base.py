@@ -22,7 +22,12 @@ from lpgd.problems.conic.structure import ConicStructure
 from lpgd.problems.solution import AnySolution
 from lpgd.solvers.kkt.reduced import is_dense
 from lpgd.solvers.kkt.refinement import is_cheap
-from lpgd.solvers.lengths import better_lengths, with_constraints_kept
+from lpgd.solvers.lengths import (
+    better_lengths,
+    with_constraints_kept,
+    with_far_constraints_guessed,
+    with_far_constraints_near,
+)
 from lpgd.solvers.posed import Posed, judged, left_by_draft, pose
 from lpgd.solvers.rescue import is_settled, merged, settled
 from lpgd.status import MissingPackageError, Status
@@ -227,9 +232,9 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
         begun = None if len(states) or not self.refine else self.at_once(problem, executor)
         if begun is not None and begun.judged is not None:
             return begun.judged
-        posed = pose(problem, states)
+        posed, shares = pose(problem, states), None
         if begun is None:
-            answer = self._judged(posed, executor)
+            answer, shares = with_far_constraints_guessed(posed, states, lambda other: self._judged(other, executor))
         else:
             answer = judged(posed, begun.answer, self.tolerance, self.name)
         lengths = better_lengths(posed, answer, self.tolerance)
@@ -239,7 +244,8 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
             again = self._judged(smaller, executor)
             taken = [status is Status.SOLVED for status in again.statuses]
             answer = merged(answer, integers(elements), again, taken, keep_states=True)
-        return with_constraints_kept(posed, answer, lambda smaller: self._judged(smaller, executor))
+        answer = with_constraints_kept(posed, answer, lambda other: self._judged(other, executor))
+        return with_far_constraints_near(posed, answer, shares, lambda other: self._judged(other, executor))
 
     def at_once(self, problem: ConicProblem, executor: Executor | None) -> Begun | None:
         """Its answer to a batch that needs no posing, and what is left to be done about it; None for other batches."""

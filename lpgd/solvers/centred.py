@@ -15,9 +15,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from lpgd.arrays import BoolArray, FloatArray, as_index, from_numpy
+from lpgd.arrays import BoolArray, FloatArray, as_index, flags, from_numpy
 from lpgd.problems.conic.balance import Balance
 from lpgd.problems.conic.balancing import Balancing
+from lpgd.problems.conic.nearer import guessed
 from lpgd.problems.conic.positions import (
     Found,
     Position,
@@ -89,8 +90,34 @@ class Search:
         Elements that are not solved in coordinates in which all data are of one size are solved once more in those
         where large right-hand sides belong to constraints that are loose; those whose solutions are small, in
         coordinates of their size, and they are INACCURATE if that fails.
+
+        Constraints that are far away, by the data, ask for none, unless a solution touches them.
         """
+        moved = guessed(ConicProblem(self.balancing.structure, self.data, self.size))
+        if moved is None:
+            return self._by(self.data)
+        balance, solution = self._by(moved.sizes)
+        own, slack = solution.point, solution.slack
+        if balance is not None:
+            own, slack = balance.point_out(own), balance.slack_out(slack)
+        touched = flags(moved.touches(own, slack))
+        elements = [
+            element
+            for element, status in enumerate(solution.statuses)
+            if status is not Status.SOLVED or touched[element]
+        ]
+        if not elements:
+            return balance, solution
         exponents = self.balancing(self.data, self.size)
+        if balance is None:
+            balance, solution = self._in_plain(solution)
+        other = balance.plain() if exponents is None else self._of(exponents)
+        balance, solution, _ = self._again(balance, solution, other, elements, _is_solved)
+        return balance, solution
+
+    def _by(self, data: ConicData) -> tuple[Balance | None, ConicSolution]:
+        """The same in coordinates that these data ask for."""
+        exponents = self.balancing(data, self.size)
         if exponents is None:
             return None, self.solve(
                 ConicProblem(self.balancing.structure, self.data, self.size), cold=False, alone=self.alone
@@ -120,8 +147,7 @@ class Search:
             return balance, solution
         before = balance, solution
         if balance is None:
-            balance = self._of(np.zeros((1, self.balancing.structure.n + self.balancing.turning.size)))
-            solution = replace(solution, problem=balance.problem(self.data), systems=())
+            balance, solution = self._in_plain(solution)
         moved = set[int]()
         for _ in range(ROUNDS):
             other, elements = self._around(balance, solution, elements)
@@ -145,6 +171,11 @@ class Search:
         if balance is None or not elements:
             return balance, solution
         balance = balance.where(elements, balance.plain())
+        return balance, replace(solution, problem=balance.problem(self.data), systems=())
+
+    def _in_plain(self, solution: ConicSolution) -> tuple[Balance, ConicSolution]:
+        """The solution of the batch itself as one in coordinates that are its own."""
+        balance = self._of(np.zeros((1, self.balancing.structure.n + self.balancing.turning.size)))
         return balance, replace(solution, problem=balance.problem(self.data), systems=())
 
     def _of(self, exponents: FloatArray, origin: FloatArray | None = None) -> Balance:

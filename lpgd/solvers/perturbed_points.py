@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lpgd.arrays import as_index, elements_where, from_numpy, rows_where
 from lpgd.problems.base import States, maximum_norm
+from lpgd.problems.conic.nearer import nearer
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import NEWTON, ConicSolution
 from lpgd.problems.conic.structure import ConicPoint
@@ -124,6 +125,10 @@ class PerturbedPoints:
             fit = solution.known_to <= KNOWN * solution.problem.in_own_units(solution.point).largest().clamp(min=1.0)
         if solution.statuses.count(Status.SOLVED) < solution.batch_size:
             fit = fit & torch.tensor([status is Status.SOLVED for status in solution.statuses])
+        if not structure.cones.is_polyhedral:
+            # In the unit of a constraint far away a solution is known to fewer digits than it seems.
+            far = nearer(augmented, solution.point, solution.slack)
+            fit = fit if far is None else fit & far.reach.isnan()
         if not bool(fit.any()):
             return None
         tilt = ConicPoint(*(tensor.to(solution.x.dtype) for tensor in cotangent))

@@ -28,6 +28,7 @@ from lpgd.gradients.implicit.findings import Findings
 from lpgd.gradients.implicit.located import Located, known_point
 from lpgd.gradients.implicit.one_by_one import one_by_one
 from lpgd.gradients.implicit.regular import regular_response
+from lpgd.problems.conic.nearer import nearer
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint
@@ -81,6 +82,8 @@ def response(
         chosen_problem, point, slack = problem.select(elements), point.select(elements), slack[elements]
         chosen_tilt = tilt.select(elements)
         near = None if near is None else near.select(elements)
+    if (moved := nearer(chosen_problem, point, slack)) is not None:
+        chosen_problem, point, slack = moved.problem, moved.point, moved.slack
     units = chosen_problem.units
     located = known_point(
         units.apply(chosen_problem),
@@ -118,8 +121,7 @@ def response(
         if executor is None and is_quick(chosen_problem.structure, len(remaining)):
             executor = SerialExecutor()
         one_by_one(located, remaining, rho, answer, findings, executor)
-    moved = units.point_out(chosen_problem, answer)
-    for whole, values in zip(change, moved, strict=True):
+    for whole, values in zip(change, units.point_out(chosen_problem, answer), strict=True):
         whole[elements] = values
     findings.record(method, active, info)
     return change
