@@ -62,6 +62,41 @@ def test_perturbed_gradients_of_a_sum_of_squares(rho: float) -> None:
     np.testing.assert_allclose(gradient * 2 * radii.detach().sqrt(), [-(along @ unit)] * len(radii), rtol=1e-5)
 
 
+def branch_flow(size: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The generation of a radial network of loads of this size, over the size, and how w times it depends on loads
+    and, over the size, on the price: all of these are the same for every size, as resistances are its inverse."""
+    count, r = 12, np.random.default_rng(4)
+    parent = [int(r.integers(0, node)) for node in range(1, count + 1)]
+    loss, reactance = r.uniform(0.01, 0.04, (2, count)) / size
+    p, q, flow, v = cp.Variable(count), cp.Variable(count), cp.Variable(count), cp.Variable(count + 1)
+    own, load, price = cp.Variable(count, nonneg=True), cp.Parameter(count), cp.Parameter(nonneg=True)
+    below = np.array([[float(one == node + 1) for one in parent] for node in range(count)])
+    drop = cp.multiply(loss, p) + cp.multiply(reactance, q)
+    constraints = [
+        v[0] == 1,
+        p - cp.multiply(loss, flow) == load - own + below @ p,
+        q - cp.multiply(reactance, flow) == size * r.uniform(0.01, 0.03, count) + below @ q,
+        v[1:] == v[parent] - 2 * drop + cp.multiply(loss**2 + reactance**2, flow),
+        own <= 0.05 * size,
+        *(cp.quad_over_lin(cp.hstack([p[i], q[i]]), v[parent[i]]) <= flow[i] for i in range(count)),
+    ]
+    cost = price * (p @ np.equal(parent, 0.0)) + 8 / size * cp.sum_squares(own) + 0.3 * cp.sum(own)
+    loads = (size * double(r.uniform(0.02, 0.08, count))).requires_grad_()
+    one = double(1.0).requires_grad_()
+    (found,) = lpgd.CvxpyLayer(cp.Problem(cp.Minimize(cost), constraints), [load, price], [own])(loads, one)
+    (torch.linspace(-1, 1, count).double() @ found).backward()
+    assert loads.grad is not None
+    assert one.grad is not None
+    return found.detach() / size, loads.grad, one.grad / size
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 10.0, 1e3, 1e6])
+def test_a_network_in_other_units(size: float) -> None:
+    """Answers that are known to rounding stay, though currents are far from voltages."""
+    for found, expected in zip(branch_flow(size), branch_flow(1.0), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-9 * float(expected.abs().max()), rtol=0)
+
+
 def test_a_batch_of_radii_has_the_bits_of_its_elements() -> None:
     layer = squares()
     together = layer(double(RADII), double(COST))[0]

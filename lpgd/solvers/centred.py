@@ -45,6 +45,8 @@ MOVED = 6.0
 """Exponents of two by which an answer, or a proof that there is none, may be out of the middle of its cones."""
 FAR = 14.0
 """Exponents of two by which sizes of one cone may differ."""
+SURE = 1e-12
+"""What is left of the optimality conditions, relative to the point, where it is known to rounding."""
 ROUNDS = 5
 """So often the coordinates of an element follow its answer."""
 
@@ -224,7 +226,8 @@ class Search:
         if vague:
             some = solution.select(as_index(vague, solution.x.device))
             found = self._found(some)
-            doubt = (found.spread > FAR) | ~(np.minimum(found.strain, strain_there(some, found)) <= STRAINED)
+            strained = ~(np.minimum(found.strain, strain_there(some, found)) <= STRAINED)
+            doubt = ((found.spread > FAR) & ~_is_sure(some)) | strained
             vague = [element for element, is_doubtful in zip(vague, doubt.tolist(), strict=True) if is_doubtful]
         rays = [] if solution.rays is None else [element for element in elements if statuses[element] in VERDICTS]
         return vague + rays
@@ -271,6 +274,18 @@ class Search:
         values = np.nan_to_num(ray.cpu().numpy(), posinf=0.0, neginf=0.0)
         position = position_of_ray(cones, self.balancing.turned, values, is_dual=is_dual)
         return position._replace(known=position.known & self.balancing.turning)
+
+
+def _is_sure(solution: ConicSolution) -> BoolArray:
+    """(B,) points that are known to rounding, and whose optimality conditions are regular by far.
+
+    Answers in other coordinates can only be worse: on flows of 1e-6 to 1e6 along a network of 33 nodes they were off by
+    1e-11 to 0.4.  Of exponential cones that says nothing: what is small there may be taken for the end of a cone.
+    """
+    if solution.known_to is None or solution.isolated is None or solution.problem.structure.cones.exponential:
+        return np.zeros(solution.batch_size, dtype=bool)
+    size = solution.problem.in_own_units(solution.point).largest().clamp(min=1.0)
+    return (solution.isolated & (solution.known_to <= SURE * size)).cpu().numpy()
 
 
 def _is_solved(status: Status, before: Status) -> bool:
