@@ -159,3 +159,24 @@ def test_a_moderate_objective_stays_as_it_is(elements: int) -> None:
     nothing = torch.zeros(0, dtype=torch.float64)
     problem = ConicProblem(structure, ConicData(P, q, A, b, nothing, nothing), elements)
     assert problem.units.is_trivial
+
+
+@pytest.mark.filterwarnings("ignore:.*at a kink:lpgd.LpgdWarning")  # multipliers of 1e-8 of others look like none
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e4])
+def test_large_curvature_of_variables_that_stay_small(scale: float) -> None:
+    """min |x|² + 2 s² Σ huber(|x_i - y_i| / s): two thirds of y_i, or where that is far away 0.4 s along y_i.
+
+    What the function does not clip is at most 0.2, with a curvature of s², beside x of the size s.
+    """
+    given = scale * np.random.default_rng(14).standard_normal((2, 20)) * np.r_[np.full(12, 0.1), np.full(8, 3.0)]
+    x, y = cp.Variable((2, 20)), cp.Parameter((2, 20))
+    clipped = [cp.huber(cp.norm(x[:, i] - y[:, i]) / scale, 0.2) for i in range(20)]
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x) + 2 * scale**2 * cp.sum(clipped)))
+    values = torch.from_numpy(given).requires_grad_()
+    (found,) = CvxpyLayer(problem, [y], [x])(values)
+    length = np.linalg.norm(given, axis=0)
+    near, unit = length / 3 <= 0.2 * scale, given / length
+    np.testing.assert_allclose(found.detach() / scale, np.where(near, 2 * given / 3 / scale, 0.4 * unit), atol=1e-9)
+    found.sum().backward()
+    across = 0.4 * scale / length * (1 - unit * unit.sum(0))
+    np.testing.assert_allclose(values.grad, np.where(near, 2 / 3, across), atol=1e-7)

@@ -14,7 +14,6 @@ from numbers import Integral, Real
 from types import ModuleType
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar
 
-from lpgd.arrays import integers, rows_where
 from lpgd.problems.base import States
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
@@ -23,14 +22,14 @@ from lpgd.problems.solution import AnySolution
 from lpgd.solvers.kkt.reduced import is_dense
 from lpgd.solvers.kkt.refinement import is_cheap
 from lpgd.solvers.lengths import (
-    better_lengths,
+    in_better_units,
     with_constraints_kept,
     with_far_constraints_guessed,
     with_far_constraints_near,
 )
 from lpgd.solvers.posed import Posed, judged, left_by_draft, pose
 from lpgd.solvers.rescue import is_settled, merged, settled
-from lpgd.status import MissingPackageError, Status
+from lpgd.status import MissingPackageError
 
 __all__ = ["AnySolver", "Begun", "Capabilities", "ConicSolver", "Solver", "rescue_by"]
 
@@ -237,13 +236,7 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
             answer, shares = with_far_constraints_guessed(posed, states, lambda other: self._judged(other, executor))
         else:
             answer = judged(posed, begun.answer, self.tolerance, self.name)
-        lengths = better_lengths(posed, answer, self.tolerance)
-        if lengths is not None:
-            elements = rows_where(lengths.isfinite())
-            smaller = pose(problem.select(elements), (), lengths[elements])
-            again = self._judged(smaller, executor)
-            taken = [status is Status.SOLVED for status in again.statuses]
-            answer = merged(answer, integers(elements), again, taken, keep_states=True)
+        answer = in_better_units(posed, answer, self.tolerance, lambda other: self._judged(other, executor))
         answer = with_constraints_kept(posed, answer, lambda other: self._judged(other, executor))
         return with_far_constraints_near(posed, answer, shares, lambda other: self._judged(other, executor))
 

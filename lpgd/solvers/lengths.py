@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, as_index, elements_where, flags, from_numpy
+from lpgd.arrays import FloatArray, as_index, elements_where, flags, from_numpy, integers, rows_where
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.nearer import Nearer, guessed, nearer
 from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.residuals import Products
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicPoint, per_element
 from lpgd.problems.solution import States
@@ -27,8 +28,8 @@ from lpgd.solvers.rescue import merged
 from lpgd.status import Status
 
 __all__ = [
-    "better_lengths",
     "constraint_errors",
+    "in_better_units",
     "with_constraints_kept",
     "with_far_constraints_guessed",
     "with_far_constraints_near",
@@ -36,6 +37,8 @@ __all__ = [
 
 WIDE, DEEPEST = 2.0**-12, 2.0**-60
 """Right-hand sides below the first share of a larger one have another unit; those below the second are rounding."""
+FLAT = 2.0**-10
+"""Gradients of the Lagrangian whose terms are all below this say little by a residual."""
 MOST = 3
 """How many units of an element are tried."""
 FAINT = 1e-6
@@ -47,6 +50,39 @@ SURELY_CURVED = 1e-12
 NEARER, BROKEN = 0.1, 1e-3
 """An answer in other units counts where the error of its constraints is below this share of the first one's; a
 solution with a larger error than the second is none."""
+
+
+def in_better_units(
+    posed: Posed, answer: ConicSolution, tolerance: float, solve: Callable[[Posed], ConicSolution]
+) -> ConicSolution:
+    """The answer, with those elements solved once more whose residuals say little in the units of the data.
+
+    Args:
+        posed: the batch, and its units.
+        answer: a solver's, judged.
+        tolerance: of the solver.
+        solve: the same of elements in other units.
+    """
+    lengths = better_lengths(posed, answer, tolerance)
+    if lengths is not None:
+        answer = _again(posed, answer, solve, lengths.isfinite(), lengths, None)
+    costs = better_costs(posed, answer)
+    return answer if costs is None else _again(posed, answer, solve, costs.isfinite(), None, costs)
+
+
+def _again(
+    posed: Posed,
+    answer: ConicSolution,
+    solve: Callable[[Posed], ConicSolution],
+    chosen: Tensor,
+    lengths: Tensor | None,
+    costs: Tensor | None,
+) -> ConicSolution:
+    elements = rows_where(chosen)
+    exponents = (None if units is None else units[elements] for units in (lengths, costs))
+    again = solve(pose(posed.problem.select(elements), (), *exponents))
+    taken = [status is Status.SOLVED for status in again.statuses]
+    return merged(answer, integers(elements), again, taken, keep_states=True)
 
 
 def better_lengths(posed: Posed, answer: ConicSolution, tolerance: float) -> Tensor | None:
@@ -67,6 +103,25 @@ def better_lengths(posed: Posed, answer: ConicSolution, tolerance: float) -> Ten
     reached = torch.where(zero, length * residual, maximum_norm(answer.x / posed.units.variable_of(posed.problem)))
     exponents = torch.frexp(reached).exponent.double()
     return torch.where(vague, exponents, torch.nan)
+
+
+def better_costs(posed: Posed, answer: ConicSolution) -> Tensor | None:
+    """(B,) exponents by which costs should be larger in another try: where residuals say little about small slopes.
+
+    NaN for other elements; None where there is none.  The unit of the cost is made for a point of order 1 everywhere.
+    Where a large curvature belongs to a variable that stays small, such as what Huber's function does not clip, all
+    terms of the Lagrangian's gradient are far below 1.
+    """
+    inside = posed.inside
+    if posed.units.cost is None or answer.known_to is None or not inside.structure.quadratic.nnz:
+        return None
+    point = posed.units.point_in(posed.problem, answer.point)
+    products = Products.of(inside, point)
+    cost = per_element(inside.data.q.detach(), inside.batch_size)
+    terms = [maximum_norm(term.detach()) for term in (products.Px, products.Aty, cost, point.z)]
+    slope = torch.stack(terms).nan_to_num().amax(0)
+    flat = answer.usable & (slope > 0) & (slope < FLAT) & (answer.known_to.to(slope.device) > EXACT * slope)
+    return torch.where(flat, -torch.frexp(slope).exponent.double(), torch.nan) if bool(flat.any()) else None
 
 
 def with_constraints_kept(

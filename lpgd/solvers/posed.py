@@ -84,13 +84,16 @@ class Posed:
         return Posed(self.problem.select(index), self.inside.select(index), self.units.select(index), {}, states)
 
 
-def pose(problem: ConicProblem, states: States = (), lengths: Tensor | None = None) -> Posed:
+def pose(
+    problem: ConicProblem, states: States = (), lengths: Tensor | None = None, costs: Tensor | None = None
+) -> Posed:
     """What a solver is to see of a batch, started from the states of an earlier solution.
 
     Args:
         problem: B elements.
         states: of B elements, or of a divisor of B that repeat; none is a cold start.
         lengths: (B,) exponents of two of the length unit, where it should not be chosen by the data.
+        costs: (B,) exponents of two by which costs should be larger than the data make them.
     """
     cleaned, settled = _with_clean_bounds(problem)
     convex = is_convex(cleaned)
@@ -101,6 +104,8 @@ def pose(problem: ConicProblem, states: States = (), lengths: Tensor | None = No
         settled = {element: status for element, status in settled.items() if finite[element]}
     exponents = _exponents(states, problem.batch_size)
     units = cleaned.units if exponents is None and lengths is None else Units.of(cleaned, exponents, lengths)
+    if costs is not None and units.cost is not None:
+        units = replace(units, cost=units.cost * torch.exp2(costs)[:, None])
     inside = units.apply(cleaned)
     if settled:
         hidden = torch.zeros(problem.batch_size, 1, dtype=torch.bool, device=problem.device)
