@@ -10,6 +10,7 @@ import scipy.sparse as sp
 
 from lpgd.arrays import BoolArray, FloatArray
 from lpgd.solvers.kkt import factor
+from lpgd.solvers.kkt.filtered import by_filter
 from lpgd.solvers.kkt.rank import Known
 
 ROWS, COPIES = 150, 3
@@ -26,6 +27,16 @@ def planted(variables: int, dependent: int) -> tuple[Any, FloatArray, BoolArray]
     A = sp.vstack([A, *sums])
     K: Any = sp.csc_array(sp.block_array([[chain, A.T], [A, None]]))
     return K, K @ rng.standard_normal(K.shape[0]), np.arange(K.shape[0]) < variables
+
+
+def test_many_null_vectors_are_counted_before_any_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    K, right, primal = planted(900, 0)
+    repeated = sp.csc_array(sp.block_diag([K, sp.csc_array((300, 300))]))
+    monkeypatch.setattr(np.linalg, "qr", lambda *_: pytest.fail("null vectors were looked for"))
+    zeros = np.zeros(300)
+    known = Known(np.float64(1e-13), np.float64(0.0))
+    both = np.concatenate([right, zeros]), np.concatenate([primal, zeros > 0])
+    assert by_filter(repeated, np.ones(repeated.shape[0]), *both, known) is None
 
 
 def no_eigenvalues(*_: Any) -> Any:

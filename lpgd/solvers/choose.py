@@ -27,7 +27,7 @@ from lpgd.solvers.kkt.reduced import is_narrow
 from lpgd.solvers.kkt.refinement import is_cheap
 from lpgd.status import MissingPackageError
 
-__all__ = ["SOLVERS", "Choice", "Situation", "available", "choose_solver", "preference"]
+__all__ = ["SOLVERS", "Choice", "Situation", "available", "choose_solver", "named_solver", "preference"]
 
 rescue_by((Clarabel, InteriorPoint, DAQP, PIQP, HiGHS, ProxQP, ECOS, SCS, OSQP))
 """Clarabel first, which has nearly every cone and hands over certificates."""
@@ -277,9 +277,7 @@ def choose_solver(
         MissingPackageError: its package is not installed; the message has the pip command.
         TypeError: an option is unknown.
     """
-    chosen = _by_name(solver) if isinstance(solver, str) else solver
-    if chosen is not None and not isinstance(chosen, ConicSolver):
-        raise TypeError(f"solver is {chosen!r}; it must be a solver such as lpgd.SCS(), the name of one, or None.")
+    chosen = named_solver(solver)
     advice = _INTEGER_ADVICE if structure.has_integers else ""
     if chosen is None:
         fitting = _fitting(structure, situation, core_count())
@@ -356,6 +354,19 @@ def _of_none(structure: ConicStructure) -> str:
         f"this integer program has {' and '.join(found)}, which no solver takes together with integer variables."
         f"{_INTEGER_ADVICE} Each solver: {lacking}."
     )
+
+
+def named_solver(solver: ConicSolver | str | None) -> ConicSolver | None:
+    """A solver, or the one of a name with its default options; None where one is to be chosen.
+
+    Raises:
+        ValueError: the name is unknown.
+        TypeError: it is something else.
+    """
+    chosen = _by_name(solver) if isinstance(solver, str) else solver
+    if chosen is not None and not isinstance(chosen, ConicSolver):
+        raise TypeError(f"solver is {chosen!r}; it must be a solver such as lpgd.SCS(), the name of one, or None.")
+    return chosen
 
 
 def _by_name(name: str) -> ConicSolver | None:

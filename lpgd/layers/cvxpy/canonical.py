@@ -38,7 +38,13 @@ from lpgd.cones.product import Cones
 from lpgd.layers.cvxpy.affine import AffineMatrix, Bounds, consecutive_rows, reordered, selection, switched
 from lpgd.layers.cvxpy.implied import dependent_rows, implied_rows, never_negative
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
-from lpgd.layers.cvxpy.restated import is_set, reducible, with_plain_forms, with_single_halves
+from lpgd.layers.cvxpy.restated import (
+    is_set,
+    reducible,
+    with_plain_forms,
+    with_power_cones,
+    with_single_halves,
+)
 
 __all__ = ["canonicalise"]
 
@@ -84,6 +90,7 @@ def canonicalise(
     variables: Sequence[cp.Variable],
     *,
     gp: bool = False,
+    powers: bool = True,
 ) -> CanonicalProgram:
     """Reduce a parametrised CVXPY problem to conic form, once for all parameter values.
 
@@ -95,6 +102,7 @@ def canonicalise(
         variables: what to recover from a solution: variables of the problem and, in any mix, dual variables
             ``constraint.dual_variables[i]`` of its constraints, in CVXPY's shape and sign.
         gp: whether the problem is a geometric program.
+        powers: whether the solver takes power cones; second-order ones approximate all powers otherwise.
 
     Returns:
         The affine maps and layouts; see :class:`lpgd.layers.cvxpy.layout.CanonicalProgram`.
@@ -107,7 +115,7 @@ def canonicalise(
     _check_problem(problem, gp)
     _check_parameters(problem, parameters)
     owners = _check_variables(problem, variables)
-    reduced = _reduce(problem if gp else with_single_halves(with_plain_forms(problem)), gp)
+    reduced = _reduce(problem if gp else _restated(problem, powers), gp)
     layouts, order = _parameter_layouts(parameters, reduced)
     boundaries = np.array([0, *(layout.columns.stop for layout in layouts)], dtype=np.int64)
 
@@ -310,6 +318,11 @@ class _Reduced:
         if value is None:
             raise ValueError(f"CVXPY recovers no dual variable of the constraint {constraint}; do not ask for it.")
         return _flat(value, "C")
+
+
+def _restated(problem: cp.Problem, powers: bool) -> cp.Problem:
+    problem = with_single_halves(with_plain_forms(problem))
+    return with_power_cones(problem) if powers else problem
 
 
 def _reduce(problem: cp.Problem, gp: bool) -> _Reduced:

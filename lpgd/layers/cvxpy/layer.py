@@ -27,10 +27,12 @@ from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.explanations import Argument, explanation
 from lpgd.layers.inputs import Batch, Inputs, batch_inputs
 from lpgd.layers.look import look_at
+from lpgd.layers.standard_options import StandardOptions
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure
 from lpgd.solvers import ConicSolver, choose_solver
+from lpgd.solvers.choose import named_solver
 from lpgd.solvers.failures import OnError
 
 if TYPE_CHECKING:
@@ -107,7 +109,9 @@ class CvxpyLayer(OptimizationLayer):
     ) -> None:
         from lpgd.layers.cvxpy.canonical import canonicalise
 
-        whole = canonicalise(problem, parameters, variables, gp=gp)
+        named = named_solver(solver if solver is not None else StandardOptions.parse(solver_args).solver)
+        powers = named is None or "power" in named.capabilities.cones
+        whole = canonicalise(problem, parameters, variables, gp=gp, powers=powers)
         pivots = find_pivots(whole) if eliminate else NO_PIVOTS
         substitution = Substitution(whole, pivots) if pivots.rows.size else None
         self._substitution = None if substitution is None or substitution.loses_digits() else substitution

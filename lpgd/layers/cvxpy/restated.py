@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cvxpy as cp
@@ -11,10 +11,11 @@ import scipy.sparse as sp
 from cvxpy.atoms.affine.add_expr import AddExpression
 from cvxpy.atoms.affine.unary_operators import NegExpression
 from cvxpy.atoms.elementwise.elementwise import Elementwise
+from cvxpy.atoms.elementwise.power import PowerApprox
 from cvxpy.atoms.norm1 import norm1
 from cvxpy.atoms.quad_form import QuadForm
 
-__all__ = ["is_set", "reducible", "with_plain_forms", "with_single_halves"]
+__all__ = ["is_set", "reducible", "with_plain_forms", "with_power_cones", "with_single_halves"]
 
 _STRUCTURES = ("symmetric", "PSD", "NSD", "diag", "sparsity")
 _SYMMETRIC = ("symmetric", "PSD", "NSD", "diag")
@@ -36,8 +37,7 @@ def with_plain_forms(problem: cp.Problem) -> cp.Problem:
             rows.append(y == x)
     if not rows:
         return problem
-    objective: Any = problem.objective
-    return cp.Problem(objective.tree_copy(id_objects=replaced), [*problem.constraints, *rows])
+    return cp.Problem(_rebuilt(problem.objective, replaced), [*problem.constraints, *rows])
 
 
 def _forms(expression: Any) -> Iterator[Any]:
@@ -53,17 +53,57 @@ def with_single_halves(problem: cp.Problem) -> cp.Problem:
     CVXPY states ``abs(X)`` of a symmetric X twice for each pair of entries.  Where X has a zero both statements hold
     with equality, and their multipliers are not unique: every optimality system is singular.
     """
-    replaced: dict[int, Any] = {}
-    for part in (problem.objective, *problem.constraints):
-        for function in _of_symmetric(part):
-            if id(function) not in replaced:
-                replaced[id(function)] = _by_half(function)
+    return _replaced(problem, _of_symmetric, _by_half)
+
+
+def with_power_cones(problem: cp.Problem) -> cp.Problem:
+    """The problem with ``power(x, p)``, p > 1 and no even number, by a power cone for each entry.
+
+    By default CVXPY states ``x^1.7`` by seven second-order cones.  Where x is zero, as most entries of an entmax are,
+    several of them are at their apex: multipliers are not unique, and no gradient is there to be had.
+    """
+    return _replaced(problem, _rational_powers, lambda power: cp.power(power.args[0], power.p.value, approx=False))
+
+
+def _rational_powers(expression: Any) -> Iterator[Any]:
+    if isinstance(expression, PowerApprox) and isinstance(expression.p, cp.Constant):
+        exponent: Any = expression.p.value
+        if exponent > 1 and exponent % 2:
+            yield expression
+    for argument in expression.args:
+        yield from _rational_powers(argument)
+
+
+def _replaced(problem: cp.Problem, found: Callable[[Any], Iterator[Any]], restate: Callable[[Any], Any]) -> cp.Problem:
+    """The problem with other expressions for those that ``found`` yields of an objective or a constraint."""
+    replaced = {
+        id(expression): restate(expression)
+        for part in (problem.objective, *problem.constraints)
+        for expression in found(part)
+    }
     if not replaced:
         return problem
-    objective: Any = problem.objective
-    return cp.Problem(
-        objective.tree_copy(id_objects=replaced), [_with_replaced(row, replaced) for row in problem.constraints]
-    )
+    return cp.Problem(_rebuilt(problem.objective, replaced), [_rebuilt(row, replaced) for row in problem.constraints])
+
+
+def _rebuilt(part: Any, replaced: dict[int, Any]) -> Any:
+    """An expression, objective or constraint with others in it: CVXPY's ``tree_copy`` passes over powers (1.9.3).
+
+    A constraint keeps its id, by which CVXPY hands multipliers back.
+    """
+    if id(part) in replaced:
+        return replaced[id(part)]
+    if isinstance(part, list):
+        members: list[Any] = part
+        rebuilt = [_rebuilt(member, replaced) for member in members]
+        return rebuilt if any(one is not other for one, other in zip(rebuilt, members, strict=True)) else members
+    arguments = _rebuilt(list(part.args), replaced)
+    if all(one is other for one, other in zip(arguments, part.args, strict=True)):
+        return part
+    changed = part.copy(arguments)
+    if isinstance(part, cp.Constraint):
+        changed.constr_id = part.constr_id
+    return changed
 
 
 def _of_symmetric(expression: Any) -> Iterator[Any]:
@@ -109,15 +149,6 @@ def _by_half(function: Any) -> Any:
     return cp.reshape(spread @ function.copy(halves), (n, n), order="F")
 
 
-def _with_replaced(constraint: Any, replaced: dict[int, Any]) -> Any:
-    """The constraint with other expressions in it, under its own id, by which CVXPY hands multipliers back."""
-    if not any(id(function) in replaced for function in _of_symmetric(constraint)):
-        return constraint
-    changed = constraint.tree_copy(id_objects=replaced)
-    changed.constr_id = constraint.constr_id
-    return changed
-
-
 def reducible(problem: cp.Problem) -> Any:
     """A problem of its own for CVXPY, which caches on what it reduces.
 
@@ -126,8 +157,7 @@ def reducible(problem: cp.Problem) -> Any:
     """
     structured = [v for v in problem.variables() if any(is_set(v.attributes[name]) for name in _STRUCTURES)]
     expressions = {id(variable): -1.0 * (-variable) for variable in structured}
-    objective = problem.objective.tree_copy(id_objects=expressions) if structured else problem.objective
-    return cp.Problem(objective, problem.constraints)
+    return cp.Problem(_rebuilt(problem.objective, expressions), problem.constraints)
 
 
 def is_set(attribute: Any) -> bool:

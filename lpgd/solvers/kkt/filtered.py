@@ -31,6 +31,8 @@ PRODUCTS = 3
 """Applications of the filter to a block of vectors."""
 FIRST, LARGEST = 16, 64
 """The sizes of the first block of vectors and of the last."""
+SPARE = 1.25
+"""Vectors that are tried for each that is thought to be a null vector."""
 SOLVES, LEFT = 30, 1e-14
 """Steps to an answer at most, and what they may leave of the right-hand side."""
 ROUGH = 1e-9
@@ -79,7 +81,13 @@ def _null_vectors(K: Any, known: Known) -> tuple[Filter, FloatArray, float] | No
         direction = direction / max(float(np.linalg.norm(direction)), 1e-300)
     unit = max(float(np.linalg.norm(K @ direction)), 1e-300)
     filtered, count = Filter(K, WIDTH * unit), FIRST
-    while count <= LARGEST:
+    # The filter's trace is about the number of null vectors: where there are many no block is tried.
+    block = np.random.default_rng(size).standard_normal((size, count))
+    image = WIDTH * unit * filtered.factor.solve(block.astype(np.complex128)).imag
+    nullity = float(np.sum(block * image)) / count
+    while count < SPARE * nullity <= LARGEST:
+        count *= 2
+    while max(count, nullity) <= LARGEST:
         block = np.random.default_rng(size).standard_normal((size, count))
         for _ in range(PRODUCTS):
             block = filtered.factor.solve(block.astype(np.complex128)).imag
