@@ -236,7 +236,7 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
             answer, shares = with_far_constraints_guessed(posed, states, lambda other: self._judged(other, executor))
         else:
             answer = judged(posed, begun.answer, self.tolerance, self.name)
-        answer = in_better_units(posed, answer, self.tolerance, lambda other: self._judged(other, executor))
+        answer = in_better_units(posed, answer, shares, self.tolerance, lambda other: self._judged(other, executor))
         answer = with_constraints_kept(posed, answer, lambda other: self._judged(other, executor))
         return with_far_constraints_near(posed, answer, shares, lambda other: self._judged(other, executor))
 

@@ -53,13 +53,18 @@ solution with a larger error than the second is none."""
 
 
 def in_better_units(
-    posed: Posed, answer: ConicSolution, tolerance: float, solve: Callable[[Posed], ConicSolution]
+    posed: Posed,
+    answer: ConicSolution,
+    shares: Tensor | None,
+    tolerance: float,
+    solve: Callable[[Posed], ConicSolution],
 ) -> ConicSolution:
     """The answer, with those elements solved once more whose residuals say little in the units of the data.
 
     Args:
         posed: the batch, and its units.
         answer: a solver's, judged.
+        shares: (B,) the units of length that it is known in, in those of the batch; None where they are the same.
         tolerance: of the solver.
         solve: the same of elements in other units.
     """
@@ -67,7 +72,11 @@ def in_better_units(
     if lengths is not None:
         answer = _again(posed, answer, solve, lengths.isfinite(), lengths, None)
     costs = better_costs(posed, answer)
-    return answer if costs is None else _again(posed, answer, solve, costs.isfinite(), None, costs)
+    if costs is None:
+        return answer
+    # What is known of a solution that was found with constraints nearer is not in the units of the batch.
+    chosen = costs.isfinite() if shares is None else costs.isfinite() & (shares == 1.0)
+    return _again(posed, answer, solve, chosen, None, costs) if bool(chosen.any()) else answer
 
 
 def _again(
