@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import lpgd
+from lpgd.cones.product import Cones
 from lpgd.execution.tasks import core_count, split
 from lpgd.execution.threads import bounded_blas
 
@@ -149,7 +150,7 @@ def bare_clarabel(P: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> Bare
         settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = options.tolerance
         settings.equilibrate_enable = options.equilibrate
         settings.static_regularization_constant = options.regularization
-        settings.direct_solve_method = options.direct_solve_method or "qdldl"
+        settings.direct_solve_method = options.method_for(Cones())
         return clarabel.DefaultSolver(
             sp.triu(sp.csc_matrix(P.numpy()), format="csc"),
             np.zeros(len(P)),

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import cvxpy as cp
-import pytest
 import torch
 
 import lpgd
 from lpgd.layers.cvxpy.canonical import canonicalise
-from lpgd.solvers import ECOS
 
 N = 12
 
@@ -66,8 +64,6 @@ def test_a_power_of_a_sum_with_entries_at_zero() -> None:
 def test_solvers_without_power_cones_get_second_order_ones() -> None:
     problem, scores, x = _entmax_problem()
     assert len(canonicalise(problem, [scores], [x]).cones.power) == N
-    if not ECOS.is_installed():
-        pytest.skip("ECOS is not installed; from Python 3.13 on it has no wheels")
     layer = lpgd.CvxpyLayer(problem, [scores], [x], solver="ECOS")
     assert not layer.structure.cones.power
     values = torch.linspace(-1, 1, N, dtype=torch.float64)

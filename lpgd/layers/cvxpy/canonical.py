@@ -38,13 +38,7 @@ from lpgd.cones.product import Cones
 from lpgd.layers.cvxpy.affine import AffineMatrix, Bounds, consecutive_rows, reordered, selection, switched
 from lpgd.layers.cvxpy.implied import dependent_rows, implied_rows, never_negative
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
-from lpgd.layers.cvxpy.restated import (
-    is_set,
-    reducible,
-    with_plain_forms,
-    with_power_cones,
-    with_single_halves,
-)
+from lpgd.layers.cvxpy.restated import is_set, reducible, restated, with_plain_forms
 
 __all__ = ["canonicalise"]
 
@@ -115,7 +109,7 @@ def canonicalise(
     _check_problem(problem, gp)
     _check_parameters(problem, parameters)
     owners = _check_variables(problem, variables)
-    reduced = _reduce(problem if gp else _restated(problem, powers), gp)
+    reduced = _reduce(problem if gp else restated(problem, powers), gp)
     layouts, order = _parameter_layouts(parameters, reduced)
     boundaries = np.array([0, *(layout.columns.stop for layout in layouts)], dtype=np.int64)
 
@@ -318,11 +312,6 @@ class _Reduced:
         if value is None:
             raise ValueError(f"CVXPY recovers no dual variable of the constraint {constraint}; do not ask for it.")
         return _flat(value, "C")
-
-
-def _restated(problem: cp.Problem, powers: bool) -> cp.Problem:
-    problem = with_single_halves(with_plain_forms(problem))
-    return with_power_cones(problem) if powers else problem
 
 
 def _reduce(problem: cp.Problem, gp: bool) -> _Reduced:

@@ -15,10 +15,16 @@ from cvxpy.atoms.elementwise.power import PowerApprox
 from cvxpy.atoms.norm1 import norm1
 from cvxpy.atoms.quad_form import QuadForm
 
-__all__ = ["is_set", "reducible", "with_plain_forms", "with_power_cones", "with_single_halves"]
+__all__ = ["is_set", "reducible", "restated", "with_plain_forms", "with_power_cones", "with_single_halves"]
 
 _STRUCTURES = ("symmetric", "PSD", "NSD", "diag", "sparsity")
 _SYMMETRIC = ("symmetric", "PSD", "NSD", "diag")
+
+
+def restated(problem: cp.Problem, powers: bool) -> cp.Problem:
+    """The problem restated in every way of this module, by power cones if there may be some."""
+    problem = with_single_halves(with_plain_forms(problem))
+    return with_power_cones(problem) if powers else problem
 
 
 def with_plain_forms(problem: cp.Problem) -> cp.Problem:
