@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from lpgd import LPGD, HiGHS, LpgdWarning, LPLayer, QPLayer
+from lpgd.solvers.backends import highs
+from lpgd.status import Status
 
 
 def test_large_quadratic_programs_are_warned_about() -> None:
@@ -51,3 +53,23 @@ def test_large_costs_are_no_numerical_error(c: Any, G: Any, h: Any, vertex: Any,
     assert feasible[(feasible @ costs).argmin()].tolist() == best
     integer = LPLayer(HiGHS(), integer=range(4), gradient=LPGD(tau=1.0))(costs, G=matrix, h=right, lb=0.0, ub=1.0)
     assert integer.x.tolist() == best
+
+
+def test_a_vertex_that_cannot_be_left_is_not_started_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HiGHS 1.15.1 ends as kUnknown from some bases, of the relaxation of an integer program too, which no other
+    solver takes over."""
+    original, failed = highs._Model.run, []
+
+    def run(self: Any, time_limit: float | None) -> Status:
+        if self.solver.getBasis().valid:
+            failed.append(True)
+            return Status.NUMERICAL_ERROR
+        return original(self, time_limit)
+
+    costs, matrix = torch.tensor([[-1.0, -2.0], [-2.0, -1.0]]).double(), torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double()
+    layer = LPLayer(HiGHS(rescue=False), integer=range(2), gradient=LPGD(tau=1.0))
+    first = layer.solve(costs, G=matrix, h=torch.tensor([2.5, 3.5]).double(), lb=0.0)
+    monkeypatch.setattr(highs._Model, "run", run)
+    again = layer.solve(costs.flip(0), G=matrix, h=torch.tensor([2.5, 3.5]).double(), lb=0.0, warm_start=first)
+    assert failed
+    assert again.x.tolist() == [[1.0, 0.0], [0.0, 1.0]]

@@ -70,6 +70,31 @@ def test_solutions_are_optimal_over_all_binary_points(scale: float) -> None:
     assert output.info.solution.residuals.primal.max() < 1e-12
 
 
+@pytest.mark.parametrize("as_rows", [False, True])
+def test_bounds_of_integer_variables_need_not_be_whole(as_rows: bool) -> None:
+    """HiGHS 1.15.1 itself ends at another point, or as infeasible, in one of these in thirty."""
+    points = double(list(itertools.product(range(-2, 3), repeat=2)))
+    eye, lower, upper = torch.eye(2).double(), double([-2.3, -2.3]), double([2.9, 2.9])
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        c, a, b = double(rng.integers(-5, 6, (10, 2))), double(rng.uniform(0.5, 2, 2)), 2.5
+        matrix, right = a[None], double([b])
+        bounds: dict[str, Any] = {"lb": lower, "ub": upper}
+        if as_rows:
+            matrix, right, bounds = torch.cat([matrix, eye, -eye]), torch.cat([right, upper, -lower]), {}
+        x = lpgd.solve_lp(c, G=matrix, h=right, **bounds, gradient=LOWER, integer=range(2)).x
+        feasible = points[points @ a <= b]
+        torch.testing.assert_close((c * x).sum(-1), (c @ feasible.T).amin(-1), atol=1e-9, rtol=0)
+
+
+def test_bounds_without_a_whole_number_between_them_are_infeasible() -> None:
+    lower, upper = double([[0.2, 0.0], [0.0, 0.0], [1.0 + 1e-12, 0.0]]), double([[0.8, 1.5], [0.8, 1.5], [1.5, 1.5]])
+    layer = lpgd.LPLayer(gradient=LOWER, integer=range(2), on_error="nan")
+    output = layer(double([-1.0, -2.0]), G=double([[1.0, 1.0]]), h=double([1.7]), lb=lower, ub=upper)
+    assert output.info.statuses == (Status.INFEASIBLE, Status.SOLVED, Status.SOLVED)
+    assert output.x[1:].tolist() == [[0.0, 1.0], [1.0, 0.0]]
+
+
 def test_integer_and_continuous_variables_with_an_equality() -> None:
     rng = np.random.default_rng(1)
     k, u = cp.Variable(3, integer=True), cp.Variable(2, nonneg=True)
