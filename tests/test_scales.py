@@ -161,8 +161,11 @@ def test_a_moderate_objective_stays_as_it_is(elements: int) -> None:
     assert problem.units.is_trivial
 
 
-@pytest.mark.filterwarnings("ignore:.*at a kink:lpgd.LpgdWarning")  # multipliers of 1e-8 of others look like none
-@pytest.mark.parametrize("scale", [1.0, 1e3, 1e4])
+SCALES = [1.0, 1e2, 1e3, 1e5, 1e8]
+
+
+@pytest.mark.filterwarnings("error::lpgd.LpgdWarning")
+@pytest.mark.parametrize("scale", SCALES)
 def test_large_curvature_of_variables_that_stay_small(scale: float) -> None:
     """min |x|² + 2 s² Σ huber(|x_i - y_i| / s): two thirds of y_i, or where that is far away 0.4 s along y_i.
 
@@ -180,3 +183,38 @@ def test_large_curvature_of_variables_that_stay_small(scale: float) -> None:
     found.sum().backward()
     across = 0.4 * scale / length * (1 - unit * unit.sum(0))
     np.testing.assert_allclose(values.grad, np.where(near, 2 / 3, across), atol=1e-7)
+
+
+@pytest.mark.filterwarnings("error::lpgd.LpgdWarning")
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_chain_of_points_in_any_unit(scale: float) -> None:
+    """min Σ |x_i - y_i|² + 1.5 s² Σ huber(|x_i - x_{i+1}| / s), against Newton's method where s is 1."""
+    given = np.c_[np.repeat([0.0, 2.0], [7, 8]), np.repeat([0.0, 1.0], [4, 11])]
+    given += 0.1 * np.random.default_rng(3).standard_normal((15, 2))
+    D, W = np.diff(np.eye(15), axis=0), np.arange(1.0, 31.0).reshape(15, 2)
+    exact, slope, hessian = given.copy(), np.ones((15, 2)), np.eye(30)
+
+    def value(point: np.ndarray) -> float:
+        length = np.linalg.norm(D @ point, axis=1)
+        clipped = np.where(length <= 0.2, length**2, 0.4 * length - 0.04)
+        return float(np.square(point - given).sum() + 1.5 * clipped.sum())
+
+    while np.abs(slope).max() > 1e-12:
+        step = D @ exact
+        length = np.linalg.norm(step, axis=1)
+        weight = np.where(length <= 0.2, 3.0, 0.6 / length)
+        slope = 2 * (exact - given) + D.T @ (weight[:, None] * step)
+        hessian = np.kron(2 * np.eye(15) + D.T @ (weight[:, None] * D), np.eye(2))
+        for edge in np.flatnonzero(length > 0.2):
+            along = np.outer(D[edge], step[edge] / length[edge]).ravel()
+            hessian -= weight[edge] * np.outer(along, along)
+        newton = np.linalg.solve(hessian, slope.ravel()).reshape(15, 2)
+        exact = min((exact - 0.5**power * newton for power in range(12)), key=value)
+    x, y = cp.Variable((15, 2)), cp.Parameter((15, 2))
+    clipped = cp.sum(cp.huber(cp.norm(cp.diff(x), axis=1) / scale, 0.2))
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - y) + 1.5 * scale**2 * clipped))
+    values = torch.from_numpy(scale * given).requires_grad_()
+    (found,) = CvxpyLayer(problem, [y], [x])(values)
+    np.testing.assert_allclose(found.detach() / scale, exact, atol=1e-11)
+    (found * torch.from_numpy(W)).sum().backward()
+    np.testing.assert_allclose(values.grad, 2 * np.linalg.solve(hessian, W.ravel()).reshape(15, 2), rtol=1e-9)

@@ -116,21 +116,27 @@ def _each(rows: Tensor, problem: ConicProblem) -> Tensor:
 
 
 def matrix_units(problem: ConicProblem) -> tuple[Tensor | None, Tensor | None]:
-    """D and E of elements of which a row or a column of P and A is far from order 1; 1 for the others."""
+    """D and E of elements of which a row or a column of P and A is far from order 1; 1 for the others.
+
+    Beside curved cones curvatures that are far from each other count as well: ``huber(norm(v) / s)`` has one of s² for
+    a variable of order 1 beside v of the size s, whose columns look moderate as cones have rows of ones.
+    """
     structure, A, P = problem.structure, problem.data.A, problem.symmetric_P
     row_maxima, column_maxima = _memo(
         A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A)
     )
-    if all(_are_moderate(maxima) for maxima in (row_maxima, column_maxima)):
+    curved = bool(structure.quadratic.nnz) and not structure.cones.is_polyhedral
+    if not curved and all(_are_moderate(maxima) for maxima in (row_maxima, column_maxima)):
         return None, None
     wide = _is_wide(row_maxima) | _is_wide(column_maxima)
     if structure.quadratic.nnz and not bool(wide.all()):
         curvature = curvatures(problem)
-        # Variables that no row involves are known by their curvature alone.
         count = max(column_maxima.shape[0], curvature.shape[0])
         column_maxima, curvature = repeated(column_maxima, count), repeated(curvature, count)
-        alone = torch.where(column_maxima > 0, torch.nan, curvature / maximum_norm(curvature)[:, None])
-        wide = repeated(wide[:, None], count)[:, 0] | (_exponent(alone) < -2 * MODERATE).any(-1)
+        shares = curvature / maximum_norm(curvature)[:, None]
+        if not curved:  # others are known by their rows
+            shares = torch.where(column_maxima > 0, torch.nan, shares)
+        wide = repeated(wide[:, None], count)[:, 0] | (_exponent(shares) < -2 * MODERATE).any(-1)
     if not bool(wide.any()):
         return None, None
     return _equilibrated(structure, A, P, wide)
