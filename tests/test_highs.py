@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lpgd import LPGD, HiGHS, LpgdWarning, LPLayer, QPLayer
-from lpgd.solvers.backends import highs
+from lpgd.solvers.backends.highs_model import Model
 from lpgd.status import Status
 
 
@@ -58,7 +58,7 @@ def test_large_costs_are_no_numerical_error(c: Any, G: Any, h: Any, vertex: Any,
 def test_a_vertex_that_cannot_be_left_is_not_started_from(monkeypatch: pytest.MonkeyPatch) -> None:
     """HiGHS 1.15.1 ends as kUnknown from some bases, of the relaxation of an integer program too, which no other
     solver takes over."""
-    original, failed = highs._Model.run, []
+    original, failed = Model.run, []
 
     def run(self: Any, time_limit: float | None) -> Status:
         if self.solver.getBasis().valid:
@@ -69,7 +69,7 @@ def test_a_vertex_that_cannot_be_left_is_not_started_from(monkeypatch: pytest.Mo
     costs, matrix = torch.tensor([[-1.0, -2.0], [-2.0, -1.0]]).double(), torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double()
     layer = LPLayer(HiGHS(rescue=False), integer=range(2), gradient=LPGD(tau=1.0))
     first = layer.solve(costs, G=matrix, h=torch.tensor([2.5, 3.5]).double(), lb=0.0)
-    monkeypatch.setattr(highs._Model, "run", run)
+    monkeypatch.setattr(Model, "run", run)
     again = layer.solve(costs.flip(0), G=matrix, h=torch.tensor([2.5, 3.5]).double(), lb=0.0, warm_start=first)
     assert failed
     assert again.x.tolist() == [[1.0, 0.0], [0.0, 1.0]]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import zlib
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import scipy.sparse as sp
 
-from lpgd.arrays import FloatArray, IntArray
-from lpgd.execution.quiet import quiet_descriptor
+from lpgd.arrays import FloatArray
 from lpgd.problems.base import State, States
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
@@ -22,21 +19,12 @@ from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.forms import Form, IntervalForm, IntervalPoint, IntervalVectors
 from lpgd.solvers.backends.highs_basis import Basis
+from lpgd.solvers.backends.highs_model import Model, check
 from lpgd.solvers.backends.smaller_costs import WithSmallerCosts
 from lpgd.solvers.base import POLYHEDRAL, Capabilities
 from lpgd.status import Status, warn
 
 __all__ = ["HiGHS"]
-
-_STATUSES = {
-    "kOptimal": Status.SOLVED,
-    "kModelEmpty": Status.SOLVED,
-    "kInfeasible": Status.INFEASIBLE,
-    "kUnbounded": Status.UNBOUNDED,
-    "kTimeLimit": Status.TIME_LIMIT,
-    "kIterationLimit": Status.ITERATION_LIMIT,
-    "kSolutionLimit": Status.ITERATION_LIMIT,
-}
 
 Multipliers = Literal["relaxation", "fixed"]
 
@@ -47,6 +35,8 @@ DUAL = {"simplex_strategy": 1, "primal_simplex_bound_perturbation_multiplier": 1
 SOON = 1000
 """So many primal steps are taken from a vertex that another cost has left behind: 128 perturbed programs of 240
 variables and 60 rows take 0.12 s so, and 0.20 s by the dual method (highspy 1.15.1)."""
+COARSER = 100.0
+"""By so much: numbers of 1e5 are asked for 1e-14 of their size else, and one program in two hundred fails."""
 
 
 @dataclass(frozen=True)
@@ -136,72 +126,9 @@ class HiGHS(ElementwiseSolver):
         return _PreparedInteger(self, form) if form.structure.has_integers else _PreparedHiGHS(self, form)
 
 
-def _check(highspy: ModuleType, status: Any, request: str) -> None:
-    """HiGHS reports what it refuses by a return value."""
-    if status == highspy.HighsStatus.kError:
-        raise ValueError(f"HiGHS refuses {request}.")
-
-
-_first_lock = threading.Lock()
-_announced = False
-
-
-def _new_solver(highspy: ModuleType) -> Any:
-    """An instance.  The first of a process prints a banner before it can be told not to (highspy 1.16.0)."""
-    global _announced
-    with _first_lock:
-        if not _announced:
-            with quiet_descriptor():
-                _announced, solver = True, highspy.Highs()
-            return solver
-    return highspy.Highs()
-
-
-class _Model:
-    """HiGHS with the model of a form: its matrices at once, its vectors for each solve."""
-
-    def __init__(self, options: HiGHS, form: IntervalForm, settings: dict[str, Any], integer_index: IntArray) -> None:
-        highspy = options.module()
-        self.solver = solver = _new_solver(highspy)
-        common = {
-            "output_flag": options.verbose,
-            "parallel": "off",
-            "primal_feasibility_tolerance": max(options.tolerance, 1e-10),
-            "dual_feasibility_tolerance": max(options.tolerance, 1e-10),
-            # By default entries of A below 1e-9 are dropped.
-            "small_matrix_value": 1e-12,
-        }
-        self.choose(common | settings)
-        n, m, A = form.n, form.m, form.A
-        free, ends, integrality = np.full(n, np.inf), np.zeros(m), np.zeros(n, np.int32)
-        integrality[integer_index] = 1
-        colwise, minimise = 1, 1
-        _check(
-            highspy,
-            solver.passModel(
-                n, m, A.nnz, colwise, minimise, 0.0, np.zeros(n), -free, free, ends, ends,
-                A.indptr, A.indices, A.data, integrality,
-            ),
-            "passModel",
-        )  # fmt: skip
-        self.columns, self.rows = np.arange(n, dtype=np.int32), np.arange(m, dtype=np.int32)
-
-    def choose(self, settings: dict[str, Any]) -> None:
-        for name, value in settings.items():
-            _check(HiGHS.module(), self.solver.setOptionValue(name, value), name)
-
-    def set(self, vectors: IntervalVectors) -> None:
-        solver, columns, rows = self.solver, self.columns, self.rows
-        solver.changeColsCost(columns.size, columns, vectors.q)
-        solver.changeColsBounds(columns.size, columns, vectors.lower, vectors.upper)
-        solver.changeRowsBounds(rows.size, rows, vectors.row_lower, vectors.row_upper)
-
-    def run(self, time_limit: float | None) -> Status:
-        if time_limit is not None:
-            # The clock runs on from solve to solve (highspy 1.15.1).
-            self.solver.setOptionValue("time_limit", self.solver.getRunTime() + time_limit)
-        self.solver.run()
-        return _STATUSES.get(self.solver.getModelStatus().name, Status.NUMERICAL_ERROR)
+def _tolerances(tolerance: float, *more: str) -> dict[str, Any]:
+    names = ("primal_feasibility_tolerance", "dual_feasibility_tolerance", *more)
+    return dict.fromkeys(names, max(tolerance, 1e-10))
 
 
 class _PreparedHiGHS(WithSmallerCosts):
@@ -210,6 +137,8 @@ class _PreparedHiGHS(WithSmallerCosts):
     def __init__(self, options: HiGHS, form: IntervalForm) -> None:
         self.options, self.form, self.quadratic = options, form, form.has_quadratic
         settings = {
+            **_tolerances(options.tolerance),
+            "output_flag": options.verbose,
             "solver": "choose" if self.quadratic else "simplex",
             "presolve": "on" if options.presolve else "off",
             "simplex_iteration_limit": options.max_iterations,
@@ -218,11 +147,11 @@ class _PreparedHiGHS(WithSmallerCosts):
             # By default 1e-7 is added to P, which moves solutions by as much.
             "qp_regularization_value": 0.0,
         }
-        self.model = _Model(options, form, settings, np.zeros(0, np.int64))
+        self.model = Model(options.module(), form, settings, np.zeros(0, np.int64))
         self.solver = self.model.solver
         if self.quadratic:
             n, lower, triangular = form.n, sp.csc_array(form.upper_P().T), 1
-            _check(
+            check(
                 options.module(),
                 self.solver.passHessian(n, lower.nnz, triangular, lower.indptr, lower.indices, lower.data),
                 "passHessian",
@@ -295,14 +224,15 @@ class _PreparedInteger(WithSmallerCosts):
         self.options, self.form, self.integer = options, form, form.structure.integer_index
         self.relaxation = _PreparedHiGHS(options, form)
         settings = {
-            "mip_feasibility_tolerance": max(options.tolerance, 1e-10),
+            **_tolerances(options.tolerance, "mip_feasibility_tolerance"),
+            "output_flag": options.verbose,
             "mip_rel_gap": options.gap,
             "mip_abs_gap": 0.0,
             "mip_max_nodes": min(options.max_iterations, 2**31 - 1),
             # It takes 7 of 10 ms of a program of ten variables, and finds nothing that others do not (highspy 1.15.1).
             "mip_heuristic_run_feasibility_jump": False,
         }
-        self.model = _Model(options, form, settings, self.integer)
+        self.model = Model(options.module(), form, settings, self.integer)
         self.limited = options.time_limit is not None or options.max_iterations < HiGHS.max_iterations
 
     def memory(self, form: IntervalForm) -> int:
@@ -354,10 +284,22 @@ class _PreparedInteger(WithSmallerCosts):
     def _search(
         self, vectors: IntervalVectors, start: FloatArray | None, started: float
     ) -> tuple[Status, int, FloatArray | None]:
-        solver, limit = self.model.solver, self.options.time_limit
+        """One search, and a coarser one where it ends with an error: tolerances are absolute, whatever the numbers."""
         vectors = self._whole_bounds(vectors)
         if (vectors.lower > vectors.upper).any():
             return Status.INFEASIBLE, 0, None
+        found = self._search_once(vectors, start, started)
+        if found[0] is Status.NUMERICAL_ERROR:
+            name, fine = "mip_feasibility_tolerance", self.options.tolerance
+            self.model.choose(_tolerances(COARSER * fine, name))
+            found = self._search_once(vectors, start, started)
+            self.model.choose(_tolerances(fine, name))
+        return found
+
+    def _search_once(
+        self, vectors: IntervalVectors, start: FloatArray | None, started: float
+    ) -> tuple[Status, int, FloatArray | None]:
+        solver, limit = self.model.solver, self.options.time_limit
         self.model.set(vectors)
         solver.clearSolver()
         if start is not None:
@@ -375,16 +317,21 @@ class _PreparedInteger(WithSmallerCosts):
         return status, nodes, np.array(found.col_value)
 
     def _whole_bounds(self, vectors: IntervalVectors) -> IntervalVectors:
-        """The next whole numbers as bounds: with others HiGHS ends elsewhere, or infeasible, on one program in thirty
-        with a few integer variables (highspy 1.15.1)."""
+        """Bounds of integer variables moved inwards to whole numbers, within the tolerance.
+
+        With others HiGHS calls one program in thirty with a few integer variables optimal at a point that is not, or
+        infeasible (highspy 1.15.1, with presolve and without).
+        """
         lower, upper, slack = vectors.lower.copy(), vectors.upper.copy(), self.options.tolerance
         lower[self.integer] = np.ceil(lower[self.integer] - slack)
         upper[self.integer] = np.floor(upper[self.integer] + slack)
         return vectors._replace(lower=lower, upper=upper)
 
     def _fixed_multipliers(self, vectors: IntervalVectors, x: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Multipliers of rows and of the continuous variables' bounds, with the integer variables at ``x``; from no
-        basis, as from the relaxation's rows that the integer variables alone make tight would keep its prices."""
+        """Multipliers of rows and of the continuous variables' bounds, with the integer variables at ``x``.
+
+        From no basis: from the relaxation's, rows that the integer variables alone make tight would keep its prices.
+        """
         lower, upper = vectors.lower.copy(), vectors.upper.copy()
         lower[self.integer] = upper[self.integer] = x[self.integer]
         outcome = self.relaxation.solve(vectors._replace(lower=lower, upper=upper), None)
