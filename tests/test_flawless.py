@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import lpgd
 from lpgd.autograd import CallInfo
 from lpgd.gradients.implicit import conic
 from lpgd.solvers.backends.daqp import DAQP
+from lpgd.solvers.backends.moreau import Moreau
 from lpgd.solvers.base import Begun
 
 pytest.importorskip("daqp")
@@ -43,25 +46,29 @@ def results(data: dict[str, Tensor]) -> tuple[CallInfo, list[Tensor]]:
     return output.info, [*output, *gradients]
 
 
-@pytest.mark.parametrize("n", [3, 10, 24])
-@pytest.mark.parametrize("shared", [(), ("P",), ("A", "G"), ("P", "A", "G", "q")])
-def test_the_short_way_has_the_bits_of_the_general_way(
-    n: int, shared: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+def assert_short_way_has_the_same_bits(
+    draw_results: Callable[[], tuple[CallInfo, list[Tensor]]], batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[Begun | None] = []
-    at_once = DAQP.at_once
 
-    def watched(self: DAQP, problem: lpgd.ConicProblem, executor: None) -> Begun | None:
-        taken.append(at_once(self, problem, executor))
-        return taken[-1]
+    def watched(kind: type[DAQP] | type[Moreau]) -> Callable[[Any, lpgd.ConicProblem, Any], Begun | None]:
+        at_once = kind.at_once
 
-    monkeypatch.setattr(DAQP, "at_once", watched)
-    info, quick = results(draw(n, n, 16, shared))
+        def watch(self: Any, problem: lpgd.ConicProblem, executor: Any) -> Begun | None:
+            taken.append(at_once(self, problem, executor))
+            return taken[-1]
+
+        return watch
+
+    for kind in (DAQP, Moreau):
+        monkeypatch.setattr(kind, "at_once", watched(kind))
+    info, quick = draw_results()
     assert taken[0] is not None
     assert taken[0].judged is not None
-    monkeypatch.setattr(DAQP, "at_once", lambda self, problem, executor: None)
+    for kind in (DAQP, Moreau):
+        monkeypatch.setattr(kind, "at_once", lambda self, problem, executor: None)
     monkeypatch.setattr(conic, "regular_response", lambda *arguments: None)
-    expected_info, general = results(draw(n, n, 16, shared))
+    expected_info, general = draw_results()
     solution, expected = info.solution, expected_info.solution
     for found, one in zip(quick, general, strict=True):
         assert torch.equal(found, one)
@@ -71,11 +78,61 @@ def test_the_short_way_has_the_bits_of_the_general_way(
         assert getattr(solution, name) == getattr(expected, name)
     assert solution.residuals.worst.max() == expected.residuals.worst.max()
     (gradient,), (expected_gradient,) = info.gradients, expected_info.gradients
-    assert gradient.used == expected_gradient.used == ["implicit"] * 16
+    assert gradient.used == expected_gradient.used == ["implicit"] * batch
     assert gradient.doubt is not None
     assert expected_gradient.doubt is not None
     assert torch.equal(gradient.doubt, expected_gradient.doubt)
     assert (gradient.fallbacks, gradient.notices) == (expected_gradient.fallbacks, expected_gradient.notices)
+
+
+@pytest.mark.parametrize("n", [3, 10, 24])
+@pytest.mark.parametrize("shared", [(), ("P",), ("A", "G"), ("P", "A", "G", "q")])
+def test_the_short_way_has_the_bits_of_the_general_way(
+    n: int, shared: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_short_way_has_the_same_bits(lambda: results(draw(n, n, 16, shared)), 16, monkeypatch)
+
+
+@pytest.mark.parametrize("solver", ["DAQP", "MOREAU"])
+@pytest.mark.parametrize("rows", ["full", "sparse", "none"])
+@pytest.mark.parametrize("ends", ["both", "lower", "some"])
+def test_the_short_way_takes_bounds_and_sparse_matrices(
+    solver: str, rows: str, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if solver not in lpgd.available():
+        pytest.skip("Moreau has no wheel for this platform")
+    n, batch = 10, 12
+    generator = torch.Generator().manual_seed(3)
+
+    def results() -> tuple[CallInfo, list[Tensor]]:
+        generator.manual_seed(3)
+        data = {key: tensor.detach().clone().requires_grad_() for key, tensor in draw(3, n, batch).items()}
+        data |= {
+            "lb": (-torch.rand(batch, n, generator=generator, dtype=torch.float64)).requires_grad_(),
+            "ub": torch.rand(batch, n, generator=generator, dtype=torch.float64).add_(0.1).requires_grad_(),
+        }
+        P = data["P"]
+        given: dict[str, Any] = {}
+        if rows == "full":  # zero satisfies all of them
+            given = {"A": data["A"], "b": torch.zeros_like(data["b"]), "G": data["G"], "h": data["h"].abs() + 0.1}
+        if rows == "sparse":  # a simplex, and a diagonal objective
+            pattern = torch.zeros(2, n, dtype=torch.float64)
+            pattern[0, : n // 2], pattern[1, n // 2 : n - 2] = 1.0, -0.5
+            given = {"A": pattern.to_sparse(), "b": torch.full((2,), 0.25, dtype=torch.float64)}
+            P = torch.eye(n, dtype=torch.float64).to_sparse()
+        if ends == "both":
+            given |= {"lb": data["lb"], "ub": data["ub"]}
+        elif ends == "lower":
+            given |= {"lb": data["lb"]}
+        else:
+            given |= {"lb": data["lb"].masked_fill(torch.arange(n) % 3 == 0, -torch.inf), "ub": 0.9}
+        output = lpgd.QPLayer(solver)(P, data["q"], **given)
+        weights = torch.from_numpy(np.random.default_rng(1).standard_normal(output.x.shape))
+        loss = (weights * output.x).sum() + output.z.square().sum() + output.z_box.square().sum()
+        gradients = torch.autograd.grad(loss, list(data.values()), allow_unused=True)
+        return output.info, [*output, *(gradient for gradient in gradients if gradient is not None)]
+
+    assert_short_way_has_the_same_bits(results, batch, monkeypatch)
 
 
 def test_kinks_and_dependent_rows_go_the_general_way() -> None:

@@ -22,18 +22,21 @@ ELEMENTWISE = {
 }
 
 
-def programs(seed: int, shared: bool) -> dict[str, Tensor]:
-    """Quadratic programs with equalities, inequalities and bounds; with ``shared``, of one P and A."""
+def programs(seed: int, shared: bool, least: float = 0.1) -> dict[str, Tensor]:
+    """Quadratic programs with equalities, inequalities and bounds; with ``shared``, of one P and A.
+
+    With 0 for ``least``, P is singular: DAQP keeps workspaces of such programs alone.
+    """
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random, dtype=torch.float64)
 
-    own = () if shared else (BATCH,)
+    own, rank = () if shared else (BATCH,), N if least else N // 2
     root, A, G = draw(*own, N, N), draw(*own, 2, N), draw(*own, 4, N)
     inside = 0.3 * draw(BATCH, N, 1)
     return {
-        "P": root @ root.mT + 0.1 * torch.eye(N, dtype=torch.float64),
+        "P": root[..., :rank] @ root[..., :rank].mT + least * torch.eye(N, dtype=torch.float64),
         "q": draw(BATCH, N),
         "A": A,
         "b": (A @ inside)[..., 0],
@@ -100,15 +103,15 @@ def test_what_was_solved_before_changes_no_bit(name: str) -> None:
 def test_workspaces_are_kept_for_matrices_that_come_back_alone() -> None:
     solver, serial = DAQP(), SerialExecutor()
     for seed in range(10):
-        answers(solver, programs(seed, shared=False), serial)
+        answers(solver, programs(seed, shared=False, least=0.0), serial)
     assert not workspaces.idle
     for _ in range(2):
-        answers(solver, programs(9, shared=False), serial)
+        answers(solver, programs(9, shared=False, least=0.0), serial)
     assert len(workspaces.idle) == BATCH
     workspaces.clear()
     solver = DAQP(refine=False)  # its perturbed problems are solved again
     for seed in range(10):  # perturbed problems have the matrices of the forward pass
-        answers(solver, programs(seed, shared=False), serial, LPGD(tau=0.1))
+        answers(solver, programs(seed, shared=False, least=0.0), serial, LPGD(tau=0.1))
         assert len(workspaces.idle) >= BATCH
 
 
@@ -116,7 +119,7 @@ def test_matrices_of_equal_fingerprints_are_told_apart(monkeypatch: pytest.Monke
     monkeypatch.setattr(elementwise, "fingerprints", lambda values: [(0, 0)] * max(1, values.size // values.shape[-1]))
     solver, serial = DAQP(), SerialExecutor()
     for seed in (0, 1, 0):
-        found = answers(solver, programs(seed, shared=False), serial)
+        found = answers(solver, programs(seed, shared=False, least=0.0), serial)
         workspaces.clear()
-        for ours, theirs in zip(found, answers(solver, programs(seed, shared=False), serial), strict=True):
+        for ours, theirs in zip(found, answers(solver, programs(seed, shared=False, least=0.0), serial), strict=True):
             assert torch.equal(ours, theirs)

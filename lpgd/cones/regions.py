@@ -16,9 +16,9 @@ from __future__ import annotations
 import numpy as np
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray
+from lpgd.cones.blocks import ConeBlock, cone_blocks
 from lpgd.cones.nonsymmetric import exponential_regions, normalised, power_regions, project_exponential, project_power
 from lpgd.cones.product import Cones, smat
-from lpgd.cones.projections import ConeBlock, cone_blocks
 
 __all__ = ["interior_direction", "kinks", "regions"]
 

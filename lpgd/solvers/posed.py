@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -125,10 +124,9 @@ def _with_clean_bounds(problem: ConicProblem) -> tuple[ConicProblem, dict[int, S
         lower = torch.where(lower <= -INFINITE, -torch.inf, lower)
         upper = torch.where(upper >= INFINITE, torch.inf, upper)
     settled: dict[int, Status] = {}
-    both = np.intersect1d(structure.lower_index, structure.upper_index)
-    if both.size:
+    low_at, high_at = structure.bounded_on_both_sides
+    if low_at.size:
         size = problem.batch_size
-        low_at, high_at = np.searchsorted(structure.lower_index, both), np.searchsorted(structure.upper_index, both)
         low, high = per_element(lower, size)[:, low_at], per_element(upper, size)[:, high_at]
         crossed = low > high
         if bool(crossed.any()):

@@ -1,4 +1,4 @@
-"""The short way of the derivative of regular points: dense quadratic programs with definite P, whose answers are exact.
+"""The short way of the derivative of regular points: small quadratic programs with definite P, whose answers are exact.
 
 Away from kinks, with a system that is regular by far, and an answer that leaves rounding of its equations, none of the
 questions of :mod:`lpgd.gradients.implicit.conic` has another answer than "implicit", and no warning is due.  The
@@ -8,7 +8,6 @@ numbers are the same to the last bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from lpgd.arrays import FloatArray, from_numpy
 from lpgd.gradients.base import GradientInfo
 from lpgd.gradients.implicit.located import KINK
 from lpgd.problems.conic.solution import ConicSolution
-from lpgd.problems.conic.structure import ConicPoint, ConicStructure
+from lpgd.problems.conic.structure import ConicPoint
 from lpgd.solvers.kkt.points import LEFT
 from lpgd.solvers.kkt.rank import DOUBT, ROUNDING
 from lpgd.solvers.kkt.reduced import has_dense_rows
@@ -38,53 +37,62 @@ def regular_response(
     problem = solution.problem
     if not active or len(active) < problem.batch_size or not _fits(solution):
         return None
-    zero, n = problem.structure.cones.zero, problem.structure.n
-    g_x, g_y = tilt.x.numpy(), tilt.y.numpy()
+    structure = problem.structure
+    zero, n = structure.cones.zero, structure.n
+    g_x, g_y, g_z = (direction.numpy() for direction in tilt)
     v = solution.y.numpy() - solution.slack.numpy()
-    held = v > 0.0
+    held, at_bound, free = v > 0.0, None, n
     held[:, :zero] = True
-    # What is as near to a kink as this is looked at from both sides, and more active rows than variables depend on
-    # each other.
-    if (np.abs(v[:, zero:]) <= KINK).any() or held.sum(1).max(initial=0) > n:
+    # What is as near to a kink as this is looked at from both sides.
+    if (np.abs(v[:, zero:]) <= KINK).any():
+        return None
+    rows = held
+    if structure.has_bounds:
+        lower, upper, x, z = (tensor.numpy() for tensor in (*problem.full_bounds(), solution.x, solution.z))
+        if (np.abs(z - (upper - x)) <= KINK).any() or (np.abs(-z - (x - lower)) <= KINK).any():
+            return None
+        at_bound = (x + z > upper) | (x + z < lower)
+        free = (~at_bound).sum(1)
+        rows = np.concatenate([held, at_bound[:, structure.bounded_index]], 1)
+    # More active rows than free variables depend on each other.
+    if (held.sum(1) > free).any():
         return None
     factor = SchurFactor.of(problem)
     if factor is None or not factor.all_fine:
         return None
-    system = ActiveSystem(factor, held)
+    system = ActiveSystem(factor, rows)
     doubt: FloatArray = ROUNDING * system.condition
     if not (system.regular & (doubt < DOUBT)).all():
         return None
-    dx, dy, _ = system.solve(g_x, g_y, np.zeros_like(g_x))
-    data, quadratic, constraint = problem.data, problem.structure.quadratic, problem.structure.constraint
+    dx, dy, dz = system.solve(g_x, g_y, g_z)
+    data, quadratic, constraint = problem.data, structure.quadratic, structure.constraint
     P, A = problem.symmetric_P.numpy(), data.A.numpy()
-    moved = constraint.numpy_product(A, dx)
-    row_error = g_y + moved
-    d_v = dy + row_error
+    row_error = g_y + constraint.numpy_product(A, dx)
+    d_v, d_xi = dy + row_error, dx + dz
     d_v[:, :zero] = dy[:, :zero]
     dy = np.where(held, d_v, 0.0)
-    slope = g_x + quadratic.numpy_product(P, dx) + constraint.numpy_product(A, dy, transpose=True)
+    if at_bound is not None:
+        dx = np.where(at_bound, -g_z, d_xi)
+        dz = np.where(at_bound, d_xi - dx, 0.0)
+        row_error = g_y + constraint.numpy_product(A, dx)
+    slope = g_x + quadratic.numpy_product(P, dx) + constraint.numpy_product(A, dy, transpose=True) + dz
     row_error[:, zero:] += (dy - d_v)[:, zero:]
     error = np.maximum(_norms(slope), _norms(row_error))
-    size = np.maximum(np.maximum(_norms(g_x), _norms(g_y)), np.maximum(_norms(dx), _norms(d_v)))
+    size = np.max([_norms(change) for change in (g_x, g_y, g_z, d_xi, d_v)], axis=0)
     if not (error <= LEFT * size).all():
         return None
     info.used = ["implicit"] * len(active)
     info.doubt, info.fallbacks = from_numpy(doubt), []
-    return ConicPoint(from_numpy(dx), from_numpy(dy), from_numpy(np.zeros_like(dx)))
+    return ConicPoint(from_numpy(dx), from_numpy(dy), from_numpy(dz))
 
 
 def _fits(solution: ConicSolution) -> bool:
-    """Whether these are known answers to dense quadratic programs in units that are 1, without bounds."""
+    """Whether these are known answers to quadratic programs in units that are 1."""
     problem, known_to = solution.problem, solution.known_to
     if known_to is None or solution.systems or problem.device.type != "cpu" or not problem.has_plain_units:
         return False
-    return _is_dense_without_bounds(problem.structure) and bool((known_to.numpy() <= KNOWN).all())
-
-
-@lru_cache(maxsize=64)
-def _is_dense_without_bounds(structure: ConicStructure) -> bool:
-    dense = structure.quadratic.is_dense and structure.constraint.is_dense and has_dense_rows(structure)
-    return dense and structure.m > 0 and not structure.has_bounds
+    small = has_dense_rows(problem.structure) and problem.structure.m + problem.structure.bounded_index.size > 0
+    return small and bool((known_to.numpy() <= KNOWN).all())
 
 
 KNOWN = 1e-10
@@ -93,4 +101,4 @@ KNOWN = 1e-10
 
 def _norms(vectors: FloatArray) -> FloatArray:
     """(B,) the largest magnitude in each row."""
-    return np.abs(vectors).max(1)
+    return np.abs(vectors).max(1, initial=0.0)

@@ -23,6 +23,7 @@ from torch import Tensor
 from lpgd import linalg
 from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray, from_numpy, random_direction
 from lpgd.problems.conic.sparsity import SparsityPattern
+from lpgd.problems.lanes import QuickFunction
 from lpgd.solvers.kkt.superlu import superlu
 
 __all__ = ["LEAST_CURVATURE", "Conditioning"]
@@ -77,10 +78,10 @@ class Conditioning:
 
     def asked(self, P: Tensor, A: Tensor) -> bool:
         """The answer for plain tensors."""
-        P, A = (torch.atleast_2d(values) for values in (P[..., from_numpy(self.entries).to(P.device)], A))
-        A = A[:, from_numpy(self.constraint_entries).to(A.device)]
-        if not self.count:
-            A = A[:1]
+        P, A = torch.atleast_2d(P), torch.atleast_2d(A)
+        if self.entries.size < P.shape[1]:
+            P = P[:, from_numpy(self.entries).to(P.device)]
+        A = A[:, from_numpy(self.constraint_entries).to(A.device)] if self.count else A[:1, :0]
         finite = torch.isfinite(P.sum(-1)) & torch.isfinite(A.sum(-1))  # others fail by themselves
         P, A = (values if len(values) == 1 else values[finite] for values in (P, A))
         if not bool(finite.any()):
@@ -103,13 +104,13 @@ class Conditioning:
         if bool(factor.info.any()):
             return True
         vector = from_numpy(random_direction(self.size).copy()).to(H.device)[None, :, None].expand(len(H), -1, 1)
-        curvature = factor.L.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+        least = float(factor.L.diagonal(dim1=-2, dim2=-1).amin()) ** 2
         for _ in range(STEPS):
             vector = torch.cholesky_solve(vector, factor.L)
-            length = linalg.vector_norm(vector, dim=(-2, -1))
-            curvature = torch.minimum(curvature, 1.0 / length)
-            vector = vector / length[:, None, None]
-        return bool((curvature < LEAST_CURVATURE).any())
+            length = linalg.vector_norm(vector, dim=(-2, -1), keepdim=True)
+            least = min(least, 1.0 / float(length.amax()))
+            vector = vector / length
+        return least < LEAST_CURVATURE
 
     def _placed(self, values: Tensor, at: tuple[IntArray, IntArray], rows: int) -> Tensor:
         """(R, rows, size) dense matrices of values (R, nnz)."""
@@ -151,7 +152,7 @@ class Conditioning:
         return curvature
 
 
-class _Asked(torch.autograd.Function):
+class _Asked(QuickFunction):
     """The test as a function of its own: it is given plain tensors under torch.func as well."""
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from functools import cached_property
 
 import numpy as np
 
@@ -26,7 +27,6 @@ class ElementView:
 
     Attributes:
         distinct: number of distinct (P, A) pairs; element i has the pair ``i mod distinct``.
-        valid: the elements whose data are finite.
     """
 
     def __init__(self, problem: ConicProblem) -> None:
@@ -35,8 +35,12 @@ class ElementView:
         self.data = {name: datum.detach().cpu().numpy() for name, datum in problem.data._asdict().items()}
         self.data["P"] = problem.symmetric_P.detach().cpu().numpy()
         self.distinct = max((self.data[name].shape[0] for name in ("P", "A") if self.data[name].ndim == 2), default=1)
-        finite = problem.finite().cpu().numpy()
-        self.valid = [index for index in range(self.size) if finite[index]]
+
+    @cached_property
+    def valid(self) -> list[int]:
+        """The elements whose data are finite."""
+        finite = self.problem.finite().cpu().numpy()
+        return [index for index in range(self.size) if finite[index]]
 
     def row(self, name: str, element: int) -> FloatArray:
         """One datum of one element; ``P`` is symmetrised."""

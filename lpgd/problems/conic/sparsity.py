@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -14,11 +15,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, IntArray, SparseArray, from_numpy
+from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray, from_numpy
 
 __all__ = ["PART", "SparsityPattern"]
 
 _KEPT_PLACES = 4
+SMALL, FILLED = 4096, 4
+"""A matrix with at most so many places, of which one in so many has an entry, is multiplied as a dense one."""
 PART = 32_768
 """So many numbers are worked on at once: what stays in a core's cache."""
 
@@ -87,6 +90,21 @@ class SparsityPattern:
         return np.array_equal(self.rows, self.columns)
 
     @cached_property
+    def on_diagonal(self) -> IntArray:
+        """Where the entries of the diagonal stand in ``values``."""
+        return np.flatnonzero(self.rows == self.columns)
+
+    @cached_property
+    def filled_rows(self) -> BoolArray:
+        """(r,) which rows have an entry."""
+        return np.bincount(self.rows, minlength=self.shape[0]) > 0
+
+    @cached_property
+    def filled_columns(self) -> BoolArray:
+        """(c,) which columns have an entry."""
+        return np.bincount(self.columns, minlength=self.shape[1]) > 0
+
+    @cached_property
     def indptr(self) -> NDArray[np.int32]:
         """Column pointers of the compressed-sparse-column form; ``rows`` are its indices."""
         counts = np.bincount(self.columns, minlength=self.shape[1])
@@ -138,9 +156,14 @@ class SparsityPattern:
         """(k, nnz) values to (k, c, r) transposed matrices, to be read only."""
         if self.is_dense:
             return values.reshape(len(values), self.shape[1], self.shape[0])
-        matrices = np.zeros((len(values), self.shape[1], self.shape[0]))
-        matrices[:, self.columns, self.rows] = values
-        return matrices
+        flat = np.zeros((len(values), self.shape[1] * self.shape[0]))
+        flat[:, self._flat_columns] = values
+        return flat.reshape(len(values), self.shape[1], self.shape[0])
+
+    @cached_property
+    def _flat_columns(self) -> IntArray:
+        """Where the entries stand in the transposed matrix, row by row."""
+        return self.columns * self.shape[0] + self.rows
 
     def to_dense(self, values: Tensor) -> Tensor:
         """(..., nnz) values to (..., r, c) matrices."""
@@ -190,15 +213,18 @@ class SparsityPattern:
         Each element is a product of its own, also of a matrix that all share: BLAS sums in an order that depends on how
         many vectors there are, and an element's bits must not depend on the others.
         """
-        if self.is_dense:
-            columns = values.reshape(-1, self.shape[1], self.shape[0])
+        if not self.nnz:
+            return np.zeros((len(vectors), self.shape[1] if transpose else self.shape[0]))
+        if self._is_filled:
+            columns = self.dense_columns(values.reshape(-1, self.nnz))
             grouped = vectors.reshape(-1, len(columns), 1, vectors.shape[1])
             with np.errstate(over="ignore", invalid="ignore"):  # of points that are none
                 product = grouped @ (columns.swapaxes(1, 2) if transpose else columns)
             return product.reshape(len(vectors), -1)
         if values.ndim == 1:
-            matrix = sp.csc_array((values, self.indices, self.indptr), shape=self.shape)
-            return np.ascontiguousarray(((matrix.T if transpose else matrix) @ vectors.T).T)
+            matrix: Any = copy(self._templates[transpose])  # not its index arrays, nor its data
+            matrix.data = values
+            return np.ascontiguousarray((matrix @ vectors.T).T)
         source, target = (self.rows, self.columns) if transpose else (self.columns, self.rows)
         size, count = self.shape[1] if transpose else self.shape[0], vectors.shape[0]
         terms = np.take(vectors, source, axis=1).reshape(-1, *values.shape) * values
@@ -211,6 +237,18 @@ class SparsityPattern:
                 self._places[count, transpose] = place
         sums = np.bincount(place, weights=terms.ravel(), minlength=count * size)
         return sums.astype(np.float64, copy=False).reshape(count, size)
+
+    @cached_property
+    def _is_filled(self) -> bool:
+        """Whether products with all entries, zeros too, are the quicker ones."""
+        size = self.shape[0] * self.shape[1]
+        return self.is_dense or (size <= SMALL and size <= FILLED * self.nnz)
+
+    @cached_property
+    def _templates(self) -> tuple[sp.csc_array, sp.csr_array]:
+        """The matrix and its transpose, without values: SciPy takes longer to check one than to multiply."""
+        stored = np.zeros(self.nnz), self.indices, self.indptr
+        return sp.csc_array(stored, shape=self.shape), sp.csr_array(stored, shape=self.shape[::-1])
 
     @cached_property
     def _places(self) -> dict[tuple[int, bool], IntArray]:
@@ -290,14 +328,15 @@ class SparsityPattern:
         self.__dict__.update(state)
 
 
-def _is_plain(*tensors: Tensor) -> bool:
+def _is_plain(first: Tensor, second: Tensor) -> bool:
     """Whether these are float64 on the CPU with nothing for autograd or torch.func to record: NumPy will do."""
-    return all(
-        tensor.device.type == "cpu"
-        and tensor.dtype == torch.float64
-        and not tensor.requires_grad
-        and not _is_wrapped(tensor)
-        for tensor in tensors
+    double = torch.float64
+    return (
+        first.dtype is double
+        and second.dtype is double
+        and first.is_cpu
+        and second.is_cpu
+        and not (first.requires_grad or second.requires_grad or _is_wrapped(first) or _is_wrapped(second))
     )
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import IntArray, from_numpy
+from lpgd.cones.blocks import cone_blocks
 from lpgd.cones.product import Cones
-from lpgd.cones.projections import cone_blocks
 from lpgd.problems.base import PointOperations, Traits
 from lpgd.problems.conic.asked import Asked
 from lpgd.problems.conic.sparsity import SparsityPattern
@@ -128,6 +128,12 @@ class ConicStructure:
     def bounded_index(self) -> IntArray:
         """Variables that have a bound."""
         return np.union1d(self.lower_index, self.upper_index)
+
+    @cached_property
+    def bounded_on_both_sides(self) -> tuple[IntArray, IntArray]:
+        """Where the two bounds of variables that have both stand in ``lower`` and in ``upper``."""
+        both = np.intersect1d(self.lower_index, self.upper_index)
+        return np.searchsorted(self.lower_index, both), np.searchsorted(self.upper_index, both)
 
     @property
     def has_integers(self) -> bool:

@@ -40,6 +40,8 @@ _STATUSES = {
 DRAFT, ROUGH_DRAFT = 3e-8, 1e-6
 """The tolerance of drafts, on symmetric and on other cones: with larger ones Newton's method needs more time than the
 solver saves."""
+FEW = 64
+"""Of programs with at most so many variables and rows a solve takes less time than a step of Newton's method."""
 SUPERNODAL = 22
 """The side of semidefinite matrices from which a supernodal factorisation of their dense blocks is the faster one."""
 
@@ -109,7 +111,8 @@ class Clarabel(ElementwiseSolver):
         symmetric = not (cones.exponential or cones.dual_exponential or cones.power)
         tolerance = max(self.tolerance, DRAFT if symmetric else ROUGH_DRAFT)
         # Corrections take 40 % of the time; on cones that are not symmetric it needs twice the iterations without.
-        return replace(self, tolerance=tolerance, equilibrate=False, corrected=self.corrected and not symmetric)
+        corrected = not symmetric or structure.n + structure.m <= FEW
+        return replace(self, tolerance=tolerance, equilibrate=False, corrected=self.corrected and corrected)
 
     def method_for(self, cones: Cones) -> str:
         """The linear solver for a program over these cones."""

@@ -19,8 +19,9 @@ from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepar
 from lpgd.solvers.backends.flawless import answered, judged_flawless
 from lpgd.solvers.backends.forms import Form, IntervalForm, IntervalPoint, IntervalVectors
 from lpgd.solvers.backends.null_space import solved_in_null_space
-from lpgd.solvers.backends.whitened import SolveOne, WhiteAnswer, solved_in_white
+from lpgd.solvers.backends.whitened import SolveOne, WhiteAnswer, solved_in_white, white_solution
 from lpgd.solvers.base import POLYHEDRAL, Begun, Capabilities
+from lpgd.solvers.kkt.schur import SchurFactor
 from lpgd.status import SetUpError, Status
 
 __all__ = ["DAQP"]
@@ -44,9 +45,9 @@ _EQUALITY, _AT_UPPER, _AT_LOWER = 5, 1, 3
 class DAQP(ElementwiseSolver):
     """DAQP (Arnström, Bemporad and Axehill 2022) for small and medium dense problems; its solutions are exact.
 
-    A solve starts from the active set of the element's last solution.  Where P is surely definite and no variable has
-    a bound, batches are solved in variables in which P is the identity, each element by one call; elsewhere a workspace
-    keeps the factors of P.  A P that is singular, zero in linear programs, is made definite by proximal-point steps
+    A solve starts from the active set of the element's last solution.  Where P is surely definite, batches are solved
+    in variables in which P is the identity, each element by one call; elsewhere a workspace keeps the factors of P.  A
+    P that is singular, zero in linear programs, is made definite by proximal-point steps
     ``x ← argmin ½xᵀP x + qᵀx + (ε/2)|x - x₋|²``, which end at a solution exactly, after few of them.  DAQP's own
     proximal-point iteration calls half of the bounded problems with a graph Laplacian unbounded, and cannot be restored
     to an element's iterate by an update (daqp 0.11.0).
@@ -95,14 +96,20 @@ class DAQP(ElementwiseSolver):
 
     def at_once(self, problem: ConicProblem, executor: Executor | None) -> Begun | None:
         limited = self if self.shortest == self.time_limit else replace(self, time_limit=self.shortest)
-        answer = answered(problem, executor, limited)
+
+        def solved(factor: SchurFactor) -> ConicSolution:
+            if problem.structure.has_bounds:  # which may have a null space
+                return limited.solve_posed(problem, (), executor)
+            return white_solution(problem, factor, (), executor, limited, range(problem.batch_size))
+
+        answer = answered(problem, executor, solved)
         return None if answer is None else Begun(answer, judged_flawless(answer, self.name))
 
     def solver_in_white(self, n: int, m: int, zero: int) -> SolveOne:
         return _whitened(self, n, m, zero)
 
     def white_state(self, x: FloatArray, y: FloatArray) -> State:
-        return _State(x, y)
+        return _WhiteState(x, y)
 
     def prepare(self, form: IntervalForm) -> Prepared:
         return _PreparedDAQP(self, form)
@@ -126,6 +133,13 @@ class _State(NamedTuple):
 
     x: FloatArray
     multipliers: FloatArray  # of the bounds, then of the rows
+
+
+class _WhiteState(NamedTuple):
+    """The same of a whitened element."""
+
+    x: FloatArray
+    multipliers: FloatArray  # of the rows
 
 
 DEFINITE = 1e-9
@@ -216,7 +230,7 @@ class _PreparedDAQP(Prepared):
             lower, upper = np.concatenate([lower, row_lower]), np.concatenate([upper, row_upper])
         else:
             lower, upper = row_lower, row_upper
-        if state is not None and (state.x.size != self.n or state.multipliers.size != self.sense.size):
+        if not isinstance(state, _State) or state.x.size != self.n or state.multipliers.size != self.sense.size:
             state = None
         answer = self._iterate if self.proximal else self._solve_once
         status, x, multipliers, iterations = answer(q, lower, upper, state)
@@ -269,20 +283,22 @@ class _PreparedDAQP(Prepared):
         return answer._replace(status=Status.ITERATION_LIMIT, iterations=total)
 
     def _sense(self, lower: FloatArray, upper: FloatArray, state: _State | None) -> NDArray[np.int32]:
-        """What DAQP is told of each row, and writes to: equalities, and the active set to start from.
-
-        An end that is infinite must not be marked: it gives NaN (daqp 0.11.0).
-        """
+        """What DAQP is told of each row, and writes to: equalities, and the active set to start from."""
         sense = self.sense.copy()
         if state is not None:
-            free = sense == 0
-            sense[free & (state.multipliers > 0) & np.isfinite(upper)] = _AT_UPPER
-            sense[free & (state.multipliers < 0) & np.isfinite(lower)] = _AT_LOWER
+            _mark(sense, lower, upper, state.multipliers)
         return sense
 
 
+def _mark(sense: NDArray[np.int32], lower: FloatArray, upper: FloatArray, multipliers: FloatArray) -> None:
+    """Mark the ends at which inequalities are to start; one that is infinite would give NaN (daqp 0.11.0)."""
+    free = sense == 0
+    sense[free & (multipliers > 0) & np.isfinite(upper)] = _AT_UPPER
+    sense[free & (multipliers < 0) & np.isfinite(lower)] = _AT_LOWER
+
+
 class _Whitened:
-    """Solves programs whose P is the identity, without bounds, each by a call of its own.
+    """Solves programs whose P is the identity, bounds among their rows, each by a call of its own.
 
     To set them up is little more than a copy of their rows, so that no workspace is worth keeping.
     """
@@ -296,9 +312,8 @@ class _Whitened:
         self, rows: FloatArray, q: FloatArray, lower: FloatArray, upper: FloatArray, state: State
     ) -> WhiteAnswer:
         sense = self.sense.copy()
-        if isinstance(state, _State) and state.multipliers.size == sense.size:
-            # The ends of inequalities are finite: the active ones are at it.
-            sense[self.zero :][state.multipliers[self.zero :] > 0] = _AT_UPPER
+        if isinstance(state, _WhiteState) and state.multipliers.size == sense.size:
+            _mark(sense, lower, upper, state.multipliers)
         x, _, flag, info = self.solve(self.P, q, rows, upper, lower, sense, **self.settings)
         if flag <= 0:  # what shows it is lost in such a call
             return self._in_workspace(rows, q, lower, upper)

@@ -20,6 +20,7 @@ from lpgd.problems.base import State, States
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, per_element
 from lpgd.solvers.backends.batched import BatchAnswers, BatchedSolver
+from lpgd.solvers.backends.flawless import answered, judged_flawless
 from lpgd.solvers.backends.forms import groups_by_bounds
 from lpgd.solvers.backends.moreau_objects import (
     ACTIVE_SET,
@@ -34,7 +35,7 @@ from lpgd.solvers.backends.moreau_objects import (
     on_device,
 )
 from lpgd.solvers.backends.moreau_rows import Layout, MoreauForm, in_problem_form, row_form
-from lpgd.solvers.base import Capabilities
+from lpgd.solvers.base import Begun, Capabilities
 from lpgd.status import Status
 
 __all__ = ["Moreau"]
@@ -122,6 +123,10 @@ class Moreau(BatchedSolver):
     def solution_error(self, problem: ConicProblem) -> float:
         # The gap is what converges: on curved cones its root bounds the distance to the solution.
         return self.tolerance if problem.structure.cones.is_polyhedral else self.tolerance**0.5
+
+    def at_once(self, problem: ConicProblem, executor: Executor | None) -> Begun | None:
+        answer = answered(problem, executor, lambda factor: self.solve_posed(problem, (), executor))
+        return None if answer is None else Begun(answer, judged_flawless(answer, self.name))
 
     def solve_batch(self, problem: ConicProblem, states: States, executor: Executor | None) -> BatchAnswers:
         self.module()

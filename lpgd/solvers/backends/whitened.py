@@ -76,7 +76,7 @@ def solved_in_white(
 ) -> ConicSolution:
     """The answers of a solver to a batch, of which it sees those elements whitened that can be.
 
-    These are the ones with a surely definite P, where there are rows and no bounds, which the solver knows better.
+    These are the ones with a surely definite P.
 
     Args:
         problem, states, executor: as for ``ConicSolver.solve_posed``.
@@ -84,7 +84,7 @@ def solved_in_white(
         otherwise: solves the others.
     """
     structure = problem.structure
-    factor = None if structure.has_bounds or not structure.m else SchurFactor.of(problem, executor)
+    factor = SchurFactor.of(problem, executor) if structure.m or structure.has_bounds else None
     if factor is None:
         return otherwise(problem, states)
     fine = factor.fine.repeat(problem.batch_size // factor.fine.shape[0]) & is_definite(problem)
@@ -116,7 +116,8 @@ class _Task(NamedTuple):
     zero: int
     rows: FloatArray  # (k, m, n), or (1, m, n)
     q: FloatArray  # (k, n)
-    b: FloatArray  # (k, m)
+    lower: FloatArray  # (k, m) the ends of the rows
+    upper: FloatArray
     states: Sequence[State]
     deadline: float | None
     progress: Key | None
@@ -167,14 +168,14 @@ def white_solution(
     """The answers of a solver to a batch whose factors are fine; ``valid`` are the elements with finite data."""
     size, (_, m, n) = problem.batch_size, factor.white.shape
     q = factor.forward(per_element(problem.data.q, size)).numpy()
-    b, rows = per_element(problem.data.b, size).numpy(), factor.white.numpy()
+    rows, (lower, upper) = factor.white.numpy(), _ends(problem, factor)
     period = len(rows)
     if (executor is None or isinstance(executor, ThreadPoolExecutor)) and m * n < THREADED:
         executor = _HERE
     deadline, progress = solver.deadline(), current()
     if executor is _HERE and len(valid) == size and period == size:
         its_states = [states[i % len(states)] for i in range(size)] if len(states) else [None] * size
-        found = _solve(_Task(solver, factor.zero, rows, q, b, its_states, deadline, progress))
+        found = _solve(_Task(solver, factor.zero, rows, q, lower, upper, its_states, deadline, progress))
     else:
         found = _nothing(size, n, m)
         chunks = [valid[chunk.start : chunk.stop] for chunk in split(len(valid), executor)]
@@ -184,23 +185,28 @@ def white_solution(
             its: Any = whole if whole.stop - whole.start == len(chunk) else chunk
             its_rows = rows if period == 1 else rows[its] if period == size else rows[[i % period for i in chunk]]
             its_states = [states[i % len(states)] for i in chunk] if len(states) else [None] * len(chunk)
-            tasks.append(_Task(solver, factor.zero, its_rows, q[its], b[its], its_states, deadline, progress))
+            tasks.append(
+                _Task(solver, factor.zero, its_rows, q[its], lower[its], upper[its], its_states, deadline, progress)
+            )
         for chunk, result in zip(chunks, run_tasks(_solve, tasks, executor, away=_count), strict=True):
             for name in ("x", "y", "iterations", "seconds"):
                 getattr(found, name)[chunk] = getattr(result, name)
             for element, status in zip(chunk, result.statuses, strict=True):
                 found.statuses[element] = status
-    x, slack = factor.backward(from_numpy(found.x)), np.zeros((size, m))
-    if m > factor.zero:
+    x, own = factor.backward(from_numpy(found.x)), factor.row_count
+    slack, z = np.zeros((size, own)), torch.zeros_like(x)
+    if own > factor.zero:
         with np.errstate(over="ignore", invalid="ignore"):  # of points that are none: they are judged later
-            values = (found.x.reshape(-1, period, 1, n) @ rows.swapaxes(1, 2)).reshape(size, m)
-            np.maximum((b - values)[:, factor.zero :], 0.0, out=slack[:, factor.zero :])
+            values = (found.x.reshape(-1, period, 1, n) @ rows[:, :own].swapaxes(1, 2)).reshape(size, own)
+            np.maximum((upper[:, :own] - values)[:, factor.zero :], 0.0, out=slack[:, factor.zero :])
         slack[:, : factor.zero][np.isnan(found.x[:, 0])] = np.nan
+    if m > own:
+        z[:, factor.bounded] = from_numpy(found.y[:, own:])
     solution = ConicSolution(
         problem,
         x=x,
-        y=from_numpy(found.y),
-        z=torch.zeros_like(x),
+        y=from_numpy(found.y[:, :own]),
+        z=z,
         slack=from_numpy(slack),
         statuses=tuple(found.statuses),
         iterations=found.iterations,
@@ -210,6 +216,18 @@ def white_solution(
     )
     report(solver.name, solution, 0)
     return solution
+
+
+def _ends(problem: ConicProblem, factor: SchurFactor) -> tuple[FloatArray, FloatArray]:
+    """(B, k) the ends of the rows of a factor: of those of A, and of variables that have bounds."""
+    size = problem.batch_size
+    upper = per_element(problem.data.b, size).numpy()
+    lower = np.full(upper.shape, -np.inf)
+    lower[:, : factor.zero] = upper[:, : factor.zero]
+    if not factor.bounded.shape[0]:
+        return lower, upper
+    low, high = (bound[:, factor.bounded].numpy() for bound in problem.full_bounds())
+    return np.concatenate([lower, low], axis=1), np.concatenate([upper, high], axis=1)
 
 
 _HERE = SerialExecutor()
@@ -225,8 +243,6 @@ def _solve(task: _Task) -> _Results:
     period, m, n = task.rows.shape
     count = len(task.q)
     solve_one = task.solver.solver_in_white(n, m, task.zero)
-    lower = np.full((count, m), -np.inf)
-    lower[:, : task.zero] = task.b[:, : task.zero]
     clock, deadline, stops = time.perf_counter, task.deadline, may_be_stopped()
     statuses: list[Status] = [Status.INVALID_DATA] * count
     x: list[FloatArray | None] = [None] * count
@@ -234,15 +250,15 @@ def _solve(task: _Task) -> _Results:
     iterations, ends_at = [0] * count, [0.0] * count
     every_rows = task.rows if period == count else itertools.cycle(task.rows)
     began = ended = clock()
-    for place, (q, b, ends, rows, state) in enumerate(
-        zip(task.q, task.b, lower, every_rows, task.states, strict=False)
+    for place, (q, lower, upper, rows, state) in enumerate(
+        zip(task.q, task.lower, task.upper, every_rows, task.states, strict=False)
     ):
         if stops:
             pause()
         if deadline is not None and time.time() >= deadline:
             statuses[place], ends_at[place] = Status.TIME_LIMIT, ended
             continue
-        statuses[place], x[place], y[place], iterations[place] = solve_one(rows, q, ends, b, state)
+        statuses[place], x[place], y[place], iterations[place] = solve_one(rows, q, lower, upper, state)
         ends_at[place] = ended = clock()
         if task.progress is not None:
             advance(task.progress)

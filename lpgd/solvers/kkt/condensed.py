@@ -77,7 +77,7 @@ class Condensed:
         kept_sizes = np.minimum(packed_sizes(kept.sum(1)), m)
         self.inverse, self.condition = np.zeros((2, count))
         self.stacks: list[_Stack] = []
-        for free_size, kept_size in np.unique(np.stack([free_sizes, kept_sizes], axis=1), axis=0).tolist():
+        for free_size, kept_size in sorted(set(zip(free_sizes.tolist(), kept_sizes.tolist(), strict=True))):
             elements = np.flatnonzero((free_sizes == free_size) & (kept_sizes == kept_size))
             columns = np.argsort(at_bound[elements], axis=1, kind="stable")[:, :free_size]
             rows = np.argsort(~kept[elements], axis=1, kind="stable")[:, :kept_size]

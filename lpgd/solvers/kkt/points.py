@@ -5,6 +5,8 @@ The map from (ξ, v) to points, and F, are those of :mod:`lpgd.solvers.kkt.refin
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -130,11 +132,23 @@ class Points:
 
     def residual_of(self, point: ConicPoint, slack: Tensor, products: Products) -> tuple[Tensor, Tensor, Tensor]:
         """The same of a complementary point."""
-        problem = self.problem
-        q, b = (per_element(datum, problem.batch_size) for datum in (problem.data.q, problem.data.b))
-        slope = products.Px + q + products.Aty + point.z
-        row_error = products.Ax + slack - b
-        return torch.maximum(maximum_norm(slope), maximum_norm(row_error)), slope, row_error
+        q, b = self._vectors
+        if q.device.type != "cpu":
+            slope = products.Px + q + products.Aty + point.z
+            row_error = products.Ax + slack - b
+            return torch.maximum(maximum_norm(slope), maximum_norm(row_error)), slope, row_error
+        # NumPy's operations on few numbers take a third of the time of torch's.
+        Px, Aty, Ax, z, s = (tensor.detach().numpy() for tensor in (*products, point.z, slack))
+        slopes = Px + q.numpy() + Aty + z
+        row_errors = Ax + s - b.numpy()
+        error = np.maximum(_norms(slopes), _norms(row_errors))
+        return from_numpy(error), from_numpy(slopes), from_numpy(row_errors)
+
+    @cached_property
+    def _vectors(self) -> tuple[Tensor, Tensor]:
+        """The vectors q and b of each element, (B, n) and (B, m)."""
+        data, size = self.problem.data, self.problem.batch_size
+        return per_element(data.q.detach(), size), per_element(data.b.detach(), size)
 
     def ahead(
         self, xi: Tensor, v: Tensor, error: Tensor, slope: Tensor, row_error: Tensor
@@ -242,11 +256,8 @@ class Points:
         lower, upper = problem.full_bounds()
         tensors = (*point, slack, slope, row_error, torch.zeros_like(slope), lower, upper)
         points = KKTPoints(*(tensor.detach().cpu().numpy() for tensor in tensors))
-        view, count = ElementView(problem), problem.batch_size
-        matrices = (view.rows(name, range(count)) for name in ("P", "A"))
-        P, A = (np.broadcast_to(matrix, (count, matrix.shape[1])) for matrix in matrices)
-        known = Known(error.cpu().numpy(), np.zeros(count), damped=True)
-        change = respond(problem.structure, 0.0, P, A, points, known)
+        known = Known(error.cpu().numpy(), np.zeros(problem.batch_size), damped=True)
+        change = respond(problem.structure, 0.0, *self._matrices(), points, known)
         dx, dy, dz = (from_numpy(array).to(xi.device) for array in change[:3])
         moved = problem.structure.constraint.matvec(problem.data.A, dx) + row_error
         # What the equalities' slack would be is a part of F, not of v.
@@ -277,11 +288,15 @@ class Points:
 
     def _own_system(self, xi: Tensor, v: Tensor) -> Factored:
         problem, (x, z) = self.problem, self._clipped(xi)
-        view, count = ElementView(problem), problem.batch_size
-        matrices = (view.rows(name, range(count)) for name in ("P", "A"))
-        P, A = (np.broadcast_to(matrix, (count, matrix.shape[1])) for matrix in matrices)
         arrays = (tensor.numpy() for tensor in (x, v, z, *problem.full_bounds()))
-        return Factored(problem.structure, 0.0, P, A, *arrays)
+        return Factored(problem.structure, 0.0, *self._matrices(), *arrays)
+
+    def _matrices(self) -> tuple[FloatArray, FloatArray]:
+        """(B, ·) the values of P and A of each element."""
+        problem = self.problem
+        view, count = ElementView(problem), problem.batch_size
+        P, A = (view.rows(name, range(count)) for name in ("P", "A"))
+        return np.broadcast_to(P, (count, P.shape[1])), np.broadcast_to(A, (count, A.shape[1]))
 
     def chord(
         self, factored: System, slope: Tensor, row_error: Tensor, bounds: Tensor | None = None

@@ -174,10 +174,10 @@ def refine(
             new_xi, new_v = xi[at] + length * d_xi[waiting], v[at] + length * d_v[waiting]
             found = trial.residual(new_xi, new_v)
             better = found[0] < error[at]
-            moved = at[better]
-            for whole, fresh in zip((xi, v, error, slope, row_error), (new_xi, new_v, *found), strict=True):
-                whole[moved] = fresh[better]
-            taken[moved] += 1
+            taken[at[better]] += 1
+            xi, v, error, slope, row_error = _moved(
+                (xi, v, error, slope, row_error), (new_xi, new_v, *found), at, better
+            )
             waiting = waiting[~better]
         for failed in (todo[waiting], lost):
             left[failed], stuck[failed] = False, True
@@ -197,10 +197,10 @@ def refine(
                 size = torch.maximum(maximum_norm(xi[todo]), maximum_norm(v[todo])).clamp(min=1.0)
                 left[todo] &= ~ends | (error[todo] > rounded * size)
             going = better & fallen
-            moved = todo[better]
-            for whole, fresh in zip((xi, v, error, slope, row_error), (new_xi, new_v, *found), strict=True):
-                whole[moved] = fresh[better]
-            taken[moved] += 1
+            taken[todo[better]] += 1
+            xi, v, error, slope, row_error = _moved(
+                (xi, v, error, slope, row_error), (new_xi, new_v, *found), todo, better
+            )
             left[todo] &= error[todo] > enough[todo]
             going &= left[todo]
     stuck &= error > STUCK
@@ -222,6 +222,18 @@ def refine(
         refined = refined.where(finite, point)
         refined_slack = torch.where(finite[:, None], refined_slack, slack)
     return Refined(refined, refined_slack, before, error, taken, isolated, tuple(kept))
+
+
+def _moved(
+    whole: tuple[Tensor, ...], fresh: tuple[Tensor, ...], elements: Tensor, better: Tensor
+) -> tuple[Tensor, ...]:
+    """Values of all elements with the fresh ones of some ``elements``, of those that are ``better``."""
+    if elements.shape[0] == len(whole[0]) and bool(better.all()):
+        return fresh
+    moved = elements[better]
+    for old, new in zip(whole, fresh, strict=True):
+        old[moved] = new[better]
+    return whole
 
 
 def is_small(structure: ConicStructure) -> bool:
