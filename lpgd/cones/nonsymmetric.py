@@ -43,9 +43,9 @@ NOISE = 1e-13
 ROUGH = 1e-6
 """Such values are near enough for Newton's next step to be exact."""
 MAXIMUM_ITERATIONS = 300
-MODERATE, CLOSE, FEW, FINE = 20.0, 0.5, 6, 1e-8
-"""Ratios up to the first, from which Newton's first step is shorter than the second, are sought by so many steps on the
-equation itself; a step that is shorter than the last is the last but for rounding."""
+MODERATE, CLOSE, FEW, MANY, FINE = 20.0, 0.5, 6, 10, 1e-8
+"""Ratios up to the first, from which Newton's first step is shorter than the second, are sought by few steps on the
+equation itself, others by more; a step that is shorter than the last is the last but for rounding."""
 
 
 def project_exponential(points: FloatArray) -> FloatArray:
@@ -193,17 +193,17 @@ def _exponential_ray(unit: FloatArray) -> tuple[FloatArray, FloatArray, FloatArr
         span_down = 2.0 + 2.0 * (np.log(v + below) - np.log(v))
     lower = np.where(v_positive, np.maximum(height_bound, np.minimum(normal_bound, 0.0) - span_down), height_bound)
     upper = np.where(u_positive, np.minimum(normal_bound, np.maximum(height_bound, 1.0) + span_up), normal_bound)
-    ratio, near = _near_an_end(unit, height_bound, normal_bound)
-    far = np.flatnonzero(~near)
+    ratio, found = _by_few_steps(unit, height_bound, normal_bound, 0.5 * (lower + upper))
+    far = np.flatnonzero(~found)
     if far.size:
         with np.errstate(divide="ignore"):
             parameters = np.stack([u[far], v[far], np.log(above[far]), np.log(below[far])])
-        found = _increasing_root(_exponential_equation, lower[far], upper[far], parameters)
+        root = _increasing_root(_exponential_equation, lower[far], upper[far], parameters)
         # The last step has no rounding of logarithms.
-        step = _exponential_step(found, unit[far])
-        polished = found + step
+        step = _exponential_step(root, unit[far])
+        polished = root + step
         better = (polished > lower[far]) & (polished < upper[far]) & (np.abs(step) < 1e-10)
-        ratio[far] = np.where(better, polished, found)
+        ratio[far] = np.where(better, polished, root)
 
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         square = ratio * (ratio - 1.0) + 1.0
@@ -227,11 +227,13 @@ def _exponential_step(ratio: FloatArray, unit: FloatArray) -> FloatArray:
         return (w - height * grow + normal * shrink) / slope
 
 
-def _near_an_end(unit: FloatArray, height_bound: FloatArray, normal_bound: FloatArray) -> tuple[FloatArray, BoolArray]:
-    """Ratios of points close to K or to its polar cone, by Newton's method from there, and which ones it has found.
+def _by_few_steps(
+    unit: FloatArray, height_bound: FloatArray, normal_bound: FloatArray, middle: FloatArray
+) -> tuple[FloatArray, BoolArray]:
+    """Ratios by Newton's method on the third equation itself, and which ones it has found.
 
-    Points on the boundary have height or normal zero: their ratio is the bound that says so.  Those of iterates and of
-    solutions are next to it.
+    Points on the boundary of K or of its polar cone have height or normal zero: their ratio is the bound that says so.
+    Those of iterates and of solutions are often next to it.  The steps of others start in the middle.
     """
     steps = []
     for bound in (height_bound, normal_bound):
@@ -239,17 +241,19 @@ def _near_an_end(unit: FloatArray, height_bound: FloatArray, normal_bound: Float
         steps.append(np.where(np.isfinite(step) & (np.abs(bound) < MODERATE), step, np.inf))
     first = np.abs(steps[0]) < np.abs(steps[1])
     ratio, step = np.where(first, height_bound, normal_bound), np.where(first, *steps)
-    near, found = np.abs(step) < CLOSE, np.zeros(len(unit), dtype=bool)
-    for _ in range(FEW):
-        going = near & ~found
+    apart = ~(np.abs(step) < CLOSE)
+    if apart.any():
+        ratio[apart], step[apart] = middle[apart], _exponential_step(middle[apart], unit[apart])
+    found = np.zeros(len(unit), dtype=bool)
+    for number in range(MANY if apart.any() else FEW):
+        going = ~found & (apart if number >= FEW else True)
         if not going.any():
             break
         # Of points on the boundary, but for rounding, the step may lead out.
         moved = np.minimum(np.maximum(ratio + step, height_bound), normal_bound)
         ratio = np.where(going, moved, ratio)
         step = np.where(going, _exponential_step(ratio, unit), step)
-        near &= np.abs(step) < CLOSE  # false for NaN
-        found |= near & going & (np.abs(step) <= FINE)
+        found |= going & (np.abs(step) <= FINE)
     last = np.minimum(np.maximum(ratio + step, height_bound), normal_bound)
     return np.where(found, last, 0.0), found
 
