@@ -19,7 +19,7 @@ from lpgd.arrays import FloatArray, as_index, elements_where, flags, from_numpy,
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.nearer import Nearer, guessed, nearer
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.residuals import Products
+from lpgd.problems.conic.residuals import Products, residual_bound
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicPoint, per_element
 from lpgd.problems.solution import States
@@ -68,7 +68,7 @@ def in_better_units(
         tolerance: of the solver.
         solve: the same of elements in other units.
     """
-    lengths = better_lengths(posed, answer, tolerance)
+    lengths = None if shares is None and _are_known(posed, answer) else better_lengths(posed, answer, tolerance)
     if lengths is not None:
         answer = _again(posed, answer, solve, lengths.isfinite(), lengths, None)
     costs = better_costs(posed, answer)
@@ -92,6 +92,15 @@ def _again(
     again = solve(pose(posed.problem.select(elements), (), *exponents))
     taken = [status is Status.SOLVED for status in again.statuses]
     return merged(answer, integers(elements), again, taken, keep_states=True)
+
+
+def _are_known(posed: Posed, answer: ConicSolution) -> bool:
+    """Whether all points are known to rounding, relative to their own size."""
+    if answer.known_to is None:
+        return False
+    point = posed.units.point_in(posed.problem, answer.point)
+    bound = residual_bound(point, answer.known_to)
+    return bool(((answer.known_to <= EXACT) & (bound <= ACCEPTED * maximum_norm(point.x))).all())  # false for NaN
 
 
 def better_lengths(posed: Posed, answer: ConicSolution, tolerance: float) -> Tensor | None:

@@ -17,7 +17,7 @@ from lpgd.arrays import as_index, elements_where, flags
 from lpgd.problems.base import State, States
 from lpgd.problems.conic.magnitudes import INFINITE
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.residuals import Products, Residuals, residuals_of
+from lpgd.problems.conic.residuals import Products, Residuals, residual_bound, residuals_of
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.problems.conic.units import Units
@@ -39,6 +39,8 @@ ACCEPTED = 1e-6
 FINISHED = 1e-10
 """A solver that gave up has a solution all the same where no more than this is left: it has not converged, and where
 curvature is small its iterate may be far away at a residual that another solver's solutions have."""
+SURELY_SMALL = 1e-9
+"""Residuals below this are small, whatever rounding adds."""
 USELESS = 1e-2
 """A point with a larger relative residual is no solution."""
 KEPT_BYTES = 6.4e7
@@ -197,8 +199,12 @@ def judged(
     Of a draft only what is simple is refined.
     """
     answer, products = _refined(answer, max(USELESS, 10 * tolerance), refined, draft)
-    residuals = residuals_of(answer.problem, answer.point, products)
-    answer = _by_residuals(answer, residuals, tolerance)
+    residuals = None
+    if _is_surely_solved(answer):
+        answer = replace(answer, statuses=(Status.SOLVED,) * answer.batch_size)
+    else:
+        residuals = residuals_of(answer.problem, answer.point, products)
+        answer = _by_residuals(answer, residuals, tolerance)
     statuses, size = list(answer.statuses), answer.batch_size
     proofs = _proofs(answer) if any(status in VERDICTS for status in statuses) else [""] * size
     for element, status in posed.settled.items():
@@ -229,7 +235,7 @@ def judged(
         rays=rays,
         sharpened=torch.zeros(size, dtype=torch.bool),
     )
-    if not nothing:
+    if residuals is not None and not nothing:
         result.__dict__["residuals"] = residuals  # what the cached property would compute
     return result
 
@@ -261,7 +267,8 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool, draft: bool) -
         return replace(
             answer, known_to=nothing, known_before=nothing.clone(), refined=torch.zeros(size, dtype=torch.int64)
         ), None
-    point, slack, known_to, products = complementary(problem, answer.point, answer.slack)
+    point, slack, start, products = complementary(problem, answer.point, answer.slack)
+    known_to = start.error.clone()
     isolated = torch.zeros(size, dtype=torch.bool, device=problem.device)
     answer = replace(answer, known_before=known_to.clone(), isolated=isolated)
     if not wanted:
@@ -286,7 +293,14 @@ def _refined(answer: ConicSolution, useless: float, wanted: bool, draft: bool) -
     steps = torch.tensor([STEPS if answer.statuses[element].usable else FEW for element in elements])
     regular = draft or has_vertices(structure)
     found = refine(
-        problem, answer.point, answer.slack, chosen, steps=steps.to(chosen.device), keep=True, regular_only=regular
+        problem,
+        answer.point,
+        answer.slack,
+        chosen,
+        start=start,
+        steps=steps.to(chosen.device),
+        keep=True,
+        regular_only=regular,
     )
     better = found.after < found.before
     improved = torch.tensor(elements, device=problem.device)[better]
@@ -304,6 +318,14 @@ def _is_kept(structure: ConicStructure) -> bool:
     if is_dense(structure):
         return 16 * (structure.n + structure.m) ** 2 <= KEPT_BYTES
     return 16 * FILL * (structure.quadratic.nnz + structure.constraint.nnz + structure.n + structure.m) <= KEPT_BYTES
+
+
+def _is_surely_solved(answer: ConicSolution) -> bool:
+    """Whether every element has a solution, whose residuals are small as next to nothing is left of F."""
+    if answer.known_to is None or not all(status.usable for status in answer.statuses):
+        return False
+    bound = residual_bound(answer.point, answer.known_to)
+    return bool(((answer.known_to <= EXACT) & (bound <= SURELY_SMALL)).all())  # false for NaN
 
 
 def _by_residuals(answer: ConicSolution, residuals: Residuals, tolerance: float) -> ConicSolution:

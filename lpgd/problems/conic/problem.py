@@ -106,16 +106,19 @@ class ConicProblem:
     # -- evaluation -------------------------------------------------------------------------------------------
 
     def full_bounds(self) -> tuple[Tensor, Tensor]:
-        """``lower`` and ``upper`` for all variables of each element, infinite where there is none: (B, n) each."""
-        full = []
-        for values, name, nothing in (
-            (self.data.lower, "lower_index", -torch.inf),
-            (self.data.upper, "upper_index", torch.inf),
-        ):
+        """``lower`` and ``upper`` for all variables, infinite where there is none: (B, n) each, to be read only."""
+        differentiated = self.data.lower.requires_grad or self.data.upper.requires_grad
+        return self._with_absent_bounds() if differentiated else self._plain_bounds
+
+    _plain_bounds = cached_property(lambda self: self._with_absent_bounds())
+
+    def _with_absent_bounds(self) -> tuple[Tensor, Tensor]:
+        def full(values: Tensor, name: str, nothing: float) -> Tensor:
             bound = values.new_full((*values.shape[:-1], self.structure.n), nothing)
             bound[..., self.structure.index(name, self.device)] = values
-            full.append(per_element(bound, self.batch_size))
-        return full[0], full[1]
+            return per_element(bound, self.batch_size)
+
+        return full(self.data.lower, "lower_index", -torch.inf), full(self.data.upper, "upper_index", torch.inf)
 
     def slack(self, x: Tensor) -> Tensor:
         """``s = b - A x``: (B, n) to (B, m)."""

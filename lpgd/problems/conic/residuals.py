@@ -16,7 +16,7 @@ from lpgd.cones.projections import distance
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, per_element
 
-__all__ = ["Products", "Residuals", "residuals_of"]
+__all__ = ["Products", "Residuals", "residual_bound", "residuals_of"]
 
 
 class Residuals(NamedTuple):
@@ -92,6 +92,16 @@ def residuals_of(problem: ConicProblem, point: ConicPoint, products: Products | 
             np.abs(sum(terms, np.zeros(size))) / _largest(np.abs(term) for term in terms),
         )
     return Residuals(*(from_numpy(values).to(device) for values in found))
+
+
+def residual_bound(point: ConicPoint, error: Tensor) -> Tensor:
+    """(B,) a bound of the residuals of complementary points at which |F| is an error (B,), up to rounding.
+
+    With ``F = (P x + q + Aᵀy + z, A x + s - b)`` the gap is ``xᵀF₁ - yᵀF₂``, as y and s, and z and the bounds' slacks,
+    are orthogonal.
+    """
+    x, y = (tensor.detach().abs().sum(-1) for tensor in (point.x, point.y))
+    return error * (1.0 + x + y)
 
 
 def _array(tensor: Tensor) -> FloatArray:

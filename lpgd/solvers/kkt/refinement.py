@@ -33,6 +33,7 @@ from lpgd.solvers.kkt.schur import System
 __all__ = [
     "KeptFactor",
     "Refined",
+    "Start",
     "complementary",
     "has_vertices",
     "is_cheap",
@@ -111,12 +112,27 @@ class KeptFactor(NamedTuple):
         return self._replace(elements=position.clamp(min=0), valid=self.valid & (position >= 0))
 
 
+class Start(NamedTuple):
+    """(ξ, v) of an answer of B elements, (B, n) and (B, m), and F there: |F| (B,), and its parts (B, n) and (B, m)."""
+
+    xi: Tensor
+    v: Tensor
+    error: Tensor
+    slope: Tensor
+    row_error: Tensor
+
+    def select(self, elements: Tensor) -> Start:
+        """The same of these elements, in tensors of their own."""
+        return Start(*(tensor[elements] for tensor in self))
+
+
 def refine(
     problem: ConicProblem,
     point: ConicPoint,
     slack: Tensor,
     elements: Tensor,
     *,
+    start: Start | None = None,
     steps: int | Tensor = 3,
     keep: bool = False,
     regular_only: bool = False,
@@ -128,17 +144,21 @@ def refine(
         problem: in units in which its terms are of order 1: F is measured as it is.  Integers are not looked at.
         point, slack: a solver's answer for all B elements; for conic programs without integer variables.
         elements: which to refine.
+        start: where that answer is, if it is known.
         steps: at most, of all or (E,) of each; no chords follow where as many were taken, chords included.
         keep: the systems of the last steps, for the derivative of the solutions.
         rounded: where |F|, relative to the point, is taken for rounding that no chord reduces; 0 tries every step.
         regular_only: elements whose system is singular, or nearly so, are left at once.
     """
     kept: list[KeptFactor] = []
+    start = None if start is None else start.select(elements)
     if not torch.equal(elements, torch.arange(problem.batch_size, device=problem.device)):
         problem, point, slack = problem.select(elements), point.select(elements), slack[elements]
     points = Points(problem)
-    xi, v = points.start(point, slack)
-    error, slope, row_error = points.residual(xi, v)
+    if start is None:
+        xi, v = points.start(point, slack)
+        start = Start(xi, v, *points.residual(xi, v))
+    xi, v, error, slope, row_error = start
     before, taken = error.clone(), torch.zeros(elements.shape[0], dtype=torch.int64, device=problem.device)
     # Rounding is that of the terms of F, which are as large as the point is.
     enough = ENOUGH * torch.maximum(maximum_norm(xi), maximum_norm(v)).clamp(min=1.0, max=LARGE if rounded else 1.0)
@@ -152,7 +172,7 @@ def refine(
         todo = rows_where(left)
         if not todo.shape[0]:
             break
-        chosen, start = points.select(todo), error[todo]
+        chosen, first = points.select(todo), error[todo]
         d_xi, d_v, factored = chosen.regular_step(
             xi[todo], v[todo], error[todo], slope[todo], row_error[todo], damped=not regular_only
         )
@@ -182,7 +202,7 @@ def refine(
         for failed in (todo[waiting], lost):
             left[failed], stuck[failed] = False, True
         left &= error > enough
-        going = left[todo] & (error[todo] < CLOSE * start)
+        going = left[todo] & (error[todo] < CLOSE * first)
         for _ in range(CHORDS):
             going &= taken[todo] < limit[todo]
             if factored is None or not bool(going.any()):
@@ -266,15 +286,16 @@ def _is_linear(structure: ConicStructure) -> bool:
 
 def complementary(
     problem: ConicProblem, point: ConicPoint, slack: Tensor
-) -> tuple[ConicPoint, Tensor, Tensor, Products]:
-    """The point with y and s, x and z made complementary, its slack, (B,) |F|, and its products with the matrices.
+) -> tuple[ConicPoint, Tensor, Start, Products]:
+    """The point with y and s, x and z made complementary, its slack, where it is, and its products with the matrices.
 
     |F| is NaN where the point was not finite.
     """
     points = Points(problem)
-    found, found_slack = points.point(*points.start(point, slack))
+    xi, v = points.start(point, slack)
+    found, found_slack = points.point(xi, v)
     products = Products.of(problem, found)
-    return found, found_slack, points.residual_of(found, found_slack, products)[0], products
+    return found, found_slack, Start(xi, v, *points.residual_of(found, found_slack, products)), products
 
 
 def optimality_residual(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> Tensor:
