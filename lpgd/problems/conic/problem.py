@@ -103,8 +103,6 @@ class ConicProblem:
                 return P
         return _memo(P, self.structure.digest, lambda: self.structure.plus_transposed(0.5 * P))
 
-    # -- evaluation -------------------------------------------------------------------------------------------
-
     def full_bounds(self) -> tuple[Tensor, Tensor]:
         """``lower`` and ``upper`` for all variables, infinite where there is none: (B, n) each, to be read only."""
         differentiated = self.data.lower.requires_grad or self.data.upper.requires_grad
