@@ -119,9 +119,20 @@ class Units:
     # -- problems -------------------------------------------------------------------------------------------------
 
     def apply(self, problem: ConicProblem) -> ConicProblem:
-        """The problem in these units; data that no factor touches are the same tensors."""
+        """The problem in these units; data that no factor touches are the same tensors.
+
+        What is asked for again, as it is by the backward pass, are the same tensors, too.
+        """
         if self.is_trivial:
             return problem
+        known: tuple[Units, ConicProblem] | None = problem.__dict__.get("_in_units")
+        if known is None or known[0] is not self:
+            known = self, self._applied(problem)
+            if not any(datum.requires_grad for datum in problem.data):
+                problem.__dict__["_in_units"] = known
+        return known[1]
+
+    def _applied(self, problem: ConicProblem) -> ConicProblem:
         structure, data, size = problem.structure, problem.data, problem.batch_size
         P, A = data.P, data.A
         if structure.quadratic.nnz:

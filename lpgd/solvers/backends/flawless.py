@@ -56,10 +56,10 @@ def answered(
     if not problem.batch_size or problem.device.type != "cpu" or not _fits(structure):
         return None
     sizes = _moderate_bounds(problem) if structure.has_bounds else np.zeros(1)
-    if sizes is None or not _has_moderate_rows(problem):
+    if sizes is None or not _has_moderate_vectors(problem, sizes) or not _has_moderate_rows(problem):
         return None
     factor = SchurFactor.of(problem, executor)
-    if factor is None or not factor.all_fine or not _has_moderate_vectors(problem, factor, sizes):
+    if factor is None or not factor.all_fine or not _is_surely_definite(problem, factor):
         return None
     problem.__dict__["units"] = Units()  # what the cached property would compute
     return solve(factor)
@@ -109,27 +109,21 @@ def _has_moderate_rows(problem: ConicProblem) -> bool:
     )
 
 
-def _has_moderate_vectors(problem: ConicProblem, factor: SchurFactor, bounds: FloatArray) -> bool:
-    """Whether P is surely definite, and P, q and b are of order 1: the largest entry of P is on its diagonal then.
+def _has_moderate_vectors(problem: ConicProblem, bounds: FloatArray) -> bool:
+    """Whether P, if it is definite, q and b are of order 1: the largest entry of P is on its diagonal then.
 
     Args:
         problem: B elements.
-        factor: of them.
         bounds: (1 or R,) the largest of the finite bounds.
     """
-    quadratic, data = problem.structure.quadratic, problem.data
-    P, q, b = (np.atleast_2d(datum.detach().numpy()) for datum in (problem.symmetric_P, data.q, data.b))
-    diagonal = P[:, quadratic.on_diagonal]
+    data, diagonal = problem.data, _diagonal(problem)
+    q, b = (np.atleast_2d(datum.detach().numpy()) for datum in (data.q, data.b))
     curvature, cost, right = diagonal.max(1), np.abs(q).max(1), np.abs(b).max(1, initial=0.0)
     if not (cost.max() < LARGEST and curvature.min() >= LEAST and curvature.max() < LARGEST):
         return False
-    least, _ = factor.pivots
-    definite = least**2 > SURELY * (curvature if len(curvature) == len(least) else np.resize(curvature, len(least)))
     # Variables that no row involves are known by their curvature alone.
-    if not (
-        definite.all()
-        and (problem.structure.constraint.filled_columns.all() or (diagonal.min(1) >= WIDE * curvature).all())
-    ):
+    involved = problem.structure.constraint.filled_columns.all()
+    if not (involved or (diagonal.min(1) >= WIDE * curvature).all()):
         return False
     count = max(map(len, (curvature, cost, right, bounds)))
     sizes = np.maximum(np.resize(right, count), np.resize(bounds, count))
@@ -140,6 +134,18 @@ def _has_moderate_vectors(problem: ConicProblem, factor: SchurFactor, bounds: Fl
         length = np.frexp(np.resize(cost, count))[1] - np.frexp(np.resize(curvature, count))[1]
         moderate |= (sizes == 0.0) & (np.resize(cost, count) > 0.0) & (np.abs(length) <= MODERATE)
     return bool(moderate.all())
+
+
+def _is_surely_definite(problem: ConicProblem, factor: SchurFactor) -> bool:
+    """Whether P is, in all elements."""
+    curvature, (least, _) = _diagonal(problem).max(1), factor.pivots
+    return bool((least**2 > SURELY * np.resize(curvature, len(least))).all())
+
+
+def _diagonal(problem: ConicProblem) -> FloatArray:
+    """(1 or R, n) that of P."""
+    P = np.atleast_2d(problem.symmetric_P.detach().numpy())
+    return P[:, problem.structure.quadratic.on_diagonal]
 
 
 def judged_flawless(answer: ConicSolution, solver: str) -> ConicSolution | None:
