@@ -133,9 +133,11 @@ def better_costs(posed: Posed, answer: ConicSolution) -> Tensor | None:
     inside = posed.inside
     if posed.units.cost is None or answer.known_to is None or not inside.structure.quadratic.nnz:
         return None
+    cost = per_element(inside.data.q.detach(), inside.batch_size)
+    if bool((answer.known_to.to(cost.device) <= EXACT * maximum_norm(cost)).all()):  # false for NaN
+        return None
     point = posed.units.point_in(posed.problem, answer.point)
     products = Products.of(inside, point)
-    cost = per_element(inside.data.q.detach(), inside.batch_size)
     terms = [maximum_norm(term.detach()) for term in (products.Px, products.Aty, cost, point.z)]
     slope = torch.stack(terms).nan_to_num().amax(0)
     flat = answer.usable & (slope > 0) & (slope < FLAT) & (answer.known_to.to(slope.device) > EXACT * slope)

@@ -97,17 +97,18 @@ def pose(
         costs: (B,) exponents of two by which costs should be larger than the data make them.
     """
     cleaned, settled = _with_clean_bounds(problem)
-    convex = is_convex(cleaned)
-    if not bool(convex.all()):
-        settled |= dict.fromkeys(elements_where(~convex), Status.NOT_CONVEX)
-    if settled and not bool(problem.finite().all()):
-        finite = flags(problem.finite())
-        settled = {element: status for element, status in settled.items() if finite[element]}
     exponents = _exponents(states, problem.batch_size)
     units = cleaned.units if exponents is None and lengths is None else Units.of(cleaned, exponents, lengths)
     if costs is not None and units.cost is not None:
         units = replace(units, cost=units.cost * torch.exp2(costs)[:, None])
     inside = units.apply(cleaned)
+    # A factor that is a power of two changes no verdict: what has its own P in these units is factorised there.
+    convex = is_convex(inside if units.keeps_matrices and inside.data.P.ndim == 2 else cleaned)
+    if not bool(convex.all()):
+        settled |= dict.fromkeys(elements_where(~convex), Status.NOT_CONVEX)
+    if settled and not bool(problem.finite().all()):
+        finite = flags(problem.finite())
+        settled = {element: status for element, status in settled.items() if finite[element]}
     if settled:
         hidden = torch.zeros(problem.batch_size, 1, dtype=torch.bool, device=problem.device)
         hidden[list(settled)] = True

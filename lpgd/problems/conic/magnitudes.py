@@ -36,6 +36,8 @@ MODERATE = 6
 """Exponents of two up to this size are left alone: a factor of 64."""
 LEAST_MODERATE, LARGEST_MODERATE = 0.5**MODERATE / 2, 2.0**MODERATE
 """Sizes from the first to below the second have such exponents."""
+ALIKE = 0.25**MODERATE
+"""Curvatures of variables that no row involves are of one unit if none is below this share of the largest."""
 SWEEPS, DAMPING = 30, 0.7
 """Alternating steps of the fit of rows and variables, and the part of a step of variables that is taken."""
 ROUNDING = 1e-30
@@ -158,9 +160,9 @@ def _is_wide(sizes: Tensor) -> Tensor:
 
 
 def _are_moderate(sizes: Tensor) -> bool:
-    """Whether all sizes are positive and none is wide."""
-    least, largest = torch.aminmax(sizes) if sizes.numel() else (0.0, 0.0)
-    return float(least) >= LEAST_MODERATE and float(largest) < LARGEST_MODERATE
+    """Whether no size but 0 is wide."""
+    values = sizes.cpu().numpy()
+    return bool((values < LARGEST_MODERATE).all() and ((values >= LEAST_MODERATE) | (values == 0.0)).all())
 
 
 def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor, wide: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from lpgd.arrays import FloatArray, from_numpy
+from lpgd.problems.conic.magnitudes import ALIKE, MODERATE
 from lpgd.problems.conic.magnitudes import LARGEST_MODERATE as LARGEST
 from lpgd.problems.conic.magnitudes import LEAST_MODERATE as LEAST
-from lpgd.problems.conic.magnitudes import MODERATE
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure, per_element
@@ -36,8 +36,6 @@ from lpgd.status import Status
 __all__ = ["answered", "judged_flawless"]
 
 
-WIDE = 0.25**MODERATE
-"""The least curvature of a variable, over the largest, for which no unit of its own is looked for."""
 FIRST = 8
 """So many columns are looked at first for a large entry of each row: more is not asked."""
 
@@ -123,7 +121,7 @@ def _has_moderate_vectors(problem: ConicProblem, bounds: FloatArray) -> bool:
         return False
     # Variables that no row involves are known by their curvature alone.
     involved = problem.structure.constraint.filled_columns.all()
-    if not (involved or (diagonal.min(1) >= WIDE * curvature).all()):
+    if not (involved or (diagonal.min(1) >= ALIKE * curvature).all()):
         return False
     count = max(map(len, (curvature, cost, right, bounds)))
     sizes = np.maximum(np.resize(right, count), np.resize(bounds, count))
