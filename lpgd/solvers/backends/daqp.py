@@ -18,7 +18,7 @@ from lpgd.problems.conic.solution import ConicSolution
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.flawless import answered, judged_flawless
 from lpgd.solvers.backends.forms import Form, IntervalForm, IntervalPoint, IntervalVectors
-from lpgd.solvers.backends.null_space import solved_in_null_space
+from lpgd.solvers.backends.null_space import has_null_space, solved_in_null_space
 from lpgd.solvers.backends.whitened import SolveOne, WhiteAnswer, solved_in_white, white_solution
 from lpgd.solvers.base import POLYHEDRAL, Begun, Capabilities
 from lpgd.solvers.kkt.schur import SchurFactor
@@ -98,7 +98,7 @@ class DAQP(ElementwiseSolver):
         limited = self if self.shortest == self.time_limit else replace(self, time_limit=self.shortest)
 
         def solved(factor: SchurFactor) -> ConicSolution:
-            if problem.structure.has_bounds:  # which may have a null space
+            if has_null_space(problem):
                 return limited.solve_posed(problem, (), executor)
             return white_solution(problem, factor, (), executor, limited, range(problem.batch_size))
 

@@ -31,7 +31,7 @@ from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicData, ConicStructure, per_element
 from lpgd.status import Status
 
-__all__ = ["solved_in_null_space"]
+__all__ = ["has_null_space", "solved_in_null_space"]
 
 Solve = Callable[[ConicProblem, States], ConicSolution]
 
@@ -57,16 +57,22 @@ class _NullSpace(NamedTuple):
     values: Tensor
 
 
+def has_null_space(problem: ConicProblem) -> bool:
+    """Whether programs of this structure are solved in fewer variables, if their matrices allow."""
+    structure = problem.structure
+    n, m = structure.n, structure.m
+    fits = structure.has_bounds and structure.cones.zero == m < n and not structure.two_sided + structure.has_integers
+    pays = LEAST <= n <= MOST and m >= SHARE * n
+    return fits and pays and problem.data.A.ndim == 1 and problem.device.type == "cpu"
+
+
 def solved_in_null_space(problem: ConicProblem, states: States, solve: Solve) -> ConicSolution:
     """The answers of a solver to a batch, which it sees in fewer variables where that is faster.
 
     Elements that it does not solve so are handed to it as they are.
     """
     structure = problem.structure
-    n, m = structure.n, structure.m
-    fits = structure.has_bounds and structure.cones.zero == m < n and not structure.two_sided + structure.has_integers
-    pays = LEAST <= n <= MOST and m >= SHARE * n
-    if not (fits and pays and problem.data.A.ndim == 1 and problem.device.type == "cpu"):
+    if not has_null_space(problem):
         return solve(problem, states)
     curvature = _multiple(problem)
     space = None if curvature is None else _memo(problem.data.A, structure.digest, lambda: _null_space(problem))
