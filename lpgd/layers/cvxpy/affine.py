@@ -67,6 +67,26 @@ class AffineMatrix:
         fields = (self.row[inside], self.column[inside], self.parameter[inside], self.value[inside])
         return AffineMatrix(self.shape, self.width, *fields)
 
+    def without_columns(self, columns: IntArray) -> AffineMatrix:
+        """The same matrix with zeros in these columns."""
+        inside = ~np.isin(self.column, columns)
+        fields = (self.row[inside], self.column[inside], self.parameter[inside], self.value[inside])
+        return AffineMatrix(self.shape, self.width, *fields)
+
+    def select_columns(self, columns: IntArray) -> AffineMatrix:
+        """These columns, which must be increasing."""
+        place = np.full(self.shape[1], -1, dtype=np.int64)
+        place[columns] = np.arange(columns.size)
+        inside = np.flatnonzero(place[self.column] >= 0)
+        fields = (self.row[inside], place[self.column[inside]], self.parameter[inside], self.value[inside])
+        return AffineMatrix((self.shape[0], columns.size), self.width, *fields)
+
+    def with_entries(self, row: IntArray, column: IntArray, parameter: IntArray, value: FloatArray) -> AffineMatrix:
+        """The same matrix with these entries added."""
+        rows, columns = np.concatenate([self.row, row]), np.concatenate([self.column, column])
+        parameters, values = np.concatenate([self.parameter, parameter]), np.concatenate([self.value, value])
+        return self._summed(self.shape, self.width, columns * self.shape[0] + rows, parameters, values)
+
     def symmetrised(self) -> AffineMatrix:
         """``½ (M + Mᵀ)``."""
         side = self.shape[0]

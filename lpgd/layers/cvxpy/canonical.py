@@ -38,6 +38,7 @@ from lpgd.cones.product import Cones
 from lpgd.layers.cvxpy.affine import AffineMatrix, Bounds, consecutive_rows, reordered, selection, switched
 from lpgd.layers.cvxpy.implied import dependent_rows, implied_rows, never_negative
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
+from lpgd.layers.cvxpy.limits import at_limits, needed_variables
 from lpgd.layers.cvxpy.restated import is_set, reducible, restated, with_plain_forms
 
 __all__ = ["canonicalise"]
@@ -125,8 +126,15 @@ def canonicalise(
     P = AffineMatrix.from_tensor(squares, (n, n), width)
     boolean, whole = (np.array(i, np.int64).ravel() for i in (program.x.boolean_idx, program.x.integer_idx))
     cones = Cones(dims.zero, dims.nonneg, tuple(dims.soc), tuple(dims.psd), dims.exp, power=tuple(dims.p3d))
+    q = consecutive_rows(objective, 0, n, width)
+    primal = {v.id: _primal(v, reduced) for v in variables if v.id not in owners}
+    needed = needed_variables(P, q, list(primal.values())) | bool(boolean.size + whole.size)
+    limits = at_limits(A, b, cones, needed)
+    A, b, left = limits.A, limits.b, np.setdiff1d(np.arange(n), limits.columns)
+    A, P, q, n = A.select_columns(left), P.select_rows(left).select_columns(left), q[left], left.size
     inequalities, heads = cones.sections["nonnegative"], never_negative(cones)
-    implied = implied_rows(A, b, heads, np.arange(inequalities.start, inequalities.stop))
+    candidates = np.setdiff1d(np.arange(inequalities.start, inequalities.stop), limits.rows)
+    implied = np.concatenate([implied_rows(A, b, heads, candidates), limits.rows])
     if not any(variable.id in owners for variable in variables):
         implied = np.concatenate([dependent_rows(A, b, np.arange(dims.zero)), implied])
     bounds = Bounds.find(
@@ -152,15 +160,20 @@ def canonicalise(
         upper_index=bounds.upper_index,
         integer_index=np.union1d(boolean, whole),
         P=AffineMap(P_values, boundaries),
-        q=AffineMap(consecutive_rows(objective, 0, n, width), boundaries),
+        q=AffineMap(q, boundaries),
         A=AffineMap(A_values, boundaries),
         b=AffineMap(b[kept], boundaries),
         lower=AffineMap(bounds.lower, boundaries),
         upper=AffineMap(bounds.upper, boundaries),
-        offset=AffineMap(consecutive_rows(objective, n, n + 1, width), boundaries),
+        offset=AffineMap(consecutive_rows(objective, program.x.size, program.x.size + 1, width), boundaries),
         sign=-1.0 if isinstance(problem.objective, cp.Maximize) else 1.0,
         parameters=layouts,
-        variables=tuple(_variable_layout(variable, owners, reduced, bounds, kept, m) for variable in variables),
+        variables=tuple(
+            VariableLayout(variable.name(), variable.shape, primal[variable.id][:, left], exp=reduced.gp is not None)
+            if variable.id in primal
+            else _dual_layout(variable, owners[variable.id], reduced, bounds, limits.back, kept)
+            for variable in variables
+        ),
     )
 
 
@@ -362,25 +375,21 @@ def _parameter_layouts(
     return tuple(layouts), np.concatenate([*order, constant]).astype(np.int64)
 
 
-def _variable_layout(
-    variable: cp.Variable,
-    owners: dict[int, tuple[Any, int]],
-    reduced: _Reduced,
-    bounds: Bounds,
-    kept: IntArray,
-    m: int,
-) -> VariableLayout:
+def _primal(variable: cp.Variable, reduced: _Reduced) -> sp.csr_array:
+    """How a variable is read off x: (size, n)."""
     n = int(reduced.program.x.size)
-    name, shape = variable.name(), variable.shape
-    if variable.id not in owners:
-        primal = selection(lambda x: reduced.primal(variable, x), n) if variable.size else sp.csr_array((0, n))
-        return VariableLayout(name, shape, primal=primal, exp=reduced.gp is not None)
-    constraint, position = owners[variable.id]
-    dual = selection(lambda y: reduced.dual(constraint, position, y), m)
+    return selection(lambda x: reduced.primal(variable, x), n) if variable.size else sp.csr_array((0, n))
+
+
+def _dual_layout(
+    variable: cp.Variable, owner: tuple[Any, int], reduced: _Reduced, bounds: Bounds, back: sp.csr_array, kept: IntArray
+) -> VariableLayout:
+    constraint, position = owner
+    dual = sp.csr_array(selection(lambda y: reduced.dual(constraint, position, y), back.shape[0]) @ back)
     of_lower, of_upper = (sp.csr_array(dual @ multipliers) for multipliers in (bounds.from_lower, bounds.from_upper))
     return VariableLayout(
-        name,
-        shape,
+        variable.name(),
+        variable.shape,
         dual=sp.csr_array(dual[:, kept]),
         lower=of_lower if of_lower.nnz else None,
         upper=of_upper if of_upper.nnz else None,
