@@ -36,7 +36,7 @@ def test_many_null_vectors_are_counted_before_any_is_looked_for(monkeypatch: pyt
     zeros = np.zeros(300)
     known = Known(np.float64(1e-13), np.float64(0.0))
     both = np.concatenate([right, zeros]), np.concatenate([primal, zeros > 0])
-    assert by_filter(repeated, np.ones(repeated.shape[0]), *both, known) is None
+    assert by_filter(repeated, np.ones(repeated.shape[0]), *both, known, np.zeros((0, 1350))) is None
 
 
 def no_eigenvalues(*_: Any) -> Any:
@@ -56,8 +56,12 @@ def test_the_answer_of_a_singular_system_is_the_shortest(
     entries = K.tocoo()
     known = Known(np.full(1, 1e-13), np.zeros(1))
     owner = np.zeros(right.size, dtype=np.int64)
-    system = factor.System(entries.row, entries.col, entries.data, right, owner, primal, 1, known)
+    unsolvable = right.copy()
+    unsolvable[-1] += 1.0
+    both = np.stack([2.0 * right, unsolvable])
+    system = factor.System(entries.row, entries.col, entries.data, right, owner, primal, 1, known, both)
     found = factor.solve_sparse(system)
+    assert found.follows.tolist() == [[True, False]]
     expected, *_ = np.linalg.lstsq(K.toarray(), right, rcond=1e-11)
     np.testing.assert_allclose(found.answer, expected, atol=1e-9 * np.abs(expected).max())
     assert not found.exact[0]
@@ -69,9 +73,7 @@ def test_the_answer_of_a_singular_system_is_the_shortest(
     for copy in range(dependent):
         involved[variables + 3 * copy : variables + 3 * copy + 2] = True
     assert ((found.null > 1e-6) == involved).all()
-    unsolvable = right.copy()
-    unsolvable[-1] += 1.0
-    system = factor.System(entries.row, entries.col, entries.data, unsolvable, owner, primal, 1, known)
+    system = factor.System(entries.row, entries.col, entries.data, unsolvable, owner, primal, 1, known, both)
     assert not factor.solve_sparse(system).consistent[0]
 
 
@@ -80,7 +82,8 @@ def test_damped_steps_are_those_of_the_formula(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(factor, "by_eigenvalues", no_eigenvalues)
     entries, error = K.tocoo(), 1e-3
     owner, known = np.zeros(right.size, dtype=np.int64), Known(np.full(1, error), np.zeros(1), damped=True)
-    system = factor.System(entries.row, entries.col, entries.data, right, owner, primal, 1, known)
+    nothing = np.zeros((0, right.size))
+    system = factor.System(entries.row, entries.col, entries.data, right, owner, primal, 1, known, nothing)
     found = factor.solve_sparse(system)
     scale = 1.0 / np.sqrt(abs(K).max(axis=1).toarray().ravel())
     scaled = scale[:, None] * K.toarray() * scale

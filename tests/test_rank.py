@@ -507,9 +507,29 @@ def test_a_batch_of_systems_with_and_without_curvature() -> None:
     idle[4, [3, 14]] = True
     matrices[4][idle[4]] = matrices[4][:, idle[4]] = right[4, idle[4]] = 0.0
     expected = [np.linalg.pinv(K, rcond=1e-12) @ r for K, r in zip(matrices, right, strict=True)]
-    found = factor.solve_matrices(matrices.copy(), right, idle, np.arange(17) < 12, known_well(5))
+    met = (matrices @ np.random.default_rng(1).normal(size=(5, 17, 1)))[:, :, 0]
+    others = np.stack([right, met])
+    found = factor.solve_matrices(matrices.copy(), right, idle, np.arange(17) < 12, known_well(5), others)
     np.testing.assert_allclose(found.answer, expected, rtol=1e-8, atol=1e-8)
     assert found.exact.tolist() == [False, False, True, False, False]
+    assert found.consistent.tolist() == [False, False, True, False, False]
+    assert found.follows.tolist() == [[False, True], [False, True], [True, True], [False, True], [False, True]]
+
+
+def test_one_decomposition_says_all_about_an_element(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which answers are unique, of x and of multipliers, is asked of the null space that the answer has left out."""
+    x, q, c = cp.Variable(3), cp.Parameter(3), cp.Parameter(2)
+    rows: list[Any] = [x[0] + x[1] <= c[0], 2 * x[0] + 2 * x[1] <= c[1]]  # the second states the first again
+    layer = CvxpyLayer(cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x) + q @ x), rows), [q, c], [x], solver="CLARABEL")
+    costs = torch.tensor([-1.0, -2.0, 1.0], dtype=torch.float64, requires_grad=True)
+    (found,) = layer(costs, torch.tensor([1.0, 2.0], dtype=torch.float64))
+    counted: list[int] = []
+    decompose = rank.np.linalg.eigh
+    monkeypatch.setattr(rank.np.linalg, "eigh", lambda matrix: counted.append(1) or decompose(matrix))
+    found[0].backward()
+    assert len(counted) == 1
+    # The projection of -q onto x0 + x1 = 1.
+    torch.testing.assert_close(costs.grad, found.new_tensor([-0.5, 0.5, 0.0]), rtol=0, atol=1e-9)
 
 
 def test_where_the_rank_is_not_plain_the_eigenvalues_decide() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import BoolArray, FloatArray, IntArray, as_index, flags, from_numpy, random_direction
+from lpgd.arrays import BoolArray, FloatArray, as_index, flags, from_numpy, random_direction
 from lpgd.execution.tasks import SerialExecutor, run_tasks
 from lpgd.gradients.implicit.findings import SAME, Findings
 from lpgd.gradients.implicit.located import Located
@@ -19,7 +19,7 @@ from lpgd.problems.conic.asked import Asked
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.solvers.kkt.refinement import complementary
-from lpgd.solvers.kkt.system import KKTPoints, KKTResponse, Known, respond
+from lpgd.solvers.kkt.system import KKTPoints, KKTResponse, Known, Tilt, respond
 
 __all__ = ["one_by_one"]
 
@@ -36,6 +36,7 @@ class _Task(NamedTuple):
     A: FloatArray
     points: KKTPoints
     known: Known
+    probes: list[Tilt]
 
 
 def _respond(task: _Task) -> KKTResponse:
@@ -43,9 +44,17 @@ def _respond(task: _Task) -> KKTResponse:
 
 
 def responses(
-    located: Located, elements: Sequence[int], rho: FloatArray | float, side: float, executor: Executor | None
+    located: Located,
+    elements: Sequence[int],
+    rho: FloatArray | float,
+    side: float,
+    executor: Executor | None,
+    probes: Sequence[ConicPoint] = (),
 ) -> KKTResponse:
-    """The responses of some elements, increasing, with what is at a kink brought to one side."""
+    """The responses of some elements, increasing, with what is at a kink brought to one side.
+
+    ``probes`` are other tilts, of which only whether there is such a change is asked.
+    """
     problem, point, slack = located.problem, located.point, located.slack
     if side:
         v, xi = point.y - slack + side * located.v_side, point.x + point.z + side * located.xi_side
@@ -57,13 +66,16 @@ def responses(
     tensors = (*point, slack, *located.tilt, lower, upper)
     arrays = [tensor.detach().cpu().numpy() for tensor in tensors]
     error = located.error.cpu().numpy()
+    others = [[tensor.detach().cpu().numpy() for tensor in probe] for probe in probes]
     tasks, order = [], []
     for chunk in view.groups(list(elements), executor, per_worker=1):
         matrices = (view.rows(name, chunk) for name in ("P", "A"))
         P, A = (np.broadcast_to(matrix, (len(chunk), matrix.shape[1])) for matrix in matrices)
         points = KKTPoints(*(array[chunk] for array in arrays))
         chunk_rho = rho[chunk] if isinstance(rho, np.ndarray) else rho
-        tasks.append(_Task(problem.structure, chunk_rho, P, A, points, Known(error[chunk], located.lipschitz[chunk])))
+        known = Known(error[chunk], located.lipschitz[chunk])
+        tilts = [Tilt(*(array[chunk] for array in probe)) for probe in others]
+        tasks.append(_Task(problem.structure, chunk_rho, P, A, points, known, tilts))
         order += chunk
     results = run_tasks(_respond, tasks, executor)
     back = np.argsort(order)  # elements are increasing
@@ -133,27 +145,25 @@ def _judged(
     orthogonal to K's null space, and ``K a = r`` has a solution.  The multipliers of bounds are such functions too,
     ``dz = -(g + P dx + Aᵀ dy)`` of the variables that they hold.
     """
-    found, asked = responses(located, elements, rho, side, executor), located.problem.structure.asked
+    asked = located.problem.structure.asked
+    if len(elements) < located.problem.batch_size:
+        located = located.select(as_index(elements, located.error.device))
+        rho = rho[elements] if isinstance(rho, np.ndarray) else rho
+    probes = [_of_bounds(located, side)]
+    if asked is not None:
+        probes += [_of_x(located, asked), _of_y(located, asked)]
+    found = responses(located, range(len(elements)), rho, side, executor, probes)
     alone = np.array([not rows.any() for rows in found.shared])
     told = _Told(alone, alone.copy())
     if found.exact.all():
         return found, told
     found = found.copy()
-
-    def has_answer(places: IntArray, probe: Callable[[Located], ConicPoint]) -> BoolArray:
-        chosen = located.select(as_index([elements[place] for place in places], located.error.device))
-        every = list(range(len(places)))
-        chosen_rho = rho[[elements[place] for place in places]] if isinstance(rho, np.ndarray) else rho
-        return responses(chosen._replace(tilt=probe(chosen)), every, chosen_rho, side, executor).consistent
-
     if asked is not None:
-        if (places := np.flatnonzero(~found.unique & ~found.exact)).size:
-            found.unique[places] = has_answer(places, lambda chosen: _of_x(chosen, asked))
+        of_x, of_y = found.follows[:, 1], found.follows[:, 2]
+        found.unique[:] |= ~found.exact & of_x
         told.rows[:] |= ~found.shared[:, asked.of_y.touched].any(1)
-        if (places := np.flatnonzero(~told.rows & found.unique & ~found.exact)).size:
-            told.rows[places] = has_answer(places, lambda chosen: _of_y(chosen, asked))
-    if (places := np.flatnonzero(~told.bounds & found.unique & ~found.exact)).size:
-        told.bounds[places] = has_answer(places, lambda chosen: _of_bounds(chosen, side))
+        told.rows[:] |= found.unique & ~found.exact & of_y
+    told.bounds[:] |= found.unique & ~found.exact & found.follows[:, 0]
     return found, told
 
 

@@ -127,7 +127,7 @@ def canonicalise(
     boolean, whole = (np.array(i, np.int64).ravel() for i in (program.x.boolean_idx, program.x.integer_idx))
     cones = Cones(dims.zero, dims.nonneg, tuple(dims.soc), tuple(dims.psd), dims.exp, power=tuple(dims.p3d))
     q = consecutive_rows(objective, 0, n, width)
-    primal = {v.id: _primal(v, reduced) for v in variables if v.id not in owners}
+    primal: dict[int, SparseArray] = {v.id: _primal(v, reduced) for v in variables if v.id not in owners}
     needed = needed_variables(P, q, list(primal.values())) | bool(boolean.size + whole.size)
     limits = at_limits(A, b, cones, needed)
     A, b, left = limits.A, limits.b, np.setdiff1d(np.arange(n), limits.columns)

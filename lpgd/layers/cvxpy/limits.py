@@ -1,8 +1,8 @@
 """Variables that may as well be at their limit, and are substituted by it.
 
-CVXPY writes ``abs(u) <= c`` with a variable t, rows ``u - t <= 0`` and ``-u - t <= 0``, and ``t <= c``, ``norm(u) <= c``
-and ``log_sum_exp(u) <= c`` likewise.  Where u is inside, every t from |u| to c is a solution: all optimality systems
-are singular, and every gradient takes the way of those.  But a larger t is never worse, so that t is c:
+CVXPY writes ``abs(u) <= c`` with a variable t, rows ``u - t <= 0`` and ``-u - t <= 0``, and ``t <= c``; so it does
+``norm(u) <= c`` and ``log_sum_exp(u) <= c``.  Where u is inside, every t from |u| to c is a solution: all optimality
+systems are singular, and every gradient takes the way of those.  But a larger t is never worse, so that t is c:
 
 - t has no cost, and is not asked for;
 - one inequality ``g t + aᵀx <= d`` with a constant g > 0 limits it, and no equality has it;
@@ -143,9 +143,9 @@ def _limiting_entries(
 def _is_finite_constant(b: sp.csr_array) -> BoolArray:
     """(m,) which right-hand sides have no parameters, and are finite."""
     last = b.shape[1] - 1
-    parametric: SparseArray = sp.csr_array(b[:, :last])
-    parametric.eliminate_zeros()
-    return (np.diff(parametric.indptr) == 0) & (np.abs(b[:, [last]].toarray().ravel()) < INFINITE)
+    parametric: SparseArray = b[:, :last]
+    constant: SparseArray = b[:, [last]]
+    return (np.diff(parametric.indptr) == 0) & (np.abs(constant.toarray().ravel()) < INFINITE)
 
 
 def _shares(A: AffineMatrix, row: IntArray, column: IntArray, pivot: FloatArray) -> SparseArray:

@@ -55,7 +55,7 @@ def respond_in_faces(task: FaceTask) -> tuple[KKTResponse, BoolArray]:
     found = KKTResponse(
         np.zeros((count, n)), np.zeros((count, m)), np.zeros((count, n)),
         exact=nothing, unique=nothing.copy(), consistent=nothing.copy(), doubt=doubt,
-        shared=np.zeros((count, m), dtype=bool),
+        shared=np.zeros((count, m), dtype=bool), follows=np.zeros((count, 0), dtype=bool),
     )  # fmt: skip
     solved = np.zeros(count, dtype=bool)
     largest = np.abs(task.A).max(1, initial=0.0)

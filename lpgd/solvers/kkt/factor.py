@@ -61,6 +61,7 @@ class Answers(NamedTuple):
         unique: the null space, if there is one, is that of the multipliers alone.
         consistent: the answer satisfies the system.
         doubt: the share of the answer that K's error may change; of a singular system's answer in what is kept.
+        follows: (k, p) which of the other right-hand sides have an answer.
     """
 
     answer: FloatArray
@@ -69,11 +70,15 @@ class Answers(NamedTuple):
     unique: BoolArray
     consistent: BoolArray
     doubt: FloatArray
+    follows: BoolArray
 
 
 @dataclass(frozen=True, eq=False)
 class System:
-    """``K answer = right``, K symmetric and, but for a permutation, block diagonal with one block an element."""
+    """``K answer = right``, K symmetric and, but for a permutation, block diagonal with one block an element.
+
+    ``others`` (p, t) are further right-hand sides, of which only whether they have an answer is asked.
+    """
 
     row: IntArray
     column: IntArray
@@ -83,6 +88,7 @@ class System:
     primal: BoolArray  # rows of the primal variables
     count: int
     known: Known
+    others: FloatArray
 
     def parts(self) -> list[tuple[System, IntArray]]:
         """Each element's system, and its rows in this one."""
@@ -92,7 +98,7 @@ class System:
             entries, owner = block.tocoo(), np.zeros(rows.size, dtype=np.int64)
             one = System(
                 entries.row, entries.col, entries.data, self.right[rows], owner, self.primal[rows], 1,
-                self.known.select([element]),
+                self.known.select([element]), self.others[:, rows],
             )  # fmt: skip
             found.append((one, rows))
         return found
@@ -102,34 +108,42 @@ class System:
 
 
 def solve_matrices(
-    matrices: FloatArray, right: FloatArray, idle: BoolArray, primal: BoolArray, known: Known
+    matrices: FloatArray,
+    right: FloatArray,
+    idle: BoolArray,
+    primal: BoolArray,
+    known: Known,
+    others: FloatArray | None = None,
 ) -> Answers:
     """Solve ``K answer = right`` for each of k symmetric matrices (k, t, t), without their idle rows and columns.
 
-    Those must be zero, and get the answer zero; ``matrices`` is written to.  ``primal`` is (k, t) or (t,).
+    Those must be zero, and get the answer zero; ``matrices`` is written to.  ``primal`` is (k, t) or (t,), ``others``
+    (p, k, t) right-hand sides of which only whether they have an answer is found.
     """
     count, side = right.shape
+    others = np.zeros((0, *right.shape)) if others is None else others
     if side == 0:
         every = np.ones(count, dtype=bool)
-        return Answers(right, right, every, every, every, np.zeros(count))
+        return Answers(right, right, every, every, every, np.zeros(count), np.ones((count, len(others)), dtype=bool))
     primal = np.broadcast_to(primal, idle.shape)
     if known.damped:
-        return _solve_packed(matrices, right, idle, primal, known)
+        return _solve_packed(matrices, right, idle, primal, known, others)
     flat: dict[int, One] = {}
     for element in range(count):
-        found = _flat(matrices[element], right[element], idle[element], primal[element], known.select(element))
+        one = known.select(element)
+        found = _flat(matrices[element], right[element], idle[element], primal[element], one, others[:, element])
         if found is not None:
             flat[element] = found
     if not flat:
-        return _solve_packed(matrices, right, idle, primal, known)
+        return _solve_packed(matrices, right, idle, primal, known, others)
     remaining = np.setdiff1d(np.arange(count), list(flat))
-    exact, unique, consistent = np.zeros((3, count), dtype=bool)
-    every = Answers(np.zeros((count, side)), np.zeros((count, side)), exact, unique, consistent, np.zeros(count))
+    every = _answers(count, side, len(others), exact=False)
     if remaining.size:
-        others = _solve_packed(
-            matrices[remaining], right[remaining], idle[remaining], primal[remaining], known.select(remaining)
-        )
-        for column, values in zip(every, others, strict=True):
+        packed_ones = _solve_packed(
+            matrices[remaining], right[remaining], idle[remaining], primal[remaining], known.select(remaining),
+            others[:, remaining],
+        )  # fmt: skip
+        for column, values in zip(every, packed_ones, strict=True):
             column[remaining] = values
     for element, found in flat.items():
         for column, value in zip(every, found, strict=True):
@@ -137,7 +151,16 @@ def solve_matrices(
     return every
 
 
-def _flat(matrix: FloatArray, right: FloatArray, idle: BoolArray, primal: BoolArray, known: Known) -> One | None:
+def _answers(count: int, side: int, others: int, exact: bool) -> Answers:
+    """Nothing yet, or everything exact and zero."""
+    fine, unique, consistent = np.full((3, count), exact)
+    answer, null = np.zeros((2, count, side))
+    return Answers(answer, null, fine, unique, consistent, np.zeros(count), np.full((count, others), exact))
+
+
+def _flat(
+    matrix: FloatArray, right: FloatArray, idle: BoolArray, primal: BoolArray, known: Known, others: FloatArray
+) -> One | None:
     """The answer of one element's system without curvature, zero where it is idle; None where it is another system."""
     used = np.flatnonzero(~idle)
     if not is_flat(matrix, primal, used):
@@ -145,7 +168,7 @@ def _flat(matrix: FloatArray, right: FloatArray, idle: BoolArray, primal: BoolAr
     K = matrix if used.size == right.size else matrix[np.ix_(used, used)]
     scale = equilibration(np.abs(K).max(1, initial=0.0))
     with bounded_blas():  # threads gain nothing on a factorisation of this size
-        found = solve_flat(K, scale, right[used], primal[used], known)
+        found = solve_flat(K, scale, right[used], primal[used], known, others[:, used])
     if found is None or used.size == right.size:
         return found
     answer, null = np.zeros((2, right.size))
@@ -153,14 +176,19 @@ def _flat(matrix: FloatArray, right: FloatArray, idle: BoolArray, primal: BoolAr
     return answer, null, *found[2:]
 
 
-def _solve_packed(matrices: FloatArray, right: FloatArray, idle: BoolArray, primal: BoolArray, known: Known) -> Answers:
+def _solve_packed(
+    matrices: FloatArray, right: FloatArray, idle: BoolArray, primal: BoolArray, known: Known, others: FloatArray
+) -> Answers:
     """The same by factors, each element in a matrix of a size of its own."""
-    exact, unique, consistent = np.ones((3, len(right)), dtype=bool)
-    every = Answers(np.zeros(right.shape), np.zeros(right.shape), exact, unique, consistent, np.zeros(len(right)))
+    every = _answers(len(right), right.shape[1], len(others), exact=True)
     for stack in packed(matrices, idle):
+        further = np.zeros((len(others), *stack.idle.shape))
+        for place, one in enumerate(others):
+            further[place] = stack.vectors(one)
         found = _solve_stack(
-            stack.matrices, stack.vectors(right), stack.idle, stack.vectors(primal), known.select(stack.elements)
-        )
+            stack.matrices, stack.vectors(right), stack.idle, stack.vectors(primal), known.select(stack.elements),
+            further,
+        )  # fmt: skip
         stack.spread(found.answer, every.answer)
         stack.spread(found.null, every.null)
         for whole, values in zip(every[2:], found[2:], strict=True):
@@ -168,7 +196,9 @@ def _solve_packed(matrices: FloatArray, right: FloatArray, idle: BoolArray, prim
     return every
 
 
-def _solve_stack(matrices: FloatArray, right: FloatArray, idle: BoolArray, primal: BoolArray, known: Known) -> Answers:
+def _solve_stack(
+    matrices: FloatArray, right: FloatArray, idle: BoolArray, primal: BoolArray, known: Known, others: FloatArray
+) -> Answers:
     """The same for matrices with ones on the diagonal of idle rows, by eigenvalues where factors do not do."""
     side = right.shape[1]
     scale = equilibration(np.abs(matrices).max(2))
@@ -194,14 +224,17 @@ def _solve_stack(matrices: FloatArray, right: FloatArray, idle: BoolArray, prima
         error = np.abs((matrices @ answer[:, :, None])[:, :, 0] - right).max(1)
     exact, doubt = is_judged_exact(known, inverse, size, error, np.abs(right).max(1))
     unique, consistent, null = exact.copy(), exact.copy(), np.zeros_like(answer)
+    follows = np.repeat(exact[:, None], len(others), axis=1)
     for bad in np.flatnonzero(~exact):
         used = np.flatnonzero(~idle[bad])
         one = known.select(bad)
         block = scaled[bad][np.ix_(used, used)]
-        found = by_eigenvalues(block, scale[bad, used], right[bad, used], primal[bad, used], one)
+        found = by_eigenvalues(
+            block, scale[bad, used], right[bad, used], primal[bad, used], one, others[:, bad][:, used]
+        )
         answer[bad] = 0.0
-        answer[bad, used], null[bad, used], exact[bad], unique[bad], consistent[bad], doubt[bad] = found
-    return Answers(answer, null, exact, unique, consistent, doubt)
+        answer[bad, used], null[bad, used], exact[bad], unique[bad], consistent[bad], doubt[bad], follows[bad] = found
+    return Answers(answer, null, exact, unique, consistent, doubt, follows)
 
 
 _ORDERINGS: tuple[dict[str, Any], ...] = (
@@ -213,9 +246,8 @@ _ORDERINGS: tuple[dict[str, Any], ...] = (
 
 def solve_sparse(system: System) -> Answers:
     """Each element's system by a sparse factorisation of its own; one that this does not solve, as a singular one."""
-    count, size = system.count, system.right.size
-    exact, unique, consistent = np.ones((3, count), dtype=bool)
-    every = Answers(np.zeros(size), np.zeros(size), exact, unique, consistent, np.zeros(count))
+    count, nothing = system.count, np.zeros((2, system.right.size))
+    every = _answers(count, 0, len(system.others), exact=True)._replace(answer=nothing[0], null=nothing[1])
     for element, (single, rows) in enumerate(system.parts()):
         pause()
         if not rows.size:
@@ -238,14 +270,15 @@ def _factorised(system: System, options: dict[str, Any]) -> One:
     try:
         factor = superlu(scaled, **options)
     except RuntimeError:  # singular
-        return nothing, nothing, False, False, False, np.inf
+        return nothing, nothing, False, False, False, np.inf, np.zeros(len(system.others), dtype=bool)
     solution = factor.solve(np.stack([scale * right, random_direction(size)], axis=1))
     answer = scale * (solution[:, 0] + factor.solve(scale * right - scaled @ solution[:, 0]))
     inverse = np.linalg.norm(solution[:, 1])
     error, largest = np.abs(K @ answer - right).max(), np.abs(right).max()
     norms = np.array([[inverse], [abs(scaled).sum(1).max()], [error], [largest]], dtype=np.float64)
     exact, doubt = is_judged_exact(system.known, norms[0], norms[1], norms[2], norms[3])
-    return answer, nothing, bool(exact[0]), bool(exact[0]), bool(exact[0]), float(doubt[0])
+    fine = bool(exact[0])
+    return answer, nothing, fine, fine, fine, float(doubt[0]), np.full(len(system.others), fine)
 
 
 def _as_singular(system: System) -> One:
@@ -253,16 +286,17 @@ def _as_singular(system: System) -> One:
     scale = equilibration(largest_of_rows(K))
     small = system.right.size <= EIGEN_LIMIT
     if small and not known.damped:
-        flat = _flat(K.toarray(), system.right, np.zeros_like(system.primal), system.primal, known)
+        everything = np.zeros_like(system.primal)
+        flat = _flat(K.toarray(), system.right, everything, system.primal, known, system.others)
         if flat is not None:
             return flat
     if system.right.size > FILTERED:
-        found = by_filter(scaled_by(K, scale), scale, system.right, system.primal, known)
+        found = by_filter(scaled_by(K, scale), scale, system.right, system.primal, known, system.others)
         if found is not None:
             return found
     if not small:
         return _by_proximal_steps(system, scale)
-    return by_eigenvalues(scaled_by(K, scale).toarray(), scale, system.right, system.primal, known)
+    return by_eigenvalues(scaled_by(K, scale).toarray(), scale, system.right, system.primal, known, system.others)
 
 
 def _by_proximal_steps(system: System, scale: FloatArray) -> One:
@@ -278,23 +312,26 @@ def _by_proximal_steps(system: System, scale: FloatArray) -> One:
     factor = superlu(sp.csc_array(K + sp.diags_array(np.where(system.primal, shift, -shift))), **_ORDERINGS[0])
     right = scale * system.right
     if system.known.damped:
-        return scale * factor.solve(right), np.zeros_like(right), False, False, False, np.inf
+        nothing = np.zeros(len(system.others), dtype=bool)
+        return scale * factor.solve(right), np.zeros_like(right), False, False, False, np.inf, nothing
     direction = random_direction(right.size)
-    both = np.stack([right, K @ direction], axis=1)
+    both = np.stack([right, K @ direction, *(scale * system.others)], axis=1)
+    small = RESIDUAL * np.abs(both).max(0)
     answer = np.zeros_like(both)
     left = both
     for _ in range(PROXIMAL_ITERATIONS):
         answer += factor.solve(left)
         left = both - K @ answer
-        if np.abs(left[:, 0]).max() <= 0.01 * RESIDUAL * np.abs(right).max():
+        remain = np.abs(left).max(0) <= 0.01 * small
+        if remain[0] and remain[2:].all():
             break
-    consistent = bool(np.abs(left[:, 0]).max() <= RESIDUAL * np.abs(right).max())
+    follows = np.abs(left).max(0) <= small
     # What a known direction loses in being solved for is its part in the null space.
     lost = np.abs(answer[:, 1] - direction)
     lost[lost <= 1e-6 * np.abs(direction).max()] = 0.0
     dual_only = not lost[system.primal].any()
     doubt = float(system.known.lipschitz[0]) * error / PROXIMAL + ROUNDING / PROXIMAL
-    return scale * answer[:, 0], lost, False, dual_only, consistent, doubt
+    return scale * answer[:, 0], lost, False, dual_only, bool(follows[0]), doubt, follows[2:]
 
 
 def blocks_of(

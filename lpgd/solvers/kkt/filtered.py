@@ -56,19 +56,23 @@ class Filter:
         return found + self.factor.solve(complex_right - self.shifted @ found)
 
 
-def by_filter(K: Any, scale: FloatArray, right: FloatArray, primal: BoolArray, known: Known) -> One | None:
+def by_filter(
+    K: Any, scale: FloatArray, right: FloatArray, primal: BoolArray, known: Known, others: FloatArray
+) -> One | None:
     """:func:`~lpgd.solvers.kkt.rank.by_eigenvalues` of a sparse equilibrated matrix.
 
     None where more than a small part of its eigenvalues are nearly zero, or rounding is too large.
     """
     if known.damped:
         step = Filter(K, float(np.clip(known.error, RANK_CUTOFF, 1e100))).solve(scale * right).real
-        return (scale * step, np.zeros_like(right), False, False, False, np.inf) if np.isfinite(step).all() else None
+        nothing = np.zeros(len(others), dtype=bool)
+        one = scale * step, np.zeros_like(right), False, False, False, np.inf, nothing
+        return one if np.isfinite(step).all() else None
     found = _null_vectors(K, known)
     if found is None:
         return None
     filtered, null, doubt = found
-    one = without_null(partial(_solve, filtered, null), null, scale, right, primal, doubt)
+    one = without_null(partial(_solve, filtered, null), null, scale, right, primal, doubt, others)
     return one if np.isfinite(one[0]).all() else None
 
 

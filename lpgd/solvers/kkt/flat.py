@@ -17,7 +17,7 @@ import numpy as np
 import scipy.linalg
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray, random_direction
-from lpgd.solvers.kkt.rank import DOUBT, RESIDUAL, ROUNDING, Known, One
+from lpgd.solvers.kkt.rank import DOUBT, RESIDUAL, ROUNDING, Known, One, has_answers
 
 __all__ = ["doubt_of", "is_clear", "is_flat", "solve_flat"]
 
@@ -45,7 +45,14 @@ def is_flat(matrix: FloatArray, primal: BoolArray, used: IntArray) -> bool:
     return 0 < variables < used.size and 2 * variables != used.size
 
 
-def solve_flat(matrix: FloatArray, scale: FloatArray, right: FloatArray, primal: BoolArray, known: Known) -> One | None:
+def solve_flat(
+    matrix: FloatArray,
+    scale: FloatArray,
+    right: FloatArray,
+    primal: BoolArray,
+    known: Known,
+    others: FloatArray | None = None,
+) -> One | None:
     """The minimum-norm answer of one flat system; None where B's rank is not plainly full.
 
     Args:
@@ -54,7 +61,9 @@ def solve_flat(matrix: FloatArray, scale: FloatArray, right: FloatArray, primal:
         right: (t,) right-hand side.
         primal: (t,) which rows are those of variables.
         known: how well this element's point is known.
+        others: (p, t) right-hand sides of which only whether they have an answer is found.
     """
+    others = right[:0].reshape(0, right.size) if others is None else others
     within_face = 2 * int(primal.sum()) > primal.size
     wide = primal if within_face else ~primal  # the side of which some directions are not determined
     narrow = ~wide
@@ -81,7 +90,9 @@ def solve_flat(matrix: FloatArray, scale: FloatArray, right: FloatArray, primal:
     # The diagonal of the projector onto what is not determined: one less that onto B's range.
     half = scipy.linalg.solve_triangular(factor[0], B.T, lower=True, check_finite=False)
     null[wide] = np.sqrt(np.maximum(1.0 - np.square(half).sum(0), 0.0))
-    return answer, null, False, not within_face, consistent, doubt
+    outside = others[:, wide]
+    outside = outside - scipy.linalg.cho_solve(factor, B.T @ outside.T, check_finite=False).T @ B.T
+    return answer, null, False, not within_face, consistent, doubt, has_answers(outside, others)
 
 
 def is_clear(doubt: float) -> bool:

@@ -21,6 +21,7 @@ __all__ = [
     "Known",
     "One",
     "by_eigenvalues",
+    "has_answers",
     "is_judged_exact",
     "rank",
     "without_null",
@@ -56,7 +57,7 @@ class Known(NamedTuple):
         return Known(self.error[elements], self.lipschitz[elements], self.damped)
 
 
-One = tuple[FloatArray, FloatArray, bool, bool, bool, float]
+One = tuple[FloatArray, FloatArray, bool, bool, bool, float, BoolArray]
 """The fields of :class:`Answers` for one element."""
 
 
@@ -78,12 +79,21 @@ def is_judged_exact(
         return solved & (doubt < DOUBT), np.where(np.isfinite(doubt), doubt, np.inf)
 
 
-def by_eigenvalues(scaled: FloatArray, scale: FloatArray, right: FloatArray, primal: BoolArray, known: Known) -> One:
+def by_eigenvalues(
+    scaled: FloatArray,
+    scale: FloatArray,
+    right: FloatArray,
+    primal: BoolArray,
+    known: Known,
+    others: FloatArray | None = None,
+) -> One:
     """One system by the eigenvalues of its equilibrated matrix.
 
     The pseudo-inverse is that of the matrix itself, ``S⁻¹ scaled S⁻¹``: with N an orthonormal basis of its null space,
-    the right-hand side and the answer lose their parts in N.
+    the right-hand side and the answer lose their parts in N.  Of ``others``, (p, t) right-hand sides, only whether they
+    have an answer is found.
     """
+    others = right[:0].reshape(0, right.size) if others is None else others
     eigenvalues, vectors = np.linalg.eigh(scaled)
     sizes = np.abs(eigenvalues)
     if known.damped:
@@ -97,6 +107,7 @@ def by_eigenvalues(scaled: FloatArray, scale: FloatArray, right: FloatArray, pri
             False,
             False,
             np.inf,
+            np.zeros(len(others), dtype=bool),
         )
     kept, doubt, explained = rank(sizes, known)
     inverse = np.divide(1.0, eigenvalues, out=np.zeros_like(eigenvalues), where=kept)
@@ -104,7 +115,7 @@ def by_eigenvalues(scaled: FloatArray, scale: FloatArray, right: FloatArray, pri
     def solve(side: FloatArray) -> FloatArray:
         return vectors @ (inverse * (vectors.T @ side))
 
-    return without_null(solve, vectors[:, ~kept], scale, right, primal, doubt if explained else np.inf)
+    return without_null(solve, vectors[:, ~kept], scale, right, primal, doubt if explained else np.inf, others)
 
 
 def without_null(
@@ -114,6 +125,7 @@ def without_null(
     right: FloatArray,
     primal: BoolArray,
     doubt: float,
+    others: FloatArray,
 ) -> One:
     """The minimum-norm answer.
 
@@ -122,15 +134,22 @@ def without_null(
         null: the vectors of that matrix that do not count, in columns.
         scale, right, primal: of the system.
         doubt: the share of the answer that the matrix's error may change.
+        others: (p, t) further right-hand sides.
     """
     null, _ = np.linalg.qr(null * scale[:, None])
     moved = right - null @ (null.T @ right)
     answer = scale * solve(scale * moved)
     answer -= null @ (null.T @ answer)
-    consistent = bool(np.abs(moved - right).max(initial=0.0) <= RESIDUAL * np.abs(right).max(initial=1e-300))
+    consistent = bool(has_answers((moved - right)[None], right[None])[0])
+    follows = has_answers((others @ null) @ null.T, others)
     dual_only = bool(np.sum(null[primal] ** 2) < 1e-6)
     regular = not null.shape[1] and doubt < DOUBT
-    return answer, np.linalg.norm(null, axis=1), regular, dual_only, consistent, doubt
+    return answer, np.linalg.norm(null, axis=1), regular, dual_only, consistent, doubt, follows
+
+
+def has_answers(left: FloatArray, right: FloatArray) -> BoolArray:
+    """(p,) which right-hand sides (p, t) leave next to nothing."""
+    return np.abs(left).max(1, initial=0.0) <= RESIDUAL * np.abs(right).max(1, initial=1e-300)
 
 
 def rank(sizes: FloatArray, known: Known) -> tuple[BoolArray, float, bool]:

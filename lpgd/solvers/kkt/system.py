@@ -29,7 +29,7 @@ from lpgd.solvers.kkt.factor import Answers, System, solve_matrices, solve_spars
 from lpgd.solvers.kkt.rank import Known
 from lpgd.solvers.kkt.reduced import ReducedBlocks, ReducedRows, held, is_dense, reduce_blocks, reduce_rows
 
-__all__ = ["KKTPoints", "KKTResponse", "Known", "is_quick", "respond"]
+__all__ = ["KKTPoints", "KKTResponse", "Known", "Tilt", "is_quick", "respond"]
 
 NULL = 1e-6
 """Rows with a smaller part of the null space's unit vectors have nothing to do with it."""
@@ -51,6 +51,14 @@ class KKTPoints(NamedTuple):
     upper: FloatArray
 
 
+class Tilt(NamedTuple):
+    """A tilt of k elements, one row each."""
+
+    x: FloatArray
+    y: FloatArray
+    z: FloatArray
+
+
 class KKTResponse(NamedTuple):
     """The changes of k solutions, one row each."""
 
@@ -62,6 +70,7 @@ class KKTResponse(NamedTuple):
     consistent: BoolArray  # (k,) whether the change is one that the system allows
     doubt: FloatArray  # (k,) the share of the answer that the point's error may change
     shared: BoolArray  # (k, m) rows whose multipliers are not unique
+    follows: BoolArray  # (k, p) which of the probes the system allows a change along
 
     @classmethod
     def joined(cls, responses: Sequence[KKTResponse]) -> KKTResponse:
@@ -86,7 +95,13 @@ def is_quick(structure: ConicStructure, count: int) -> bool:
 
 
 def respond(
-    structure: ConicStructure, rho: FloatArray | float, P: FloatArray, A: FloatArray, points: KKTPoints, known: Known
+    structure: ConicStructure,
+    rho: FloatArray | float,
+    P: FloatArray,
+    A: FloatArray,
+    points: KKTPoints,
+    known: Known,
+    probes: Sequence[Tilt] = (),
 ) -> KKTResponse:
     """The derivative of k solutions along tilts.
 
@@ -97,6 +112,7 @@ def respond(
         A: (k, nnz A).
         points: where, and which tilts.
         known: how well the points are known.
+        probes: p other tilts, of which only whether there is such a change is asked.
     """
     size, dense = structure.n + structure.m, is_dense(structure)
     count = max(1, STACK_LIMIT // max(size, 1) ** 2) if dense else len(P)
@@ -107,32 +123,55 @@ def respond(
         chosen_points = KKTPoints(*(array[chosen] for array in points))
         chosen_known, chosen_rho = known.select(chosen), rho[chosen] if isinstance(rho, np.ndarray) else rho
         method = _respond_densely if dense else _respond_sparsely
-        responses.append(method(structure, chosen_rho, P[chosen], A[chosen], chosen_points, chosen_known))
+        tilts = [Tilt(*(array[chosen] for array in probe)) for probe in probes]
+        responses.append(method(structure, chosen_rho, P[chosen], A[chosen], chosen_points, chosen_known, tilts))
     return KKTResponse.joined(responses)
 
 
 def _respond_sparsely(
-    structure: ConicStructure, rho: FloatArray | float, P: FloatArray, A: FloatArray, points: KKTPoints, known: Known
+    structure: ConicStructure,
+    rho: FloatArray | float,
+    P: FloatArray,
+    A: FloatArray,
+    points: KKTPoints,
+    known: Known,
+    probes: Sequence[Tilt],
 ) -> KKTResponse:
     at_bound = held(points.x, points.z, points.lower, points.upper)
     g = points.g_x, points.g_y, points.g_z
     reduced = reduce_blocks(structure, rho, P, A, points.y - points.slack, at_bound, g)
     matrix, right = reduced.matrix, reduced.right(*g)
-    system = System(matrix.row, matrix.col, matrix.data, right, reduced.owner, reduced.primal, len(at_bound), known)
-    return _read(reduced, solve_sparse(system), points)
+    others = np.array([reduced.right(*probe) for probe in probes]).reshape(len(probes), right.size)
+    system = System(
+        matrix.row, matrix.col, matrix.data, right, reduced.owner, reduced.primal, len(at_bound), known, others
+    )
+    return _read(reduced, solve_sparse(system), points, probes)
 
 
 def _respond_densely(
-    structure: ConicStructure, rho: FloatArray | float, P: FloatArray, A: FloatArray, points: KKTPoints, known: Known
+    structure: ConicStructure,
+    rho: FloatArray | float,
+    P: FloatArray,
+    A: FloatArray,
+    points: KKTPoints,
+    known: Known,
+    probes: Sequence[Tilt],
 ) -> KKTResponse:
     at_bound = held(points.x, points.z, points.lower, points.upper)
     g = points.g_x, points.g_y, points.g_z
     reduced = reduce_rows(structure, rho, P, A, points.y - points.slack, at_bound, g)
     right = reduced.right(*g)
-    return _read(reduced, solve_matrices(reduced.matrices, right, ~reduced.solved, reduced.primal, known), points)
+    others = np.array([reduced.right(*probe) for probe in probes]).reshape(len(probes), *right.shape)
+    answers = solve_matrices(reduced.matrices, right, ~reduced.solved, reduced.primal, known, others)
+    return _read(reduced, answers, points, probes)
 
 
-def _read(reduced: ReducedRows | ReducedBlocks, found: Answers, points: KKTPoints) -> KKTResponse:
+def _read(
+    reduced: ReducedRows | ReducedBlocks, found: Answers, points: KKTPoints, probes: Sequence[Tilt]
+) -> KKTResponse:
     change = reduced.change(found.answer, points.g_x, points.g_z)
     shared = reduced.of_rows(found.null) > NULL
-    return KKTResponse(*change, found.exact, found.unique, found.consistent, found.doubt, shared)
+    follows = found.follows.copy()
+    for place, probe in enumerate(probes):
+        follows[:, place] &= ~((probe.x != 0) & reduced.loose).any(1)
+    return KKTResponse(*change, found.exact, found.unique, found.consistent, found.doubt, shared, follows)
