@@ -385,7 +385,7 @@ def _dual_layout(
     variable: cp.Variable, owner: tuple[Any, int], reduced: _Reduced, bounds: Bounds, back: sp.csr_array, kept: IntArray
 ) -> VariableLayout:
     constraint, position = owner
-    dual = sp.csr_array(selection(lambda y: reduced.dual(constraint, position, y), back.shape[0]) @ back)
+    dual: Any = selection(lambda y: reduced.dual(constraint, position, y), back.shape[0]) @ back
     of_lower, of_upper = (sp.csr_array(dual @ multipliers) for multipliers in (bounds.from_lower, bounds.from_upper))
     return VariableLayout(
         variable.name(),

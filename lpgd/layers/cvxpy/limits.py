@@ -140,7 +140,7 @@ def _limiting_entries(
     return np.array(chosen, dtype=np.int64)
 
 
-def _is_finite_constant(b: sp.csr_array) -> BoolArray:
+def _is_finite_constant(b: SparseArray) -> BoolArray:
     """(m,) which right-hand sides have no parameters, and are finite."""
     last = b.shape[1] - 1
     parametric: SparseArray = b[:, :last]
