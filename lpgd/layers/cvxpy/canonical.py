@@ -382,10 +382,10 @@ def _primal(variable: cp.Variable, reduced: _Reduced) -> sp.csr_array:
 
 
 def _dual_layout(
-    variable: cp.Variable, owner: tuple[Any, int], reduced: _Reduced, bounds: Bounds, back: sp.csr_array, kept: IntArray
+    variable: cp.Variable, owner: tuple[Any, int], reduced: _Reduced, bounds: Bounds, back: SparseArray, kept: IntArray
 ) -> VariableLayout:
     constraint, position = owner
-    dual: Any = selection(lambda y: reduced.dual(constraint, position, y), back.shape[0]) @ back
+    dual: SparseArray = selection(lambda y: reduced.dual(constraint, position, y), back.shape[0]) @ back
     of_lower, of_upper = (sp.csr_array(dual @ multipliers) for multipliers in (bounds.from_lower, bounds.from_upper))
     return VariableLayout(
         variable.name(),
