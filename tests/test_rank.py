@@ -34,6 +34,7 @@ from lpgd import (
 )
 from lpgd.cones.product import Cones
 from lpgd.gradients.implicit import conic as implicit_conic
+from lpgd.gradients.implicit import one_by_one
 from lpgd.problems import ConicData, ConicPoint
 from lpgd.solvers import ConicSolver
 from lpgd.solvers.kkt import factor, flat, rank
@@ -553,3 +554,21 @@ def test_a_feasible_point_is_one_of_many_and_said_once() -> None:
         found.sum().backward()
     (message,) = (str(warning.message) for warning in caught)
     assert "their solutions are not unique" in message
+
+
+def test_whether_other_multipliers_matter_is_asked_of_all_elements_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, p = cp.Variable(3), cp.Parameter(3)
+    ball: list[Any] = [cp.norm(x) <= 1, cp.norm(2 * x) <= 2]
+    layer = CvxpyLayer(cp.Problem(cp.Minimize(0.5 * cp.sum_squares(x - p)), ball), [p], [x], executor=SERIAL)
+    targets = torch.tensor([[3.0, 0.0, 4.0], [0.0, 2.0, 0.0], [2.0, 2.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    asked: list[int] = []
+    respond = one_by_one.respond
+    monkeypatch.setattr(one_by_one, "respond", lambda *given: asked.append(len(given[2])) or respond(*given))
+    (found,) = layer(targets)
+    found[:, 0].sum().backward()
+    # The answers, and those with two other shares of the multipliers for each element.
+    assert asked == [3, 6]
+    size = targets.detach().norm(dim=1, keepdim=True)
+    along = targets.detach() / size
+    expected = (torch.eye(3, dtype=torch.float64)[0] - along * along[:, :1]) / size
+    torch.testing.assert_close(targets.grad, expected, rtol=0, atol=1e-8)

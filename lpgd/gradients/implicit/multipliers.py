@@ -7,11 +7,12 @@ same curvature then, a plane that touches a ball has not.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.linalg
 
-from lpgd.arrays import FloatArray
+from lpgd.arrays import FloatArray, random_direction
 from lpgd.cones.product import Cones
 from lpgd.cones.projections import distance, projection_derivative
 
@@ -20,18 +21,18 @@ __all__ = ["OtherMultipliers", "other_multipliers"]
 FACE = 1e-6
 """Eigenvalues of the projection's derivative that differ from 1 by less are those of the face of y."""
 NULL = 1e-7
-"""Singular values below this share of the largest are zero."""
+"""Pivots and singular values below this share of the largest are zero."""
 SHARE, LEAST = 0.3, 3e-3
 """How far multipliers are moved, at most and at least, relative to their size: less would not show."""
 DIRECTIONS = 4
-"""Along how many directions."""
+"""Along how many single directions, the ones that change multipliers of curved cones most."""
 
 
 class OtherMultipliers(NamedTuple):
     """Other multipliers of a solution.
 
     Attributes:
-        ends: vectors (m,), along the directions that change those of curved cones most, on both sides of y.
+        ends: vectors (m,), along directions that change those of curved cones, on both sides of y.
         coupled: whether rows of the zero and nonnegative cones share multipliers with curved ones, as planes do that
             touch a curved constraint, or rows that lead to it.
     """
@@ -52,16 +53,30 @@ def other_multipliers(cones: Cones, A: FloatArray, y: FloatArray, slack: FloatAr
     face = T.toarray()[complements < FACE]
     if not face.shape[0]:
         return OtherMultipliers([], False)
-    left, sizes, _ = np.linalg.svd(face @ A)
-    rank = int((sizes > NULL * sizes.max(initial=0.0)).sum())
-    moves = face.T @ left[:, rank:]  # an orthonormal basis of the directions
+    moves = face.T @ _left_null(face @ A)  # an orthonormal basis of the directions
     linear = cones.sections["nonnegative"].stop
-    _, curved, right = np.linalg.svd(moves[linear:])
+    _, curved, right = np.linalg.svd(np.linalg.qr(moves[linear:], mode="r"))
     count = int((curved > NULL).sum())
     coupled = count + _rank(moves[:linear]) > moves.shape[1]
-    directions = moves @ right[: min(count, DIRECTIONS)].T
-    ends = [end for move in directions.T for end in _ends(cones, move, y, slack)]
+    if not count:
+        return OtherMultipliers([], coupled)
+    # One direction has a part of all of them; only where that leads nowhere they are taken one by one.
+    together = moves @ (random_direction(count) @ right[:count])
+    ends = _ends(cones, together, y, slack)
+    if not ends:
+        directions = moves @ right[: min(count, DIRECTIONS)].T
+        ends = [end for move in directions.T for end in _ends(cones, move, y, slack)]
     return OtherMultipliers(ends, coupled)
+
+
+def _left_null(matrix: FloatArray) -> FloatArray:
+    """An orthonormal basis of the vectors r with ``rᵀ matrix = 0``, in columns."""
+    if not matrix.size:
+        return np.eye(matrix.shape[0])
+    factors: Any = scipy.linalg.qr(matrix, pivoting=True, check_finite=False)
+    basis, triangle, _ = factors
+    pivots = np.abs(np.diag(triangle))
+    return basis[:, int((pivots > NULL * pivots.max(initial=0.0)).sum()) :]
 
 
 def _ends(cones: Cones, direction: FloatArray, y: FloatArray, slack: FloatArray) -> list[FloatArray]:

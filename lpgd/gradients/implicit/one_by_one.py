@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import BoolArray, FloatArray, as_index, flags, from_numpy, random_direction
-from lpgd.execution.tasks import SerialExecutor, run_tasks
+from lpgd.execution.tasks import run_tasks
 from lpgd.gradients.implicit.findings import SAME, Findings
 from lpgd.gradients.implicit.located import Located
 from lpgd.gradients.implicit.multipliers import other_multipliers
@@ -120,10 +120,15 @@ def one_by_one(
                 told.rows[k] = told.bounds[k] = True
                 for whole, values in zip(found, better, strict=True):
                     whole[k] = values[index]
-    for k, element in enumerate(elements):
-        singular = found.unique[k] and not found.exact[k] and findings.is_curved(found.shared[k])
-        if singular and _is_steady(located, element, rho, found.x[k], findings.concerns(found.shared[k])):
-            findings.steady.add(element)
+    singular = [
+        k
+        for k in range(len(elements))
+        if found.unique[k] and not found.exact[k] and findings.is_curved(found.shared[k])
+    ]
+    if singular:
+        concerned = [findings.concerns(found.shared[k]) for k in singular]
+        chosen = [elements[k] for k in singular]
+        findings.steady |= _steady(located, chosen, rho, found.x[singular], concerned, executor)
     for whole, values in zip(answer, found[:3], strict=True):
         whole[elements] = from_numpy(values).to(whole.device)
     findings.add(elements, found, told.rows, told.bounds)
@@ -209,33 +214,44 @@ def _involved(located: Located) -> Tensor:
     return involved.clamp(max=1.0)
 
 
-def _is_steady(located: Located, element: int, rho: FloatArray | float, dx: FloatArray, with_constraints: bool) -> bool:
-    """Whether x moves alike with other multipliers of the same solution.
+def _steady(
+    located: Located,
+    elements: list[int],
+    rho: FloatArray | float,
+    dx: FloatArray,
+    with_constraints: list[bool],
+    executor: Executor | None,
+) -> set[int]:
+    """The elements of which x moves alike, by dx (k, n), with other multipliers of the same solution.
 
-    ``with_constraints`` says that gradients of the constraints themselves may be asked for: where planes share
+    ``with_constraints`` says of which gradients of the constraints themselves may be asked for: where planes share
     multipliers with curved ones those depend on more than x.
     """
-    index = torch.tensor([element], device=located.error.device)
-    problem, point, slack = located.problem.select(index), located.point.select(index), located.slack[index]
-    A = problem.structure.constraint.dense_matrices(np.atleast_2d(problem.data.A.detach().cpu().numpy()))[0]
-    lower, upper = (bound[0] for bound in problem.full_bounds())
-    x, z = point.x[0], point.z[0]
+    chosen = located.select(as_index(elements, located.error.device))
+    structure, (x, y, z), slack = chosen.problem.structure, chosen.point, chosen.slack
+    entries = per_element(chosen.problem.data.A.detach(), len(elements)).cpu().numpy()
+    lower, upper = chosen.problem.full_bounds()
     held = ((z > upper - x) | (-z > x - lower) | (lower >= upper)).cpu().numpy()
-    others, coupled = other_multipliers(
-        problem.structure.cones, A[:, ~held], point.y[0].cpu().numpy(), slack[0].cpu().numpy()
-    )
-    if coupled and with_constraints:
-        return False
-    element_rho = rho[[element]] if isinstance(rho, np.ndarray) else rho
-    for other in others:
-        relocated = located._replace(
-            problem=problem, point=point._replace(y=from_numpy(other)[None].to(point.y)), slack=slack,
-            tilt=located.tilt.select(index), error=located.error[index], lipschitz=located.lipschitz[[element]],
-        )  # fmt: skip
-        again = responses(relocated, [0], element_rho, 0.0, SerialExecutor()).x[0]
-        if np.abs(again - dx).max() > STEADY * max(np.abs(dx).max(), np.abs(again).max(), 1e-300):
-            return False
-    return bool(others)
+    ends: list[FloatArray] = []
+    of_element: list[int] = []
+    for k, concerned in enumerate(with_constraints):
+        A = structure.constraint.dense_matrices(entries[k : k + 1])[0][:, ~held[k]]
+        others, coupled = other_multipliers(structure.cones, A, y[k].cpu().numpy(), slack[k].cpu().numpy())
+        if not (coupled and concerned):
+            ends += others
+            of_element += [k] * len(others)
+    if not ends:
+        return set()
+    index = as_index(of_element, located.error.device)
+    moved = chosen.select(index)
+    moved = moved._replace(point=moved.point._replace(y=from_numpy(np.stack(ends)).to(y)))
+    their_rho = rho[[elements[k] for k in of_element]] if isinstance(rho, np.ndarray) else rho
+    again = responses(moved, range(len(ends)), their_rho, 0.0, executor).x
+    before = dx[of_element]
+    largest = np.maximum(np.abs(before).max(1, initial=0.0), np.abs(again).max(1, initial=0.0))
+    differ = np.abs(again - before).max(1, initial=0.0) > STEADY * np.maximum(largest, 1e-300)
+    torn = {k for k, apart in zip(of_element, differ, strict=True) if apart}
+    return {elements[k] for k in set(of_element) - torn}
 
 
 class _Differences(NamedTuple):
