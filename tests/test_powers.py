@@ -68,3 +68,15 @@ def test_solvers_without_power_cones_get_second_order_ones() -> None:
     assert not layer.structure.cones.power
     values = torch.linspace(-1, 1, N, dtype=torch.float64)
     torch.testing.assert_close(layer(values)[0], _entmax(values), rtol=0, atol=1e-6)
+
+
+def test_zeros_are_reached_as_quickly_as_other_answers() -> None:
+    """Where x is zero the multiplier of x^1.5 is a double root of the conditions: Newton's steps go half of the way."""
+    problem, scores, x = _entmax_problem()
+    layer = lpgd.CvxpyLayer(problem, [scores], [x])
+    values = 2.0 * torch.randn(8, N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    solution, (found,) = layer.solve(values), layer(values)
+    torch.testing.assert_close(found, torch.stack([_entmax(one) for one in values]), rtol=0, atol=1e-12)
+    assert solution.known_to is not None
+    assert int(solution.refined.max()) <= 6
+    assert float(solution.known_to.max()) <= 1e-12

@@ -10,8 +10,9 @@ A step is one solve of the system of :mod:`lpgd.solvers.kkt.system` with F for i
 step is Levenberg and Marquardt's with ``μ = |F|²``, which converges onto manifolds of solutions as Newton's method does
 to a regular one (Fan and Yuan 2005).  Near a solution the next steps are chords, by the same factors: where a step
 leaves the share ``c |F|`` of F, a chord leaves about twice that share of what is left.  A step that does not reduce |F|
-is halved.  Where that does not help, a few whole steps are looked ahead: near a solution of a linear or quadratic
-program |F| may rise until the active set is right, and vanish then.  If none of them is better by far, the point stays.
+is halved; one to a multiple root is longer.  Where halving does not help, a few whole steps are looked ahead: near a
+solution of a linear or quadratic program |F| may rise until the active set is right, and vanish then.  If none of them
+is better by far, the point stays.
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ FACTORISED = 3000
 points too, takes a tenth of a solver's time or less (dense quadratic programs n 300 to 700, all solvers)."""
 LENGTHS = (1.0, 0.5, 0.25)
 """The lengths at which a step is tried."""
+SLOW = 0.2, 0.95
+"""A step that is such a share of the last one leads to a root like that of ``tᵏ = 0``, to which Newton's method goes by
+``1 / k`` of the way: where ``x^1.5`` has its zero, k is 2.  Step k times as long first, where that reduces |F| to
+``FALL``."""
 CHORDS, CLOSE, FALL = 6, 1e-2, 0.1
 """Where a step has reduced |F| to a smaller share than ``CLOSE``, up to so many steps by the same system follow, as
 long as each reduces |F| to ``FALL`` of it."""
@@ -166,6 +171,7 @@ def refine(
     if regular_only and has_vertices(problem.structure) and bool(left.any()):
         left &= ~points.plainly_singular(xi, v)
     stuck, isolated = torch.zeros_like(left), torch.zeros_like(left)
+    last: tuple[Tensor, Tensor, Tensor] | None = None
     limit = torch.full_like(taken, steps) if isinstance(steps, int) else steps
     for number in range(int(limit.max()) if limit.numel() else 0):
         left &= limit > number
@@ -186,19 +192,29 @@ def refine(
             kept.append(KeptFactor(stepped, from_numpy(factored.regular), factored))
         finite = torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)
         waiting, lost = rows_where(finite), todo[~finite]
-        for length in LENGTHS:
-            if not waiting.shape[0]:
+        trials: list[tuple[Tensor, Tensor | float, float]] = [(waiting, length, 1.0) for length in LENGTHS]
+        if last is not None:
+            sizes = torch.full_like(error, torch.nan)
+            sizes[last[0]] = torch.maximum(*map(maximum_norm, last[1:]))
+            share = torch.maximum(maximum_norm(d_xi), maximum_norm(d_v)) / sizes[todo]
+            multiple = rows_where(finite & (share > SLOW[0]) & (share < SLOW[1]))
+            if multiple.shape[0]:
+                trials.insert(0, (multiple, 1.0 / (1.0 - share[multiple, None]), FALL))
+        last = todo, d_xi, d_v
+        for among, length, fall in trials:
+            tried = waiting if fall == 1.0 else among
+            if not tried.shape[0]:
                 break
-            trial = points.select(todo[waiting]) if waiting.shape[0] < todo.shape[0] else chosen
-            at = todo[waiting]
-            new_xi, new_v = xi[at] + length * d_xi[waiting], v[at] + length * d_v[waiting]
+            trial = points.select(todo[tried]) if tried.shape[0] < todo.shape[0] else chosen
+            at = todo[tried]
+            new_xi, new_v = xi[at] + length * d_xi[tried], v[at] + length * d_v[tried]
             found = trial.residual(new_xi, new_v)
-            better = found[0] < error[at]
+            better = found[0] < fall * error[at]
             taken[at[better]] += 1
             xi, v, error, slope, row_error = _moved(
                 (xi, v, error, slope, row_error), (new_xi, new_v, *found), at, better
             )
-            waiting = waiting[~better]
+            waiting = waiting[~better] if fall == 1.0 else waiting[~torch.isin(waiting, tried[better])]
         for failed in (todo[waiting], lost):
             left[failed], stuck[failed] = False, True
         left &= error > enough
