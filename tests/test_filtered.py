@@ -89,3 +89,26 @@ def test_damped_steps_are_those_of_the_formula(monkeypatch: pytest.MonkeyPatch) 
     scaled = scale[:, None] * K.toarray() * scale
     step = np.linalg.solve(scaled @ scaled + error**2 * np.eye(right.size), scaled @ (scale * right))
     np.testing.assert_allclose(found.answer, scale * step, atol=1e-9 * np.abs(step).max())
+
+
+def test_many_dependent_rows_need_no_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where more rows depend on others than are looked for one by one, as in flat parts of images."""
+    variables, dependent = 300, ROWS // 3
+    K, right, primal = planted(variables, dependent)
+    again = np.arange(variables + ROWS, K.shape[0])
+    order = np.concatenate([np.arange(K.shape[0]), again])  # all of these rows once more: 100 null vectors
+    K, right, primal = sp.csc_array(K[order][:, order]), right[order], primal[order]
+    monkeypatch.setattr(factor, "by_eigenvalues", no_eigenvalues)
+    entries = K.tocoo()
+    unsolvable = right.copy()
+    unsolvable[-1] += 1.0
+    others, known = np.stack([-right, unsolvable]), Known(np.full(1, 1e-13), np.zeros(1))
+    owner = np.zeros(right.size, dtype=np.int64)
+    system = factor.System(entries.row, entries.col, entries.data, right, owner, primal, 1, known, others)
+    found = factor.solve_sparse(system)
+    expected, *_ = np.linalg.lstsq(K.toarray(), right, rcond=1e-11)
+    size = np.abs(expected).max()
+    np.testing.assert_allclose(found.answer[:variables], expected[:variables], rtol=0, atol=1e-9 * size)
+    np.testing.assert_allclose(found.answer, expected, rtol=0, atol=1e-6 * size)
+    assert (found.exact[0], found.unique[0], found.consistent[0]) == (False, True, True)
+    assert found.follows.tolist() == [[True, False]]

@@ -27,7 +27,7 @@ from lpgd.execution.threads import bounded_blas
 from lpgd.solvers.kkt.filtered import FILTERED, by_filter
 from lpgd.solvers.kkt.flat import is_flat, solve_flat
 from lpgd.solvers.kkt.packed import packed
-from lpgd.solvers.kkt.rank import RESIDUAL, ROUNDING, Known, One, by_eigenvalues, is_judged_exact
+from lpgd.solvers.kkt.rank import DOUBT, RESIDUAL, ROUNDING, Known, One, by_eigenvalues, is_judged_exact
 from lpgd.solvers.kkt.superlu import superlu
 
 __all__ = [
@@ -49,6 +49,8 @@ EIGEN_LIMIT = 1500
 PROXIMAL = 1e-7
 """The diagonal that makes a large singular system regular, and the iterations that take it out of the answer again."""
 PROXIMAL_ITERATIONS = 60
+LEAST_SHIFT = 1e-3
+"""Of an entry of that diagonal, relative to the largest one."""
 
 
 class Answers(NamedTuple):
@@ -252,7 +254,9 @@ def solve_sparse(system: System) -> Answers:
         pause()
         if not rows.size:
             continue
-        found = next((one for one in (_factorised(single, options) for options in _ORDERINGS) if one[2]), None)
+        # Damped steps are asked for where a factor has not done, and the filter's are Newton's where that is regular.
+        orderings = () if system.known.damped and rows.size > FILTERED else _ORDERINGS
+        found = next((one for one in (_factorised(single, options) for options in orderings) if one[2]), None)
         solved = _as_singular(single) if found is None else found
         every.answer[rows], every.null[rows] = solved[:2]
         for whole, value in zip(every[2:], solved[2:], strict=True):
@@ -294,8 +298,11 @@ def _as_singular(system: System) -> One:
         found = by_filter(scaled_by(K, scale), scale, system.right, system.primal, known, system.others)
         if found is not None:
             return found
-    if not small:
-        return _by_proximal_steps(system, scale)
+    if not small or (system.right.size > FILTERED and not known.damped):
+        found = _by_proximal_steps(system, scale)
+        # What is said of fewer, of other variables, or of a point that is known less well, the eigenvalues know better.
+        if not small or (found[3] and found[4] and found[5] < DOUBT):
+            return found
     return by_eigenvalues(scaled_by(K, scale).toarray(), scale, system.right, system.primal, known, system.others)
 
 
@@ -304,12 +311,15 @@ def _by_proximal_steps(system: System, scale: FloatArray) -> One:
 
     The regularised matrix is quasi-definite.  Each step leaves the share ``ε / (ε + σ)`` of the error in a direction
     with the eigenvalue σ and moves nothing in the null space, so that a consistent system's minimum-norm answer is
-    approached, in equilibrated units.
+    approached.
     """
     K = scaled_by(system.sparse(), scale)
     error = float(system.known.error[0])
-    shift = float(np.clip(error, 1e-10, 1e-2)) if system.known.damped else PROXIMAL
-    factor = superlu(sp.csc_array(K + sp.diags_array(np.where(system.primal, shift, -shift))), **_ORDERINGS[0])
+    if system.known.damped:
+        shifts = np.full(scale.size, float(np.clip(error, 1e-10, 1e-2)))
+    else:  # in units in which the shortest answer is that of the system itself, unless its scales are too far apart
+        shifts = PROXIMAL * np.maximum(np.square(scale / scale.max(initial=1e-300)), LEAST_SHIFT)
+    factor = superlu(sp.csc_array(K + sp.diags_array(np.where(system.primal, shifts, -shifts))), **_ORDERINGS[0])
     right = scale * system.right
     if system.known.damped:
         nothing = np.zeros(len(system.others), dtype=bool)
