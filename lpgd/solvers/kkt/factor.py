@@ -340,7 +340,7 @@ def _by_proximal_steps(system: System, scale: FloatArray) -> One:
     lost = np.abs(answer[:, 1] - direction)
     lost[lost <= 1e-6 * np.abs(direction).max()] = 0.0
     dual_only = not lost[system.primal].any()
-    doubt = float(system.known.lipschitz[0]) * error / PROXIMAL + ROUNDING / PROXIMAL
+    doubt = (float(system.known.lipschitz[0]) * error + ROUNDING) / float(shifts.min())
     return scale * answer[:, 0], lost, False, dual_only, bool(follows[0]), doubt, follows[2:]
 
 
