@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -94,6 +95,44 @@ def test_bounds_without_a_whole_number_between_them_are_infeasible() -> None:
     output = layer(double([-1.0, -2.0]), G=double([[1.0, 1.0]]), h=double([1.7]), lb=lower, ub=upper)
     assert output.info.statuses == (Status.INFEASIBLE, Status.SOLVED, Status.SOLVED)
     assert output.x[1:].tolist() == [[0.0, 1.0], [1.0, 0.0]]
+
+
+@pytest.mark.parametrize("spread", [0, 6, 9])
+def test_units_of_rows_costs_and_continuous_variables_change_no_solution(spread: int) -> None:
+    """Against the best of the linear programs with the integers fixed, by SciPy in units of order 1."""
+    combinations = list(itertools.product(range(3), repeat=2))
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        G, c, upper = rng.normal(size=(3, 5)), rng.normal(size=5), np.array([2.0, 2.0, 1.5, 3.0, 4.0])
+        h = G @ (upper * rng.random(5)).round() + rng.uniform(0, 1, 3)
+        fixed = [linprog(c, G, h, bounds=[(a, a), (b, b), *((0, end) for end in upper[2:])]) for a, b in combinations]
+        best = min(result.fun for result in fixed if result.status == 0)
+        row, cost = 10.0 ** rng.integers(-spread, spread + 1, 3), 10.0 ** rng.integers(-spread, spread + 1)
+        unit = np.concatenate([np.ones(2), 10.0 ** rng.integers(-spread, spread + 1, 3)])
+        data = {"G": row[:, None] * G * unit, "h": row * h, "ub": upper / unit}
+        tensors = {name: double(array) for name, array in data.items()}
+        output = lpgd.solve_lp(double(cost * unit * c), **tensors, lb=0.0, gradient=LOWER, integer=range(2))
+        x = output.x.numpy() * unit
+        assert output.info.statuses == (Status.SOLVED,)
+        assert (G @ x - h).max() < 1e-7
+        assert c @ x == pytest.approx(best, abs=1e-7)
+
+
+@pytest.mark.parametrize("large", [1e5, 1e7, 1e8, 1e10])
+@pytest.mark.parametrize("least", [1e-4, 1e-2, 1.0])
+def test_a_switch_is_on_or_a_warning_says_so(large: float, least: float) -> None:
+    """``y <= M b`` and y >= p > 0 want b = 1, whatever p / M is."""
+    b, y, p = cp.Variable(boolean=True), cp.Variable(), cp.Parameter()
+    problem = cp.Problem(cp.Minimize(b + 0.5 * y), [y <= large * b, y >= p])
+    layer = lpgd.CvxpyLayer(problem, [p], [b, y], gradient=LOWER, on_error="nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lpgd.LpgdWarning)
+        output = layer(double(least))
+    if output.info.statuses == (Status.SOLVED,):
+        assert output[0].item() == 1.0
+        assert output[1].item() == pytest.approx(least, rel=1e-6)
+    else:
+        assert output.info.statuses == (Status.INACCURATE,)
 
 
 def test_integer_and_continuous_variables_with_an_equality() -> None:

@@ -342,7 +342,7 @@ def _by_residuals(answer: ConicSolution, residuals: Residuals, tolerance: float)
                 statuses[index] = Status.NUMERICAL_ERROR
             elif not exact[index]:
                 statuses[index] = Status.INACCURATE
-            elif status is Status.INACCURATE:
+            elif status is Status.INACCURATE and not whole:
                 statuses[index] = Status.SOLVED
         elif status.has_iterate and finished[index] and not whole:
             statuses[index] = Status.SOLVED

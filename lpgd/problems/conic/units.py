@@ -72,8 +72,10 @@ class Units:
                 none; they are kept where the data still allow.
             lengths: (B,) exponents of ``length`` to take, of a solution say; NaN leaves the choice to the data.
         """
-        if problem.batch_size == 0 or problem.structure.n == 0 or problem.structure.has_integers:
-            return cls()  # whole numbers have a unit of their own, and coefficients beside them as well
+        if problem.batch_size == 0 or problem.structure.n == 0:
+            return cls()
+        if problem.structure.has_integers:  # whole numbers have a unit of their own
+            lengths = torch.zeros(problem.batch_size, dtype=torch.float64)
         variable, row = matrix_units(problem)
         lonely = lonely_variables(problem, variable)
         alone = None if lonely is None else lonely_units(problem, variable, lonely)
