@@ -131,6 +131,15 @@ def test_a_known_situation_chooses_by_class_size_and_device() -> None:
         SparsityPattern.empty(232, 232), SparsityPattern.from_matrix(joined.tocsc()), Cones(nonnegative=201)
     )
     assert preference(scenarios, Situation(augmented=False))[0] is HiGHS
+    # Huber's function of a full matrix, each residual with variables and rows of its own; and a few factors of many.
+    eye, full, nothing = scipy.sparse.eye_array(100), np.ones((100, 100)), scipy.sparse.csc_array((100, 100))
+    blocks = [[full, eye, eye, nothing], [nothing, nothing, eye, -eye], [nothing, nothing, -eye, -eye]]
+    residuals = SparsityPattern.from_matrix(scipy.sparse.block_array(blocks, format="csc"))
+    squares = SparsityPattern((400, 400), rows[100:200], rows[100:200])
+    kernel = SparsityPattern.from_matrix(scipy.sparse.block_diag([full, eye, nothing, nothing]).tocsc())
+    for quadratic, first in ((squares, (PIQP, Clarabel)), (kernel, (SCS,))):
+        structure = ConicStructure(quadratic, residuals, Cones(zero=100, nonnegative=200))
+        assert preference(structure, cpu)[0] in first
     for structure in structures.values():
         assert set(preference(structure, cpu)) == set(SOLVERS)
         assert preference(structure, cpu)[-1] is ECOS

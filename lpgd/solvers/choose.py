@@ -74,7 +74,9 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
     - Larger dense quadratic programs, where P has not its whole diagonal: squares of full rows that are not
       substituted, which PIQP takes for sparse.  The interior-point method in torch.
     - Larger sparse quadratic programs where P has its whole diagonal and factors fill up, as along no chain, grid or
-      horizon: OSQP, which factorises once where interior-point methods do in each iteration; then SCS.
+      horizon: OSQP, which factorises once where interior-point methods do in each iteration; then SCS.  SCS comes
+      first where P has not its whole diagonal, rows are half as many as variables or more, and each variable and row
+      has 20 entries, as of Huber's function of a kernel matrix.
     - Dense linear programs of 600 to 3000 variables and rows together, 100 of them rows, with no more zeros than other
       entries: the interior-point method in torch, which takes a batch of eight of 729 variables and 249 rows in a sixth
       to a fourteenth of HiGHS' time.  Scenarios, each with a variable of its own, are not dense: HiGHS takes a third of
@@ -111,6 +113,7 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
     QP 500, 0.6 % of A, 4          32    39    54      77        33        160    21    28    76
     10 factors of 300, 16          15    4.2   25      2.4       5.2       6.3    7.0   4.9   18
     250 squares of 250, 8          60    200   125     70        120       53     100   70    610
+    Huber, kernel of 200, 4        490   170   280     220       110              69    62
     CVXPY's form of NNLS, 32       0.66  0.68  0.80    0.80      0.93      1.5    2.5   1.7   0.52
     =============================  ====  ====  ======  ========  ========  =====  ====  ====  ======
     """
@@ -145,7 +148,9 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
             small = _LARGE if filled else _SMALL
         else:
             small = _FULL if filled and 4 * structure.m >= structure.n else _EPIGRAPH
-        fills = curved and not filled and size > _SMALL and is_cheap(structure) and _profile(structure) > _WIDE * size
+        fills = not linear and not filled and size > _SMALL and is_cheap(structure)
+        fills = fills and (curved or structure.m >= structure.n // 2) and (curved or entries >= _CROWDED * size)
+        fills = fills and _profile(structure) > _WIDE * size
         rules: list[tuple[bool, type[ConicSolver], str]] = [
             (not on_cpu, InteriorPoint, f"it stays on the device {situation.device}"),
             (
@@ -175,6 +180,7 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
                 "the fastest for squares of full rows of this size",
             ),
             (on_cpu and curved and size <= _SMALL, Moreau, "fast for small quadratic programs"),
+            (on_cpu and fills and not curved, SCS, "the fastest for sparse quadratic programs with large full blocks"),
             (on_cpu and fills, OSQP, "the fastest for sparse quadratic programs whose factors fill up"),
             (on_cpu and fills, SCS, "fast for sparse quadratic programs whose factors fill up"),
             (
@@ -237,7 +243,7 @@ _LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS)
 _QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS)
 _MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 400, 500, 3000, 5000, 0.1, 4
 _SHORTEST, _OF_BOUNDS, _FULL, _WIDE = 20, 100, 800, 0.05
-_EPIGRAPH, _MANY_ROWS, _WHOLE = 250, 100, 600
+_EPIGRAPH, _MANY_ROWS, _WHOLE, _CROWDED = 250, 100, 600, 20
 
 _DEFAULT_NAMES = {"DIFFCP"}  # the standard layer's own default, which names no solver in particular
 
