@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import from_numpy, rows_where
+from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.residuals import Products
@@ -163,113 +164,150 @@ def refine(
     if start is None:
         xi, v = points.start(point, slack)
         start = Start(xi, v, *points.residual(xi, v))
-    xi, v, error, slope, row_error = start
-    before, taken = error.clone(), torch.zeros(elements.shape[0], dtype=torch.int64, device=problem.device)
+    state = _State(start)
+    error, every = state.error, np.arange(elements.shape[0])
+    before, taken = error.copy(), np.zeros(every.size, dtype=np.int64)
     # Rounding is that of the terms of F, which are as large as the point is.
-    enough = ENOUGH * torch.maximum(maximum_norm(xi), maximum_norm(v)).clamp(min=1.0, max=LARGE if rounded else 1.0)
-    left = error > enough  # false for NaN
-    if regular_only and has_vertices(problem.structure) and bool(left.any()):
-        left &= ~points.plainly_singular(xi, v)
-    stuck, isolated = torch.zeros_like(left), torch.zeros_like(left)
-    last: tuple[Tensor, Tensor, Tensor] | None = None
-    limit = torch.full_like(taken, steps) if isinstance(steps, int) else steps
-    for number in range(int(limit.max()) if limit.numel() else 0):
+    enough: FloatArray = ENOUGH * np.clip(state.sizes(every), 1.0, LARGE if rounded else 1.0)
+    left: BoolArray = error > enough  # false for NaN
+    if regular_only and has_vertices(problem.structure) and left.any():
+        left &= ~points.plainly_singular(state.xi, state.v).cpu().numpy()
+    stuck, isolated = np.zeros((2, every.size), dtype=np.bool_)
+    lengths_before = np.full(every.size, np.nan)
+    limit = np.full(every.size, steps) if isinstance(steps, int) else steps.cpu().numpy()
+    for number in range(int(limit.max(initial=0))):
         left &= limit > number
-        todo = rows_where(left)
-        if not todo.shape[0]:
+        todo = np.flatnonzero(left)
+        if not todo.size:
             break
-        chosen, first = points.select(todo), error[todo]
-        d_xi, d_v, factored = chosen.regular_step(
-            xi[todo], v[todo], error[todo], slope[todo], row_error[todo], damped=not regular_only
-        )
+        index = from_numpy(todo).to(problem.device)
+        chosen, first = points.select(index), error[todo]
+        xi, v, slope, row_error = state.at(todo)
+        known = from_numpy(first).to(problem.device)
+        d_xi, d_v, factored = chosen.regular_step(xi, v, known, slope, row_error, damped=not regular_only)
         if factored is not None:
-            far = (factored.inverse * error[todo].numpy() < FAR) & factored.regular
-            isolated[todo] = from_numpy(far)
+            isolated[todo] = (factored.inverse * first < FAR) & factored.regular
         if keep and factored is not None:
-            stepped = elements[todo]
+            stepped = elements[index]
             stale = [factor._replace(valid=factor.valid & ~torch.isin(factor.elements, stepped)) for factor in kept]
             kept = [factor for factor in stale if bool(factor.valid.any())]
             kept.append(KeptFactor(stepped, from_numpy(factored.regular), factored))
-        finite = torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)
-        waiting, lost = rows_where(finite), todo[~finite]
-        trials: list[tuple[Tensor, Tensor | float, float]] = [(waiting, length, 1.0) for length in LENGTHS]
-        if last is not None:
-            sizes = torch.full_like(error, torch.nan)
-            sizes[last[0]] = torch.maximum(*map(maximum_norm, last[1:]))
-            share = torch.maximum(maximum_norm(d_xi), maximum_norm(d_v)) / sizes[todo]
-            multiple = rows_where(finite & (share > SLOW[0]) & (share < SLOW[1]))
-            if multiple.shape[0]:
-                trials.insert(0, (multiple, 1.0 / (1.0 - share[multiple, None]), FALL))
-        last = todo, d_xi, d_v
+        finite = (torch.isfinite(d_xi).all(-1) & torch.isfinite(d_v).all(-1)).cpu().numpy()
+        waiting, size = np.flatnonzero(finite), torch.maximum(maximum_norm(d_xi), maximum_norm(d_v)).cpu().numpy()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share: FloatArray = size / lengths_before[todo]
+        lengths_before[:], lengths_before[todo] = np.nan, size
+        trials: list[tuple[IntArray, Tensor | float, float]] = [(waiting, length, 1.0) for length in LENGTHS]
+        multiple = np.flatnonzero(finite & (share > SLOW[0]) & (share < SLOW[1]))  # false for NaN
+        if multiple.size:
+            longer = from_numpy(1.0 / (1.0 - share[multiple, None])).to(problem.device)
+            trials.insert(0, (multiple, longer, FALL))
         for among, length, fall in trials:
             tried = waiting if fall == 1.0 else among
-            if not tried.shape[0]:
+            if not tried.size:
                 break
-            trial = points.select(todo[tried]) if tried.shape[0] < todo.shape[0] else chosen
-            at = todo[tried]
-            new_xi, new_v = xi[at] + length * d_xi[tried], v[at] + length * d_v[tried]
-            found = trial.residual(new_xi, new_v)
-            better = found[0] < fall * error[at]
+            at, trial = todo[tried], chosen
+            places: slice | Tensor = slice(None)
+            if tried.size < todo.size:
+                places = from_numpy(tried).to(problem.device)
+                trial = points.select(from_numpy(at).to(problem.device))
+            new_xi, new_v = xi[places] + length * d_xi[places], v[places] + length * d_v[places]
+            better = state.move(at, new_xi, new_v, trial.residual(new_xi, new_v), fall=fall)
             taken[at[better]] += 1
-            xi, v, error, slope, row_error = _moved(
-                (xi, v, error, slope, row_error), (new_xi, new_v, *found), at, better
-            )
-            waiting = waiting[~better] if fall == 1.0 else waiting[~torch.isin(waiting, tried[better])]
-        for failed in (todo[waiting], lost):
+            waiting = waiting[~np.isin(waiting, tried[better])]
+        for failed in (todo[waiting], todo[~finite]):
             left[failed], stuck[failed] = False, True
         left &= error > enough
         going = left[todo] & (error[todo] < CLOSE * first)
         for _ in range(CHORDS):
             going &= taken[todo] < limit[todo]
-            if factored is None or not bool(going.any()):
+            if factored is None or not going.any():
                 break
-            d_xi, d_v = chosen.chord(factored, slope[todo], row_error[todo])
-            new_xi, new_v = xi[todo] + d_xi, v[todo] + d_v
-            found = chosen.residual(new_xi, new_v)
-            better = going & (found[0] < error[todo])
-            fallen = found[0] <= FALL * error[todo]
+            xi, v, slope, row_error = state.at(todo)
+            last = error[todo]
+            d_xi, d_v = chosen.chord(factored, slope, row_error)
+            new_xi, new_v = xi + d_xi, v + d_v
+            better = state.move(todo, new_xi, new_v, found := chosen.residual(new_xi, new_v), going)
+            fallen = found[0].cpu().numpy() <= FALL * last
             ends = going & ~fallen
-            if bool(ends.any()):
-                size = torch.maximum(maximum_norm(xi[todo]), maximum_norm(v[todo])).clamp(min=1.0)
-                left[todo] &= ~ends | (error[todo] > rounded * size)
+            if ends.any():
+                left[todo] &= ~ends | (last > rounded * np.maximum(state.sizes(todo), 1.0))
             going = better & fallen
             taken[todo[better]] += 1
-            xi, v, error, slope, row_error = _moved(
-                (xi, v, error, slope, row_error), (new_xi, new_v, *found), todo, better
-            )
             left[todo] &= error[todo] > enough[todo]
             going &= left[todo]
     stuck &= error > STUCK
     if regular_only:
         stuck[:] = False
-    if is_small(problem.structure) and bool(stuck.any()):
-        stuck &= error > STUCK * points.point(xi, v)[0].largest()
-    todo = rows_where(stuck)
-    if is_small(problem.structure) and todo.shape[0]:
-        count, ends, known = points.select(todo).ahead(xi[todo], v[todo], error[todo], slope[todo], row_error[todo])
-        better = known < GAIN * error[todo]
-        moved = todo[better]
-        xi[moved], v[moved], error[moved] = ends[0][better], ends[1][better], known[better]
-        taken[moved] += count[better]
+    if is_small(problem.structure) and stuck.any():
+        stuck &= error > STUCK * points.point(state.xi, state.v)[0].largest().cpu().numpy()
+    todo = np.flatnonzero(stuck)
+    if is_small(problem.structure) and todo.size:
+        index = from_numpy(todo).to(problem.device)
+        xi, v, slope, row_error = state.at(todo)
+        known = from_numpy(error[todo]).to(problem.device)
+        count, ends, found_error = points.select(index).ahead(xi, v, known, slope, row_error)
+        found_errors = found_error.cpu().numpy()
+        better = found_errors < GAIN * error[todo]
+        chosen_ends, moved = from_numpy(np.flatnonzero(better)).to(problem.device), todo[better]
+        places = index[chosen_ends]
+        state.xi[places], state.v[places] = ends[0][chosen_ends], ends[1][chosen_ends]
+        error[moved] = found_errors[better]
+        taken[moved] += count.cpu().numpy()[better]
         isolated[moved] = False
-    finite = torch.isfinite(before)
-    refined, refined_slack = points.point(xi, v)
-    if not bool(finite.all()):
-        refined = refined.where(finite, point)
-        refined_slack = torch.where(finite[:, None], refined_slack, slack)
-    return Refined(refined, refined_slack, before, error, taken, isolated, tuple(kept))
+    refined, refined_slack = points.point(state.xi, state.v)
+    finite = np.isfinite(before)
+    if not finite.all():
+        usable = from_numpy(finite).to(problem.device)
+        refined = refined.where(usable, point)
+        refined_slack = torch.where(usable[:, None], refined_slack, slack)
+    told = [from_numpy(array).to(problem.device) for array in (before, error, taken, isolated)]
+    return Refined(refined, refined_slack, told[0], told[1], told[2], told[3], tuple(kept))
 
 
-def _moved(
-    whole: tuple[Tensor, ...], fresh: tuple[Tensor, ...], elements: Tensor, better: Tensor
-) -> tuple[Tensor, ...]:
-    """Values of all elements with the fresh ones of some ``elements``, of those that are ``better``."""
-    if elements.shape[0] == len(whole[0]) and bool(better.all()):
-        return fresh
-    moved = elements[better]
-    for old, new in zip(whole, fresh, strict=True):
-        old[moved] = new[better]
-    return whole
+class _State:
+    """Where E elements are: (ξ, v), and F there.  |F| is an array, as what it decides is decided on the CPU."""
+
+    def __init__(self, start: Start) -> None:
+        self.xi, self.v, error, self.slope, self.row_error = start
+        self.error: FloatArray = error.cpu().numpy().copy()
+
+    def at(self, elements: IntArray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """ξ, v and the parts of F of some elements, in order."""
+        tensors = self.xi, self.v, self.slope, self.row_error
+        if elements.size == self.error.size:
+            return tensors
+        xi, v, slope, row_error = (tensor[from_numpy(elements)] for tensor in tensors)
+        return xi, v, slope, row_error
+
+    def sizes(self, elements: IntArray) -> FloatArray:
+        """The largest magnitudes of their points."""
+        xi, v, *_ = self.at(elements)
+        return torch.maximum(maximum_norm(xi), maximum_norm(v)).cpu().numpy()
+
+    def move(
+        self,
+        elements: IntArray,
+        xi: Tensor,
+        v: Tensor,
+        found: tuple[Tensor, Tensor, Tensor],
+        among: BoolArray | None = None,
+        fall: float = 1.0,
+    ) -> BoolArray:
+        """Move those of the elements there for whom |F| falls to less than a share, and which these are."""
+        error = found[0].cpu().numpy()
+        better: BoolArray = error < fall * self.error[elements]
+        if among is not None:
+            better &= among
+        fresh = xi, v, *found[1:]
+        if better.all() and elements.size == self.error.size:
+            self.xi, self.v, self.slope, self.row_error = fresh
+        elif better.any():
+            moved, kept = from_numpy(elements[better]), from_numpy(better)
+            for whole, values in zip((self.xi, self.v, self.slope, self.row_error), fresh, strict=True):
+                whole[moved.to(whole.device)] = values[kept.to(whole.device)]
+        self.error[elements[better]] = error[better]
+        return better
 
 
 def is_small(structure: ConicStructure) -> bool:
