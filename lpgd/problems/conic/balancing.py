@@ -299,6 +299,8 @@ class Balancing:
 
     def _is_wide(self, rows: FloatArray, limit: float) -> BoolArray:
         """(k,) whether exponents (k, m) of the rows of one cone are far from each other."""
+        if (rows.max(1, initial=-np.inf) - rows.min(1, initial=np.inf) < limit).all():  # no two rows at all are
+            return np.zeros(len(rows), dtype=np.bool_)
         starts = np.flatnonzero(np.diff(self.structure.cones.blocks, prepend=-1))
         spread = np.maximum.reduceat(rows, starts, axis=1) - np.minimum.reduceat(rows, starts, axis=1)
         return np.asarray((spread >= limit).any(1))
