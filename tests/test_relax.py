@@ -239,6 +239,52 @@ def test_gradients_with_respect_to_bounds(rho: float) -> None:
         assert not gradient[place][~finite].any()
 
 
+def random_batch(size: int, n: int, p: int, m: int) -> dict[str, Tensor]:
+    """Programs with more rows than variables: other ones are violated than at weights that the solver begins with."""
+    data: dict[str, list[np.ndarray]] = {name: [] for name in ("P", "q", "A", "b", "G", "h")}
+    for seed in range(size):
+        rng = np.random.default_rng(seed)
+        factor = rng.normal(size=(n, n))
+        shapes = {"q": n, "A": (p, n), "b": p, "G": (m, n), "h": m}
+        drawn = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+        drawn |= {"P": factor @ factor.T / n + 0.1 * np.eye(n), "h": drawn["h"] - rng.uniform(0, 2)}
+        for name, values in drawn.items():
+            data[name].append(values)
+    return {name: torch.from_numpy(np.stack(values)) for name, values in data.items()}
+
+
+def test_violations_are_least_where_active_constraints_change_on_the_way() -> None:
+    """``½|A x - b|² + ½|(G x - h)₊|² + ½|(-1 - x)₊|²`` has slope zero, and gradients are those of differences."""
+    data = random_batch(40, 21, 3, 34)
+    layer = QPLayer(on_error="relax")
+    leaves = {name: values.clone().requires_grad_() for name, values in data.items()}
+
+    def solve(d: dict[str, Tensor]) -> Any:
+        return layer(d["P"], d["q"], A=d["A"], b=d["b"], G=d["G"], h=d["h"], lb=-1.0)
+
+    output = solve(leaves)
+    x = output.x.detach()
+    equalities, rows = (torch.einsum("bij,bj->bi", data[name], x) for name in ("A", "G"))
+    slope = torch.einsum("bij,bi->bj", data["A"], equalities - data["b"]) - (-1.0 - x).clamp(min=0.0)
+    slope += torch.einsum("bij,bi->bj", data["G"], (rows - data["h"]).clamp(min=0.0))
+    relaxed = [status is Status.RELAXED for status in output.info.statuses]
+    assert sum(relaxed) > 30
+    assert slope[relaxed].abs().max() < 1e-7
+
+    rng, h = np.random.default_rng(0), 1e-5
+    weights = torch.from_numpy(rng.normal(size=x.shape))
+    gradients = torch.autograd.grad((weights * output.x).sum(), [leaves[name] for name in ("q", "b", "h")])
+    moves = {name: torch.from_numpy(rng.normal(size=leaves[name].shape)) for name in ("q", "b", "h")}
+    found = sum((gradient * moves[name]).sum(-1) for gradient, name in zip(gradients, moves, strict=True))
+    sides = [
+        solve(data | {name: data[name] + sign * h * move for name, move in moves.items()}).x for sign in (1.0, -1.0)
+    ]
+    expected = (weights * (sides[0] - sides[1])).sum(-1) / (2 * h)
+    error = (found - expected).abs() / expected.abs().clamp(min=0.1 * float(expected.abs().max()))
+    assert error[relaxed].quantile(0.9) < 1e-3  # a step over a kink has another derivative
+    assert error[relaxed].median() < 1e-5
+
+
 def test_order_of_rows_does_not_matter() -> None:
     data = program(3)
     order = torch.tensor([2, 0, 3, 1])

@@ -1,7 +1,8 @@
 """Solves the closest feasible problems of elements that have no solution; :mod:`lpgd.problems.conic.relaxed` has them.
 
-A solver is asked once, where the weight w of the objective is large enough for it; from there Newton's method follows
-the solution to smaller weights, with the method of multipliers on the way.
+A solver is asked where the weight w of the objective is large enough for it; from there Newton's method follows the
+solution to smaller weights, with the method of multipliers on the way.  Where other constraints become active, which
+Newton's method may not find, the solver is asked again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import as_index, from_numpy, integers, rows_where
+from lpgd.arrays import as_index, elements_where, from_numpy, integers, rows_where
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.relaxed import RelaxedSolution, RelaxedStructure, relaxed_structure
 from lpgd.problems.conic.solution import ConicSolution
@@ -24,7 +25,7 @@ from lpgd.problems.solution import AnySolution
 from lpgd.solvers.base import AnySolver, ConicSolver
 from lpgd.solvers.choose import choose_solver
 from lpgd.solvers.kkt.refinement import refine
-from lpgd.status import Status
+from lpgd.status import Status, warn
 
 __all__ = ["RELAXED", "relax", "solver_of_relaxed"]
 
@@ -33,8 +34,8 @@ FIRST = 1e-3
 """The share of the objective at which the solver is asked."""
 POLYHEDRAL, CURVED = (1e-4, 1e-5, 1e-6), (1e-4, 1e-5)
 """The shares that Newton's method goes on to; at curved cones rounding, times curvature over the square, takes over."""
-KNOWN = 1e-9
-"""What may be left of the optimality conditions there, relative to the share."""
+KNOWN, ROUNDING = 1e-9, 1e-14
+"""What may be left of the optimality conditions there, relative to the share; rounding."""
 STEPS = 8
 """Newton's steps for each share."""
 TOLERANCE = 1e-10
@@ -112,14 +113,21 @@ def _followed(
     # ỹ = e* + w y* for any λ, up to O(w²): two weights tell y*.
     slope, going = torch.zeros_like(found.y), found.usable.clone()
     for share in POLYHEDRAL if structure.structure.cones.is_polyhedral else CURVED:
+        least = max(KNOWN * share, ROUNDING)
         left = rows_where(going)
         if not left.shape[0]:
             break
         chosen, point = problem.select(left), found.point.select(left)
         smaller, estimate = structure.weight(chosen, share), slope[left]
         near = point._replace(y=point.y + (smaller - weights[left])[:, None] * estimate)
-        refined = _refined(structure.problem(chosen, smaller, estimate[:, soft]), near, found.slack[left])
-        fine = refined.after <= KNOWN * share * refined.size
+        program = structure.problem(chosen, smaller, estimate[:, soft])
+        refined = _refined(program, near, found.slack[left])
+        fine = refined.after <= least * refined.size
+        lost = rows_where(~fine)
+        if lost.shape[0]:  # other constraints are active at this weight
+            again = _solved(program.select(lost), solver, executor)
+            refined = refined.replaced(lost, again)
+            fine = refined.after <= least * refined.size
         going[left[~fine]] = False
         followed, gap = left[fine], (weights[left] - smaller)[fine, None]
         slope[followed] = (point.y[fine] - refined.point.y[fine]) / gap
@@ -129,6 +137,12 @@ def _followed(
         for name, value in fresh.items():
             changes[name][followed] = value[fine]
         found = replace(found, **changes)
+    unknown = elements_where(found.usable & (weights >= structure.weight(problem, FIRST)))
+    if unknown:
+        warn(
+            f"on_error='relax': the closest feasible problems of {len(unknown)} elements are known to a share of about "
+            f"{FIRST:g} of their multipliers only; rescale the rows that contradict each other, or use another solver."
+        )
     known = slope.any(-1, keepdim=True)
     slope = torch.where(known, slope, structure.multipliers(found.point, weights))
     return replace(found, problem=structure.problem(problem, weights, multipliers)), weights, slope
@@ -141,6 +155,25 @@ class _Refined(NamedTuple):
     slack: Tensor
     after: Tensor
     size: Tensor
+
+    def replaced(self, elements: Tensor, others: _Refined) -> _Refined:
+        """With those of others for these elements."""
+        tensors = {name: getattr(self, name).clone() for name in ("slack", "after", "size")}
+        for name, tensor in tensors.items():
+            tensor[elements] = getattr(others, name)
+        point = self.point._make(
+            tensor.index_copy(0, elements, other) for tensor, other in zip(self.point, others.point, strict=True)
+        )
+        return _Refined(point, **tensors)
+
+
+def _solved(problem: ConicProblem, solver: ConicSolver, executor: Executor | None) -> _Refined:
+    """The points that a solver finds, and what is left of their conditions after Newton's method from there."""
+    found = solver.with_tolerance(TOLERANCE).solve(problem, (), executor)
+    usable = found.usable[:, None]
+    point = found.point._make(torch.where(usable, tensor, 0.0) for tensor in found.point)
+    refined = _refined(problem, point, torch.where(usable, found.slack, 0.0))
+    return refined._replace(after=torch.where(found.usable, refined.after, torch.inf))
 
 
 def _refined(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> _Refined:
