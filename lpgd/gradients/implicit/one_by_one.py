@@ -18,6 +18,7 @@ from lpgd.gradients.implicit.multipliers import other_multipliers
 from lpgd.problems.conic.asked import Asked
 from lpgd.problems.conic.elements import ElementView
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
+from lpgd.solvers.kkt.reduced import held
 from lpgd.solvers.kkt.refinement import complementary
 from lpgd.solvers.kkt.system import KKTPoints, KKTResponse, Known, Tilt, respond
 
@@ -91,14 +92,15 @@ def one_by_one(
     executor: Executor | None,
 ) -> None:
     """Write the response of some elements, and what there is to say about each."""
-    found, told = _judged(located, elements, rho, 0.0, executor)
     weak = flags(located.weak)
     at_kink = [k for k, element in enumerate(elements) if weak[element]]
-    if at_kink:
+    if not at_kink:
+        found, told = _judged(located, elements, rho, 0.0, executor)
+    else:
         chosen = [elements[k] for k in at_kink]
-        (above, told_above), (below, told_below) = (
-            _judged(located, chosen, rho, side, executor) for side in (1.0, -1.0)
-        )
+        sides = [_judged(located, chosen, rho, side, executor) for side in (1.0, -1.0)]
+        found, told = _between(located, elements, at_kink, sides, rho, executor)
+        (above, told_above), (below, told_below) = sides
         differ = _differences(located, chosen, above, below)
         found = found.copy()
         for index, k in enumerate(at_kink):
@@ -132,6 +134,59 @@ def one_by_one(
     for whole, values in zip(answer, found[:3], strict=True):
         whole[elements] = from_numpy(values).to(whole.device)
     findings.add(elements, found, told.rows, told.bounds)
+
+
+def _between(
+    located: Located,
+    elements: list[int],
+    at_kink: list[int],
+    sides: list[tuple[KKTResponse, _Told]],
+    rho: FloatArray | float,
+    executor: Executor | None,
+) -> tuple[KKTResponse, _Told]:
+    """The responses at the points themselves, of which some are those of one side, which are known.
+
+    Args:
+        located, elements, rho, executor: of :func:`one_by_one`.
+        at_kink: which of the elements are at a kink.
+        sides: the responses of these.
+    """
+    known: dict[int, tuple[int, int]] = {}
+    if located.problem.structure.cones.is_polyhedral:
+        own, *others = (_pieces(located, side) for side in (0.0, 1.0, -1.0))
+        for index, k in enumerate(at_kink):
+            same = [side for side, other in enumerate(others) if (own[elements[k]] == other[elements[k]]).all()]
+            if same:
+                known[k] = same[0], index
+    asked = [k for k in range(len(elements)) if k not in known]
+    parts, order = [], list(asked)
+    if asked:
+        parts.append(_judged(located, [elements[k] for k in asked], rho, 0.0, executor))
+    for side in (0, 1):
+        of_side = [k for k, (where, _) in known.items() if where == side]
+        if of_side:
+            taken = np.array([known[k][1] for k in of_side])
+            response, told = sides[side]
+            parts.append((response.select(taken), _Told(told.rows[taken], told.bounds[taken])))
+            order += of_side
+    back = np.argsort(order)
+    response = KKTResponse.joined([response for response, _ in parts]).select(back)
+    rows, bounds = (np.concatenate([told[which] for _, told in parts])[back] for which in (0, 1))
+    return response, _Told(rows, bounds)
+
+
+def _pieces(located: Located, side: float) -> BoolArray:
+    """(E, m + n) which rows are active, and which variables at a bound, of linear and quadratic programs."""
+    problem, (x, y, z) = located.problem, located.point
+    active = (y - located.slack + side * located.v_side >= 0).cpu().numpy()
+    active[:, : problem.structure.cones.zero] = True
+    lower, upper = problem.full_bounds()
+    if side:
+        xi = x + z + side * located.xi_side
+        x = torch.minimum(torch.maximum(xi, lower), upper)
+        z = xi - x
+    at_bound = held(*(tensor.cpu().numpy() for tensor in (x, z, lower, upper)))
+    return np.concatenate([active, at_bound], axis=1)
 
 
 class _Told(NamedTuple):
@@ -231,11 +286,11 @@ def _steady(
     structure, (x, y, z), slack = chosen.problem.structure, chosen.point, chosen.slack
     entries = per_element(chosen.problem.data.A.detach(), len(elements)).cpu().numpy()
     lower, upper = chosen.problem.full_bounds()
-    held = ((z > upper - x) | (-z > x - lower) | (lower >= upper)).cpu().numpy()
+    at_bound = held(*(tensor.cpu().numpy() for tensor in (x, z, lower, upper)))
     ends: list[FloatArray] = []
     of_element: list[int] = []
     for k, concerned in enumerate(with_constraints):
-        A = structure.constraint.dense_matrices(entries[k : k + 1])[0][:, ~held[k]]
+        A = structure.constraint.dense_matrices(entries[k : k + 1])[0][:, ~at_bound[k]]
         others, coupled = other_multipliers(structure.cones, A, y[k].cpu().numpy(), slack[k].cpu().numpy())
         if not (coupled and concerned):
             ends += others

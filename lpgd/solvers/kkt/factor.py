@@ -44,6 +44,8 @@ __all__ = [
 
 UNTHREADED = 500
 """Dense systems up to this size are factorised by one thread each."""
+HOPELESS = 1e-2
+"""Where one order of elimination says that an answer is in doubt by so much, another one would say so too."""
 EIGEN_LIMIT = 1500
 """Singular systems up to this size are decided by all of their eigenvalues, where a few do not do."""
 PROXIMAL = 1e-7
@@ -256,8 +258,13 @@ def solve_sparse(system: System) -> Answers:
             continue
         # Damped steps are asked for where a factor has not done, and the filter's are Newton's where that is regular.
         orderings = () if system.known.damped and rows.size > FILTERED else _ORDERINGS
-        found = next((one for one in (_factorised(single, options) for options in orderings) if one[2]), None)
-        solved = _as_singular(single) if found is None else found
+        solved: One | None = None
+        for options in orderings:
+            solved = _factorised(single, options)
+            if solved[2] or (rows.size <= EIGEN_LIMIT and not solved[5] < HOPELESS):
+                break
+        if solved is None or not solved[2]:
+            solved = _as_singular(single)
         every.answer[rows], every.null[rows] = solved[:2]
         for whole, value in zip(every[2:], solved[2:], strict=True):
             whole[element] = value
