@@ -141,3 +141,39 @@ def test_equalities_that_may_be_asked_for_or_contradict_stay() -> None:
     assert canonicalise(problem, [cost], [plan]).cones.zero == 8
     with pytest.raises(lpgd.SolverError, match="INFEASIBLE"):
         lpgd.CvxpyLayer(problem, [cost], [plan])(torch.zeros(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("squared", "factor"),
+    [
+        (cp.sum_squares, 1.0),
+        (lambda u: cp.sum(cp.square(u)), 1.0),
+        (lambda u: 2 * cp.sum_squares(-u), 2.0),
+    ],
+)
+def test_squares_of_positive_parts_have_no_kink_where_they_are_zero(squared: Any, factor: float) -> None:
+    x, p = cp.Variable(4), cp.Parameter(4)
+    layer = lpgd.CvxpyLayer(cp.Problem(cp.Minimize(squared(cp.pos(x)) + cp.sum_squares(x - p))), [p], [x])
+    assert not layer.structure.lower_index.size
+    values = torch.tensor([[1.0, -2.0, 3.0, -0.5], [-1.0, -1.0, -1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    output = layer(values)
+    share = 1 / (1 + factor * (values.detach() > 0).double())
+    torch.testing.assert_close(output[0], values.detach() * share, rtol=0, atol=1e-10)
+    output[0].sum().backward()
+    torch.testing.assert_close(values.grad, share, rtol=0, atol=1e-10)
+    assert set(output.info.gradients[0].used) == {"implicit"}
+
+
+def test_signs_that_a_cost_or_an_equality_needs_stay() -> None:
+    x, p, t = cp.Variable(2), cp.Parameter(2), cp.Variable(2, nonneg=True)
+    squares = cp.sum_squares(t) + cp.sum_squares(x)
+    for objective, row in (
+        (squares - cp.sum(t), x + t >= p),  # one would have more
+        (squares + p @ t, x + t >= p),
+        (squares, x + t == p),
+        (squares, x + t <= p),
+    ):
+        program = canonicalise(cp.Problem(cp.Minimize(objective), [row]), [p], [x])
+        assert program.lower_index.size == 2
+    program = canonicalise(cp.Problem(cp.Minimize(squares), [x + t >= p]), [p], [x, t])
+    assert program.lower_index.size == 0

@@ -36,7 +36,7 @@ from cvxpy.utilities.psd_utils import TriangleKind
 from lpgd.arrays import FloatArray, IntArray, SparseArray
 from lpgd.cones.product import Cones
 from lpgd.layers.cvxpy.affine import AffineMatrix, Bounds, consecutive_rows, reordered, selection, switched
-from lpgd.layers.cvxpy.implied import dependent_rows, implied_rows, never_negative
+from lpgd.layers.cvxpy.implied import dependent_rows, implied_rows, never_negative, signs_of_squares
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
 from lpgd.layers.cvxpy.limits import at_limits, needed_variables
 from lpgd.layers.cvxpy.restated import is_set, reducible, restated, with_plain_forms
@@ -134,7 +134,7 @@ def canonicalise(
     A, P, q, n = A.select_columns(left), P.select_rows(left).select_columns(left), q[left], left.size
     inequalities, heads = cones.sections["nonnegative"], never_negative(cones)
     candidates = np.setdiff1d(np.arange(inequalities.start, inequalities.stop), limits.rows)
-    implied = np.concatenate([implied_rows(A, b, heads, candidates), limits.rows])
+    implied = np.concatenate([implied_rows(A, b, heads, candidates), signs_of_squares(A, b, P, q, cones), limits.rows])
     if not any(variable.id in owners for variable in variables):
         implied = np.concatenate([dependent_rows(A, b, np.arange(dims.zero)), implied])
     bounds = Bounds.find(

@@ -5,6 +5,10 @@ x itself in a row that is never negative.  Where x is 1e-7, a solver's answer ca
 well: a smooth solution would look like a kink.  So the inequality is left out, and its multiplier is zero: the cone's
 has the rest.
 
+**Signs of what is squared**, such as ``t >= 0`` in the square of ``pos(u)``, of which CVXPY makes ``t²`` with
+``t >= u`` and ``t >= 0``.  Where u is negative t is zero, as its square is least there: with the sign the multiplier
+is zero, and each such point a kink.  Without it nothing is active there.
+
 **Equalities that depend on others**, whatever the parameters are: one of the sums of rows and columns of a transport
 plan, one node's balance of a network.  With them every system of optimality conditions is singular, and every gradient
 takes the way of those.  Without them multipliers would look unique, so all of them stay where any are asked for.
@@ -21,8 +25,9 @@ import scipy.sparse as sp
 from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray
 from lpgd.cones.product import Cones, svec_size
 from lpgd.layers.cvxpy.affine import AffineMatrix
+from lpgd.layers.cvxpy.limits import signs_of_room
 
-__all__ = ["dependent_rows", "implied_rows", "never_negative"]
+__all__ = ["dependent_rows", "implied_rows", "never_negative", "signs_of_squares"]
 
 WORK = 3e8
 """Up to this product of equalities, squared, and variables, dependence is looked for: a tenth of a second."""
@@ -82,6 +87,40 @@ def implied_rows(A: AffineMatrix, b: sp.csr_array, heads: IntArray, rows: IntArr
     there, at = (np.array(side, dtype=np.int64) for side in zip(*pairs, strict=True))
     found = there[_is_at_least(_divided(b[there], sizes[there]), _divided(b[at], sizes[at]))]
     return np.concatenate([idle, found])
+
+
+def signs_of_squares(A: AffineMatrix, b: sp.csr_array, P: AffineMatrix, q: sp.csr_array, cones: Cones) -> IntArray:
+    """Which inequalities say ``t >= 0`` of a variable whose only cost is its square, and which has no other use.
+
+    The square may be that of another variable that an equality makes a multiple of it.  In all its other rows there is
+    more room where t is larger, so that below zero nobody would have it.
+
+    Args:
+        A: (m, n).
+        b: (m, p + 1), the map to the right-hand side.
+        P, q: of the objective, (n, n) and (n, p + 1).
+        cones: of the rows.
+    """
+    (m, n), constant = A.shape, A.width - 1
+    fixed, room = A.parameter == constant, signs_of_room(cones)[A.row] == np.sign(A.value)
+    length, count = np.bincount(A.row, minlength=m), np.bincount(A.column, minlength=n)
+    bare = np.diff(b.indptr) == 0
+    plain = np.diff(q.indptr) == 0  # no linear cost, no cost together with others, nor one that parameters change
+    plain[P.row[(P.row != P.column) | (P.parameter != constant)]] = False
+    costly = np.zeros(n, dtype=bool)
+    costly[P.row] = True
+    equal = (A.row < cones.zero) & fixed & bare[A.row] & (length[A.row] == 2)
+    # Variables that an equality alone has, with the other one there.
+    ends = equal & (plain & costly & (count == 1))[A.column]
+    by_row = np.full(m, -1, dtype=np.int64)
+    by_row[A.row[ends]] = A.column[ends]
+    passing = equal & ~ends & (by_row[A.row] >= 0)
+    squares = np.bincount(A.column[passing], minlength=n) + (plain & costly)
+    free = plain & (squares == 1)
+    free[A.column[~passing & ~(room & fixed)]] = False
+    signs = room & fixed & free[A.column] & (length[A.row] == 1) & bare[A.row]
+    section = cones.sections["nonnegative"]
+    return A.row[signs & (A.row >= section.start) & (A.row < section.stop)]
 
 
 def dependent_rows(A: AffineMatrix, b: sp.csr_array, rows: IntArray) -> IntArray:

@@ -28,7 +28,7 @@ from lpgd.cones.product import Cones, svec_indices, svec_size
 from lpgd.layers.cvxpy.affine import AffineMatrix
 from lpgd.problems.conic.magnitudes import INFINITE
 
-__all__ = ["AtLimits", "at_limits", "needed_variables"]
+__all__ = ["AtLimits", "at_limits", "needed_variables", "signs_of_room"]
 
 SMALLEST = 1e-3
 """What a limited variable's coefficient must be, relative to the others of the row that limits it."""
@@ -63,7 +63,7 @@ def at_limits(A: AffineMatrix, b: sp.csr_array, cones: Cones, needed: BoolArray)
     m = A.shape[0]
     back: SparseArray = sp.eye_array(m, format="csr")
     rows, columns = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    roomy, inequalities = _signs_of_room(cones), cones.sections["nonnegative"]
+    roomy, inequalities = signs_of_room(cones), cones.sections["nonnegative"]
     while True:
         limiting = _limiting_entries(A, b, inequalities, roomy, needed)
         if not limiting.size:
@@ -86,7 +86,7 @@ def needed_variables(P: AffineMatrix, q: sp.csr_array, asked: Sequence[sp.csr_ar
     return needed
 
 
-def _signs_of_room(cones: Cones) -> IntArray:
+def signs_of_room(cones: Cones) -> IntArray:
     """(m,) the sign of a coefficient with which a larger variable is more room in a row's cone; 0 where neither is."""
     signs = np.zeros(cones.rows, dtype=np.int64)
     signs[cones.sections["nonnegative"]] = -1
