@@ -89,13 +89,19 @@ def _far_things(kind: str, far: float) -> tuple[lpgd.CvxpyLayer, torch.Tensor, t
         at = double([0.5, -0.3, 1.1, 0.2])
         solution = torch.exp(at - 1)
         gradient, objective = weights * solution, -cp.sum(cp.entr(x)) - c @ x
-    loose = {"bounds": x <= far, "ball": cp.norm(x) <= far, "plane": cp.sum(x) <= far}[kind.split(", ")[1]]
+    loose = {
+        "bounds": x <= far,
+        "ball": cp.norm(x) <= far,
+        "plane": cp.sum(x) <= far,
+        "magnitudes": cp.norm1(x) <= far,  # whose own variables may be as large as that
+    }[kind.split(", ")[1]]
     return lpgd.CvxpyLayer(cp.Problem(cp.Minimize(objective), [loose]), [c], [x]), at, solution, gradient
 
 
 @pytest.mark.parametrize("far", FAR)
 @pytest.mark.parametrize(
-    "kind", [f"{name}, {way}" for name in ("norm", "power", "entropy") for way in ("bounds", "ball", "plane")]
+    "kind",
+    [f"{name}, {way}" for name in ("norm", "power", "entropy") for way in ("bounds", "ball", "plane", "magnitudes")],
 )
 def test_a_far_constraint_takes_no_digits_of_curved_cones(kind: str, far: float) -> None:
     """Solutions and gradients are those without it, with no word of kinks or singular conditions."""

@@ -28,7 +28,7 @@ FAR, NEAR = 2.0**8, 2.0**6
 """Constraints that are farther than so many sizes of the solution are moved to where they are as far as the second."""
 WIDE, ROOM = 2.0**12, 2.0**10
 """The same where the solution is not known, in sizes of the other constraints."""
-LEFT = 0.25
+LEFT = 2.0**-7
 """Solutions that leave no more than this share of the way to a constraint that was moved are near it."""
 FAINT = 1e-6
 """Multipliers below this share of the largest force are none."""
