@@ -127,6 +127,23 @@ def test_one_of_the_sums_of_a_plan_is_left_out() -> None:
     assert output.info.gradients[0].counts == {"implicit": 3}
 
 
+def test_rows_that_follow_whatever_the_parameters_are() -> None:
+    """Σ x = Σ b follows from x = b, and 2 Σ x = Σ b does not; x is b, whatever c is."""
+    x, b, c = cp.Variable(3), cp.Parameter(3), cp.Parameter(3)
+    problem = cp.Minimize(cp.sum_squares(x) - c @ x)
+    own: Any = x == b
+    for factor, rows in ((1.0, 3), (2.0, 4)):
+        total: Any = factor * cp.sum(x) == cp.sum(b)
+        assert canonicalise(cp.Problem(problem, [total, own]), [b, c], [x]).cones.zero == rows
+    total = cp.sum(x) == cp.sum(b)
+    sides = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    (found,) = lpgd.CvxpyLayer(cp.Problem(problem, [total, own]), [b, c], [x])(sides, 3.0 * weights)
+    (weights @ found).backward()
+    torch.testing.assert_close(found, sides, rtol=0, atol=1e-12)
+    torch.testing.assert_close(sides.grad, weights, rtol=0, atol=1e-12)
+
+
 def test_equalities_that_may_be_asked_for_or_contradict_stay() -> None:
     cost, rows = cp.Parameter((4, 4)), cp.Parameter(4)
     plan, problem = _balanced(cost, rows=rows)

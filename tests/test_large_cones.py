@@ -62,7 +62,7 @@ def test_perturbed_gradients_of_a_sum_of_squares(rho: float) -> None:
     np.testing.assert_allclose(gradient * 2 * radii.detach().sqrt(), [-(along @ unit)] * len(radii), rtol=1e-5)
 
 
-def branch_flow(size: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def branch_flow(size: float, kind: str = "") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The generation of a radial network of loads of this size, over the size, and how w times it depends on loads
     and, over the size, on the price: all of these are the same for every size, as resistances are its inverse."""
     count, r = 12, np.random.default_rng(4)
@@ -72,14 +72,20 @@ def branch_flow(size: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     own, load, price = cp.Variable(count, nonneg=True), cp.Parameter(count), cp.Parameter(nonneg=True)
     below = np.array([[float(one == node + 1) for one in parent] for node in range(count)])
     drop = cp.multiply(loss, p) + cp.multiply(reactance, q)
-    constraints = [
+    constraints: list[Any] = [
         v[0] == 1,
         p - cp.multiply(loss, flow) == load - own + below @ p,
         q - cp.multiply(reactance, flow) == size * r.uniform(0.01, 0.03, count) + below @ q,
         v[1:] == v[parent] - 2 * drop + cp.multiply(loss**2 + reactance**2, flow),
         own <= 0.05 * size,
-        *(cp.quad_over_lin(cp.hstack([p[i], q[i]]), v[parent[i]]) <= flow[i] for i in range(count)),
     ]
+    if kind == "cone":  # the same by the rows flow + v and flow - v, of which the latter is the last one
+        ends = v[parent]
+        constraints.append(cp.SOC(flow + ends, cp.vstack([2 * p, 2 * q, flow - ends])))
+    else:
+        constraints += [cp.quad_over_lin(cp.hstack([p[i], q[i]]), v[parent[i]]) <= flow[i] for i in range(count)]
+    if kind == "total":  # follows from the others, whatever the loads are
+        constraints.append(p @ np.equal(parent, 0.0) - loss @ flow == cp.sum(load) - cp.sum(own))
     cost = price * (p @ np.equal(parent, 0.0)) + 8 / size * cp.sum_squares(own) + 0.3 * cp.sum(own)
     loads = (size * double(r.uniform(0.02, 0.08, count))).requires_grad_()
     one = double(1.0).requires_grad_()
@@ -90,10 +96,12 @@ def branch_flow(size: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return found.detach() / size, loads.grad, one.grad / size
 
 
-@pytest.mark.parametrize("size", [1e-6, 1e-3, 10.0, 1e3, 1e6])
-def test_a_network_in_other_units(size: float) -> None:
+@pytest.mark.filterwarnings("error::lpgd.LpgdWarning")
+@pytest.mark.parametrize("kind", ["", "cone", "total"])
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 10.0, 1e3, 1e6])
+def test_a_network_in_other_units(size: float, kind: str) -> None:
     """Answers that are known to rounding stay, though currents are far from voltages."""
-    for found, expected in zip(branch_flow(size), branch_flow(1.0), strict=True):
+    for found, expected in zip(branch_flow(size, kind), branch_flow(1.0), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-9 * float(expected.abs().max()), rtol=0)
 
 

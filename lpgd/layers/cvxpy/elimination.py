@@ -15,6 +15,7 @@ formulas.
   have.
 - t is not bounded, and the program has no integers, whose solvers substitute by themselves.
 - Every coefficient of t in a row is constant, and there are at most :data:`MOST_ROWS` such rows.
+- In the rows ``t + y`` and ``t - y`` of a second-order cone it brings no variable that stands there already.
 - c is no tiny pivot: ``|c|`` is at least :data:`SMALLEST_PIVOT` times the row's largest constant coefficient, and
   times 1 where the row holds parameters, whose values are not known yet.
 - No other substituted variable stands in the row, and P joins substituted variables with each other only.
@@ -51,6 +52,7 @@ from scipy.sparse.csgraph import connected_components
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray
 from lpgd.layers.cvxpy.layout import CanonicalProgram
+from lpgd.problems.conic.automorphisms import paired_rows
 from lpgd.solvers.kkt.superlu import superlu
 
 __all__ = [
@@ -118,7 +120,7 @@ def candidates(program: CanonicalProgram) -> Pivots:
     """The variables that can be substituted, by the rule above."""
     if program.integer_index.size or not program.constraint.nnz:
         return NO_PIVOTS
-    return _coupled_only_with_each_other(program, _pairs(program))
+    return _coupled_only_with_each_other(program, _without_lost_differences(program, _pairs(program)))
 
 
 # What can be substituted
@@ -185,6 +187,21 @@ def _is_tight(program: CanonicalProgram, value: FloatArray) -> BoolArray:
     only = np.bincount(A.columns[upper], minlength=n) == 1
     only &= np.bincount(A.columns[~upper & ~room], minlength=n) == 0
     return upper & (only & without_cost)[A.columns]
+
+
+def _without_lost_differences(program: CanonicalProgram, pivots: Pivots) -> Pivots:
+    """Those whose rows share no variable with the rows ``t + y`` and ``t - y`` of a cone that the variable stands in.
+
+    Where t and y are of other sizes, what the sum and the difference of such rows have is all that is known of them.
+    """
+    turned = paired_rows(program.cones, program.constraint.rows, program.constraint.columns)[0].ravel()
+    if not turned.size or not pivots.rows.size:
+        return pivots
+    A = program.constraint
+    pattern: SparseArray = sp.csr_array((np.ones(A.nnz), (A.rows, A.columns)), shape=A.shape)
+    cones = pattern[turned]
+    shared = (pattern[pivots.rows] @ cones.T > 1).multiply(cones[:, pivots.variables].T)
+    return pivots.select(np.diff(sp.csr_array(shared).indptr) == 0)
 
 
 def _coupled_only_with_each_other(program: CanonicalProgram, pivots: Pivots) -> Pivots:

@@ -131,22 +131,21 @@ def dependent_rows(A: AffineMatrix, b: sp.csr_array, rows: IntArray) -> IntArray
         b: (m, p + 1), the map to the right-hand side.
         rows: of the zero cone.
     """
-    nothing = np.zeros(0, dtype=np.int64)
-    constant = A.width - 1
-    rows = np.setdiff1d(rows, A.row[A.parameter != constant])
-    sides: SparseArray = b[rows]
-    parametric: SparseArray = sp.csr_array(sides[:, :constant])
-    rows, sides = rows[np.diff(parametric.indptr) == 0], sides[np.diff(parametric.indptr) == 0]
+    rows = np.setdiff1d(rows, A.row[A.parameter != A.width - 1])
     inside = np.isin(A.row, rows)
     columns, column = np.unique(A.column[inside], return_inverse=True)
-    if not rows.size or not columns.size or rows.size**2 * columns.size > WORK:
-        return nothing
-    matrix = np.zeros((rows.size, columns.size + 1))
+    sides: SparseArray = b[rows]
+    used, place = np.unique(sides.indices, return_inverse=True)
+    count = columns.size
+    if not rows.size or not count or rows.size**2 * (count + used.size) > WORK:
+        return np.zeros(0, dtype=np.int64)
+    matrix = np.zeros((rows.size, count + used.size))
     matrix[np.searchsorted(rows, A.row[inside]), column] = A.value[inside]
-    matrix[:, -1] = sides[:, [constant]].toarray().ravel()
-    size = np.abs(matrix[:, :-1]).max(1, initial=0.0)
+    matrix[np.repeat(np.arange(rows.size), np.diff(sides.indptr)), count + place] = sides.data
+    size = np.abs(matrix[:, :count]).max(1, initial=0.0)
     matrix /= np.where(size > 0, size, 1.0)[:, None]
-    factors: Any = scipy.linalg.qr(matrix[:, :-1].T, mode="r", pivoting=True)
+    matrix[:, :count] /= np.abs(matrix[:, :count]).max(0)
+    factors: Any = scipy.linalg.qr(matrix[:, :count].T, mode="r", pivoting=True)
     triangle, order = factors
     pivots = np.abs(np.diag(triangle))
     rank = int((pivots > 1e-10 * pivots.max(initial=1.0)).sum())

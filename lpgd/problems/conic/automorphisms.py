@@ -1,8 +1,8 @@
 """Automorphisms of cones: linear maps of a cone onto itself, by their exponents of two.
 
 zero, nonnegative   a factor for each row
-second-order        a factor e, and a hyperbolic rotation of the first two rows: ``s₀ + s₁`` and ``s₀ - s₁``, whose
-                    product bounds the other rows, are multiplied by ``e k`` and ``e / k``
+second-order        a factor e, and a hyperbolic rotation of the first row and another: ``s₀ + s₁`` and ``s₀ - s₁``,
+                    whose product bounds the other rows, are multiplied by ``e k`` and ``e / k``
 semidefinite        ``S → V S V`` with a diagonal V
 exponential         a factor e, and ``(u, v, w) → (u + c v, v, exp(c) w)``
 power               factors of the rows with ``e_u^a e_v^(1 - a) = e_w``
@@ -10,6 +10,7 @@ power               factors of the rows with ``e_u^a e_v^(1 - a) = e_w``
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +32,7 @@ class Mixed:
     """Entries of a vector of values that automorphisms mix.
 
     Attributes:
-        first, second: of the first two rows of rotated second-order cones, side by side.
+        first, second: of the two rows that are rotated in second-order cones, side by side.
         sheared, sheared_by: of the first rows of exponential cones, and those of the second rows that are added.
         cone: which exponential cone these belong to.
     """
@@ -58,23 +59,34 @@ def rotated(values: Tensor, factors: Tensor, entries: Mixed) -> Tensor:
 
 
 def paired_rows(cones: Cones, rows: IntArray, columns: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """The second-order cones whose first two rows have one pattern, by the first row, and the entries of both rows."""
-    starts = cones.sections["second_order"].start + np.cumsum([0, *cones.second_order])[:-1]
-    starts = starts.astype(np.int64)[np.array(cones.second_order, dtype=np.int64) >= 3]
+    """Rows of second-order cones that can be rotated: (k, 2) first rows and others with their pattern, and the entries.
+
+    ``t + y`` and ``t - y`` are such rows, wherever the latter stands.
+    """
+    row = cones.sections["second_order"].start
     order = np.argsort(rows, kind="stable")
     ends = np.searchsorted(rows[order], np.arange(cones.rows + 1))
-    turned, entries = list[int](), ([np.zeros(0, np.int64)], [np.zeros(0, np.int64)])
-    for row in starts.tolist():
-        first, second = (order[ends[number] : ends[number + 1]] for number in (row, row + 1))
-        if np.array_equal(columns[first], columns[second]):
-            turned.append(row)
-            entries[0].append(first)
-            entries[1].append(second)
-    return np.array(turned, dtype=np.int64), np.concatenate(entries[0]), np.concatenate(entries[1])
+    turned, entries = list[tuple[int, int]](), ([np.zeros(0, np.int64)], [np.zeros(0, np.int64)])
+    for size in cones.second_order:
+        first = order[ends[row] : ends[row + 1]]
+        for other in range(row + 1, row + size if size >= 3 else row):
+            second = order[ends[other] : ends[other + 1]]
+            if np.array_equal(columns[first], columns[second]):
+                turned.append((row, other))
+                entries[0].append(first)
+                entries[1].append(second)
+                break
+        row += size
+    return np.array(turned, dtype=np.int64).reshape(-1, 2), np.concatenate(entries[0]), np.concatenate(entries[1])
 
 
-def exponents_of(cones: Cones, turned: frozenset[int]) -> tuple[SparseArray, list[int]]:
-    """The exponents of rows as linear functions of parameters (m, parameters), and which of these are no factors."""
+def exponents_of(cones: Cones, turned: Mapping[int, int]) -> tuple[SparseArray, list[int]]:
+    """The exponents of rows as linear functions of parameters (m, parameters), and which of these are no factors.
+
+    Args:
+        cones: of the rows.
+        turned: the other row by the first one of second-order cones that have a rotation.
+    """
     entries, turning, row, count = list[tuple[int, int, float]](), list[int](), 0, 0
 
     def add(rows: range, parameter: int, value: float = 1.0) -> None:
@@ -91,7 +103,7 @@ def exponents_of(cones: Cones, turned: frozenset[int]) -> tuple[SparseArray, lis
         factor(size)
         if row - size in turned:
             first = row - size
-            entries.extend([(first, count, 1.0), (first + 1, count, -1.0)])
+            entries.extend([(first, count, 1.0), (turned[first], count, -1.0)])
             turning.append(count)
             count += 1
     for side in cones.semidefinite:

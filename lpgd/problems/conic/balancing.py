@@ -93,8 +93,8 @@ class Balancing:
         onto = self.wider.constraint.positions(rows[by] - 1, columns[by])
         self.entries = Mixed(first, second, onto, by, (rows[by] - section.start) // 3)
         numbers = np.arange(self.triples.size)
-        self.firsts = Mixed(self.turned, self.turned + 1, self.triples, self.triples + 1, numbers)
-        self.exponents, turning = exponents_of(cones, frozenset(self.turned.tolist()))
+        self.firsts = Mixed(self.turned[:, 0], self.turned[:, 1], self.triples, self.triples + 1, numbers)
+        self.exponents, turning = exponents_of(cones, dict(self.turned.tolist()))
         self._ridge = np.full(structure.n + self.exponents.shape[1] + 1, RIDGE)
         self._ridge[structure.n + np.array(turning, dtype=np.int64)] = TURNED
         self.turning = self._ridge[structure.n : -1] == TURNED

@@ -125,7 +125,7 @@ def surely_known(solution: ConicSolution, turned: IntArray, strain: float, sprea
     error = (solution.residuals.worst if solution.known_to is None else solution.known_to).cpu().numpy()
     slack = units.slack_in(problem, solution.slack).cpu().numpy()[:, curved]
     y = units.point_in(problem, solution.point).y.cpu().numpy()[:, curved]
-    start, first = cones.sections["exponential"].start - curved.start, turned - curved.start
+    start, (first, other) = cones.sections["exponential"].start - curved.start, turned.T - curved.start
     triples = slice(start, start + 3 * cones.exponential)
     middle, last = slack[:, triples][:, 1::3], slack[:, triples][:, 2::3]
     a, b = np.abs(slack), np.abs(y)
@@ -134,12 +134,12 @@ def surely_known(solution: ConicSolution, turned: IntArray, strain: float, sprea
     with np.errstate(all="ignore"):
         near = ((middle * limit > last) & (last * limit > middle)).all(1)
         if first.size:
-            plus, minus = slack[:, first] + slack[:, first + 1], slack[:, first] - slack[:, first + 1]
+            plus, minus = slack[:, first] + slack[:, other], slack[:, first] - slack[:, other]
             near &= ((plus * limit > minus) & (minus * limit > plus)).all(1)
-            a[:, first], a[:, first + 1] = np.abs(plus), np.abs(minus)
-            b[:, first], b[:, first + 1] = (
-                0.5 * np.abs(y[:, first] + y[:, first + 1]),
-                0.5 * np.abs(y[:, first] - y[:, first + 1]),
+            a[:, first], a[:, other] = np.abs(plus), np.abs(minus)
+            b[:, first], b[:, other] = (
+                0.5 * np.abs(y[:, first] + y[:, other]),
+                0.5 * np.abs(y[:, first] - y[:, other]),
             )
         length = np.maximum(a.max(1, initial=0.0), b.max(1, initial=0.0)) / np.einsum("ij,ij->i", a, b)
         return near & (error * np.maximum(length, 1.0) <= strain)
@@ -150,7 +150,7 @@ def found_on_cones(solution: ConicSolution, turned: IntArray) -> Found:
 
     Args:
         solution: of a program with curved cones.
-        turned: the first rows of second-order cones that have rotations.
+        turned: (k, 2) the rows of second-order cones that are rotated.
     """
     problem, structure = solution.problem, solution.problem.structure
     units, cones = problem.units, structure.cones
@@ -192,9 +192,10 @@ def _spread(cones: Cones, turned: IntArray, slack: FloatArray, chief: BoolArray)
     blocks = cones.blocks[start:] - cones.blocks[start : start + 1]
     first = np.arange(cones.sections["exponential"].start, cones.sections["exponential"].stop, 3)
     middle, last = slack[:, first + 1], slack[:, first + 2]
-    plus, minus = slack[:, turned] + slack[:, turned + 1], slack[:, turned] - slack[:, turned + 1]
+    one, other = slack[:, turned[:, 0]], slack[:, turned[:, 1]]
+    plus, minus = one + other, one - other
     one, other = np.concatenate([middle, plus], 1), np.concatenate([last, minus], 1)
-    there = chief[:, blocks[np.concatenate([first, turned]) - start]] & (one > 0.0) & (other > 0.0)
+    there = chief[:, blocks[np.concatenate([first, turned[:, 0]]) - start]] & (one > 0.0) & (other > 0.0)
     ratio = np.where(there, one, 1.0) / np.where(there, other, 1.0)
     return np.abs(np.log2(ratio)).max(1, initial=0.0)
 
@@ -227,10 +228,10 @@ def position_of(cones: Cones, turned: IntArray, slack: FloatArray, matters: Bool
 
     parameters.append(np.zeros(row))
     known.append(np.zeros(row, dtype=bool))
-    rotated = frozenset(turned.tolist())
+    rotated = dict(turned.tolist())
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         for size in cones.second_order:
-            add(_second_order(slack[row : row + size], row in rotated), size)
+            add(_second_order(slack[row : row + size], rotated.get(row, row) - row), size)
         for side in cones.semidefinite:
             i, j = svec_indices(side)
             diagonal = slack[row : row + len(i)][i == j]
@@ -259,7 +260,7 @@ def position_of_ray(cones: Cones, turned: IntArray, ray: FloatArray, *, is_dual:
         there = np.where(triples[:, 0] < 0.0, np.abs(triples[:, 0]), np.nan)
         # (u, v, w) with v of the multiplier's size and the ratio that is complementary to it.
         s[sections["exponential"]] = np.stack([ratio * there, there, there * np.exp(ratio.clip(-300, 300))], 1).ravel()
-        s[turned + 1] *= -1.0
+        s[turned[:, 1]] *= -1.0
         section = sections["power"]
         exponent, triples = np.abs(np.array(cones.power)), np.maximum(np.abs(ray[section].reshape(-1, 3)), _SMALLEST)
         s[section] = np.stack(
@@ -284,11 +285,11 @@ def position_of_ray(cones: Cones, turned: IntArray, ray: FloatArray, *, is_dual:
 def _sizes(cones: Cones, turned: IntArray, slack: FloatArray, y: FloatArray) -> _Sizes:
     """In row order."""
     curved, starts = slice(cones.zero + cones.nonnegative, cones.rows), _starts(cones)
-    a, b = np.abs(slack), np.abs(y)
+    a, b, (head, other) = np.abs(slack), np.abs(y), turned.T
     # Of sums and differences of rotated rows; the first row of (u, v, w) may be anything, and (u - c v, ·, ·) is as v.
     for values, whole, factor in ((a, slack, 1.0), (b, y, 0.5)):
-        values[:, turned] = factor * np.abs(whole[:, turned] + whole[:, turned + 1])
-        values[:, turned + 1] = factor * np.abs(whole[:, turned] - whole[:, turned + 1])
+        values[:, head] = factor * np.abs(whole[:, head] + whole[:, other])
+        values[:, other] = factor * np.abs(whole[:, head] - whole[:, other])
     first = np.arange(cones.sections["exponential"].start, cones.sections["exponential"].stop, 3)
     a[:, first] = a[:, first + 1]
     b[:, first + 1] = 0.0
@@ -300,11 +301,16 @@ def _sizes(cones: Cones, turned: IntArray, slack: FloatArray, y: FloatArray) -> 
     )
 
 
-def _second_order(s: FloatArray, is_turned: bool) -> FloatArray:
-    """The larger of ``s₀ + s₁`` and ``s₀ - s₁`` and the other rows say what the smaller is, on the boundary."""
-    if not is_turned:
+def _second_order(s: FloatArray, other: int) -> FloatArray:
+    """The larger of ``s₀ + s₁`` and ``s₀ - s₁`` and the other rows say what the smaller is, on the boundary.
+
+    Args:
+        s: the cone's rows.
+        other: which of them s₁ is; 0 where there is none.
+    """
+    if not other:
         return np.array([-np.log2(s[0])])
-    plus, minus, rest = s[0] + s[1], s[0] - s[1], float(np.linalg.norm(s[2:]))
+    plus, minus, rest = s[0] + s[other], s[0] - s[other], float(np.linalg.norm(np.delete(s[1:], other - 1)))
     large = max(plus, minus)
     if not rest > TINY * large:
         return np.array([-np.log2(s[0]), np.nan])
