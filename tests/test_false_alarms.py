@@ -11,6 +11,7 @@ from typing import Any
 import cvxpy as cp
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -98,6 +99,49 @@ def test_a_constraint_that_is_stated_twice_with_one_parameter(method: GradientMe
     of_c, of_bound = gradients(problem, method, x, {c: C, bound: 0.1})
     np.testing.assert_allclose(of_c.numpy(), W - W.mean(), atol=1e-6)
     assert float(of_bound) == pytest.approx(W.mean(), abs=1e-6)
+
+
+FITS: dict[str, Callable[[Any], Any]] = {
+    "magnitudes": cp.norm1,
+    "quantile": lambda e: cp.sum(0.3 * cp.pos(e) + 0.7 * cp.neg(e)),
+    "larger": lambda e: cp.sum(cp.maximum(0.3 * e, -0.7 * e)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS[:2], ids=str)
+@pytest.mark.parametrize("name", FITS)
+def test_fits_that_go_through_points(name: str, method: GradientMethod) -> None:
+    """At a vertex w solves X w = y for as many points as it has entries, which are those of HiGHS in SciPy.
+
+    There each of CVXPY's variables has rows enough of its own, and more than one set of multipliers.
+    """
+    r = np.random.default_rng(0)
+    X = np.c_[np.ones(40), r.standard_normal((40, 3))]
+    observed, weights = X @ r.standard_normal(4) + r.standard_t(2, 40), np.arange(1.0, 5.0)
+    below, above = (1.0, 1.0) if name == "magnitudes" else (0.3, 0.7)
+    costs = np.r_[np.zeros(4), np.full(40, below), np.full(40, above)]
+    equal = np.c_[X, -np.eye(40), np.eye(40)]  # X w - y = u - v
+    best = scipy.optimize.linprog(costs, A_eq=equal, b_eq=observed, bounds=[(None, None)] * 4 + [(0, None)] * 80)
+    through = np.argsort(np.abs(X @ best.x[:4] - observed))[:4]
+    w, y = cp.Variable(4), cp.Parameter(40)
+    layer = CvxpyLayer(cp.Problem(cp.Minimize(FITS[name](X @ w - y))), [y], [w], gradient=method)
+    values = torch.from_numpy(observed).requires_grad_()
+    (found,) = layer(values)
+    (found @ torch.from_numpy(weights)).backward()
+    expected = np.zeros(40)
+    expected[through] = np.linalg.solve(X[through].T, weights)
+    np.testing.assert_allclose(found.detach(), np.linalg.solve(X[through], observed[through]), atol=1e-8)
+    np.testing.assert_allclose(values.grad, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS[:2], ids=str)
+def test_a_vertex_with_constraints_that_move_alone(method: GradientMethod) -> None:
+    """x ≤ a and Σ x ≤ b with b = Σ a: a larger x needs both to move."""
+    x, a, b = cp.Variable(2), cp.Parameter(2), cp.Parameter()
+    problem = cp.Problem(cp.Maximize(x[0] + 2 * x[1]), [x <= a, cp.sum(x) <= b])
+    sides = [torch.ones(2).double().requires_grad_(), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)]
+    with pytest.warns(lpgd.LpgdWarning, match="not unique|at a kink"):
+        CvxpyLayer(problem, [a, b], [x], gradient=method)(*sides)[0].sum().backward()
 
 
 @pytest.mark.parametrize("atom", [cp.max, lambda x: cp.sum_largest(x, 2)], ids=["max", "sum_largest"])

@@ -36,7 +36,7 @@ from lpgd.gradients.sides import (
     replaced_elements,
 )
 from lpgd.problems.base import Point, maximum_norm
-from lpgd.problems.conic.activity import shares_multipliers
+from lpgd.problems.conic.activity import leaves_multipliers_open, shares_multipliers
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
@@ -197,8 +197,9 @@ def _perturbed(
     shared_rows = shared_bounds = torch.zeros_like(sides.above)
     if run.active is not None and (steps is None or not problem.traits.is_linear_program):
         noise = run.noise(run.base_error, run.active.size())
-        of_rows, of_bounds = shares_multipliers(cast(ConicProblem, problem), run.active, noise)
-        shared_bounds = run.active.is_overdetermined(solution.x.shape[-1], noise) | of_bounds
+        program = cast(ConicProblem, problem)
+        of_rows, of_bounds = shares_multipliers(program, run.active, noise)
+        shared_bounds = leaves_multipliers_open(program, run.active, noise) | of_bounds
         shared_rows = shared_bounds | of_rows
     moved = run.moved(sides)
     if problem.traits.is_local:

@@ -17,10 +17,13 @@ from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint, per_element
 
-__all__ = ["ActiveSet", "active_set", "shares_multipliers"]
+__all__ = ["ActiveSet", "active_set", "leaves_multipliers_open", "shares_multipliers"]
 
 SAME, ALIKE = 1e-12, 1e-9
 """Images of constraints that differ by a smaller share are one, and what parameters make of them is."""
+
+WORK = 1e8
+"""Of how many operations multipliers are looked at closely."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +186,36 @@ def shares_multipliers(problem: ConicProblem, active: ActiveSet, noise: Tensor) 
     told = told.gather(1, order)
     unlike = ~((told[:, 1:] - told[:, :-1]).abs() <= ALIKE * told[:, 1:].abs())
     return (same & unlike & ~with_bound).any(1), (same & unlike & with_bound).any(1)
+
+
+def leaves_multipliers_open(problem: ConicProblem, active: ActiveSet, noise: Tensor) -> Tensor:
+    """(B,) whether more constraints are active than there are variables, and what is asked of multipliers is not unique.
+
+    A function ``r·y`` of multipliers with ``Aᵀy = c`` is unique exactly where ``A d = r`` has a solution, A the active
+    rows and bounds.
+    """
+    structure, asked = problem.structure, problem.structure.asked
+    found = active.is_overdetermined(structure.n, noise)
+    if asked is None or not bool(found.any()):
+        return found
+    ends = np.concatenate([structure.lower_index, structure.upper_index])
+    probe = asked.of_y.probe(torch.ones(1, structure.m, dtype=torch.float64)).numpy()[0]
+    wanted = np.concatenate([probe, asked.bounded[ends] * random_direction(ends.size)])
+    there = (active.place > -noise[:, None]).cpu().numpy()
+    values = problem.data.A.detach()
+    for element in np.flatnonzero(found.cpu().numpy()).tolist():
+        own = values if values.ndim == 1 else values[element % len(values)]
+        if there[element].sum() * structure.n**2 > WORK:
+            continue
+        A = structure.constraint.dense_matrices(own.cpu().numpy()[None])[0]
+        rows = np.concatenate([A, np.eye(structure.n)[ends]])[there[element]]
+        length = np.linalg.norm(rows, axis=1)
+        kept = length > 0
+        rows, right = rows[kept] / length[kept, None], wanted[there[element]][kept] / length[kept]
+        rows /= np.maximum(np.linalg.norm(rows, axis=0), 1e-300)
+        left = rows @ np.linalg.lstsq(rows, right, rcond=1e-12)[0] - right
+        found[element] = bool(np.abs(left).max() > ALIKE * np.abs(right).max())
+    return found
 
 
 _memo = TensorMemo()
