@@ -131,6 +131,7 @@ def test_fits_that_go_through_points(name: str, method: GradientMethod) -> None:
     expected = np.zeros(40)
     expected[through] = np.linalg.solve(X[through].T, weights)
     np.testing.assert_allclose(found.detach(), np.linalg.solve(X[through], observed[through]), atol=1e-8)
+    assert values.grad is not None
     np.testing.assert_allclose(values.grad, expected, atol=1e-6)
 
 

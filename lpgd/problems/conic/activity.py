@@ -189,7 +189,7 @@ def shares_multipliers(problem: ConicProblem, active: ActiveSet, noise: Tensor) 
 
 
 def leaves_multipliers_open(problem: ConicProblem, active: ActiveSet, noise: Tensor) -> Tensor:
-    """(B,) whether more constraints are active than there are variables, and what is asked of multipliers is not unique.
+    """(B,) whether more constraints are active than there are variables, and what is asked of multipliers is open.
 
     A function ``r·y`` of multipliers with ``Aᵀy = c`` is unique exactly where ``A d = r`` has a solution, A the active
     rows and bounds.

@@ -37,7 +37,7 @@ MODERATE = 6
 LEAST_MODERATE, LARGEST_MODERATE = 0.5**MODERATE / 2, 2.0**MODERATE
 """Sizes from the first to below the second have such exponents."""
 ALIKE = 0.25**MODERATE
-"""Curvatures of variables that no row involves are of one unit if none is below this share of the largest."""
+"""Curvatures are of one unit if none is below this share of the largest."""
 SWEEPS, DAMPING = 30, 0.7
 """Alternating steps of the fit of rows and variables, and the part of a step of variables that is taken."""
 ROUNDING = 1e-30
@@ -127,8 +127,8 @@ def matrix_units(problem: ConicProblem) -> tuple[Tensor | None, Tensor | None]:
     row_maxima, column_maxima = _memo(
         A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A)
     )
-    curved = bool(structure.quadratic.nnz) and not structure.cones.is_polyhedral
-    if not curved and all(_are_moderate(maxima) for maxima in (row_maxima, column_maxima)):
+    moderate = all(_are_moderate(maxima) for maxima in (row_maxima, column_maxima))
+    if moderate and not (structure.quadratic.nnz and _are_apart(curvatures(problem))):
         return None, None
     wide = _is_wide(row_maxima) | _is_wide(column_maxima)
     if structure.quadratic.nnz and not bool(wide.all()):
@@ -136,7 +136,7 @@ def matrix_units(problem: ConicProblem) -> tuple[Tensor | None, Tensor | None]:
         count = max(column_maxima.shape[0], curvature.shape[0])
         column_maxima, curvature = repeated(column_maxima, count), repeated(curvature, count)
         shares = curvature / maximum_norm(curvature)[:, None]
-        if not curved:  # others are known by their rows
+        if structure.cones.is_polyhedral:  # others are known by their rows
             shares = torch.where(column_maxima > 0, torch.nan, shares)
         wide = repeated(wide[:, None], count)[:, 0] | (_exponent(shares) < -2 * MODERATE).any(-1)
     if not bool(wide.any()):
@@ -163,6 +163,12 @@ def _are_moderate(sizes: Tensor) -> bool:
     """Whether no size but 0 is wide."""
     values = sizes.cpu().numpy()
     return bool((values < LARGEST_MODERATE).all() and ((values >= LEAST_MODERATE) | (values == 0.0)).all())
+
+
+def _are_apart(curvature: Tensor) -> bool:
+    """Whether some that are not 0 are far below the largest one of their row."""
+    values = curvature.cpu().numpy()
+    return bool(((values < ALIKE * values.max(1, keepdims=True)) & (values > 0.0)).any())
 
 
 def _equilibrated(structure: ConicStructure, A: Tensor, P: Tensor, wide: Tensor) -> tuple[Tensor | None, Tensor | None]:
