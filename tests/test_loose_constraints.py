@@ -141,6 +141,23 @@ def test_a_far_constraint_makes_no_kinks_of_small_slacks(far: float) -> None:
     np.testing.assert_allclose(c.grad.numpy(), [1.0, 0.0], atol=1e-9)
 
 
+@pytest.mark.parametrize("solver", ["DAQP", "CLARABEL", "PIQP"])
+@pytest.mark.parametrize("far", [*FAR, 1e10])
+def test_bounds_far_away_make_nothing_active(far: float, solver: str) -> None:
+    """The point nearest to c with the sum 1 is c less a mean; slacks of order 1 are no active constraints there."""
+    c = double([0.7, 0.3, 0.4]).requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output = lpgd.solve_qp(
+            torch.eye(3).double(), -c, A=torch.ones(1, 3).double(), b=double([1.0]).requires_grad_(),
+            G=double([[1.0, -1.0, 0.0]]), h=double([2.0]), lb=0.0, ub=far, solver=solver, gradient=lpgd.LPGD(),
+        )  # fmt: skip
+        (output.x @ double([1.0, 2.0, 4.0])).backward()
+    np.testing.assert_allclose(output.x.detach().numpy(), c.detach().numpy() - 0.4 / 3, atol=1e-9)
+    assert c.grad is not None
+    np.testing.assert_allclose(c.grad.numpy(), np.array([1.0, 2.0, 4.0]) - 7.0 / 3, atol=1e-6)
+
+
 @pytest.mark.parametrize("far", [1e3, 1e5, 1e7])
 def test_a_far_constraint_that_is_active(far: float) -> None:
     """``x₁`` over ``|x| ≤ far, x₂ = p`` is largest at √(far² - p²), and Σ log x over ``Σ x ≤ far`` at far / 2."""

@@ -26,6 +26,7 @@ from lpgd.gradients.sides import (
     DUALS,
     FINEST,
     JUMP,
+    NOISE,
     SIDES,
     SMALL_TILT,
     TINY_TILT,
@@ -38,6 +39,7 @@ from lpgd.gradients.sides import (
 from lpgd.problems.base import Point, maximum_norm
 from lpgd.problems.conic.activity import leaves_multipliers_open, shares_multipliers
 from lpgd.problems.conic.problem import ConicProblem
+from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
 from lpgd.solvers.perturbed_points import PerturbedPoints
@@ -196,8 +198,13 @@ def _perturbed(
         run, tau, sides, kinked, unclear = _shortened(run, tau, unit, sides)
     shared_rows = shared_bounds = torch.zeros_like(sides.above)
     if run.active is not None and (steps is None or not problem.traits.is_linear_program):
-        noise = run.noise(run.base_error, run.active.size())
         program = cast(ConicProblem, problem)
+        noise = run.noise(run.base_error, run.active.size())
+        if solution.known_to is not None:  # beside constraints far away slacks of the size of x are no noise
+            known = NOISE * (
+                solution.known_to + FINEST * maximum_norm(program.in_own_units(cast(ConicPoint, run.base)).x)
+            )
+            noise = torch.where(known < noise, known, noise)
         of_rows, of_bounds = shares_multipliers(program, run.active, noise)
         shared_bounds = leaves_multipliers_open(program, run.active, noise) | of_bounds
         shared_rows = shared_bounds | of_rows
