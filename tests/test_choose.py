@@ -85,8 +85,8 @@ def dense(n: int, rows: int) -> ConicStructure:
 def test_a_known_situation_chooses_by_class_size_and_device() -> None:
     structures = {case.name: case.problem.structure for case in CASES}
     large, cpu = LARGE.problem.structure, Situation()
-    assert preference(structures["qp"], cpu)[:2] == (Moreau, DAQP)
-    assert choose_solver(structures["qp"], situation=cpu) == (Moreau() if Moreau.is_installed() else DAQP())
+    assert preference(structures["qp"], cpu)[:2] == (DAQP, Moreau)
+    assert choose_solver(structures["qp"], situation=cpu) == DAQP()
     assert choose_solver(structures["qp"], situation=Situation("cuda")).name == "INTERIOR"
     assert choose_solver(structures["socp"], situation=Situation("cuda")).name == "CLARABEL"
     assert choose_solver(large, situation=cpu).name == "INTERIOR"  # a dense linear program

@@ -62,15 +62,13 @@ def preference(structure: ConicStructure, situation: Situation | None = None) ->
       objective, needs no tuning, and is accurate; then SCS, for the cones that Clarabel lacks, and last ECOS.
     - Linear and quadratic programs on another device than the CPU: the interior-point method in torch, which stays
       on it.
-    - Quadratic programs of up to 20 variables and rows together, where P has its whole diagonal: Moreau, which takes a
-      batch in one call; up to 400 it comes after DAQP.
     - Quadratic programs of more than 100 variables, at least half of which have bounds, where P has its whole
       diagonal: many bounds are active, which DAQP takes one by one.  The interior-point method in torch where P has
       little else, rows are few and variables more than 250, as in projections and models of a few factors; PIQP where
       there are few cores; the interior-point method for more than 400 variables; then DAQP.
     - Small linear and quadratic programs: DAQP, whose perturbed solves start from the active set of the solution.
       Small is up to 200 variables and rows together, 250 with a quadratic objective, 800 for many dense rows; where P
-      has its whole diagonal 400, and 3000 for dense rows.
+      has its whole diagonal 400, and 3000 for dense rows.  Up to 400 Moreau comes next: a batch in one call.
     - Larger dense quadratic programs, where P has not its whole diagonal: squares of full rows that are not
       substituted, which PIQP takes for sparse.  The interior-point method in torch.
     - Larger sparse quadratic programs where P has its whole diagonal and factors fill up, as along no chain, grid or
@@ -153,11 +151,6 @@ def _ranked(structure: ConicStructure, situation: Situation | None) -> list[tupl
         fills = fills and _profile(structure) > _WIDE * size
         rules: list[tuple[bool, type[ConicSolver], str]] = [
             (not on_cpu, InteriorPoint, f"it stays on the device {situation.device}"),
-            (
-                on_cpu and curved and size <= _SHORTEST,
-                Moreau,
-                "the fastest for tiny quadratic programs, batches in one call",
-            ),
             (
                 on_cpu and boxed and is_narrow(structure),
                 InteriorPoint,
@@ -242,7 +235,7 @@ _IN_ORDER = (
 _LINEAR_TAIL = (Clarabel, InteriorPoint, DAQP, HiGHS, PIQP, ProxQP, SCS)
 _QUADRATIC_TAIL = (Clarabel, SCS, OSQP, InteriorPoint, DAQP, PIQP, ProxQP, HiGHS)
 _MINUTE, _TINY, _SMALL, _MIDDLE, _LARGE, _MEDIUM, _FILLED, _FEW_CORES = 60, 200, 400, 500, 3000, 5000, 0.1, 4
-_SHORTEST, _OF_BOUNDS, _FULL, _WIDE = 20, 100, 800, 0.05
+_OF_BOUNDS, _FULL, _WIDE = 100, 800, 0.05
 _EPIGRAPH, _MANY_ROWS, _WHOLE, _CROWDED = 250, 100, 600, 20
 
 _DEFAULT_NAMES = {"DIFFCP"}  # the standard layer's own default, which names no solver in particular
