@@ -180,9 +180,10 @@ class CvxpyLayer(OptimizationLayer):
         """The solver's whole answer, not differentiable: statuses, residuals, iterations, times, x, y, z and s.
 
         It has all variables and rows that CVXPY's reductions lead to, those that were substituted, too, but for rows
-        that others imply (:mod:`lpgd.layers.cvxpy.implied`), and variables that are put at their limit, such as that
-        of ``abs(u) <= c``, with its row (:mod:`lpgd.layers.cvxpy.limits`).  Arguments are those of a call; leading batch
-        dimensions are flattened to one.  Elements without a solution do not raise: see ``ConicSolution.statuses``.
+        that others imply (:mod:`lpgd.layers.cvxpy.implied`), and variables that are put at their limit, as that of
+        ``abs(u) <= c`` is, with its row (:mod:`lpgd.layers.cvxpy.limits`).  Arguments are those of a call, whose
+        leading batch dimensions are flattened to one.  Elements without a solution do not raise: see
+        ``ConicSolution.statuses``.
         """
         inputs = batch_inputs(self.parameter_layouts, params)
         with torch.no_grad():
