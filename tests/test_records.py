@@ -82,7 +82,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         if solver.name != "OSQP":
             monkeypatch.setattr(solver, "is_installed", classmethod(lambda cls: False))
     info = lpgd.QPLayer()(EYE, COSTS[:3], lb=0.0).info
-    others = "MOREAU, DAQP, (PIQP, PROXQP, )?CLARABEL, SCS, INTERIOR"  # the two in the middle on few cores
+    others = "DAQP, MOREAU, (PIQP, PROXQP, )?CLARABEL, SCS, INTERIOR"  # the two in the middle on few cores
     rule = rf"OSQP, chosen by the rule of those installed \(before it come {others}\): "
     assert re.match(rule, info.solver)
 
