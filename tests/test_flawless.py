@@ -18,7 +18,7 @@ from lpgd.solvers.backends.daqp import DAQP
 from lpgd.solvers.backends.moreau import Moreau
 from lpgd.solvers.base import Begun
 
-pytest.importorskip("daqp")
+with_moreau = pytest.mark.skipif(not Moreau.is_installed(), reason="moreau is an extra")
 
 
 def draw(seed: int, n: int, batch: int, shared: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -93,14 +93,12 @@ def test_the_short_way_has_the_bits_of_the_general_way(
     assert_short_way_has_the_same_bits(lambda: results(draw(n, n, 16, shared)), 16, monkeypatch)
 
 
-@pytest.mark.parametrize("solver", ["DAQP", "MOREAU"])
+@pytest.mark.parametrize("solver", ["DAQP", pytest.param("MOREAU", marks=with_moreau)])
 @pytest.mark.parametrize("rows", ["full", "sparse", "none"])
 @pytest.mark.parametrize("ends", ["both", "lower", "some"])
 def test_the_short_way_takes_bounds_and_sparse_matrices(
     solver: str, rows: str, ends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if solver not in lpgd.available():
-        pytest.skip("Moreau has no wheel for this platform")
     n, batch = 10, 12
     generator = torch.Generator().manual_seed(3)
 
