@@ -113,6 +113,40 @@ def test_tasks_that_nobody_wants_any_more_end() -> None:
         assert executor.submit(int).result() == 0
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_no_interrupt_of_many_leaves_a_worker_behind(count: int) -> None:
+    inside, sent = threading.Event(), threading.Event()
+    at_work: set[int] = set()
+
+    def handler(_number: int, _frame: FrameType | None) -> None:
+        if inside.is_set():
+            raise KeyboardInterrupt
+
+    def work(task: int) -> None:
+        at_work.add(task)
+        try:
+            if task == 0:
+                for _ in range(count):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.02)
+                sent.set()
+            sent.wait()
+        finally:
+            at_work.remove(task)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with ThreadPoolExecutor(2) as executor:
+            inside.set()
+            with pytest.raises(KeyboardInterrupt):
+                run_tasks(work, range(4), executor)
+            left = set(at_work)
+            inside.clear()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not left
+
+
 def test_a_task_stops_only_where_it_was_told_to() -> None:
     event = threading.Event()
     with stoppable(event):

@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +29,7 @@ __all__ = [
     "pause",
     "send_on",
     "stoppable",
+    "to_the_end",
 ]
 
 PATIENCE = 0.7
@@ -254,12 +255,29 @@ def _look(futures: Sequence[Future[Any]], begin: threading.Event | None) -> None
             _handler.restore()
 
 
-def abandon(futures: Sequence[Future[Any]], stop: threading.Event | None) -> None:
-    """End work that nobody wants any more: what has not begun never does, what runs ends with its element."""
+def to_the_end(action: Callable[[], None]) -> None:
+    """Call an action that may be begun again, until no interrupt cuts it short; the last one is raised afterwards."""
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            action()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+def abandon(futures: Sequence[Future[Any]], stop: threading.Event | None, began: float) -> None:
+    """End work that nobody wants any more: what has not begun never does, what runs ends with its element.
+
+    Args:
+        began: when the work's end began, on the clock of ``time.perf_counter``: :data:`PATIENCE` counts from there.
+    """
     if stop is not None:
         stop.set()
     running = [future for future in futures if not future.cancel()]
-    deadline = time.perf_counter() + PATIENCE
+    deadline = began + PATIENCE
     while stop is not None and not all(future.done() for future in running) and time.perf_counter() < deadline:
         address = _handler.of_solver()
         if address is not None:  # a solver that listens: this makes it stop within an iteration

@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
-from lpgd.execution.interrupts import abandon, hear, hearing, stoppable
+from lpgd.execution.interrupts import abandon, hear, hearing, stoppable, to_the_end
 from lpgd.execution.threads import bounded_blas, find_blas, torch_threads
 from lpgd.status import warn
 
@@ -134,15 +134,17 @@ def _finished(
     in_this_process = executor is None or type(executor) is ThreadPoolExecutor
     signals = _Signals(threading.Event(), threading.Event()) if in_this_process else None
     futures: list[Future[Any]] = []
+    began: list[float] = []
 
     def end() -> None:
+        began.append(time.perf_counter())
         left = not all(future.done() for future in futures)
         if signals is not None:
             if left:
                 signals.stop.set()
             signals.begin.set()  # whoever still waits to begin stops at once
         if left:
-            abandon(futures, signals and signals.stop)
+            abandon(futures, signals and signals.stop, began[0])
 
     if in_this_process:
         find_blas()
@@ -163,9 +165,9 @@ def _finished(
                     kept[number] = future.result()
             raise
         finally:
-            end()
-    except KeyboardInterrupt:  # a second one, while work was ended, leaves no worker behind with its settings
-        end()
+            to_the_end(end)  # further interrupts leave no worker behind with its settings
+    except KeyboardInterrupt:  # one just before that
+        to_the_end(end)
         raise
 
 
