@@ -290,11 +290,11 @@ def test_a_parameter_that_reaches_nothing_has_no_columns() -> None:
 def test_sudoku_is_quick() -> None:
     x, A, b, c = cp.Variable(729), cp.Parameter((249, 729)), cp.Parameter(249), cp.Parameter(729)
     constraints = [A @ x == b, x >= 0, x <= 1]
-    start = time.perf_counter()
+    start = time.process_time()
     program = canonicalise(
         cp.Problem(cp.Minimize(c @ x), constraints), [A, b, c], [x, constraints[0].dual_variables[0]]
     )
-    assert time.perf_counter() - start < 5.0
+    assert time.process_time() - start < 5.0
     assert program.cones == Cones(zero=249)
     assert program.constraint.is_dense
 
