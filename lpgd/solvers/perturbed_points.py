@@ -39,8 +39,9 @@ from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver, ConicSolver
 from lpgd.solvers.kkt.found import Found
 from lpgd.solvers.kkt.mixed import MixedSystem, Part
+from lpgd.solvers.kkt.newton import KeptFactor
 from lpgd.solvers.kkt.points import Points, share_along
-from lpgd.solvers.kkt.refinement import KeptFactor, is_cheap
+from lpgd.solvers.kkt.refinement import is_cheap
 from lpgd.solvers.kkt.schur import SchurFactor, System
 from lpgd.solvers.kkt.tilts import TiltedSolutions
 from lpgd.solvers.kkt.vertices import TiltedVertices

@@ -36,10 +36,10 @@ from lpgd.problems.conic.units import Units
 from lpgd.solvers.interior_point.derivative import is_batchable, kept_response, polyhedral_response
 from lpgd.solvers.kkt.faces import FaceTask, respond_in_faces
 from lpgd.solvers.kkt.mixed import MixedSystem, Part
+from lpgd.solvers.kkt.newton import KeptFactor
 from lpgd.solvers.kkt.points import Points
 from lpgd.solvers.kkt.rank import DOUBT, ROUNDING
 from lpgd.solvers.kkt.reduced import has_dense_rows, held
-from lpgd.solvers.kkt.refinement import KeptFactor
 from lpgd.solvers.kkt.schur import System
 from lpgd.solvers.kkt.system import KKTResponse, Known, is_quick
 
