@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, TypeAlias, cast
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
     "BoolArray",
@@ -18,11 +19,16 @@ __all__ = [
     "SparseArray",
     "as_index",
     "elements_where",
+    "first_lane",
     "flags",
     "floats",
     "from_numpy",
+    "has_lanes",
     "integers",
+    "is_differentiated",
     "is_symmetric",
+    "is_wrapped",
+    "may_be_followed",
     "plain",
     "random_direction",
     "rows_where",
@@ -33,6 +39,50 @@ IntArray: TypeAlias = NDArray[np.int64]
 BoolArray: TypeAlias = NDArray[np.bool_]
 SparseArray: TypeAlias = Any
 """A sparse array of SciPy's, in any format: SciPy says nothing of the types of its operators."""
+
+
+_torch_c: Any = torch._C
+_functorch: Any = _torch_c._functorch
+is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
+"""Whether it is a tensor of a transform of ``torch.func``, which may hide its values, and follow them."""
+
+
+def may_be_followed() -> bool:
+    """Whether tensors may require gradients, have tangents, or be of a transform of ``torch.func`` here."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or _torch_c._are_functorch_transforms_active()
+
+
+def _levels(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor as each of the transforms of ``torch.func`` sees it, the innermost one first."""
+    yield tensor
+    while is_wrapped(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+        yield tensor
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether autograd follows it: it requires a gradient, or has a tangent, as in ``torch.autograd.forward_ad``.
+
+    A tangent of a transform that has others within it does not show (torch 2.13).
+    """
+    if any(level.requires_grad for level in _levels(tensor)):
+        return True
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(level).tangent is not None for level in _levels(tensor)
+    )
+
+
+def has_lanes(tensor: Tensor) -> bool:
+    """Whether ``torch.func.vmap`` maps over it."""
+    return any(_functorch.is_batchedtensor(level) for level in _levels(tensor))
+
+
+def first_lane(tensor: Tensor) -> Tensor:
+    """The values alone, of the first lane where ``torch.func.vmap`` maps over it."""
+    while is_wrapped(tensor):
+        dim, tensor = _functorch.maybe_get_bdim(tensor), _functorch.get_unwrapped(tensor)
+        tensor = tensor if dim < 0 else tensor.select(dim, 0)
+    return tensor.detach()
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -206,7 +206,8 @@ class _SolveFunction(QuickFunction):
             torch.zeros_like(datum) if tangent is None else tangent
             for datum, tangent in zip(data, data_tangents, strict=True)
         )
-        return *_DerivativeFunction.apply(ctx.call, ctx.source, None, *known, *ctx.saved_tensors), None
+        tensors = (*known, *ctx.saved_tensors)
+        return *over_vectors(_DerivativeFunction, (ctx.call, ctx.source, None), tensors), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[object, object]:
@@ -273,7 +274,7 @@ class _DerivativeFunction(QuickFunction):
             torch.zeros_like(tensor) if tangent is None else tangent
             for tensor, tangent in zip(saved, tangents[3:], strict=True)
         )
-        return _SecondFunction.apply(ctx.call, ctx.source, False, *known, *saved)
+        return over_vectors(_SecondFunction, (ctx.call, ctx.source, False), (*known, *saved))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[object, object]:

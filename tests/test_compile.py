@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lpgd
 from tests.gradient_cases import CASES, COSTS, WEIGHTS
 
 
@@ -40,6 +41,34 @@ def test_a_compiled_model_breaks_once_and_has_the_same_gradient(
     # What is before the layer and what is behind it, and at most the work on constant arguments.
     assert len(graphs) <= 3
     assert capfd.readouterr() == ("", "")
+
+
+class _Own(lpgd.QPLayer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+
+EYE = torch.eye(3, dtype=torch.float64)
+MAKERS: dict[str, Any] = {
+    "QPLayer": lambda c: lpgd.QPLayer()(EYE, c).x,
+    "of a user": lambda c: _Own()(EYE, c).x,
+    "ConicLayer": lambda c: lpgd.ConicLayer(lpgd.Cones(nonnegative=1))(EYE, c, EYE[:1], EYE[0, :1] + 9).x,
+    "NodeLayer": lambda c: lpgd.NodeLayer(lpgd.Node(lambda c, y: (y + c).square().sum()))(c),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_a_layer_may_be_built_in_a_compiled_function(make: Any) -> None:
+    torch.compiler.reset()
+    model = torch.compile(lambda c: make(2 * c), backend="eager")
+    c = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    y = model(c)
+    torch.testing.assert_close(y, -2 * c)
+    (gradient,) = torch.autograd.grad(y.sum(), c)
+    torch.testing.assert_close(gradient, torch.full_like(c, -2.0))
 
 
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")

@@ -60,6 +60,7 @@ def test_jacobians_are_those_of_single_rows(name: str) -> None:
     expected = torch.autograd.functional.jacobian(layer, c)
     for jacobian in (
         torch.autograd.functional.jacobian(layer, c, vectorize=True),
+        torch.autograd.functional.jacobian(layer, c, vectorize=True, strategy="forward-mode"),
         jacrev(layer)(c),
         jacfwd(layer)(c),
         vmap(jacrev(layer))(c[None])[0],
@@ -206,3 +207,50 @@ def test_sparse_matrices_that_lanes_share() -> None:
 def test_problems_of_other_classes_say_what_they_lack() -> None:
     with pytest.raises(RuntimeError, match="object has no lanes"):
         lanes.mapped(object())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_nodes_that_look_at_their_inputs(masked: bool) -> None:
+    """The nearest point of the simplex is (x - θ)₊, with θ such that its sum is one; a score of -inf is no entry."""
+    x = normal(LANES, BATCH, N)
+    x[..., 0] = -torch.inf if masked else -9.0
+    y = vmap(lpgd.NodeLayer(lpgd.nodes.Projection("simplex")))(x)
+    support = y > 0
+    assert not support[..., 0].any()
+    theta = (torch.where(support, x, 0.0).sum(-1, keepdim=True) - 1) / support.sum(-1, keepdim=True)
+    torch.testing.assert_close(y, (x - theta).clamp(min=0), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_lanes_and_tangents_of_what_is_captured_are_refused_by_name(batched: bool) -> None:
+    """Within the objective they would be further dimensions, or constants."""
+    x, weights = normal(LANES, N), normal(LANES).abs() + 1
+
+    def layer(weight: Tensor) -> Tensor:
+        def energy(x: Tensor, y: Tensor) -> Tensor:
+            return weight * (y - x).square().sum(-1) + (y + 1).square().sum(-1)
+
+        return lpgd.NodeLayer(lpgd.Node(energy, batched=batched))(x)
+
+    with pytest.raises(ValueError, match="energy uses weight, which requires a gradient, or has lanes"):
+        vmap(layer)(weights)
+    for derivative in (grad(lambda weight: layer(weight).sum()), jacfwd(layer), jacrev(layer)):
+        with pytest.raises(ValueError, match="energy uses weight, which requires a gradient, or has lanes"):
+            derivative(weights[0])
+    with torch.no_grad(), pytest.raises(ValueError, match="energy uses weight"):
+        vmap(layer)(weights)
+    constant = vmap(lambda x: lpgd.NodeLayer(lpgd.Node(lambda x, y: (y - 2 * x).square().sum()))(x))(x)
+    torch.testing.assert_close(constant, 2 * x)
+
+
+def test_options_have_no_tangents() -> None:
+    x, value = normal(BATCH, N), torch.tensor(0.5).double()
+    makers: list[Callable[[Any], Tensor]] = [
+        lambda alpha: lpgd.NodeLayer(lpgd.nodes.RobustPooling("huber", alpha=alpha))(x),
+        lambda gamma: lpgd.NodeLayer(lpgd.nodes.OptimalTransport(gamma=gamma))(x),
+        lambda extra: lpgd.BlackboxLayer(lambda c, e: 1.0 * (c < e), lpgd.LPGD(TAU))(x, extra.expand(BATCH, N)),
+    ]
+    for made in makers:
+        for transform in (jacfwd, jacrev):
+            with pytest.raises(ValueError, match="requires a gradient, which"):
+                transform(made)(value)

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lpgd.arrays import is_differentiated
+
 __all__ = ["TensorMemo"]
 
 Value = TypeVar("Value")
@@ -26,7 +28,7 @@ class TensorMemo:
 
     def __call__(self, tensor: Tensor, key: Any, compute: Callable[[], Value]) -> Value:
         """``compute()``, unless it is known for this key from an earlier call with this tensor, unchanged since."""
-        if tensor.is_inference() or tensor.requires_grad:
+        if tensor.is_inference() or is_differentiated(tensor):
             return compute()
         entry = (key, tensor._version)
         with self.lock:

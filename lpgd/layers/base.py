@@ -20,6 +20,7 @@ from lpgd.gradients import GradientMethod, ImplicitKKT, check_compatible
 from lpgd.gradients.losses import Reading, identity
 from lpgd.layers.absent import without_absent_rows
 from lpgd.layers.balanced import balanced, in_own_coordinates, is_of_other_coordinates
+from lpgd.layers.eager import built_eagerly
 from lpgd.layers.inputs import Batch
 from lpgd.layers.standard_options import StandardOptions
 from lpgd.problems.base import States, Structure, Traits
@@ -74,6 +75,11 @@ class BaseLayer(torch.nn.Module, ABC):
     Args:
         gradient, on_error, executor, progress: see the layers.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__init__" in vars(cls):
+            cls.__init__ = built_eagerly(cls.__init__)
 
     def __init__(
         self, gradient: GradientMethod, on_error: OnError, executor: Executor | None, progress: bool = False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["eager", "signature_of"]
+__all__ = ["built_eagerly", "eager", "signature_of"]
 
 NO_GRAPH = (
     "an optimization layer calls solvers, which no graph of tensor operations can hold: it cannot be "
@@ -38,6 +39,23 @@ def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         return function(*args, **keywords)
 
     return call
+
+
+def built_eagerly(constructor: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The same ``__init__``, which ``torch.compile`` does not look into: it cannot read modules that are half built.
+
+    It would do so frame by frame, where it does not show; so the compiler is told wherever it has been imported.
+    """
+
+    @wraps(constructor)
+    def build(*args: Arguments.args, **keywords: Arguments.kwargs) -> Result:
+        if "torch._dynamo" not in sys.modules:
+            return constructor(*args, **keywords)
+        from lpgd.layers.uncompiled import run
+
+        return run(constructor, args, keywords)
+
+    return build
 
 
 def signature_of(

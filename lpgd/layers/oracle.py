@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 import numpy as np
 from torch import Tensor
 
+from lpgd.arrays import is_differentiated
 from lpgd.autograd import CallInfo
 from lpgd.gradients import GradientMethod
 from lpgd.layers.base import BaseLayer, CallOptions, Recorded, WarmStart
@@ -128,7 +129,7 @@ class OracleLayer(BaseLayer):
         """
         shape, size = batch.batch_shape, batch.batch_size
         if isinstance(values, Tensor | np.ndarray):
-            if isinstance(values, Tensor) and values.requires_grad:
+            if isinstance(values, Tensor) and is_differentiated(values):
                 raise ValueError(f"{name} requires a gradient, which it would not get: pass {name}.detach().")
             if tuple(values.shape[: len(shape)]) != shape:
                 raise ValueError(f"{name} has shape {tuple(values.shape)}; expected {_wanted(shape)}.")

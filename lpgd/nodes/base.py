@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple, SupportsFloat
 
 from torch import Tensor
 
+from lpgd.nodes.captured import is_followed
 from lpgd.status import Status
 
 __all__ = ["BaseNode", "NodeAnswer", "Tilt", "fixed_number", "is_shared", "refuse_learned_options"]
@@ -214,7 +215,7 @@ def fixed_number(option: str, value: object, instead: str) -> float:
         ValueError: it is none, or a tensor that wants a gradient; ``instead`` is what to do then, a clause.
     """
     if isinstance(value, Tensor):
-        if value.requires_grad:
+        if is_followed(value):
             raise ValueError(f"{option} requires a gradient, which no option gets: {instead}.")
         if value.numel() != 1:
             raise ValueError(f"{option} has shape {tuple(value.shape)}; an option is one number: {instead}.")
@@ -232,7 +233,7 @@ def refuse_learned_options(node: BaseNode) -> None:
     """
     for field in fields(node) if is_dataclass(node) else ():
         value = getattr(node, field.name)
-        if isinstance(value, Tensor) and value.requires_grad:
+        if is_followed(value):
             raise ValueError(
                 f"{field.name} of {node.name} requires a gradient, which no option gets: pass {field.name}.item(), or "
                 f"make it an input, which the node's description names where there is such a form."

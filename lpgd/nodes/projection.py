@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lpgd import linalg
-from lpgd.arrays import flags
+from lpgd.arrays import flags, is_wrapped
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, fixed_number
 from lpgd.status import Status
 
@@ -76,7 +76,9 @@ class Projection(BaseNode):
     def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Scores of minus infinity, as of an attention mask, are exact zeros of the simplex: any low score is one."""
         x = inputs[0]
-        if self.onto != "simplex" or not x.numel() or bool(x.detach().sum().isfinite()):
+        if self.onto != "simplex" or not x.numel():
+            return inputs
+        if not is_wrapped(x) and bool(x.detach().sum().isfinite()):
             return inputs
         masked = x == -torch.inf
         largest = x.detach().amax(-1, keepdim=True)

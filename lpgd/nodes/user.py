@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lpgd.arrays import flags
+from lpgd.arrays import first_lane, flags, may_be_followed
 from lpgd.nodes.base import BaseNode, NodeAnswer
-from lpgd.nodes.captured import captured_tensors
+from lpgd.nodes.captured import refuse_captured
 from lpgd.status import Status
 
 __all__ = ["Node"]
@@ -125,7 +125,7 @@ class Node(BaseNode):
 
     def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Refuse functions that use tensors whose gradient would be lost."""
-        if torch.is_grad_enabled() and all(tensor.numel() for tensor in inputs):
+        if may_be_followed() and all(tensor.numel() for tensor in inputs):
             self._check_captured(inputs)
         return inputs
 
@@ -279,7 +279,7 @@ class Node(BaseNode):
             ValueError: with the names that lead to such tensors, where they can be found.
         """
         row = tuple(
-            tensor.detach()[(0,) * (tensor.ndim - ndim)]
+            first_lane(tensor)[(0,) * (tensor.ndim - ndim)]
             for tensor, ndim in zip(inputs, self.inputs.values(), strict=True)
             if tensor.ndim >= ndim
         )
@@ -293,12 +293,7 @@ class Node(BaseNode):
                 continue
             with self._explained(role, [tensor.shape for tensor in (*row, y)]):
                 value = function(*row, y)
-            if isinstance(value, Tensor) and value.requires_grad:
-                names = ", ".join(dict.fromkeys(captured_tensors(function))) or "a tensor that could not be named"
-                raise ValueError(
-                    f"the {role} of {self.name} uses {names}, which requires a gradient but is no argument of it, "
-                    "and would get none: make it an input of the node, or detach it."
-                )
+            refuse_captured(f"the {role} of {self.name}", function, [value], "an input of the node")
 
 
 def _input_names(objective: Function) -> tuple[str, ...]:

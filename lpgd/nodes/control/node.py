@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lpgd.arrays import first_lane, may_be_followed
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt
-from lpgd.nodes.captured import captured_tensors
+from lpgd.nodes.captured import refuse_captured
 from lpgd.nodes.control.ending import Trajectories, in_units, polish, warm
 from lpgd.nodes.control.functions import Function, Functions
 from lpgd.nodes.control.solver import minimise
@@ -163,10 +164,10 @@ class OptimalControl(BaseNode):
     def arrange(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Refuse functions that use tensors whose gradient would be lost: called once, with detached arguments."""
         shapes = zip(inputs, self.inputs.values(), strict=True)
-        if not torch.is_grad_enabled() or not all(tensor.ndim >= ndim and tensor.numel() for tensor, ndim in shapes):
+        if not may_be_followed() or not all(tensor.ndim >= ndim and tensor.numel() for tensor, ndim in shapes):
             return inputs
         pairs = zip(inputs, self.inputs.values(), strict=True)
-        state, *parameters = (tensor.detach()[(0,) * (tensor.ndim - ndim)] for tensor, ndim in pairs)
+        state, *parameters = (first_lane(tensor)[(0,) * (tensor.ndim - ndim)] for tensor, ndim in pairs)
         varies = [name in self.varying for name in self._parameters]
         row = [parameter[0] if moves else parameter for parameter, moves in zip(parameters, varies, strict=True)]
         control = state.new_zeros(self.controls)
@@ -176,13 +177,7 @@ class OptimalControl(BaseNode):
             function = getattr(self, role)
             if not callable(function):
                 continue
-            values = function(*given)
-            if any(isinstance(value, Tensor) and value.requires_grad for value in _as_tuple(values)):
-                names = ", ".join(dict.fromkeys(captured_tensors(function))) or "a tensor that could not be named"
-                raise ValueError(
-                    f"{role} of {self.name} uses {names}, which requires a gradient but is no argument of it, and "
-                    "would get none: make it a parameter, or detach it."
-                )
+            refuse_captured(f"{role} of {self.name}", function, _as_tuple(function(*given)), "a parameter")
         return inputs
 
     # -- what is minimised -------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray, from_numpy
+from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray, from_numpy, is_differentiated, is_wrapped
 
 __all__ = ["PART", "SparsityPattern"]
 
@@ -336,8 +336,5 @@ def _is_plain(first: Tensor, second: Tensor) -> bool:
         and second.dtype is double
         and first.is_cpu
         and second.is_cpu
-        and not (first.requires_grad or second.requires_grad or _is_wrapped(first) or _is_wrapped(second))
+        and not any(is_differentiated(tensor) or is_wrapped(tensor) for tensor in (first, second))
     )
-
-
-_is_wrapped: Callable[[Tensor], bool] = cast(Any, torch._C)._functorch.is_functorch_wrapped_tensor
