@@ -19,6 +19,7 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.problems.solution import AnySolution
+from lpgd.solvers.equations import are_equations, solved_equations
 from lpgd.solvers.kkt.reduced import is_dense
 from lpgd.solvers.kkt.refinement import is_cheap
 from lpgd.solvers.lengths import (
@@ -137,8 +138,8 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
         max_iterations: iteration limit of one element.
         time_limit: seconds for one element; None is no limit.
         batch_time_limit: seconds for all elements of a solve together; those that have not begun by then end with
-            ``Status.TIME_LIMIT``, and no element takes longer than that where the
-            solver can stop.  Forward and each perturbed solve count for themselves.
+            ``Status.TIME_LIMIT``, and no element takes longer than that where the solver can stop.  Forward and each
+            perturbed solve count for themselves.
         verbose: let the solver print.
         rescue: elements that end without proof (at the iteration limit, by a numerical error, inaccurately, or with a
             verdict that its own certificate does not show) are handed to the next installed solver that can take them;
@@ -164,6 +165,8 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
     """Other names of fields: those of the solver itself and of the field's standard layer."""
     finest_tolerance: ClassVar[float] = 1e-12
     """The smallest tolerance that the solver reaches in double precision on well-scaled problems."""
+    takes_equations: ClassVar[bool] = False
+    """Whether it is asked about programs without inequalities, too, which one linear system solves."""
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -246,18 +249,25 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
 
     def _judged(self, posed: Posed, executor: Executor | None) -> ConicSolution:
         structure = posed.problem.structure
+        if self.refine and not self.verbose and not self.takes_equations and are_equations(posed.inside):
+            found = judged(posed, solved_equations(posed.inside), self.tolerance, self.name)
+            return self._completed(posed, found, sorted({*found.failed} - {*posed.settled}), executor)
         draft = self.draft(structure) if self.refine and is_cheap(structure) else None
         if draft is None:
             answer = self.solve_posed(posed.inside, posed.states, executor)
             return judged(posed, answer, self.tolerance, self.name, refined=self.refine)
         answer = draft.solve_posed(posed.inside, posed.states, executor)
         found = judged(posed, answer, self.tolerance, self.name, draft=True)
-        elements = left_by_draft(posed, found)
+        return self._completed(posed, found, left_by_draft(posed, found), executor)
+
+    def _completed(
+        self, posed: Posed, found: ConicSolution, elements: list[int], executor: Executor | None
+    ) -> ConicSolution:
+        """What was found, with these elements solved by the solver in earnest."""
         if not elements:
             return found
         chosen = posed.select(elements)
-        again = self.solve_posed(chosen.inside, chosen.states, executor)
-        again = judged(chosen, again, self.tolerance, self.name)
+        again = judged(chosen, self.solve_posed(chosen.inside, chosen.states, executor), self.tolerance, self.name)
         return merged(found, elements, again, [True] * len(elements), keep_states=True)
 
     def draft(self, structure: ConicStructure) -> ConicSolver | None:

@@ -75,6 +75,7 @@ class CustomSolver(ElementwiseSolver):
     package: ClassVar[str] = "scipy"
     pip_name: ClassVar[str] = "scipy"
     capabilities: ClassVar[Capabilities] = Capabilities(SCS.capabilities.cones, quadratic=True, time_limit=False)
+    takes_equations: ClassVar[bool] = True
 
     def __init__(
         self,
