@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lpgd.arrays import BoolArray, FloatArray, as_index, flags, from_numpy
 from lpgd.problems.conic.balance import Balance
@@ -31,6 +32,7 @@ from lpgd.problems.conic.positions import (
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData
+from lpgd.solvers.kkt.refinement import optimality_residual
 from lpgd.solvers.posed import VERDICTS
 from lpgd.solvers.rescue import OPEN, merged
 from lpgd.status import Status
@@ -194,21 +196,44 @@ class Search:
     ) -> tuple[Balance, ConicSolution, list[int]]:
         """What there is, with answers in other coordinates where they are better, and which those are.
 
-        Elements whose answers are not, and were SOLVED, are INACCURATE.
+        Elements whose answers are not, and were SOLVED, are INACCURATE, unless they are known to rounding in the
+        batch's own coordinates and what was found in others is not.
         """
         index = as_index(elements, solution.x.device)
         again = self.solve(other.problem(self.data).select(index), cold=True, alone=self.alone)
+        kept = self._leaves_more(balance, other, solution.select(index), again, index)
         taken = [
-            is_better(status, solution.statuses[element])
-            for element, status in zip(elements, again.statuses, strict=True)
+            not is_kept and is_better(status, solution.statuses[element])
+            for element, status, is_kept in zip(elements, again.statuses, kept, strict=True)
         ]
         chosen = [element for element, is_taken in zip(elements, taken, strict=True) if is_taken]
-        solution = _inaccurate(solution, [element for element in elements if element not in chosen])
+        settled = zip(elements, taken, kept, strict=True)
+        solution = _inaccurate(solution, [element for element, *reasons in settled if not any(reasons)])
         if not chosen:
             return balance, solution, chosen
         balance = balance.where(chosen, other)
         solution = merged(solution, elements, again, taken, keep_states=True)
         return balance, replace(solution, problem=balance.problem(self.data)), chosen
+
+    def _leaves_more(
+        self, balance: Balance, other: Balance, solution: ConicSolution, again: ConicSolution, index: Tensor
+    ) -> list[bool]:
+        """Of the elements of two solutions, those that are known to rounding in the first one alone.
+
+        That is looked at in the batch's own coordinates: in others a cost may be too small for a tolerance.
+        """
+        if not any(status is Status.SOLVED for status in solution.statuses):
+            return [False] * len(solution.statuses)
+        problem = ConicProblem(self.balancing.structure, self.data, self.size).select(index)
+        known: list[Tensor] = []
+        for coordinates, found in ((balance, solution), (other, again)):
+            own = coordinates.select(index)
+            point = problem.units.point_in(problem, own.point_out(found.point))
+            slack = problem.units.slack_in(problem, own.slack_out(found.slack))
+            left = optimality_residual(problem.units.apply(problem), point, slack)
+            known.append(left <= SURE * point.largest().clamp(min=1.0))
+        solved = torch.tensor([status is Status.SOLVED for status in solution.statuses])
+        return flags(solved.to(known[0].device) & known[0] & ~known[1])
 
     def _doubtful(self, solution: ConicSolution, elements: list[int]) -> list[int]:
         """Elements whose points are not known well enough where they are, and those said to have no solution.

@@ -87,6 +87,15 @@ class Balance:
         zeros = (torch.zeros_like(self.exponents), torch.zeros_like(self.row_exponents))
         return Balance(self.balancing, self.size, *zeros)
 
+    def select(self, elements: Tensor) -> Balance:
+        """Those of some elements."""
+        tensors = (self.exponents, self.row_exponents, self.origin)
+        own = (tensor if tensor is None or tensor.shape[0] == 1 else tensor[elements] for tensor in tensors)
+        exponents, rows, origin = own
+        assert exponents is not None
+        assert rows is not None
+        return Balance(self.balancing, elements.shape[0], exponents, rows, origin)
+
     def where(self, elements: list[int], other: Balance) -> Balance:
         """These coordinates, and other ones for some elements."""
 
