@@ -177,3 +177,29 @@ def test_a_far_constraint_that_is_active(far: float) -> None:
     np.testing.assert_allclose(found.detach().numpy(), [far / 2, far / 2], rtol=1e-7)
     assert room.grad is not None
     np.testing.assert_allclose(room.grad.numpy(), 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loose", ["ball of 10", "ball of 1000", "bounds", "magnitudes"])
+@pytest.mark.parametrize("size", [1e-4, 1e-2])
+@pytest.mark.parametrize("power", [3, 4])
+def test_a_small_power_beside_a_square_is_not_lost(power: int, size: float, loose: str) -> None:
+    """``|x|² + Σ |x_i|ᵖ - <c, x>`` has its minimum where c is its gradient, which moves by the inverse curvature."""
+    x, c = cp.Variable(3), cp.Parameter(3)
+    objective = cp.sum_squares(x) + cp.sum(cp.power(cp.abs(x) if power == 3 else x, power))
+    far = {
+        "ball of 10": cp.norm(x) <= 10,
+        "ball of 1000": cp.norm(x) <= 1e3,
+        "bounds": x <= 1e3,
+        "magnitudes": cp.norm1(x) <= 1e3,
+    }[loose]
+    layer = lpgd.CvxpyLayer(cp.Problem(cp.Minimize(objective - c @ x), [far]), [c], [x])
+    generator = np.random.default_rng(3)
+    at = size * generator.uniform(0.2, 2.0, (4, 3)) * generator.choice([-1.0, 1.0], (4, 3))
+    costs = double(2 * at + power * np.sign(at) * np.abs(at) ** (power - 1)).requires_grad_()
+    output = layer(costs)
+    output[0].sum().backward()
+    assert output.info.statuses == (Status.SOLVED,) * 4
+    np.testing.assert_allclose(output[0].detach().numpy(), at, rtol=0, atol=1e-9 * size)
+    assert costs.grad is not None
+    curvature = 2 + power * (power - 1) * np.abs(at) ** (power - 2)
+    np.testing.assert_allclose(costs.grad.numpy(), 1 / curvature, rtol=1e-6)

@@ -49,6 +49,11 @@ FAR = 14.0
 """Exponents of two by which sizes of one cone may differ."""
 SURE = 1e-12
 """What is left of the optimality conditions, relative to the point, where it is known to rounding."""
+WORSE, MORE = 1e-7, 100.0
+"""An answer that leaves more than the first number of the optimality conditions in the batch's own coordinates, and so
+many times what another one leaves, is worse than that."""
+VAGUE = 1e-3
+"""Errors relative to the lengths that matter, of answers that are no more than INACCURATE."""
 ROUNDS = 5
 """So often the coordinates of an element follow its answer."""
 
@@ -196,18 +201,22 @@ class Search:
     ) -> tuple[Balance, ConicSolution, list[int]]:
         """What there is, with answers in other coordinates where they are better, and which those are.
 
-        Elements whose answers are not, and were SOLVED, are INACCURATE, unless they are known to rounding in the
-        batch's own coordinates and what was found in others is not.
+        Elements whose answers are not, and were SOLVED, are INACCURATE, unless the other answer is worse in the batch's
+        own coordinates, and theirs are not vague.
         """
         index = as_index(elements, solution.x.device)
         again = self.solve(other.problem(self.data).select(index), cold=True, alone=self.alone)
-        kept = self._leaves_more(balance, other, solution.select(index), again, index)
+        kept = self._is_worse(balance, other, solution.select(index), again, index)
         taken = [
             not is_kept and is_better(status, solution.statuses[element])
             for element, status, is_kept in zip(elements, again.statuses, kept, strict=True)
         ]
         chosen = [element for element, is_taken in zip(elements, taken, strict=True) if is_taken]
-        settled = zip(elements, taken, kept, strict=True)
+        clear = np.zeros(len(elements), dtype=bool)
+        if any(kept):
+            before = solution.select(index)
+            clear = np.array(kept) & (_is_sure(before) | (strain_there(before, self._found(before)) <= VAGUE))
+        settled = zip(elements, taken, clear.tolist(), strict=True)
         solution = _inaccurate(solution, [element for element, *reasons in settled if not any(reasons)])
         if not chosen:
             return balance, solution, chosen
@@ -215,25 +224,26 @@ class Search:
         solution = merged(solution, elements, again, taken, keep_states=True)
         return balance, replace(solution, problem=balance.problem(self.data)), chosen
 
-    def _leaves_more(
+    def _is_worse(
         self, balance: Balance, other: Balance, solution: ConicSolution, again: ConicSolution, index: Tensor
     ) -> list[bool]:
-        """Of the elements of two solutions, those that are known to rounding in the first one alone.
+        """Of the elements of two solutions, those SOLVED of which the second one is worse in the batch's own coordinates.
 
-        That is looked at in the batch's own coordinates: in others a cost may be too small for a tolerance.
+        In others a cost may be too small for a tolerance.
         """
         if not any(status is Status.SOLVED for status in solution.statuses):
             return [False] * len(solution.statuses)
         problem = ConicProblem(self.balancing.structure, self.data, self.size).select(index)
-        known: list[Tensor] = []
+        left: list[Tensor] = []
         for coordinates, found in ((balance, solution), (other, again)):
             own = coordinates.select(index)
             point = problem.units.point_in(problem, own.point_out(found.point))
             slack = problem.units.slack_in(problem, own.slack_out(found.slack))
-            left = optimality_residual(problem.units.apply(problem), point, slack)
-            known.append(left <= SURE * point.largest().clamp(min=1.0))
-        solved = torch.tensor([status is Status.SOLVED for status in solution.statuses])
-        return flags(solved.to(known[0].device) & known[0] & ~known[1])
+            left.append(
+                optimality_residual(problem.units.apply(problem), point, slack) / point.largest().clamp(min=1.0)
+            )
+        solved = torch.tensor([status is Status.SOLVED for status in solution.statuses]).to(left[0].device)
+        return flags(solved & ~(left[1] <= (MORE * left[0]).clamp(min=WORSE)))
 
     def _doubtful(self, solution: ConicSolution, elements: list[int]) -> list[int]:
         """Elements whose points are not known well enough where they are, and those said to have no solution.
