@@ -227,7 +227,7 @@ class Search:
     def _is_worse(
         self, balance: Balance, other: Balance, solution: ConicSolution, again: ConicSolution, index: Tensor
     ) -> list[bool]:
-        """Of the elements of two solutions, those SOLVED of which the second one is worse in the batch's own coordinates.
+        """Elements that are SOLVED in one solution, and of which another is worse in the batch's own coordinates.
 
         In others a cost may be too small for a tolerance.
         """
