@@ -184,6 +184,20 @@ def test_sparse_matrices_are_the_dense_ones(layout: str, batch: tuple[int, ...])
     close([part.to_dense() for part in own], expected, 1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:ECOS left 1 of 1 elements without a solution:lpgd.LpgdWarning")
+@pytest.mark.parametrize("solver", [None, "CLARABEL", "SCS", "ECOS", "MOREAU"])
+@pytest.mark.parametrize("cones", [lpgd.Cones(zero=1, nonnegative=1), lpgd.Cones(zero=1, second_order=(2,))], ids=repr)
+def test_equations_without_entries(solver: str | None, cones: lpgd.Cones) -> None:
+    """``0ᵀx = 0`` on a sparse pattern says nothing: x is the projection of 1 onto x ≤ ½, which q does not move."""
+    pytest.importorskip("ecos" if solver == "ECOS" else "moreau" if solver == "MOREAU" else "clarabel")
+    eye = torch.eye(1, dtype=torch.float64)
+    A, b = torch.zeros(cones.rows, 1, dtype=torch.float64), torch.zeros(cones.rows, dtype=torch.float64)
+    A[1], b[1] = 1.0, 0.5
+    q = leaf(-eye[0])
+    output = lpgd.solve_conic(eye, q, A.to_sparse(), b, cones, solver=solver)
+    close([output.x, *torch.autograd.grad(output.x.sum(), q)], [0.5 * eye[0], 0 * q], 1e-6)
+
+
 SHAPES = st.sampled_from([(), (1,), (3,), (2, 1), (2, 3)])
 
 

@@ -16,7 +16,7 @@ from lpgd.solvers.backends.cone_form import ConeForm
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.forms import RowForm, RowPoint, RowVectors
 from lpgd.solvers.base import Capabilities
-from lpgd.status import Status
+from lpgd.status import SetUpError, Status
 
 __all__ = ["ECOS"]
 
@@ -133,15 +133,20 @@ class _PreparedECOS(Prepared):
             keywords = {"A": self.equality.copy(), "b": right[:zero].copy()}
         options = self.options
         # ECOS scales the arrays it is given in place (ecos 2.0.14): it gets copies.
-        return options.module().solve(
-            cost.copy(),
-            self.inequality.copy() if self.conic.size else None,
-            right[self.conic] if self.conic.size else None,
-            self.dimensions,
-            verbose=options.verbose,
-            max_iters=options.max_iterations,
-            abstol=options.tolerance,
-            reltol=options.tolerance,
-            feastol=options.tolerance,
-            **keywords,
-        )
+        try:
+            return options.module().solve(
+                cost.copy(),
+                self.inequality.copy() if self.conic.size else None,
+                right[self.conic] if self.conic.size else None,
+                self.dimensions,
+                verbose=options.verbose,
+                max_iters=options.max_iterations,
+                abstol=options.tolerance,
+                reltol=options.tolerance,
+                feastol=options.tolerance,
+                **keywords,
+            )
+        except RuntimeError as error:
+            if "setting up" in str(error):  # of an equation without entries, such as 0ᵀx = 0 (ecos 2.0.14)
+                raise SetUpError("ECOS cannot set up these matrices.") from error
+            raise
