@@ -184,7 +184,6 @@ def test_sparse_matrices_are_the_dense_ones(layout: str, batch: tuple[int, ...])
     close([part.to_dense() for part in own], expected, 1e-7)
 
 
-@pytest.mark.filterwarnings("ignore:ECOS left 1 of 1 elements without a solution:lpgd.LpgdWarning")
 @pytest.mark.parametrize("solver", [None, "CLARABEL", "SCS", "ECOS", "MOREAU"])
 @pytest.mark.parametrize("cones", [lpgd.Cones(zero=1, nonnegative=1), lpgd.Cones(zero=1, second_order=(2,))], ids=repr)
 def test_equations_without_entries(solver: str | None, cones: lpgd.Cones) -> None:
@@ -196,6 +195,18 @@ def test_equations_without_entries(solver: str | None, cones: lpgd.Cones) -> Non
     q = leaf(-eye[0])
     output = lpgd.solve_conic(eye, q, A.to_sparse(), b, cones, solver=solver)
     close([output.x, *torch.autograd.grad(output.x.sum(), q)], [0.5 * eye[0], 0 * q], 1e-6)
+
+
+@pytest.mark.parametrize("solver", [None, "CLARABEL", "SCS", "ECOS", "MOREAU"])
+def test_cones_without_entries(solver: str | None) -> None:
+    """A sparse A without entries leaves constants in K, whatever x is; where -q is no force of A, x has no bound."""
+    pytest.importorskip("ecos" if solver == "ECOS" else "moreau" if solver == "MOREAU" else "clarabel")
+    cones, eye = lpgd.Cones(second_order=(2,)), torch.eye(2, dtype=torch.float64)
+    A, b = torch.zeros(2, 2, dtype=torch.float64).to_sparse(), torch.tensor([1.0, 0.5], dtype=torch.float64)
+    output = lpgd.solve_conic(eye, eye[0], A, b, cones, solver=solver)
+    close([output.x, output.s], [-eye[0], b], 1e-6)
+    layer = lpgd.ConicLayer(cones, solver=solver, on_error="nan")
+    assert layer(None, eye, A, b).info.statuses == (lpgd.Status.UNBOUNDED,) * 2
 
 
 SHAPES = st.sampled_from([(), (1,), (3,), (2, 1), (2, 3)])

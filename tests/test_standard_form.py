@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import cvxpy as cp
 import numpy as np
 import pytest
+import torch
 
+import lpgd
 from lpgd import Cones, ConicStructure
 from lpgd.arrays import FloatArray, IntArray
 from lpgd.cones.projections import projection_derivative
@@ -110,3 +115,36 @@ def test_a_variable_that_is_in_no_cone_is_singular() -> None:
     condition = Standard(structure, A, v).condition
     assert not condition[3] < 1e10
     assert condition[1] < 1e10
+
+
+# Within the dual cone: then -b is the one solution of minimise qᵀx, x + b ∈ K.
+COSTS = {
+    "second-order": (Cones(second_order=(3,)), [2.0, 1.0, 0.0]),
+    "semidefinite": (Cones(semidefinite=(2,)), [1.0, 0.0, 1.0]),
+    "exponential": (Cones(exponential=1), [-1.0, 0.5, 1.0]),
+    "power": (Cones(power=(0.5,)), [1.0, 1.0, 0.5]),
+    "two": (Cones(second_order=(2,), power=(0.5,)), [1.0, 0.5, 1.0, 1.0, 0.5]),
+}
+
+
+@pytest.mark.parametrize("method", [None, lpgd.LPGD(), lpgd.LPGD(tau=1e-3)], ids=repr)
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize(("cones", "cost"), COSTS.values(), ids=COSTS)
+def test_cones_alone_without_linear_constraints(cones: Cones, cost: list[float], batch: Any, method: Any) -> None:
+    q = torch.tensor(cost, dtype=torch.float64)
+    b = torch.linspace(0.1, 0.5, len(cost), dtype=torch.float64).requires_grad_()
+    A = -torch.eye(len(cost), dtype=torch.float64).to_sparse()
+    x = lpgd.solve_conic(None, q.expand(*batch, len(cost)), A, b, cones, gradient=method).x
+    torch.testing.assert_close(x, -b.expand_as(x), atol=1e-6, rtol=0)
+    (gradient,) = torch.autograd.grad(x.sum(), b)
+    torch.testing.assert_close(gradient, torch.full_like(b, -batch[0] if batch else -1), atol=1e-4, rtol=0)
+
+
+def test_the_least_matrix_above_another_one_is_that() -> None:
+    X, C = cp.Variable((2, 2), symmetric=True), cp.Parameter((2, 2), symmetric=True)
+    layer = lpgd.CvxpyLayer(cp.Problem(cp.Minimize(cp.trace(X)), [X >> C]), [C], [X])
+    value = torch.tensor([[1.0, 0.3], [0.3, -0.5]], dtype=torch.float64, requires_grad=True)
+    (least,) = layer(value)
+    torch.testing.assert_close(least, value, atol=1e-7, rtol=0)
+    (gradient,) = torch.autograd.grad((least * torch.tensor([[1.0, 2.0], [2.0, 5.0]])).sum(), value)
+    torch.testing.assert_close(gradient, torch.tensor([[1.0, 2.0], [2.0, 5.0]]).double(), atol=1e-6, rtol=0)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import scipy.sparse as sp
 
-from lpgd.arrays import FloatArray
+from lpgd.arrays import FloatArray, IntArray
 from lpgd.execution.interrupts import InterruptedSolveError, hearing
 from lpgd.problems.base import State
 from lpgd.problems.conic.problem import ConicProblem
@@ -16,7 +16,7 @@ from lpgd.solvers.backends.cone_form import ConeForm
 from lpgd.solvers.backends.elementwise import ElementwiseSolver, Outcome, Prepared
 from lpgd.solvers.backends.forms import RowForm, RowPoint, RowVectors
 from lpgd.solvers.base import Capabilities
-from lpgd.status import SetUpError, Status
+from lpgd.status import Status
 
 __all__ = ["ECOS"]
 
@@ -93,11 +93,12 @@ class _PreparedECOS(Prepared):
         place[: cones.zero] = np.arange(cones.zero)
         place[self.conic] = np.arange(self.conic.size)
         first = self.form.row < cones.zero
-        # ECOS knows SciPy's matrices, not its arrays (ecos 2.0.14).
         self.equality, self.inequality = (
-            sp.csc_matrix(
-                (self.form.value[chosen], (place[self.form.row[chosen]], self.form.column[chosen])),
-                shape=(height, self.form.width),
+            _matrix(
+                self.form.value[chosen],
+                place[self.form.row[chosen]],
+                self.form.column[chosen],
+                (height, self.form.width),
             )
             for chosen, height in ((first, cones.zero), (~first, self.conic.size))
         )
@@ -133,20 +134,25 @@ class _PreparedECOS(Prepared):
             keywords = {"A": self.equality.copy(), "b": right[:zero].copy()}
         options = self.options
         # ECOS scales the arrays it is given in place (ecos 2.0.14): it gets copies.
-        try:
-            return options.module().solve(
-                cost.copy(),
-                self.inequality.copy() if self.conic.size else None,
-                right[self.conic] if self.conic.size else None,
-                self.dimensions,
-                verbose=options.verbose,
-                max_iters=options.max_iterations,
-                abstol=options.tolerance,
-                reltol=options.tolerance,
-                feastol=options.tolerance,
-                **keywords,
-            )
-        except RuntimeError as error:
-            if "setting up" in str(error):  # of an equation without entries, such as 0ᵀx = 0 (ecos 2.0.14)
-                raise SetUpError("ECOS cannot set up these matrices.") from error
-            raise
+        return options.module().solve(
+            cost.copy(),
+            self.inequality.copy() if self.conic.size else None,
+            right[self.conic] if self.conic.size else None,
+            self.dimensions,
+            verbose=options.verbose,
+            max_iters=options.max_iterations,
+            abstol=options.tolerance,
+            reltol=options.tolerance,
+            feastol=options.tolerance,
+            **keywords,
+        )
+
+
+def _matrix(values: FloatArray, rows: IntArray, columns: IntArray, shape: tuple[int, int]) -> Any:
+    """A matrix of SciPy's, as ECOS knows no sparse arrays; where there are no entries, with a zero, or it crashes.
+
+    (ecos 2.0.14)
+    """
+    if not values.size and shape[0]:
+        values, rows, columns = np.zeros(1), np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    return sp.csc_matrix((values, (rows, columns)), shape=shape)

@@ -148,9 +148,11 @@ class Standard:
 
     def _rotated(self, columns: FloatArray) -> FloatArray:
         """``Uᵀ`` times (k, n, c)."""
-        whole = np.zeros((len(columns), self.first + columns.shape[1], columns.shape[2]))
+        count, n, width = columns.shape
+        whole = np.zeros((count, self.first + n, width))
         whole[:, self.first :] = columns
-        return self.derivative.rotated(whole.reshape(-1, columns.shape[2])).reshape(whole.shape)[:, self.first :]
+        flat = whole.reshape(count * (self.first + n), width)  # of no width where there are no linear constraints
+        return self.derivative.rotated(flat).reshape(whole.shape)[:, self.first :]
 
     def _solved(
         self, dual: FloatArray, start: FloatArray, linear: FloatArray
