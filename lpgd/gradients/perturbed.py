@@ -199,14 +199,12 @@ def _perturbed(
     shared_rows = shared_bounds = torch.zeros_like(sides.above)
     if run.active is not None and (steps is None or not problem.traits.is_linear_program):
         program = cast(ConicProblem, problem)
-        noise = run.noise(run.base_error, run.active.size())
+        noise, x = run.noise(run.base_error, run.active.size()), program.in_own_units(cast(ConicPoint, run.base)).x
         if solution.known_to is not None:  # beside constraints far away slacks of the size of x are no noise
-            known = NOISE * (
-                solution.known_to + FINEST * maximum_norm(program.in_own_units(cast(ConicPoint, run.base)).x)
-            )
+            known = NOISE * (solution.known_to + FINEST * maximum_norm(x))
             noise = torch.where(known < noise, known, noise)
-        of_rows, of_bounds = shares_multipliers(program, run.active, noise)
-        shared_bounds = leaves_multipliers_open(program, run.active, noise) | of_bounds
+        of_rows, of_bounds = shares_multipliers(program, run.active, noise, x)
+        shared_bounds = leaves_multipliers_open(program, run.active, noise, x) | of_bounds
         shared_rows = shared_bounds | of_rows
     moved = run.moved(sides)
     if problem.traits.is_local:

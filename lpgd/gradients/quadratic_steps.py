@@ -208,7 +208,8 @@ def _change(
     if any((np.abs(values) <= noise[:, None]).any() for values in straight.distances):
         active = solution.active_set(problem)
         assert active is not None, "there are no integers"
-        of_rows, of_bounds = shares_multipliers(problem, active, from_numpy(noise))
+        at = problem.in_own_units(solution.point)
+        of_rows, of_bounds = shares_multipliers(problem, active, from_numpy(noise), at.x)
         done &= ~(of_rows | of_bounds).numpy()
     d_lower = d_upper = z
     if problem.structure.has_bounds:

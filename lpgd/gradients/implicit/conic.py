@@ -96,7 +96,7 @@ def response(
     rho = _curvature(method.rho, chosen_problem, units)
     answer = ConicPoint(*(torch.zeros_like(tensor) for tensor in located.point))
     left = ~located.weak
-    findings = Findings(len(active), bool(method.rho), chosen_problem.structure)
+    findings = Findings(len(active), bool(method.rho), chosen_problem.structure, located.point.x)
     plain = units.plain(len(active)).to(left.device)
     if solution.systems and method.rho == 0.0 and bool(plain.any()):
         apart, left = left & ~plain, left & plain
@@ -239,7 +239,7 @@ def _in_faces(
     for whole, values in zip(answer, found[:3], strict=True):
         whole[from_numpy(taken)] = from_numpy(values[solved])
     left[from_numpy(taken)] = False
-    told = np.array([not findings.concerns(rows) for rows in found.shared[solved]])
+    told = np.array([not findings.concerns(*one) for one in zip(taken.tolist(), found.shared[solved], strict=True)])
     findings.add(taken.tolist(), found.select(solved), told, told)
 
 

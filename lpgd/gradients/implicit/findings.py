@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from lpgd.arrays import BoolArray, from_numpy
 from lpgd.gradients.base import GradientInfo, GradientMethod
@@ -22,11 +23,12 @@ SAME = 1e-5
 
 @dataclass(eq=False)
 class Findings:
-    """What is known of the answers of E elements."""
+    """What is known of the answers of E elements, x (E, n) in units of order 1."""
 
     count: int
     with_rho: bool
     structure: ConicStructure
+    x: Tensor
 
     def __post_init__(self) -> None:
         # What was settled for a whole batch is regular: only rounding is left.
@@ -103,10 +105,12 @@ class Findings:
         """Whether one of these rows (m,) is of a curved cone."""
         return bool(rows[self.structure.cones.sections["nonnegative"].stop :].any())
 
-    def concerns(self, rows: BoolArray) -> bool:
-        """Whether anybody may ask for the gradient with respect to one of these rows (m,)."""
+    def concerns(self, element: int, rows: BoolArray) -> bool:
+        """Whether anybody may ask for the gradient of an element with respect to one of these rows (m,)."""
         asked = self.structure.asked
-        return bool(rows.any() if asked is None else rows[asked.of_y.touched].any())
+        if asked is not None and rows.any():
+            rows = rows & asked.rows_at(self.x[element : element + 1])[0].cpu().numpy()
+        return bool(rows.any())
 
     def record(self, method: GradientMethod, active: Sequence[int], info: GradientInfo) -> None:
         """Fill the record, and warn of what the answer depends on."""

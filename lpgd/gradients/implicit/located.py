@@ -8,18 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, from_numpy, rows_where
+from lpgd.arrays import FloatArray, flags, from_numpy, rows_where
 from lpgd.cones.regions import interior_direction, kinks
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint
 from lpgd.solvers.kkt.refinement import optimality_residual, refine
 
-__all__ = ["Located", "known_point"]
+__all__ = ["Located", "known_point", "relocated"]
 
 KNOWN_WELL = 1e-10
 """Points with a larger |F| are refined where their error matters: at curved cones, and near kinks."""
 KNOWN = 1e-7
 """Points of linear and quadratic programs with a larger |F| are refined anyhow: it may hide which rows are active."""
+WORSE = 100.0
+"""Another point of the same solution may leave so many times as much, or what is known well."""
 KINK = 1e-7
 """Multipliers and slacks that both are smaller are taken to vanish; 100 |F| at a point that is known less well."""
 
@@ -46,6 +48,11 @@ class Located(NamedTuple):
     xi_side: Tensor
     v_side: Tensor
     unit: ConicPoint
+
+    @property
+    def tolerance(self) -> Tensor:
+        """(E,) multipliers and slacks that both are smaller are taken to vanish."""
+        return (100 * self.error).clamp(KINK, 1e-3)
 
     def select(self, elements: Tensor) -> Located:
         """The same of some elements."""
@@ -74,6 +81,19 @@ def known_point(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: C
     for whole, values in zip((*point, slack, error), (*refined.point, refined.slack, refined.after), strict=True):
         whole[elements] = values
     return _locate(problem, point, slack, tilt, error, unit)
+
+
+def relocated(located: Located, point: ConicPoint, slack: Tensor, elements: list[int]) -> tuple[Located, list[int]]:
+    """The same solutions at another point of some elements, where that is one as well, and which these are."""
+    problem = located.problem
+    error = optimality_residual(problem, point, slack)
+    worse = error > (WORSE * located.error).clamp(min=KNOWN_WELL)
+    kept = torch.ones_like(worse)
+    kept[elements] = worse[elements]
+    point, slack = located.point.where(kept, point), torch.where(kept[:, None], located.slack, slack)
+    error = torch.where(kept, located.error, error)
+    there = _locate(problem, point, slack, located.tilt, error, located.unit)
+    return there, [element for element, stays in zip(elements, flags(worse[elements]), strict=True) if not stays]
 
 
 def _locate(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lpgd.arrays import BoolArray, FloatArray, as_index, flags, from_numpy, random_direction
 from lpgd.execution.tasks import run_tasks
+from lpgd.gradients.implicit.complementary import away_from_kinks
 from lpgd.gradients.implicit.findings import SAME, Findings
 from lpgd.gradients.implicit.located import Located
 from lpgd.gradients.implicit.multipliers import other_multipliers
@@ -90,15 +91,30 @@ def one_by_one(
     answer: ConicPoint,
     findings: Findings,
     executor: Executor | None,
+    *,
+    lead: bool = True,
 ) -> None:
-    """Write the response of some elements, and what there is to say about each."""
+    """Write the response of some elements, and what there is to say about each.
+
+    Where the sides of a kink differ, the element is led away from it if it can be, unless not asked to ``lead``.
+    """
     weak = flags(located.weak)
+    chosen = [element for element in elements if weak[element]]
+    sides = [_judged(located, chosen, rho, side, executor) for side in (1.0, -1.0)] if chosen else []
+    if chosen and lead and not np.any(rho):
+        differ = _differences(located, chosen, sides[0][0], sides[1][0])
+        there, led = away_from_kinks(located, [chosen[k] for k in np.flatnonzero(differ.somehow)])
+        if led:
+            one_by_one(there, led, rho, answer, findings, executor, lead=False)
+            kept = np.array([element not in led for element in chosen])
+            elements, chosen = ([one for one in some if one not in led] for some in (elements, chosen))
+            sides = [(one.select(kept), _Told(told.rows[kept], told.bounds[kept])) for one, told in sides]
+            if not elements:
+                return
     at_kink = [k for k, element in enumerate(elements) if weak[element]]
     if not at_kink:
         found, told = _judged(located, elements, rho, 0.0, executor)
     else:
-        chosen = [elements[k] for k in at_kink]
-        sides = [_judged(located, chosen, rho, side, executor) for side in (1.0, -1.0)]
         found, told = _between(located, elements, at_kink, sides, rho, executor)
         (above, told_above), (below, told_below) = sides
         differ = _differences(located, chosen, above, below)
@@ -128,7 +144,7 @@ def one_by_one(
         if found.unique[k] and not found.exact[k] and findings.is_curved(found.shared[k])
     ]
     if singular:
-        concerned = [findings.concerns(found.shared[k]) for k in singular]
+        concerned = [findings.concerns(elements[k], found.shared[k]) for k in singular]
         chosen = [elements[k] for k in singular]
         findings.steady |= _steady(located, chosen, rho, found.x[singular], concerned, executor)
     for whole, values in zip(answer, found[:3], strict=True):
@@ -221,7 +237,7 @@ def _judged(
     if asked is not None:
         of_x, of_y = found.follows[:, 1], found.follows[:, 2]
         found.unique[:] |= ~found.exact & of_x
-        told.rows[:] |= ~found.shared[:, asked.of_y.touched].any(1)
+        told.rows[:] |= ~(found.shared & asked.rows_at(located.point.x).cpu().numpy()).any(1)
         told.rows[:] |= found.unique & ~found.exact & of_y
     told.bounds[:] |= found.unique & ~found.exact & found.follows[:, 0]
     return found, told
@@ -234,7 +250,7 @@ def _of_x(located: Located, asked: Asked) -> ConicPoint:
 
 def _of_y(located: Located, asked: Asked) -> ConicPoint:
     nothing = torch.zeros_like(located.point.x)
-    return ConicPoint(nothing, asked.of_y.probe(located.unit.y), nothing)
+    return ConicPoint(nothing, asked.probe_of_y(located.point.x, located.unit.y), nothing)
 
 
 def _of_bounds(located: Located, side: float) -> ConicPoint:
@@ -323,6 +339,11 @@ class _Differences(NamedTuple):
     z: BoolArray
     asked: BoolArray
 
+    @property
+    def somehow(self) -> BoolArray:
+        """(k,) whether anything does that may be asked for."""
+        return (self.x > SAME) | self.asked | self.z
+
 
 def _differences(located: Located, elements: list[int], first: KKTResponse, second: KKTResponse) -> _Differences:
     asked, index = located.problem.structure.asked, as_index(elements, located.error.device)
@@ -338,9 +359,9 @@ def _differences(located: Located, elements: list[int], first: KKTResponse, seco
     asked_differ = differ
     if asked is not None:
         # How CVXPY's own variables move is nobody's gradient: a loose epigraph is always at a kink.
-        unit, y = located.unit.select(index), located.point.y[index].cpu()
-        xs = [asked.in_x(from_numpy(x), y, unit.x.cpu()).numpy() for x in xs]
-        ys = [asked.of_y(from_numpy(y), unit.y.cpu()).numpy() for y in ys]
+        unit, x, y = located.unit.select(index), located.point.x[index].cpu(), located.point.y[index].cpu()
+        xs = [asked.in_x(from_numpy(change), y, unit.x.cpu()).numpy() for change in xs]
+        ys = [asked.in_y(from_numpy(change), x, unit.y.cpu()).numpy() for change in ys]
         asked_differ = (np.abs(ys[0] - ys[1]) > SAME * np.maximum(size, 1e-300)[:, None]).any(1)
     largest = np.maximum(*(np.abs(x).max(1, initial=0.0) for x in xs))
     return _Differences(

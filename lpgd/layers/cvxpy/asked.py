@@ -25,12 +25,11 @@ def asked_of(program: CanonicalProgram, squared: IntArray) -> Asked:
     of_x = [layout.primal for layout in program.variables if layout.primal is not None]
     of_x += [_coefficients(program.q), _units(entries, n)]
     moved = _reached(program.A)
-    of_y = [_coefficients(program.b), _units(constraint.rows[moved], program.cones.rows)]
     bounded = np.zeros(n)
     bounded[program.lower_index[_reached(program.lower)]] = bounded[program.upper_index[_reached(program.upper)]] = 1.0
     return Asked(
         Readout.of(sp.vstack(of_x, format="csr")),
-        Readout.of(sp.vstack(of_y, format="csr")),
+        Readout.of(_coefficients(program.b)),
         constraint.rows[moved],
         constraint.columns[moved],
         bounded,

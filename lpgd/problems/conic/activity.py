@@ -140,7 +140,7 @@ def active_set(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> Activ
     )
 
 
-def shares_multipliers(problem: ConicProblem, active: ActiveSet, noise: Tensor) -> tuple[Tensor, Tensor]:
+def shares_multipliers(problem: ConicProblem, active: ActiveSet, noise: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """(B,) whether two linear constraints are active that are one and the same: their multipliers are not unique.
 
     Of two rows, and of a row and a bound.
@@ -152,6 +152,7 @@ def shares_multipliers(problem: ConicProblem, active: ActiveSet, noise: Tensor) 
         problem: B elements.
         active: their active sets.
         noise: (B,) multipliers and slacks of this size are zero.
+        x: (B, n) their solutions in units of order 1.
     """
     structure, data, size = problem.structure, problem.data, problem.batch_size
     linear = structure.cones.zero + structure.cones.nonnegative
@@ -180,7 +181,7 @@ def shares_multipliers(problem: ConicProblem, active: ActiveSet, noise: Tensor) 
     with_bound = bound[:, 1:] | bound[:, :-1]
     if structure.asked is None or not bool(same.any()):
         return (same & ~with_bound).any(1), (same & with_bound).any(1)
-    probe = structure.asked.of_y.probe(torch.ones_like(active.place[:, : structure.m]))[:, :linear]
+    probe = structure.asked.probe_of_y(x, torch.ones_like(active.place[:, : structure.m]))[:, :linear]
     bounded = from_numpy(structure.asked.bounded[ends]).to(of_bounds)
     told = torch.cat([probe / length, (direction.sum() + 1.0) * bounded.expand(size, -1)], 1) * images.sign()
     told = told.gather(1, order)
@@ -188,7 +189,7 @@ def shares_multipliers(problem: ConicProblem, active: ActiveSet, noise: Tensor) 
     return (same & unlike & ~with_bound).any(1), (same & unlike & with_bound).any(1)
 
 
-def leaves_multipliers_open(problem: ConicProblem, active: ActiveSet, noise: Tensor) -> Tensor:
+def leaves_multipliers_open(problem: ConicProblem, active: ActiveSet, noise: Tensor, x: Tensor) -> Tensor:
     """(B,) whether more constraints are active than there are variables, and what is asked of multipliers is open.
 
     A function ``r·y`` of multipliers with ``Aᵀy = c`` is unique exactly where ``A d = r`` has a solution, A the active
@@ -199,8 +200,8 @@ def leaves_multipliers_open(problem: ConicProblem, active: ActiveSet, noise: Ten
     if asked is None or not bool(found.any()):
         return found
     ends = np.concatenate([structure.lower_index, structure.upper_index])
-    probe = asked.of_y.probe(torch.ones(1, structure.m, dtype=torch.float64)).numpy()[0]
-    wanted = np.concatenate([probe, asked.bounded[ends] * random_direction(ends.size)])
+    probes = asked.probe_of_y(x, torch.ones(1, structure.m, dtype=torch.float64).to(x.device)).cpu().numpy()
+    of_bounds = asked.bounded[ends] * random_direction(ends.size)
     there = (active.place > -noise[:, None]).cpu().numpy()
     values = problem.data.A.detach()
     for element in np.flatnonzero(found.cpu().numpy()).tolist():
@@ -208,6 +209,7 @@ def leaves_multipliers_open(problem: ConicProblem, active: ActiveSet, noise: Ten
         if there[element].sum() * structure.n**2 > WORK:
             continue
         A = structure.constraint.dense_matrices(own.cpu().numpy()[None])[0]
+        wanted = np.concatenate([probes[element], of_bounds])
         rows = np.concatenate([A, np.eye(structure.n)[ends]])[there[element]]
         length = np.linalg.norm(rows, axis=1)
         kept = length > 0

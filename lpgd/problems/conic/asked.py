@@ -21,7 +21,7 @@ from lpgd.arrays import FloatArray, IntArray, SparseArray, from_numpy, random_di
 __all__ = ["Asked", "Readout"]
 
 NOTHING = 1e-9
-"""A multiplier of this size, in units of order 1, is zero."""
+"""A multiplier, or a variable, of this size, in units of order 1, is zero."""
 
 
 class _Combinations(NamedTuple):
@@ -105,8 +105,9 @@ class Asked:
 
     Args:
         of_x: the user's variables, and what gradients of the objective depend on.
-        of_y: what gradients of the rows depend on.
-        rows, columns: the entries of A that parameters reach: they matter as far as their rows have multipliers.
+        of_y: what gradients of the right-hand sides depend on.
+        rows, columns: the entries of A that parameters reach: dx matters where rows have multipliers, dy where
+            variables are not zero.
         bounded: (n,) 1 for variables with a bound that parameters reach, 0 for others.
     """
 
@@ -118,14 +119,28 @@ class Asked:
 
     def reached(self, y: Tensor) -> Tensor:
         """(B, n) 1 for variables whose changes gradients of A depend on, with the multipliers y (B, m)."""
-        held = (y[:, from_numpy(self.rows).to(y.device)].abs() > NOTHING).to(y.dtype)
-        count = y.new_zeros(y.shape[0], self.of_x.combinations.shape[1])
-        return count.index_add_(1, from_numpy(self.columns).to(y.device), held).clamp(max=1.0)
+        return self._across(y, self.rows, self.columns, int(self.of_x.combinations.shape[1]))
+
+    def reached_rows(self, x: Tensor) -> Tensor:
+        """(B, m) 1 for rows whose multipliers' changes gradients of A depend on, at the solution x (B, n)."""
+        return self._across(x, self.columns, self.rows, int(self.of_y.combinations.shape[1]))
+
+    @staticmethod
+    def _across(values: Tensor, own: IntArray, others: IntArray, size: int) -> Tensor:
+        """(B, size) 1 where an entry of A leads to one of ``values`` that is not zero."""
+        present = (values[:, from_numpy(own).to(values.device)].abs() > NOTHING).to(values.dtype)
+        count = values.new_zeros(values.shape[0], size)
+        return count.index_add_(1, from_numpy(others).to(values.device), present).clamp(max=1.0)
 
     def in_x(self, vectors: Tensor, y: Tensor, unit: Tensor) -> Tensor:
         """(B, n) changes of x at multipliers y (B, m), as changes of what is asked, (B, ·)."""
         values = self.of_x(vectors, unit)
         return torch.cat([values, self.reached(y) * vectors], 1) if self.rows.size else values
+
+    def in_y(self, vectors: Tensor, x: Tensor, unit: Tensor) -> Tensor:
+        """(B, m) changes of y at a solution x (B, n), as changes of what is asked, (B, ·)."""
+        values = self.of_y(vectors, unit)
+        return torch.cat([values, self.reached_rows(x) * vectors], 1) if self.rows.size else values
 
     def probe_of_x(self, y: Tensor, unit: Tensor) -> Tensor:
         """(B, n) a random sum of all that is asked of x."""
@@ -133,3 +148,16 @@ class Asked:
         if not self.rows.size:
             return probe
         return probe + self.reached(y) * from_numpy(random_direction(probe.shape[1]).copy()).to(y.device)
+
+    def probe_of_y(self, x: Tensor, unit: Tensor) -> Tensor:
+        """(B, m) a random sum of all that is asked of y."""
+        probe = self.of_y.probe(unit)
+        if not self.rows.size:
+            return probe
+        return probe + self.reached_rows(x) * from_numpy(random_direction(probe.shape[1]).copy()).to(x.device)
+
+    def rows_at(self, x: Tensor) -> Tensor:
+        """(B, m) the rows of whose multipliers anything is asked."""
+        rows = self.reached_rows(x) > 0
+        rows[:, from_numpy(self.of_y.touched).to(x.device)] = True
+        return rows

@@ -318,8 +318,8 @@ class ConicProblem:
         unit = self.units.ones_out(self)
         if not own_units:
             unit = ConicPoint(*(torch.ones_like(tensor) for tensor in unit))
-        x = asked.in_x(values.x, self.in_own_units(at).y, unit.x)
-        return ConicPoint(x, asked.of_y(values.y, unit.y), values.z)
+        at = self.in_own_units(at)
+        return ConicPoint(asked.in_x(values.x, at.y, unit.x), asked.in_y(values.y, at.x, unit.y), values.z)
 
     def tilt_unit(self, point: ConicPoint, cotangent: ConicPoint) -> Tensor:
         """(B,) the step at which a tilt is as large as the terms that it changes, in the maximum norm in own units.
