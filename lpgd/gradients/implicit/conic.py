@@ -20,14 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import FloatArray, as_index, elements_where, from_numpy, rows_where
+from lpgd.arrays import FloatArray, as_index, elements_where, flags, from_numpy, rows_where
 from lpgd.execution.tasks import SerialExecutor, run_tasks, split
 from lpgd.execution.threads import bounded_blas
 from lpgd.gradients.base import GradientInfo
+from lpgd.gradients.implicit.cone_units import units_of_cones
 from lpgd.gradients.implicit.findings import Findings
 from lpgd.gradients.implicit.located import Located, known_point
 from lpgd.gradients.implicit.one_by_one import one_by_one
 from lpgd.gradients.implicit.regular import regular_response
+from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.nearer import nearer
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
@@ -47,6 +49,9 @@ if TYPE_CHECKING:
     from lpgd.gradients.implicit.method import ImplicitKKT
 
 __all__ = ["in_data", "response"]
+
+BOUND = 0.1
+"""Bounds of the relative error of a response that are too large to say much, but show that its system is regular."""
 
 
 def response(
@@ -117,6 +122,20 @@ def response(
         _by_factors(located, left, answer, findings)
         _in_faces(located, left, answer, findings, executor)
     remaining = elements_where(located.weak | left)
+    if remaining and method.rho == 0.0 and located.weak.device.type == "cpu":
+        index = as_index(remaining, problem.device)
+        solved = _in_units_of_cones(
+            chosen_problem.select(index),
+            ConicPoint(*(tensor[index] for tensor in point)),
+            slack[index],
+            chosen_tilt.select(index),
+            units.select(index),
+            located.select(index),
+            index,
+            answer,
+            findings,
+        )
+        remaining = [element for element, is_solved in zip(remaining, flags(solved), strict=True) if not is_solved]
     if remaining:
         if executor is None and is_quick(chosen_problem.structure, len(remaining)):
             executor = SerialExecutor()
@@ -204,6 +223,67 @@ def _by_factors(located: Located, left: Tensor, answer: ConicPoint, findings: Fi
         whole[solved] = values[exact]
     left[solved] = False
     findings.doubt[solved.numpy()] = doubt[exact.numpy()]
+
+
+def _in_units_of_cones(
+    problem: ConicProblem,
+    point: ConicPoint,
+    slack: Tensor,
+    tilt: ConicPoint,
+    units: Units,
+    located: Located,
+    elements: Tensor,
+    answer: ConicPoint,
+    findings: Findings,
+) -> Tensor:
+    """The same of elements whose cones ask for units of their own; (E,) those that are solved in them.
+
+    What is left of the optimality conditions there bounds the error; where the bound is too large, the next point of
+    Newton's method, which is as good as this one, shows what such an error does.
+    """
+    solved = torch.zeros(elements.shape[0], dtype=torch.bool)
+    other = units_of_cones(problem, units, located)
+    if other is None:
+        return solved
+    there = known_point(
+        other.apply(problem),
+        other.point_in(problem, point),
+        other.slack_in(problem, slack),
+        other.tilt_in(problem, tilt),
+        other.ones_out(problem),
+        well=0.0,
+    )
+    index = rows_where(~there.weak)
+    if not index.shape[0]:
+        return solved
+    chosen = there.select(index)
+    points = Points(chosen.problem)
+    xi, v = points.start(chosen.point, chosen.slack)
+    system = points.factored(xi, v)
+    response, exact, doubt = _by_system(system, chosen)
+    vague = from_numpy(system.regular & (doubt >= DOUBT) & (doubt < BOUND))
+    if bool(vague.any()):
+        d_xi, d_v = points.chord(system, *points.residual(xi, v)[1:])
+        moved, moved_slack = points.point(xi + d_xi, v + d_v)
+        after = chosen._replace(point=moved, slack=moved_slack)
+        second, _, _ = _by_system(points.factored(xi + d_xi, v + d_v), after)
+        difference = torch.stack([_share(one, two) for one, two in zip(response, second, strict=True)]).amax(0).numpy()
+        doubt = np.where(vague.numpy(), difference, doubt)
+        exact |= vague & from_numpy(difference < DOUBT)
+    whole = ConicPoint(*(torch.zeros_like(tensor) for tensor in there.point))
+    for target, values in zip(whole, response, strict=True):
+        target[index] = values
+    solved[index] = exact
+    back = units.point_in(problem, other.point_out(problem, whole))
+    for target, values in zip(answer, back, strict=True):
+        target[elements[solved]] = values[solved]
+    findings.doubt[elements[solved].numpy()] = doubt[exact.numpy()]
+    return solved
+
+
+def _share(one: Tensor, other: Tensor) -> Tensor:
+    """(E,) how far two answers are from each other, relative to the first; NaN where they are not finite."""
+    return maximum_norm(one - other) / maximum_norm(one).clamp(min=torch.finfo(one.dtype).tiny)
 
 
 def _in_faces(

@@ -66,13 +66,20 @@ class Located(NamedTuple):
         )  # fmt: skip
 
 
-def known_point(problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint, unit: ConicPoint) -> Located:
-    """Points in units of order 1, with their kinks, refined where they are not known well enough."""
+def known_point(
+    problem: ConicProblem,
+    point: ConicPoint,
+    slack: Tensor,
+    tilt: ConicPoint,
+    unit: ConicPoint,
+    well: float = KNOWN_WELL,
+) -> Located:
+    """Points in units of order 1, with their kinks, refined where they are not known well enough: to an |F| of that."""
     tilt = ConicPoint(*(tensor.to(point.x.dtype) for tensor in tilt))
     curved = not problem.structure.cones.is_polyhedral
     error = optimality_residual(problem, point, slack)
     located = _locate(problem, point, slack, tilt, error, unit)
-    rough = error > KNOWN_WELL if curved else (error > KNOWN) | (located.weak & (error > KNOWN_WELL))
+    rough = error > well if curved else (error > KNOWN) | (located.weak & (error > well))
     if not bool(rough.any()):
         return located
     elements = rows_where(rough)

@@ -149,7 +149,7 @@ class Units:
         if structure.constraint.nnz and not self.keeps_matrices:
             A = _memo(A, ("A", _key(self.variable), _key(self.row)), partial(self._constraint, problem))
         length, cost = self._length(problem), self._cost(problem)
-        D, E = self.variable_of(problem), self._row(problem)
+        D, E = self.variable_of(problem), self.row_of(problem)
         lower_index, upper_index = (structure.index(f"{end}_index", problem.device) for end in ("lower", "upper"))
         scaled = ConicData(
             P=P,
@@ -183,14 +183,14 @@ class Units:
         """A point of the problem, (B, ·) each, in these units."""
         if self.is_trivial:
             return point
-        length, cost, D, E = self._length(problem), self._cost(problem), self.variable_of(problem), self._row(problem)
+        length, cost, D, E = self._length(problem), self._cost(problem), self.variable_of(problem), self.row_of(problem)
         return ConicPoint(point.x / (length * D), point.y * (cost * length) / E, point.z * (cost * length * D))
 
     def point_out(self, problem: ConicProblem, point: ConicPoint) -> ConicPoint:
         """A point, or a change of one, that is in these units, in the problem's own."""
         if self.is_trivial:
             return point
-        length, cost, D, E = self._length(problem), self._cost(problem), self.variable_of(problem), self._row(problem)
+        length, cost, D, E = self._length(problem), self._cost(problem), self.variable_of(problem), self.row_of(problem)
         return ConicPoint(point.x * (length * D), point.y * E / (cost * length), point.z / (cost * length * D))
 
     def ones_out(self, problem: ConicProblem) -> ConicPoint:
@@ -203,17 +203,17 @@ class Units:
 
     def slack_in(self, problem: ConicProblem, slack: Tensor) -> Tensor:
         """A slack ``b - A x``, (B, m), in these units."""
-        return slack if self.is_trivial else slack * self._row(problem) / self._length(problem)
+        return slack if self.is_trivial else slack * self.row_of(problem) / self._length(problem)
 
     def slack_out(self, problem: ConicProblem, slack: Tensor) -> Tensor:
         """The inverse of :meth:`slack_in`."""
-        return slack if self.is_trivial else slack * self._length(problem) / self._row(problem)
+        return slack if self.is_trivial else slack * self._length(problem) / self.row_of(problem)
 
     def tilt_in(self, problem: ConicProblem, tilt: ConicPoint) -> ConicPoint:
         """A tilt ``<g, point>`` of the Lagrangian as one of ``σ`` times it, in these units."""
         if self.is_trivial:
             return tilt
-        length, cost, D, E = self._length(problem), self._cost(problem), self.variable_of(problem), self._row(problem)
+        length, cost, D, E = self._length(problem), self._cost(problem), self.variable_of(problem), self.row_of(problem)
         return ConicPoint(tilt.x * (cost * length * D), tilt.y * E / length, tilt.z / (length * D))
 
     def _length(self, problem: ConicProblem) -> Tensor:
@@ -228,7 +228,8 @@ class Units:
         shared = ones if self.variable is None else repeated(self.variable, problem.batch_size)
         return shared if self.alone is None else shared * self.alone
 
-    def _row(self, problem: ConicProblem) -> Tensor:
+    def row_of(self, problem: ConicProblem) -> Tensor:
+        """(1 or B, m) factors E."""
         if self.row is None:
             return problem.data.q.new_ones(1, problem.structure.m)
         return repeated(self.row, problem.batch_size)
