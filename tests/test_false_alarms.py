@@ -237,3 +237,19 @@ def test_an_answer_that_another_solver_sharpens_is_no_solver_left_behind() -> No
     assert solution.rescued == {}
     assert solution.sharpened is not None
     assert (solution.solvers[0] != solution.asked) == bool(solution.sharpened[0])
+
+
+@pytest.mark.parametrize("method", METHODS[:2], ids=str)
+def test_a_sparse_component_that_is_one_variable(method: GradientMethod) -> None:
+    """X = e₁e₁ᵀ stays where it is, whatever the multipliers of the zeros are, which are not unique."""
+    X, covariance = cp.Variable((3, 3), PSD=True), cp.Parameter((3, 3), PSD=True)
+    problem = cp.Problem(cp.Maximize(cp.trace(covariance @ X) - 0.3 * cp.sum(cp.abs(X))), [cp.trace(X) == 1])
+    values = torch.tensor([[2.0, 0.1, -0.05], [0.1, 1.0, 0.2], [-0.05, 0.2, 0.7]], dtype=torch.float64)
+    values = torch.stack([values, values.flip(0, 1)]).requires_grad_()
+    (found,) = CvxpyLayer(problem, [covariance], [X], gradient=method)(values)
+    expected = torch.zeros(2, 3, 3, dtype=torch.float64)
+    expected[0, 0, 0] = expected[1, 2, 2] = 1.0
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    (found * torch.arange(9.0).reshape(3, 3)).sum().backward()
+    assert values.grad is not None
+    np.testing.assert_allclose(values.grad, 0.0, atol=1e-7)

@@ -318,11 +318,17 @@ def _steady(
     moved = moved._replace(point=moved.point._replace(y=from_numpy(np.stack(ends)).to(y)))
     their_rho = rho[[elements[k] for k in of_element]] if isinstance(rho, np.ndarray) else rho
     again = responses(moved, range(len(ends)), their_rho, 0.0, executor).x
-    before = dx[of_element]
+    before, least = dx[of_element], _no_change(chosen)[of_element]
     largest = np.maximum(np.abs(before).max(1, initial=0.0), np.abs(again).max(1, initial=0.0))
-    differ = np.abs(again - before).max(1, initial=0.0) > STEADY * np.maximum(largest, 1e-300)
+    differ = np.abs(again - before).max(1, initial=0.0) > STEADY * np.maximum(largest, least)
     torn = {k for k, apart in zip(of_element, differ, strict=True) if apart}
     return {elements[k] for k in set(of_element) - torn}
+
+
+def _no_change(located: Located) -> FloatArray:
+    """(E,) changes of x that are smaller are none."""
+    tilt = located.tilt.x.abs().amax(-1) if located.tilt.x.shape[1] else located.error
+    return np.maximum(NOTHING * tilt.cpu().numpy(), 1e-300)
 
 
 class _Differences(NamedTuple):
@@ -347,8 +353,7 @@ class _Differences(NamedTuple):
 
 def _differences(located: Located, elements: list[int], first: KKTResponse, second: KKTResponse) -> _Differences:
     asked, index = located.problem.structure.asked, as_index(elements, located.error.device)
-    tilt = located.tilt.x[index].abs().amax(-1) if located.tilt.x.shape[1] else located.error[index]
-    least = np.maximum(NOTHING * tilt.cpu().numpy(), 1e-300)
+    least = _no_change(located)[elements]
     xs, ys = (first.x, second.x), (first.y, second.y)
     size = np.maximum(*(np.abs(y).max(1, initial=0.0) for y in ys))
     apart = np.abs(ys[0] - ys[1]) > SAME * np.maximum(size, 1e-300)[:, None]
