@@ -231,6 +231,33 @@ def test_gradients_of_costs_of_1e6_are_those_of_sixty_digits(kind: str) -> None:
             torch.testing.assert_close(tensor.grad, right, rtol=0, atol=5e-9 * size)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("m", "n"), [(3, 3), (6, 2), (2, 4)])
+def test_the_gradient_of_a_plan_whose_parts_share_next_to_nothing_is_that_of_sixty_digits(
+    m: int, n: int, seed: int
+) -> None:
+    """Uniform marginals put groups of rows and columns together that others have e⁻¹⁰⁰ of: rounding over rounding."""
+    gamma, count = 60.0, 6
+    costs, weights = random(seed, count, m, n), random(seed + 50, count, m, n)
+    rows, columns = (torch.full((size,), 1.0 / size, dtype=torch.float64) for size in (m, n))
+    layer = lpgd.NodeLayer(lpgd.nodes.OptimalTransport(gamma))
+    potentials = layer.solve(costs).aux[0]
+    leaves = costs.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((layer(leaves) * weights).sum(), leaves)
+    for own, cost, weight, start in zip(gradient, costs, weights, potentials, strict=True):
+        expected, *_ = _with_sixty_digits(cost, rows, columns, gamma, weight, start)
+        torch.testing.assert_close(own, expected, rtol=0, atol=1e-11 * gamma)
+
+
+def test_implicit_gradients_where_entries_nearly_underflow_say_so() -> None:
+    """Curvatures 1/P of 1e305, whose eigenvalues are not found in the unit in which they are given."""
+    cost = random(3, 40, 3, 3).requires_grad_()
+    layer = lpgd.NodeLayer(lpgd.nodes.OptimalTransport(800.0), lpgd.ImplicitKKT())
+    with pytest.warns(lpgd.LpgdWarning, match="ImplicitKKT"):
+        (gradient,) = torch.autograd.grad(layer(cost).square().sum(), cost)
+    assert gradient.isfinite().all()
+
+
 def _with_sixty_digits(
     cost: Tensor, rows: Tensor, columns: Tensor, gamma: float, weight: Tensor, g: Tensor
 ) -> list[Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from lpgd import linalg
 from lpgd.arrays import flags, rows_where
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, fixed_number
+from lpgd.nodes.transport.averages import by_factor
 from lpgd.nodes.transport.sinkhorn import Plan, annealed_sinkhorn, positive_or_one, sinkhorn, solve_smaller_side
 from lpgd.status import Status, refuse_elements
 
@@ -56,14 +56,19 @@ def transport_vjp(plan: Tensor, gamma: float, cotangent: Tensor) -> tuple[Tensor
     α and β are determined up to adding t to one and -t to the other, as only changes of r and c of the same sum have a
     plan; here the last entry of β is zero.
 
+    Where parts of the plan share next to no mass a factor has no digits, and averages do it (:mod:`.averages`).
+
     Raises:
         SolverError: the plan of some elements has fallen apart, to rounding, into parts that share no mass.
     """
-    return _vjp(plan, gamma, cotangent, solve_smaller_side)
+    return _vjp(plan, gamma, cotangent, by_factor)
 
 
 def _vjp(
-    plan: Tensor, gamma: float, cotangent: Tensor, solve: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    plan: Tensor,
+    gamma: float,
+    cotangent: Tensor,
+    solve: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`transport_vjp`, by a solver of the smaller side's system."""
     if plan.shape[-2] > plan.shape[-1]:
@@ -75,11 +80,15 @@ def _vjp(
     mean = weighted.sum(-2) / divisor  # (B, n)
     right = weighted.addcmul_(plan, mean[:, None, :], value=-1.0).sum(-1)
     del weighted  # as large as the plan
-    alpha, good = solve(plan, right)
+    alpha, good = solve(plan, right, cotangent, mean)
     beta = mean - linalg.matvec(plan.mT, alpha) / divisor
     _check_factor(good & beta.isfinite().all(-1))
     on_cost = (alpha[:, :, None] + beta[:, None, :]).sub_(cotangent).mul_(plan).mul_(gamma)
     return on_cost, alpha + beta[:, -1:], beta - beta[:, -1:]
+
+
+def _differentiable(plan: Tensor, right: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    return solve_smaller_side(plan, right, linalg.cholesky_ex)
 
 
 def transport_vjp_approximate(
@@ -334,7 +343,7 @@ class OptimalTransport(BaseNode):
         return sharp, {"rows": _SHARP, "columns": _SHARP} if bool(sharp.any()) else {}
 
     def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        found = _vjp(y, self.gamma, cotangent, partial(solve_smaller_side, factorise=linalg.cholesky_ex))
+        found = _vjp(y, self.gamma, cotangent, _differentiable)
         if _are_positive(inputs):
             return found
         return _of_empty_bins(inputs, self.gamma, cotangent, found, self._potential(inputs, y))

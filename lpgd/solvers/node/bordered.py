@@ -204,8 +204,11 @@ def _dense(
         # The pseudo-inverse of the matrix itself: least norm in the units of the variables.
         matrices = matrix[singular]
         finite = torch.isfinite(matrices).all(-1).all(-1)[:, None, None]
-        inverse = linalg.pinv(torch.where(finite, matrices, 0), hermitian=True, rtol=matrix.shape[-1] * eps**0.75)
-        inverse = torch.where(finite, inverse, torch.nan)
+        matrices = torch.where(finite, matrices, 0)
+        # Eigenvalues of 1e300 and more are not found: in a unit of its own, a power of two.
+        exponent = torch.frexp(matrices.abs().amax((-2, -1), keepdim=True)).exponent
+        inverse = linalg.pinv(torch.ldexp(matrices, -exponent), hermitian=True, rtol=matrix.shape[-1] * eps**0.75)
+        inverse = torch.where(finite, torch.ldexp(inverse, -exponent), torch.nan)
         answer[singular] = linalg.matvec(inverse, right[singular])
     return torch.where(counted, answer, 0), exact, noise
 
