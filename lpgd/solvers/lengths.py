@@ -204,12 +204,39 @@ def with_far_constraints_guessed(
     nearby = pose(near.problem, states)
     answer, taken = _of_far(near, posed.problem, solve(nearby))
     taken = [fine or not moved for fine, moved in zip(taken, flags(near.reach.isfinite()), strict=True)]
-    elements = [element for element, fine in enumerate(taken) if not fine]
     shares = _lengths(nearby) / _lengths(posed)
+    # What seems to touch a constraint may be an answer that is vague, as it is far smaller than was guessed.
+    elements = [element for element, fine in enumerate(taken) if not fine]
+    vague = [element for element in elements if answer.statuses[element].usable]
+    if vague:
+        chosen, index = posed.select(vague), as_index(vague, posed.problem.device)
+        found = _nearer_still(chosen, answer.point.select(index), answer.slack[index], solve)
+        if found is not None:
+            again, lengths, fine = found
+            answer = merged(answer, vague, again, fine, keep_states=True)
+            moved = [element for element, is_fine in zip(vague, fine, strict=True) if is_fine]
+            shares[moved] = lengths[torch.tensor(fine)] / _lengths(posed)[moved]
+            elements = [element for element in elements if element not in moved]
     if elements:
         answer = merged(answer, elements, solve(posed.select(elements)), [True] * len(elements), keep_states=True)
         shares[elements] = 1.0
     return answer, shares
+
+
+def _nearer_still(
+    posed: Posed, point: ConicPoint, slack: Tensor, solve: Callable[[Posed], ConicSolution]
+) -> tuple[ConicSolution, Tensor, list[bool]] | None:
+    """The answer with far constraints nearer to a point, its units of length, and which elements of it are one.
+
+    None where no constraint is far from it.
+    """
+    near = nearer(posed.problem, point, slack)
+    if near is None:
+        return None
+    nearby = pose(near.problem)
+    answer, taken = _of_far(near, posed.problem, solve(nearby))
+    moved = flags(near.reach.isfinite())
+    return answer, _lengths(nearby), [fine and is_moved for fine, is_moved in zip(taken, moved, strict=True)]
 
 
 def with_far_constraints_near(
