@@ -99,3 +99,47 @@ def test_variables_of_other_sizes_than_cones(kind: str, unit: float, cost: float
     for tensor, expected in zip(given, wanted, strict=True):
         assert tensor.grad is not None
         np.testing.assert_allclose(tensor.grad.numpy(), expected, rtol=0, atol=1e-7 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("far", FAR)
+@pytest.mark.parametrize("unit", [1e2, 1e3])
+def test_a_curved_constraint_of_large_variables(unit: float, far: str) -> None:
+    """``min |x|² / u² + cᵀx  s.t.  G x ≤ h, log Σ exp(A x + b) ≤ l``, which is active with a multiplier μ.
+
+    The Hessian is that of the objective and μ times that of the constraint, whose slope is one more active row.
+    """
+    generator = np.random.default_rng(100)
+    A, b = generator.standard_normal((ROWS, VARIABLES)) / unit, 0.3 * generator.standard_normal(ROWS)
+    at = 0.3 * unit * generator.standard_normal(VARIABLES)
+    G = generator.standard_normal((INEQUALITIES, VARIABLES))
+    active = generator.random(INEQUALITIES) < 0.4
+    forces = np.where(active, generator.uniform(0.3, 2.0, INEQUALITIES), 0.0) / unit
+    force = generator.uniform(0.3, 2.0)
+    room = generator.uniform(0.3, 2.0, INEQUALITIES) * unit
+    z = A @ at + b
+    slope = A.T @ exponential_shares(z)
+
+    x, c, h, limit = cp.Variable(VARIABLES), cp.Parameter(VARIABLES), cp.Parameter(INEQUALITIES), cp.Parameter()
+    constraints = [G @ x <= h, cp.log_sum_exp(A @ x + b) <= limit, *FAR[far](x)]
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x) / unit**2 + c @ x), constraints)
+    layer = lpgd.CvxpyLayer(problem, [c, h, limit], [x])
+    costs = -force * slope - 2 * at / unit**2 - G.T @ forces
+    data = costs, G @ at + np.where(active, 0.0, room), np.logaddexp.reduce(z)
+    given = [torch.tensor(values, requires_grad=True) for values in data]
+    weights = generator.standard_normal(VARIABLES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output = layer(*given)
+        (output[0] @ torch.tensor(weights)).backward()
+    assert output.info.statuses == (Status.SOLVED,)
+    np.testing.assert_allclose(output[0].detach().numpy(), at, rtol=0, atol=1e-9 * unit)
+
+    H = force * A.T @ shares_curvature(z) @ A + 2 / unit**2 * np.eye(VARIABLES)
+    rows = np.vstack([G[active], slope])
+    system = np.block([[H, rows.T], [rows, np.zeros((len(rows), len(rows)))]])
+    answer = np.linalg.solve(system, np.concatenate([weights, np.zeros(len(rows))]))
+    wanted = -answer[:VARIABLES], np.zeros(INEQUALITIES), answer[-1]
+    wanted[1][active] = answer[VARIABLES:-1]
+    for tensor, expected in zip(given, wanted, strict=True):
+        assert tensor.grad is not None
+        np.testing.assert_allclose(tensor.grad.numpy(), expected, rtol=0, atol=1e-7 * np.abs(expected).max())

@@ -50,8 +50,9 @@ if TYPE_CHECKING:
 
 __all__ = ["in_data", "response"]
 
-BOUND = 0.1
-"""Bounds of the relative error of a response that are too large to say much, but show that its system is regular."""
+STEPS, BOUND = 10.0, 0.1
+"""A point is so many times its last step from the solution at most; where the error of a response that follows is below
+the second share, its system is regular."""
 
 
 def response(
@@ -261,9 +262,12 @@ def _in_units_of_cones(
     xi, v = points.start(chosen.point, chosen.slack)
     system = points.factored(xi, v)
     response, exact, doubt = _by_system(system, chosen)
-    vague = from_numpy(system.regular & (doubt >= DOUBT) & (doubt < BOUND))
+    vague = from_numpy(system.regular & (doubt >= DOUBT))
     if bool(vague.any()):
         d_xi, d_v = points.chord(system, *points.residual(xi, v)[1:])
+        step = torch.maximum(maximum_norm(d_xi), maximum_norm(d_v)).numpy()
+        with np.errstate(invalid="ignore"):
+            vague &= from_numpy(chosen.lipschitz * STEPS * step * system.inverse < BOUND)
         moved, moved_slack = points.point(xi + d_xi, v + d_v)
         after = chosen._replace(point=moved, slack=moved_slack)
         second, _, _ = _by_system(points.factored(xi + d_xi, v + d_v), after)
