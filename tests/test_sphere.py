@@ -142,8 +142,37 @@ def test_a_continuum_of_solutions_gets_a_finite_gradient_of_minimum_norm():
     answer = node.solve((A, b), start)
     torch.testing.assert_close(answer.y, start, rtol=0, atol=1e-14)
     assert answer.aux[2].tolist() == [True]
-    gradients = node.vjp((A, b), answer.y, torch.ones(1, 3, dtype=torch.float64), answer.aux)
+    with pytest.warns(lpgd.LpgdWarning, match="1 of 1 elements are each one of a continuum"):
+        gradients = node.vjp((A, b), answer.y, torch.ones(1, 3, dtype=torch.float64), answer.aux)
     assert all(part.abs().max() < 1e-12 for part in gradients)
+
+
+@pytest.mark.parametrize("unit", [1.0, 2.0**-30, 2.0**25])
+@pytest.mark.parametrize(("m", "n"), [(4, 6), (2, 5), (1, 3)])
+def test_short_solutions_of_wide_systems_leave_their_free_directions_out_in_any_unit(m, n, unit):
+    """Where |A⁺b| < 1, all points A⁺b + z of the sphere with A z = 0 are solutions.
+
+    With T a basis of what is orthogonal to y and to its free directions, the response is T (TᵀAᵀA T)⁻¹ Tᵀv.
+    """
+    A, b = problem(m, n, 12, seed=3, scale=0.1)
+    v = problem(n, 1, 12, seed=9)[0][..., 0]
+    shortest = (torch.linalg.pinv(A) @ b[..., None])[..., 0]
+    A, b, v = (tensor[shortest.norm(dim=-1) < 0.9] for tensor in (A, b, v))
+    assert len(A) > 5
+    leaves = [(unit * tensor).requires_grad_() for tensor in (A, b)]
+    y = lpgd.NodeLayer(SphereLeastSquares())(*leaves)
+    assert (A @ y.detach()[..., None] - b[..., None]).abs().max() < 1e-6
+    with pytest.warns(lpgd.LpgdWarning, match=f"{len(A)} of {len(A)} elements are each one of a continuum"):
+        gradients = torch.autograd.grad((y * v).sum(), leaves)
+    for matrix, right, point, cotangent, for_A, for_b in zip(A, b, y.detach(), v, *gradients, strict=True):
+        null = torch.linalg.svd(matrix).Vh[m:]
+        free = torch.linalg.svd(torch.cat([null @ point[:, None]], 0).mT).Vh[1:] @ null
+        basis = torch.linalg.svd(torch.cat([free, point[None]])).Vh[len(free) + 1 :].mT
+        reduced = matrix @ basis
+        s = basis @ torch.linalg.solve(reduced.mT @ reduced, basis.mT @ cotangent)
+        expected = torch.outer(right - matrix @ point, s) - torch.outer(matrix @ s, point), matrix @ s
+        for own, reference in zip((for_A, for_b), expected, strict=True):
+            torch.testing.assert_close(unit * own, reference, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("m", "n"), [(6, 3), (2, 2), (5, 1)])

@@ -19,7 +19,7 @@ from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, is_shared
 from lpgd.nodes.sphere.descent import descend, least_squares, starting_points
 from lpgd.nodes.sphere.less import LessDescent, descend_as_published
 from lpgd.nodes.sphere.secular import SphereSolution, normalised, product, solve_secular
-from lpgd.status import Status
+from lpgd.status import Status, warn
 
 __all__ = ["SphereLeastSquares", "differentiate_sphere", "multiplier", "normal_equations"]
 
@@ -74,11 +74,25 @@ def _outer_products(A: Tensor, b: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor,
 def _solve_each(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor, free: Tensor | None) -> Tensor:
     """By :func:`_solve_bordered`, and by :func:`_solve_any_bordered` for elements that need it."""
     s, regular = _solve_bordered(gram, mu, y, v)
-    hard = ~regular if free is None else ~regular | free
+    # A response of a reciprocal rounding error is that of a singular system.
+    limit = 1.0 / (y.shape[-1] * torch.finfo(y.dtype).eps * _size(gram, mu))
+    singular = ~regular | ~(s.norm(dim=-1) <= limit * v.norm(dim=-1))
+    hard = singular if free is None else singular | free
     if hard.any():
         grams = gram.expand(len(y), -1, -1)[hard]
-        s[hard] = _solve_any_bordered(grams, mu[hard], y[hard], v[hard], None if free is None else free[hard])
+        s[hard], many = _solve_any_bordered(grams, mu[hard], y[hard], v[hard], None if free is None else free[hard])
+        if bool((many & (v[hard] != 0).any(-1)).any()):
+            warn(
+                f"The solutions on the sphere of {int(many.sum())} of {len(y)} elements are each one of a continuum, "
+                "to rounding, as where A has fewer rows than columns and solutions of A y = b are short: the gradient "
+                "is that of one of them and leaves its free directions out."
+            )
     return s
+
+
+def _size(gram: Tensor, mu: Tensor) -> Tensor:
+    """(B,) how large the entries of AᵀA - μI are."""
+    return gram.diagonal(dim1=-2, dim2=-1).mean(-1) + mu.abs()
 
 
 def _solve_differentiably(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor) -> Tensor:
@@ -109,7 +123,7 @@ def _solve_bordered(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor) -> tuple[Ten
     As yᵀs = 0, σyyᵀ can be added to H, and then it is positive definite at strict global minima.  The factor takes the
     place of the matrix: memory that is new costs more than the arithmetic here.
     """
-    sigma = gram.diagonal(dim1=-2, dim2=-1).mean(-1) + mu.abs()
+    sigma = _size(gram, mu)
     shifted = torch.baddbmm(gram, (sigma[:, None] * y)[..., None], y[:, None])
     shifted.diagonal(dim1=-2, dim2=-1).sub_(mu[:, None])
     factor = shifted.mT  # symmetric, and in the order that LAPACK works in
@@ -121,20 +135,27 @@ def _solve_bordered(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor) -> tuple[Ten
     return first - ratio * second, information == 0
 
 
-def _solve_any_bordered(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor, free: Tensor | None) -> Tensor:
-    """The same by elimination, and for ``free`` elements, and where it breaks down, with minimum norm."""
+def _solve_any_bordered(gram: Tensor, mu: Tensor, y: Tensor, v: Tensor, free: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same by elimination, and for ``free`` elements, and where it breaks down, with minimum norm.
+
+    Returns:
+        s (B, n), and (B,) which of them have minimum norm.
+    """
     batch, n = y.shape
-    system = gram.new_zeros(batch, n + 1, n + 1)
+    system, size = gram.new_zeros(batch, n + 1, n + 1), _size(gram, mu)
     system[:, :n, :n] = gram
     system.diagonal(dim1=1, dim2=2)[:, :n].sub_(mu[:, None])
-    system[:, :n, n] = system[:, n, :n] = y
+    # In the unit of the matrix, which changes t alone: what counts as singular must not depend on the unit of A.
+    system[:, :n, n] = system[:, n, :n] = torch.where(size > 0, size, 1.0)[:, None] * y
     right = torch.nn.functional.pad(v, (0, 1))[..., None]
+    rounding = n * torch.finfo(y.dtype).eps
     with torch_threads(1):  # see there what LU needs
         answer, information = linalg.solve_ex(system, right)
-    singular = information != 0 if free is None else (information != 0) | free
+    lost = answer[:, :n, 0].norm(dim=-1) * rounding * size > v.norm(dim=-1)
+    singular = (information != 0) | lost if free is None else (information != 0) | lost | free
     if singular.any():
-        answer[singular] = linalg.pinv(system[singular], hermitian=True) @ right[singular]
-    return answer[:, :n, 0]
+        answer[singular] = linalg.pinv(system[singular], hermitian=True, rtol=10 * rounding) @ right[singular]
+    return answer[:, :n, 0], singular
 
 
 @dataclass(frozen=True)
@@ -301,7 +322,7 @@ def _newton(gram: Tensor, vector: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(6):
         mu = multiplier(gram, vector, u)
         left = vector - product(gram, u) + mu[:, None] * u
-        u = normalised(u + _solve_any_bordered(gram, mu, u, left, None))
+        u = normalised(u + _solve_any_bordered(gram, mu, u, left, None)[0])
     left = vector - product(gram, u) + multiplier(gram, vector, u)[:, None] * u
     size = product(gram, u).norm(dim=-1) + vector.norm(dim=-1)
     return u, left.norm(dim=-1) <= torch.finfo(u.dtype).eps ** 0.7 * size

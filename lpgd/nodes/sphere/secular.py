@@ -12,6 +12,9 @@ from lpgd.execution.deadline import is_over
 
 __all__ = ["SphereSolution", "half_quadratic", "normalised", "product", "solve_secular"]
 
+TIED = 4.0
+"""Eigenvalues that differ by so many rounding errors of the matrix are one: of A with fewer rows than columns, zero."""
+
 
 class SphereSolution(NamedTuple):
     """Solutions of a batch.
@@ -62,10 +65,12 @@ def solve_secular(
     values, vectors = linalg.eigh(gram)
     rounding = torch.finfo(gram.dtype).eps * gram.shape[-1]
     values = values.expand_as(vector)
-    gaps = values - values[:, :1]
-    lowest = gaps <= rounding * values.abs().amax(-1, keepdim=True)
+    gaps, largest = values - values[:, :1], values.abs().amax(-1, keepdim=True)
+    lowest = gaps <= TIED * rounding * largest
     c = product(vectors.mT, vector)
-    absent = (c * lowest).norm(dim=-1) <= rounding * vector.norm(dim=-1)  # nothing but rounding
+    # Nothing but rounding: the nearer the other eigenvalues, the more the eigenspace turns by it.
+    turn = (largest / gaps.masked_fill(lowest, torch.inf).amin(-1, keepdim=True))[:, 0].clamp(min=1.0)
+    absent = (c * lowest).norm(dim=-1) <= rounding * turn * vector.norm(dim=-1)
     gaps, c = gaps.masked_fill(lowest, 0.0), c.masked_fill(lowest & absent[:, None], 0.0)
 
     delta = (c.abs() - gaps).amax(-1).clamp_min(0.0)
