@@ -18,6 +18,7 @@ from tests.test_gradients import difference, planted_solution, random_cotangent
     ("options", "message"),
     [
         ({"tau": 0.0}, "tau is 0.0; it must be positive"),
+        ({"tau": 1e-320}, "tau is 1e-320; it must be positive"),
         ({"tau": float("nan")}, "tau is nan"),
         ({"tau": "x"}, "tau is 'x'; it must be positive"),
         ({"rho": "x"}, "rho is 'x'; it must be nonnegative"),

@@ -286,3 +286,9 @@ def test_what_does_not_fit_is_refused() -> None:
         Cones(zero=-1)
     with pytest.raises(ValueError, match=r"Cones.power is \(1.0,\)"):
         Cones(power=(1.0,))
+    with pytest.raises(TypeError, match=r"Cones.second_order is 3; it takes one entry for each cone, such as \(3,\)"):
+        Cones(second_order=3)  # pyright: ignore[reportArgumentType]
+    for sizes in ({"zero": 1.5}, {"semidefinite": [2.5]}, {"nonnegative": None}, {"exponential": "a"}):
+        with pytest.raises(TypeError, match=rf"Cones.{next(iter(sizes))} is or holds .*; it takes whole numbers"):
+            Cones(**sizes)  # pyright: ignore[reportArgumentType]
+    assert Cones(nonnegative=np.int64(2), second_order=np.array([3.0])) == Cones(0, 2, (3,))  # pyright: ignore

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,7 @@ class Cones:
 
     Raises:
         ValueError: a size is negative or an exponent is outside (-1, 0) and (0, 1).
+        TypeError: a number of rows or a size is no whole number, or sizes or exponents are no sequence.
     """
 
     zero: int = 0
@@ -58,16 +60,16 @@ class Cones:
 
     def __post_init__(self) -> None:
         for name in ("zero", "nonnegative", "exponential", "dual_exponential"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"Cones.{name} is {getattr(self, name)}; a number of rows or cones cannot be negative."
-                )
+            number = _whole(name, getattr(self, name))
+            if number < 0:
+                raise ValueError(f"Cones.{name} is {number}; a number of rows or cones cannot be negative.")
+            object.__setattr__(self, name, number)
         for name in ("second_order", "semidefinite"):
-            sizes = tuple(int(size) for size in getattr(self, name))
+            sizes = tuple(_whole(name, size) for size in _several(name, getattr(self, name)))
             if any(size < 1 for size in sizes):
                 raise ValueError(f"Cones.{name} is {sizes}; every size must be at least 1.")
             object.__setattr__(self, name, sizes)
-        exponents = tuple(float(exponent) for exponent in self.power)
+        exponents = tuple(float(exponent) for exponent in _several("power", self.power))
         if any(not 0.0 < abs(exponent) < 1.0 for exponent in exponents):
             raise ValueError(
                 f"Cones.power is {exponents}; every exponent must lie in (0, 1), or in (-1, 0) for a dual cone."
@@ -120,6 +122,18 @@ class Cones:
         if names >= {"power", "dual_power"} and all(exponent < 0 for exponent in self.power):
             names.discard("power")
         return frozenset(names)
+
+
+def _whole(name: str, value: Any) -> int:
+    if not isinstance(value, str) and hasattr(value, "__float__") and float(value).is_integer():
+        return int(value)
+    raise TypeError(f"Cones.{name} is or holds {value!r}; it takes whole numbers.")
+
+
+def _several(name: str, values: Any) -> tuple[Any, ...]:
+    if isinstance(values, str) or not hasattr(values, "__iter__") or getattr(values, "ndim", 1) != 1:
+        raise TypeError(f"Cones.{name} is {values!r}; it takes one entry for each cone, such as ({values!r},).")
+    return tuple(values)
 
 
 def svec_size(side: int) -> int:

@@ -20,6 +20,7 @@ the difference the gradient of the envelope of the loss itself (eqs. 10, 11, 16)
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -87,7 +88,7 @@ class LPGD(GradientMethod):
     needs: ClassVar[frozenset[str]] = frozenset({"can_tilt"})
 
     def __post_init__(self) -> None:
-        if self.tau is not None and not (is_number(self.tau) and 0 < self.tau < math.inf):
+        if self.tau is not None and not (is_number(self.tau) and sys.float_info.min <= self.tau < math.inf):
             raise ValueError(f"tau is {self.tau!r}; it must be positive and finite, or None to be chosen.")
         if not (is_number(self.rho) and 0 <= self.rho < math.inf):
             raise ValueError(f"rho is {self.rho!r}; it must be nonnegative and finite.")

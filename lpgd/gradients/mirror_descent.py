@@ -26,6 +26,7 @@ f = ½|x - w|² without constraints gets none either, where LPGD's is exact.
 from __future__ import annotations
 
 import math
+import sys
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
@@ -69,7 +70,7 @@ class LagrangianMirrorDescent(GradientMethod):
     needs: ClassVar[frozenset[str]] = frozenset({"can_tilt", "has_kkt"})
 
     def __post_init__(self) -> None:
-        if not (is_number(self.tau) and 0 < self.tau < math.inf):
+        if not (is_number(self.tau) and sys.float_info.min <= self.tau < math.inf):
             raise ValueError(f"tau is {self.tau!r}; it must be positive and finite.")
         if self.envelope not in get_args(Envelope):
             raise ValueError(f"envelope is {self.envelope!r}; it must be one of {', '.join(get_args(Envelope))}.")
