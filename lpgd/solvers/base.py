@@ -10,15 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral, Real
 from types import ModuleType
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar
 
+from lpgd.arrays import as_index
 from lpgd.problems.base import States
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.problems.solution import AnySolution
+from lpgd.solvers.consistent import with_consistent_equalities
 from lpgd.solvers.equations import are_equations, solved_equations
 from lpgd.solvers.kkt.reduced import is_dense
 from lpgd.solvers.kkt.refinement import is_cheap
@@ -28,6 +29,7 @@ from lpgd.solvers.lengths import (
     with_far_constraints_guessed,
     with_far_constraints_near,
 )
+from lpgd.solvers.options import check_type
 from lpgd.solvers.posed import Posed, judged, left_by_draft, pose
 from lpgd.solvers.rescue import is_settled, merged, settled
 from lpgd.status import MissingPackageError
@@ -171,7 +173,7 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
     def __post_init__(self) -> None:
         for option in fields(self):
             # Without postponed annotations the type of a field is a class, or a union that prints as it is written.
-            _check_type(self, option.name, getattr(option.type, "__name__", str(option.type)))
+            check_type(self, option.name, getattr(option.type, "__name__", str(option.type)))
         if not self.tolerance > 0:
             raise ValueError(f"tolerance is {self.tolerance}; it must be positive.")
         if self.max_iterations < 1:
@@ -219,6 +221,8 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
             raise ValueError(f"{reason}; lpgd.available(structure) lists the solvers that can solve this problem.")
         deadline = self.deadline()
         attempt = self.attempt(problem, states, executor)
+        if attempt.failed and problem.structure.cones.zero:
+            attempt = self._with_rounding_mended(attempt, executor)
         if is_settled(attempt, self.refine):
             return attempt
         others = self.others(problem.structure) if self.rescue and not alone else ()
@@ -228,6 +232,19 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
         finest = None if problem.structure.cones.is_polyhedral else _finest((self, *others) if self.rescue else ())
         sharpest = _sharpest_first(self, others, problem.structure)
         return settled(attempt, others, sharpest, executor, self.refine, finest)
+
+    def _with_rounding_mended(self, attempt: ConicSolution, executor: Executor | None) -> ConicSolution:
+        """The answer with those elements solved that have a feasible point but for rounding of their equalities."""
+        problem, elements = with_consistent_equalities(attempt.problem, attempt.failed)
+        if not elements:
+            return attempt
+        again = self.attempt(problem.select(as_index(elements, problem.device)), (), executor)
+        taken = [status.usable for status in again.statuses]
+        solved = [element for element, is_taken in zip(elements, taken, strict=True) if is_taken]
+        if not solved:
+            return attempt
+        problem, _ = with_consistent_equalities(attempt.problem, solved)  # those of others stay as they are
+        return replace(merged(attempt, elements, again, taken, keep_states=True), problem=problem)
 
     def attempt(self, problem: ConicProblem, states: States = (), executor: Executor | None = None) -> ConicSolution:
         """This solver's own answer, judged; verdicts without a proof are its claims (``ConicSolution.proofs``)."""
@@ -377,24 +394,3 @@ def _finest(solvers: Sequence[ConicSolver]) -> ConicSolver | None:
     """The first that is as accurate as an interior-point method can be, and asked for that."""
     fine = [solver for solver in solvers if solver.finest_tolerance <= FINEST]
     return fine[0].with_tolerance(FINEST) if fine else None
-
-
-_KINDS = {
-    "bool": (bool, "True or False"),
-    "int": (Integral, "a whole number"),
-    "float": (Real, "a number"),
-    "str": (str, "text"),
-}
-
-
-def _check_type(solver: ConicSolver, name: str, annotation: str) -> None:
-    """Refuse an option of another type than its field's; 1e3 passes for a whole number."""
-    value, optional = getattr(solver, name), annotation.endswith(" | None")
-    annotation = annotation.removesuffix(" | None")
-    if annotation not in _KINDS or (value is None and optional):
-        return
-    kind, text = _KINDS[annotation]
-    if annotation == "int" and isinstance(value, float) and value.is_integer():
-        object.__setattr__(solver, name, int(value))
-    elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{name} of {solver.name} is {value!r}; it must be {text}{' or None' if optional else ''}.")
