@@ -249,6 +249,23 @@ def test_the_gradient_of_a_plan_whose_parts_share_next_to_nothing_is_that_of_six
         torch.testing.assert_close(own, expected, rtol=0, atol=1e-11 * gamma)
 
 
+def test_second_derivatives_of_a_plan_in_parts_are_refused_and_those_of_others_are_differences() -> None:
+    """Element 1 of these has parts that share 1e-30 of their mass, and element 5 a derivative of order one."""
+    costs, weights, along = random(2, 6, 3, 3), random(52, 6, 3, 3), random(9, 6, 3, 3)
+    layer = lpgd.NodeLayer(lpgd.nodes.OptimalTransport(60.0))
+
+    def slope(element: int, cost: Tensor) -> Tensor:
+        loss = (layer(cost) * weights[element]).sum()
+        return (torch.autograd.grad(loss, cost, create_graph=True)[0] * along[element]).sum()
+
+    with pytest.raises(lpgd.SolverError, match="fallen apart, to rounding, into parts"):
+        slope(1, costs[1].clone().requires_grad_()).backward()
+    leaf, step = costs[5].clone().requires_grad_(), 1e-5 * random(10, 3, 3)
+    (own,) = torch.autograd.grad(slope(5, leaf), leaf)
+    ends = [slope(5, (costs[5] + sign * step).requires_grad_()).detach() for sign in (1.0, -1.0)]
+    torch.testing.assert_close(2.0 * (own * step).sum(), ends[0] - ends[1], rtol=1e-5, atol=0)
+
+
 def test_implicit_gradients_where_entries_nearly_underflow_say_so() -> None:
     """Curvatures 1/P of 1e305, whose eigenvalues are not found in the unit in which they are given."""
     cost = random(3, 40, 3, 3).requires_grad_()

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lpgd import linalg
 from lpgd.arrays import rows_where
 from lpgd.nodes.transport.sinkhorn import positive_or_one, solve_smaller_side
 
-__all__ = ["by_averages", "by_factor"]
+__all__ = ["by_averages", "by_differentiable_factor", "by_factor"]
+
+APART = 1.5
+"""Second derivatives are right where parts of a plan share this power of the precision of their mass, or more."""
 
 
 def by_factor(plan: Tensor, right: Tensor, cotangent: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,6 +32,26 @@ def by_factor(plan: Tensor, right: Tensor, cotangent: Tensor, mean: Tensor) -> t
     if len(again):
         alpha[again], good[again] = by_averages(plan[again], cotangent[again], mean[again])
     return alpha, good
+
+
+def by_differentiable_factor(plan: Tensor, right: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`by_factor` for second derivatives, by a factor alone: where it has no digits there is no answer."""
+    alpha, good = solve_smaller_side(plan, right, linalg.cholesky_ex)
+    return alpha, good & (_shared(plan.detach()) >= torch.finfo(plan.dtype).eps ** APART)
+
+
+def _shared(plan: Tensor) -> Tensor:
+    """(B,) the least share of a row's mass by which it hangs together with those before it, through those behind it."""
+    weight, mass = plan @ (plan / positive_or_one(plan.sum(-2))[:, None, :]).mT, plan.sum(-1)
+    least = torch.ones_like(mass[:, 0])
+    for place in range(mass.shape[-1] - 1, 0, -1):
+        w = weight[:, :place, place]
+        total = w.sum(-1)
+        counts = (mass[:, place] > 0) & (mass[:, :place] > 0).any(-1)
+        least = torch.where(counts, torch.minimum(least, total / positive_or_one(mass[:, place])), least)
+        part = w / positive_or_one(total)[:, None]
+        weight = weight[:, :place, :place] + w[:, :, None] * part[:, None, :]
+    return least
 
 
 def by_averages(plan: Tensor, cotangent: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

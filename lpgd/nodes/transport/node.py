@@ -13,8 +13,8 @@ from torch import Tensor
 from lpgd import linalg
 from lpgd.arrays import flags, rows_where
 from lpgd.nodes.base import BaseNode, NodeAnswer, Tilt, fixed_number
-from lpgd.nodes.transport.averages import by_factor
-from lpgd.nodes.transport.sinkhorn import Plan, annealed_sinkhorn, positive_or_one, sinkhorn, solve_smaller_side
+from lpgd.nodes.transport.averages import by_differentiable_factor, by_factor
+from lpgd.nodes.transport.sinkhorn import Plan, annealed_sinkhorn, positive_or_one, sinkhorn
 from lpgd.status import Status, refuse_elements
 
 __all__ = [
@@ -85,10 +85,6 @@ def _vjp(
     _check_factor(good & beta.isfinite().all(-1))
     on_cost = (alpha[:, :, None] + beta[:, None, :]).sub_(cotangent).mul_(plan).mul_(gamma)
     return on_cost, alpha + beta[:, -1:], beta - beta[:, -1:]
-
-
-def _differentiable(plan: Tensor, right: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-    return solve_smaller_side(plan, right, linalg.cholesky_ex)
 
 
 def transport_vjp_approximate(
@@ -343,7 +339,7 @@ class OptimalTransport(BaseNode):
         return sharp, {"rows": _SHARP, "columns": _SHARP} if bool(sharp.any()) else {}
 
     def differentiable_vjp(self, inputs: tuple[Tensor, ...], y: Tensor, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        found = _vjp(y, self.gamma, cotangent, _differentiable)
+        found = _vjp(y, self.gamma, cotangent, by_differentiable_factor)
         if _are_positive(inputs):
             return found
         return _of_empty_bins(inputs, self.gamma, cotangent, found, self._potential(inputs, y))
