@@ -281,8 +281,11 @@ def _jumps(run: Run, tau: Tensor, unit: Tensor, sides: Sides, small: float) -> T
         base, plus, minus = _asked_of_x(chosen_run, both)
         bend = maximum_norm((plus - base) + (minus - base))
         mirrored = (bend <= 0.5 * maximum_norm(plus - minus)) | ~(both.above & both.below)
-        share = _reach(chosen_run, chosen_run.sides(0.1 * tau[elements])) / far[elements]
-        jumped[elements] = ~(mirrored & (share > 0.05) & (share < 0.2))
+        rest = rows_where(mirrored)
+        if len(rest):  # the others have jumped whatever a tenth of the tilt does
+            elements, chosen_run = elements[rest], chosen_run.select(rest)
+            share = _reach(chosen_run, chosen_run.sides(0.1 * tau[elements])) / far[elements]
+            jumped[elements] = ~((share > 0.05) & (share < 0.2))
     return jumped
 
 
