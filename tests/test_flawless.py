@@ -93,6 +93,30 @@ def test_the_short_way_has_the_bits_of_the_general_way(
     assert_short_way_has_the_same_bits(lambda: results(draw(n, n, 16, shared)), 16, monkeypatch)
 
 
+def test_the_short_way_takes_matrices_that_are_barely_definite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their definiteness takes a second look, and their derivatives another step by the same system."""
+    n, batch = 24, 32
+    generator = np.random.default_rng(7)
+    root = torch.from_numpy(np.eye(n) + generator.standard_normal((batch, n, n)) / np.sqrt(n))
+    P = root.mT @ root
+    pivots = torch.linalg.cholesky(P).diagonal(dim1=-2, dim2=-1).amin(-1).square()
+    assert bool((pivots <= 1e-5 * P.diagonal(dim1=-2, dim2=-1).amax(-1)).any())
+    data = {name: tensor.detach().requires_grad_() for name, tensor in (draw(5, n, batch) | {"P": P}).items()}
+    with monkeypatch.context() as watching:
+        short: list[bool] = []
+        respond = conic.regular_response
+
+        def watch(*arguments: Any) -> Any:
+            found = respond(*arguments)
+            short.append(found is not None)
+            return found
+
+        watching.setattr(conic, "regular_response", watch)
+        results(data)
+        assert short == [True]
+    assert_short_way_has_the_same_bits(lambda: results(data), batch, monkeypatch)
+
+
 @pytest.mark.parametrize("solver", ["DAQP", pytest.param("MOREAU", marks=with_moreau)])
 @pytest.mark.parametrize("rows", ["full", "sparse", "none"])
 @pytest.mark.parametrize("ends", ["both", "lower", "some"])

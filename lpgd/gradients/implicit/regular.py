@@ -16,7 +16,7 @@ from lpgd.gradients.base import GradientInfo
 from lpgd.gradients.implicit.located import KINK
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicPoint
-from lpgd.solvers.kkt.points import LEFT
+from lpgd.solvers.kkt.points import CORRECTIONS, LEFT
 from lpgd.solvers.kkt.rank import DOUBT, ROUNDING
 from lpgd.solvers.kkt.reduced import has_dense_rows
 from lpgd.solvers.kkt.schur import ActiveSystem, SchurFactor
@@ -64,26 +64,36 @@ def regular_response(
     doubt: FloatArray = ROUNDING * system.condition
     if not (system.regular & (doubt < DOUBT)).all():
         return None
-    dx, dy, dz = system.solve(g_x, g_y, g_z)
     data, quadratic, constraint = problem.data, structure.quadratic, structure.constraint
     P, A = problem.symmetric_P.numpy(), data.A.numpy()
-    row_error = g_y + constraint.numpy_product(A, dx)
-    d_v, d_xi = dy + row_error, dx + dz
-    d_v[:, :zero] = dy[:, :zero]
-    dy = np.where(held, d_v, 0.0)
-    if at_bound is not None:
-        dx = np.where(at_bound, -g_z, d_xi)
-        dz = np.where(at_bound, d_xi - dx, 0.0)
+
+    def steps(*right: FloatArray) -> tuple[FloatArray, FloatArray]:
+        dx, dy, dz = system.solve(*right)
+        d_v = dy + (right[1] + constraint.numpy_product(A, dx))
+        d_v[:, :zero] = dy[:, :zero]
+        return dx + dz, d_v
+
+    d_xi, d_v = steps(g_x, g_y, g_z)
+    size = np.max([_norms(direction) for direction in (g_x, g_y, g_z)], axis=0)
+    exact = np.zeros((len(size), 1), dtype=np.bool_)
+    for _ in range(CORRECTIONS):
+        dx = d_xi if at_bound is None else np.where(at_bound, -g_z, d_xi)
+        dz = np.zeros_like(dx) if at_bound is None else np.where(at_bound, d_xi - dx, 0.0)
+        dy = np.where(held, d_v, 0.0)
         row_error = g_y + constraint.numpy_product(A, dx)
-    slope = g_x + quadratic.numpy_product(P, dx) + constraint.numpy_product(A, dy, transpose=True) + dz
-    row_error[:, zero:] += (dy - d_v)[:, zero:]
-    error = np.maximum(_norms(slope), _norms(row_error))
-    size = np.max([_norms(change) for change in (g_x, g_y, g_z, d_xi, d_v)], axis=0)
-    if not (error <= LEFT * size).all():
-        return None
-    info.used = ["implicit"] * len(active)
-    info.doubt, info.fallbacks = from_numpy(doubt), []
-    return ConicPoint(from_numpy(dx), from_numpy(dy), from_numpy(dz))
+        slope = g_x + quadratic.numpy_product(P, dx) + constraint.numpy_product(A, dy, transpose=True) + dz
+        row_error[:, zero:] += (dy - d_v)[:, zero:]
+        error = np.maximum(_norms(slope), _norms(row_error))
+        largest = np.maximum(size, np.maximum(_norms(d_xi), _norms(d_v)))
+        exact |= (error <= LEFT * largest)[:, None]  # false for NaN
+        if exact.all():
+            info.used = ["implicit"] * len(active)
+            info.doubt, info.fallbacks = from_numpy(doubt), []
+            return ConicPoint(from_numpy(dx), from_numpy(dy), from_numpy(dz))
+        # What is left is solved for again, of the elements of which something is.
+        more_xi, more_v = steps(slope, row_error, np.zeros_like(slope))
+        d_xi, d_v = np.where(exact, d_xi, d_xi + more_xi), np.where(exact, d_v, d_v + more_v)
+    return None
 
 
 def _fits(solution: ConicSolution) -> bool:

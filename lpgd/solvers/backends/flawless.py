@@ -26,7 +26,7 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure, per_element
 from lpgd.problems.conic.units import Units
-from lpgd.solvers.convexity import SURELY
+from lpgd.solvers.convexity import SURELY, is_definite
 from lpgd.solvers.kkt.reduced import has_dense_rows
 from lpgd.solvers.kkt.schur import SchurFactor
 from lpgd.solvers.lengths import SURE
@@ -57,7 +57,9 @@ def answered(
     if sizes is None or not _has_moderate_vectors(problem, sizes) or not _has_moderate_rows(problem):
         return None
     factor = SchurFactor.of(problem, executor)
-    if factor is None or not factor.all_fine or not _is_surely_definite(problem, factor):
+    if factor is None or not factor.all_fine:
+        return None
+    if not _is_surely_definite(problem, factor) and not bool(is_definite(problem).all()):
         return None
     problem.__dict__["units"] = Units()  # what the cached property would compute
     return solve(factor)
