@@ -91,13 +91,7 @@ def response(
     if (moved := nearer(chosen_problem, point, slack)) is not None:
         chosen_problem, point, slack = moved.problem, moved.point, moved.slack
     units = chosen_problem.units
-    located = known_point(
-        units.apply(chosen_problem),
-        units.point_in(chosen_problem, point),
-        units.slack_in(chosen_problem, slack),
-        units.tilt_in(chosen_problem, chosen_tilt),
-        units.ones_out(chosen_problem),
-    )
+    located = known_point(chosen_problem, units, point, slack, chosen_tilt)
     near = None if near is None else units.point_in(chosen_problem, near)
     rho = _curvature(method.rho, chosen_problem, units)
     answer = ConicPoint(*(torch.zeros_like(tensor) for tensor in located.point))
@@ -246,14 +240,7 @@ def _in_units_of_cones(
     other = units_of_cones(problem, units, located)
     if other is None:
         return solved
-    there = known_point(
-        other.apply(problem),
-        other.point_in(problem, point),
-        other.slack_in(problem, slack),
-        other.tilt_in(problem, tilt),
-        other.ones_out(problem),
-        well=0.0,
-    )
+    there = known_point(problem, other, point, slack, tilt, well=0.0)
     index = rows_where(~there.weak)
     if not index.shape[0]:
         return solved

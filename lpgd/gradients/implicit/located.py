@@ -12,6 +12,7 @@ from lpgd.arrays import FloatArray, flags, from_numpy, rows_where
 from lpgd.cones.regions import interior_direction, kinks
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint
+from lpgd.problems.conic.units import Units
 from lpgd.solvers.kkt.refinement import optimality_residual, refine
 
 __all__ = ["Located", "known_point", "relocated"]
@@ -68,13 +69,21 @@ class Located(NamedTuple):
 
 def known_point(
     problem: ConicProblem,
+    units: Units,
     point: ConicPoint,
     slack: Tensor,
     tilt: ConicPoint,
-    unit: ConicPoint,
     well: float = KNOWN_WELL,
 ) -> Located:
-    """Points in units of order 1, with their kinks, refined where they are not known well enough: to an |F| of that."""
+    """Points of a problem in some units, with their kinks there, refined where they are not known well enough.
+
+    Args:
+        problem, point, slack, tilt: in the problem's own units.
+        units: in which its data are of order 1.
+        well: an |F| that is enough at curved cones, and near kinks.
+    """
+    unit, point, slack = units.ones_out(problem), units.point_in(problem, point), units.slack_in(problem, slack)
+    tilt, problem = units.tilt_in(problem, tilt), units.apply(problem)
     tilt = ConicPoint(*(tensor.to(point.x.dtype) for tensor in tilt))
     curved = not problem.structure.cones.is_polyhedral
     error = optimality_residual(problem, point, slack)
