@@ -103,7 +103,7 @@ def response(
         _by_kept_systems(solution, located, tilt, elements, left, answer, findings, near)
         left |= apart
     if is_batchable(located.problem, method.rho):
-        chosen = left if method.rho == 0.0 else left & plain
+        chosen = left.clone() if method.rho == 0.0 else left & plain
         if bool(chosen.any()):
             left &= ~chosen
             _at_once(located, chosen, method.rho, answer)
