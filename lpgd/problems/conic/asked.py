@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from lpgd.arrays import FloatArray, IntArray, SparseArray, from_numpy, random_direction
@@ -22,6 +23,9 @@ __all__ = ["Asked", "Readout"]
 
 NOTHING = 1e-9
 """A multiplier, or a variable, of this size, in units of order 1, is zero."""
+
+DENSE = 8
+"""A matrix of which one entry in so many is there is multiplied as a dense one."""
 
 
 class _Combinations(NamedTuple):
@@ -119,18 +123,25 @@ class Asked:
 
     def reached(self, y: Tensor) -> Tensor:
         """(B, n) 1 for variables whose changes gradients of A depend on, with the multipliers y (B, m)."""
-        return self._across(y, self.rows, self.columns, int(self.of_x.combinations.shape[1]))
+        return self._across(y, self._reach)
 
     def reached_rows(self, x: Tensor) -> Tensor:
         """(B, m) 1 for rows whose multipliers' changes gradients of A depend on, at the solution x (B, n)."""
-        return self._across(x, self.columns, self.rows, int(self.of_y.combinations.shape[1]))
+        return self._across(x, self._reach.T)
+
+    @cached_property
+    def _reach(self) -> FloatArray | SparseArray:
+        """(m, n) 1 for the entries of A that parameters reach, in single precision: it counts to 2²⁴ exactly."""
+        size = int(self.of_y.combinations.shape[1]), int(self.of_x.combinations.shape[1])
+        ones = np.ones(self.rows.size, dtype=np.float32)
+        reach: SparseArray = sparse.csr_array((ones, (self.rows, self.columns)), shape=size)
+        return reach.toarray() if reach.nnz * DENSE >= size[0] * size[1] else reach
 
     @staticmethod
-    def _across(values: Tensor, own: IntArray, others: IntArray, size: int) -> Tensor:
-        """(B, size) 1 where an entry of A leads to one of ``values`` that is not zero."""
-        present = (values[:, from_numpy(own).to(values.device)].abs() > NOTHING).to(values.dtype)
-        count = values.new_zeros(values.shape[0], size)
-        return count.index_add_(1, from_numpy(others).to(values.device), present).clamp(max=1.0)
+    def _across(values: Tensor, reach: FloatArray | SparseArray) -> Tensor:
+        """(B, ·) 1 where an entry of A leads to one of ``values`` that is not zero."""
+        present = np.abs(values.detach().cpu().numpy()) > NOTHING
+        return from_numpy(present.astype(np.float32) @ reach > 0.0).to(values)
 
     def in_x(self, vectors: Tensor, y: Tensor, unit: Tensor) -> Tensor:
         """(B, n) changes of x at multipliers y (B, m), as changes of what is asked, (B, ·)."""
