@@ -8,7 +8,6 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from lpgd.arrays import SparseArray, from_numpy
 from lpgd.layers.cvxpy.layout import AffineMap, ParameterLayout
@@ -47,11 +46,10 @@ class SparseMap:
 
 
 class Columns:
-    """The parameter vector θ, in float64: shared by the batch as far as the parameters that are asked for are."""
+    """The parameter vector θ, in float64, by parameters: each is shared by the batch or has a row for each element."""
 
     def __init__(self, layouts: Sequence[ParameterLayout], tensors: Sequence[Tensor], batch_size: int) -> None:
         self.batch_size = batch_size
-        width = max((layout.columns.stop for layout in layouts), default=0)
         self.values_at: dict[int, Tensor] = {}
         for position, (layout, tensor) in enumerate(zip(layouts, tensors, strict=True)):
             values = tensor.to(torch.float64)
@@ -61,30 +59,17 @@ class Columns:
             flat = values.flatten(values.ndim - len(layout.shape)) if layout.shape else values.unsqueeze(-1)
             values = flat.index_select(-1, from_numpy(layout.take).to(flat.device))
             self.values_at[position] = _log(values) if layout.log else values
-        self.order = sorted(self.values_at, key=lambda position: layouts[position].columns.start)
-        self.sizes = {position: layout.take.size for position, layout in enumerate(layouts)}
         self.device = tensors[0].device if tensors else torch.device("cpu")
-        self.width = width
-        self.cache: dict[bool, Tensor] = {}
+        self.cache: dict[tuple[int, ...], Tensor] = {}
 
-    def vector(self, positions: frozenset[int]) -> Tensor:
-        """(p,) or, if any of these parameters is batched, (B, p); other parameters' columns may be zero."""
-        batched = any(self.values_at[position].ndim == 2 for position in positions)
-        if batched not in self.cache:
-            leading = (self.batch_size,) if batched else ()
-            pieces = [
-                self.values_at[position].expand(*leading, self.sizes[position])
-                if batched or self.values_at[position].ndim == 1
-                else self.values_at[position].new_zeros(self.sizes[position])
-                for position in self.order
-            ]
-            empty = torch.zeros(*leading, 0, dtype=torch.float64, device=self.device)
-            self.cache[batched] = torch.cat([*pieces, empty], dim=-1)
-        vector = self.cache[batched]
-        if vector.requires_grad and not any(self.values_at[position].requires_grad for position in positions):
-            # A datum that no differentiated parameter reaches needs no gradient, whatever the others do.
-            return vector.detach() if unpack_dual(vector).tangent is None else vector
-        return vector
+    def vector(self, positions: tuple[int, ...]) -> Tensor:
+        """(p',) or, if any of these parameters is batched, (B, p'): their entries, one parameter after the other."""
+        if positions not in self.cache:
+            pieces = [self.values_at[position] for position in positions]
+            if any(piece.ndim == 2 for piece in pieces):
+                pieces = [piece.expand(self.batch_size, piece.shape[-1]) for piece in pieces]
+            self.cache[positions] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+        return self.cache[positions]
 
 
 def _log(values: Tensor) -> Tensor:
@@ -98,10 +83,11 @@ class DataMap:
 
     def __init__(self, affine: AffineMap) -> None:
         matrix: SparseArray = affine.matrix.tocsc().astype("float64")
-        self.reaching = affine.reaching
+        self.reaching = tuple(sorted(affine.reaching))
         self.constant = from_numpy(matrix[:, [-1]].toarray().ravel())
         self.has_constant = bool(self.constant.ne(0).any())
-        self.linear = SparseMap(matrix[:, :-1])
+        ranges = [np.arange(*affine.boundaries[position : position + 2]) for position in self.reaching]
+        self.linear = SparseMap(matrix[:, np.concatenate([*ranges, np.zeros(0, np.int64)])])
 
     def __call__(self, columns: Columns) -> Tensor:
         constant = self.constant.to(columns.device)
