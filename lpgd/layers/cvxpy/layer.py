@@ -124,6 +124,7 @@ class CvxpyLayer(OptimizationLayer):
         self._whole = structure if program is whole else _structure(whole)
         self._readers, self._whole_readers = _readers(program), _readers(whole)
         self._data_maps = [DataMap(getattr(whole, name)) for name in ConicData._fields]
+        self._idle = whole.idle
 
     @eager
     def forward(
@@ -206,7 +207,7 @@ class CvxpyLayer(OptimizationLayer):
         layouts = self.parameter_layouts
         ndims = [len(layout.shape) for layout in layouts]
         look_at(lambda shown: check_attributes(layouts, shown), inputs.tensors, ndims)
-        return Columns(layouts, inputs.tensors, inputs.batch_size)
+        return Columns(layouts, inputs.tensors, inputs.batch_size, self._idle)
 
     def _posed(self, columns: Columns) -> _Posed:
         """Parameters to the data that are solved; a datum that only shared parameters reach stays shared.

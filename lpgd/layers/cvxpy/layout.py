@@ -157,3 +157,9 @@ class CanonicalProgram:
     def p(self) -> int:
         """The length of the parameter vector."""
         return int(self.q.boundaries[-1])
+
+    @property
+    def idle(self) -> frozenset[int]:
+        """The parameters, by position, that no data depend on."""
+        data = self.P, self.q, self.A, self.b, self.lower, self.upper
+        return frozenset(range(len(self.parameters))).difference(*(datum.reaching for datum in data))

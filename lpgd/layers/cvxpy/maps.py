@@ -46,10 +46,19 @@ class SparseMap:
 
 
 class Columns:
-    """The parameter vector θ, in float64, by parameters: each is shared by the batch or has a row for each element."""
+    """The parameter vector θ, in float64, by parameters: each is shared by the batch or has a row for each element.
 
-    def __init__(self, layouts: Sequence[ParameterLayout], tensors: Sequence[Tensor], batch_size: int) -> None:
-        self.batch_size = batch_size
+    Those in ``idle``, by position, reach no data: their gradients are zeros.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[ParameterLayout],
+        tensors: Sequence[Tensor],
+        batch_size: int,
+        idle: frozenset[int] = frozenset(),
+    ) -> None:
+        self.batch_size, self.idle = batch_size, idle
         self.values_at: dict[int, Tensor] = {}
         for position, (layout, tensor) in enumerate(zip(layouts, tensors, strict=True)):
             values = tensor.to(torch.float64)
@@ -66,6 +75,8 @@ class Columns:
         """(p',) or, if any of these parameters is batched, (B, p'): their entries, one parameter after the other."""
         if positions not in self.cache:
             pieces = [self.values_at[position] for position in positions]
+            if any(piece.requires_grad for piece in pieces):
+                pieces += [self.values_at[position][..., :0] for position in sorted(self.idle)]
             if any(piece.ndim == 2 for piece in pieces):
                 pieces = [piece.expand(self.batch_size, piece.shape[-1]) for piece in pieces]
             self.cache[positions] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)

@@ -19,6 +19,7 @@ import numpy as np
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray, random_direction
 from lpgd.cones.projections import projection_derivative
+from lpgd.execution.threads import bounded_blas
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.factor import equilibration
 from lpgd.solvers.kkt.lu import ScaledLU
@@ -177,7 +178,8 @@ class _Stack:
         system_scale = np.ones((count, side))
         system_scale[:, :f], system_scale[:, f : f + c] = scale, kept_row_scale
         matrices = np.zeros((count, side, side))
-        matrices[:, :f, :f] = (self.B * self.weights[:, :, None]).swapaxes(1, 2) @ self.B
+        with bounded_blas():  # threads gain nothing on matrices of this size
+            matrices[:, :f, :f] = (self.B * self.weights[:, :, None]).swapaxes(1, 2) @ self.B
         if squares is not None:
             matrices[:, :f, :f] += squares
         if c:
