@@ -255,6 +255,8 @@ def test_options_and_shapes_are_refused_by_name():
         layer(torch.zeros(5, 2), torch.zeros(6, 3))
     with pytest.raises(ValueError, match="weights is missing"):
         pairs(torch.zeros(5, 2), torch.zeros(6, 3))
+    with pytest.raises(ValueError, match=r"weights has shape \(3,\); it must be \(5,\).*camera=True"):
+        lpgd.NodeLayer(lpgd.nodes.PerspectivePose())(torch.rand(5, 2), torch.rand(5, 3), torch.eye(3))
     with pytest.raises(ValueError, match=r"weights has shape \(6, 5\); it must be \(5, 6\)"):
         pairs(torch.zeros(5, 2), torch.zeros(6, 3), torch.zeros(6, 5))
 

@@ -39,7 +39,8 @@ from lpgd.layers.cvxpy.affine import AffineMatrix, Bounds, consecutive_rows, reo
 from lpgd.layers.cvxpy.implied import dependent_rows, implied_rows, never_negative, signs_of_squares
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, ParameterLayout, VariableLayout
 from lpgd.layers.cvxpy.limits import at_limits, needed_variables
-from lpgd.layers.cvxpy.restated import is_set, reducible, restated, with_plain_forms
+from lpgd.layers.cvxpy.restated import is_set, reducible, restated
+from lpgd.layers.cvxpy.rules import check_rules
 
 __all__ = ["canonicalise"]
 
@@ -194,33 +195,7 @@ def _check_problem(problem: cp.Problem, gp: bool) -> None:
         raise ValueError(
             f"The problem is not real ({fault}); model real and imaginary parts as separate real variables."
         )
-    rules: Any = problem if gp else with_plain_forms(problem)  # a decorator of CVXPY's hides the arguments of is_dpp
-    if gp:
-        if problem.is_mixed_integer():
-            raise ValueError("A geometric program cannot have integer or boolean variables; relax them.")
-        if not problem.is_dgp():
-            raise ValueError(
-                "gp=True, but the problem is not a geometric program by CVXPY's rules (problem.is_dgp() is false): "
-                "mark variables and parameters pos=True, or leave gp out if the problem is convex as it stands."
-            )
-        if not rules.is_dpp("dgp"):
-            raise ValueError(
-                "The geometric program is not DPP (problem.is_dpp('dgp') is false): a parameter may be a coefficient "
-                "or an exponent, but not an exponent of another parameter. Introduce a parameter for such a product."
-            )
-        return
-    if not problem.is_dcp():
-        hint = " It is a geometric program: pass gp=True." if problem.is_dgp() else ""
-        raise ValueError(
-            "The problem is not convex by CVXPY's rules (problem.is_dcp() is false); rewrite it with CVXPY's atoms."
-            + hint
-        )
-    if not rules.is_dpp(quad_form_dpp="qp"):
-        raise ValueError(
-            "The problem is not DPP (problem.is_dpp() is false): every expression must be affine in the parameters, "
-            "and no two parameters may be multiplied. Introduce a parameter for a product; write sum_squares(F @ x) "
-            "with F a root of P, or quad_form(x, P) with Parameter(PSD=True) in the objective (not in a constraint)."
-        )
+    check_rules(problem, gp)
 
 
 def _check_parameters(problem: cp.Problem, parameters: Sequence[cp.Parameter]) -> None:

@@ -135,7 +135,9 @@ class PerspectivePose(BaseNode):
             raise ValueError(f"camera has shape {shapes[2]}; it must be (3, 3).")
         expected = (points[0], world[0]) if self.all_pairs else (world[0],)
         if weights != expected:
-            raise ValueError(f"weights has shape {weights}; it must be {expected}.")
+            is_camera = weights[-1] == 3 and self.seen == "image" and not self.camera
+            hint = " A camera matrix is an input, before them, with PerspectivePose(camera=True)." if is_camera else ""
+            raise ValueError(f"weights has shape {weights}; it must be {expected}.{hint}")
         return (6,)
 
     @staticmethod
