@@ -12,7 +12,7 @@ import torch
 from lpgd import ImplicitKKT, SerialExecutor
 from lpgd.arrays import FloatArray
 from lpgd.cones.product import Cones
-from lpgd.gradients.implicit import conic
+from lpgd.gradients.implicit import whole_batches
 from lpgd.problems import ConicStructure, SparsityPattern
 from lpgd.solvers import ConicSolver
 from lpgd.solvers.interior_point.solver import InteriorPoint
@@ -106,8 +106,8 @@ def test_a_training_step_has_the_gradients_of_own_matrices(monkeypatch: pytest.M
         x=torch.from_numpy(rng.standard_normal(costs.shape)), y=0 * solution.y, z=0 * solution.z
     )
     runs: list[int] = []
-    in_faces = conic.respond_in_faces
-    monkeypatch.setattr(conic, "respond_in_faces", lambda one: (runs.append(len(one.g_x)), in_faces(one))[1])
+    in_faces = whole_batches.respond_in_faces
+    monkeypatch.setattr(whole_batches, "respond_in_faces", lambda one: (runs.append(len(one.g_x)), in_faces(one))[1])
     gradient: Any = ImplicitKKT()
     with pytest.warns(UserWarning, match="singular"):
         shared, info = gradient.vjp(solution, cotangent, solver, SerialExecutor())

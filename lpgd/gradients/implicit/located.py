@@ -10,12 +10,13 @@ from torch import Tensor
 
 from lpgd.arrays import FloatArray, flags, from_numpy, rows_where
 from lpgd.cones.regions import interior_direction, kinks
+from lpgd.problems.conic.nearer import nearer
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.conic.units import Units
 from lpgd.solvers.kkt.refinement import optimality_residual, refine
 
-__all__ = ["Located", "known_point", "relocated"]
+__all__ = ["Located", "Tilted", "known_point", "relocated"]
 
 KNOWN_WELL = 1e-10
 """Points with a larger |F| are refined where their error matters: at curved cones, and near kinks."""
@@ -27,67 +28,95 @@ KINK = 1e-7
 """Multipliers and slacks that both are smaller are taken to vanish; 100 |F| at a point that is known less well."""
 
 
+class Tilted(NamedTuple):
+    """Solutions of E elements, and tilts ``<tilt, point>`` of their Lagrangians, in the problem's own units."""
+
+    problem: ConicProblem
+    point: ConicPoint
+    slack: Tensor
+    tilt: ConicPoint
+
+    def select(self, elements: Tensor) -> Tilted:
+        """The same of some elements."""
+        return Tilted(
+            self.problem.select(elements),
+            self.point.select(elements),
+            self.slack[elements],
+            self.tilt.select(elements),
+        )
+
+    def with_far_constraints_near(self) -> Tilted:
+        """The same solutions of programs whose far constraints are nearer (:mod:`lpgd.problems.conic.nearer`)."""
+        moved = nearer(self.problem, self.point, self.slack)
+        return self if moved is None else Tilted(moved.problem, moved.point, moved.slack, self.tilt)
+
+
 class Located(NamedTuple):
     """Points of E elements, refined where that matters, in units of order 1.
 
     Attributes:
         problem, point, slack, tilt: in those units.
+        rho: the ρ of ``(ρ/2) |x - x*|²`` in those units: (E, n), or the same for all.
+        unit: what a point of ones in those units is in the problem's own.
         error: (E,) |F|.
         lipschitz: (E,) Lipschitz constant of the projection's derivative.
         weak: (E,) elements at a kink.
         xi_side, v_side: (E, n) and (E, m) steps that bring whatever is at a kink to its active side.
-        unit: what a point of ones in those units is in the problem's own.
     """
 
     problem: ConicProblem
     point: ConicPoint
     slack: Tensor
     tilt: ConicPoint
+    rho: FloatArray | float
+    unit: ConicPoint
     error: Tensor
     lipschitz: FloatArray
     weak: Tensor
     xi_side: Tensor
     v_side: Tensor
-    unit: ConicPoint
 
     @property
     def tolerance(self) -> Tensor:
         """(E,) multipliers and slacks that both are smaller are taken to vanish."""
         return (100 * self.error).clamp(KINK, 1e-3)
 
+    def at(self, point: ConicPoint, slack: Tensor, error: Tensor) -> Located:
+        """The same at other points, which leave so much of the optimality conditions."""
+        return Located(
+            *(self.problem, point, slack, self.tilt, self.rho, self.unit, error),
+            *_kinks(self.problem, point, slack, error),
+        )
+
     def select(self, elements: Tensor) -> Located:
         """The same of some elements."""
         if torch.equal(elements, torch.arange(self.problem.batch_size, device=elements.device)):
             return self
+        rho = self.rho[elements.cpu().numpy()] if isinstance(self.rho, np.ndarray) else self.rho
         return Located(
             self.problem.select(elements), self.point.select(elements), self.slack[elements],
-            self.tilt.select(elements), self.error[elements], self.lipschitz[elements.cpu().numpy()],
-            self.weak[elements], self.xi_side[elements], self.v_side[elements],
-            self.unit.select(elements),
+            self.tilt.select(elements), rho, self.unit.select(elements), self.error[elements],
+            self.lipschitz[elements.cpu().numpy()], self.weak[elements], self.xi_side[elements], self.v_side[elements],
         )  # fmt: skip
 
 
-def known_point(
-    problem: ConicProblem,
-    units: Units,
-    point: ConicPoint,
-    slack: Tensor,
-    tilt: ConicPoint,
-    well: float = KNOWN_WELL,
-) -> Located:
-    """Points of a problem in some units, with their kinks there, refined where they are not known well enough.
+def known_point(tilted: Tilted, units: Units, rho: float = 0.0, well: float = KNOWN_WELL) -> Located:
+    """Solutions in some units, with their kinks there, refined where they are not known well enough.
 
     Args:
-        problem, point, slack, tilt: in the problem's own units.
+        tilted: in the problem's own units.
         units: in which its data are of order 1.
+        rho: ρ ≥ 0, in the problem's own units.
         well: an |F| that is enough at curved cones, and near kinks.
     """
-    unit, point, slack = units.ones_out(problem), units.point_in(problem, point), units.slack_in(problem, slack)
-    tilt, problem = units.tilt_in(problem, tilt), units.apply(problem)
+    problem, unit = tilted.problem, units.ones_out(tilted.problem)
+    point, slack = units.point_in(problem, tilted.point), units.slack_in(problem, tilted.slack)
+    curvature = rho if rho == 0.0 or units.is_trivial else (rho * units.tilt_in(problem, unit).x).cpu().numpy()
+    tilt, problem = units.tilt_in(problem, tilted.tilt), units.apply(problem)
     tilt = ConicPoint(*(tensor.to(point.x.dtype) for tensor in tilt))
     curved = not problem.structure.cones.is_polyhedral
     error = optimality_residual(problem, point, slack)
-    located = _locate(problem, point, slack, tilt, error, unit)
+    located = Located(problem, point, slack, tilt, curvature, unit, error, *_kinks(problem, point, slack, error))
     rough = error > well if curved else (error > KNOWN) | (located.weak & (error > well))
     if not bool(rough.any()):
         return located
@@ -96,7 +125,7 @@ def known_point(
     point, slack = ConicPoint(*(tensor.clone() for tensor in point)), slack.clone()
     for whole, values in zip((*point, slack, error), (*refined.point, refined.slack, refined.after), strict=True):
         whole[elements] = values
-    return _locate(problem, point, slack, tilt, error, unit)
+    return located.at(point, slack, error)
 
 
 def relocated(located: Located, point: ConicPoint, slack: Tensor, elements: list[int]) -> tuple[Located, list[int]]:
@@ -108,14 +137,14 @@ def relocated(located: Located, point: ConicPoint, slack: Tensor, elements: list
     kept[elements] = worse[elements]
     point, slack = located.point.where(kept, point), torch.where(kept[:, None], located.slack, slack)
     error = torch.where(kept, located.error, error)
-    there = _locate(problem, point, slack, located.tilt, error, located.unit)
+    there = located.at(point, slack, error)
     return there, [element for element, stays in zip(elements, flags(worse[elements]), strict=True) if not stays]
 
 
-def _locate(
-    problem: ConicProblem, point: ConicPoint, slack: Tensor, tilt: ConicPoint, error: Tensor, unit: ConicPoint
-) -> Located:
-    """The kinks nearby."""
+def _kinks(
+    problem: ConicProblem, point: ConicPoint, slack: Tensor, error: Tensor
+) -> tuple[FloatArray, Tensor, Tensor, Tensor]:
+    """The kinks nearby: ``lipschitz``, ``weak``, ``xi_side`` and ``v_side`` of :class:`Located`."""
     structure, cones = problem.structure, problem.structure.cones
     tolerance = (100 * error).clamp(KINK, 1e-3)[:, None]
     v = point.y - slack
@@ -137,4 +166,4 @@ def _locate(
     if bool(weak.any()):
         direction = from_numpy(interior_direction(cones)).to(v.device)
         v_side = torch.where(near, 2 * tolerance * direction, 0.0)
-    return Located(problem, point, slack, tilt, error, lipschitz, weak, xi_side, v_side, unit)
+    return lipschitz, weak, xi_side, v_side

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from lpgd.arrays import BoolArray, FloatArray, as_index, flags, from_numpy, random_direction
 from lpgd.execution.tasks import run_tasks
+from lpgd.gradients.implicit.answers import Answers
 from lpgd.gradients.implicit.complementary import away_from_kinks
-from lpgd.gradients.implicit.findings import SAME, Findings
+from lpgd.gradients.implicit.findings import SAME
 from lpgd.gradients.implicit.located import Located
 from lpgd.gradients.implicit.multipliers import other_multipliers
 from lpgd.problems.conic.asked import Asked
@@ -48,7 +50,6 @@ def _respond(task: _Task) -> KKTResponse:
 def responses(
     located: Located,
     elements: Sequence[int],
-    rho: FloatArray | float,
     side: float,
     executor: Executor | None,
     probes: Sequence[ConicPoint] = (),
@@ -74,38 +75,30 @@ def responses(
         matrices = (view.rows(name, chunk) for name in ("P", "A"))
         P, A = (np.broadcast_to(matrix, (len(chunk), matrix.shape[1])) for matrix in matrices)
         points = KKTPoints(*(array[chunk] for array in arrays))
-        chunk_rho = rho[chunk] if isinstance(rho, np.ndarray) else rho
+        rho = located.rho[chunk] if isinstance(located.rho, np.ndarray) else located.rho
         known = Known(error[chunk], located.lipschitz[chunk])
         tilts = [Tilt(*(array[chunk] for array in probe)) for probe in others]
-        tasks.append(_Task(problem.structure, chunk_rho, P, A, points, known, tilts))
+        tasks.append(_Task(problem.structure, rho, P, A, points, known, tilts))
         order += chunk
     results = run_tasks(_respond, tasks, executor)
     back = np.argsort(order)  # elements are increasing
     return KKTResponse.joined(results).select(back)
 
 
-def one_by_one(
-    located: Located,
-    elements: list[int],
-    rho: FloatArray | float,
-    answer: ConicPoint,
-    findings: Findings,
-    executor: Executor | None,
-    *,
-    lead: bool = True,
-) -> None:
+def one_by_one(answers: Answers, elements: list[int], executor: Executor | None, *, lead: bool = True) -> None:
     """Write the response of some elements, and what there is to say about each.
 
     Where the sides of a kink differ, the element is led away from it if it can be, unless not asked to ``lead``.
     """
+    located, findings = answers.located, answers.findings
     weak = flags(located.weak)
     chosen = [element for element in elements if weak[element]]
-    sides = [_judged(located, chosen, rho, side, executor) for side in (1.0, -1.0)] if chosen else []
-    if chosen and lead and not np.any(rho):
+    sides = [_judged(located, chosen, side, executor) for side in (1.0, -1.0)] if chosen else []
+    if chosen and lead and not np.any(located.rho):
         differ = _differences(located, chosen, sides[0][0], sides[1][0])
         there, led = away_from_kinks(located, [chosen[k] for k in np.flatnonzero(differ.somehow)])
         if led:
-            one_by_one(there, led, rho, answer, findings, executor, lead=False)
+            one_by_one(replace(answers, located=there), led, executor, lead=False)
             kept = np.array([element not in led for element in chosen])
             elements, chosen = ([one for one in some if one not in led] for some in (elements, chosen))
             sides = [(one.select(kept), _Told(told.rows[kept], told.bounds[kept])) for one, told in sides]
@@ -113,9 +106,9 @@ def one_by_one(
                 return
     at_kink = [k for k, element in enumerate(elements) if weak[element]]
     if not at_kink:
-        found, told = _judged(located, elements, rho, 0.0, executor)
+        found, told = _judged(located, elements, 0.0, executor)
     else:
-        found, told = _between(located, elements, at_kink, sides, rho, executor)
+        found, told = _between(located, elements, at_kink, sides, executor)
         (above, told_above), (below, told_below) = sides
         differ = _differences(located, chosen, above, below)
         found = found.copy()
@@ -146,8 +139,8 @@ def one_by_one(
     if singular:
         concerned = [findings.concerns(elements[k], found.shared[k]) for k in singular]
         chosen = [elements[k] for k in singular]
-        findings.steady |= _steady(located, chosen, rho, found.x[singular], concerned, executor)
-    for whole, values in zip(answer, found[:3], strict=True):
+        findings.steady |= _steady(located, chosen, found.x[singular], concerned, executor)
+    for whole, values in zip(answers.change, found[:3], strict=True):
         whole[elements] = from_numpy(values).to(whole.device)
     findings.add(elements, found, told.rows, told.bounds)
 
@@ -157,13 +150,12 @@ def _between(
     elements: list[int],
     at_kink: list[int],
     sides: list[tuple[KKTResponse, _Told]],
-    rho: FloatArray | float,
     executor: Executor | None,
 ) -> tuple[KKTResponse, _Told]:
     """The responses at the points themselves, of which some are those of one side, which are known.
 
     Args:
-        located, elements, rho, executor: of :func:`one_by_one`.
+        located, elements, executor: of :func:`one_by_one`.
         at_kink: which of the elements are at a kink.
         sides: the responses of these.
     """
@@ -177,7 +169,7 @@ def _between(
     asked = [k for k in range(len(elements)) if k not in known]
     parts, order = [], list(asked)
     if asked:
-        parts.append(_judged(located, [elements[k] for k in asked], rho, 0.0, executor))
+        parts.append(_judged(located, [elements[k] for k in asked], 0.0, executor))
     for side in (0, 1):
         of_side = [k for k, (where, _) in known.items() if where == side]
         if of_side:
@@ -212,9 +204,7 @@ class _Told(NamedTuple):
     bounds: Any
 
 
-def _judged(
-    located: Located, elements: list[int], rho: FloatArray | float, side: float, executor: Executor | None
-) -> tuple[KKTResponse, _Told]:
+def _judged(located: Located, elements: list[int], side: float, executor: Executor | None) -> tuple[KKTResponse, _Told]:
     """Responses that are ``unique`` where what is asked of x is, and whether what is asked of multipliers is.
 
     A function ``r·x`` of the answers of a symmetric system ``K a = b`` is the same for all of them exactly where r is
@@ -224,11 +214,10 @@ def _judged(
     asked = located.problem.structure.asked
     if len(elements) < located.problem.batch_size:
         located = located.select(as_index(elements, located.error.device))
-        rho = rho[elements] if isinstance(rho, np.ndarray) else rho
     probes = [_of_bounds(located, side)]
     if asked is not None:
         probes += [_of_x(located, asked), _of_y(located, asked)]
-    found = responses(located, range(len(elements)), rho, side, executor, probes)
+    found = responses(located, range(len(elements)), side, executor, probes)
     alone = np.array([not rows.any() for rows in found.shared])
     told = _Told(alone, alone.copy())
     if found.exact.all():
@@ -288,7 +277,6 @@ def _involved(located: Located) -> Tensor:
 def _steady(
     located: Located,
     elements: list[int],
-    rho: FloatArray | float,
     dx: FloatArray,
     with_constraints: list[bool],
     executor: Executor | None,
@@ -316,8 +304,7 @@ def _steady(
     index = as_index(of_element, located.error.device)
     moved = chosen.select(index)
     moved = moved._replace(point=moved.point._replace(y=from_numpy(np.stack(ends)).to(y)))
-    their_rho = rho[[elements[k] for k in of_element]] if isinstance(rho, np.ndarray) else rho
-    again = responses(moved, range(len(ends)), their_rho, 0.0, executor).x
+    again = responses(moved, range(len(ends)), 0.0, executor).x
     before, least = dx[of_element], _no_change(chosen)[of_element]
     largest = np.maximum(np.abs(before).max(1, initial=0.0), np.abs(again).max(1, initial=0.0))
     differ = np.abs(again - before).max(1, initial=0.0) > STEADY * np.maximum(largest, least)
