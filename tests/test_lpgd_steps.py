@@ -294,7 +294,7 @@ def test_multipliers_that_are_not_unique_matter_to_constraints_only() -> None:
     """x ≤ 1 stated twice: which row has the multiplier is up to the solver; the gradient in q is zero all the same."""
     case = next(case for case in CASES if case.name == "qp")
     solution, cotangent = planted_solution(case), random_cotangent(case, duals=False)
-    found = perturbed.perturb(solution, cotangent, TIGHT, None, envelope="average")
+    found = perturbed.perturb(perturbed.Perturbation(solution, cotangent, TIGHT, None, "average"))
     assert not found.unclear.any()
     q = vector(-2.0).requires_grad_()
     rows, h = torch.ones(2, 1, dtype=torch.float64), torch.ones(2, dtype=torch.float64)

@@ -34,7 +34,7 @@ from lpgd.gradients.base import GradientInfo, GradientMethod, is_number, relevan
 from lpgd.gradients.implicit.method import ImplicitKKT
 from lpgd.gradients.losses import BatchRows, Loss, PosedLoss, Reading, plain_readings, weighed
 from lpgd.gradients.node_steps import difference, with_exact
-from lpgd.gradients.perturbed import perturb
+from lpgd.gradients.perturbed import Perturbation, perturb
 from lpgd.gradients.quadratic_steps import quadratic_steps
 from lpgd.gradients.records import blank, record, tied_elements, warn_of_jumps
 from lpgd.gradients.sides import Envelope
@@ -245,9 +245,7 @@ class _Perturbed:
         if not active:
             return
         steps = None if method.tau is None else method.steps(method.tau, cotangent)
-        found = perturb(
-            solution, cotangent, solver, executor, envelope=method.envelope, rho=method.rho, steps=steps, loss=loss
-        )
+        found = perturb(Perturbation(solution, cotangent, solver, executor, method.envelope, method.rho, steps, loss))
         self.still = ~found.moved
         tied = tied_elements(solution, active)
         record(self.info, active, found, tied)

@@ -44,7 +44,7 @@ from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver
 from lpgd.solvers.perturbed_points import PerturbedPoints
 
-__all__ = ["Perturbed", "perturb"]
+__all__ = ["Perturbation", "Perturbed", "perturb"]
 
 
 ACCURACY = 1e-4
@@ -59,6 +59,46 @@ LOUDEST = 1e-2
 """Nor is it where the solver's error would be more than this share of the response."""
 CURVED = 1e-2
 """Sides that mirror each other up to this share of their difference give a central difference good to its square."""
+
+
+@dataclass(frozen=True, eq=False)
+class Perturbation:
+    """E elements that are to be solved again, tilted by a cotangent.
+
+    Attributes:
+        solution: of elements that have one each, and a nonzero cotangent.
+        cotangent: (E, ·) each.
+        solver: solves them again, to a tolerance that fits the step.
+        executor: where the work runs.
+        envelope: which sides; one without a solution is replaced by the other one.
+        rho: of the augmentation.
+        steps: (E,) τ, or None: the root of the relative error of the solutions, in tilt units.
+        loss: a loss of these elements with this cotangent, to be added itself instead of its linear model.
+    """
+
+    solution: AnySolution
+    cotangent: Point
+    solver: AnySolver
+    executor: Executor | None
+    envelope: Envelope
+    rho: float = 0.0
+    steps: Tensor | None = None
+    loss: PosedLoss | None = None
+
+    def select(self, elements: Tensor) -> Perturbation:
+        """The same of some elements."""
+        return replace(
+            self,
+            solution=self.solution.select(elements),
+            cotangent=self.cotangent.select(elements),
+            steps=None if self.steps is None else self.steps[elements],
+            loss=None if self.loss is None else self.loss.select(elements),
+        )
+
+    @property
+    def may_stay(self) -> bool:
+        """Whether steps are those that were given, of linear programs: they are meant to find other vertices."""
+        return self.steps is not None and self.solution.problem.traits.is_linear_program
 
 
 @dataclass(eq=False)
@@ -118,100 +158,46 @@ class Perturbed:
         return cls(**columns)
 
 
-def perturb(
-    solution: AnySolution,
-    cotangent: Point,
-    solver: AnySolver,
-    executor: Executor | None,
-    *,
-    envelope: Envelope,
-    rho: float = 0.0,
-    steps: Tensor | None = None,
-    loss: PosedLoss | None = None,
-) -> Perturbed:
-    """Solve the problem tilted by a cotangent again.
-
-    Args:
-        solution: of E elements, each with a solution and a nonzero cotangent.
-        cotangent: (E, ·) each.
-        solver: solves them again, to a tolerance that fits the step.
-        executor: where the work runs.
-        envelope: which sides; one without a solution is replaced by the other one.
-        rho: of the augmentation.
-        steps: (E,) τ, or None: the root of the relative error of the solutions, in tilt units.
-        loss: a loss of these elements with this cotangent, to be added itself instead of its linear model.
-    """
-    problem = solution.problem
-    unit = problem.tilt_unit(solution.point, cotangent)
+def perturb(asked: Perturbation) -> Perturbed:
+    """Solve the tilted problems again."""
+    solution, solver, problem = asked.solution, asked.solver, asked.solution.problem
+    unit = problem.tilt_unit(solution.point, asked.cotangent)
     error = _error(solution, solver, problem)
-    options: dict[str, Any] = {"envelope": envelope, "rho": rho}
     found: list[tuple[Tensor, Perturbed]] = []
     # Who asks for another accuracy than others is solved apart, so that no element has that of another one.
-    finer = _refinement(solver, error) if steps is None else _tightening(solver, steps / unit)
+    finer = _refinement(solver, error) if asked.steps is None else _tightening(solver, asked.steps / unit)
     for power in finer.unique().tolist():
         accurate = solver if power == 0 else solver.with_tolerance(solver.tolerance * FINER**-power)
         chosen = rows_where(finer == power)
         if chosen.shape[0] == problem.batch_size:
-            return _perturbed(solution, cotangent, unit, error, solver, accurate, executor, steps, loss, **options)
-        found.append((
-            chosen,
-            _perturbed(
-                solution.select(chosen), cotangent.select(chosen), unit[chosen], error[chosen], solver, accurate,
-                executor, None if steps is None else steps[chosen], None if loss is None else loss.select(chosen),
-                **options,
-            ),
-        ))  # fmt: skip
+            return _perturbed(asked, accurate, unit, error)
+        found.append((chosen, _perturbed(asked.select(chosen), accurate, unit[chosen], error[chosen])))
     return Perturbed.joined(found)
 
 
-def _perturbed(
-    solution: AnySolution,
-    cotangent: Point,
-    unit: Tensor,
-    error: Tensor,
-    solver: AnySolver,
-    perturbed_solver: AnySolver,
-    executor: Executor | None,
-    steps: Tensor | None,
-    loss: PosedLoss | None,
-    *,
-    envelope: Envelope,
-    rho: float,
-) -> Perturbed:
-    """The same by a solver that is as accurate as all of these elements need."""
-    problem, base_error = solution.problem, error
-    if perturbed_solver != solver:
-        error = torch.minimum(error, _error(None, perturbed_solver, problem))
-    tau = error**0.5 * unit if steps is None else steps
-    augmented = problem.augment(rho, solution.x)
-    near = None if loss is not None else PerturbedPoints.of(solution, augmented, cotangent, unit, perturbed_solver)
-    run = Run(
-        problem, augmented, solution.point, solution.active_set(problem), solution.states, cotangent,
-        base_error, error, perturbed_solver, perturbed_solver == solver, executor, envelope, near, loss,
-    )  # fmt: skip
-    if len(SIDES[envelope]) == 1:
+def _perturbed(asked: Perturbation, solver: AnySolver, unit: Tensor, error: Tensor) -> Perturbed:
+    """The same by a solver that is as accurate as all of these elements need.
+
+    Args:
+        asked: E elements.
+        solver: who solves them.
+        unit: (E,) the step at which a tilt is as large as the terms that it changes.
+        error: (E,) of the solutions, relatively.
+    """
+    run = _run(asked, solver, unit, error)
+    tau = run.error**0.5 * unit if asked.steps is None else asked.steps
+    if len(SIDES[asked.envelope]) == 1:
         # Both ends of a difference are solved to one tolerance; the old end alone would be the noisier one.
         run = run.with_base_solved_again()
     sides = run.sides(tau)
-    kinked = unclear = jumped = torch.zeros_like(sides.above)
-    if steps is None:
+    kinked = unclear = torch.zeros_like(sides.above)
+    if asked.steps is None:
         run, tau, sides, kinked, unclear = _shortened(run, tau, unit, sides)
-    shared_rows = shared_bounds = torch.zeros_like(sides.above)
-    if run.active is not None and (steps is None or not problem.traits.is_linear_program):
-        program = cast(ConicProblem, problem)
-        noise, x = run.noise(run.base_error, run.active.size()), program.in_own_units(cast(ConicPoint, run.base)).x
-        if solution.known_to is not None:  # beside constraints far away slacks of the size of x are no noise
-            known = NOISE * (solution.known_to + FINEST * maximum_norm(x))
-            noise = torch.where(known < noise, known, noise)
-        of_rows, of_bounds = shares_multipliers(program, run.active, noise, x)
-        shared_bounds = leaves_multipliers_open(program, run.active, noise, x) | of_bounds
-        shared_rows = shared_bounds | of_rows
-    moved = run.moved(sides)
-    if problem.traits.is_local:
-        jumped = _jumps(run, tau, unit, sides, SMALL_TILT)
-    elif problem.traits.is_continuous and (steps is None or not problem.traits.is_linear_program):
-        # Of a linear program a given step is meant to find other vertices.
-        jumped = _jumps(run, tau, unit, sides, TINY_TILT)
+    shared_rows, shared_bounds = _shared(asked, run)
+    moved, jumped = run.moved(sides), torch.zeros_like(sides.above)
+    traits = run.problem.traits
+    if traits.is_local or (traits.is_continuous and not asked.may_stay):
+        jumped = _jumps(run, tau, unit, sides, SMALL_TILT if traits.is_local else TINY_TILT)
     determined = run.determined()
     if determined is not None:
         # A vertex that stays does not move at all: what is left is noise, which a tiny step would magnify.
@@ -219,8 +205,47 @@ def _perturbed(
         sides = sides._replace(plus=_at(sides.plus, run.base, free), minus=_at(sides.minus, run.base, free))
     return Perturbed(
         sides.plus, sides.minus, sides.above, sides.below, tau, unit, moved, sides.crossing <= 1.0, kinked,
-        unclear, shared_rows, shared_bounds, jumped, perturbed_solver.tolerance, sides.iterations, sides.newton,
+        unclear, shared_rows, shared_bounds, jumped, solver.tolerance, sides.iterations, sides.newton,
     )  # fmt: skip
+
+
+def _run(asked: Perturbation, solver: AnySolver, unit: Tensor, error: Tensor) -> Run:
+    """What the solves of a perturbation by this solver have in common; the arguments of :func:`_perturbed`."""
+    solution, problem = asked.solution, asked.solution.problem
+    augmented, near = problem.augment(asked.rho, solution.x), None
+    if asked.loss is None:
+        near = PerturbedPoints.of(solution, augmented, asked.cotangent, unit, solver)
+    return Run(
+        problem=problem,
+        augmented=augmented,
+        base=solution.point,
+        active=solution.active_set(problem),
+        states=solution.states,
+        cotangent=asked.cotangent,
+        base_error=error,
+        error=error if solver == asked.solver else torch.minimum(error, _error(None, solver, problem)),
+        solver=solver,
+        is_even=solver == asked.solver,
+        executor=asked.executor,
+        envelope=asked.envelope,
+        near=near,
+        loss=asked.loss,
+    )
+
+
+def _shared(asked: Perturbation, run: Run) -> tuple[Tensor, Tensor]:
+    """``shared_rows`` and ``shared_bounds`` of :class:`Perturbed`."""
+    none = torch.zeros_like(run.error, dtype=torch.bool)
+    if run.active is None or asked.may_stay:
+        return none, none
+    program, known_to = cast(ConicProblem, run.problem), asked.solution.known_to
+    noise, x = run.noise(run.base_error, run.active.size()), program.in_own_units(cast(ConicPoint, run.base)).x
+    if known_to is not None:  # beside constraints far away slacks of the size of x are no noise
+        known = NOISE * (known_to + FINEST * maximum_norm(x))
+        noise = torch.where(known < noise, known, noise)
+    of_rows, of_bounds = shares_multipliers(program, run.active, noise, x)
+    shared_bounds = leaves_multipliers_open(program, run.active, noise, x) | of_bounds
+    return shared_bounds | of_rows, shared_bounds
 
 
 def _shortened(run: Run, tau: Tensor, unit: Tensor, sides: Sides) -> tuple[Run, Tensor, Sides, Tensor, Tensor]:
