@@ -17,8 +17,9 @@ from torch import Tensor
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.structure import NodePoint
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
-from lpgd.solvers.node.constrained import ConstrainedResult, is_minimiser, method_of_multipliers, polish, warm_point
+from lpgd.solvers.node.constrained import method_of_multipliers, warm_point
 from lpgd.solvers.node.descent import Descent
+from lpgd.solvers.node.polish import ConstrainedResult, is_minimiser, polish
 from lpgd.status import Status
 
 __all__ = ["minimise_with_barrier"]

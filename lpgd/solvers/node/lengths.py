@@ -23,7 +23,7 @@ from lpgd.problems.base import maximum_norm
 from lpgd.problems.node.multipliers import LARGE
 from lpgd.problems.node.problem import NodeProblem
 from lpgd.problems.node.structure import NodePoint, NodeStructure, input_class
-from lpgd.solvers.node.constrained import ConstrainedResult
+from lpgd.solvers.node.polish import ConstrainedResult
 from lpgd.status import Status
 
 __all__ = ["Solve", "solve_in_lengths"]

@@ -28,16 +28,10 @@ from lpgd.problems.solution import Rows
 from lpgd.solvers.base import Solver
 from lpgd.solvers.node.augmented_lagrangian import AugmentedLagrangian
 from lpgd.solvers.node.barrier import minimise_with_barrier
-from lpgd.solvers.node.constrained import (
-    ConstrainedResult,
-    Minimise,
-    is_minimiser,
-    method_of_multipliers,
-    polish,
-    warm_point,
-)
+from lpgd.solvers.node.constrained import Minimise, method_of_multipliers, warm_point
 from lpgd.solvers.node.descent import Descent, lbfgs, newton
 from lpgd.solvers.node.lengths import solve_in_lengths
+from lpgd.solvers.node.polish import ConstrainedResult, is_minimiser, polish
 from lpgd.solvers.node.scipy_minimise import scipy_minimise
 from lpgd.solvers.node.sparse import Sparsity, find_sparsity
 from lpgd.solvers.node.sparse_newton import sparse_newton
