@@ -15,6 +15,7 @@ from lpgd.gradients import GradientMethod
 
 ROOT = Path(__file__).parent.parent
 README, NODES, METHODS = ROOT / "README.md", ROOT / "docs" / "nodes.md", ROOT / "docs" / "methods.md"
+PAGES = [README, *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "extending.md")]
 FENCE = re.compile(r"^\s*(`{3,})\s*(\S*)")
 HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*$")
 NOT_RUN = re.compile(r"^<!-- not run: \S.* -->$")
@@ -72,21 +73,25 @@ def read_sections(text: str) -> list[Section]:
     return [section for section in sections if section.blocks]
 
 
-SECTIONS = read_sections(README.read_text(encoding="utf-8"))
-NODE_SECTIONS = read_sections(NODES.read_text(encoding="utf-8"))
+SECTIONS = [(page, section) for page in PAGES for section in read_sections(page.read_text(encoding="utf-8"))]
 
 
-METHOD_SECTIONS = read_sections(METHODS.read_text(encoding="utf-8"))
+def test_pages_have_code() -> None:
+    assert {README, NODES, METHODS} <= {page for page, _ in SECTIONS}
 
 
-def test_readme_has_code() -> None:
-    assert SECTIONS, "README.md has no python block that runs."
-
-
-@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.heading)
-def test_readme_section_runs(section: Section, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("page", "section"), [pytest.param(*pair, id=f"{pair[0].stem}, {pair[1].heading}") for pair in SECTIONS]
+)
+def test_a_section_runs(page: Path, section: Section, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    section.run(str(README))
+    section.run(str(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_pages_link_to_exists(page: Path) -> None:
+    links = re.findall(r"\]\((?!http)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_every_node_is_described() -> None:
@@ -94,16 +99,6 @@ def test_every_node_is_described() -> None:
     for name in lpgd.nodes.__all__:
         assert f"| `{name}(" in text or f"| `nodes.{name}(" in text or f"`nodes.{name}(X, U)`" in text, name
         assert f"`{name}`" in changes, name
-
-
-@pytest.mark.parametrize("section", NODE_SECTIONS, ids=lambda section: section.heading)
-def test_the_examples_of_nodes_run(section: Section) -> None:
-    section.run(str(NODES))
-
-
-@pytest.mark.parametrize("section", METHOD_SECTIONS, ids=lambda section: section.heading)
-def test_the_examples_of_gradient_methods_run(section: Section) -> None:
-    section.run(str(METHODS))
 
 
 def test_every_gradient_method_is_described() -> None:
