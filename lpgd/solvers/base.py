@@ -21,14 +21,10 @@ from lpgd.problems.conic.structure import ConicStructure
 from lpgd.problems.solution import AnySolution
 from lpgd.solvers.consistent import with_consistent_equalities
 from lpgd.solvers.equations import are_equations, solved_equations
+from lpgd.solvers.far import with_far_constraints_guessed, with_far_constraints_near
 from lpgd.solvers.kkt.reduced import is_dense
 from lpgd.solvers.kkt.refinement import is_cheap
-from lpgd.solvers.lengths import (
-    in_better_units,
-    with_constraints_kept,
-    with_far_constraints_guessed,
-    with_far_constraints_near,
-)
+from lpgd.solvers.lengths import in_better_units, with_constraints_kept
 from lpgd.solvers.options import check_type
 from lpgd.solvers.posed import Posed, judged, left_by_draft, pose
 from lpgd.solvers.rescue import is_settled, merged, settled
@@ -252,13 +248,20 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
         if begun is not None and begun.judged is not None:
             return begun.judged
         posed, shares = pose(problem, states), None
+
+        def solve(other: Posed) -> ConicSolution:
+            return self._judged(other, executor)
+
+        def solve_nearby(other: Posed) -> ConicSolution:
+            return in_better_units(other, solve(other), None, self.tolerance, solve)
+
         if begun is None:
-            answer, shares = with_far_constraints_guessed(posed, states, lambda other: self._judged(other, executor))
+            answer, shares = with_far_constraints_guessed(posed, states, solve)
         else:
             answer = judged(posed, begun.answer, self.tolerance, self.name)
-        answer = in_better_units(posed, answer, shares, self.tolerance, lambda other: self._judged(other, executor))
-        answer = with_constraints_kept(posed, answer, lambda other: self._judged(other, executor))
-        return with_far_constraints_near(posed, answer, shares, lambda other: self._judged(other, executor))
+        answer = in_better_units(posed, answer, shares, self.tolerance, solve)
+        answer = with_constraints_kept(posed, answer, solve)
+        return with_far_constraints_near(posed, answer, shares, solve_nearby)
 
     def at_once(self, problem: ConicProblem, executor: Executor | None) -> Begun | None:
         """Its answer to a batch that needs no posing, and what is left to be done about it; None for other batches."""

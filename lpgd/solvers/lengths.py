@@ -17,12 +17,10 @@ from torch import Tensor
 
 from lpgd.arrays import FloatArray, as_index, elements_where, flags, from_numpy, integers, rows_where
 from lpgd.problems.base import maximum_norm
-from lpgd.problems.conic.nearer import Nearer, guessed, nearer
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.residuals import Products, residual_bound
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicPoint, per_element
-from lpgd.problems.solution import States
 from lpgd.solvers.posed import ACCEPTED, EXACT, Posed, pose
 from lpgd.solvers.rescue import merged
 from lpgd.status import Status
@@ -31,8 +29,6 @@ __all__ = [
     "constraint_errors",
     "in_better_units",
     "with_constraints_kept",
-    "with_far_constraints_guessed",
-    "with_far_constraints_near",
 ]
 
 WIDE, DEEPEST = 2.0**-12, 2.0**-60
@@ -45,8 +41,6 @@ FAINT = 1e-6
 """Multipliers below this share of the cost's gradient are none."""
 SURE = 1e-9
 """Where no more than this share of the smallest length is left of the optimality conditions, constraints are kept."""
-SURELY_CURVED = 1e-12
-"""The same share of the size of a solution, where cones are curved."""
 NEARER, BROKEN = 0.1, 1e-3
 """An answer in other units counts where the error of its constraints is below this share of the first one's; a
 solution with a larger error than the second is none."""
@@ -180,110 +174,6 @@ def with_constraints_kept(
         for status, error in zip(answer.statuses, errors, strict=True)
     )
     return answer if statuses == answer.statuses else replace(answer, statuses=statuses)
-
-
-def with_far_constraints_guessed(
-    posed: Posed, states: States, solve: Callable[[Posed], ConicSolution]
-) -> tuple[ConicSolution, Tensor | None]:
-    """The answer to a batch, of which elements are solved with constraints nearer that seem to be far, by their data.
-
-    Those whose solutions touch such a constraint are solved as they are.
-
-    Args:
-        posed: the batch, and its units.
-        states: warm-start states of its elements, whatever their units.
-        solve: a solver's answer to a posed batch, judged.
-
-    Returns:
-        The answer, and the units of length that its ``known_to`` is in, (B,), in those of the batch; None where they
-        are the same.
-    """
-    near = None if posed.settled else guessed(posed.problem)
-    if near is None:
-        return solve(posed), None
-    nearby = pose(near.problem, states)
-    answer, taken = _of_far(near, posed.problem, solve(nearby))
-    taken = [fine or not moved for fine, moved in zip(taken, flags(near.reach.isfinite()), strict=True)]
-    shares = _lengths(nearby) / _lengths(posed)
-    # What seems to touch a constraint may be an answer that is vague, as it is far smaller than was guessed.
-    elements = [element for element, fine in enumerate(taken) if not fine]
-    vague = [element for element in elements if answer.statuses[element].usable]
-    if vague:
-        chosen, index = posed.select(vague), as_index(vague, posed.problem.device)
-        found = _nearer_still(chosen, answer.point.select(index), answer.slack[index], solve)
-        if found is not None:
-            again, lengths, fine = found
-            answer = merged(answer, vague, again, fine, keep_states=True)
-            moved = [element for element, is_fine in zip(vague, fine, strict=True) if is_fine]
-            shares[moved] = lengths[torch.tensor(fine)] / _lengths(posed)[moved]
-            elements = [element for element in elements if element not in moved]
-    if elements:
-        answer = merged(answer, elements, solve(posed.select(elements)), [True] * len(elements), keep_states=True)
-        shares[elements] = 1.0
-    return answer, shares
-
-
-def _nearer_still(
-    posed: Posed, point: ConicPoint, slack: Tensor, solve: Callable[[Posed], ConicSolution]
-) -> tuple[ConicSolution, Tensor, list[bool]] | None:
-    """The answer with far constraints nearer to a point, its units of length, and which elements of it are one.
-
-    None where no constraint is far from it.
-    """
-    near = nearer(posed.problem, point, slack)
-    if near is None:
-        return None
-    nearby = pose(near.problem)
-    answer, taken = _of_far(near, posed.problem, solve(nearby))
-    moved = flags(near.reach.isfinite())
-    return answer, _lengths(nearby), [fine and is_moved for fine, is_moved in zip(taken, moved, strict=True)]
-
-
-def with_far_constraints_near(
-    posed: Posed, answer: ConicSolution, shares: Tensor | None, solve: Callable[[Posed], ConicSolution]
-) -> ConicSolution:
-    """The answer, in which elements whose unit of length is that of a far constraint are solved with that one nearer.
-
-    Args:
-        posed: the batch, and its units.
-        answer: a solver's, judged.
-        shares: (B,) the units of length that it is known in, in those of the batch.
-        solve: the same of other elements.
-    """
-    sure = SURE if posed.problem.structure.cones.is_polyhedral else SURELY_CURVED
-    for _ in range(MOST):
-        near = nearer(posed.problem, answer.point, answer.slack)
-        if near is None:
-            break
-        shares = torch.ones_like(near.reach) if shares is None else shares
-        known = torch.full_like(shares, torch.inf) if answer.known_to is None else answer.known_to * shares
-        elements = elements_where(answer.usable & near.reach.isfinite() & ~(known <= sure * near.reach))
-        if not elements:
-            break
-        few = near.select(as_index(elements, posed.problem.device))
-        nearby = pose(few.problem)
-        again, taken = _of_far(few, posed.select(elements).problem, solve(nearby))
-        if not any(taken):
-            break
-        answer = merged(answer, elements, again, taken, keep_states=True)
-        index = as_index([element for element, fine in zip(elements, taken, strict=True) if fine], shares.device)
-        shares[index] = _lengths(nearby)[torch.tensor(taken)] / _lengths(posed)[index]
-    return answer
-
-
-def _lengths(posed: Posed) -> Tensor:
-    """(B,) units of length."""
-    size = posed.problem.batch_size
-    return posed.problem.data.q.new_ones(size) if posed.units.length is None else posed.units.length[:, 0].clone()
-
-
-def _of_far(near: Nearer, problem: ConicProblem, answer: ConicSolution) -> tuple[ConicSolution, list[bool]]:
-    """An answer to the nearer programs as one of the programs themselves, and which elements of it are one."""
-    taken = flags(~near.touches(answer.point, answer.slack))
-    taken = [fine and status is Status.SOLVED for fine, status in zip(taken, answer.statuses, strict=True)]
-    y, z = near.without_forces(answer.point)
-    slack = torch.where(near.rows, problem.slack(answer.x), answer.slack)
-    return replace(answer, problem=problem, y=y, z=z, slack=slack), taken
 
 
 def _errors(posed: Posed, answer: ConicSolution, least: Tensor) -> FloatArray:

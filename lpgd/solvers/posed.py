@@ -86,7 +86,11 @@ class Posed:
 
 
 def pose(
-    problem: ConicProblem, states: States = (), lengths: Tensor | None = None, costs: Tensor | None = None
+    problem: ConicProblem,
+    states: States = (),
+    lengths: Tensor | None = None,
+    costs: Tensor | None = None,
+    apart: Tensor | None = None,
 ) -> Posed:
     """What a solver is to see of a batch, started from the states of an earlier solution.
 
@@ -95,10 +99,12 @@ def pose(
         states: of B elements, or of a divisor of B that repeat; none is a cold start.
         lengths: (B,) exponents of two of the length unit, where it should not be chosen by the data.
         costs: (B,) exponents of two by which costs should be larger than the data make them.
+        apart: (B, m) rows that say nothing of the units of variables.
     """
     cleaned, settled = _with_clean_bounds(problem)
     exponents = _exponents(states, problem.batch_size)
-    units = cleaned.units if exponents is None and lengths is None else Units.of(cleaned, exponents, lengths)
+    by_data = exponents is None and lengths is None and apart is None
+    units = cleaned.units if by_data else Units.of(cleaned, exponents, lengths, apart)
     if costs is not None and units.cost is not None:
         units = replace(units, cost=units.cost * torch.exp2(costs)[:, None])
     inside = units.apply(cleaned)

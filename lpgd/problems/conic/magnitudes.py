@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -117,12 +118,15 @@ def _each(rows: Tensor, problem: ConicProblem) -> Tensor:
     return repeated(rows, problem.batch_size)
 
 
-def matrix_units(problem: ConicProblem) -> tuple[Tensor | None, Tensor | None]:
+def matrix_units(problem: ConicProblem, apart: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
     """D and E of elements of which a row or a column of P and A is far from order 1; 1 for the others.
 
     Beside curved cones curvatures that are far from each other count as well: ``huber(norm(v) / s)`` has one of s² for
     a variable of order 1 beside v of the size s, whose columns look moderate as cones have rows of ones.
+    Rows that are ``apart``, (B, m), say nothing of D.
     """
+    if apart is not None:
+        return _units_apart(problem, apart)
     structure, A, P = problem.structure, problem.data.A, problem.symmetric_P
     row_maxima, column_maxima = _memo(
         A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A)
@@ -142,6 +146,20 @@ def matrix_units(problem: ConicProblem) -> tuple[Tensor | None, Tensor | None]:
     if not bool(wide.any()):
         return None, None
     return _equilibrated(structure, A, P, wide)
+
+
+def _units_apart(problem: ConicProblem, apart: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """D of the program without some rows, (B, m), and E, in which those rows have entries of order 1, too."""
+    pattern, values = problem.structure.constraint, per_element(problem.data.A.detach(), len(apart))
+    rest = torch.where(apart[:, from_numpy(pattern.rows).to(values.device)], 0.0, values)
+    variable, row = matrix_units(replace(problem, data=problem.data._replace(A=rest)))
+    if variable is None:
+        return variable, row
+    sizes = pattern.maxima((values * repeated(variable, len(values))[:, from_numpy(pattern.columns)]).abs(), "rows")
+    blocks = from_numpy(problem.structure.cones.blocks).to(values.device).expand(len(values), -1)
+    sizes = torch.zeros_like(sizes).scatter_reduce(1, blocks, sizes, "amax").gather(1, blocks)
+    others = torch.ones_like(sizes) if row is None else repeated(row, len(values))
+    return variable, torch.where(apart & (sizes > 0), power(-_exponent(sizes)), others)
 
 
 def curvatures(problem: ConicProblem) -> Tensor:

@@ -22,12 +22,14 @@ from lpgd.problems.conic.magnitudes import LARGEST_MODERATE
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicData, ConicPoint, per_element
 
-__all__ = ["Nearer", "guessed", "nearer"]
+__all__ = ["FAR", "NEAR", "Nearer", "guessed", "nearer"]
 
 FAR, NEAR = 2.0**8, 2.0**6
 """Constraints that are farther than so many sizes of the solution are moved to where they are as far as the second."""
 WIDE, ROOM = 2.0**12, 2.0**10
 """The same where the solution is not known, in sizes of the other constraints."""
+DEPTH = 4
+"""So many groups of right-hand sides are looked at, from the largest one down."""
 LEFT = 2.0**-7
 """Solutions that leave no more than this share of the way to a constraint that was moved are near it."""
 FAINT = 1e-6
@@ -117,10 +119,11 @@ def nearer(problem: ConicProblem, point: ConicPoint, slack: Tensor) -> Nearer | 
     return _moved(problem, point, slack, loose, torch.where(small, reach, torch.nan), FAR, NEAR)
 
 
-def guessed(problem: ConicProblem) -> Nearer | None:
+def guessed(problem: ConicProblem, closer: bool = False) -> Nearer | None:
     """The programs with constraints that are far from zero, by their data, nearer to it; None where there are none.
 
-    Far are those whose right-hand sides are beyond all others.
+    Far are those whose right-hand sides are beyond all others; ``closer`` is for answers that are vague without it:
+    less is far, and the others are those below the last gap.
     """
     structure, data = problem.structure, problem.data
     if structure.has_integers or structure.cones.is_polyhedral or not _has_large(data.b, data.lower, data.upper):
@@ -137,9 +140,12 @@ def guessed(problem: ConicProblem) -> Nearer | None:
     sides += [torch.where(torch.isfinite(end), end, 0.0).abs() for end in inside.full_bounds()]
     sizes = torch.cat(sides, 1)
     top = sizes.amax(1)
-    reach = torch.where(sizes < top[:, None] / WIDE, sizes, 0.0).amax(1)
-    reach = torch.where((reach > 0) & (_largest_but(inside, loose) <= reach), reach, torch.nan)
-    return _moved(problem, zero, slack, loose, reach, WIDE, ROOM)
+    far, room = (FAR, NEAR) if closer else (WIDE, ROOM)
+    least, reach = _largest_but(inside, loose), torch.full_like(top, torch.nan)
+    for _ in range(DEPTH if closer else 1):
+        top = torch.where(sizes < top[:, None] / far, sizes, 0.0).amax(1)
+        reach = torch.where((top > 0) & (least <= top), top, reach)
+    return _moved(problem, zero, slack, loose, reach, far, room)
 
 
 def _has_large(*sides: Tensor) -> bool:

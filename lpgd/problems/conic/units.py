@@ -63,7 +63,13 @@ class Units:
     alone: Tensor | None = None
 
     @classmethod
-    def of(cls, problem: ConicProblem, exponents: Tensor | None = None, lengths: Tensor | None = None) -> Units:
+    def of(
+        cls,
+        problem: ConicProblem,
+        exponents: Tensor | None = None,
+        lengths: Tensor | None = None,
+        apart: Tensor | None = None,
+    ) -> Units:
         """The units of a problem.
 
         Args:
@@ -71,12 +77,13 @@ class Units:
             exponents: (B, 2) exponents of ``length`` and ``cost`` that a warm-start state is in, NaN where there is
                 none; they are kept where the data still allow.
             lengths: (B,) exponents of ``length`` to take, of a solution say; NaN leaves the choice to the data.
+            apart: (B, m) rows that say nothing of ``variable``.
         """
         if problem.batch_size == 0 or problem.structure.n == 0:
             return cls()
         if problem.structure.has_integers:  # whole numbers have a unit of their own
             lengths = torch.zeros(problem.batch_size, dtype=torch.float64)
-        variable, row = matrix_units(problem)
+        variable, row = matrix_units(problem, apart)
         lonely = lonely_variables(problem, variable)
         alone = None if lonely is None else lonely_units(problem, variable, lonely)
         length, cost = vector_units(problem, variable, row, lonely, alone, exponents, lengths)
