@@ -61,7 +61,7 @@ class _Dense(Block):
         held = np.flatnonzero(inside)
         at = row_place[W.rows[held]] * columns.size + place[W.columns[held]]
         chosen = selection(at, held, (rows.size * columns.size, W.nnz))
-        self.map = DataMap(AffineMap(sp.csr_array(chosen @ W_map.matrix), W_map.boundaries))
+        self.map = DataMap(AffineMap(sp.csr_array(chosen @ W_map.matrix), W_map.parameters))
         self.sizes, self.shape = W.shape, (rows.size, columns.size)
         square_index = np.flatnonzero(np.isin(squares.rows, rows))
         first, second = row_place[squares.rows[square_index]], row_place[squares.columns[square_index]]
@@ -183,7 +183,7 @@ def scaled(affine: AffineMap, places: IntArray, factors: FloatArray | None = Non
     matrix: SparseArray = affine.matrix[places]
     if factors is not None:
         matrix = sp.diags_array(factors) @ matrix
-    return AffineMap(sp.csr_array(matrix), affine.boundaries)
+    return AffineMap(sp.csr_array(matrix), affine.parameters)
 
 
 def product(rows: IntArray, columns: IntArray, size: int, values: Tensor, vectors: Tensor) -> Tensor:

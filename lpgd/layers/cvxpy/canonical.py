@@ -113,7 +113,6 @@ def canonicalise(
     owners = _check_variables(problem, variables)
     reduced = _reduce(problem if gp else restated(problem, powers), gp)
     layouts, order = _parameter_layouts(parameters, reduced)
-    boundaries = np.array([0, *(layout.columns.stop for layout in layouts)], dtype=np.int64)
 
     program = reduced.program
     dims = program.cone_dims
@@ -160,13 +159,13 @@ def canonicalise(
         lower_index=bounds.lower_index,
         upper_index=bounds.upper_index,
         integer_index=np.union1d(boolean, whole),
-        P=AffineMap(P_values, boundaries),
-        q=AffineMap(q, boundaries),
-        A=AffineMap(A_values, boundaries),
-        b=AffineMap(b[kept], boundaries),
-        lower=AffineMap(bounds.lower, boundaries),
-        upper=AffineMap(bounds.upper, boundaries),
-        offset=AffineMap(consecutive_rows(objective, program.x.size, program.x.size + 1, width), boundaries),
+        P=AffineMap(P_values, layouts),
+        q=AffineMap(q, layouts),
+        A=AffineMap(A_values, layouts),
+        b=AffineMap(b[kept], layouts),
+        lower=AffineMap(bounds.lower, layouts),
+        upper=AffineMap(bounds.upper, layouts),
+        offset=AffineMap(consecutive_rows(objective, program.x.size, program.x.size + 1, width), layouts),
         sign=-1.0 if isinstance(problem.objective, cp.Maximize) else 1.0,
         parameters=layouts,
         variables=tuple(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lpgd.arrays import from_numpy
 from lpgd.autograd import CallInfo
+from lpgd.execution.threads import one_torch_thread
 from lpgd.gradients import GradientMethod
 from lpgd.gradients.losses import Reading
 from lpgd.layers.absent import without_absent_rows
@@ -152,7 +153,8 @@ class CvxpyLayer(OptimizationLayer):
                 definiteness that its parameter was declared with.
         """
         inputs = batch_inputs(self.parameter_layouts, params)
-        posed = self._posed(self._columns(inputs))
+        with one_torch_thread():  # several wait for more work for a while, on the cores that solvers are to have next
+            posed = self._posed(self._columns(inputs))
 
         def listed() -> list[Argument]:
             known = zip(self.parameter_layouts, params, strict=True)

@@ -56,11 +56,11 @@ class AffineMap:
 
     Args:
         matrix: (rows, p + 1); its last column is the constant.
-        boundaries: (k + 1,) the columns of parameter i are ``boundaries[i]`` to ``boundaries[i + 1]``.
+        parameters: the k parameters, whose columns follow one another.
     """
 
     matrix: sp.csr_array
-    boundaries: IntArray
+    parameters: tuple[ParameterLayout, ...]
 
     def __call__(self, theta: FloatArray) -> FloatArray:
         """The data at one parameter vector: (p,) to (rows,)."""
@@ -69,9 +69,9 @@ class AffineMap:
     @cached_property
     def reaching(self) -> frozenset[int]:
         """The parameters, by position, that these data depend on."""
-        columns = np.unique(self.matrix.indices)
-        columns = columns[columns < self.boundaries[-1]]
-        return frozenset((np.searchsorted(self.boundaries, columns, side="right") - 1).tolist())
+        ends = [layout.columns.stop for layout in self.parameters]
+        owners = np.searchsorted(ends, np.unique(self.matrix.indices), side="right")  # of the constant there is none
+        return frozenset(owners[owners < len(ends)].tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,7 @@ class CanonicalProgram:
     @property
     def p(self) -> int:
         """The length of the parameter vector."""
-        return int(self.q.boundaries[-1])
+        return max((layout.columns.stop for layout in self.parameters), default=0)
 
     @property
     def idle(self) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,14 +40,16 @@ class SparseMap:
         if self.is_empty:
             return vectors.new_zeros(*vectors.shape[:-1], self.size)
         rows, columns, values = (tensor.to(vectors.device) for tensor in self.tensors.values())
-        terms = vectors.index_select(-1, columns) * values
+        leading = vectors.shape[:-1]
+        terms = vectors.index_select(-1, columns) * values  # ``gather`` would keep the vectors, the user's own tensors
         if self.is_gather:
             return terms
-        return terms.new_zeros(*vectors.shape[:-1], self.size).index_add(-1, rows, terms)
+        # In the last dimension, ``index_add`` takes twice as long (torch 2.13).
+        return terms.new_zeros(*leading, self.size).scatter_add(-1, rows.expand(*leading, -1), terms)
 
 
 class Columns:
-    """The parameter vector θ, in float64, by parameters: each is shared by the batch or has a row for each element.
+    """The parameters as vectors, in float64: each is shared by the batch or has a row for each element.
 
     Those in ``idle``, by position, reach no data: their gradients are zeros.
     """
@@ -66,13 +69,12 @@ class Columns:
                 # Of a symmetric matrix only one triangle is read: this spreads the gradient over both.
                 values = 0.5 * (values + values.mT)
             flat = values.flatten(values.ndim - len(layout.shape)) if layout.shape else values.unsqueeze(-1)
-            values = flat.index_select(-1, from_numpy(layout.take).to(flat.device))
-            self.values_at[position] = _log(values) if layout.log else values
+            self.values_at[position] = _log(flat) if layout.log else flat
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self.cache: dict[tuple[int, ...], Tensor] = {}
 
     def vector(self, positions: tuple[int, ...]) -> Tensor:
-        """(p',) or, if any of these parameters is batched, (B, p'): their entries, one parameter after the other."""
+        """(p',) or, if any of these parameters is batched, (B, p'): all entries of one after those of the other."""
         if positions not in self.cache:
             pieces = [self.values_at[position] for position in positions]
             if any(piece.requires_grad for piece in pieces):
@@ -97,8 +99,7 @@ class DataMap:
         self.reaching = tuple(sorted(affine.reaching))
         self.constant = from_numpy(matrix[:, [-1]].toarray().ravel())
         self.has_constant = bool(self.constant.ne(0).any())
-        ranges = [np.arange(*affine.boundaries[position : position + 2]) for position in self.reaching]
-        self.linear = SparseMap(matrix[:, np.concatenate([*ranges, np.zeros(0, np.int64)])])
+        self.linear = SparseMap(_of_tensors(matrix, [affine.parameters[position] for position in self.reaching]))
 
     def __call__(self, columns: Columns) -> Tensor:
         constant = self.constant.to(columns.device)
@@ -106,3 +107,15 @@ class DataMap:
             return constant
         value = self.linear(columns.vector(self.reaching))
         return value + constant if self.has_constant else value
+
+
+def _of_tensors(matrix: SparseArray, layouts: Sequence[ParameterLayout]) -> SparseArray:
+    """A matrix whose columns are those of θ as one for all entries of some parameters' tensors, row by row."""
+    columns, entries, width = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+    for layout in layouts:
+        columns.append(np.arange(layout.columns.start, layout.columns.stop))
+        entries.append(width + layout.take)
+        width += math.prod(layout.shape)
+    chosen = matrix[:, np.concatenate(columns)].tocoo()
+    row, column = chosen.coords
+    return sp.csr_array((chosen.data, (row, np.concatenate(entries)[column])), shape=(matrix.shape[0], width))

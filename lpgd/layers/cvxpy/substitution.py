@@ -128,7 +128,7 @@ class Substitution:
         )
         self._moved = SparseMap(A_OT.T)
         constraint, A_map = _substituted_rows(program, (row_place, place), A_OT, W, W_map)
-        boundaries = program.P.boundaries
+        layouts = program.parameters
         self.program = replace(
             program,
             n=kept.size,
@@ -138,10 +138,10 @@ class Substitution:
             lower_index=place[program.lower_index],
             upper_index=place[program.upper_index],
             integer_index=place[program.integer_index],
-            P=AffineMap(sp.csr_array(placed @ program.P.matrix), boundaries),
+            P=AffineMap(sp.csr_array(placed @ program.P.matrix), layouts),
             q=scaled(program.q, kept),
             A=A_map,
-            b=AffineMap(sp.csr_array(program.b.matrix[kept_rows] - A_OT @ shift.matrix), boundaries),
+            b=AffineMap(sp.csr_array(program.b.matrix[kept_rows] - A_OT @ shift.matrix), layouts),
             variables=tuple(_left_of(layout, kept, kept_rows) for layout in program.variables),
         )
         self._maps = [DataMap(getattr(self.program, name)) for name in ConicData._fields]
@@ -284,7 +284,7 @@ def _substituted_rows(
     added = sp.csr_array((moved.data[which], (position[split:], entry)), shape=(stored.size, W.nnz))
     columns, rows = np.divmod(stored, max(m, 1))
     values = sp.csr_array(kept @ program.A.matrix + added @ W_map.matrix)
-    return SparsityPattern((m, n), rows, columns), AffineMap(values, program.A.boundaries)
+    return SparsityPattern((m, n), rows, columns), AffineMap(values, program.parameters)
 
 
 def _fewer(cones: Cones, rows: IntArray) -> Cones:
