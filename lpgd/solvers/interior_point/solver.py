@@ -135,11 +135,12 @@ class InteriorPoint(BatchedSolver):
         if task.program.q.device.type != "cpu":
             return _solve_task(task)
         distinct = size if task.start is None else task.start.rows.shape[0]
-        # What projections have in common is most of their work.
+        # What projections have in common is most of their work, in steps too short for threads to share.
         least = 1 if is_projection(task.program) else 2
         count = max(least, min(distinct // CHUNK, int(work / CHUNKED)))
         if distinct < 2 or work < CHUNKED or count == 1:
-            with all_torch_threads() if work > THREADED and workers > 1 else nullcontext():
+            threaded = distinct < 2 and work > THREADED and workers > 1
+            with all_torch_threads() if threaded else nullcontext():
                 return _solve_task(task)
         edges = [round(place * distinct / count) for place in range(count + 1)]
         chunks = [torch.arange(*ends) for ends in pairwise(edges)]
