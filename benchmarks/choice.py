@@ -77,6 +77,26 @@ def _qp(n: int, batch: int, shared: bool) -> _Task:
     )
 
 
+def _signed_qp(n: int, batch: int) -> _Task:
+    """A P and inequalities for each element, and variables that are not negative."""
+
+    def draw(size: int, seed: int) -> tuple[Tensor, ...]:
+        rng = np.random.default_rng(seed)
+        root = rng.standard_normal((size, n, n))
+        P = root @ root.swapaxes(1, 2) / n + 1e-2 * np.eye(n)
+        G = rng.standard_normal((size, n // 2, n))
+        return torch.from_numpy(P), torch.from_numpy(rng.standard_normal((size, n))), torch.from_numpy(G)
+
+    return _Task(
+        f"signed{n}",
+        f"dense QP n {n}, x >= 0, {n // 2} rows",
+        (batch, min(batch, 8)),
+        draw,
+        lpgd.QPLayer,
+        lambda data: (tuple(data[:2]), {"lb": 0.0, "G": data[2], "h": 1.0}),
+    )
+
+
 def _bounded_qp(n: int, batch: int, rows: int) -> _Task:
     """A P for each element and bounds of every variable: a box, or with one row the points of a capped simplex."""
 
@@ -232,6 +252,7 @@ def tasks(quick: bool) -> Iterator[_Task]:
     yield _qp(500, 4, False)
     yield _bounded_qp(120, 16, 0)
     yield _bounded_qp(250, 16, 1)
+    yield _signed_qp(250, 16)
     yield _lp(100, 16, 50)
     yield _lp(600, 4, 300, 0.01)
     yield _sparse_qp(500, 4)

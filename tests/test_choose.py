@@ -121,6 +121,8 @@ def test_a_known_situation_chooses_by_class_size_and_device() -> None:
     assert preference(projection, cpu)[0] is InteriorPoint
     boxed = dataclasses.replace(dense(250, 1), lower_index=np.arange(250))
     assert choose_solver(boxed, situation=cpu) == (PIQP() if PIQP.is_installed() and core_count() <= 4 else DAQP())
+    # Few of the bounds are active beside many inequalities.
+    assert choose_solver(dataclasses.replace(dense(250, 125), lower_index=np.arange(250)), situation=cpu) == DAQP()
     assert preference(dataclasses.replace(dense(600, 1), lower_index=np.arange(600)), cpu)[:2] in (
         (PIQP, InteriorPoint),
         (InteriorPoint, DAQP),
