@@ -250,3 +250,17 @@ def test_changes_in_place_are_noticed_or_harmless() -> None:
     with torch.no_grad():
         value.mul_(2.0)
     close(torch.autograd.grad(output.sum(), value), [0.5 * torch.tensor([2.0, 3.0]).double().rsqrt()])
+
+
+def test_a_shared_matrix_is_not_copied_for_each_element_of_a_batched_vector() -> None:
+    m, n, size = 40, 100, 64
+    x, A, b, c = cp.Variable(n), cp.Parameter((m, n)), cp.Parameter(m), cp.Parameter(n)
+    layer = lpgd.CvxpyLayer(cp.Problem(cp.Minimize(cp.sum_squares(x) + c @ x), [A @ x == b, x >= 0]), [A, b, c], [x])
+    generator = torch.Generator().manual_seed(0)
+    matrix = leaf(torch.rand(m, n, generator=generator, dtype=torch.float64))
+    right = leaf(matrix.detach().sum(1) / 2)
+    costs = leaf(torch.randn(size, n, generator=generator, dtype=torch.float64))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        layer(matrix, right, costs)[0].square().sum().backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest < 8 * size * m * n  # bytes of a copy for each element
