@@ -253,3 +253,44 @@ def test_a_sparse_component_that_is_one_variable(method: GradientMethod) -> None
     (found * torch.arange(9.0).reshape(3, 3)).sum().backward()
     assert values.grad is not None
     np.testing.assert_allclose(values.grad, 0.0, atol=1e-7)
+
+
+FACTORS = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)
+
+
+def layer_of_small_rows(force: float, bounds: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """``min ½|x - c|²`` with far planes and one that holds x₀ by this force, rows of sizes 1e-3 to 1e-1, as OptNet starts.
+
+    Returns:
+        x, and the gradients of ``<FACTORS, x>`` with respect to c and to the limit of that plane, or bound.
+    """
+    c = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
+    G = torch.tensor([[2e-3, 1e-3, 0.0], [0.0, 0.1, 0.05], [4e-3, 0.0, 0.0]], dtype=torch.float64)
+    limit = torch.tensor(0.3 - force, dtype=torch.float64, requires_grad=True)
+    far = torch.tensor([0.02, 0.1], dtype=torch.float64)
+    if bounds:
+        ub = torch.cat([limit[None], torch.full((2,), 40.0, dtype=torch.float64)])
+        solution = lpgd.solve_qp(torch.eye(3, dtype=torch.float64), -c, G=G[:2], h=far, ub=ub)
+    else:
+        h = torch.cat([far, 4e-3 * limit[None]])
+        solution = lpgd.solve_qp(torch.eye(3, dtype=torch.float64), -c, G=G, h=h)
+    (solution.x * FACTORS).sum().backward()
+    assert c.grad is not None
+    assert limit.grad is not None
+    return solution.x.detach(), c.grad, limit.grad
+
+
+@pytest.mark.parametrize("bounds", [False, True], ids=["rows", "bounds"])
+@pytest.mark.parametrize("force", [3e-5, -3e-5, 3e-6])
+def test_a_small_multiplier_beside_small_forces_is_one(force: float, bounds: bool) -> None:
+    x, of_c, of_limit = layer_of_small_rows(force, bounds)
+    held = force > 0
+    assert x[0] == pytest.approx(0.3 - max(force, 0.0), abs=1e-15)
+    assert of_c.tolist() == pytest.approx([0.0 if held else 1.0, -0.5, 0.25])
+    assert of_limit.item() == pytest.approx(1.0 if held else 0.0)
+
+
+@pytest.mark.parametrize("bounds", [False, True], ids=["rows", "bounds"])
+def test_a_multiplier_of_rounding_beside_small_forces_is_none(bounds: bool) -> None:
+    with pytest.warns(lpgd.LpgdWarning, match="at a kink"):
+        layer_of_small_rows(1e-12, bounds)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lpgd.arrays import FloatArray, flags, from_numpy, rows_where
 from lpgd.cones.regions import interior_direction, kinks
+from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.nearer import nearer
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.problems.conic.structure import ConicPoint
+from lpgd.problems.conic.structure import ConicPoint, per_element
 from lpgd.problems.conic.units import Units
 from lpgd.solvers.kkt.refinement import optimality_residual, refine
 
@@ -156,6 +157,7 @@ def _kinks(
         found, lipschitz = kinks(cones, v.detach().cpu().numpy(), tolerance[:, 0].cpu().numpy())
         near = from_numpy(found).to(v.device)
     weak, xi_side = near.any(-1), torch.zeros_like(point.x)
+    above = below = weak[:, None]
     if structure.has_bounds:
         lower, upper = problem.full_bounds()
         above = ((point.z - (upper - point.x)).abs() <= tolerance) & (lower < upper)
@@ -163,7 +165,47 @@ def _kinks(
         weak = weak | above.any(-1) | below.any(-1)
         xi_side = (above.double() - below.double()) * 2 * tolerance
     v_side = torch.zeros_like(v)
+    if cones.is_polyhedral and bool(weak.any()):
+        near, ends = _within_sizes(problem, point, v, error, near)
+        weak = near.any(-1)
+        if structure.has_bounds:
+            above, below = above & ends[0], below & ends[1]
+            weak = weak | above.any(-1) | below.any(-1)
+            xi_side = (above.double() - below.double()) * 2 * tolerance
     if bool(weak.any()):
         direction = from_numpy(interior_direction(cones)).to(v.device)
         v_side = torch.where(near, 2 * tolerance * direction, 0.0)
     return lipschitz, weak, xi_side, v_side
+
+
+def _within_sizes(
+    problem: ConicProblem, point: ConicPoint, v: Tensor, error: Tensor, near: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Rows and bounds of linear and quadratic programs that are near a kink beside the sizes of their element, too.
+
+    Data may be of order 1 by one far row, and all that matters much smaller: a multiplier of 1e-7 is none beside a cost
+    of order 1, and one of 1e-5 of it beside a cost of 1e-2.
+
+    Args:
+        problem, point, error: of E elements, in units of order 1.
+        v: (E, m) multipliers less slacks.
+        near: (E, m) rows to which that applies by the units alone.
+
+    Returns:
+        Which of these are left, and which variables (E, n) may be near their upper and lower bounds.
+    """
+    structure, data, size = problem.structure, problem.data, problem.batch_size
+    length = maximum_norm(point.x)[:, None]
+    P = maximum_norm(per_element(problem.symmetric_P, size))[:, None]
+    forces = (per_element(data.q, size), structure.constraint.rmatvec(data.A, point.y), point.z)
+    force = torch.stack([P * length, *(maximum_norm(one)[:, None] for one in forces)]).amax(0)
+    floor = 100 * error[:, None]
+    largest = per_element(structure.constraint.largest(torch.atleast_2d(data.A), ("rows",))[0], size)
+    of_multiplier = torch.where(largest > 0, KINK * force / largest, torch.inf)
+    of_slack = KINK * torch.maximum(per_element(data.b, size).abs(), largest * length)
+    near = near & (v.abs() <= torch.maximum(torch.where(v > 0, of_multiplier, of_slack), floor))
+    of_multiplier, of_gap = (torch.maximum(KINK * one, floor) for one in (force, length))
+    lower, upper = problem.full_bounds()
+    above = (point.z <= of_multiplier) & (upper - point.x <= of_gap)
+    below = (-point.z <= of_multiplier) & (point.x - lower <= of_gap)
+    return near, (above, below)
