@@ -259,7 +259,7 @@ FACTORS = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)
 
 
 def layer_of_small_rows(force: float, bounds: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """``min ½|x - c|²`` with far planes and one that holds x₀ by this force, rows of sizes 1e-3 to 1e-1, as OptNet starts.
+    """``min ½|x - c|²`` with far planes and one that holds x₀ by this force, rows of 1e-3 to 1e-1, as OptNet starts.
 
     Returns:
         x, and the gradients of ``<FACTORS, x>`` with respect to c and to the limit of that plane, or bound.
