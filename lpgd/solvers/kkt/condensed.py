@@ -19,7 +19,7 @@ import numpy as np
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray, random_direction
 from lpgd.cones.projections import projection_derivative
-from lpgd.execution.threads import bounded_blas
+from lpgd.execution.threads import one_blas_thread
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.factor import equilibration
 from lpgd.solvers.kkt.lu import ScaledLU
@@ -178,7 +178,7 @@ class _Stack:
         system_scale = np.ones((count, side))
         system_scale[:, :f], system_scale[:, f : f + c] = scale, kept_row_scale
         matrices = np.zeros((count, side, side))
-        with bounded_blas():  # threads gain nothing on matrices of this size
+        with one_blas_thread(f * f * self.B.shape[1]):
             matrices[:, :f, :f] = (self.B * self.weights[:, :, None]).swapaxes(1, 2) @ self.B
         if squares is not None:
             matrices[:, :f, :f] += squares

@@ -29,7 +29,7 @@ from lpgd import linalg
 from lpgd.arrays import BoolArray, FloatArray, IntArray, from_numpy
 from lpgd.execution.memo import TensorMemo
 from lpgd.execution.tasks import SerialExecutor, run_tasks, split
-from lpgd.execution.threads import bounded_blas
+from lpgd.execution.threads import one_blas_thread
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.packed import packed_size
@@ -171,7 +171,8 @@ class SchurFactor:
         if wide > TALL * n or wide > BROAD:
             return None
         white = self.white.numpy()
-        with np.errstate(over="ignore", invalid="ignore"), bounded_blas():  # of elements whose P is not definite
+        # Of elements whose P is not definite
+        with np.errstate(over="ignore", invalid="ignore"), one_blas_thread(wide * wide * n):
             return white @ white.swapaxes(1, 2)
 
     def select(self, elements: Tensor) -> SchurFactor:
@@ -349,7 +350,7 @@ class ActiveSystem:
                 else:
                     chosen = white.reshape(-1, n).take(rows + (owners * wide)[:, None], axis=0)
                     chosen *= ~idle[:, :, None]
-                with bounded_blas():  # threads gain nothing on matrices of this size
+                with one_blas_thread(side * side * n):
                     gram = chosen @ chosen.swapaxes(1, 2)
         np.einsum("bii->bi", gram)[...] += idle
         return gram

@@ -22,7 +22,7 @@ import numpy as np
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray, random_direction
 from lpgd.cones.projections import projection_derivative
-from lpgd.execution.threads import bounded_blas
+from lpgd.execution.threads import one_blas_thread
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.solvers.kkt.factor import equilibration
 from lpgd.solvers.kkt.lu import ScaledLU
@@ -105,7 +105,7 @@ class Standard:
         matrices = np.zeros((count, side, side))
         few = self.E * self.small[:, None]
         matrices[:, n : n + first, :n], matrices[:, :n, n : n + first] = few, few.swapaxes(1, 2)
-        with bounded_blas():  # threads gain nothing on matrices of this size
+        with one_blas_thread(first * first * n):
             matrices[:, n : n + first, n : n + first] = -((self.E * self.omega[:, None]) @ self.E.swapaxes(1, 2))
         corner = matrices.reshape(count, -1)[:, :: side + 1]
         corner[:, :n] = np.where(self.small, self.w, 1.0)
