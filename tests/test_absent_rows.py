@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lpgd
 from lpgd.gradients import GradientMethod
-from lpgd.solvers.choose import SOLVERS
+from lpgd.solvers.ranking import SOLVERS
 from tests.layer_cases import normal
 
 N, INF = 3, torch.inf

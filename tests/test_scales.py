@@ -22,7 +22,7 @@ from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.problems.conic.units import Units
 from lpgd.solvers import ConicSolver, choose_solver
-from lpgd.solvers.choose import Situation
+from lpgd.solvers.ranking import Situation
 from tests.judge.judge import judge
 from tests.problem_table import BATCH, REGULAR, Case
 from tests.solver_table import SOLVER_TABLE

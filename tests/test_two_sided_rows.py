@@ -14,7 +14,7 @@ import lpgd
 from lpgd.gradients import GradientMethod
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.solvers.backends.forms import IntervalForm, Matrices
-from lpgd.solvers.choose import SOLVERS
+from lpgd.solvers.ranking import SOLVERS
 from tests.layer_cases import normal
 
 N, K, B, INF = 5, 4, 6, torch.inf

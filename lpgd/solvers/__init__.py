@@ -12,9 +12,10 @@ from lpgd.solvers.backends.piqp import PIQP
 from lpgd.solvers.backends.proxqp import ProxQP
 from lpgd.solvers.backends.scs import SCS
 from lpgd.solvers.base import Capabilities, ConicSolver, Solver
-from lpgd.solvers.choose import SOLVERS, Choice, Situation, available, choose_solver, preference
+from lpgd.solvers.choose import Choice, available, choose_solver
 from lpgd.solvers.interior_point.solver import InteriorPoint
 from lpgd.solvers.node.solver import NodeSolver
+from lpgd.solvers.ranking import SOLVERS, Situation, preference
 
 __all__ = [
     "DAQP",

@@ -19,7 +19,7 @@ from lpgd.cones.product import Cones
 from lpgd.execution.tasks import SerialExecutor
 from lpgd.gradients import GradientMethod
 from lpgd.solvers import ConicSolver
-from lpgd.solvers.choose import SOLVERS
+from lpgd.solvers.ranking import SOLVERS
 from lpgd.status import Status
 from tests.judge.cone_points import rows_of
 from tests.judge.families import Trial
