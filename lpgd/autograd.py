@@ -28,8 +28,8 @@ from lpgd.gradients.second import check_twice, second_derivative
 from lpgd.problems.base import Data, Point, States
 from lpgd.problems.conic.solution import Violation
 from lpgd.problems.lanes import Lanes, QuickFunction, Source, joined, mapped, over_vectors, separated
+from lpgd.problems.needed_gradients import needing_gradients_of
 from lpgd.problems.solution import AnyProblem, AnySolution
-from lpgd.problems.wanted import gradients_of
 from lpgd.solvers.base import AnySolver
 from lpgd.solvers.failures import ON_ERROR, Explain, OnError, check_solution
 from lpgd.solvers.relaxed import relax
@@ -244,7 +244,7 @@ class _DerivativeFunction(QuickFunction):
         """Reverse where ``needed`` says which data need a gradient, forward where it is None."""
         started, solution = time.perf_counter(), source.resolved()
         bar, names = progress(call.progress, "differentiate"), solution.problem.data._fields
-        wanted = gradients_of(None if needed is None else frozenset(names[place] for place in needed))
+        wanted = needing_gradients_of(None if needed is None else frozenset(names[place] for place in needed))
         with threads_of(call.solver), without_autocast(solution.x.device.type), bar, wanted:
             answer, info = _derivative(call, solution, needed is not None, [tensor.resolve_neg() for tensor in tensors])
         call.info.gradients.append(info)

@@ -48,7 +48,7 @@ __all__ = ["Perturbation", "Perturbed", "perturb"]
 
 
 ACCURACY = 1e-4
-"""Perturbed solves are asked for this accuracy relative to the size of the perturbation."""
+"""Perturbed solves are perturbation for this accuracy relative to the size of the perturbation."""
 FINER = 100.0
 """By such factors solves are tighter than the solver's tolerance."""
 ATTEMPTS = 2
@@ -158,45 +158,45 @@ class Perturbed:
         return cls(**columns)
 
 
-def perturb(asked: Perturbation) -> Perturbed:
+def perturb(perturbation: Perturbation) -> Perturbed:
     """Solve the tilted problems again."""
-    solution, solver, problem = asked.solution, asked.solver, asked.solution.problem
-    unit = problem.tilt_unit(solution.point, asked.cotangent)
+    solution, solver, problem = perturbation.solution, perturbation.solver, perturbation.solution.problem
+    unit = problem.tilt_unit(solution.point, perturbation.cotangent)
     error = _error(solution, solver, problem)
     found: list[tuple[Tensor, Perturbed]] = []
     # Who asks for another accuracy than others is solved apart, so that no element has that of another one.
-    finer = _refinement(solver, error) if asked.steps is None else _tightening(solver, asked.steps / unit)
+    finer = _refinement(solver, error) if perturbation.steps is None else _tightening(solver, perturbation.steps / unit)
     for power in finer.unique().tolist():
         accurate = solver if power == 0 else solver.with_tolerance(solver.tolerance * FINER**-power)
         chosen = rows_where(finer == power)
         if chosen.shape[0] == problem.batch_size:
-            return _perturbed(asked, accurate, unit, error)
-        found.append((chosen, _perturbed(asked.select(chosen), accurate, unit[chosen], error[chosen])))
+            return _perturbed(perturbation, accurate, unit, error)
+        found.append((chosen, _perturbed(perturbation.select(chosen), accurate, unit[chosen], error[chosen])))
     return Perturbed.joined(found)
 
 
-def _perturbed(asked: Perturbation, solver: AnySolver, unit: Tensor, error: Tensor) -> Perturbed:
+def _perturbed(perturbation: Perturbation, solver: AnySolver, unit: Tensor, error: Tensor) -> Perturbed:
     """The same by a solver that is as accurate as all of these elements need.
 
     Args:
-        asked: E elements.
+        perturbation: E elements.
         solver: who solves them.
         unit: (E,) the step at which a tilt is as large as the terms that it changes.
         error: (E,) of the solutions, relatively.
     """
-    run = _run(asked, solver, unit, error)
-    tau = run.error**0.5 * unit if asked.steps is None else asked.steps
-    if len(SIDES[asked.envelope]) == 1:
+    run = _run(perturbation, solver, unit, error)
+    tau = run.error**0.5 * unit if perturbation.steps is None else perturbation.steps
+    if len(SIDES[perturbation.envelope]) == 1:
         # Both ends of a difference are solved to one tolerance; the old end alone would be the noisier one.
         run = run.with_base_solved_again()
     sides = run.sides(tau)
     kinked = unclear = torch.zeros_like(sides.above)
-    if asked.steps is None:
+    if perturbation.steps is None:
         run, tau, sides, kinked, unclear = _shortened(run, tau, unit, sides)
-    shared_rows, shared_bounds = _shared(asked, run)
+    shared_rows, shared_bounds = _shared(perturbation, run)
     moved, jumped = run.moved(sides), torch.zeros_like(sides.above)
     traits = run.problem.traits
-    if traits.is_local or (traits.is_continuous and not asked.may_stay):
+    if traits.is_local or (traits.is_continuous and not perturbation.may_stay):
         jumped = _jumps(run, tau, unit, sides, SMALL_TILT if traits.is_local else TINY_TILT)
     determined = run.determined()
     if determined is not None:
@@ -209,36 +209,36 @@ def _perturbed(asked: Perturbation, solver: AnySolver, unit: Tensor, error: Tens
     )  # fmt: skip
 
 
-def _run(asked: Perturbation, solver: AnySolver, unit: Tensor, error: Tensor) -> Run:
+def _run(perturbation: Perturbation, solver: AnySolver, unit: Tensor, error: Tensor) -> Run:
     """What the solves of a perturbation by this solver have in common; the arguments of :func:`_perturbed`."""
-    solution, problem = asked.solution, asked.solution.problem
-    augmented, near = problem.augment(asked.rho, solution.x), None
-    if asked.loss is None:
-        near = PerturbedPoints.of(solution, augmented, asked.cotangent, unit, solver)
+    solution, problem = perturbation.solution, perturbation.solution.problem
+    augmented, near = problem.augment(perturbation.rho, solution.x), None
+    if perturbation.loss is None:
+        near = PerturbedPoints.of(solution, augmented, perturbation.cotangent, unit, solver)
     return Run(
         problem=problem,
         augmented=augmented,
         base=solution.point,
         active=solution.active_set(problem),
         states=solution.states,
-        cotangent=asked.cotangent,
+        cotangent=perturbation.cotangent,
         base_error=error,
-        error=error if solver == asked.solver else torch.minimum(error, _error(None, solver, problem)),
+        error=error if solver == perturbation.solver else torch.minimum(error, _error(None, solver, problem)),
         solver=solver,
-        is_even=solver == asked.solver,
-        executor=asked.executor,
-        envelope=asked.envelope,
+        is_even=solver == perturbation.solver,
+        executor=perturbation.executor,
+        envelope=perturbation.envelope,
         near=near,
-        loss=asked.loss,
+        loss=perturbation.loss,
     )
 
 
-def _shared(asked: Perturbation, run: Run) -> tuple[Tensor, Tensor]:
+def _shared(perturbation: Perturbation, run: Run) -> tuple[Tensor, Tensor]:
     """``shared_rows`` and ``shared_bounds`` of :class:`Perturbed`."""
     none = torch.zeros_like(run.error, dtype=torch.bool)
-    if run.active is None or asked.may_stay:
+    if run.active is None or perturbation.may_stay:
         return none, none
-    program, known_to = cast(ConicProblem, run.problem), asked.solution.known_to
+    program, known_to = cast(ConicProblem, run.problem), perturbation.solution.known_to
     noise, x = run.noise(run.base_error, run.active.size()), program.in_own_units(cast(ConicPoint, run.base)).x
     if known_to is not None:  # beside constraints far away slacks of the size of x are no noise
         known = NOISE * (known_to + FINEST * maximum_norm(x))
@@ -303,7 +303,7 @@ def _jumps(run: Run, tau: Tensor, unit: Tensor, sides: Sides, small: float) -> T
         chosen_run, both = run.select(elements), picked(sides, elements)
         if not (both.above & both.below).all():
             both = replace(chosen_run, envelope="average").sides(tau[elements])
-        base, plus, minus = _asked_of_x(chosen_run, both)
+        base, plus, minus = _observed_x(chosen_run, both)
         bend = maximum_norm((plus - base) + (minus - base))
         mirrored = (bend <= 0.5 * maximum_norm(plus - minus)) | ~(both.above & both.below)
         rest = rows_where(mirrored)
@@ -316,13 +316,13 @@ def _jumps(run: Run, tau: Tensor, unit: Tensor, sides: Sides, small: float) -> T
 
 def _reach(run: Run, sides: Sides) -> Tensor:
     """(E,) how far solutions move, relative to ``1 + |x|``."""
-    base, plus, minus = _asked_of_x(run, sides)
+    base, plus, minus = _observed_x(run, sides)
     return torch.maximum(maximum_norm(plus - base), maximum_norm(minus - base)) / (1.0 + maximum_norm(base))
 
 
-def _asked_of_x(run: Run, sides: Sides) -> list[Tensor]:
-    """What anybody asks of x: at the solutions, and at both ends."""
-    return [run.problem.asked(point, run.base, own_units=False).x for point in (run.base, sides.plus, sides.minus)]
+def _observed_x(run: Run, sides: Sides) -> list[Tensor]:
+    """What is observed of x: at the solutions, and at both ends."""
+    return [run.problem.observed(point, run.base, own_units=False).x for point in (run.base, sides.plus, sides.minus)]
 
 
 def _error(solution: AnySolution | None, solver: AnySolver, problem: AnyProblem) -> Tensor:

@@ -14,8 +14,8 @@ from lpgd.gradients.base import GradientInfo, GradientMethod
 from lpgd.problems.base import Data, maximum_norm
 from lpgd.problems.conic.relaxed import RelaxedPoint, RelaxedSolution, relaxed_structure
 from lpgd.problems.conic.structure import ConicData, ConicPoint
+from lpgd.problems.needed_gradients import needing_gradients_of
 from lpgd.problems.solution import AnySolution
-from lpgd.problems.wanted import gradients_of
 from lpgd.solvers.base import AnySolver, ConicSolver
 from lpgd.solvers.relaxed import solver_of_relaxed
 from lpgd.status import warn
@@ -44,7 +44,7 @@ def vjp(
     total = ConicData(*gradient)
     for weighted_method, places in _by_weight(method, weights):
         chosen, tilts, weight = solution.found.select(places), tilt.select(places), weights[places]
-        with gradients_of(None):  # which of its data are those of a problem is the structure's matter
+        with needing_gradients_of(None):  # which of its data are those of a problem is the structure's matter
             found, found_info = weighted_method.vjp(chosen, tilts, inner, executor)
         scaled = ConicData(*(datum / weight[:, None] for datum in cast(ConicData, found)))
         in_data = structure.gradient(problem.select(places), scaled, weight)

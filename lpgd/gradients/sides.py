@@ -200,7 +200,7 @@ class Run:
         worst = torch.zeros_like(self.error)
         if not both.any():
             return worst
-        points = (self.problem.asked(point, self.base)[fields] for point in (self.base, plus, minus))
+        points = (self.problem.observed(point, self.base)[fields] for point in (self.base, plus, minus))
         for middle, above, below in zip(*points, strict=True):
             difference, bend = maximum_norm(above - below), maximum_norm((above - middle) + (below - middle))
             # A bend of far more than the difference is the error of the solution in the middle.

@@ -118,9 +118,9 @@ def check_small_steps(
     unique = torch.tensor([[used == "implicit"] for used in info.used], device=weight.device)
     # Multipliers are compared where they are unique.
     whole = [problem.in_own_units(point) for point in (moves, change)]
-    asked_x = [problem.asked(point, chosen.point).x for point in (moves, change)]
+    observed_x = [problem.observed(point, chosen.point).x for point in (moves, change)]
     step, exact = (
-        torch.cat([x, torch.where(unique, point.y, 0.0)], 1) for x, point in zip(asked_x, whole, strict=True)
+        torch.cat([x, torch.where(unique, point.y, 0.0)], 1) for x, point in zip(observed_x, whole, strict=True)
     )
     size = torch.maximum(maximum_norm(step), maximum_norm(exact))
     floor = 1e-6 * (1.0 + maximum_norm(problem.in_own_units(chosen.point).x)) / found.unit[index]
@@ -132,7 +132,7 @@ def check_small_steps(
     far &= ~loose.to(far.device) & torch.tensor(["one-sided" not in used for used in info.used], device=far.device)
     if method.tau is None:
         smooth = (info.doubt <= AGREEMENT).to(far.device) & ~(found.kinked | found.unclear | found.jumped)[index]
-        rough = _is_rough(problem, whole[0], whole[1], asked_x[0], asked_x[1])
+        rough = _is_rough(problem, whole[0], whole[1], observed_x[0], observed_x[1])
         lost[index] = smooth & torch.where(unique[:, 0], _differ(whole[0], whole[1]), rough)
         far &= ~lost[index]
     doubt = (maximum_norm(step - exact) / torch.maximum(size, floor)).double().cpu()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import from_numpy
-from lpgd.layers.look import are_surely_below, look_at
+from lpgd.layers.concrete_values import are_surely_below, inspect_values
 from lpgd.problems.base import maximum_norm
 from lpgd.problems.conic.magnitudes import INFINITE
 from lpgd.problems.conic.structure import ConicData, ConicStructure, per_element
@@ -34,7 +34,7 @@ def without_absent_rows(structure: ConicStructure, data: ConicData, batch_size: 
 
     if not right_sides.numel():
         return data, None
-    look_at(look, [right_sides], [1])
+    inspect_values(look, [right_sides], [1])
     is_there, is_shared = found
     if not is_there:
         return data, None

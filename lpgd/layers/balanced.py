@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lpgd.arrays import plain
-from lpgd.layers.look import made_of
+from lpgd.layers.concrete_values import computed_from_values
 from lpgd.problems.conic.balance import Balance
 from lpgd.problems.conic.balancing import balancing_of
 from lpgd.problems.conic.problem import ConicProblem
@@ -58,7 +58,7 @@ def balanced(
         made = (balance.exponents, balance.row_exponents)
         return made if balance.origin is None else (*made, balance.origin)
 
-    made = made_of(making, data, size)
+    made = computed_from_values(making, data, size)
     balance = None if made is None else Balance(balancing, size, *made)
     return balance, solutions[0] if solutions else None
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lpgd.arrays import IntArray, from_numpy
 from lpgd.cones.product import Cones
+from lpgd.layers.concrete_values import inspect_values
 from lpgd.layers.inputs import Batch
-from lpgd.layers.look import look_at
 from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicStructure
 
@@ -146,7 +146,7 @@ def read_matrix(name: str, tensor: Tensor, batch: Batch) -> Matrix:
         nonlocal arrays
         arrays = tuple(index.detach().cpu().numpy().astype(np.int64, copy=False) for index in shown)
 
-    look_at(read, indices, [index.ndim for index in indices])
+    inspect_values(read, indices, [index.ndim for index in indices])
     digest = hashlib.blake2b(digest_size=16)
     for array in arrays:
         digest.update(array.tobytes())

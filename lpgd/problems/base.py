@@ -215,7 +215,7 @@ class Centered:
         """The point itself: all variables have one unit."""
         return point
 
-    def asked(self, point: PointT, at: PointT, *, own_units: bool = True) -> PointT:
+    def observed(self, point: PointT, at: PointT, *, own_units: bool = True) -> PointT:
         """All of the point: all variables are the user's."""
         return self.in_own_units(point) if own_units else point
 
@@ -284,8 +284,8 @@ class Problem(Protocol[DataT, PointT]):
         """A point in units in which its parts can be compared with each other."""
         ...
 
-    def asked(self, point: PointT, at: PointT, *, own_units: bool = True) -> PointT:
-        """What anybody asks of a point, or of a change of one, at a solution: of the user's variables, say.
+    def observed(self, point: PointT, at: PointT, *, own_units: bool = True) -> PointT:
+        """What is observed of a point, or of a change of one, at a solution: of the user's variables, say.
 
         Args:
             point: (B, ·) each.

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from lpgd.arrays import BoolArray, FloatArray, from_numpy
 from lpgd.gradients.implicit.located import Located, relocated
-from lpgd.problems.conic.asked import Asked
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 
 __all__ = ["away_from_kinks"]
@@ -113,9 +112,9 @@ def _led_away(structure: ConicStructure, P: FloatArray, A: FloatArray, at: _Poin
     moved = _other_multipliers(structure, A, at, pieces)
     if moved is not None:
         at, pieces = moved, _Pieces.of(structure, moved)
-    if structure.asked is None or not pieces.any_weak:
+    if structure.observed is None or not pieces.any_weak:
         return moved
-    return _other_solution(structure, P, A, at, pieces, structure.asked, unit) or moved
+    return _other_solution(structure, P, A, at, pieces, unit) or moved
 
 
 def _other_multipliers(structure: ConicStructure, A: FloatArray, at: _Point, pieces: _Pieces) -> _Point | None:
@@ -141,9 +140,15 @@ def _other_multipliers(structure: ConicStructure, A: FloatArray, at: _Point, pie
 
 
 def _other_solution(
-    structure: ConicStructure, P: FloatArray, A: FloatArray, at: _Point, pieces: _Pieces, asked: Asked, unit: Tensor
+    structure: ConicStructure,
+    P: FloatArray,
+    A: FloatArray,
+    at: _Point,
+    pieces: _Pieces,
+    unit: Tensor,
 ) -> _Point | None:
-    """Another x of which all is the same that is asked for."""
+    """Another x of which all is the same that is observed."""
+    assert structure.observed is not None
     held, linear = pieces.above | pieces.below, structure.cones.sections["nonnegative"]
     rows = pieces.active.copy()
     rows[linear.stop :] = True
@@ -153,7 +158,8 @@ def _other_solution(
     moves = np.zeros((at.x.size, free.shape[1]))
     moves[~held] = free
     y = from_numpy(at.y).to(unit)
-    told = asked.in_x(from_numpy(moves.T.copy()).to(unit), y.expand(free.shape[1], -1), unit.expand(free.shape[1], -1))
+    y, unit = (tensor.expand(free.shape[1], -1) for tensor in (y, unit))
+    told = structure.observed.in_x(from_numpy(moves.T.copy()).to(unit), y, unit)
     moves = moves @ _null_space(told.mT.cpu().numpy(), SEEN)
     if not moves.shape[1]:
         return None

@@ -107,9 +107,9 @@ class Findings:
 
     def concerns(self, element: int, rows: BoolArray) -> bool:
         """Whether anybody may ask for the gradient of an element with respect to one of these rows (m,)."""
-        asked = self.structure.asked
-        if asked is not None and rows.any():
-            rows = rows & asked.rows_at(self.x[element : element + 1])[0].cpu().numpy()
+        observed = self.structure.observed
+        if observed is not None and rows.any():
+            rows = rows & observed.rows_at(self.x[element : element + 1])[0].cpu().numpy()
         return bool(rows.any())
 
     def record(self, method: GradientMethod, active: Sequence[int], info: GradientInfo) -> None:

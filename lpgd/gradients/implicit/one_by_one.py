@@ -18,8 +18,8 @@ from lpgd.gradients.implicit.complementary import away_from_kinks
 from lpgd.gradients.implicit.findings import SAME
 from lpgd.gradients.implicit.located import Located
 from lpgd.gradients.implicit.multipliers import other_multipliers
-from lpgd.problems.conic.asked import Asked
 from lpgd.problems.conic.elements import ElementView
+from lpgd.problems.conic.observed import Observed
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.solvers.kkt.reduced import held
 from lpgd.solvers.kkt.refinement import complementary
@@ -88,7 +88,7 @@ def responses(
 def one_by_one(answers: Answers, elements: list[int], executor: Executor | None, *, lead: bool = True) -> None:
     """Write the response of some elements, and what there is to say about each.
 
-    Where the sides of a kink differ, the element is led away from it if it can be, unless not asked to ``lead``.
+    Where the sides of a kink differ, the element is led away from it if it can be, unless not to ``lead``.
     """
     located, findings = answers.located, answers.findings
     weak = flags(located.weak)
@@ -119,7 +119,7 @@ def one_by_one(answers: Answers, elements: list[int], executor: Executor | None,
                 elements[k],
                 float(differ.x[index]),
                 shared or bool(differ.y[index]),
-                rows=bool(differ.asked[index]) or not known.rows,
+                rows=bool(differ.observed[index]) or not known.rows,
                 bounds=bool(differ.z[index]) or not known.bounds,
             )
             if not above.unique[index] or not below.unique[index]:
@@ -166,10 +166,10 @@ def _between(
             same = [side for side, other in enumerate(others) if (own[elements[k]] == other[elements[k]]).all()]
             if same:
                 known[k] = same[0], index
-    asked = [k for k in range(len(elements)) if k not in known]
-    parts, order = [], list(asked)
-    if asked:
-        parts.append(_judged(located, [elements[k] for k in asked], 0.0, executor))
+    unknown = [k for k in range(len(elements)) if k not in known]
+    parts, order = [], list(unknown)
+    if unknown:
+        parts.append(_judged(located, [elements[k] for k in unknown], 0.0, executor))
     for side in (0, 1):
         of_side = [k for k, (where, _) in known.items() if where == side]
         if of_side:
@@ -205,41 +205,41 @@ class _Told(NamedTuple):
 
 
 def _judged(located: Located, elements: list[int], side: float, executor: Executor | None) -> tuple[KKTResponse, _Told]:
-    """Responses that are ``unique`` where what is asked of x is, and whether what is asked of multipliers is.
+    """Responses that are ``unique`` where what is observed of x is, and whether what is observed of multipliers is.
 
     A function ``r·x`` of the answers of a symmetric system ``K a = b`` is the same for all of them exactly where r is
     orthogonal to K's null space, and ``K a = r`` has a solution.  The multipliers of bounds are such functions too,
     ``dz = -(g + P dx + Aᵀ dy)`` of the variables that they hold.
     """
-    asked = located.problem.structure.asked
+    observed = located.problem.structure.observed
     if len(elements) < located.problem.batch_size:
         located = located.select(as_index(elements, located.error.device))
     probes = [_of_bounds(located, side)]
-    if asked is not None:
-        probes += [_of_x(located, asked), _of_y(located, asked)]
+    if observed is not None:
+        probes += [_of_x(located, observed), _of_y(located, observed)]
     found = responses(located, range(len(elements)), side, executor, probes)
     alone = np.array([not rows.any() for rows in found.shared])
     told = _Told(alone, alone.copy())
     if found.exact.all():
         return found, told
     found = found.copy()
-    if asked is not None:
+    if observed is not None:
         of_x, of_y = found.follows[:, 1], found.follows[:, 2]
         found.unique[:] |= ~found.exact & of_x
-        told.rows[:] |= ~(found.shared & asked.rows_at(located.point.x).cpu().numpy()).any(1)
+        told.rows[:] |= ~(found.shared & observed.rows_at(located.point.x).cpu().numpy()).any(1)
         told.rows[:] |= found.unique & ~found.exact & of_y
     told.bounds[:] |= found.unique & ~found.exact & found.follows[:, 0]
     return found, told
 
 
-def _of_x(located: Located, asked: Asked) -> ConicPoint:
-    probe = asked.probe_of_x(located.point.y, located.unit.x) * _involved(located)
+def _of_x(located: Located, observed: Observed) -> ConicPoint:
+    probe = observed.probe_of_x(located.point.y, located.unit.x) * _involved(located)
     return ConicPoint(probe, torch.zeros_like(located.point.y), torch.zeros_like(probe))
 
 
-def _of_y(located: Located, asked: Asked) -> ConicPoint:
+def _of_y(located: Located, observed: Observed) -> ConicPoint:
     nothing = torch.zeros_like(located.point.x)
-    return ConicPoint(nothing, asked.probe_of_y(located.point.x, located.unit.y), nothing)
+    return ConicPoint(nothing, observed.probe_of_y(located.point.x, located.unit.y), nothing)
 
 
 def _of_bounds(located: Located, side: float) -> ConicPoint:
@@ -248,8 +248,8 @@ def _of_bounds(located: Located, side: float) -> ConicPoint:
     weights = from_numpy(random_direction(problem.structure.n).copy()).to(xi)
     forces = ((xi >= upper) | (xi <= lower)).to(xi.dtype) * weights
     structure, data = problem.structure, problem.data
-    if structure.asked is not None:
-        forces = forces * from_numpy(structure.asked.bounded).to(forces)
+    if structure.observed is not None:
+        forces = forces * from_numpy(structure.observed.bounded).to(forces)
     of_x, of_y = structure.quadratic.matvec(problem.symmetric_P, forces), structure.constraint.matvec(data.A, forces)
     return ConicPoint(of_x, of_y, torch.zeros_like(xi))
 
@@ -322,40 +322,40 @@ class _Differences(NamedTuple):
     """By how much two answers of k elements differ.
 
     Attributes:
-        x: (k,) relative, of what is asked of x.
+        x: (k,) relative, of what is observed of x.
         y, z: (k,) whether any multipliers of rows, or of bounds, do.
-        asked: (k,) whether what is asked of y does.
+        observed: (k,) whether what is observed of y does.
     """
 
     x: FloatArray
     y: BoolArray
     z: BoolArray
-    asked: BoolArray
+    observed: BoolArray
 
     @property
     def somehow(self) -> BoolArray:
         """(k,) whether anything does that may be asked for."""
-        return (self.x > SAME) | self.asked | self.z
+        return (self.x > SAME) | self.observed | self.z
 
 
 def _differences(located: Located, elements: list[int], first: KKTResponse, second: KKTResponse) -> _Differences:
-    asked, index = located.problem.structure.asked, as_index(elements, located.error.device)
+    observed, index = located.problem.structure.observed, as_index(elements, located.error.device)
     least = _no_change(located)[elements]
     xs, ys = (first.x, second.x), (first.y, second.y)
     size = np.maximum(*(np.abs(y).max(1, initial=0.0) for y in ys))
     apart = np.abs(ys[0] - ys[1]) > SAME * np.maximum(size, 1e-300)[:, None]
     differ = apart.any(1)
     pushes = np.maximum(np.abs(first.z).max(1, initial=0.0), size)
-    moved = np.abs(first.z - second.z) * (1.0 if asked is None else asked.bounded)
+    moved = np.abs(first.z - second.z) * (1.0 if observed is None else observed.bounded)
     bounds_differ = (moved > SAME * np.maximum(pushes, 1e-300)[:, None]).any(1)
-    asked_differ = differ
-    if asked is not None:
+    observed_differ = differ
+    if observed is not None:
         # How CVXPY's own variables move is nobody's gradient: a loose epigraph is always at a kink.
         unit, x, y = located.unit.select(index), located.point.x[index].cpu(), located.point.y[index].cpu()
-        xs = [asked.in_x(from_numpy(change), y, unit.x.cpu()).numpy() for change in xs]
-        ys = [asked.in_y(from_numpy(change), x, unit.y.cpu()).numpy() for change in ys]
-        asked_differ = (np.abs(ys[0] - ys[1]) > SAME * np.maximum(size, 1e-300)[:, None]).any(1)
+        xs = [observed.in_x(from_numpy(change), y, unit.x.cpu()).numpy() for change in xs]
+        ys = [observed.in_y(from_numpy(change), x, unit.y.cpu()).numpy() for change in ys]
+        observed_differ = (np.abs(ys[0] - ys[1]) > SAME * np.maximum(size, 1e-300)[:, None]).any(1)
     largest = np.maximum(*(np.abs(x).max(1, initial=0.0) for x in xs))
     return _Differences(
-        np.abs(xs[0] - xs[1]).max(1, initial=0.0) / np.maximum(largest, least), differ, bounds_differ, asked_differ
+        np.abs(xs[0] - xs[1]).max(1, initial=0.0) / np.maximum(largest, least), differ, bounds_differ, observed_differ
     )

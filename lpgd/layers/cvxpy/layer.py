@@ -18,16 +18,16 @@ from lpgd.gradients import GradientMethod
 from lpgd.gradients.losses import Reading
 from lpgd.layers.absent import without_absent_rows
 from lpgd.layers.base import LayerOutput, OptimizationLayer, WarmStart
-from lpgd.layers.cvxpy.asked import asked_of
+from lpgd.layers.concrete_values import inspect_values
 from lpgd.layers.cvxpy.attributes import check_attributes
 from lpgd.layers.cvxpy.elimination import NO_PIVOTS, find_pivots
 from lpgd.layers.cvxpy.layout import CanonicalProgram, VariableLayout
 from lpgd.layers.cvxpy.maps import Columns, DataMap, SparseMap
+from lpgd.layers.cvxpy.observed import observed_by
 from lpgd.layers.cvxpy.substitution import ExpandedSolution, Substitution, Terms
 from lpgd.layers.eager import eager, signature_of
 from lpgd.layers.explanations import Argument, explanation
 from lpgd.layers.inputs import Batch, Inputs, batch_inputs
-from lpgd.layers.look import look_at
 from lpgd.layers.standard_options import StandardOptions
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
@@ -208,7 +208,7 @@ class CvxpyLayer(OptimizationLayer):
     def _columns(self, inputs: Inputs) -> Columns:
         layouts = self.parameter_layouts
         ndims = [len(layout.shape) for layout in layouts]
-        look_at(lambda shown: check_attributes(layouts, shown), inputs.tensors, ndims)
+        inspect_values(lambda shown: check_attributes(layouts, shown), inputs.tensors, ndims)
         return Columns(layouts, inputs.tensors, inputs.batch_size, self._idle)
 
     def _posed(self, columns: Columns) -> _Posed:
@@ -275,7 +275,7 @@ def _structure(program: CanonicalProgram, substitution: Substitution | None = No
         program.lower_index,
         program.upper_index,
         program.integer_index,
-        asked=asked_of(program, squared),
+        observed=observed_by(program, squared),
     )
 
 

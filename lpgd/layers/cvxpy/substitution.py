@@ -35,12 +35,12 @@ from torch import Tensor
 
 from lpgd.arrays import FloatArray, IntArray, SparseArray, from_numpy
 from lpgd.cones.product import Cones
+from lpgd.layers.concrete_values import inspect_values
 from lpgd.layers.cvxpy.blocks import places, product, scaled, selection, split
 from lpgd.layers.cvxpy.conditioning import Conditioning
 from lpgd.layers.cvxpy.elimination import Pivots
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram, VariableLayout
 from lpgd.layers.cvxpy.maps import Columns, DataMap, SparseMap
-from lpgd.layers.look import look_at
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution, Violation
 from lpgd.problems.conic.sparsity import SparsityPattern
@@ -200,7 +200,7 @@ class Substitution:
         found = [values.detach().sum(-1) for values in (*W, squares, shift, linear)]
         finite = torch.isfinite(torch.stack(torch.broadcast_tensors(*found)).sum(0))
         all_finite: list[bool] = []
-        look_at(lambda shown: all_finite.append(bool(shown[0].all())), [finite], [0])
+        inspect_values(lambda shown: all_finite.append(bool(shown[0].all())), [finite], [0])
         if all_finite[0]:
             return Terms(W, squares, shift, linear, None)
 

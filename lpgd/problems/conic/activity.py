@@ -179,10 +179,10 @@ def shares_multipliers(problem: ConicProblem, active: ActiveSet, noise: Tensor, 
     same = values[:, 1:] - values[:, :-1] <= SAME * values[:, 1:]
     bound = order >= linear
     with_bound = bound[:, 1:] | bound[:, :-1]
-    if structure.asked is None or not bool(same.any()):
+    if structure.observed is None or not bool(same.any()):
         return (same & ~with_bound).any(1), (same & with_bound).any(1)
-    probe = structure.asked.probe_of_y(x, torch.ones_like(active.place[:, : structure.m]))[:, :linear]
-    bounded = from_numpy(structure.asked.bounded[ends]).to(of_bounds)
+    probe = structure.observed.probe_of_y(x, torch.ones_like(active.place[:, : structure.m]))[:, :linear]
+    bounded = from_numpy(structure.observed.bounded[ends]).to(of_bounds)
     told = torch.cat([probe / length, (direction.sum() + 1.0) * bounded.expand(size, -1)], 1) * images.sign()
     told = told.gather(1, order)
     unlike = ~((told[:, 1:] - told[:, :-1]).abs() <= ALIKE * told[:, 1:].abs())
@@ -195,13 +195,13 @@ def leaves_multipliers_open(problem: ConicProblem, active: ActiveSet, noise: Ten
     A function ``r·y`` of multipliers with ``Aᵀy = c`` is unique exactly where ``A d = r`` has a solution, A the active
     rows and bounds.
     """
-    structure, asked = problem.structure, problem.structure.asked
+    structure, observed = problem.structure, problem.structure.observed
     found = active.is_overdetermined(structure.n, noise)
-    if asked is None or not bool(found.any()):
+    if observed is None or not bool(found.any()):
         return found
     ends = np.concatenate([structure.lower_index, structure.upper_index])
-    probes = asked.probe_of_y(x, torch.ones(1, structure.m, dtype=torch.float64).to(x.device)).cpu().numpy()
-    of_bounds = asked.bounded[ends] * random_direction(ends.size)
+    probes = observed.probe_of_y(x, torch.ones(1, structure.m, dtype=torch.float64).to(x.device)).cpu().numpy()
+    of_bounds = observed.bounded[ends] * random_direction(ends.size)
     there = (active.place > -noise[:, None]).cpu().numpy()
     values = problem.data.A.detach()
     for element in np.flatnonzero(found.cpu().numpy()).tolist():

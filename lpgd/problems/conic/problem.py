@@ -32,7 +32,7 @@ from lpgd.execution.memo import TensorMemo
 from lpgd.problems.base import Traits, maximum_norm
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure, per_element
 from lpgd.problems.conic.units import Units
-from lpgd.problems.wanted import is_wanted
+from lpgd.problems.needed_gradients import needs_gradient
 
 __all__ = ["ConicProblem", "per_element"]
 
@@ -222,9 +222,9 @@ class ConicProblem:
         structure = self.structure
         row_counts = {name: datum.shape[0] if datum.ndim == 2 else None for name, datum in self.data._asdict().items()}
         P, A = (datum.new_zeros(()).expand(datum.shape) for datum in (self.data.P, self.data.A))  # without memory
-        if structure.quadratic.nnz and is_wanted("P"):
+        if structure.quadratic.nnz and needs_gradient("P"):
             P = structure.symmetric_outer(0.5 * dx, x, row_counts["P"])
-        if is_wanted("A"):  # both terms in one product: elements B + i belong to the row of i
+        if needs_gradient("A"):  # both terms in one product: elements B + i belong to the row of i
             A = structure.constraint.outer(torch.cat([dy, y]), torch.cat([x, dx]), row_counts["A"])
 
         def of_bounds(bound: Tensor, change: Tensor, name: str) -> Tensor:
@@ -310,16 +310,16 @@ class ConicProblem:
         """A point, (B, ·) each, in which all variables count alike: in :attr:`units`."""
         return self.units.point_in(self, point)
 
-    def asked(self, point: ConicPoint, at: ConicPoint, *, own_units: bool = True) -> ConicPoint:
-        """What anybody asks of x and y, (B, ·), with z: see :class:`~lpgd.problems.conic.asked.Asked`."""
-        values, asked = self.in_own_units(point) if own_units else point, self.structure.asked
-        if asked is None:
+    def observed(self, point: ConicPoint, at: ConicPoint, *, own_units: bool = True) -> ConicPoint:
+        """What of x and y anybody sees, (B, ·), with z: see :class:`~lpgd.problems.conic.observed.Observed`."""
+        values, observed = self.in_own_units(point) if own_units else point, self.structure.observed
+        if observed is None:
             return values
         unit = self.units.ones_out(self)
         if not own_units:
             unit = ConicPoint(*(torch.ones_like(tensor) for tensor in unit))
         at = self.in_own_units(at)
-        return ConicPoint(asked.in_x(values.x, at.y, unit.x), asked.in_y(values.y, at.x, unit.y), values.z)
+        return ConicPoint(observed.in_x(values.x, at.y, unit.x), observed.in_y(values.y, at.x, unit.y), values.z)
 
     def tilt_unit(self, point: ConicPoint, cotangent: ConicPoint) -> Tensor:
         """(B,) the step at which a tilt is as large as the terms that it changes, in the maximum norm in own units.

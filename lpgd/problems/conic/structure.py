@@ -15,7 +15,7 @@ from lpgd.arrays import IntArray, from_numpy
 from lpgd.cones.blocks import cone_blocks
 from lpgd.cones.product import Cones
 from lpgd.problems.base import PointOperations, Traits
-from lpgd.problems.conic.asked import Asked
+from lpgd.problems.conic.observed import Observed
 from lpgd.problems.conic.sparsity import SparsityPattern
 
 __all__ = ["ConicData", "ConicPoint", "ConicSizes", "ConicStructure"]
@@ -61,7 +61,7 @@ class ConicStructure:
         two_sided: how many rows have two ends: the last of the zero cone are ``g x - w = b``, with the last variables
             w, which enter nothing else and have the ends as bounds.  Solvers that know such rows see them without w
             (:attr:`with_ends`).
-        asked: what anybody asks of x and y; None for all of it.
+        observed: what of x and y anybody sees; None for all of it.
 
     Raises:
         ValueError: the sizes do not fit, or the pattern of P is not symmetric.
@@ -74,7 +74,7 @@ class ConicStructure:
     upper_index: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     integer_index: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     two_sided: int = 0
-    asked: Asked | None = None
+    observed: Observed | None = None
 
     def __post_init__(self) -> None:
         m, n = self.constraint.shape

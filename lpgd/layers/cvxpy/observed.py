@@ -1,4 +1,4 @@
-"""What a layer's outputs and its parameters' gradients ask of a canonical program's solutions."""
+"""What a layer's outputs and its parameters' gradients see of a canonical program's solutions."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import scipy.sparse as sp
 
 from lpgd.arrays import IntArray, SparseArray
 from lpgd.layers.cvxpy.layout import AffineMap, CanonicalProgram
-from lpgd.problems.conic.asked import Asked, Readout
+from lpgd.problems.conic.observed import Observed, Readout
 
-__all__ = ["asked_of"]
+__all__ = ["observed_by"]
 
 
-def asked_of(program: CanonicalProgram, squared: IntArray) -> Asked:
-    """What is asked of x and of y.
+def observed_by(program: CanonicalProgram, squared: IntArray) -> Observed:
+    """What is observed of x and of y.
 
     Args:
         program: of n variables and m rows.
@@ -27,7 +27,7 @@ def asked_of(program: CanonicalProgram, squared: IntArray) -> Asked:
     moved = _reached(program.A)
     bounded = np.zeros(n)
     bounded[program.lower_index[_reached(program.lower)]] = bounded[program.upper_index[_reached(program.upper)]] = 1.0
-    return Asked(
+    return Observed(
         Readout.of(sp.vstack(of_x, format="csr")),
         Readout.of(_coefficients(program.b)),
         constraint.rows[moved],

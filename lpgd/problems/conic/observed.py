@@ -1,4 +1,4 @@
-"""What anybody asks of the solutions of a conic program: the functions of x and y that warnings may speak of.
+"""What is observed of the solutions of a conic program: the functions of x and y that warnings may speak of.
 
 A modelling language adds variables and rows of its own, such as those of epigraphs.  They need not be unique, nor move
 smoothly, where all is unique and smooth that a loss sees and that gradients of the parameters θ are made of,
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lpgd.arrays import FloatArray, IntArray, SparseArray, from_numpy, random_direction
 
-__all__ = ["Asked", "Readout"]
+__all__ = ["Observed", "Readout"]
 
 NOTHING = 1e-9
 """A multiplier, or a variable, of this size, in units of order 1, is zero."""
@@ -104,8 +104,8 @@ class Readout:
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """What is asked of x and y.
+class Observed:
+    """What of x and y reaches a loss, or a gradient of the parameters.
 
     Args:
         of_x: the user's variables, and what gradients of the objective depend on.
@@ -144,24 +144,24 @@ class Asked:
         return from_numpy(present.astype(np.float32) @ reach > 0.0).to(values)
 
     def in_x(self, vectors: Tensor, y: Tensor, unit: Tensor) -> Tensor:
-        """(B, n) changes of x at multipliers y (B, m), as changes of what is asked, (B, ·)."""
+        """(B, n) changes of x at multipliers y (B, m), as changes of what is observed, (B, ·)."""
         values = self.of_x(vectors, unit)
         return torch.cat([values, self.reached(y) * vectors], 1) if self.rows.size else values
 
     def in_y(self, vectors: Tensor, x: Tensor, unit: Tensor) -> Tensor:
-        """(B, m) changes of y at a solution x (B, n), as changes of what is asked, (B, ·)."""
+        """(B, m) changes of y at a solution x (B, n), as changes of what is observed, (B, ·)."""
         values = self.of_y(vectors, unit)
         return torch.cat([values, self.reached_rows(x) * vectors], 1) if self.rows.size else values
 
     def probe_of_x(self, y: Tensor, unit: Tensor) -> Tensor:
-        """(B, n) a random sum of all that is asked of x."""
+        """(B, n) a random sum of all that is observed of x."""
         probe = self.of_x.probe(unit)
         if not self.rows.size:
             return probe
         return probe + self.reached(y) * from_numpy(random_direction(probe.shape[1]).copy()).to(y.device)
 
     def probe_of_y(self, x: Tensor, unit: Tensor) -> Tensor:
-        """(B, m) a random sum of all that is asked of y."""
+        """(B, m) a random sum of all that is observed of y."""
         probe = self.of_y.probe(unit)
         if not self.rows.size:
             return probe

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lpgd
 from lpgd.problems.conic.sparsity import SparsityPattern
-from lpgd.problems.wanted import gradients_of, is_wanted
+from lpgd.problems.needed_gradients import needing_gradients_of, needs_gradient
 
 METHODS = [lpgd.ImplicitKKT(), lpgd.LPGD(1e-4), lpgd.LPGD(0.3), lpgd.LPGD(1e-2, rho=0.1), lpgd.LPGD()]
 
@@ -85,11 +85,11 @@ def test_lanes_of_vmap_ask_for_what_they_need() -> None:
 
 
 def test_whoever_asks_directly_gets_everything() -> None:
-    assert is_wanted("A")
-    with gradients_of(frozenset({"q"})):
-        assert is_wanted("q")
-        assert not is_wanted("A")
-        with gradients_of(None):
-            assert is_wanted("A")
-        assert not is_wanted("A")
-    assert is_wanted("A")
+    assert needs_gradient("A")
+    with needing_gradients_of(frozenset({"q"})):
+        assert needs_gradient("q")
+        assert not needs_gradient("A")
+        with needing_gradients_of(None):
+            assert needs_gradient("A")
+        assert not needs_gradient("A")
+    assert needs_gradient("A")

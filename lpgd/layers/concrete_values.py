@@ -1,4 +1,4 @@
-"""Looks at the values of a call's tensors, within the transforms of ``torch.func`` too, which hide them."""
+"""The values of a call's tensors, within the transforms of ``torch.func`` too, which hide them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from torch import Tensor
 
 from lpgd.problems.lanes import joined, separated
 
-__all__ = ["are_surely_below", "look_at", "made_of", "transforms_are_active"]
+__all__ = ["are_surely_below", "computed_from_values", "inspect_values", "transforms_are_active"]
 
 Making = Callable[[Sequence[Tensor], int], "tuple[Tensor, ...] | None"]
 
 transforms_are_active: Callable[[], bool] = cast(Any, torch._C)._are_functorch_transforms_active
 
 
-def look_at(function: Callable[[Sequence[Tensor]], object], tensors: Sequence[Tensor], ndims: Sequence[int]) -> None:
+def inspect_values(
+    function: Callable[[Sequence[Tensor]], object], tensors: Sequence[Tensor], ndims: Sequence[int]
+) -> None:
     """Call a function that looks at the values of tensors, and may raise.
 
     Args:
@@ -26,12 +28,12 @@ def look_at(function: Callable[[Sequence[Tensor]], object], tensors: Sequence[Te
         ndims: how many dimensions each has for one element.
     """
     if transforms_are_active():
-        _Look.apply(function, tuple(ndims), *(tensor.detach() for tensor in tensors))
+        _Inspect.apply(function, tuple(ndims), *(tensor.detach() for tensor in tensors))
     else:
         function(tensors)
 
 
-def made_of(function: Making, tensors: Sequence[Tensor], size: int) -> tuple[Tensor, ...] | None:
+def computed_from_values(function: Making, tensors: Sequence[Tensor], size: int) -> tuple[Tensor, ...] | None:
     """What a function makes of the values of a batch's tensors, which has no derivative; None where it makes nothing.
 
     Args:
@@ -50,7 +52,7 @@ def made_of(function: Making, tensors: Sequence[Tensor], size: int) -> tuple[Ten
         found.append(made is not None)
         return made
 
-    made = _Made.apply(making, size, *plain)
+    made = _Compute.apply(making, size, *plain)
     return made if any(found) else None
 
 
@@ -61,7 +63,7 @@ def are_surely_below(tensor: Tensor, section: slice, limit: float) -> bool:
     return bool(tensor.detach().resolve_neg().numpy()[..., section].max() < limit)  # false for NaN
 
 
-class _Look(torch.autograd.Function):
+class _Inspect(torch.autograd.Function):
     @staticmethod
     def forward(function: Callable[[Sequence[Tensor]], object], ndims: tuple[int, ...], *tensors: Tensor) -> Tensor:
         function(tensors)
@@ -78,10 +80,10 @@ class _Look(torch.autograd.Function):
             tensor if dim is None else tensor.movedim(dim, 0).flatten(0, tensor.ndim - ndim - 1)
             for tensor, dim, ndim in zip(tensors, in_dims[2:], ndims, strict=True)
         ]
-        return _Look.apply(function, ndims, *shown), None
+        return _Inspect.apply(function, ndims, *shown), None
 
 
-class _Made(torch.autograd.Function):
+class _Compute(torch.autograd.Function):
     @staticmethod
     def forward(function: Making, size: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         made = function(tensors, size)
@@ -102,5 +104,5 @@ class _Made(torch.autograd.Function):
         function, size, *tensors = inputs
         lanes = info.batch_size
         shown = [joined(tensor, dim, lanes, size, 1) for tensor, dim in zip(tensors, in_dims[2:], strict=True)]
-        made = _Made.apply(function, lanes * size, *shown)
+        made = _Compute.apply(function, lanes * size, *shown)
         return tuple(separated(tensor, lanes) for tensor in made), (0,) * len(made)
