@@ -20,6 +20,7 @@ keeps to the constraints ([DDN] 4.7.1).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -94,9 +95,8 @@ def response_and_noise(
     keep = torch.cat([torch.ones_like(point.nu, dtype=torch.bool), active], -1)
     problem, unit = problem.in_units(x) if problem.unit is None else (problem, x.new_ones(len(x), 1))
     point = NodePoint(x, point.nu / unit, point.lam / unit)
-    right = -torch.cat([tilt.x / unit, tilt.nu, tilt.lam], -1)
-    damping = rho / unit
-    corner = torch.zeros_like(right[:, n:]) if corner is None else corner * unit
+    corner = torch.zeros_like(keep, dtype=x.dtype) if corner is None else corner * unit
+    system = _System(problem, point, keep, rho / unit, corner, -torch.cat([tilt.x / unit, tilt.nu, tilt.lam], -1))
 
     def parted(answer: Tensor) -> NodePoint:
         return NodePoint(answer[:, :n], unit * answer[:, n : n + p], unit * answer[:, n + p :])
@@ -104,46 +104,62 @@ def response_and_noise(
     if sparsity is not None and not matrix_free and not torch.is_grad_enabled():
         values = read_matrices(problem, point, sparsity)
         if values is not None:
-            answer, exact = _sparse(values, keep, right, damping, corner)
+            answer, exact = _sparse(values, system)
             singular = (~exact).nonzero()[:, 0]
             if len(singular):  # singular: the pseudo-inverse
-                found, exact[singular], _ = _whole(
-                    problem.select(singular), point.select(singular), keep[singular], right[singular],
-                    damping[singular], corner[singular], None, False,
-                )  # fmt: skip
-                answer[singular] = found
+                answer[singular], exact[singular], _ = _whole(system.select(singular), None, with_noise=False)
             return parted(answer), exact, parted(torch.zeros_like(answer))
-    answer, exact, noise = _whole(problem, point, keep, right, damping, corner, matrix_free, with_noise)
+    answer, exact, noise = _whole(system, matrix_free, with_noise=with_noise)
     return parted(answer), exact, parted(noise)
 
 
-def _whole(
-    problem: NodeProblem,
-    point: NodePoint,
-    keep: Tensor,
-    right: Tensor,
-    damping: Tensor,
-    corner: Tensor,
-    matrix_free: bool | None,
-    with_noise: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+class _System(NamedTuple):
+    """The systems of B elements, whose objectives are in units of their own.
+
+    Attributes:
+        problem, point: where the derivatives are taken.
+        keep: (B, m) which rows of h and g count.
+        damping: (B, 1) ρ.
+        corner: (B, m) what stands in the place of the zero block, times -1.
+        right: (B, n + m) the right sides.
+    """
+
+    problem: NodeProblem
+    point: NodePoint
+    keep: Tensor
+    damping: Tensor
+    corner: Tensor
+    right: Tensor
+
+    def select(self, elements: Tensor) -> _System:
+        """Those of some elements."""
+        return _System(
+            self.problem.select(elements),
+            self.point.select(elements),
+            self.keep[elements],
+            self.damping[elements],
+            self.corner[elements],
+            self.right[elements],
+        )
+
+
+def _whole(system: _System, matrix_free: bool | None, *, with_noise: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Answers (B, n + m) without any structure, (B,) whether they are those of regular systems, and their noise."""
-    x = point.x
+    problem, point = system.problem, system.point
     if is_large(problem, point) if matrix_free is None else matrix_free:
-        answer, exact = minres(*_by_products(problem, point, keep, right, damping, corner))
+        answer, exact = minres(*_by_products(system))
         return answer, exact, torch.zeros_like(answer)
-    hessian = problem.hessian(point) + damping.expand_as(x).diag_embed()
-    product = _by_products(problem, point, keep, right, damping, corner)[0] if with_noise else None
-    return _dense(hessian, problem.jacobian(x), keep, right, corner, product)
+    return _dense(system, _by_products(system)[0] if with_noise else None)
 
 
-def _sparse(values: Factors, keep: Tensor, right: Tensor, damping: Tensor, corner: Tensor) -> tuple[Tensor, Tensor]:
+def _sparse(values: Factors, system: _System) -> tuple[Tensor, Tensor]:
     """The same by a sparse factorisation of each element's system; one that is not regular is not exact."""
     from scipy.sparse import identity
 
-    n, masks = right.shape[-1] - keep.shape[-1], keep.cpu().numpy()
-    targets, corners = right.detach().cpu().double().numpy(), corner.detach().cpu().double().numpy()
-    shifts = damping.detach().cpu().double().numpy()[:, 0]
+    right, n, masks = system.right, system.point.x.shape[-1], system.keep.cpu().numpy()
+    targets, corners, shifts = (
+        tensor.detach().cpu().double().numpy() for tensor in (right, system.corner, system.damping[:, 0])
+    )
     answers, exact = np.zeros_like(targets), np.zeros(len(targets), dtype=bool)
     for element, mask in enumerate(masks):
         hessian, jacobian = values.matrices(element, mask)
@@ -155,24 +171,21 @@ def _sparse(values: Factors, keep: Tensor, right: Tensor, damping: Tensor, corne
     return torch.as_tensor(answers).to(right), torch.as_tensor(exact).to(right.device)
 
 
-def _dense(
-    hessian: Tensor,
-    jacobian: Tensor,
-    keep: Tensor,
-    right: Tensor,
-    corner: Tensor,
-    product: Callable[[Tensor], Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Answers (B, n + m), (B,) whether they are those of a regular system, and their noise by products with it."""
-    n, eps = hessian.shape[-1], torch.finfo(hessian.dtype).eps
-    jacobian = jacobian * keep[..., None]
+def _matrices(system: _System) -> tuple[Tensor, Tensor]:
+    """(B, n + m, n + m) with a one on the diagonal of absent rows, and (B, n + m) which rows are there."""
+    x = system.point.x
+    hessian = system.problem.hessian(system.point) + system.damping.expand_as(x).diag_embed()
+    jacobian = system.problem.jacobian(x) * system.keep[..., None]
     present = jacobian.ne(0).any(-1)
-    absent = torch.diag_embed(torch.where(present, -corner, 1.0))
-    matrix = torch.cat(
-        [torch.cat([hessian, jacobian.mT], -1), torch.cat([jacobian, absent], -1)], -2
-    )  # (B, n + m, n + m)
-    counted = torch.cat([torch.ones_like(right[:, :n], dtype=torch.bool), present], -1)
-    right = torch.where(counted, right, 0)
+    corner = torch.diag_embed(torch.where(present, -system.corner, 1.0))
+    matrix = torch.cat([torch.cat([hessian, jacobian.mT], -1), torch.cat([jacobian, corner], -1)], -2)
+    return matrix, torch.cat([torch.ones_like(x, dtype=torch.bool), present], -1)
+
+
+def _dense(system: _System, product: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Answers (B, n + m), (B,) whether they are those of a regular system, and their noise by products with it."""
+    matrix, counted = _matrices(system)
+    eps, right = torch.finfo(matrix.dtype).eps, torch.where(counted, system.right, 0)
     # Equilibrated: what counts as singular shall not depend on the units of variables and constraints.
     weight = matrix.abs().amax(-1)
     weight = torch.where(weight > 0, weight, 1).rsqrt()
@@ -201,35 +214,37 @@ def _dense(
         noise = torch.where(exact[:, None], noise, 0)
     singular = rows_where(~exact)
     if len(singular):
-        # The pseudo-inverse of the matrix itself: least norm in the units of the variables.
-        matrices = matrix[singular]
-        finite = torch.isfinite(matrices).all(-1).all(-1)[:, None, None]
-        matrices = torch.where(finite, matrices, 0)
-        # Eigenvalues of 1e300 and more are not found: in a unit of its own, a power of two.
-        exponent = torch.frexp(matrices.abs().amax((-2, -1), keepdim=True)).exponent
-        inverse = linalg.pinv(torch.ldexp(matrices, -exponent), hermitian=True, rtol=matrix.shape[-1] * eps**0.75)
-        inverse = torch.where(finite, torch.ldexp(inverse, -exponent), torch.nan)
-        answer[singular] = linalg.matvec(inverse, right[singular])
+        answer[singular] = linalg.matvec(_pseudo_inverse(matrix[singular]), right[singular])
     return torch.where(counted, answer, 0), exact, noise
 
 
-def _by_products(
-    problem: NodeProblem, point: NodePoint, keep: Tensor, right: Tensor, damping: Tensor, corner: Tensor
-) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+def _pseudo_inverse(matrices: Tensor) -> Tensor:
+    """Of the matrices themselves: least norm in the units of the variables.  NaN where they are not finite."""
+    eps = torch.finfo(matrices.dtype).eps
+    finite = torch.isfinite(matrices).all(-1).all(-1)[:, None, None]
+    matrices = torch.where(finite, matrices, 0)
+    # Eigenvalues of 1e300 and more are not found: in a unit of its own, a power of two.
+    exponent = torch.frexp(matrices.abs().amax((-2, -1), keepdim=True)).exponent
+    inverse = linalg.pinv(torch.ldexp(matrices, -exponent), hermitian=True, rtol=matrices.shape[-1] * eps**0.75)
+    return torch.where(finite, torch.ldexp(inverse, -exponent), torch.nan)
+
+
+def _by_products(system: _System) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """Products with the systems' matrices, and their right sides, without absent rows.
 
     MINRES solves them by these; an answer whose residual stays large is not exact.
     """
+    problem, point, right = system.problem, system.point, system.right
     n, curve = point.x.shape[-1], problem.hessian_product(point)
-    weight = keep.to(point.x.dtype)
-    transposed = problem.jacobian_product(point.x) if keep.shape[-1] else None
+    weight = system.keep.to(point.x.dtype)
+    transposed = problem.jacobian_product(point.x) if system.keep.shape[-1] else None
     forward = None if transposed is None else torch.func.vjp(transposed, torch.zeros_like(weight))[1]
 
     def product(vector: Tensor) -> Tensor:
         dx, dmu = vector[:, :n], vector[:, n:]
-        upper = curve(dx) + damping * dx
+        upper = curve(dx) + system.damping * dx
         if transposed is None or forward is None:
             return upper
-        return torch.cat([upper + transposed(weight * dmu), weight * (forward(dx)[0] - corner * dmu)], -1)
+        return torch.cat([upper + transposed(weight * dmu), weight * (forward(dx)[0] - system.corner * dmu)], -1)
 
     return product, torch.cat([right[:, :n], weight * right[:, n:]], -1)
