@@ -30,12 +30,19 @@ class Regression(NamedTuple):
         targets: b, (B, m, k); always B rows.
         weights: w, (B, m), or None for ones.
         penalty: p, (B, n), or None for zeros.
+        free: how many columns have no penalty: the last one of an intercept, or none.
     """
 
     design: Tensor
     targets: Tensor
     weights: Tensor | None = None
     penalty: Tensor | None = None
+    free: int = 0
+
+    @property
+    def penalised(self) -> int:
+        """How many columns have a penalty, where there is one."""
+        return self.design.shape[-1] - self.free
 
 
 def solve_least_squares(data: Regression, linear: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +75,7 @@ def solve_least_squares(data: Regression, linear: Tensor | None = None) -> tuple
 
 def stacked(data: Regression) -> tuple[Tensor, Tensor]:
     """``[√w D; √p I]`` and ``[√w b; 0]``: the targets as further columns of one matrix where all else is shared."""
-    design, targets, weights, penalty = data
+    design, targets, weights, penalty = data[:4]
     n = design.shape[-1]
     batch = targets.shape[0]
     shared = all(tensor is None or tensor.shape[0] == 1 for tensor in (design, weights, penalty))
@@ -108,7 +115,7 @@ def differentiate_least_squares(
 
 def outer_products(data: Regression, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients from the response s (B, n, k)."""
-    design, targets, weights, _ = data
+    design, targets, weights = data[:3]
     moved, residual = design @ s, targets - design @ y
     for_weights = (residual * moved).sum(-1)
     if weights is not None:
@@ -133,7 +140,7 @@ def inverse_product(R: Tensor, columns: Tensor) -> Tensor:
 
 def normal_product(data: Regression, s: Tensor) -> Tensor:
     """``(DᵀWD + diag(p)) s``, (B, n, k)."""
-    design, _, weights, penalty = data
+    design, _, weights, penalty = data[:4]
     moved = design @ s
     product = design.mT @ (moved if weights is None else weights[..., None] * moved)
     return product if penalty is None else product + penalty[..., None] * s

@@ -72,18 +72,18 @@ def solve_minimum_norm(data: Regression, tolerance: float | None) -> tuple[Tenso
 @torch.no_grad()
 def minimum_norm_basis(data: Regression, tolerance: float | None) -> Basis:
     """The basis of :func:`solve_minimum_norm`, as a constant."""
-    design, targets, *others = data
-    fixed = Regression(
-        design.detach(),
-        targets[..., :1].detach(),
-        *(tensor if tensor is None else tensor.detach() for tensor in others),
+    fixed = data._replace(
+        design=data.design.detach(),
+        targets=data.targets[..., :1].detach(),
+        weights=None if data.weights is None else data.weights.detach(),
+        penalty=None if data.penalty is None else data.penalty.detach(),
     )
     return solve_minimum_norm(fixed, tolerance)[1]
 
 
 def minimum_norm_constraint(data: Regression, y: Tensor, basis: Basis) -> Tensor:
     """``σ⁻²Vᵀ(Gy - c)``, (B, p, k): zero, with all its derivatives, in rows whose σ is zero."""
-    design, targets, weights, _ = data
+    design, targets, weights = data[:3]
     moment = design.mT @ (targets if weights is None else weights[..., None] * targets)
     scale = torch.where(basis.values > 0.0, basis.values, 1.0) ** -2
     return scale[..., None] * basis.inside(normal_product(data, y) - moment)
@@ -133,7 +133,7 @@ def differentiate_minimum_norm_again(
 
 
 def _products(data: Regression, y: Tensor, s: Tensor, u: Tensor, q: Tensor) -> tuple[Tensor, ...]:
-    design, targets, weights, _ = data
+    design, targets, weights = data[:3]
     moved, residual, image, free = design @ s, targets - design @ y, design @ u, design @ q
     for_weights = (residual * moved + image * free).sum(-1)
     if weights is not None:

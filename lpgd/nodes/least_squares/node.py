@@ -152,10 +152,10 @@ class LeastSquares(BaseNode):
             y, cotangent = self._as_columns(y, cotangent)
             found = differentiate_minimum_norm(data, y, basis, cotangent)
             return self._in_inputs(inputs, self._with_ridge(data, basis, cotangent, found))
-        if is_wide(data, self.bias):
-            known = wide_factor(data, self.bias) if aux is None else WideFactor(*aux)
+        if is_wide(data):
+            known = wide_factor(data) if aux is None else WideFactor(*aux)
             cotangent = cotangent if self.columns else cotangent[..., None]
-            return self._in_inputs(inputs, differentiate_wide(data, known, self.bias, cotangent))
+            return self._in_inputs(inputs, differentiate_wide(data, known, cotangent))
         R = aux[0] if aux is not None else factor(data)
         y, cotangent = self._as_columns(y, cotangent)
         return self._in_inputs(inputs, differentiate_least_squares(data, y, R, cotangent))
@@ -166,17 +166,17 @@ class LeastSquares(BaseNode):
         if self.minimum_norm:
             basis = minimum_norm_basis(data, self.rank_tolerance)
             return self._in_inputs(inputs, differentiate_minimum_norm_again(data, y, basis, cotangent))
-        if not is_wide(data, self.bias):
+        if not is_wide(data):
             return self._in_inputs(inputs, _differentiate_again(data, y, cotangent))
         weights = data.weights
         zero = None if weights is None else (weights == 0.0).any(-1)
         if zero is None or weights is None or not bool(zero.any()):
-            return self._in_inputs(inputs, differentiate_wide_again(data, self.bias, cotangent))
+            return self._in_inputs(inputs, differentiate_wide_again(data, cotangent))
         # The root of a weight has no derivative at zero: those elements go by the normal equations.
         positive = data._replace(weights=torch.where(zero[:, None], 1.0, weights))
-        by_dual = differentiate_wide_again(positive, self.bias, cotangent)
+        by_dual = differentiate_wide_again(positive, cotangent)
         *others, for_penalty = _differentiate_again(data, y, cotangent)
-        n = data.design.shape[-1] - self.bias
+        n = data.penalised
         by_normal = *others, for_penalty[:, :n].sum(-1, keepdim=True)
         return self._in_inputs(inputs, _chosen(zero.expand(len(cotangent)), by_normal, by_dual))
 
@@ -184,13 +184,13 @@ class LeastSquares(BaseNode):
         self, data: Regression, basis: Basis, cotangent: Tensor, found: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         """The gradients of minimum norm, of wide elements that their ridge makes unique by the dual in their place."""
-        if data.penalty is None or not is_wide(data, self.bias):
+        if data.penalty is None or not is_wide(data):
             return found
         unique = (basis.values > 0.0).all(-1) & (data.penalty[:, 0] > 0.0)
         if not bool(unique.any()):
             return found
-        by_dual = differentiate_wide(data, wide_factor(data, self.bias), self.bias, cotangent)
-        n = data.design.shape[-1] - self.bias
+        by_dual = differentiate_wide(data, wide_factor(data), cotangent)
+        n = data.penalised
         by_norm = *found[:-1], found[-1][:, :n].sum(-1, keepdim=True)
         return _chosen(unique.expand(len(cotangent)), by_dual, by_norm)
 
@@ -221,7 +221,8 @@ class LeastSquares(BaseNode):
             penalty = torch.nn.functional.pad(penalty, (0, int(self.bias))) + rho
         # Elements with negative weights fail by their status.
         weights = None if weights is None else _once(weights).clamp_min(0.0)
-        return Regression(design, b if self.columns else b[..., None], weights, penalty)
+        free = int(self.bias and not rho)
+        return Regression(design, b if self.columns else b[..., None], weights, penalty, free)
 
     def _solve(self, inputs: tuple[Tensor, ...], tilt: Tilt | None) -> NodeAnswer:
         linear = None if tilt is None else tilt.rho * tilt.center - tilt.linear
@@ -234,9 +235,9 @@ class LeastSquares(BaseNode):
             y = y if linear is None else y + basis.outside(linear) / (1.0 + rho)
             nu = basis.inside(pull - (1.0 + rho) * y).flatten(1)  # (1 + ρ) y - pull + V ν = 0
             aux, regular = tuple(basis), torch.ones(1, dtype=torch.bool)
-        elif is_wide(data := self._regression(inputs, rho), has_free := self.bias and not rho):
-            aux = wide_factor(data, has_free)
-            y, regular = solve_wide(data, aux, has_free, linear)
+        elif is_wide(data := self._regression(inputs, rho)):
+            aux = wide_factor(data)
+            y, regular = solve_wide(data, aux, linear)
         else:
             y, R, regular = solve_least_squares(data, linear)
             aux = (R,)

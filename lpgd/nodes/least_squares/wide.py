@@ -41,15 +41,15 @@ class _Found(NamedTuple):
     intercept: Tensor
 
 
-def is_wide(data: Regression, has_free: bool) -> bool:
-    """Whether there are fewer rows than unknowns with a penalty; ``has_free`` says that the last one has none."""
-    return data.penalty is not None and data.design.shape[-2] < data.design.shape[-1] - has_free
+def is_wide(data: Regression) -> bool:
+    """Whether there are fewer rows than unknowns with a penalty."""
+    return data.penalty is not None and data.design.shape[-2] < data.penalised
 
 
-def wide_factor(data: Regression, has_free: bool) -> WideFactor:
+def wide_factor(data: Regression) -> WideFactor:
     """One QR factorisation; penalties of zero, which have no unique solution, count as one."""
-    design, _, weights, penalty = data
-    n = design.shape[-1] - has_free
+    design, _, weights, penalty = data[:4]
+    n = data.penalised
     rows = design[..., :n] * _scale(penalty, n)[:, None, :]
     if weights is not None:
         rows = weights.sqrt()[..., None] * rows
@@ -57,17 +57,15 @@ def wide_factor(data: Regression, has_free: bool) -> WideFactor:
     return WideFactor(linalg.qr(torch.cat([rows.mT, identity], -2), mode="r").R, rows)
 
 
-def solve_wide(
-    data: Regression, factor: WideFactor, has_free: bool, linear: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def solve_wide(data: Regression, factor: WideFactor, linear: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The minimiser y (B, n, k) with a further term ``-<linear, y>``, and (B or 1,) whether it is the only one."""
-    penalised = data.penalty if data.penalty is None else data.penalty[:, : data.design.shape[-1] - has_free]
+    penalised = data.penalty if data.penalty is None else data.penalty[:, : data.penalised]
     assert penalised is not None
-    return _minimiser(data, factor, has_free, data.targets, linear).y, (penalised > 0).all(-1)
+    return _minimiser(data, factor, data.targets, linear).y, (penalised > 0).all(-1)
 
 
 def differentiate_wide(
-    data: Regression, factor: WideFactor, has_free: bool, cotangent: Tensor
+    data: Regression, factor: WideFactor, cotangent: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of :func:`~lpgd.nodes.least_squares.factored.differentiate_least_squares`.
 
@@ -75,11 +73,11 @@ def differentiate_wide(
     residuals.  Of the penalty's gradients there is the sum over all that are penalised, (B, 1), which are one number:
     their ``y·s`` is ``r·√w D s / p``, as ``eᵀ r = 0``, and is computed by the terms that cancel less.
     """
-    design, targets, weights, penalty = data
-    found = _minimiser(data, factor, has_free, targets, None)
-    response = _minimiser(data, factor, has_free, torch.zeros_like(targets), cotangent)
+    design, targets, weights, penalty = data[:4]
+    found = _minimiser(data, factor, targets, None)
+    response = _minimiser(data, factor, torch.zeros_like(targets), cotangent)
     residual, moved = found.residual, -response.residual
-    n = design.shape[-1] - has_free
+    n = data.penalised
     ways = residual * moved * _scale(penalty, 1)[:, None] ** 2, found.y[:, :n] * response.y[:, :n]
     (dual, primal), sizes = (way.sum((-2, -1)) for way in ways), [way.abs().sum((-2, -1)) for way in ways]
     for_penalty = -torch.where(sizes[0] < sizes[1], dual, primal)[:, None]
@@ -95,9 +93,7 @@ def differentiate_wide(
     return for_design, moved, (bare[0] * bare[1]).sum(-1), for_penalty
 
 
-def differentiate_wide_again(
-    data: Regression, has_free: bool, cotangent: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def differentiate_wide_again(data: Regression, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of :func:`differentiate_wide` as functions of data and cotangent c, for one penalty p of all.
 
     With ``B = √w D``, ``K = B Bᵀ + p``, ``u = K⁻¹(√w b - e t)`` and ``q = K⁻¹(B c + e τ)``, where ``eᵀu = 0`` and
@@ -107,13 +103,13 @@ def differentiate_wide_again(
 
     Weights are positive.
     """
-    design, targets, weights, penalty = data
+    design, targets, weights, penalty = data[:4]
     assert penalty is not None
-    n = design.shape[-1] - has_free
+    n = data.penalised
     p = torch.where(penalty > 0, penalty, 1.0)[:, :1, None]
     root = torch.ones_like(p) if weights is None else weights.sqrt()[..., None]
     with torch.no_grad():
-        triangle = p.sqrt() * wide_factor(data, has_free).triangle
+        triangle = p.sqrt() * wide_factor(data).triangle
     rows, free = root * design[..., :n], root * torch.ones_like(design[..., :1])
 
     def inverse(right: Tensor) -> Tensor:
@@ -122,26 +118,26 @@ def differentiate_wide_again(
         return found + _by_triangle(triangle, right - p * found - rows @ (rows.mT @ found))
 
     u, q = inverse(root * targets), inverse(rows @ cotangent[:, :n])
-    if has_free:
+    if data.free:
         toward = inverse(free)
         size = free.mT @ toward
         u = u - toward * ((free.mT @ u) / size)
         q = q + toward * ((cotangent[:, n:] - free.mT @ q) / size)
     left = cotangent[:, :n] - rows.mT @ q
     for_design = root * (u @ left.mT - q @ (rows.mT @ u).mT)
-    for_design = torch.nn.functional.pad(for_design, (0, int(has_free)))  # nobody asks for that of the intercept's ones
+    for_design = torch.nn.functional.pad(for_design, (0, data.free))  # nobody asks for that of the intercept's ones
     return for_design, root * q, (p * u * q).sum(-1) / root[..., 0] ** 2, -(u * q).sum((-2, -1))[:, None]
 
 
-def _minimiser(data: Regression, factor: WideFactor, has_free: bool, targets: Tensor, linear: Tensor | None) -> _Found:
-    weights, n = data.weights, data.design.shape[-1] - has_free
+def _minimiser(data: Regression, factor: WideFactor, targets: Tensor, linear: Tensor | None) -> _Found:
+    weights, n = data.weights, data.penalised
     right = targets if weights is None else weights.sqrt()[..., None] * targets
     scale = _scale(data.penalty, n)[..., None]
     pull = None if linear is None else scale * linear[:, :n]
     if pull is not None:
         right = right - factor.rows @ pull
     residual, intercept = _inverse(factor, right), torch.zeros_like(right[:, :1])
-    if has_free:
+    if data.free:
         free = _free(data)
         toward = _inverse(factor, free)
         wanted = (free.mT @ residual) if linear is None else (free.mT @ residual) + linear[:, n:]
@@ -149,7 +145,7 @@ def _minimiser(data: Regression, factor: WideFactor, has_free: bool, targets: Te
         residual = residual - toward * intercept
     y = factor.rows.mT @ residual
     y = scale * (y if pull is None else y + pull)
-    return _Found(torch.cat([y, intercept], 1) if has_free else y, residual, intercept)
+    return _Found(torch.cat([y, intercept], 1) if data.free else y, residual, intercept)
 
 
 def _inverse(factor: WideFactor, right: Tensor) -> Tensor:
