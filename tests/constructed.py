@@ -75,6 +75,10 @@ def _log_normal(z: Tensor) -> Tensor:
     return -(torch.tensor(shares, dtype=z.dtype) * (ends - z[:, None]).clamp(min=0) ** 2).sum(1)
 
 
+def _times_its_exp(z: Tensor) -> Tensor:
+    return (z.clamp(min=0) * z.exp()).sum()
+
+
 def _largest(z: Tensor, weights: list[float]) -> Tensor:
     return z.sort().values[-len(weights) :] @ torch.tensor(weights, dtype=z.dtype)
 
@@ -130,7 +134,7 @@ FUNCTIONS: dict[str, Function] = {
     "harmonic_mean": Function(lambda z: -cp.harmonic_mean(z[:3] + 3.0), lambda z: -3 / (1 / (z[:3] + 3)).sum()),
     "log1p": Function(lambda z: -cp.sum(cp.log1p(z[:3] + 3.0)), lambda z: -(z[:3] + 4).log().sum()),
     "log": Function(lambda z: -cp.sum(cp.log(z[:3] + 3.0)), lambda z: -(z[:3] + 3).log().sum()),
-    "xexp": Function(lambda z: cp.sum(cp.xexp(cp.pos(z[:2] + 2.0))), lambda z: ((z[:2] + 2) * (z[:2] + 2).exp()).sum()),
+    "xexp": Function(lambda z: cp.sum(cp.xexp(cp.pos(z[:2] + 2.0))), lambda z: _times_its_exp(z[:2] + 2)),
     "power 0.3": _power(0.3),
     "power 0.7": _power(0.7),
     "power -0.5": _power(-0.5),
@@ -391,7 +395,7 @@ def errors(program: Constructed, gradient: GradientMethod | None = None) -> Erro
     wanted = [np.abs(one * unit).max() for one, unit in zip(program.gradients, program.units, strict=True)]
     found = [np.zeros(1) if one.grad is None else one.grad.numpy() for one in values]
     off = [
-        np.abs((one - right) * unit).max() / max(size, 1e-6 * max(wanted), 1e-300)
+        np.abs((one - right) * unit).max() / max(size, 1e-3 * max(wanted), 1e-300)
         for one, right, unit, size in zip(found, program.gradients, program.units, wanted, strict=True)
     ]
     dual_errors = np.abs((duals.detach().numpy() - program.multipliers) / program.force) if with_duals else np.zeros(1)

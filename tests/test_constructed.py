@@ -11,11 +11,13 @@ from tests.constructed import FUNCTIONS, draw, errors
 
 FAR = [(number, True) for number in (58, 124, 1208, 4132, 4181, 4260, 4281)] + [(1049, False), (2206, False)]
 """Beside a constraint far away: their numbers, and whether the entries of x have units of their own."""
+NORMS = [(number, False) for number in (2015, 2032, 2047)] + [(8012, True), (8089, True), (8146, True)]
+"""With a norm, of which some arguments are a small share."""
 
 
-@pytest.mark.parametrize(("number", "spread"), FAR)
+@pytest.mark.parametrize(("number", "spread"), FAR + NORMS)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # CVXPY tells of cones that stand for powers
-def test_solutions_and_gradients_beside_far_constraints(number: int, spread: bool) -> None:
+def test_solutions_and_gradients(number: int, spread: bool) -> None:
     program = draw(number, spread=spread)
     assert program is not None
     found = errors(program)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import cvxpy as cp
+import pytest
 import torch
 
 import lpgd
@@ -80,3 +81,19 @@ def test_zeros_are_reached_as_quickly_as_other_answers() -> None:
     assert solution.known_to is not None
     assert int(solution.refined.max()) <= 6
     assert float(solution.known_to.max()) <= 1e-12
+
+
+@pytest.mark.parametrize("p", [1.1, 1.3, 3, 5])
+def test_the_ball_of_a_norm(p: float) -> None:
+    """min c·x with |x|_p <= 1: x = −sign(c) |c|^(q−1) / |c|_q^(q−1), 1/p + 1/q = 1, however small a c is."""
+    x, c, q = cp.Variable(5), cp.Parameter(5), p / (p - 1)
+    ball: Any = cp.pnorm(x, p) <= 1
+    layer = lpgd.CvxpyLayer(cp.Problem(cp.Minimize(c @ x), [ball]), [c], [x])
+    costs = torch.tensor([1.0, -0.7, 0.3, 1e-3, -2.0], dtype=torch.float64, requires_grad=True)
+    (found,) = layer(costs)  # a warning is an error in tests
+    sizes = costs.abs()
+    expected = -costs.sign() * sizes ** (q - 1) / (sizes**q).sum() ** (1 - 1 / q)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+    weights = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    gradient, right = (torch.autograd.grad((weights * one).sum(), costs)[0] for one in (found, expected))
+    torch.testing.assert_close(gradient, right, rtol=0, atol=1e-8)

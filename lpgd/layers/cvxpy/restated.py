@@ -13,6 +13,7 @@ from cvxpy.atoms.affine.unary_operators import NegExpression
 from cvxpy.atoms.elementwise.elementwise import Elementwise
 from cvxpy.atoms.elementwise.power import PowerApprox
 from cvxpy.atoms.norm1 import norm1
+from cvxpy.atoms.pnorm import PnormApprox
 from cvxpy.atoms.quad_form import QuadForm
 
 __all__ = ["is_set", "reducible", "restated", "with_plain_forms", "with_power_cones", "with_single_halves"]
@@ -63,12 +64,13 @@ def with_single_halves(problem: cp.Problem) -> cp.Problem:
 
 
 def with_power_cones(problem: cp.Problem) -> cp.Problem:
-    """The problem with ``power(x, p)``, p > 1 and no even number, by a power cone for each entry.
+    """The problem with ``power(x, p)``, p > 1 and no even number, and ``pnorm(x, p)`` by a power cone for each entry.
 
     By default CVXPY states ``x^1.7`` by seven second-order cones.  Where x is zero, as most entries of an entmax are,
-    several of them are at their apex: multipliers are not unique, and no gradient is there to be had.
+    several of them are at their apex: multipliers are not unique, and no gradient is there to be had.  Where x is a
+    small share of a norm, the fifth power of that, say, is next to the apex, and vague.
     """
-    return _replaced(problem, _rational_powers, lambda power: cp.power(power.args[0], power.p.value, approx=False))
+    return _replaced(problem, _rational_powers, _by_power_cones)
 
 
 def _rational_powers(expression: Any) -> Iterator[Any]:
@@ -76,8 +78,17 @@ def _rational_powers(expression: Any) -> Iterator[Any]:
         exponent: Any = expression.p.value
         if exponent > 1 and exponent % 2:
             yield expression
+    elif isinstance(expression, PnormApprox) and expression.original_p > 1 and expression.original_p != 2:
+        yield expression
     for argument in expression.args:
         yield from _rational_powers(argument)
+
+
+def _by_power_cones(expression: Any) -> Any:
+    (x,) = expression.args
+    if isinstance(expression, PnormApprox):
+        return cp.pnorm(x, expression.original_p, expression.axis, expression.keepdims, approx=False)
+    return cp.power(x, expression.p.value, approx=False)
 
 
 def _replaced(problem: cp.Problem, found: Callable[[Any], Iterator[Any]], restate: Callable[[Any], Any]) -> cp.Problem:
