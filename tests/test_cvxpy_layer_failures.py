@@ -131,3 +131,12 @@ def test_warn_returns_the_last_iterate() -> None:
     assert all(out.isfinite().all() for out in outputs)
     weighted(outputs).backward()
     assert all(tensor.grad is not None and not tensor.grad.any() for tensor in own)
+
+
+def test_a_parameter_of_a_geometric_program_that_is_not_positive_is_named() -> None:
+    x, a = cp.Variable(pos=True), cp.Parameter(2, pos=True, name="a")
+    layer = lpgd.CvxpyLayer(cp.Problem(cp.Minimize(x), [x >= a]), [a], [x], gp=True)
+    with pytest.raises(lpgd.SolverError, match=r"elements? 1, 2 of 3") as error:
+        layer(torch.tensor([[1.0, 2.0], [1.0, -3.0], [0.0, 1.0]], dtype=torch.float64))
+    assert "parameter a of element 1 is -3 in row 1, and must be positive in a geometric program" in str(error.value)
+    assert "parameter a of element 2 is 0 in row 0, and must be positive" in str(error.value)

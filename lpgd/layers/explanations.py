@@ -29,6 +29,7 @@ class Argument(NamedTuple):
         ndim: how many dimensions it has for one element.
         absent: the infinity that means that there is no such end, 0.0 where there is none.
         only: the entries of which that is so, from where to where; None for all.
+        positive: whether it must be positive, as a parameter of a geometric program.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Argument(NamedTuple):
     ndim: int
     absent: float = 0.0
     only: slice | None = None
+    positive: bool = False
 
 
 def explanation(
@@ -84,8 +86,14 @@ def _invalid(argument: Argument, entries: Tensor, element: int) -> list[str]:
         selected = entries if entries.ndim == 0 else entries[chosen]
         within = selected >= INFINITE if argument.absent > 0 else selected <= -INFINITE
         allowed = within if entries.ndim == 0 else allowed.index_put((torch.arange(len(entries))[chosen],), within)
+    named = f"{argument.name} of element {element} is"
     wrong = (~torch.isfinite(entries) & ~allowed).nonzero().tolist()
-    return [f"{argument.name} of element {element} is {float(entries[tuple(at)])}{_where(at)}" for at in wrong]
+    found = [f"{named} {float(entries[tuple(at)])}{_where(at)}" for at in wrong]
+    signs = (entries <= 0).nonzero().tolist() if argument.positive else []
+    return found + [
+        f"{named} {float(entries[tuple(at)]):g}{_where(at)}, and must be positive in a geometric program"
+        for at in signs
+    ]
 
 
 def _crossed(lower: str, upper: str, known: dict[str, Tensor], element: int) -> list[str]:

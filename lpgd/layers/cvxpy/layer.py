@@ -158,7 +158,10 @@ class CvxpyLayer(OptimizationLayer):
 
         def listed() -> list[Argument]:
             known = zip(self.parameter_layouts, params, strict=True)
-            return [Argument(f"parameter {one.name}", torch.as_tensor(value), len(one.shape)) for one, value in known]
+            return [
+                Argument(f"parameter {one.name}", torch.as_tensor(value), len(one.shape), positive=one.log)
+                for one, value in known
+            ]
 
         start, why = self._as_solved(warm_start, posed.structure, inputs), explanation(listed, inputs)
         point, info = self._solve(posed.data, posed.structure, inputs, solver_args, start, why)
