@@ -12,7 +12,7 @@ import torch
 
 import lpgd
 from lpgd.cones.product import Cones
-from lpgd.problems.conic.balancing import balancing_of
+from lpgd.problems.conic.coordinates.balancing import balancing_of
 from lpgd.solvers import ConicSolver
 from lpgd.status import Status
 from tests.solver_table import SOLVER_TABLE

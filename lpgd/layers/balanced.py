@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lpgd.arrays import plain
 from lpgd.layers.concrete_values import computed_from_values
-from lpgd.problems.conic.balance import Balance
-from lpgd.problems.conic.balancing import balancing_of
+from lpgd.problems.conic.coordinates.balance import Balance
+from lpgd.problems.conic.coordinates.balancing import balancing_of
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicStructure

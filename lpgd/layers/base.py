@@ -24,7 +24,7 @@ from lpgd.layers.eager import built_eagerly
 from lpgd.layers.inputs import Batch
 from lpgd.layers.standard_options import StandardOptions
 from lpgd.problems.base import States, Structure, Traits
-from lpgd.problems.conic.balance import Balance
+from lpgd.problems.conic.coordinates.balance import Balance
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.relaxed import RelaxedPoint
 from lpgd.problems.conic.solution import ConicSolution

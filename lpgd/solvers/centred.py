@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import BoolArray, FloatArray, as_index, flags, from_numpy
-from lpgd.problems.conic.balance import Balance
-from lpgd.problems.conic.balancing import Balancing
-from lpgd.problems.conic.nearer import guessed
-from lpgd.problems.conic.positions import (
+from lpgd.problems.conic.coordinates.balance import Balance
+from lpgd.problems.conic.coordinates.balancing import Balancing
+from lpgd.problems.conic.coordinates.positions import (
     Found,
     Position,
     found_on_cones,
@@ -29,6 +28,7 @@ from lpgd.problems.conic.positions import (
     strain_there,
     surely_known,
 )
+from lpgd.problems.conic.nearer import guessed
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData

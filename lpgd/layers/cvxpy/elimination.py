@@ -52,7 +52,7 @@ from scipy.sparse.csgraph import connected_components
 
 from lpgd.arrays import BoolArray, FloatArray, IntArray, SparseArray
 from lpgd.layers.cvxpy.layout import CanonicalProgram
-from lpgd.problems.conic.automorphisms import paired_rows
+from lpgd.problems.conic.coordinates.automorphisms import paired_rows
 from lpgd.solvers.kkt.superlu import superlu
 
 __all__ = [

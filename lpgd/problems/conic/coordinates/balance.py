@@ -1,4 +1,4 @@
-"""The coordinates of a batch of conic programs: see :mod:`lpgd.problems.conic.balancing`, which finds them."""
+"""The coordinates of a batch of conic programs, which :mod:`~lpgd.problems.conic.coordinates.balancing` finds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lpgd.arrays import FloatArray, from_numpy
-from lpgd.problems.conic.automorphisms import Mixed, rotated
-from lpgd.problems.conic.balancing import Balancing
+from lpgd.problems.conic.coordinates.automorphisms import Mixed, rotated
+from lpgd.problems.conic.coordinates.balancing import Balancing
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicData, ConicPoint, ConicStructure, per_element
 

@@ -9,9 +9,9 @@ With them and positive factors D of the variables, ``x = D x̂``, ``s = T⁻¹ �
 are the data of the same program.  Where the data say that a cone needs it, the whole program is solved in these
 coordinates: solution, multipliers, perturbations and derivatives are all found there.
 
-The exponents of both (:mod:`lpgd.problems.conic.automorphisms`) minimise ``Σ |log|entry||`` over the entries of Â, b̂,
-σ q̂, σ P̂ and the bounds, nearly.  That is a linear program in the exponents: data whose sizes differ only by units are
-all brought to 1, and where a few constraints are loose the others decide.
+The exponents of both (:mod:`lpgd.problems.conic.coordinates.automorphisms`) minimise ``Σ |log|entry||`` over the
+entries of Â, b̂, σ q̂, σ P̂ and the bounds, nearly.  That is a linear program in the exponents: data whose sizes differ
+only by units are all brought to 1, and where a few constraints are loose the others decide.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from torch import Tensor
 
 from lpgd.arrays import BoolArray, FloatArray, SparseArray
 from lpgd.execution.memo import TensorMemo
-from lpgd.problems.conic.automorphisms import Mixed, exponents_of, in_pairs, paired_rows, sizes_of
+from lpgd.problems.conic.coordinates.automorphisms import Mixed, exponents_of, in_pairs, paired_rows, sizes_of
+from lpgd.problems.conic.coordinates.positions import Position
 from lpgd.problems.conic.magnitudes import INFINITE
-from lpgd.problems.conic.positions import Position
 from lpgd.problems.conic.sparsity import SparsityPattern
 from lpgd.problems.conic.structure import ConicData, ConicStructure
 

@@ -46,7 +46,7 @@ class Position(NamedTuple):
 
     Attributes:
         parameters: exponents of two of automorphisms, in the order of
-            :func:`~lpgd.problems.conic.automorphisms.exponents_of`.
+            :func:`~lpgd.problems.conic.coordinates.automorphisms.exponents_of`.
         known: which of them the point determines.
     """
 

@@ -1,0 +1,1 @@
+"""Coordinates of cones in which the data and the solutions of a program are of one size."""
