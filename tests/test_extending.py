@@ -248,7 +248,7 @@ def test_paths_exist(page: Path) -> None:
         if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./]*", name):
             # The files that extending.md would add are the only ones that need not exist.
             assert (ROOT / name).exists() or (page == EXTENDING and Path(name).stem in TO_BE_WRITTEN), name
-        elif re.fullmatch(r"\w+\.(py|toml|md)", name):
+        elif re.fullmatch(r"(\w+/)*\w+\.(py|toml|md)", name):
             assert [*ROOT.glob(name), *(ROOT / "lpgd").rglob(name), *(ROOT / "tests").rglob(name)], name
 
 
