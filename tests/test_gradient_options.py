@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from lpgd import (
     LPGD,
@@ -21,6 +22,9 @@ from tests.test_gradients import difference, planted_solution, random_cotangent
         ({"tau": 1e-320}, "tau is 1e-320; it must be positive"),
         ({"tau": float("nan")}, "tau is nan"),
         ({"tau": "x"}, "tau is 'x'; it must be positive"),
+        ({"tau": torch.tensor([1.0, 2.0])}, r"tau is tensor\(\[1., 2.\]\); it must be positive and finite, one number"),
+        ({"tau": torch.tensor(1.0, requires_grad=True)}, "tau is tensor.*one number"),
+        ({"rho": torch.tensor(1.0)}, "rho is tensor.*one number"),
         ({"rho": "x"}, "rho is 'x'; it must be nonnegative"),
         ({"rho": -1.0}, "rho is -1.0; it must be nonnegative"),
         ({"envelope": "middle"}, "envelope is 'middle'; it must be one of average, lower, upper"),

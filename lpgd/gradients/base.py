@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Self, SupportsFloat, cast
+from numbers import Real
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -196,8 +197,8 @@ _CAPABILITIES = {
 
 
 def is_number(value: object) -> bool:
-    """Whether an option can be compared with numbers."""
-    return isinstance(value, SupportsFloat)
+    """Whether an option is one real number: a tensor would be one for each element, or ask for a gradient."""
+    return isinstance(value, Real)
 
 
 def check_compatible(method: GradientMethod, traits: Traits) -> None:

@@ -89,9 +89,9 @@ class LPGD(GradientMethod):
 
     def __post_init__(self) -> None:
         if self.tau is not None and not (is_number(self.tau) and sys.float_info.min <= self.tau < math.inf):
-            raise ValueError(f"tau is {self.tau!r}; it must be positive and finite, or None to be chosen.")
+            raise ValueError(f"tau is {self.tau!r}; it must be positive and finite, one number, or None to be chosen.")
         if not (is_number(self.rho) and 0 <= self.rho < math.inf):
-            raise ValueError(f"rho is {self.rho!r}; it must be nonnegative and finite.")
+            raise ValueError(f"rho is {self.rho!r}; it must be nonnegative and finite, one number.")
         if self.envelope not in get_args(Envelope):
             raise ValueError(f"envelope is {self.envelope!r}; it must be one of {', '.join(get_args(Envelope))}.")
         if self.loss is None:
