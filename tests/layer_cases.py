@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cvxpy as cp
@@ -24,12 +26,25 @@ def leaf(tensor: Tensor) -> Tensor:
 
 
 def weighted(outputs: Sequence[Tensor]) -> Tensor:
+    """A linear loss of all outputs, with a fixed random weight for each entry."""
     return sum(((normal(*out.shape, seed=k) * out).sum() for k, out in enumerate(outputs)), torch.zeros(()))
 
 
 def close(own: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-6) -> None:
     for one, other in zip(own, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def at_once(work: Callable[[int], Any], count: int) -> list[Any]:
+    """What ``work(0)``, …, ``work(count - 1)`` return in threads of their own, which begin together."""
+    barrier = threading.Barrier(count)
+
+    def begun(k: int) -> Any:
+        barrier.wait()
+        return work(k)
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(begun, range(count)))
 
 
 def program(n: int = 4, m: int = 1, **options: Any) -> lpgd.CvxpyLayer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import cvxpy as cp
@@ -14,21 +14,7 @@ from torch.autograd import forward_ad
 
 import lpgd
 from tests.canonical_cases import CASES, Case, geometric, no_parameters, quadratic
-
-TIGHT = {"eps": 1e-10}
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_()
-
-
-def weighted(outputs: Sequence[Tensor]) -> Tensor:
-    """A linear loss of all outputs, with a fixed random weight for each entry."""
-    return sum(((normal(*out.shape, seed=k) * out).sum() for k, out in enumerate(outputs)), torch.zeros(()))
+from tests.layer_cases import TIGHT, leaf, normal, weighted
 
 
 def derivative(function: Callable[[float], Tensor], step: float = 3e-4) -> Tensor:

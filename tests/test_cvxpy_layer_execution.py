@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor
 
 import lpgd
-from tests.layer_cases import METHODS, close, data, leaf, normal, program, weighted
+from tests.layer_cases import METHODS, at_once, close, data, leaf, normal, program, weighted
 
 # Threads and executors
 
@@ -35,21 +35,12 @@ def test_threads_share_a_layer() -> None:
 
     for layer in layers:
         expected = [run(layer, tensors) for tensors in cases]
-        results: dict[int, list[Tensor]] = {}
-        barrier = threading.Barrier(len(cases))
 
-        def work(k: int, layer: lpgd.CvxpyLayer = layer, barrier: threading.Barrier = barrier) -> None:
-            barrier.wait()
-            for _ in range(3):
-                results[k] = run(layer, cases[k])  # noqa: B023
+        def work(k: int, layer: lpgd.CvxpyLayer = layer) -> list[Tensor]:
+            return [run(layer, cases[k]) for _ in range(3)][-1]
 
-        threads = [threading.Thread(target=work, args=(k,)) for k in range(len(cases))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for k, wanted in enumerate(expected):
-            close(results[k], wanted, 1e-5)
+        for found, wanted in zip(at_once(work, len(cases)), expected, strict=True):
+            close(found, wanted, 1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)

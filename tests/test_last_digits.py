@@ -17,14 +17,10 @@ import lpgd
 from lpgd.solvers import SOLVERS, ConicSolver
 from lpgd.solvers.kkt.refinement import optimality_residual
 from tests.accuracy import draw
+from tests.layer_cases import normal
 from tests.problem_table import REGULAR, Case
 
 Built = tuple[lpgd.CvxpyLayer, list[Tensor]]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
 
 SUPPORTED = [
     pytest.param(case, kind(), id=f"{case}-{kind.name}")

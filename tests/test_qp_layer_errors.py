@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 import lpgd
 from lpgd.layers import LayerOutput
 from lpgd.status import Status
-from tests.layer_cases import close, leaf, normal, weighted
+from tests.layer_cases import at_once, close, leaf, normal, weighted
 from tests.program_cases import DIMENSIONS, FINE, gradients, program, solved
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CS[RC] tensor support is in beta")
@@ -195,23 +194,14 @@ def test_threads_share_a_layer() -> None:
     layer = lpgd.QPLayer("SCS", solver_args={"eps": 1e-10})
     cases = [{name: leaf(part) for name, part in program(k + 1, seed=10 * k).items()} for k in range(4)]
     expected = [layer(**case) for case in cases]
-    results: dict[int, list[Any]] = {}
-    barrier = threading.Barrier(len(cases))
 
-    def work(k: int) -> None:
-        barrier.wait()
-        for _ in range(3):
-            results[k] = [layer(**cases[k], warm_start=True)]
-        results[k].append(gradients(results[k][0], list(cases[k].values())))
+    def work(k: int) -> tuple[Any, list[Tensor]]:
+        output = [layer(**cases[k], warm_start=True) for _ in range(3)][-1]
+        return output, gradients(output, list(cases[k].values()))
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(cases))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for k, wanted in enumerate(expected):
-        close(results[k][0], wanted, 1e-6)
-        close(results[k][1], gradients(wanted, list(cases[k].values())), 1e-4)
+    for case, wanted, (output, slopes) in zip(cases, expected, at_once(work, len(cases)), strict=True):
+        close(output, wanted, 1e-6)
+        close(slopes, gradients(wanted, list(case.values())), 1e-4)
 
 
 def test_the_solver_can_be_replaced() -> None:

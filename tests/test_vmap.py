@@ -13,7 +13,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import lpgd
 from lpgd.problems import lanes
-from tests.gradient_cases import CASES, TARGET, TAU, WEIGHTS, N, binary, positive
+from tests.gradient_cases import CASES, TARGET, TAU, WEIGHTS, N, direct, positive
 from tests.layer_cases import normal
 
 LANES, BATCH = 5, 3
@@ -126,13 +126,6 @@ def test_second_derivatives_of_every_sample() -> None:
 
 
 def test_inputs_without_gradient_have_lanes_too() -> None:
-    direct = lpgd.DirectLossLayer(
-        binary,
-        lambda x, *_: x,
-        lambda x, t: abs(x - t).sum(),
-        lambda c, step, target: binary(c - step * (1 - 2 * target)),
-        lpgd.DirectLoss(TAU, envelope="lower"),
-    )
     c, targets = (
         normal(LANES, 2, N),
         torch.stack([TARGET, 1 - TARGET]).expand(LANES, 2, N) * positive(normal(LANES, 1, 1)),
