@@ -239,21 +239,22 @@ class OptimizationLayer(BaseLayer):
 
     Args:
         example: the structure of the problems, or of a small one of their class: solver and options are checked on it.
+        solver, gradient, solver_args, on_error, executor, verbose, progress: see the layers.
         fixed: all problems have this very structure, so a solver that is not named is chosen at once; else it is
             chosen for the structure of each call.
-        solver, gradient, solver_args, on_error, executor, verbose, progress: see the layers.
     """
 
     def __init__(
         self,
         example: ConicStructure,
-        fixed: bool,
         solver: ConicSolver | str | None,
         gradient: GradientMethod | None,
         solver_args: Mapping[str, object] | None,
         on_error: OnError,
         executor: Executor | None,
-        verbose: bool,
+        *,
+        fixed: bool = False,
+        verbose: bool = False,
         progress: bool = False,
     ) -> None:
         standard = StandardOptions.parse(solver_args)

@@ -82,8 +82,8 @@ class ConicLayer(OptimizationLayer):
         if not isinstance(cones, Cones):
             raise TypeError(f"cones is {cones!r}; give the sizes as lpgd.Cones(zero=..., second_order=(...), ...).")
         one = Pattern((1, 1))
-        example = plan(1, cones, one, (Pattern((cones.rows, 1)),), False, False).structure
-        super().__init__(example, False, solver, gradient, solver_args, on_error, executor, False, progress)
+        example = plan(1, cones, one, (Pattern((cones.rows, 1)),)).structure
+        super().__init__(example, solver, gradient, solver_args, on_error, executor, progress=progress)
         self.cones = cones
 
     @eager
@@ -175,7 +175,7 @@ class ConicLayer(OptimizationLayer):
         batch = check_inputs(expected, tensors)
         constraint = read_matrix("A", A, batch)
         quadratic = read_matrix("P", P, batch) if P is not None else None
-        chosen = plan(q.shape[-1], self.cones, quadratic and quadratic.pattern, (constraint.pattern,), False, False)
+        chosen = plan(q.shape[-1], self.cones, quadratic and quadratic.pattern, (constraint.pattern,))
         nothing = torch.empty(0, dtype=torch.float64, device=batch.device)
         data = ConicData(
             P=nothing if quadratic is None else chosen.quadratic_values(quadratic),

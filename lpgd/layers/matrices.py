@@ -176,8 +176,9 @@ class Plan:
         cones: Cones,
         quadratic: Pattern | None,
         blocks: tuple[Pattern, ...],
-        has_lower: bool,
-        has_upper: bool,
+        *,
+        has_lower: bool = False,
+        has_upper: bool = False,
         integer: tuple[int, ...] = (),
         two_sided: int = 0,
     ) -> None:

@@ -86,9 +86,10 @@ class ProgramLayer(OptimizationLayer):
         progress: bool = False,
     ) -> None:
         self._integer = _index_set(integer)
-        one, integers = Pattern((1, 1)), (0,) if self._integer else ()
-        example = plan(1, Cones(1, 1), one if self._has_quadratic else None, (one, one), True, True, integers).structure
-        super().__init__(example, False, solver, gradient, solver_args, on_error, executor, False, progress)
+        one, integer = Pattern((1, 1)), (0,) if self._integer else ()
+        quadratic = one if self._has_quadratic else None
+        small = plan(1, Cones(1, 1), quadratic, (one, one), has_lower=True, has_upper=True, integer=integer)
+        super().__init__(small.structure, solver, gradient, solver_args, on_error, executor, progress=progress)
 
     def _read(
         self,
@@ -165,7 +166,13 @@ class ProgramLayer(OptimizationLayer):
         with_ends = k if "l" in tensors else 0
         blocks = tuple(patterns[name] for name in ("A", "G") if name in patterns) or (Pattern((0, n)),)
         cones = Cones(m + with_ends, k - with_ends)
-        return plan(n, cones, patterns.get("P"), blocks, has_lower, has_upper, self._integer, with_ends)
+        return plan(
+            *(n, cones, patterns.get("P"), blocks),
+            has_lower=has_lower,
+            has_upper=has_upper,
+            integer=self._integer,
+            two_sided=with_ends,
+        )
 
     def _assemble(
         self, n: int, frame: _Frame, cost: str, tensors: dict[str, Tensor], bounds: dict[str, Bound]

@@ -118,7 +118,12 @@ class CvxpyLayer(OptimizationLayer):
         self._substitution = None if substitution is None or substitution.loses_digits() else substitution
         program = self._substitution.program if self._substitution is not None else whole
         structure = _structure(program, self._substitution)
-        super().__init__(structure, True, solver, gradient, solver_args, on_error, executor, verbose, progress)
+        super().__init__(
+            *(structure, solver, gradient, solver_args, on_error, executor),
+            fixed=True,
+            verbose=verbose,
+            progress=progress,
+        )
         self.structure = structure
         self.parameter_layouts = program.parameters
         self.variable_layouts = program.variables
