@@ -188,3 +188,24 @@ def test_8_of_equal_rows_the_sum_of_the_gradients_is_right(solver: str, envelope
     torch.testing.assert_close(output.x.detach(), ONE, atol=1e-7, rtol=0)
     (2.5 * output.x.sum()).backward()
     assert float(b.grad.sum()) == pytest.approx(2.5, abs=1e-5)
+
+
+def test_steps_of_a_batch_of_transport_plans_whose_multipliers_are_open() -> None:
+    """More constraints are active than there are entries, in each element, and what marginals ask is open."""
+    n, size = 4, 6
+    plan, cost, rows = cp.Variable((n, n), nonneg=True), cp.Parameter((n, n)), cp.Parameter(n)
+    objective = cp.Minimize(cp.sum(cp.multiply(cost, plan)) + 0.1 * cp.sum_squares(plan))
+    problem = cp.Problem(objective, [cp.sum(plan, 1) == rows, cp.sum(plan, 0) == np.ones(n) / n])
+    generator = np.random.default_rng(0)
+    costs, weights = generator.random((size, n, n)), torch.as_tensor(generator.standard_normal((n, n)))
+    marginal = torch.full((n,), 1.0 / n, dtype=torch.float64)
+    layer = lpgd.CvxpyLayer(problem, [cost, rows], [plan], gradient=lpgd.LPGD())
+    at = torch.as_tensor(costs).requires_grad_()
+    (gradient,) = torch.autograd.grad((layer(at, marginal)[0] * weights).sum(), at)  # plans are unique: no warning
+    expected = torch.zeros_like(gradient)
+    for row, column in np.ndindex(n, n):
+        moved = torch.zeros(size, n, n, dtype=torch.float64)
+        moved[:, row, column] = 1e-6
+        sides = [(layer(at.detach() + sign * moved, marginal)[0] * weights).sum((1, 2)) for sign in (1, -1)]
+        expected[:, row, column] = (sides[0] - sides[1]) / 2e-6
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)

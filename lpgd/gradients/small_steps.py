@@ -37,6 +37,8 @@ SHORT = 1e-9
 """Of shorter steps, as shares of their unit, rounding is more than a millionth of the response."""
 FAINT = 1e-10
 """Moves up to this size, relative to ``1 + |x|``, have less than about four digits."""
+ROUNDED = 1e-14
+"""Solutions that are this near to each other, relative to ``1 + |x|``, may be one."""
 FLOOR, NOTHING = 1e-8, 1e-10
 """Numbers below this share of the largest of their kind, or of all, are no more than rounding."""
 ROUGH = 0.1
@@ -123,10 +125,15 @@ def check_small_steps(
         torch.cat([x, torch.where(unique, point.y, 0.0)], 1) for x, point in zip(observed_x, whole, strict=True)
     )
     size = torch.maximum(maximum_norm(step), maximum_norm(exact))
-    floor = 1e-6 * (1.0 + maximum_norm(problem.in_own_units(chosen.point).x)) / found.unit[index]
+    length = 1.0 + maximum_norm(problem.in_own_units(chosen.point).x)
+    floor = 1e-6 * length / found.unit[index]
     # A difference of one side alone is off in proportion to its step; one that was given is meant.
     agreement = AGREEMENT if method.tau is None or method.envelope == "average" else ONE_SIDED
-    far = maximum_norm(step - exact) > (agreement + 3 * tilt[index]) * torch.maximum(size, floor)
+    apart = maximum_norm(step - exact)
+    far = apart > (agreement + 3 * tilt[index]) * torch.maximum(size, floor)
+    # What does not move at all moves by the rounding of two solutions.
+    still = maximum_norm(exact) * found.unit[index] <= NOTHING * length
+    far &= ~(still & (apart * found.tau[index] <= ROUNDED * length))
     assert info.doubt is not None
     loose = ~(info.doubt <= AGREEMENT) & torch.tensor([used == "implicit, regularised" for used in info.used])
     far &= ~loose.to(far.device) & torch.tensor(["one-sided" not in used for used in info.used], device=far.device)
@@ -135,7 +142,7 @@ def check_small_steps(
         rough = _is_rough(problem, whole[0], whole[1], observed_x[0], observed_x[1])
         lost[index] = smooth & torch.where(unique[:, 0], _differ(whole[0], whole[1]), rough)
         far &= ~lost[index]
-    doubt = (maximum_norm(step - exact) / torch.maximum(size, floor)).double().cpu()
+    doubt = (apart / torch.maximum(size, floor)).double().cpu()
     record.doubt = torch.full((len(record.used),), torch.nan, dtype=torch.float64)
     record.doubt[[active[element] for element in elements]] = torch.where(loose, torch.inf, doubt)
     if names := [active[element] for element, singular in zip(elements, flags(loose), strict=True) if singular]:
@@ -144,7 +151,7 @@ def check_small_steps(
         else:
             warn(f"{method}: the optimality conditions of elements {names[:10]} {_SINGULAR}")
     if bool(far.any()):
-        worst = float((maximum_norm(step - exact) / size)[far].max())
+        worst = float((apart / size)[far].max())
         names = [active[element] for element, wrong in zip(elements, flags(far), strict=True) if wrong]
         warn(f"{method}: elements {names[:10]} {_DISAGREE.format(share=worst)}")
     return lost

@@ -200,7 +200,7 @@ def leaves_multipliers_open(problem: ConicProblem, active: ActiveSet, noise: Ten
     if observed is None or not bool(found.any()):
         return found
     ends = np.concatenate([structure.lower_index, structure.upper_index])
-    probes = observed.probe_of_y(x, torch.ones(1, structure.m, dtype=torch.float64).to(x.device)).cpu().numpy()
+    probes = observed.probe_of_y(x, torch.ones_like(active.place[:, : structure.m])).cpu().numpy()
     of_bounds = observed.bounded[ends] * random_direction(ends.size)
     there = (active.place > -noise[:, None]).cpu().numpy()
     values = problem.data.A.detach()
