@@ -209,3 +209,17 @@ def test_steps_of_a_batch_of_transport_plans_whose_multipliers_are_open() -> Non
         sides = [(layer(at.detach() + sign * moved, marginal)[0] * weights).sum((1, 2)) for sign in (1, -1)]
         expected[:, row, column] = (sides[0] - sides[1]) / 2e-6
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_short_steps_from_degenerate_vertices_are_zero(seed: int) -> None:
+    """A permutation is the end of many edges: solvers end on other active sets there, 1e-13 apart."""
+    n, generator = 4, np.random.default_rng(seed)
+    plan, cost = cp.Variable((n, n), nonneg=True), cp.Parameter((n, n))
+    problem = cp.Problem(cp.Minimize(cp.sum(cp.multiply(cost, plan))), [cp.sum(plan, 0) == 1, cp.sum(plan, 1) == 1])
+    layer = lpgd.CvxpyLayer(problem, [cost], [plan], gradient=lpgd.LPGD())
+    costs = torch.as_tensor(generator.standard_normal((3, n, n))).requires_grad_()
+    weights = torch.linspace(-1, 1, n * n, dtype=torch.float64).reshape(n, n)
+    with pytest.warns(lpgd.LpgdWarning, match="no solution of this linear program moved"):
+        (gradient,) = torch.autograd.grad((layer(costs)[0] * weights).sum(), costs)
+    assert not gradient.any()

@@ -68,8 +68,9 @@ class Sides(NamedTuple):
     """Both ends of steps from E elements' solutions; (E,) each but for the points.
 
     ``crossing`` is the share of the step after which an active set changes, infinite where none does; ``apart`` says
-    whether the active sets of the ends differ.  ``skew`` is :meth:`Run.skew` of x; ``newton`` is how many of the ends
-    Newton's method found.
+    whether the active sets of the ends differ.  ``skew`` is :meth:`Run.skew` of x; ``known_to`` is what is left of the
+    optimality conditions of the ends, 0 where that is not known; ``newton`` is how many of the ends Newton's method
+    found.
     """
 
     plus: Point
@@ -79,6 +80,7 @@ class Sides(NamedTuple):
     crossing: Tensor
     apart: Tensor
     skew: Tensor
+    known_to: Tensor
     newton: Tensor
     iterations: IntArray
 
@@ -164,7 +166,9 @@ class Run:
         crossing, apart = self._crossing(results, solved)
         newton = torch.stack([result.by_newton for result in results.values()]).sum(0)
         skew = self.skew(plus, minus, above & below)
-        return Sides(plus, minus, above, below, crossing, apart, skew, newton, iterations)
+        left = [self.error * 0.0 if one.known_to is None else one.known_to.nan_to_num() for one in results.values()]
+        known_to = torch.stack([known.to(self.error) for known in left]).amax(0)
+        return Sides(plus, minus, above, below, crossing, apart, skew, known_to, newton, iterations)
 
     def _ends(self, steps: Sequence[Tensor]) -> Sequence[AnySolution]:
         """The solutions after each of these steps (E,)."""
@@ -219,9 +223,12 @@ class Run:
         them, and so is one solution.  Where the active set determines the solution it tells, whatever the noise.
         """
         base, plus, minus = (self.problem.in_own_units(point)[0] for point in (self.base, sides.plus, sides.minus))
-        moved = maximum_norm(plus - minus) > self.noise(self.error, maximum_norm(base))
-        determined = self.determined()
-        return moved if determined is None else moved & (sides.apart | ~determined)
+        distance, size = maximum_norm(plus - minus), maximum_norm(base)
+        moved, determined = distance > self.noise(self.error, size), self.determined()
+        if determined is None:
+            return moved
+        # At a degenerate vertex active sets may differ, and only what is left of the conditions.
+        return moved & (~determined | (sides.apart & (distance > self.noise(sides.known_to, size))))
 
     def determined(self) -> Tensor | None:
         """(E,) whether a solution with the same active set is the same one; None where that is known of none.
