@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lpgd.arrays import BoolArray, FloatArray, as_index, flags, from_numpy, random_direction
+from lpgd.arrays import BoolArray, FloatArray, IntArray, as_index, flags, from_numpy, random_direction
 from lpgd.execution.tasks import run_tasks
 from lpgd.gradients.implicit.answers import Answers
 from lpgd.gradients.implicit.complementary import away_from_kinks
@@ -92,66 +92,77 @@ def one_by_one(answers: Answers, elements: list[int], executor: Executor | None,
     """
     located, findings = answers.located, answers.findings
     weak = flags(located.weak)
-    chosen = [element for element in elements if weak[element]]
-    sides = [_judged(located, chosen, side, executor) for side in (1.0, -1.0)] if chosen else []
-    if chosen and lead and not np.any(located.rho):
-        differ = _differences(located, chosen, sides[0][0], sides[1][0])
-        there, led = away_from_kinks(located, [chosen[k] for k in np.flatnonzero(differ.somehow)])
+    kinked = [element for element in elements if weak[element]]
+    sides = [_judged(located, kinked, side, executor) for side in (1.0, -1.0)] if kinked else []
+    if kinked and lead and not np.any(located.rho):
+        differ = _differences(located, kinked, sides)
+        there, led = away_from_kinks(located, [kinked[k] for k in np.flatnonzero(differ.somehow)])
         if led:
             one_by_one(replace(answers, located=there), led, executor, lead=False)
-            kept = np.array([element not in led for element in chosen])
-            elements, chosen = ([one for one in some if one not in led] for some in (elements, chosen))
-            sides = [(one.select(kept), _Told(told.rows[kept], told.bounds[kept])) for one, told in sides]
+            sides = [side.select(np.array([element not in led for element in kinked])) for side in sides]
+            elements, kinked = ([one for one in some if one not in led] for some in (elements, kinked))
             if not elements:
                 return
-    at_kink = [k for k, element in enumerate(elements) if weak[element]]
-    if not at_kink:
-        found, told = _judged(located, elements, 0.0, executor)
+    if kinked:
+        found = _between(located, elements, [k for k, element in enumerate(elements) if weak[element]], sides, executor)
+        found = _at_kinks(answers, elements, kinked, sides, found)
     else:
-        found, told = _between(located, elements, at_kink, sides, executor)
-        (above, told_above), (below, told_below) = sides
-        differ = _differences(located, chosen, above, below)
-        found = found.copy()
-        for index, k in enumerate(at_kink):
-            shared = bool((above.shared[index] | below.shared[index]).any())
-            known = _Told(*(bool(one[index] & other[index]) for one, other in zip(told_above, told_below, strict=True)))
-            findings.kink(
-                elements[k],
-                float(differ.x[index]),
-                shared or bool(differ.y[index]),
-                rows=bool(differ.observed[index]) or not known.rows,
-                bounds=bool(differ.z[index]) or not known.bounds,
-            )
-            if not above.unique[index] or not below.unique[index]:
-                findings.freed.add(elements[k])
-            elif not above.consistent[index] or not below.consistent[index]:
-                findings.torn.add(elements[k])
-            better = next((side for side in (above, below) if side.exact[index]), None)
-            if better is not None and not found.exact[k]:
-                told.rows[k] = told.bounds[k] = True
-                for whole, values in zip(found, better, strict=True):
-                    whole[k] = values[index]
-    singular = [
+        found = _judged(located, elements, 0.0, executor)
+    response = found.response
+    curved = [
         k
         for k in range(len(elements))
-        if found.unique[k] and not found.exact[k] and findings.is_curved(found.shared[k])
+        if response.unique[k] and not response.exact[k] and findings.is_curved(response.shared[k])
     ]
-    if singular:
-        concerned = [findings.concerns(elements[k], found.shared[k]) for k in singular]
-        chosen = [elements[k] for k in singular]
-        findings.steady |= _steady(located, chosen, found.x[singular], concerned, executor)
-    for whole, values in zip(answers.change, found[:3], strict=True):
+    if curved:
+        concerned = [findings.concerns(elements[k], response.shared[k]) for k in curved]
+        findings.steady |= _steady(located, [elements[k] for k in curved], response.x[curved], concerned, executor)
+    for whole, values in zip(answers.change, response[:3], strict=True):
         whole[elements] = from_numpy(values).to(whole.device)
-    findings.add(elements, found, told.rows, told.bounds)
+    findings.add(elements, response, found.rows, found.bounds)
+
+
+def _at_kinks(
+    answers: Answers, elements: list[int], kinked: list[int], sides: list[_Judged], found: _Judged
+) -> _Judged:
+    """What was found at the points themselves, with the exact answer of a side where there is none; says what differs.
+
+    Args:
+        answers: get what there is to say.
+        elements, found: of which so much is known.
+        kinked, sides: those of them at a kink, and their answers on both sides.
+    """
+    (above, below), differ, findings = sides, _differences(answers.located, kinked, sides), answers.findings
+    found = found.copy()
+    for index, element in enumerate(kinked):
+        shared = bool((above.response.shared[index] | below.response.shared[index]).any())
+        findings.kink(
+            element,
+            float(differ.x[index]),
+            shared or bool(differ.y[index]),
+            rows=bool(differ.observed[index]) or not (above.rows[index] and below.rows[index]),
+            bounds=bool(differ.z[index]) or not (above.bounds[index] and below.bounds[index]),
+        )
+        responses_of_sides = above.response, below.response
+        if not all(side.unique[index] for side in responses_of_sides):
+            findings.freed.add(element)
+        elif not all(side.consistent[index] for side in responses_of_sides):
+            findings.torn.add(element)
+        better, k = next((side for side in responses_of_sides if side.exact[index]), None), elements.index(element)
+        if better is not None and not found.response.exact[k]:
+            found.rows[k] = found.bounds[k] = True
+            for whole, values in zip(found.response, better, strict=True):
+                whole[k] = values[index]
+    return found
 
 
 def _between(
     located: Located,
     elements: list[int],
     at_kink: list[int],
-    sides: list[tuple[KKTResponse, _Told]],
+    sides: list[_Judged],
     executor: Executor | None,
-) -> tuple[KKTResponse, _Told]:
+) -> _Judged:
     """The responses at the points themselves, of which some are those of one side, which are known.
 
     Args:
@@ -167,20 +178,20 @@ def _between(
             if same:
                 known[k] = same[0], index
     unknown = [k for k in range(len(elements)) if k not in known]
-    parts, order = [], list(unknown)
+    parts, order = list[_Judged](), list(unknown)
     if unknown:
         parts.append(_judged(located, [elements[k] for k in unknown], 0.0, executor))
     for side in (0, 1):
         of_side = [k for k, (where, _) in known.items() if where == side]
         if of_side:
             taken = np.array([known[k][1] for k in of_side])
-            response, told = sides[side]
-            parts.append((response.select(taken), _Told(told.rows[taken], told.bounds[taken])))
+            parts.append(sides[side].select(taken))
             order += of_side
-    back = np.argsort(order)
-    response = KKTResponse.joined([response for response, _ in parts]).select(back)
-    rows, bounds = (np.concatenate([told[which] for _, told in parts])[back] for which in (0, 1))
-    return response, _Told(rows, bounds)
+    return _Judged(
+        KKTResponse.joined([part.response for part in parts]),
+        np.concatenate([part.rows for part in parts]),
+        np.concatenate([part.bounds for part in parts]),
+    ).select(np.argsort(order))
 
 
 def _pieces(located: Located, side: float) -> BoolArray:
@@ -197,14 +208,28 @@ def _pieces(located: Located, side: float) -> BoolArray:
     return np.concatenate([active, at_bound], axis=1)
 
 
-class _Told(NamedTuple):
-    """(k,) whether the changes of multipliers that gradients depend on are unique: of rows, and of bounds."""
+class _Judged(NamedTuple):
+    """The responses of k elements, ``unique`` where what is observed of x is.
 
-    rows: Any
-    bounds: Any
+    Attributes:
+        response: of each.
+        rows, bounds: (k,) whether the changes of multipliers that gradients depend on are unique.
+    """
+
+    response: KKTResponse
+    rows: BoolArray
+    bounds: BoolArray
+
+    def select(self, elements: IntArray | BoolArray) -> _Judged:
+        """Those of some elements."""
+        return _Judged(self.response.select(elements), self.rows[elements], self.bounds[elements])
+
+    def copy(self) -> _Judged:
+        """The same, to be changed."""
+        return _Judged(self.response.copy(), self.rows.copy(), self.bounds.copy())
 
 
-def _judged(located: Located, elements: list[int], side: float, executor: Executor | None) -> tuple[KKTResponse, _Told]:
+def _judged(located: Located, elements: list[int], side: float, executor: Executor | None) -> _Judged:
     """Responses that are ``unique`` where what is observed of x is, and whether what is observed of multipliers is.
 
     A function ``r·x`` of the answers of a symmetric system ``K a = b`` is the same for all of them exactly where r is
@@ -219,17 +244,17 @@ def _judged(located: Located, elements: list[int], side: float, executor: Execut
         probes += [_of_x(located, observed), _of_y(located, observed)]
     found = responses(located, range(len(elements)), side, executor, probes)
     alone = np.array([not rows.any() for rows in found.shared])
-    told = _Told(alone, alone.copy())
+    rows, bounds = alone, alone.copy()
     if found.exact.all():
-        return found, told
+        return _Judged(found, rows, bounds)
     found = found.copy()
     if observed is not None:
         of_x, of_y = found.follows[:, 1], found.follows[:, 2]
         found.unique[:] |= ~found.exact & of_x
-        told.rows[:] |= ~(found.shared & observed.rows_at(located.point.x).cpu().numpy()).any(1)
-        told.rows[:] |= found.unique & ~found.exact & of_y
-    told.bounds[:] |= found.unique & ~found.exact & found.follows[:, 0]
-    return found, told
+        rows |= ~(found.shared & observed.rows_at(located.point.x).cpu().numpy()).any(1)
+        rows |= found.unique & ~found.exact & of_y
+    bounds |= found.unique & ~found.exact & found.follows[:, 0]
+    return _Judged(found, rows, bounds)
 
 
 def _of_x(located: Located, observed: Observed) -> ConicPoint:
@@ -338,7 +363,8 @@ class _Differences(NamedTuple):
         return (self.x > SAME) | self.observed | self.z
 
 
-def _differences(located: Located, elements: list[int], first: KKTResponse, second: KKTResponse) -> _Differences:
+def _differences(located: Located, elements: list[int], sides: list[_Judged]) -> _Differences:
+    (first, *_), (second, *_) = sides
     observed, index = located.problem.structure.observed, as_index(elements, located.error.device)
     least = _no_change(located)[elements]
     xs, ys = (first.x, second.x), (first.y, second.y)
