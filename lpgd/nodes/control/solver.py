@@ -87,18 +87,7 @@ def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300, grow
                 for tensor, values in zip(state, _begin(far, grown.z), strict=True):
                     tensor[slow[grown.trusted]] = values[grown.trusted]
                 expansion = problem.expand(state.z)
-        # The barrier's weight falls where its own problem is solved well enough for it.
-        error = _barrier_error(problem, state, expansion)
-        for _ in range(20):
-            weight = torch.where(
-                (error <= 10 * state.weight) & (state.weight > least),
-                torch.minimum(SHRINK * state.weight, state.weight**1.5).clamp(min=least),
-                state.weight,
-            )
-            if bool((weight == state.weight).all()):
-                break
-            state = state._replace(weight=weight)
-            error = _barrier_error(problem, state, expansion)
+        state, error = _with_lower_weight(problem, state, expansion, least)
         size = residual(problem, state.z, expansion, *state[1:4])
         enough = (10.0 ** (-4.0 - 2.0 * tries[running].clamp(max=2))).clamp(min=eps**0.6)
         # Ready, too, is what the barrier has nothing more to say about.
@@ -107,19 +96,12 @@ def minimise(problem: ControlProblem, z: Tensor, max_iterations: int = 300, grow
         if ready.any():
             near = ready.nonzero()[:, 0]
             tries[running[near]] += 1
-            zero = torch.zeros_like(near)
-            start = Trajectories(
-                state.z[near], state.nu[near], state.below[near], state.above[near], zero, zero.clone()
-            )
-            found = polish(problem.select(near), start)
+            found, fine = _ended(problem.select(near), state, near)
             count[running[near]] += found.iterations
-            close = stacked([found.z - start.z]) <= 0.1 * (1 + stacked([start.z]))
-            fine = (found.status == int(Status.SOLVED)) & close
             ready = ready.clone()
             ready[near] = fine
-            kept = Trajectories(*(tensor[fine] for tensor in found))
-            for tensor, values in zip(whole[:5], kept[:5], strict=True):
-                tensor[running[near[fine]]] = values
+            for tensor, values in zip(whole[:5], found[:5], strict=True):
+                tensor[running[near[fine]]] = values[fine]
         ended = (ready | lost) if bool(ready.any()) or bool(lost.any()) else None
         if ended is not None:
             rough = torch.where(size <= eps**0.3, int(Status.INACCURATE), int(Status.NUMERICAL_ERROR))
@@ -155,6 +137,40 @@ def _begin(problem: ControlProblem, z: Tensor) -> _State:
     above = torch.where(high, weight[:, None, None] / (problem.upper - z), 0)
     nu = z.new_zeros(*z.shape[:2], problem.start.shape[-1])
     return _State(z, nu, below, above, weight, 1e-6 * ones, 0 * ones)
+
+
+def _with_lower_weight(
+    problem: ControlProblem, state: _State, expansion: Expansion, least: float
+) -> tuple[_State, Tensor]:
+    """The barrier's weight falls where its own problem is solved well enough for it; (B,) the error of that problem."""
+    error = _barrier_error(problem, state, expansion)
+    for _ in range(20):
+        weight = torch.where(
+            (error <= 10 * state.weight) & (state.weight > least),
+            torch.minimum(SHRINK * state.weight, state.weight**1.5).clamp(min=least),
+            state.weight,
+        )
+        if bool((weight == state.weight).all()):
+            break
+        state = state._replace(weight=weight)
+        error = _barrier_error(problem, state, expansion)
+    return state, error
+
+
+def _ended(problem: ControlProblem, state: _State, near: Tensor) -> tuple[Trajectories, Tensor]:
+    """Where the end leads k elements, and (k,) whether that is the solution next to them.
+
+    Args:
+        problem: k elements.
+        state: of the elements that run.
+        near: (k,) which of these they are.
+    """
+    zero = torch.zeros_like(near)
+    z, nu, below, above = (tensor[near] for tensor in state[:4])
+    start = Trajectories(z, nu, below, above, zero, zero.clone())
+    found = polish(problem, start)
+    close = stacked([found.z - start.z]) <= 0.1 * (1 + stacked([start.z]))
+    return found, (found.status == int(Status.SOLVED)) & close
 
 
 def _inside(problem: ControlProblem, z: Tensor) -> Tensor:
