@@ -18,7 +18,7 @@ from lpgd.problems.conic.units import Units
 
 __all__ = ["units_of_cones"]
 
-APART = 8.0
+APART = 3.0
 """Exponents of two by which slacks and multipliers of a cone differ at least."""
 KNOWN = 1e3
 """Slacks and multipliers are known where they are so many times what is left of the optimality conditions."""

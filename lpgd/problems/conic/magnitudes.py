@@ -104,7 +104,10 @@ def _uninvolved(pattern: SparsityPattern, A: Tensor, variable: Tensor | None) ->
 
 def lonely_units(problem: ConicProblem, variable: Tensor | None, lonely: Tensor) -> Tensor | None:
     """(B, n) factors of lonely variables that make their costs as large as the largest of the others; None if all 1."""
-    costs, lonely = torch.log2(per_element(problem.data.q.detach().abs(), problem.batch_size)), _each(lonely, problem)
+    costs, lonely = (
+        torch.log2(per_element(problem.data.q.detach().abs(), problem.batch_size)),
+        repeated(lonely, problem.batch_size),
+    )
     scaled_costs = costs if variable is None else costs + torch.log2(repeated(variable, problem.batch_size))
     others = torch.where(lonely, -torch.inf, scaled_costs).amax(-1, keepdim=True)
     factors = torch.where(lonely & torch.isfinite(costs) & torch.isfinite(others), (others - costs).round(), 0.0)
@@ -113,16 +116,12 @@ def lonely_units(problem: ConicProblem, variable: Tensor | None, lonely: Tensor)
     return power(factors) if bool(factors.any()) else None
 
 
-def _each(rows: Tensor, problem: ConicProblem) -> Tensor:
-    """Rows (1 or R, ·) for each element of the batch, one row of which stays one."""
-    return repeated(rows, problem.batch_size)
-
-
 def matrix_units(problem: ConicProblem, apart: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
     """D and E of elements of which a row or a column of P and A is far from order 1; 1 for the others.
 
     Beside curved cones curvatures that are far from each other count as well: ``huber(norm(v) / s)`` has one of s² for
-    a variable of order 1 beside v of the size s, whose columns look moderate as cones have rows of ones.
+    a variable of order 1 beside v of the size s, whose columns look moderate as cones have rows of ones.  So do columns
+    that are mostly far from order 1, but for a row such as that of a loose ``norm(x) <= 1e4``.
     Rows that are ``apart``, (B, m), say nothing of D.
     """
     if apart is not None:
@@ -131,10 +130,11 @@ def matrix_units(problem: ConicProblem, apart: Tensor | None = None) -> tuple[Te
     row_maxima, column_maxima = _memo(
         A, ("maxima", structure.constraint.digest), partial(_maxima, structure.constraint, A)
     )
-    moderate = all(_are_moderate(maxima) for maxima in (row_maxima, column_maxima))
+    hidden = _memo(A, ("hidden", structure.digest), partial(_hidden, structure, A))
+    moderate = not bool(hidden.any()) and all(_are_moderate(maxima) for maxima in (row_maxima, column_maxima))
     if moderate and not (structure.quadratic.nnz and _are_apart(curvatures(problem))):
         return None, None
-    wide = _is_wide(row_maxima) | _is_wide(column_maxima)
+    wide = _is_wide(row_maxima) | _is_wide(column_maxima) | hidden
     if structure.quadratic.nnz and not bool(wide.all()):
         curvature = curvatures(problem)
         count = max(column_maxima.shape[0], curvature.shape[0])
@@ -171,6 +171,16 @@ def curvatures(problem: ConicProblem) -> Tensor:
 def _maxima(pattern: SparsityPattern, values: Tensor) -> tuple[Tensor, ...]:
     """The largest magnitudes in the rows (·, r) and in the columns (·, c) of matrices on a pattern."""
     return pattern.largest(torch.atleast_2d(values.detach()), ("rows", "columns"))
+
+
+def _hidden(structure: ConicStructure, A: Tensor) -> Tensor:
+    """(R,) whether a column is far from order 1 on the average, whatever its largest entry, beside curved cones."""
+    if structure.cones.is_polyhedral:
+        return A.new_zeros(1, dtype=torch.bool)
+    logarithms, counts = _logarithms(A)
+    columns, like = from_numpy(structure.constraint.columns).to(A.device), A.new_zeros(len(counts), structure.n)
+    means = _sums(logarithms, columns, like) / _sums(counts, columns, like).clamp(min=1.0)
+    return (means.abs() > MODERATE).any(-1)
 
 
 def _is_wide(sizes: Tensor) -> Tensor:
@@ -292,7 +302,7 @@ def vector_units(
             index = structure.index(name, bound.device)
             finite = torch.where(bound.abs() < INFINITE, bound, 0.0)
             if lonely is not None:
-                finite = torch.where(_each(lonely, problem)[:, index], 0.0, per_element(finite, size))
+                finite = torch.where(repeated(lonely, problem.batch_size)[:, index], 0.0, per_element(finite, size))
             if D is not None:
                 finite = times(finite, 1.0 / D[:, index], size)
             sizes = np.maximum(sizes, _maxima_of(finite, size))
