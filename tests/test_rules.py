@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 import cvxpy as cp
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,8 @@ X, U = cp.Variable(3, name="x"), cp.Variable(pos=True, name="u")
 P, Q, K, T = cp.Parameter(3, name="p"), cp.Parameter(3, name="q"), cp.Parameter(nonneg=True, name="k"), cp.Parameter()
 S, V = cp.Parameter((3, 3), PSD=True, name="S"), cp.Variable(name="v")
 POWER, BASE = cp.Parameter(name="power"), cp.Parameter(pos=True, name="base")
+
+SIGNS = np.linspace(-1.0, 1.0, 30)
 
 
 def built(objective: cp.Minimize | cp.Maximize, *constraints: cp.Constraint, gp: bool = False) -> lpgd.CvxpyLayer:
@@ -53,7 +56,11 @@ BROKEN = {
         least(X[0] * X[1], X[1] * X[2] <= 1, X[2] * X[0] <= 1, X[0] * X[0] * X[1] <= 1),
         "a product of variables; and 1 more.",
     ),
-    "long": (least(X[0], cp.norm1(X[[0, 1, 2] * 40] * X[0]) <= 1), " ...`"),
+    "numbers": (
+        least(K * cp.sum(cp.multiply(SIGNS, X[[0, 1, 2] * 10] - P[0]))),
+        "`k * sum([...] * (x[...] + -(p[0])))`, where",
+    ),
+    "long": (least(X[0], sum(cp.abs(X[0] - k) for k in range(20)) * X[0] <= 1), " ...`"),
 }
 
 

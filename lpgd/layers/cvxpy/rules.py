@@ -20,10 +20,13 @@ __all__ = ["check_rules"]
 
 _SHOWN, _LENGTH = 3, 120  # parts that a message shows, and characters of each
 _INSIDE = r"\(((?:[^()]|\([^()]*\))*)"  # of parentheses that may have one pair more inside
-_AS_WRITTEN = [  # CVXPY's names of what users write otherwise
+_AS_WRITTEN = [  # constants, and CVXPY's names of what users write otherwise
+    (re.compile(r"\[[-+\d.eE,\s\[\]]{20,}\]"), "[...]"),
+    (re.compile(r"\s+"), " "),
     (re.compile(rf"Promote{_INSIDE}, \([^()]*\)\)"), r"\1"),
     (re.compile(rf"quad_over_lin{_INSIDE}, 1\.0, None, False\)"), r"sum_squares(\1)"),
     (re.compile(r", None(?:, False)?\)"), ")"),
+    (re.compile(r"\bSum\("), "sum("),
     (re.compile(r"PowerApprox\("), "power("),
     (re.compile(r"PnormApprox\("), "pnorm("),
     (re.compile(r"QuadForm\("), "quad_form("),
