@@ -38,6 +38,8 @@ KEPT = 0.5
 """What keeps its sign keeps this share of its value."""
 CLEAR = 10.0
 """So many tolerances from zero are far enough."""
+ALIKE, FAR = 1e-6, 1e-3
+"""What is led away by one length, up to the first share of it, and to the second at least, needs no linear program."""
 
 
 def away_from_kinks(located: Located, elements: list[int]) -> tuple[Located, list[int]]:
@@ -196,7 +198,6 @@ def _along(
         values, changes: (p,) and (p, k) of each group.
         strict, weak: (p,) which of each.
     """
-    from scipy.optimize import linprog  # it takes a while to import
 
     def joined(chosen: tuple[BoolArray, ...]) -> tuple[FloatArray, FloatArray]:
         pairs = list(zip(values, changes, chosen, strict=True))
@@ -207,6 +208,16 @@ def _along(
     count, k = growth.shape
     if not np.abs(growth).max(initial=0.0) > NULL:
         return None
+    # Mostly, all of it can be led away alike, as far as the rest allows.
+    alike: FloatArray = np.linalg.lstsq(growth, np.full(count, CAP), rcond=NULL)[0].astype(np.float64)
+    if np.abs(growth @ alike - CAP).max() <= ALIKE:
+        with np.errstate(divide="ignore"):
+            furthest = (1.0 - KEPT) * rest / np.maximum(-its_change @ alike, 0.0)
+        length = float(furthest.min(initial=1.0)) * CAP
+        if length >= FAR or (k == 1 and length > CLEAR * tolerance):
+            return (length / CAP) * alike
+    from scipy.optimize import linprog  # it takes a while to import
+
     rows = np.block([[-growth, np.eye(count)], [-its_change, np.zeros((rest.size, count))]])
     right = np.concatenate([least, (1.0 - KEPT) * rest])
     ends = [(None, None)] * k + [(0.0, CAP)] * count
