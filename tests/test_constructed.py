@@ -9,7 +9,7 @@ import torch
 
 from tests.constructed import FUNCTIONS, draw, errors
 
-FAR = [(number, True) for number in (58, 124, 1208, 4132, 4181, 4260, 4281)] + [(1049, False), (2206, False)]
+FAR = [(number, True) for number in (58, 124, 1208, 4132, 4181, 4260, 4281, 22052)] + [(1049, False), (2206, False)]
 """Beside a constraint far away: their numbers, and whether the entries of x have units of their own."""
 NORMS = [(number, False) for number in (2015, 2032, 2047)] + [(8012, True), (8089, True), (8146, True)]
 """With a norm, of which some arguments are a small share."""

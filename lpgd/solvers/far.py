@@ -17,7 +17,7 @@ from lpgd.problems.solution import States
 from lpgd.solvers.kkt.refinement import optimality_residual
 from lpgd.solvers.lengths import SURE
 from lpgd.solvers.posed import EXACT, Posed, pose
-from lpgd.solvers.rescue import merged
+from lpgd.solvers.rescue import OPEN, merged
 from lpgd.status import Status
 
 __all__ = ["with_far_constraints_guessed", "with_far_constraints_near"]
@@ -146,6 +146,13 @@ def _moved(
         for one in (answer.select(index), again)
     )
     better = flags(~(after >= before))
+    # What is vague there, and left by the solver, is for others to say. (Curved cones methods of first order leave so.)
+    is_polyhedral = answer.problem.structure.cones.is_polyhedral
+    statuses = list(answer.statuses)
+    for element, found, is_rough in zip(elements, again.statuses, flags(before > SURE), strict=True):
+        if is_polyhedral and is_rough and found in OPEN and statuses[element] is Status.SOLVED:
+            statuses[element] = Status.INACCURATE
+    answer = replace(answer, statuses=tuple(statuses))
     taken = [fine and is_better for fine, is_better in zip(taken, better, strict=True)]
     chosen = torch.tensor(taken)
     shares = shares.clone()
