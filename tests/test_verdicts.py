@@ -14,8 +14,8 @@ from lpgd.cones.product import Cones
 from lpgd.cones.projections import project
 from lpgd.problems import ConicData, ConicProblem, ConicStructure, SparsityPattern
 from lpgd.solvers import ConicSolver
-from lpgd.solvers.certificates import proves_infeasible, proves_unbounded
-from lpgd.solvers.convexity import is_convex
+from lpgd.solvers.conic.certificates import proves_infeasible, proves_unbounded
+from lpgd.solvers.conic.convexity import is_convex
 from tests.problem_table import CASES
 from tests.test_solvers import BY_NAME, LARGE, box
 

@@ -13,7 +13,7 @@ import lpgd
 from lpgd import ImplicitKKT, QPLayer
 from lpgd.gradients import GradientMethod
 from lpgd.problems.conic.problem import ConicProblem
-from lpgd.solvers.convexity import is_definite
+from lpgd.solvers.conic.convexity import is_definite
 from lpgd.solvers.kkt.schur import SchurFactor
 from tests.test_same_bits import programs
 

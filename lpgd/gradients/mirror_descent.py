@@ -40,7 +40,7 @@ from lpgd.gradients.sides import SIDES, Envelope
 from lpgd.problems.base import Data, Point
 from lpgd.problems.solution import AnySolution
 from lpgd.solvers.base import AnySolver
-from lpgd.solvers.convexity import is_definite
+from lpgd.solvers.conic.convexity import is_definite
 from lpgd.status import SolverError
 
 __all__ = ["LagrangianMirrorDescent"]

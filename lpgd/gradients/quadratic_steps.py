@@ -25,7 +25,7 @@ from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicPoint
 from lpgd.problems.solution import AnySolution
 from lpgd.solvers.base import AnySolver
-from lpgd.solvers.convexity import is_definite
+from lpgd.solvers.conic.convexity import is_definite
 from lpgd.solvers.kkt.tilts import TiltedSolutions
 from lpgd.solvers.perturbed_points import ROUNDING, PerturbedPoints
 

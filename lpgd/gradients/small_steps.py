@@ -22,7 +22,7 @@ from lpgd.problems.base import Point, maximum_norm
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.solution import AnyProblem, AnySolution
-from lpgd.solvers.convexity import is_definite
+from lpgd.solvers.conic.convexity import is_definite
 from lpgd.status import silent, warn
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from lpgd.problems.conic.coordinates.balancing import balancing_of
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData, ConicStructure
-from lpgd.solvers.centred import Search, Solve
+from lpgd.solvers.conic.centred import Search, Solve
 from lpgd.solvers.relaxed import RELAXED
 
 __all__ = ["balanced", "in_own_coordinates", "is_of_other_coordinates"]

@@ -19,15 +19,15 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure
 from lpgd.problems.solution import AnySolution
-from lpgd.solvers.consistent import with_consistent_equalities
-from lpgd.solvers.equations import are_equations, solved_equations
-from lpgd.solvers.far import with_far_constraints_guessed, with_far_constraints_near
+from lpgd.solvers.conic.consistent import with_consistent_equalities
+from lpgd.solvers.conic.equations import are_equations, solved_equations
+from lpgd.solvers.conic.far import with_far_constraints_guessed, with_far_constraints_near
+from lpgd.solvers.conic.lengths import in_better_units, with_constraints_kept
+from lpgd.solvers.conic.posed import Posed, judged, left_by_draft, pose
+from lpgd.solvers.conic.rescue import is_settled, merged, settled
 from lpgd.solvers.kkt.reduced import is_dense
 from lpgd.solvers.kkt.refinement import is_cheap
-from lpgd.solvers.lengths import in_better_units, with_constraints_kept
 from lpgd.solvers.options import check_type
-from lpgd.solvers.posed import Posed, judged, left_by_draft, pose
-from lpgd.solvers.rescue import is_settled, merged, settled
 from lpgd.status import MissingPackageError
 
 __all__ = ["AnySolver", "Begun", "Capabilities", "ConicSolver", "Solver", "rescue_by"]
@@ -65,7 +65,7 @@ class Capabilities:
 
 
 class Begun(NamedTuple):
-    """An answer to a batch as it was given, whose units are 1, and what :func:`~lpgd.solvers.posed.judged` makes of it.
+    """An answer to a batch as it was given, in units that are 1, and :func:`~lpgd.solvers.conic.posed.judged` of it.
 
     ``judged`` is None where that is not known yet.
     """
@@ -198,8 +198,8 @@ class ConicSolver(Solver[ConicProblem, ConicSolution]):
     def solve(self, problem: ConicProblem, states: States = (), executor: Executor | None = None) -> ConicSolution:
         """Solve every element of a batch; an executor of None is the library's threads.
 
-        Every solver is asked, and its answer judged, in the same way (:mod:`lpgd.solvers.posed`): in units of order 1,
-        with statuses that are shown by residuals and certificates.
+        Every solver is asked, and its answer judged, in the same way (:mod:`lpgd.solvers.conic.posed`): in units of
+        order 1, with statuses that are shown by residuals and certificates.
         """
         return self._with_others(problem, states, executor, alone=False)
 

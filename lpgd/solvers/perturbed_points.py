@@ -37,6 +37,7 @@ from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.conic.units import Units
 from lpgd.problems.solution import AnyProblem, AnySolution
 from lpgd.solvers.base import AnySolver, ConicSolver
+from lpgd.solvers.conic.rescue import merged
 from lpgd.solvers.kkt.found import Found
 from lpgd.solvers.kkt.mixed import MixedSystem, Part
 from lpgd.solvers.kkt.newton import KeptFactor
@@ -45,7 +46,6 @@ from lpgd.solvers.kkt.refinement import is_cheap
 from lpgd.solvers.kkt.schur import SchurFactor, System
 from lpgd.solvers.kkt.tilts import TiltedSolutions
 from lpgd.solvers.kkt.vertices import TiltedVertices
-from lpgd.solvers.rescue import merged
 from lpgd.status import Status
 
 __all__ = ["ROUNDING", "PerturbedPoints"]

@@ -31,7 +31,7 @@ from lpgd.solvers.backends.forms import Form, RowForm, Vectors
 from lpgd.solvers.backends.prepared import Outcome, Pairs, Prepared
 from lpgd.solvers.backends.task import Results, Task, solve_elements
 from lpgd.solvers.base import ConicSolver
-from lpgd.solvers.convexity import is_definite
+from lpgd.solvers.conic.convexity import is_definite
 
 __all__ = ["ElementwiseSolver", "Outcome", "Prepared", "report"]
 

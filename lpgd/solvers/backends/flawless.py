@@ -1,8 +1,8 @@
 """The short way of what small quadratic programs mostly are: of order 1, strictly convex, and solved to rounding.
 
 A batch of them needs no units, its Cholesky factors show that it is convex, and what is left of the
-optimality conditions shows that every answer is exact.  All that the general way (:mod:`lpgd.solvers.posed`) looks at
-one after the other is then known from a few numbers of each element, which are looked at once.
+optimality conditions shows that every answer is exact.  All that the general way (:mod:`lpgd.solvers.conic.posed`)
+looks at one after the other is then known from a few numbers of each element, which are looked at once.
 
 The conditions are stricter than those of the general way, and its numbers are the same to the last bit: where a single
 element of a batch is not as it should be, the general way takes the batch over, with the solver's answer if it has one.
@@ -26,11 +26,11 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicStructure, per_element
 from lpgd.problems.conic.units import Units
-from lpgd.solvers.convexity import SURELY, is_definite
+from lpgd.solvers.conic.convexity import SURELY, is_definite
+from lpgd.solvers.conic.lengths import SURE
+from lpgd.solvers.conic.posed import ACCEPTED, EXACT
 from lpgd.solvers.kkt.reduced import has_dense_rows
 from lpgd.solvers.kkt.schur import SchurFactor
-from lpgd.solvers.lengths import SURE
-from lpgd.solvers.posed import ACCEPTED, EXACT
 from lpgd.status import Status
 
 __all__ = ["answered", "judged_flawless"]

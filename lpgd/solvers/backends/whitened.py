@@ -30,7 +30,7 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import per_element
 from lpgd.solvers.backends.elementwise import report
-from lpgd.solvers.convexity import is_definite
+from lpgd.solvers.conic.convexity import is_definite
 from lpgd.solvers.kkt.schur import SchurFactor
 from lpgd.status import Status
 

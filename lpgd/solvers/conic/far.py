@@ -14,10 +14,10 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicPoint
 from lpgd.problems.solution import States
+from lpgd.solvers.conic.lengths import SURE
+from lpgd.solvers.conic.posed import EXACT, Posed, pose
+from lpgd.solvers.conic.rescue import OPEN, merged
 from lpgd.solvers.kkt.refinement import optimality_residual
-from lpgd.solvers.lengths import SURE
-from lpgd.solvers.posed import EXACT, Posed, pose
-from lpgd.solvers.rescue import OPEN, merged
 from lpgd.status import Status
 
 __all__ = ["with_far_constraints_guessed", "with_far_constraints_near"]

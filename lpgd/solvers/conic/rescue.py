@@ -18,8 +18,8 @@ from lpgd.problems.base import States
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicPoint
+from lpgd.solvers.conic.posed import VERDICTS
 from lpgd.solvers.kkt.refinement import is_cheap, is_small
-from lpgd.solvers.posed import VERDICTS
 from lpgd.status import Status
 
 __all__ = ["OPEN", "is_settled", "merged", "settled"]

@@ -32,9 +32,9 @@ from lpgd.problems.conic.nearer import guessed
 from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicData
+from lpgd.solvers.conic.posed import VERDICTS
+from lpgd.solvers.conic.rescue import OPEN, merged
 from lpgd.solvers.kkt.refinement import optimality_residual
-from lpgd.solvers.posed import VERDICTS
-from lpgd.solvers.rescue import OPEN, merged
 from lpgd.status import Status
 
 __all__ = ["Search", "Solve"]

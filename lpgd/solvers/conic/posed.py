@@ -21,8 +21,8 @@ from lpgd.problems.conic.residuals import Products, Residuals, residual_bound, r
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicPoint, ConicStructure, per_element
 from lpgd.problems.conic.units import Units
-from lpgd.solvers.certificates import MARGIN, proves_infeasible, proves_unbounded
-from lpgd.solvers.convexity import is_convex
+from lpgd.solvers.conic.certificates import MARGIN, proves_infeasible, proves_unbounded
+from lpgd.solvers.conic.convexity import is_convex
 from lpgd.solvers.kkt.reduced import is_dense
 from lpgd.solvers.kkt.refinement import complementary, has_vertices, is_cheap, refine
 from lpgd.status import Status

@@ -21,8 +21,8 @@ from lpgd.problems.conic.problem import ConicProblem
 from lpgd.problems.conic.residuals import Products, residual_bound
 from lpgd.problems.conic.solution import ConicSolution
 from lpgd.problems.conic.structure import ConicPoint, per_element
-from lpgd.solvers.posed import ACCEPTED, EXACT, Posed, pose
-from lpgd.solvers.rescue import merged
+from lpgd.solvers.conic.posed import ACCEPTED, EXACT, Posed, pose
+from lpgd.solvers.conic.rescue import merged
 from lpgd.status import Status
 
 __all__ = [
