@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from torch import Tensor
 
 from lpgd.arrays import FloatArray, from_numpy
 from lpgd.gradients.implicit.located import Located
@@ -24,8 +25,8 @@ KNOWN = 1e3
 """Slacks and multipliers are known where they are so many times what is left of the optimality conditions."""
 
 
-def units_of_cones(problem: ConicProblem, units: Units, located: Located) -> Units | None:
-    """Units with other factors of the rows of curved cones; None where those that there are do.
+def units_of_cones(problem: ConicProblem, units: Units, located: Located) -> tuple[Units, Tensor] | None:
+    """Units with other factors of the rows of curved cones, and (B,) whose are other ones; None where none are.
 
     Args:
         problem: B elements.
@@ -51,4 +52,5 @@ def units_of_cones(problem: ConicProblem, units: Units, located: Located) -> Uni
     factors = np.ones(located.slack.shape)
     factors[:, start:] = np.exp2(exponents)[:, np.cumsum(np.isin(np.arange(blocks.size), first)) - 1]
     row = from_numpy(factors).to(problem.device)
-    return replace(units, row=row if units.row is None else row * units.row_of(problem))
+    others = from_numpy(np.asarray(exponents.any(1))).to(problem.device)
+    return replace(units, row=row if units.row is None else row * units.row_of(problem)), others

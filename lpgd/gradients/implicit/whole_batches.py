@@ -160,11 +160,12 @@ def in_units_of_cones(answers: Answers, tilted: Tilted, units: Units) -> None:
     if not elements.shape[0]:
         return
     tilted, units = tilted.select(elements), units.select(elements)
-    other = units_of_cones(tilted.problem, units, answers.located.select(elements))
-    if other is None:
+    asked = units_of_cones(tilted.problem, units, answers.located.select(elements))
+    if asked is None:
         return
+    other, concerned = asked
     there = known_point(tilted, other, well=0.0)
-    index = rows_where(~there.weak)
+    index = rows_where(~there.weak & concerned)  # the others go the way that they go alone
     if not index.shape[0]:
         return
     found, exact, doubt = _by_newton_points(there.select(index))
