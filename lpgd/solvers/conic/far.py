@@ -99,19 +99,23 @@ def with_far_constraints_near(
     """
     sure = SURE if posed.problem.structure.cones.is_polyhedral else SURELY_CURVED
     shares = torch.ones_like(_lengths(posed)) if shares is None else shares
+    left = torch.ones_like(shares, dtype=torch.bool)
     for _ in range(MOST):
         near = nearer(posed.problem, answer.point, answer.slack)
-        improved = False
+        improved = torch.zeros_like(left)
         if near is not None:
-            vague = ~(_known(answer) * shares <= sure * near.reach)
+            vague = left & ~(_known(answer) * shares <= sure * near.reach)
             answer, shares, improved = _moved(posed, answer, shares, near, vague, solve)
-        vague = _known(answer) > EXACT
-        if not improved and bool(vague.any()):
+        # Each element goes on by itself, as it does alone.
+        vague = left & ~improved & (_known(answer) > EXACT)
+        if bool(vague.any()):
             # Variables that only it bounds, as those of abs(x) below norm1(x) <= 1e4, hide that a constraint is far.
             near = guessed(posed.problem, closer=True)
             if near is not None:
-                answer, shares, improved = _moved(posed, answer, shares, near, vague, solve)
-        if not improved:
+                answer, shares, more = _moved(posed, answer, shares, near, vague, solve)
+                improved = improved | more
+        left = improved
+        if not bool(left.any()):
             break
     return answer
 
@@ -128,14 +132,14 @@ def _moved(
     near: Nearer,
     vague: Tensor,
     solve: Callable[[Posed], ConicSolution],
-) -> tuple[ConicSolution, Tensor, bool]:
+) -> tuple[ConicSolution, Tensor, Tensor]:
     """The answer, in which vague elements are those of nearer programs where these are better; its units of length.
 
-    Whether any is, is the last.
+    The last is (B,) which are.
     """
     elements = elements_where(answer.usable & near.reach.isfinite() & vague)
     if not elements:
-        return answer, shares, False
+        return answer, shares, torch.zeros_like(vague)
     index = as_index(elements, posed.problem.device)
     few, problem = near.select(index), posed.problem.select(index)
     nearby = pose(few.problem, apart=few.rows)
@@ -157,7 +161,9 @@ def _moved(
     chosen = torch.tensor(taken)
     shares = shares.clone()
     shares[index[chosen]] = _lengths(nearby)[chosen] / _lengths(posed)[index[chosen]]
-    return merged(answer, elements, again, taken, keep_states=True), shares, any(taken)
+    improved = torch.zeros_like(vague)
+    improved[index[chosen]] = True
+    return merged(answer, elements, again, taken, keep_states=True), shares, improved
 
 
 def _lengths(posed: Posed) -> Tensor:
