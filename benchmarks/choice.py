@@ -77,15 +77,19 @@ def _qp(n: int, batch: int, shared: bool) -> _Task:
     )
 
 
+def _objectives(rng: np.random.Generator, size: int, n: int, rank: int) -> tuple[Tensor, Tensor]:
+    """P and q for each element, P of a rank and a small multiple of the identity."""
+    root = rng.standard_normal((size, n, rank))
+    P = root @ root.swapaxes(1, 2) / n + 1e-2 * np.eye(n)
+    return torch.from_numpy(P), torch.from_numpy(rng.standard_normal((size, n)))
+
+
 def _signed_qp(n: int, batch: int) -> _Task:
     """A P and inequalities for each element, and variables that are not negative."""
 
     def draw(size: int, seed: int) -> tuple[Tensor, ...]:
         rng = np.random.default_rng(seed)
-        root = rng.standard_normal((size, n, n))
-        P = root @ root.swapaxes(1, 2) / n + 1e-2 * np.eye(n)
-        G = rng.standard_normal((size, n // 2, n))
-        return torch.from_numpy(P), torch.from_numpy(rng.standard_normal((size, n))), torch.from_numpy(G)
+        return *_objectives(rng, size, n, n), torch.from_numpy(rng.standard_normal((size, n // 2, n)))
 
     return _Task(
         f"signed{n}",
@@ -101,10 +105,7 @@ def _bounded_qp(n: int, batch: int, rows: int) -> _Task:
     """A P for each element and bounds of every variable: a box, or with one row the points of a capped simplex."""
 
     def draw(size: int, seed: int) -> tuple[Tensor, ...]:
-        rng = np.random.default_rng(seed)
-        root = rng.standard_normal((size, n, n // 4 if rows else n))
-        P = root @ root.swapaxes(1, 2) / n + 1e-2 * np.eye(n)
-        return torch.from_numpy(P), torch.from_numpy(rng.standard_normal((size, n)))
+        return _objectives(np.random.default_rng(seed), size, n, n // 4 if rows else n)
 
     ones = torch.ones(rows, n, dtype=torch.float64)
     equality: dict[str, Any] = {"A": ones, "b": ones[:, 0]} if rows else {}
